@@ -1,0 +1,459 @@
+"""One JSON file per run: DeepSpeed's keys, and a `"d2v"` section that holds everything else.
+
+`load_config` reads it, applies `--set` overrides, and refuses every unknown key, wrong type and impossible value
+in one message. The defaults are the published ViT-B run (arXiv 2202.03555, section 4.1 and the released recipe).
+No torch is imported here, so a typing error costs no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from d2v_fast.config_errors import ConfigError, Problem, Section, check, known_keys, refuse_if, say, show
+from d2v_fast.deepspeed_keys import BatchSplit, DeepSpeedConfig, refused
+
+__all__ = [
+    "BatchSplit",
+    "BlockMaskConfig",
+    "ConfigError",
+    "D2VConfig",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "GuardConfig",
+    "LossConfig",
+    "ProbeConfig",
+    "RunConfig",
+    "RunSection",
+    "ScheduleConfig",
+    "TargetConfig",
+    "TeacherConfig",
+    "VisionModelConfig",
+    "apply_overrides",
+    "changed_keys",
+    "load_config",
+    "parse_config",
+]
+
+
+class VisionModelConfig(Section):
+    """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` grows linearly over the depth."""
+
+    image_size: int = Field(224, ge=1)
+    patch_size: int = Field(16, ge=1)
+    channels: int = Field(3, ge=1)
+    width: int = Field(768, ge=1)
+    depth: int = Field(12, ge=1)
+    heads: int = Field(12, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    drop_path: float = Field(0.25, ge=0, lt=1)
+    attention_dropout: float = Field(0.05, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    layer_scale: float = Field(1e-4, gt=0)
+    norm_eps: float = Field(1e-6, gt=0)
+    gradient_checkpointing: bool = False
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in the image, without the CLS token."""
+        return self.grid_size**2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.width % self.heads:
+            divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
+            near = min(divisors, key=lambda n: abs(n - self.heads))
+            hint = f"The nearest number of heads that does is {near}."
+            problems.append(Problem("heads", f"divide `width` ({self.width})", self.heads, hint))
+        if self.image_size % self.patch_size:
+            size = max(1, round(self.image_size / self.patch_size)) * self.patch_size
+            hint = f"The nearest image size that fits is {size}."
+            must = f"be a multiple of `patch_size` ({self.patch_size})"
+            problems.append(Problem("image_size", must, self.image_size, hint))
+        if int(self.width * self.mlp_ratio) < 1:
+            problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
+        refuse_if(problems)
+        return self
+
+
+class BlockMaskConfig(Section):
+    """Block-wise masks: rectangles of `min_patches` to `max_patches` (None: as many as are still to be masked)
+    patches with an aspect ratio in [`min_aspect`, 1/`min_aspect`], until `num_patches` patches are masked."""
+
+    kind: Literal["block"] = "block"
+    num_patches: int = Field(120, ge=1)
+    min_patches: int = Field(16, ge=1)
+    max_patches: int | None = Field(None, ge=1)
+    min_aspect: float = Field(0.3, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.min_patches > self.num_patches:
+            problems.append(
+                Problem("min_patches", f"be <= `num_patches` ({self.num_patches})", self.min_patches)
+            )
+        if self.max_patches is not None and self.max_patches < self.min_patches:
+            problems.append(
+                Problem("max_patches", f"be >= `min_patches` ({self.min_patches})", self.max_patches)
+            )
+        refuse_if(problems)
+        return self
+
+
+class TargetConfig(Section):
+    """What the student regresses: the mean of the teacher's last `top_k` block outputs, each normalised, then again."""
+
+    top_k: int = Field(6, ge=1)
+    layer_norm: Literal["none", "layer", "instance", "batch"] = "layer"
+    final_norm: Literal["none", "layer", "instance"] = "layer"
+    eps: float = Field(1e-5, gt=0)
+
+
+class LossConfig(Section):
+    """Smooth L1: quadratic below `beta`; 0 is the squared error."""
+
+    beta: float = Field(2.0, ge=0)
+
+
+class TeacherConfig(Section):
+    """EMA decay: linear from `decay_start` to `decay_end` over `decay_steps` optimizer steps; 1 freezes."""
+
+    decay_start: float = Field(0.9998, ge=0, le=1)
+    decay_end: float = Field(0.9998, ge=0, le=1)
+    decay_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.decay_start != self.decay_end and self.decay_steps == 0:
+            must = (
+                f"be >= 1 while `decay_start` ({self.decay_start}) and `decay_end` ({self.decay_end}) differ"
+            )
+            refuse_if([Problem("decay_steps", must, 0)])
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run, as a factor on `optimizer.params.lr`, and how long the run is.
+
+    Exactly one of `epochs` and `steps` (optimizer steps). All kinds rise linearly from `initial_lr_ratio` to 1 during
+    the warm-up. `constant` stays there; `cosine` falls to `final_lr_ratio` at the last step; `tri_stage` holds for
+    `hold_ratio` of the run and then falls exponentially to `final_lr_ratio`.
+    """
+
+    kind: Literal["cosine", "tri_stage", "constant"] = "cosine"
+    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    warmup_epochs: float | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)
+    initial_lr_ratio: float = Field(0.0, ge=0, le=1)
+    final_lr_ratio: float = Field(0.0, ge=0, le=1)
+    hold_ratio: float = Field(0.9, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if (self.epochs is None) == (self.steps is None):
+            given = None if self.epochs is None else {"epochs": self.epochs, "steps": self.steps}
+            problems.append(Problem("epochs", "be given, or `steps`, and not both", given))
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            given = {"warmup_epochs": self.warmup_epochs, "warmup_steps": self.warmup_steps}
+            problems.append(Problem("warmup_epochs", "be given, or `warmup_steps`, and not both", given))
+        for unit in ("epochs", "steps"):
+            length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
+            if length is not None and warmup is not None and warmup > length:
+                problems.append(Problem(f"warmup_{unit}", f"be <= `{unit}` ({length})", warmup))
+        if self.kind == "tri_stage" and self.final_lr_ratio == 0:
+            hint = "An exponential decay never reaches 0; the published value is 0.05."
+            problems.append(Problem("final_lr_ratio", "be > 0 with `kind` tri_stage", 0.0, hint))
+        refuse_if(problems)
+        return self
+
+
+class DataConfig(Section):
+    """Where the images come from. `mean` and `std` per channel, on pixels in [0, 1]; `crop_scale` as a share of the
+    area; `test_fraction` (digits) is held out for the probe; `max_bad_fraction` unreadable files stop the run."""
+
+    kind: Literal["digits", "images"] = "digits"
+    path: str | None = None
+    num_workers: int = Field(2, ge=0)
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), strict=False)
+    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), strict=False)
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), strict=False)
+    flip_prob: float = Field(0.5, ge=0, le=1)
+    color_jitter: float = Field(0.0, ge=0, le=1)
+    rotation_degrees: float = Field(0.0, ge=0, le=180)
+    shift_pixels: float = Field(0.0, ge=0)
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.kind == "images" and not self.path:
+            hint = "Name the folder that holds the images: `--set d2v.data.path=/my/images`."
+            problems.append(Problem("path", 'be a folder with `kind` "images"', self.path, hint))
+        if any(value <= 0 for value in self.std):
+            problems.append(Problem("std", "be > 0 in every channel", self.std))
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            problems.append(
+                Problem("crop_scale", "be [low, high] with 0 < low <= high <= 1", self.crop_scale)
+            )
+        refuse_if(problems)
+        return self
+
+
+class GuardConfig(Section):
+    """When a run stops itself: a standard deviation under its limit after `after_steps` optimizer steps (collapse),
+    or `nonfinite_patience` steps in a row skipped because of a NaN or infinite loss or gradient."""
+
+    after_steps: int = Field(5000, ge=0)
+    min_target_std: float = Field(0.1, ge=0)
+    min_prediction_std: float = Field(0.01, ge=0)
+    nonfinite_patience: int = Field(3, ge=1)
+
+
+class ProbeConfig(Section):
+    """k-nearest-neighbour and linear probe on labelled data; `every_epochs` 0 means only at the end."""
+
+    every_epochs: int = Field(0, ge=0)
+    labels_per_class: int = Field(10, ge=1)
+    num_draws: int = Field(5, ge=1)
+    neighbours: int = Field(20, ge=1)
+
+
+class RunSection(Section):
+    """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in steps."""
+
+    dir: str = "runs"
+    name: str | None = None
+    seed: int = Field(0, ge=0, lt=2**32)
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(1000, ge=1)
+    keep: int = Field(3, ge=1)
+    profile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        name = self.name
+        if name is not None and (not name.strip(".") or not all(c.isalnum() or c in "._-" for c in name)):
+            refuse_if([Problem("name", "be letters, digits, `.`, `_` and `-` only", name)])
+        return self
+
+
+class D2VConfig(Section):
+    """The `"d2v"` section."""
+
+    modality: Literal["vision"] = "vision"
+    model: VisionModelConfig = VisionModelConfig()
+    mask: BlockMaskConfig = BlockMaskConfig()
+    target: TargetConfig = TargetConfig()
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    schedule: ScheduleConfig = ScheduleConfig(epochs=800, warmup_epochs=10, final_lr_ratio=0.005)
+    data: DataConfig = DataConfig()
+    guard: GuardConfig = GuardConfig()
+    probe: ProbeConfig = ProbeConfig()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse_if(_problems_across({name: getattr(self, name) for name in type(self).model_fields}))
+        return self
+
+
+class RunConfig(Section):
+    """A whole file: `deepspeed` is everything outside `"d2v"`."""
+
+    deepspeed: DeepSpeedConfig
+    d2v: D2VConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file again: DeepSpeed's keys as given, `"d2v"` with every default written out."""
+        return {**self.deepspeed.asked_for(), "d2v": self.d2v.model_dump(mode="json")}
+
+    def digest(self) -> str:
+        """SHA-256 over what decides the numbers of a run: not its name, its folder, or how often it reports."""
+        content = self.to_dict()
+        for section in ("run", "probe"):
+            content["d2v"].pop(section)
+        content["d2v"]["data"].pop("num_workers")
+        content["d2v"]["seed"] = self.d2v.run.seed
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def needs_deepspeed(self, world_size: int) -> bool:
+        """True for more than one process, ZeRO, or offload; otherwise plain torch does it."""
+        zero = self.deepspeed.zero_optimization
+        return world_size > 1 or zero.stage > 0 or zero.offloads
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int = 1) -> RunConfig:
+    """Read, override and check a configuration file.
+
+    Args:
+        path: a JSON file.
+        overrides: `dotted.key=value` each, the value in JSON (bare words are text).
+        world_size: number of processes, for the batch sizes.
+    Raises:
+        ConfigError: with every problem of the file at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"`--ds_config` must be a readable JSON file: {error}"], str(path)) from None
+    raw = _read_json(text, str(path))
+    return parse_config(apply_overrides(raw, overrides), world_size, source=str(path))
+
+
+def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "configuration") -> RunConfig:
+    """Check a configuration given as nested dictionaries; `ConfigError` lists every problem."""
+    outside = {key: value for key, value in raw.items() if key != "d2v"}
+    problems = refused(outside)
+    outside = {
+        key: value for key, value in outside.items() if not any(f"`{key}`" in text for text in problems)
+    }
+    deepspeed, found = check(DeepSpeedConfig, outside, also=["d2v", *known_keys(D2VConfig, "d2v")])
+    problems += found
+    if deepspeed is not None:
+        try:
+            deepspeed.batch_split(world_size)
+        except ConfigError as error:
+            problems += error.problems
+    d2v = None
+    if "d2v" not in raw:
+        problems.append(
+            "`d2v` is required, but missing. It holds model, mask, target, schedule, data and run."
+        )
+    else:
+        d2v, found = check(D2VConfig, raw["d2v"], "d2v", also=known_keys(DeepSpeedConfig))
+        problems += found + (_more_problems(raw["d2v"]) if d2v is None else [])
+    if d2v is not None and d2v.data.kind == "digits" and d2v.model.channels != 1:
+        must = 'be 1 with `d2v.data.kind` "digits"'
+        problems.append(say(Problem("d2v.model.channels", must, d2v.model.channels, "The digits are grey.")))
+    if deepspeed is not None and deepspeed.fp16.enabled and not problems:
+        assert d2v is not None
+        if not RunConfig(deepspeed=deepspeed, d2v=d2v).needs_deepspeed(world_size):
+            hint = "One process without ZeRO runs on plain torch: use bf16, or set `zero_optimization.stage` to 1."
+            problems.append(f"`fp16.enabled` must be false without DeepSpeed, but is true instead. {hint}")
+    if problems or deepspeed is None or d2v is None:
+        raise ConfigError(dict.fromkeys(problems), source)
+    return RunConfig(deepspeed=deepspeed, d2v=d2v)
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with `dotted.key=value` assignments made; sections that are missing are created."""
+    result: dict[str, Any] = json.loads(json.dumps(raw))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError([f"`--set {override}` must be of the form KEY=VALUE, like d2v.model.depth=6."])
+        section = result
+        for part in parts[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError(
+                    [f"`--set {override}`: `{part}` is a value ({show(section)}), not a section."]
+                )
+        section[parts[-1]] = _override_value(text)
+    return result
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys that differ between two configurations, as `key: old -> new`."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after, dotted = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += changed_keys(before, after, f"{dotted}.")
+        elif before != after:
+            lines.append(f"{dotted}: {show(before)} -> {show(after)}")
+    return lines
+
+
+def _problems_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What no section can see alone. Sections that are themselves wrong are left out by the caller."""
+    model, mask = sections.get("model"), sections.get("mask")
+    target, data = sections.get("target"), sections.get("data")
+    if model and mask and mask.num_patches >= model.num_patches:
+        must = f"be in [1, {model.num_patches - 1}]"
+        hint = (
+            f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
+        )
+        yield Problem("mask.num_patches", must, mask.num_patches, hint)
+    if model and target and target.top_k > model.depth:
+        hint = "There are no more blocks to average: lower it or raise `d2v.model.depth`."
+        yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
+    for name in ("mean", "std"):
+        if model and data and len(getattr(data, name)) not in (1, model.channels):
+            hint = (
+                f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
+            )
+            yield Problem(f"data.{name}", f"hold {model.channels} values", getattr(data, name), hint)
+
+
+def _more_problems(raw: Any) -> list[str]:
+    """Problems between those sections that are right in themselves."""
+    sections: dict[str, Any] = {}
+    for name, field in D2VConfig.model_fields.items():
+        if name == "modality" or not isinstance(raw, dict):
+            continue
+        try:
+            sections[name] = (
+                field.annotation.model_validate(raw.get(name, {})) if name in raw else field.default
+            )
+        except ValidationError:
+            continue
+    return [say(problem, "d2v") for problem in _problems_across(sections)]
+
+
+def _read_json(text: str, source: str) -> dict[str, Any]:
+    """Parse, refusing what Python's reader would let pass: duplicate keys, NaN and infinity."""
+    problems: list[str] = []
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                first, second = show(seen[key]), show(value)
+                problems.append(f"`{key}` appears twice in one section ({first}, then {second}). Remove one.")
+            seen[key] = value
+        return seen
+
+    try:
+        raw = json.loads(
+            text,
+            object_pairs_hook=without_duplicates,
+            parse_constant=lambda name: problems.append(f"`{name}` is not a number that JSON knows."),
+        )
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError([f"not valid JSON: {error.msg} at {where}."], source) from None
+    except RecursionError:
+        raise ConfigError(["not a configuration: nested too deeply."], source) from None
+    if problems:
+        raise ConfigError(problems, source)
+    if not isinstance(raw, dict):
+        raise ConfigError([f"must hold one section {{...}}, but holds {show(raw)} instead."], source)
+    return raw
+
+
+def _override_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
