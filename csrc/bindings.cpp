@@ -1,0 +1,42 @@
+// Binds the CPU kernels to the schemas that d2v_fast/ops/_library.py defines.
+#include <cstdlib>
+#include <cstring>
+
+#include "ops.h"
+
+namespace d2v {
+
+static Isa detect_isa() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  Isa best = Isa::baseline;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512cd"))
+    best = Isa::avx512;
+  const char* wanted = std::getenv("D2V_CPU_CAPABILITY");
+  if (wanted != nullptr) {
+    if (std::strcmp(wanted, "baseline") == 0) return Isa::baseline;
+    if (std::strcmp(wanted, "avx2") == 0 && best >= Isa::avx2) return Isa::avx2;
+  }
+  return best;
+#else
+  return Isa::baseline;
+#endif
+}
+
+Isa isa() {
+  static const Isa chosen = detect_isa();
+  return chosen;
+}
+
+int64_t cpu_capability() { return static_cast<int64_t>(isa()); }
+
+}  // namespace d2v
+
+STABLE_TORCH_LIBRARY_IMPL(d2v, CPU, m) { m.impl("ema_update_", TORCH_BOX(&d2v::ema_update_)); }
+
+STABLE_TORCH_LIBRARY_IMPL(d2v, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&d2v::cpu_capability));
+}

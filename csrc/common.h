@@ -1,0 +1,49 @@
+// What every CPU kernel shares: storage types, run-time choice of the instruction set, checks.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+namespace d2v {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+// The instruction set that this process uses: the best of the machine, or what the environment variable
+// D2V_CPU_CAPABILITY (baseline | avx2 | avx512) names, so that tests reach each path.
+enum class Isa { baseline, avx2, avx512 };
+Isa isa();
+int64_t cpu_capability();  // the same as a number, for reports and tests
+
+// D2V_MULTIARCH(name, (int64_t n, float* x), (n, x)) makes `name` out of the always-inline `name_body`: one copy per
+// instruction set, chosen at run time. The body must be free of lambdas, which keep the baseline target.
+#define D2V_INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__GNUC__)
+#define D2V_MULTIARCH(name, params, args)                                                    \
+  __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) static void name##_avx512 params { name##_body args; } \
+  __attribute__((target("arch=x86-64-v3"))) static void name##_avx2 params { name##_body args; }     \
+  static void name##_baseline params { name##_body args; }                                   \
+  static void name params {                                                                  \
+    switch (d2v::isa()) {                                                                    \
+      case d2v::Isa::avx512: return name##_avx512 args;                                      \
+      case d2v::Isa::avx2: return name##_avx2 args;                                          \
+      default: return name##_baseline args;                                                  \
+    }                                                                                        \
+  }
+#else
+#define D2V_MULTIARCH(name, params, args) \
+  static void name params { name##_body args; }
+#endif
+
+// One chunk is small enough to balance threads and large enough to hide the cost of handing it out.
+constexpr int64_t kChunk = 1 << 14;
+
+}  // namespace d2v

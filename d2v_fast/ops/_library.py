@@ -1,0 +1,94 @@
+"""The one ``torch.library`` of this package: schemas, and which kernel answers for which device.
+
+PyTorch's dispatcher is the choice of the backend: the reference is the default kernel, C++ answers for the CPU key when ``_C.so`` was
+built, Triton for the CUDA key when Triton can be imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("d2v", "DEF")
+_library.define("cpu_capability() -> int")
+
+_C_PATH = Path(__file__).resolve().parent.parent / "_C.so"
+HAS_CPP = False
+"""True when the C++ kernels were built and loaded; otherwise CPU tensors take the PyTorch reference."""
+
+
+@cache
+def has_triton() -> bool:
+    """True when Triton is installed, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> None:
+    """Define the operation ``d2v::<schema>`` with its reference and the name of its Triton launcher.
+
+    Args:
+        schema: ``name(arguments) -> result`` in PyTorch's schema language.
+        reference: Default kernel, the meaning of the operation.
+        triton_launcher: ``module.function`` below ``d2v_fast.kernels``, imported at the first call with a CUDA tensor.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+
+    @wraps(reference)
+    def default(*args: Any) -> Any:
+        if not HAS_CPP:
+            _say_once(
+                "the C++ kernels of d2v_fast are not built, CPU tensors use the slower PyTorch reference; "
+                "install a C++20 compiler and run `pip install -e .` again"
+            )
+        return reference(*args)
+
+    def on_cuda(*args: Any) -> Any:
+        if not has_triton():
+            _say_once("Triton is not installed, CUDA tensors use the slower PyTorch reference; `pip install triton`")
+            return reference(*args)
+        module, _, function = triton_launcher.partition(".")
+        return getattr(importlib.import_module(f"d2v_fast.kernels.{module}"), function)(*args)
+
+    _library.impl(name, default, "CompositeExplicitAutograd")
+    _library.impl(name, on_cuda, "CUDA")
+
+
+def load_cpp() -> None:
+    """Load ``_C.so``; called once, after every schema is defined."""
+    global HAS_CPP
+    if not _C_PATH.exists():
+        return
+    try:
+        torch.ops.load_library(str(_C_PATH))
+        HAS_CPP = True
+    except OSError as error:
+        warnings.warn(
+            f"{_C_PATH} exists but cannot be loaded ({error}); it was probably built for another torch: "
+            "run `pip install -e .` again. The PyTorch reference is used meanwhile.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def backends() -> dict[str, str]:
+    """What will run: ``{"cpu": "c++ (avx512)" | "reference", "cuda": "triton" | "reference" | "none"}``."""
+    cpu = "reference"
+    if HAS_CPP:
+        cpu = f"c++ ({('baseline', 'avx2', 'avx512')[torch.ops.d2v.cpu_capability()]})"
+    cuda = "none"
+    if torch.cuda.is_available():
+        cuda = "triton" if has_triton() else "reference"
+    return {"cpu": cpu, "cuda": cuda}

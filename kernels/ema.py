@@ -1,0 +1,154 @@
+"""EMA update of a list of tensors in one launch. Reference: ``d2v_fast/ops/ema.py``.
+
+Memory traffic per parameter: 4 B teacher read, 4 B written, the student read (2 or 4 B), the working copy written (0, 2 or 4 B): 12 B
+for a bf16 student with a bf16 working copy. The tensors' addresses lie in a table in device memory that is built once per model, so one
+launch serves any number of tensors, and with ``decay`` as a device tensor the launch can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+_TABLES_KEPT = 8
+
+_TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _ema_fwd_kernel(
+    table,  # [num_tensors, 4] int64: addresses of teacher, student, working; number of elements
+    block_tensor,  # [num_blocks] int32: which tensor a block works on
+    block_index,  # [num_blocks] int32: which BLOCK of that tensor
+    decay_tensor,  # [] fp32, read if DECAY_ON_DEVICE
+    weight,  # fp32: 1 - decay
+    STUDENT: tl.constexpr,
+    WORKING: tl.constexpr,
+    HAS_WORKING: tl.constexpr,
+    DECAY_ON_DEVICE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if DECAY_ON_DEVICE:
+        # fp64 as on the host: 1 - 0.9999 in fp32 is off by 1e-4 of itself
+        weight = (1.0 - tl.load(decay_tensor).to(tl.float64)).to(tl.float32)
+    if weight != 0.0:
+        row = table + tl.load(block_tensor + pid).to(tl.int64) * 4
+        start = tl.load(block_index + pid).to(tl.int64) * BLOCK
+        teacher = tl.load(row).to(tl.pointer_type(tl.float32)) + start
+        student = tl.load(row + 1).to(tl.pointer_type(STUDENT)) + start
+        working = tl.load(row + 2).to(tl.pointer_type(WORKING)) + start
+        left = tl.load(row + 3) - start
+        if ALIGNED:
+            # addresses out of a table carry no alignment; without it loads stay 4 bytes wide
+            teacher = tl.multiple_of(teacher, 16)
+            student = tl.multiple_of(student, 16)
+            working = tl.multiple_of(working, 16)
+        offset = tl.arange(0, BLOCK)
+        if left >= BLOCK:
+            b_t = tl.load(teacher + offset)
+            b_s = tl.load(student + offset).to(tl.float32)
+            b_new = _lerp(b_t, b_s, weight)
+            tl.store(teacher + offset, b_new)
+            if HAS_WORKING:
+                tl.store(working + offset, b_new.to(WORKING))
+        else:
+            inside = offset < left
+            b_t = tl.load(teacher + offset, mask=inside)
+            b_s = tl.load(student + offset, mask=inside).to(tl.float32)
+            b_new = _lerp(b_t, b_s, weight)
+            tl.store(teacher + offset, b_new, mask=inside)
+            if HAS_WORKING:
+                tl.store(working + offset, b_new.to(WORKING), mask=inside)
+
+
+@triton.jit
+def _lerp(b_t, b_s, weight):
+    # the two forms of torch.lerp: weight 1 gives the student exactly
+    near = weight < 0.5
+    coefficient = tl.where(near, weight, weight - 1.0)
+    return tl.fma(b_s - b_t, coefficient, tl.where(near, b_t, b_s))
+
+
+class _Table(NamedTuple):
+    addresses: Tensor
+    block_tensor: Tensor
+    block_index: Tensor
+    aligned: bool
+
+
+_tables: OrderedDict[tuple, _Table] = OrderedDict()
+
+
+def _table(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequence[Tensor]) -> _Table:
+    """The address table of these tensors, built and copied to the device the first time that they are seen."""
+    device = teacher[0].device
+    sizes = tuple(t.numel() for t in teacher)
+    groups = (teacher, student, working or teacher)
+    addresses = tuple(tuple(x.data_ptr() for x in group) for group in groups)
+    key = (device, addresses, sizes, student[0].dtype, working[0].dtype if working else None)
+    table = _tables.get(key)
+    if table is not None:
+        _tables.move_to_end(key)
+        return table
+    rows = torch.tensor([*addresses, sizes], dtype=torch.int64).T.contiguous()
+    num_blocks = torch.tensor([triton.cdiv(n, BLOCK) for n in sizes], dtype=torch.int64)
+    block_tensor = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), num_blocks)
+    first_block = torch.cumsum(num_blocks, 0) - num_blocks
+    block_index = torch.arange(len(block_tensor)) - first_block[block_tensor.long()]
+    table = _Table(
+        rows.to(device),
+        block_tensor.to(device),
+        block_index.to(device, torch.int32),
+        all(address % 16 == 0 for group in addresses for address in group),
+    )
+    _tables[key] = table
+    if len(_tables) > _TABLES_KEPT:
+        _tables.popitem(last=False)
+    return table
+
+
+def ema_update(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    decay: float,
+    decay_tensor: Tensor | None,
+    working: Sequence[Tensor],
+) -> None:
+    """Launch the update; one launch per (student dtype, working dtype) among the tensors, so one for nearly every model."""
+    groups: dict[tuple, list[int]] = {}
+    for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
+        if t.numel():
+            groups.setdefault((s.dtype, working[i].dtype if working else None), []).append(i)
+    for (student_dtype, working_dtype), members in groups.items():
+        written = [teacher[i] for i in members]
+        copies = [working[i] for i in members] if working else []
+        plain_written = [t.contiguous() for t in written]
+        plain_copies = [w.contiguous() for w in copies]
+        read = [student[i].contiguous() for i in members]
+        table = _table(plain_written, read, plain_copies)
+        _ema_fwd_kernel[(len(table.block_tensor),)](
+            table.addresses,
+            table.block_tensor,
+            table.block_index,
+            decay_tensor if decay_tensor is not None else table.addresses,
+            1.0 - decay,
+            STUDENT=_TL_DTYPE[student_dtype],
+            WORKING=_TL_DTYPE[working_dtype or torch.float32],
+            HAS_WORKING=bool(working),
+            DECAY_ON_DEVICE=decay_tensor is not None,
+            ALIGNED=table.aligned,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+        for target, plain in zip([*written, *copies], [*plain_written, *plain_copies], strict=True):
+            if target is not plain:
+                target.copy_(plain)
