@@ -1,12 +1,13 @@
 """One JSON file per run: DeepSpeed's keys, and a `"d2v"` section that holds everything else.
 
-`load_config` reads it, applies `--set` overrides, and refuses every unknown key, wrong type and impossible value
-in one message. The defaults are the published ViT-B run (arXiv 2202.03555, section 4.1 and the released recipe).
-No torch is imported here, so a typing error costs no time.
+`load_config` reads it, applies `--set` overrides, and refuses every unknown key, wrong type and impossible
+value in one message. The defaults are the published ViT-B run (arXiv 2202.03555, section 4.1, and its released
+recipe). No torch is imported here, so a typing error costs no time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from d2v_fast.config_errors import ConfigError, Problem, Section, check, known_keys, refuse_if, say, show
-from d2v_fast.deepspeed_keys import BatchSplit, DeepSpeedConfig, refused
+from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
 
 __all__ = [
     "BatchSplit",
@@ -43,20 +44,21 @@ __all__ = [
 
 
 class VisionModelConfig(Section):
-    """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` grows linearly over the depth."""
+    """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and
+    falls linearly to 0 at the first."""
 
-    image_size: int = Field(224, ge=1)
-    patch_size: int = Field(16, ge=1)
-    channels: int = Field(3, ge=1)
-    width: int = Field(768, ge=1)
-    depth: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    drop_path: float = Field(0.25, ge=0, lt=1)
-    attention_dropout: float = Field(0.05, ge=0, lt=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    layer_scale: float = Field(1e-4, gt=0)
-    norm_eps: float = Field(1e-6, gt=0)
+    image_size: int = Field(default=224, ge=1)
+    patch_size: int = Field(default=16, ge=1)
+    channels: int = Field(default=3, ge=1)
+    width: int = Field(default=768, ge=1)
+    depth: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    drop_path: float = Field(default=0.25, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.05, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    layer_scale: float = Field(default=1e-4, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
     gradient_checkpointing: bool = False
 
     @property
@@ -89,14 +91,14 @@ class VisionModelConfig(Section):
 
 
 class BlockMaskConfig(Section):
-    """Block-wise masks: rectangles of `min_patches` to `max_patches` (None: as many as are still to be masked)
-    patches with an aspect ratio in [`min_aspect`, 1/`min_aspect`], until `num_patches` patches are masked."""
+    """Block-wise masks: rectangles of `min_patches` to `max_patches` (None: as many as are still to be
+    masked), aspect ratio in [`min_aspect`, 1/`min_aspect`], until `num_patches` patches are masked."""
 
     kind: Literal["block"] = "block"
-    num_patches: int = Field(120, ge=1)
-    min_patches: int = Field(16, ge=1)
-    max_patches: int | None = Field(None, ge=1)
-    min_aspect: float = Field(0.3, gt=0, le=1)
+    num_patches: int = Field(default=120, ge=1)
+    min_patches: int = Field(default=16, ge=1)
+    max_patches: int | None = Field(default=None, ge=1)
+    min_aspect: float = Field(default=0.3, gt=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -114,26 +116,27 @@ class BlockMaskConfig(Section):
 
 
 class TargetConfig(Section):
-    """What the student regresses: the mean of the teacher's last `top_k` block outputs, each normalised, then again."""
+    """What the student regresses: the mean of the teacher's last `top_k` block outputs, each normalised by
+    `layer_norm`, the mean normalised by `final_norm`."""
 
-    top_k: int = Field(6, ge=1)
+    top_k: int = Field(default=6, ge=1)
     layer_norm: Literal["none", "layer", "instance", "batch"] = "layer"
     final_norm: Literal["none", "layer", "instance"] = "layer"
-    eps: float = Field(1e-5, gt=0)
+    eps: float = Field(default=1e-5, gt=0)
 
 
 class LossConfig(Section):
     """Smooth L1: quadratic below `beta`; 0 is the squared error."""
 
-    beta: float = Field(2.0, ge=0)
+    beta: float = Field(default=2.0, ge=0)
 
 
 class TeacherConfig(Section):
     """EMA decay: linear from `decay_start` to `decay_end` over `decay_steps` optimizer steps; 1 freezes."""
 
-    decay_start: float = Field(0.9998, ge=0, le=1)
-    decay_end: float = Field(0.9998, ge=0, le=1)
-    decay_steps: int = Field(0, ge=0)
+    decay_start: float = Field(default=0.9998, ge=0, le=1)
+    decay_end: float = Field(default=0.9998, ge=0, le=1)
+    decay_steps: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -148,29 +151,32 @@ class TeacherConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over the run, as a factor on `optimizer.params.lr`, and how long the run is.
 
-    Exactly one of `epochs` and `steps` (optimizer steps). All kinds rise linearly from `initial_lr_ratio` to 1 during
-    the warm-up. `constant` stays there; `cosine` falls to `final_lr_ratio` at the last step; `tri_stage` holds for
-    `hold_ratio` of the run and then falls exponentially to `final_lr_ratio`.
+    Exactly one of `epochs` and `steps` (optimizer steps). All kinds rise linearly from `initial_lr_ratio` to 1
+    during the warm-up. `constant` stays there; `cosine` falls to `final_lr_ratio` at the last step; `tri_stage`
+    holds for `hold_ratio` of the run and then falls exponentially to `final_lr_ratio`.
     """
 
     kind: Literal["cosine", "tri_stage", "constant"] = "cosine"
-    epochs: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
-    warmup_epochs: float | None = Field(None, ge=0)
-    warmup_steps: int | None = Field(None, ge=0)
-    initial_lr_ratio: float = Field(0.0, ge=0, le=1)
-    final_lr_ratio: float = Field(0.0, ge=0, le=1)
-    hold_ratio: float = Field(0.9, ge=0, le=1)
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    warmup_epochs: float | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    initial_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    hold_ratio: float = Field(default=0.9, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
         if (self.epochs is None) == (self.steps is None):
-            given = None if self.epochs is None else {"epochs": self.epochs, "steps": self.steps}
-            problems.append(Problem("epochs", "be given, or `steps`, and not both", given))
+            lengths = {"epochs": self.epochs, "steps": self.steps}
+            problems.append(Problem("epochs", "be given, or `steps`, and not both", lengths))
         if self.warmup_epochs is not None and self.warmup_steps is not None:
-            given = {"warmup_epochs": self.warmup_epochs, "warmup_steps": self.warmup_steps}
-            problems.append(Problem("warmup_epochs", "be given, or `warmup_steps`, and not both", given))
+            warmups: dict[str, float | None] = {
+                "warmup_epochs": self.warmup_epochs,
+                "warmup_steps": self.warmup_steps,
+            }
+            problems.append(Problem("warmup_epochs", "be given, or `warmup_steps`, and not both", warmups))
         for unit in ("epochs", "steps"):
             length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
             if length is not None and warmup is not None and warmup > length:
@@ -183,21 +189,22 @@ class ScheduleConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the images come from. `mean` and `std` per channel, on pixels in [0, 1]; `crop_scale` as a share of the
-    area; `test_fraction` (digits) is held out for the probe; `max_bad_fraction` unreadable files stop the run."""
+    """Where the images come from. `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of
+    the area; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction` unreadable files
+    stop the run."""
 
     kind: Literal["digits", "images"] = "digits"
     path: str | None = None
-    num_workers: int = Field(2, ge=0)
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), strict=False)
-    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), strict=False)
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), strict=False)
-    flip_prob: float = Field(0.5, ge=0, le=1)
-    color_jitter: float = Field(0.0, ge=0, le=1)
-    rotation_degrees: float = Field(0.0, ge=0, le=180)
-    shift_pixels: float = Field(0.0, ge=0)
-    test_fraction: float = Field(0.2, gt=0, lt=1)
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    num_workers: int = Field(default=2, ge=0)
+    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
+    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
+    crop_scale: tuple[float, float] = Field(default=(0.08, 1.0), strict=False)
+    flip_prob: float = Field(default=0.5, ge=0, le=1)
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+    rotation_degrees: float = Field(default=0.0, ge=0, le=180)
+    shift_pixels: float = Field(default=0.0, ge=0)
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -217,33 +224,34 @@ class DataConfig(Section):
 
 
 class GuardConfig(Section):
-    """When a run stops itself: a standard deviation under its limit after `after_steps` optimizer steps (collapse),
-    or `nonfinite_patience` steps in a row skipped because of a NaN or infinite loss or gradient."""
+    """When a run stops itself: a standard deviation under its limit after `after_steps` optimizer steps
+    (collapse), or `nonfinite_patience` steps in a row skipped for a NaN or infinite loss or gradient."""
 
-    after_steps: int = Field(5000, ge=0)
-    min_target_std: float = Field(0.1, ge=0)
-    min_prediction_std: float = Field(0.01, ge=0)
-    nonfinite_patience: int = Field(3, ge=1)
+    after_steps: int = Field(default=5000, ge=0)
+    min_target_std: float = Field(default=0.1, ge=0)
+    min_prediction_std: float = Field(default=0.01, ge=0)
+    nonfinite_patience: int = Field(default=3, ge=1)
 
 
 class ProbeConfig(Section):
     """k-nearest-neighbour and linear probe on labelled data; `every_epochs` 0 means only at the end."""
 
-    every_epochs: int = Field(0, ge=0)
-    labels_per_class: int = Field(10, ge=1)
-    num_draws: int = Field(5, ge=1)
-    neighbours: int = Field(20, ge=1)
+    every_epochs: int = Field(default=0, ge=0)
+    labels_per_class: int = Field(default=10, ge=1)
+    num_draws: int = Field(default=5, ge=1)
+    neighbours: int = Field(default=20, ge=1)
 
 
 class RunSection(Section):
-    """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in steps."""
+    """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in
+    optimizer steps; `keep` is the number of checkpoints that stay."""
 
     dir: str = "runs"
     name: str | None = None
-    seed: int = Field(0, ge=0, lt=2**32)
-    log_every: int = Field(10, ge=1)
-    save_every: int = Field(1000, ge=1)
-    keep: int = Field(3, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    log_every: int = Field(default=10, ge=1)
+    save_every: int = Field(default=1000, ge=1)
+    keep: int = Field(default=3, ge=1)
     profile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -287,18 +295,13 @@ class RunConfig(Section):
         return {**self.deepspeed.asked_for(), "d2v": self.d2v.model_dump(mode="json")}
 
     def digest(self) -> str:
-        """SHA-256 over what decides the numbers of a run: not its name, its folder, or how often it reports."""
+        """SHA-256 over what decides the numbers of a run: not its name or folder, nor how often it reports."""
         content = self.to_dict()
         for section in ("run", "probe"):
             content["d2v"].pop(section)
         content["d2v"]["data"].pop("num_workers")
         content["d2v"]["seed"] = self.d2v.run.seed
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def needs_deepspeed(self, world_size: int) -> bool:
-        """True for more than one process, ZeRO, or offload; otherwise plain torch does it."""
-        zero = self.deepspeed.zero_optimization
-        return world_size > 1 or zero.stage > 0 or zero.offloads
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int = 1) -> RunConfig:
@@ -323,9 +326,7 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
     """Check a configuration given as nested dictionaries; `ConfigError` lists every problem."""
     outside = {key: value for key, value in raw.items() if key != "d2v"}
     problems = refused(outside)
-    outside = {
-        key: value for key, value in outside.items() if not any(f"`{key}`" in text for text in problems)
-    }
+    outside = {key: value for key, value in outside.items() if key not in REFUSED_KEYS}
     deepspeed, found = check(DeepSpeedConfig, outside, also=["d2v", *known_keys(D2VConfig, "d2v")])
     problems += found
     if deepspeed is not None:
@@ -344,11 +345,9 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
     if d2v is not None and d2v.data.kind == "digits" and d2v.model.channels != 1:
         must = 'be 1 with `d2v.data.kind` "digits"'
         problems.append(say(Problem("d2v.model.channels", must, d2v.model.channels, "The digits are grey.")))
-    if deepspeed is not None and deepspeed.fp16.enabled and not problems:
-        assert d2v is not None
-        if not RunConfig(deepspeed=deepspeed, d2v=d2v).needs_deepspeed(world_size):
-            hint = "One process without ZeRO runs on plain torch: use bf16, or set `zero_optimization.stage` to 1."
-            problems.append(f"`fp16.enabled` must be false without DeepSpeed, but is true instead. {hint}")
+    if deepspeed is not None and deepspeed.fp16.enabled and not deepspeed.needs_deepspeed(world_size):
+        hint = "One process without ZeRO runs on plain torch: use bf16, or `zero_optimization.stage` 1."
+        problems.append(say(Problem("fp16.enabled", "be false without DeepSpeed", True, hint)))
     if problems or deepspeed is None or d2v is None:
         raise ConfigError(dict.fromkeys(problems), source)
     return RunConfig(deepspeed=deepspeed, d2v=d2v)
@@ -410,14 +409,11 @@ def _more_problems(raw: Any) -> list[str]:
     """Problems between those sections that are right in themselves."""
     sections: dict[str, Any] = {}
     for name, field in D2VConfig.model_fields.items():
-        if name == "modality" or not isinstance(raw, dict):
-            continue
-        try:
-            sections[name] = (
-                field.annotation.model_validate(raw.get(name, {})) if name in raw else field.default
-            )
-        except ValidationError:
-            continue
+        if isinstance(field.default, Section) and isinstance(raw, dict):
+            # a wrong section is left out: what it holds says nothing about the others
+            with contextlib.suppress(ValidationError):
+                given = name in raw
+                sections[name] = type(field.default).model_validate(raw[name]) if given else field.default
     return [say(problem, "d2v") for problem in _problems_across(sections)]
 
 

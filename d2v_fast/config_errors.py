@@ -40,7 +40,7 @@ class ConfigError(ValueError):
 
 
 class Problem(NamedTuple):
-    """One impossible value: `key` (dotted, relative to its section) must `must`, but is `value`; `hint` helps."""
+    """One impossible value: `key` (dotted, within its section) must `must`, but is `value`; `hint` helps."""
 
     key: str
     must: str

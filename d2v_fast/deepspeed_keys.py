@@ -64,10 +64,10 @@ class AdamWParams(Section):
 
     lr: float = Field(gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), strict=False
+        default=(0.9, 0.999), strict=False
     )
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     torch_adam: bool = True
 
 
@@ -91,12 +91,12 @@ class Fp16Config(Section):
 
     enabled: bool = False
     auto_cast: bool = False
-    loss_scale: float = Field(0, ge=0)
-    initial_scale_power: int = Field(16, ge=0)
-    loss_scale_window: int = Field(1000, gt=0)
-    hysteresis: int = Field(2, ge=1)
+    loss_scale: float = Field(default=0, ge=0)
+    initial_scale_power: int = Field(default=16, ge=0)
+    loss_scale_window: int = Field(default=1000, gt=0)
+    hysteresis: int = Field(default=2, ge=1)
     consecutive_hysteresis: bool = False
-    min_loss_scale: float = Field(1, gt=0)
+    min_loss_scale: float = Field(default=1, gt=0)
     fp16_master_weights_and_grads: bool = False
 
 
@@ -108,9 +108,9 @@ class OffloadOptimizerConfig(Section):
     pipeline_read: bool = False
     pipeline_write: bool = False
     fast_init: bool = False
-    ratio: float = Field(1.0, ge=0, le=1)
+    ratio: float = Field(default=1.0, ge=0, le=1)
     super_offload: bool = False
-    cpuadam_cores_perc: float = Field(0.8, ge=0, le=1)
+    cpuadam_cores_perc: float = Field(default=0.8, ge=0, le=1)
 
 
 class OffloadParamConfig(Section):
@@ -125,7 +125,7 @@ class OffloadParamConfig(Section):
 class ZeroConfig(Section):
     """ZeRO: which of optimizer state (1), gradients (2) and parameters (3) are sharded over the ranks."""
 
-    stage: int = Field(0, ge=0, le=3)
+    stage: int = Field(default=0, ge=0, le=3)
     offload_optimizer: OffloadOptimizerConfig | None = None
     offload_param: OffloadParamConfig | None = None
     contiguous_gradients: bool = True
@@ -187,20 +187,20 @@ class ZeroConfig(Section):
 class DeepSpeedConfig(Section):
     """Everything outside `"d2v"`: DeepSpeed's own keys, read by both engines."""
 
-    train_batch_size: int | None = Field(None, ge=1)
-    train_micro_batch_size_per_gpu: int | None = Field(None, ge=1)
-    gradient_accumulation_steps: int | None = Field(None, ge=1)
-    gradient_clipping: float = Field(0.0, ge=0)
+    train_batch_size: int | None = Field(default=None, ge=1)
+    train_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1)
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    gradient_clipping: float = Field(default=0.0, ge=0)
     optimizer: OptimizerConfig
     bf16: Bf16Config = Bf16Config()
     fp16: Fp16Config = Fp16Config()
     zero_optimization: ZeroConfig = ZeroConfig()
 
-    steps_per_print: int | None = Field(None, ge=1)
+    steps_per_print: int | None = Field(default=None, ge=1)
     zero_allow_untested_optimizer: bool = True
     zero_force_ds_cpu_optimizer: bool = False
     prescale_gradients: bool = False
-    gradient_predivide_factor: float = Field(1.0, gt=0)
+    gradient_predivide_factor: float = Field(default=1.0, gt=0)
     communication_data_type: str | None = None
     disable_allgather: bool = False
     disable_python_gc: bool = False
@@ -266,6 +266,10 @@ class DeepSpeedConfig(Section):
             hint = f"Set it to {' or '.join(map(str, fixes))}, or change one of the three."
             raise ConfigError([say(Problem("train_batch_size", must, total, hint))])
         return BatchSplit(product, micro, accumulation, world_size)
+
+    def needs_deepspeed(self, world_size: int) -> bool:
+        """True for more than one process, ZeRO, or offload; otherwise plain torch does it."""
+        return world_size > 1 or self.zero_optimization.stage > 0 or self.zero_optimization.offloads
 
     def asked_for(self) -> dict[str, Any]:
         """The keys as they stood in the file, without defaults."""
