@@ -1,0 +1,147 @@
+"""data2vec: the student regresses what the teacher makes of the unmasked input (arXiv 2202.03555, section 3).
+
+Shape letters: B batch, C channels, P patches, T = 1 + P tokens, D width, N masked rows, K averaged layers.
+
+The teacher is an average of the student's encoder over time. It is handed in at every step and is no
+submodule, so neither the optimizer nor DeepSpeed takes it for a part of the model.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast import ops
+from d2v_fast.config import D2VConfig, VisionModelConfig
+from d2v_fast.encoder import Encoder, EncoderOutput, RelativePositionBias, init_linear_
+from d2v_fast.modalities.vision import VisionEmbedding
+
+
+class MaskedImages(Protocol):
+    """What a step needs of a batch.
+
+    Attributes:
+        pixels: `[B, C, H, W]`, normalised.
+        rows: int64 `[N]`, flat indices `b * P + p` of the masked patches, without repeats.
+    """
+
+    @property
+    def pixels(self) -> Tensor: ...
+    @property
+    def rows(self) -> Tensor: ...
+
+
+class StepOutput(NamedTuple):
+    """One forward pass of the objective.
+
+    Attributes:
+        loss_sum: 0-d fp32, the loss summed over masked rows and channels: whoever trains divides by the rows
+            of the global batch, so that the loss does not depend on how that batch is split.
+        num_rows: N, masked rows of this batch.
+        moments: fp32 `[4, D]`, sums over the rows of prediction, prediction^2, target, target^2; no gradient.
+    """
+
+    loss_sum: Tensor
+    num_rows: int
+    moments: Tensor
+
+
+class VisionModel(nn.Module):
+    """The image encoder: what is averaged into the teacher, and what is exported.
+
+    Args:
+        config: sizes and rates. The parameters are drawn from torch's global generator.
+    """
+
+    def __init__(self, config: VisionModelConfig) -> None:
+        super().__init__()
+        self.embedding = VisionEmbedding(config)
+        self.position_bias = RelativePositionBias(config.grid_size, config.heads)
+        self.encoder = Encoder(config)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, pixels: Tensor, rows: Tensor | None = None, top_k: int = 0) -> EncoderOutput:
+        """Encode a batch of images. `norm` is left to the caller, who may want it on some rows only.
+
+        Args:
+            pixels: `[B, C, H, W]`, normalised.
+            rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; None masks nothing.
+            top_k: K, how many of the last blocks' outputs to return.
+        Returns:
+            `last_hidden` `[B, 1 + P, D]`, class token first, and K features of that shape.
+        """
+        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), self.position_bias(), top_k)
+        return output
+
+
+class Data2Vec(nn.Module):
+    """Student encoder, regression head, and the objective.
+
+    Args:
+        config: the model, which of the teacher's layers make the target and how, and the loss.
+    """
+
+    def __init__(self, config: D2VConfig) -> None:
+        super().__init__()
+        self.num_patches = config.model.num_patches
+        self.target = config.target
+        self.beta = config.loss.beta
+        self.student = VisionModel(config.model)
+        self.head = nn.Linear(config.model.width, config.model.width)
+        init_linear_(self.head)
+
+    def forward(self, batch: MaskedImages, teacher: nn.Module) -> StepOutput:
+        """Loss of one batch against a teacher: a `VisionModel` in eval mode, of any floating dtype."""
+        # the teacher goes first: its working memory is free again when the student's activations pile up
+        features = self.teacher_features(batch, teacher)
+        return self.objective(self.student_forward(batch), features, batch.rows)
+
+    def student_forward(self, batch: MaskedImages) -> Tensor:
+        """Predictions `[N, D]` at the masked patches of the masked images; norm and head see no other row."""
+        hidden = self.student(batch.pixels, batch.rows).last_hidden
+        # from rows of patches to rows of tokens: a class token precedes the patches of every image
+        token_rows = batch.rows + batch.rows // self.num_patches + 1
+        prediction: Tensor = self.head(self.student.norm(hidden.flatten(0, 1).index_select(0, token_rows)))
+        return prediction
+
+    @torch.no_grad()
+    def teacher_features(self, batch: MaskedImages, teacher: nn.Module) -> list[Tensor]:
+        """Outputs of the teacher's last K blocks at the patches of the unmasked images: views `[B, P, D]`."""
+        if teacher.training:
+            raise ValueError(
+                "`teacher` must be in eval mode, but is in training mode instead: `teacher.eval()`."
+            )
+        # a working copy in the compute dtype needs no autocast, which would only run its norms in fp32
+        is_working_copy = next(teacher.parameters()).dtype != torch.float32
+        device_type = batch.pixels.device.type
+        with torch.autocast(device_type, enabled=False) if is_working_copy else nullcontext():
+            features = teacher(batch.pixels, top_k=self.target.top_k).features
+        return [feature[:, 1:] for feature in features]
+
+    def objective(self, prediction: Tensor, features: list[Tensor], rows: Tensor) -> StepOutput:
+        """Regress the normalised average of the features at the masked rows.
+
+        Args:
+            prediction: `[N, D]`, of `student_forward`.
+            features: K tensors `[B, P, D]`, of `teacher_features`.
+            rows: int64 `[N]`.
+        """
+        loss, moments = ops.data2vec_loss(
+            prediction,
+            features,
+            layer_norm=self.target.layer_norm,
+            final_norm=self.target.final_norm,
+            rows=rows,
+            eps=self.target.eps,
+            beta=self.beta,
+            reduction="sum",
+        )
+        return StepOutput(loss, len(rows), moments)
+
+
+def build_model(config: D2VConfig) -> Data2Vec:
+    """A student with the published initialisation; seed torch before calling."""
+    return Data2Vec(config)

@@ -1,0 +1,1 @@
+"""Front ends: raw input to token embeddings, one module per modality."""

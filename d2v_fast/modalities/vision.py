@@ -1,0 +1,66 @@
+"""Vision front end: pixels to patch embeddings, the mask token at masked patches, the class token in front.
+
+Shape letters: B batch, C channels, P patches, D width, N masked rows, G patches along one side of the grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.config import VisionModelConfig
+from d2v_fast.encoder import init_linear_, truncated_normal_
+
+
+class VisionEmbedding(nn.Module):
+    """Non-overlapping square patches through one linear map; positions enter later, as an attention bias.
+
+    The map is the published model's convolution with `kernel = stride = patch_size`, written as a matrix
+    product: its weight `[D, C * patch_size ** 2]` is the convolution's weight, flattened.
+    """
+
+    def __init__(self, config: VisionModelConfig) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.patch_size = config.patch_size
+        self.channels = config.channels
+        self.grid_size = config.grid_size
+        patch_values = config.channels * config.patch_size * config.patch_size
+        self.projection = nn.Linear(patch_values, config.width)
+        # the published recipe decays the mask token but not the class token: the shapes tell them apart,
+        # since 1-D parameters are not decayed
+        self.cls_token = nn.Parameter(torch.empty(config.width))
+        self.mask_token = nn.Parameter(torch.empty(1, config.width))
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initialisation: truncated normal everywhere, zero bias."""
+        init_linear_(self.projection)
+        truncated_normal_(self.cls_token)
+        truncated_normal_(self.mask_token)
+
+    def forward(self, pixels: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Embed a batch of images.
+
+        Args:
+            pixels: `[B, C, image_size, image_size]`, normalised.
+            rows: int64 `[N]`, flat indices `b * P + p`, without repeats, of the patches to mask.
+        Returns:
+            `[B, 1 + P, D]`, class token first.
+        """
+        expected = (self.channels, self.image_size, self.image_size)
+        if pixels.dim() != 4 or pixels.shape[1:] != expected:
+            raise ValueError(
+                f"`pixels` must be [B, {', '.join(map(str, expected))}], but is {list(pixels.shape)} instead."
+            )
+        B, G, S = len(pixels), self.grid_size, self.patch_size
+        # a low-precision copy of the model takes the loader's fp32 pixels
+        pixels = pixels.to(self.projection.weight.dtype)
+        patches = pixels.view(B, self.channels, G, S, G, S).permute(0, 2, 4, 1, 3, 5)
+        tokens = self.projection(patches.reshape(B * G * G, -1))
+        if rows is not None:
+            # in place: `tokens` is new, and the projection's backward does not read it
+            tokens.index_copy_(0, rows, self.mask_token.to(tokens.dtype).expand(len(rows), -1))
+        cls_token = self.cls_token.expand(B, 1, -1)
+        return self.dropout(torch.cat((cls_token, tokens.view(B, G * G, -1)), dim=1))
