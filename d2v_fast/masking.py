@@ -1,0 +1,255 @@
+"""Block masks for images: data2vec (arXiv 2202.03555, section 4.1) with the algorithm of BEiT (2106.08254).
+
+Rectangles are laid on the patch grid until the wanted number of patches is covered. The last rectangle rarely
+fits exactly, so an image gets at most that many masked patches, sometimes a few less. `block_mask_reference`
+is the algorithm in plain Python; `block_mask_rows` draws from the same distribution in compiled code.
+
+Randomness is counter-based: a mask depends on (seed, epoch, sample id) and on nothing else, so any number of
+workers, processes or batch splits gives the same masks. A mask is True, or its row listed, where the patch is
+hidden from the student.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from d2v_fast.streams import GOLDEN, MASK, stream_keys
+
+__all__ = ["block_mask_reference", "block_mask_rows", "block_masks"]
+
+NUM_TRIES = 10
+
+# `streams.uniforms` again, number by number; all uint64, because numba turns mixed signs into floats
+_MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
+_SHIFT_11, _SHIFT_27, _SHIFT_30, _SHIFT_31, _SHIFT_32 = (np.uint64(n) for n in (11, 27, 30, 31, 32))
+_TO_UNIT = 2.0**-53
+
+
+def block_mask_rows(
+    seed: int,
+    epoch: int,
+    sample_ids: npt.NDArray[np.int64],
+    grid_size: int,
+    num_patches: int,
+    min_patches: int,
+    max_patches: int | None,
+    min_aspect: float,
+) -> npt.NDArray[np.int64]:
+    """Draw one block mask per sample and list the masked patches.
+
+    Args:
+        seed, epoch, sample_ids: what the masks depend on; `sample_ids` is int64 `[B]`.
+        grid_size: patches along a side; an image has `P = grid_size**2`.
+        num_patches: the most patches to mask in an image, in [1, P - 1].
+        min_patches, max_patches: area of one rectangle before rounding; None: no limit but `num_patches`.
+        min_aspect: rectangles have a height to width ratio in [min_aspect, 1 / min_aspect], log-uniform.
+    Returns:
+        int64 `[N]`: flat indices `b * P + p` of the masked patches, ascending. Every image has at least one
+        masked and one visible patch.
+    """
+    ids = _check(sample_ids, grid_size, num_patches, min_patches, max_patches, min_aspect)
+    # one element more than can be masked: the kernel writes before it knows whether the patch counts
+    rows = np.empty(len(ids) * num_patches + 1, dtype=np.int64)
+    keys = stream_keys(seed, MASK, epoch, ids)
+    largest = num_patches if max_patches is None else max_patches
+    total = _fill_rows(rows, keys, grid_size, num_patches, min_patches, largest, -math.log(min_aspect))
+    return rows[:total]
+
+
+def block_masks(
+    seed: int,
+    epoch: int,
+    sample_ids: npt.NDArray[np.int64],
+    grid_size: int,
+    num_patches: int,
+    min_patches: int,
+    max_patches: int | None,
+    min_aspect: float,
+) -> npt.NDArray[np.bool_]:
+    """The masks of `block_mask_rows` as bool `[B, grid_size, grid_size]`, True where masked."""
+    rows = block_mask_rows(
+        seed, epoch, sample_ids, grid_size, num_patches, min_patches, max_patches, min_aspect
+    )
+    masks = np.zeros(len(sample_ids) * grid_size**2, dtype=np.bool_)
+    masks[rows] = True
+    return masks.reshape(len(sample_ids), grid_size, grid_size)
+
+
+def block_mask_reference(
+    generator: random.Random,
+    grid_size: int,
+    num_patches: int,
+    min_patches: int,
+    max_patches: int | None,
+    min_aspect: float,
+) -> list[list[bool]]:
+    """One block mask `[grid_size][grid_size]`, True where masked: the algorithm, in plain Python."""
+    side = grid_size
+    masked = [[False] * side for _ in range(side)]
+    spread = -math.log(min_aspect)
+    count = 0
+    placed = True
+    while count < num_patches and placed:
+        placed = False
+        room = num_patches - count if max_patches is None else min(num_patches - count, max_patches)
+        for _ in range(NUM_TRIES):
+            # near the end `room` is the smaller of the two, and the area still lies between them
+            area = generator.uniform(min_patches, room)
+            aspect = math.exp(generator.uniform(-spread, spread))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= side or width >= side:
+                continue
+            top, left = generator.randint(0, side - height), generator.randint(0, side - width)
+            cells = [(row, col) for row in range(top, top + height) for col in range(left, left + width)]
+            new = sum(not masked[row][col] for row, col in cells)
+            if 0 < new <= room:
+                for row, col in cells:
+                    masked[row][col] = True
+                count += new
+                placed = True
+                break
+    if count == 0:
+        # not published: on a small grid no rectangle may fit, and an image without a mask teaches nothing
+        edge = min(side - 1, math.isqrt(num_patches))
+        top, left = generator.randint(0, side - edge), generator.randint(0, side - edge)
+        for row in range(top, top + edge):
+            masked[row][left : left + edge] = [True] * edge
+    return masked
+
+
+def _check(
+    sample_ids: npt.NDArray[np.int64],
+    grid_size: int,
+    num_patches: int,
+    min_patches: int,
+    max_patches: int | None,
+    min_aspect: float,
+) -> npt.NDArray[np.int64]:
+    ids = np.ascontiguousarray(sample_ids)
+    if ids.ndim != 1 or ids.dtype != np.int64:
+        raise ValueError(f"`sample_ids` must be int64 [B], but is {ids.dtype} {list(ids.shape)} instead.")
+    most = grid_size**2 - 1
+    if not 1 <= num_patches <= most:
+        raise ValueError(
+            f"`mask.num_patches` must be in [1, {most}], but is {num_patches} instead. "
+            f"The grid has {grid_size} x {grid_size} patches, and one of them must stay visible."
+        )
+    if min_patches < 1:
+        raise ValueError(f"`mask.min_patches` must be >= 1, but is {min_patches} instead.")
+    if max_patches is not None and max_patches < 1:
+        raise ValueError(f"`mask.max_patches` must be >= 1, but is {max_patches} instead.")
+    if not 0 < min_aspect <= 1:
+        raise ValueError(f"`mask.min_aspect` must be in (0, 1], but is {min_aspect} instead.")
+    return ids
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:
+        # no folder to keep the compiled code in: compile once per process
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@_compiled
+def _mix(value: np.uint64) -> np.uint64:
+    value = (value ^ (value >> _SHIFT_30)) * _MULTIPLY_1
+    value = (value ^ (value >> _SHIFT_27)) * _MULTIPLY_2
+    return value ^ (value >> _SHIFT_31)
+
+
+@_compiled
+def _unit(state: np.uint64) -> np.float64:
+    """Uniform in [0, 1), for the position `state` of a stream."""
+    return np.float64(_mix(state) >> _SHIFT_11) * _TO_UNIT
+
+
+@_compiled
+def _below(state: np.uint64, limit: int) -> np.int64:
+    """Integer in [0, limit); the bias of the multiplication is under limit / 2**32."""
+    return np.int64(((_mix(state) >> _SHIFT_32) * np.uint64(limit)) >> _SHIFT_32)
+
+
+@_compiled
+def _fill_rows(
+    rows: npt.NDArray[np.int64],
+    keys: npt.NDArray[np.uint64],
+    side: int,
+    num_patches: int,
+    min_patches: int,
+    max_patches: int,
+    spread: float,
+) -> int:
+    """Write the masked rows of all samples into `rows`, and return how many there are."""
+    size = side * side
+    masked = np.empty(size, dtype=np.uint8)
+    total = 0
+    for b in range(len(keys)):
+        masked[:] = 0
+        _draw_blocks(masked, keys[b], side, num_patches, min_patches, max_patches, spread)
+        base = b * size
+        for p in range(size):
+            # no branch: a row that does not count is overwritten by the next
+            rows[total] = base + p
+            total += masked[p]
+    return total
+
+
+@_compiled
+def _draw_blocks(
+    masked: npt.NDArray[np.uint8],
+    state: np.uint64,
+    side: int,
+    num_patches: int,
+    min_patches: int,
+    max_patches: int,
+    spread: float,
+) -> None:
+    """Mark the masked cells of one image `[side * side]`, with the stream whose key is `state`."""
+    count = 0
+    placed = True
+    while count < num_patches and placed:
+        placed = False
+        room = min(num_patches - count, max_patches)
+        for _ in range(NUM_TRIES):
+            state += GOLDEN
+            root_area = math.sqrt(min_patches + (room - min_patches) * _unit(state))
+            state += GOLDEN
+            root_aspect = math.exp(spread * (_unit(state) - 0.5))
+            height = np.int64(np.rint(root_area * root_aspect))
+            width = np.int64(np.rint(root_area / root_aspect))
+            if height >= side or width >= side:
+                continue
+            state += GOLDEN
+            top = _below(state, side - height + 1)
+            state += GOLDEN
+            left = _below(state, side - width + 1)
+            new = height * width
+            for row in range(top, top + height):
+                for cell in range(row * side + left, row * side + left + width):
+                    new -= masked[cell]
+            if 0 < new <= room:
+                for row in range(top, top + height):
+                    for cell in range(row * side + left, row * side + left + width):
+                        masked[cell] = 1
+                count += new
+                placed = True
+                break
+    if count == 0:
+        # no rectangle fits (a small grid): the largest square that does
+        edge = min(side - 1, np.int64(math.sqrt(num_patches)))
+        state += GOLDEN
+        top = _below(state, side - edge + 1)
+        state += GOLDEN
+        left = _below(state, side - edge + 1)
+        for row in range(top, top + edge):
+            for cell in range(row * side + left, row * side + left + edge):
+                masked[cell] = 1

@@ -1,0 +1,46 @@
+"""Counter-based random numbers: they depend on a seed and on counters, never on what was drawn before.
+
+A stream is named by (seed, purpose, epoch, id). Its key is a hash of the four, and its n-th number is
+splitmix64's (Steele, Lea and Flood 2014): the mixed sum of the key and n times the golden ratio. Workers,
+processes and resumed runs thus agree without sharing a state, and the numbers do not change with the version
+of any library.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["AUGMENT", "GOLDEN", "MASK", "ORDER", "SPLIT", "permutation", "stream_keys", "uniforms"]
+
+# what a stream is for: each purpose has streams of its own
+MASK, AUGMENT, ORDER, SPLIT = 1, 2, 3, 4
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def stream_keys(seed: int, purpose: int, epoch: int, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+    """Keys of the streams of the given ids, uint64 `[B]`. Every number counts modulo 2**64."""
+    keys = np.zeros(1, dtype=np.uint64)
+    for value in (seed, purpose, epoch):
+        keys = _mix((keys ^ np.uint64(value & 0xFFFF_FFFF_FFFF_FFFF)) + GOLDEN)
+    return _mix((keys ^ ids.astype(np.uint64)) + GOLDEN)
+
+
+def uniforms(keys: npt.NDArray[np.uint64], num: int) -> npt.NDArray[np.float64]:
+    """The first `num` numbers of each stream, uniform in [0, 1), `[B, num]`."""
+    positions = np.arange(1, num + 1, dtype=np.uint64) * GOLDEN
+    bits = _mix(keys[:, None] + positions)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(seed: int, purpose: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
+    """A random order of 0 to `size` - 1, int64 `[size]`."""
+    keys = stream_keys(seed, purpose, epoch, np.arange(size, dtype=np.int64))
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
