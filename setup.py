@@ -44,7 +44,10 @@ class CMakeBuild(build_ext):
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("D2V_REQUIRE_CPP") == "1":
                 raise
-            print(f"d2v_fast: installed without its C++ kernels, the PyTorch reference is used ({error})", file=sys.stderr)
+            print(
+                f"d2v_fast: installed without its C++ kernels, the PyTorch reference is used ({error})",
+                file=sys.stderr,
+            )
 
     def build_with_cmake(self) -> None:
         cmake = shutil.which("cmake")

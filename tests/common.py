@@ -15,7 +15,9 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def assert_within_twice(actual: Tensor, eager: Tensor, truth: Tensor, *, floor: float = 1e-6, name: str = "result") -> None:
+def assert_within_twice(
+    actual: Tensor, eager: Tensor, truth: Tensor, *, floor: float = 1e-6, name: str = "result"
+) -> None:
     """The largest error of ``actual`` against the fp64 ``truth`` is at most twice that of the eager composition, plus a floor.
 
     The rule of thumb of flash-attention's tests: the fused form may not be worse than what one would have written.
@@ -23,13 +25,20 @@ def assert_within_twice(actual: Tensor, eager: Tensor, truth: Tensor, *, floor: 
     scale = truth.abs().max().clamp_min(1e-30).item() if truth.numel() else 1.0
     error = (actual.double() - truth).abs().max().item() if truth.numel() else 0.0
     allowed = 2 * ((eager.double() - truth).abs().max().item() if truth.numel() else 0.0) + floor * scale
-    assert error <= allowed, f"{name}: error {error:.3e} against fp64, allowed {allowed:.3e} (scale {scale:.3e})"
+    assert error <= allowed, (
+        f"{name}: error {error:.3e} against fp64, allowed {allowed:.3e} (scale {scale:.3e})"
+    )
     assert not actual.isnan().any(), f"{name} holds NaN"
 
 
 def non_contiguous(x: Tensor) -> Tensor:
     """The same values in memory with gaps: every second element of a twice as wide buffer along the first dimension."""
-    buffer = torch.full((2 * x.shape[0], *x.shape[1:]), float("nan") if x.is_floating_point() else -1, dtype=x.dtype, device=x.device)
+    buffer = torch.full(
+        (2 * x.shape[0], *x.shape[1:]),
+        float("nan") if x.is_floating_point() else -1,
+        dtype=x.dtype,
+        device=x.device,
+    )
     view = buffer[::2]
     view.copy_(x)
     return view

@@ -57,7 +57,9 @@ def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> 
 
     def on_cuda(*args: Any) -> Any:
         if not has_triton():
-            _say_once("Triton is not installed, CUDA tensors use the slower PyTorch reference; `pip install triton`")
+            _say_once(
+                "Triton is not installed, CUDA tensors use the slower PyTorch reference; `pip install triton`"
+            )
             return reference(*args)
         module, _, function = triton_launcher.partition(".")
         return getattr(importlib.import_module(f"d2v_fast.kernels.{module}"), function)(*args)

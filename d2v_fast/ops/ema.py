@@ -112,7 +112,9 @@ def _check(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) 
         if name == "working" and not others:
             continue
         if len(others) != len(teacher):
-            raise ValueError(f"`{name}` must have as many tensors as `teacher` ({len(teacher)}), but has {len(others)} instead.")
+            raise ValueError(
+                f"`{name}` must have as many tensors as `teacher` ({len(teacher)}), but has {len(others)} instead."
+            )
         for i, (t, other) in enumerate(zip(teacher, others, strict=True)):
             if other.shape != t.shape:
                 raise ValueError(
@@ -121,10 +123,14 @@ def _check(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) 
             if other.dtype not in FLOAT_DTYPES:
                 raise ValueError(f"`{name}[{i}]` must be fp32, bf16 or fp16, but is {other.dtype} instead.")
             if other.device != t.device:
-                raise ValueError(f"`{name}[{i}]` must be on {t.device} as `teacher[{i}]` is, but is on {other.device} instead.")
+                raise ValueError(
+                    f"`{name}[{i}]` must be on {t.device} as `teacher[{i}]` is, but is on {other.device} instead."
+                )
     for i, t in enumerate(teacher):
         if t.dtype != torch.float32:
-            raise ValueError(f"`teacher[{i}]` must be fp32 (lower precision loses most updates), but is {t.dtype} instead.")
+            raise ValueError(
+                f"`teacher[{i}]` must be fp32 (lower precision loses most updates), but is {t.dtype} instead."
+            )
     # under torch.compile there are no addresses to compare; the eager call that came before has compared them
     if not torch.compiler.is_compiling():
         _check_overlap(teacher, student, working)
