@@ -189,9 +189,13 @@ class ScheduleConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the images come from. `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of
-    the area; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction` unreadable files
-    stop the run."""
+    """Where the images come from. `mean` and `std` per channel, on pixels in [0, 1].
+
+    Photographs (`images`): `crop_scale` as a share of the area, `flip_prob`, and `color_jitter`, the strength
+    of changes of brightness, contrast and saturation; `max_bad_fraction` unreadable files stop the run.
+    `digits`: at most `rotation_degrees` either way, a zoom of at most 1 + `zoom` either way, and
+    `shift_pixels` of the model's input; `test_fraction` is held out for the probe.
+    """
 
     kind: Literal["digits", "images"] = "digits"
     path: str | None = None
