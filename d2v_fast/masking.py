@@ -151,7 +151,8 @@ def _check(
     return ids
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile with numba, without the GIL, and keep the machine code on disk where a folder can be written."""
     try:
         return njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:
@@ -159,26 +160,26 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return njit(nogil=True, error_model="numpy")(function)
 
 
-@_compiled
+@compiled
 def _mix(value: np.uint64) -> np.uint64:
     value = (value ^ (value >> _SHIFT_30)) * _MULTIPLY_1
     value = (value ^ (value >> _SHIFT_27)) * _MULTIPLY_2
     return value ^ (value >> _SHIFT_31)
 
 
-@_compiled
+@compiled
 def _unit(state: np.uint64) -> np.float64:
     """Uniform in [0, 1), for the position `state` of a stream."""
     return np.float64(_mix(state) >> _SHIFT_11) * _TO_UNIT
 
 
-@_compiled
+@compiled
 def _below(state: np.uint64, limit: int) -> np.int64:
     """Integer in [0, limit); the bias of the multiplication is under limit / 2**32."""
     return np.int64(((_mix(state) >> _SHIFT_32) * np.uint64(limit)) >> _SHIFT_32)
 
 
-@_compiled
+@compiled
 def _fill_rows(
     rows: npt.NDArray[np.int64],
     keys: npt.NDArray[np.uint64],
@@ -203,7 +204,7 @@ def _fill_rows(
     return total
 
 
-@_compiled
+@compiled
 def _draw_blocks(
     masked: npt.NDArray[np.uint8],
     state: np.uint64,
