@@ -189,12 +189,11 @@ class ScheduleConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the images come from. `mean` and `std` per channel, on pixels in [0, 1].
+    """Where the images come from, and how they are changed at random.
 
-    Photographs (`images`): `crop_scale` as a share of the area, `flip_prob`, and `color_jitter`, the strength
-    of changes of brightness, contrast and saturation; `max_bad_fraction` unreadable files stop the run.
-    `digits`: at most `rotation_degrees` either way, a zoom of at most 1 + `zoom` either way, and
-    `shift_pixels` of the model's input; `test_fraction` is held out for the probe.
+    `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of the area; `zoom` 0.1 is up to
+    10 % larger or smaller; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction`
+    unreadable files stop the run.
     """
 
     kind: Literal["digits", "images"] = "digits"
@@ -206,6 +205,7 @@ class DataConfig(Section):
     flip_prob: float = Field(default=0.5, ge=0, le=1)
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
+    zoom: float = Field(default=0.0, ge=0, lt=1)
     shift_pixels: float = Field(default=0.0, ge=0)
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
