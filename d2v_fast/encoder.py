@@ -64,8 +64,8 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         self.num_tokens = 1 + grid_size * grid_size
         self.table = nn.Parameter(torch.empty((2 * grid_size - 1) ** 2 + 3, num_heads))
-        # memory-efficient attention wants mask rows that start at multiples of 8 elements: padded here once and
-        # cut by a view, or every block of every step would pad its own copy
+        # memory-efficient attention wants mask rows that start at multiples of 8 elements: padded here once
+        # and cut by a view, or every block of every step would pad its own copy
         padding = -self.num_tokens % 8
         index = F.pad(relative_position_index(grid_size), (0, padding))
         self.register_buffer("index", index.flatten(), persistent=False)
@@ -151,7 +151,7 @@ class Attention(nn.Module):
             attention_bias: `[1, H, T, T]`, added to the scaled logits, in the dtype of the queries.
         """
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attention_bias, dropout_p=self.attention_dropout if self.training else 0.0
         )
@@ -243,9 +243,7 @@ class Encoder(nn.Module):
         """
         depth = len(self.blocks)
         if not 0 <= top_k <= depth:
-            raise ValueError(
-                f"`top_k` must be in [0, {depth}], the number of blocks, but is {top_k} instead."
-            )
+            raise ValueError(f"`top_k` must be in [0, {depth}], the number of blocks, but is {top_k} instead.")
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         features = []
         for index, block in enumerate(self.blocks):

@@ -58,9 +58,9 @@ class VisionEmbedding(nn.Module):
         # a low-precision copy of the model takes the loader's fp32 pixels
         pixels = pixels.to(self.projection.weight.dtype)
         patches = pixels.view(B, self.channels, G, S, G, S).permute(0, 2, 4, 1, 3, 5)
-        tokens = self.projection(patches.reshape(B * G * G, -1))
+        tokens = self.projection(patches.reshape(B * G * G, self.projection.in_features))
         if rows is not None:
             # in place: `tokens` is new, and the projection's backward does not read it
             tokens.index_copy_(0, rows, self.mask_token.to(tokens.dtype).expand(len(rows), -1))
         cls_token = self.cls_token.expand(B, 1, -1)
-        return self.dropout(torch.cat((cls_token, tokens.view(B, G * G, -1)), dim=1))
+        return self.dropout(torch.cat((cls_token, tokens.view(B, G * G, self.projection.out_features)), dim=1))

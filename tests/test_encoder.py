@@ -1,0 +1,198 @@
+"""The Transformer: position bias, block, stochastic depth, kept layers, recomputation, initialisation."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2v_fast.config import VisionModelConfig
+from d2v_fast.encoder import Encoder, RelativePositionBias, TransformerBlock, relative_position_index
+from tests import vision_reference as reference
+
+SMALL = VisionModelConfig(
+    image_size=9, patch_size=3, channels=1, width=24, depth=4, heads=3, drop_path=0.0, attention_dropout=0.0
+)
+
+
+def small(**changes: object) -> VisionModelConfig:
+    return SMALL.model_copy(update=changes)
+
+
+def inputs(config: VisionModelConfig, batch_size: int = 5) -> tuple[Tensor, Tensor]:
+    """Tokens `[B, T, D]` and a bias `[1, H, T, T]`."""
+    num_tokens = 1 + config.num_patches
+    x = torch.randn(batch_size, num_tokens, config.width)
+    return x, torch.randn(1, config.heads, num_tokens, num_tokens)
+
+
+@pytest.mark.parametrize("grid_size", [1, 2, 3, 5])
+def test_position_bias_matches_its_definition(grid_size: int) -> None:
+    bias = RelativePositionBias(grid_size, num_heads=3)
+    torch.nn.init.normal_(bias.table)
+    torch.testing.assert_close(bias()[0], reference.position_bias(bias.table, grid_size), rtol=0, atol=0)
+
+    bias().sum().backward()
+    counts = relative_position_index(grid_size).flatten().bincount(minlength=len(bias.table))
+    torch.testing.assert_close(bias.table.grad, counts[:, None].expand(-1, 3).to(torch.float32))
+
+
+def test_position_bias_starts_at_zero_and_is_aligned() -> None:
+    bias = RelativePositionBias(grid_size=14, num_heads=12)
+    assert not bias().any()
+    assert bias().shape == (1, 12, 197, 197)
+    assert all(stride % 8 == 0 for stride in bias().stride()[:-1])
+    assert bias().stride(-1) == 1
+    assert list(bias.state_dict()) == ["table"]
+
+
+def test_position_bias_is_in_the_dtype_of_attention() -> None:
+    bias = RelativePositionBias(grid_size=3, num_heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bias().dtype == torch.bfloat16
+        assert all(stride % 8 == 0 for stride in bias().stride()[:-1])
+    assert bias().dtype == torch.float32
+    assert bias.to(torch.bfloat16)().dtype == torch.bfloat16
+    assert bias.index.dtype == torch.int64
+
+
+def test_block_matches_formula() -> None:
+    block = TransformerBlock(SMALL, index=2).double()
+    reference.randomise_(block)
+    x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL))
+    weights = {f"block.{name}": parameter for name, parameter in block.named_parameters()}
+    leaves = {"x": x, "bias": bias, **weights}
+
+    actual = block(x, bias)
+    expected = reference.block(weights, "block", SMALL, x, bias[0])
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+    direction = torch.randn_like(actual)
+    actual_grads = torch.autograd.grad(actual, list(leaves.values()), direction)
+    expected_grads = torch.autograd.grad(expected, list(leaves.values()), direction)
+    for name, actual_grad, expected_grad in zip(leaves, actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(
+            actual_grad, expected_grad, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_drop_path_keeps_or_drops_whole_samples() -> None:
+    block = TransformerBlock(small(drop_path=0.5, depth=2), index=1)
+    reference.randomise_(block)
+    torch.nn.init.zeros_(block.gamma2)  # one branch, so that its factor can be read off
+    x, bias = inputs(SMALL, batch_size=64)
+    branch = block.eval()(x, bias) - x
+    factor = (block.train()(x, bias) - x) / branch
+    per_sample = factor.flatten(1).mean(1)
+    torch.testing.assert_close(factor, per_sample[:, None, None].expand_as(factor), rtol=1e-3, atol=1e-3)
+    kept = per_sample > 1
+    torch.testing.assert_close(per_sample, torch.where(kept, 2.0, 0.0), rtol=1e-3, atol=1e-3)
+    assert 16 < kept.sum() < 48
+
+
+def test_drop_path_rises_linearly() -> None:
+    encoder = Encoder(small(drop_path=0.3, depth=4))
+    assert [block.drop_path for block in encoder.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert [block.drop_path for block in Encoder(small(drop_path=0.3, depth=1)).blocks] == [0.0]
+
+
+def test_dropouts_act_in_training_only() -> None:
+    x, bias = inputs(SMALL)
+    for rate in ("drop_path", "attention_dropout", "dropout"):
+        encoder = Encoder(small(**{rate: 0.5}))
+        reference.randomise_(encoder)
+        assert not torch.equal(encoder(x, bias).last_hidden, encoder(x, bias).last_hidden), rate
+        encoder.eval()
+        assert torch.equal(encoder(x, bias).last_hidden, encoder(x, bias).last_hidden), rate
+
+
+def test_features_are_the_last_block_outputs() -> None:
+    encoder = Encoder(SMALL).eval()
+    reference.randomise_(encoder)
+    x, bias = inputs(SMALL)
+    outputs = [x]
+    for block in encoder.blocks:
+        outputs.append(block(outputs[-1], bias))
+    for top_k in range(SMALL.depth + 1):
+        last_hidden, features = encoder(x, bias, top_k)
+        assert torch.equal(last_hidden, outputs[-1])
+        assert len(features) == top_k
+        assert all(map(torch.equal, features, outputs[len(outputs) - top_k :]))
+
+
+@pytest.mark.parametrize("top_k", [-1, 5])
+def test_top_k_out_of_range_is_refused(top_k: int) -> None:
+    with pytest.raises(ValueError, match=r"`top_k` must be in \[0, 4\].* but is -?\d instead"):
+        Encoder(SMALL)(*inputs(SMALL), top_k)
+
+
+def test_only_kept_layers_stay_alive() -> None:
+    encoder = Encoder(SMALL).eval()
+    alive: list[weakref.ref[Tensor]] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda block, args, output: alive.append(weakref.ref(output)))
+    with torch.no_grad():
+        output = encoder(*inputs(SMALL), top_k=2)
+    assert [ref() is not None for ref in alive] == [False, False, True, True]
+    assert output.features[-1] is output.last_hidden
+
+
+def test_gradient_checkpointing_changes_memory_only() -> None:
+    config = small(drop_path=0.5, attention_dropout=0.3, dropout=0.2)
+    plain, checkpointed = Encoder(config), Encoder(config.model_copy(update={"gradient_checkpointing": True}))
+    reference.randomise_(plain)
+    checkpointed.load_state_dict(plain.state_dict())
+    x, bias = inputs(config)
+    bias.requires_grad_()
+
+    def run(encoder: Encoder) -> tuple[int, list[Tensor]]:
+        saved_bytes = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal saved_bytes
+            saved_bytes += tensor.nbytes
+            return tensor
+
+        torch.manual_seed(7)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            last_hidden, features = encoder(x, bias, top_k=2)
+            loss = last_hidden.square().sum() + features[0].sum()
+        return saved_bytes, list(torch.autograd.grad(loss, [bias, *encoder.parameters()]))
+
+    plain_bytes, plain_grads = run(plain)
+    checkpointed_bytes, checkpointed_grads = run(checkpointed)
+    assert all(map(torch.equal, plain_grads, checkpointed_grads))
+    assert checkpointed_bytes < plain_bytes / 3
+
+
+def test_published_initialisation() -> None:
+    config = VisionModelConfig(depth=3, layer_scale=1e-5)
+    encoder = Encoder(config)
+    deviation = 0.02 * 0.5396  # of a unit normal cut off at one deviation
+    for index, block in enumerate(encoder.blocks):
+        shrunk = 1 / math.sqrt(2 * (index + 1))
+        weights = {
+            "qkv": (block.attention.qkv.weight, 1.0),
+            "proj": (block.attention.proj.weight, shrunk),
+            "fc1": (block.mlp.fc1.weight, 1.0),
+            "fc2": (block.mlp.fc2.weight, shrunk),
+        }
+        for name, (weight, scale) in weights.items():
+            assert weight.abs().max() <= 0.02 * scale * 1.001, name
+            assert weight.std().item() == pytest.approx(deviation * scale, rel=0.01), name
+            assert abs(weight.mean().item()) < 1e-4 * scale, name
+        for name, parameter in block.named_parameters():
+            if "bias" in name:
+                assert not parameter.any(), name
+            if "gamma" in name:
+                assert (parameter == 1e-5).all(), name
+
+
+def test_compiles_without_graph_breaks() -> None:
+    encoder = Encoder(small(drop_path=0.2))
+    compiled = torch.compile(encoder.eval(), fullgraph=True, backend="aot_eager")
+    x, bias = inputs(SMALL)
+    torch.testing.assert_close(compiled(x, bias, 2).features, encoder(x, bias, 2).features)
