@@ -1,0 +1,263 @@
+"""Any folder of photographs: a tree of JPEG, PNG and WebP files, without labels."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.decode import Box, UnreadableImage, centre_box, read_square
+from d2v_fast.streams import AUGMENT, stream_keys, uniforms
+
+if TYPE_CHECKING:
+    from d2v_fast.config import DataConfig, VisionModelConfig
+
+__all__ = ["ImagesDataset", "random_box"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
+NUM_CROP_TRIES = 10
+
+# files looked at before training starts, and neighbours tried in place of an unreadable file
+NUM_CHECKED = 16
+NUM_NEIGHBOURS = 64
+
+# what the numbers of an image's stream decide
+_CROP = slice(0, 4 * NUM_CROP_TRIES)
+_FLIP = _CROP.stop
+_JITTER = slice(_FLIP + 1, _FLIP + 5)
+
+_log = logging.getLogger(__name__)
+
+
+class ImagesDataset:
+    """All images below `data.path`, ordered by path; links are followed, hidden files and folders are left
+    out.
+
+    Augmented images are random resized crops (`crop_scale` of the area, aspect 3/4 to 4/3, cubic), flipped
+    left to right, and changed in brightness, contrast and saturation if `color_jitter` > 0. An unreadable
+    file is replaced by the next readable one in the order.
+
+    Raises:
+        DataError: at once, if there is no such folder, no image in it, or none that can be read.
+    """
+
+    def __init__(self, data: DataConfig, model: VisionModelConfig) -> None:
+        if model.channels not in (1, 3):
+            raise DataError(f"`d2v.model.channels` must be 1 or 3, but is {model.channels} instead.")
+        if data.path is None:
+            raise DataError("`d2v.data.path` must be the folder that holds the images, but is null instead.")
+        self.image_size = model.image_size
+        self.channels = model.channels
+        self.root = os.path.abspath(os.path.expanduser(data.path))
+        self._paths = _PathList(_find_images(self.root))
+        self._crop_scale = data.crop_scale
+        self._flip_prob = data.flip_prob
+        self._jitter = data.color_jitter
+        self._mean = torch.tensor(data.mean).reshape(-1, 1, 1) * 255
+        self._std = torch.tensor(data.std).reshape(-1, 1, 1) * 255
+        self._check_some()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, sample_id: int) -> Tensor:
+        """One image, fp32 `[C, H, W]`, normalised, not augmented."""
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"sample {sample_id} of {len(self)}")
+        return self.plain(np.array([sample_id]))[0]
+
+    def path(self, sample_id: int) -> str:
+        """The file of a sample."""
+        return os.path.join(self.root, self._paths[sample_id])
+
+    def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
+        """See `Dataset`. A replaced image is cropped and flipped as the unreadable one would have been.
+
+        Raises:
+            DataError: if an image and its next neighbours are all unreadable.
+        """
+        draws = uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), _JITTER.stop)
+        squares, bad = [], []
+        for sample_id, numbers in zip(sample_ids.tolist(), draws, strict=True):
+            square, failures = self._read_or_replace(sample_id, numbers)
+            squares.append(self._change(square, numbers))
+            bad += failures
+        return self._normalised(squares), tuple(bad)
+
+    def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
+        """See `Dataset`: the largest square in the middle.
+
+        Raises:
+            DataError: if a file cannot be read.
+        """
+        try:
+            squares = [
+                read_square(self.path(sample_id), self.image_size, self.channels, centre_box)
+                for sample_id in sample_ids.tolist()
+            ]
+        except UnreadableImage as error:
+            raise DataError(f"unreadable image among samples {sample_ids.tolist()}: {error}") from None
+        return self._normalised(squares)
+
+    def _read_or_replace(self, sample_id: int, numbers: npt.NDArray[np.float64]) -> tuple[Image.Image, list[str]]:
+        def choose_box(width: int, height: int) -> Box:
+            return random_box(numbers[_CROP], width, height, self._crop_scale)
+
+        failures: list[str] = []
+        for distance in range(min(len(self), NUM_NEIGHBOURS)):
+            path = self.path((sample_id + distance) % len(self))
+            try:
+                return read_square(path, self.image_size, self.channels, choose_box), failures
+            except UnreadableImage as error:
+                failures.append(f"{printable(path)}: {error}")
+        raise DataError(
+            f"{len(failures)} files in a row are unreadable. Remove or repair them:\n  " + "\n  ".join(failures)
+        )
+
+    def _change(self, square: Image.Image, numbers: npt.NDArray[np.float64]) -> Image.Image:
+        if numbers[_FLIP] < self._flip_prob:
+            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self._jitter > 0:
+            order, *strengths = numbers[_JITTER].tolist()
+            square = _jittered(square, order, [1 + self._jitter * (2 * s - 1) for s in strengths])
+        return square
+
+    def _normalised(self, squares: list[Image.Image]) -> Tensor:
+        shape = (len(squares), self.image_size, self.image_size, self.channels)
+        pixels = np.empty(shape, dtype=np.uint8)
+        for i, square in enumerate(squares):
+            pixels[i] = np.asarray(square).reshape(shape[1:])
+        channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        result = channels_first.to(torch.float32, memory_format=torch.contiguous_format)
+        return result.sub_(self._mean).div_(self._std)
+
+    def _check_some(self) -> None:
+        """Fail before training does, when nothing can be read."""
+        failures = []
+        for sample_id in np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED, dtype=np.int64)).tolist():
+            try:
+                read_square(self.path(sample_id), self.image_size, self.channels, centre_box)
+                return
+            except UnreadableImage as error:
+                failures.append(f"{printable(self.path(sample_id))}: {error}")
+        raise DataError(
+            f"`d2v.data.path` must hold readable images, but of {len(self)} in {printable(self.root)!r} "
+            f"{len(failures)} were tried and none can be read:\n  " + "\n  ".join(failures)
+        )
+
+
+def random_box(numbers: npt.NDArray[np.float64], width: int, height: int, scale: tuple[float, float]) -> Box:
+    """The crop (left, top, width, height) of an Inception-style random resized crop.
+
+    Args:
+        numbers: fp64 `[40]` uniform in [0, 1): ten tries of four.
+        width, height: of the image, in pixels.
+        scale: smallest and largest share of the image's area.
+    """
+    log_low, log_high = math.log(MIN_ASPECT), math.log(MAX_ASPECT)
+    low, high = scale
+    for share, ratio, across, down in numbers.reshape(-1, 4).tolist():
+        area = width * height * (low + (high - low) * share)
+        aspect = math.exp(log_low + (log_high - log_low) * ratio)
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = math.floor(across * (width - crop_width + 1))
+            return left, math.floor(down * (height - crop_height + 1)), crop_width, crop_height
+    # a very long or very small image: as much of its middle as the aspect allows
+    crop_width = max(1, min(width, round(height * MAX_ASPECT)))
+    crop_height = max(1, min(height, round(width / MIN_ASPECT)))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def printable(path: str) -> str:
+    """A path as text that every terminal and log can hold, whatever bytes it is made of."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _jittered(square: Image.Image, order: float, strengths: list[float]) -> Image.Image:
+    """Scale brightness, contrast and saturation; `order` in [0, 1) picks one of their six orders."""
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    if square.mode == "L":
+        # grey has no saturation
+        enhancers.pop()
+    steps = list(zip(enhancers, strengths, strict=False))
+    order *= math.factorial(len(steps))
+    while steps:
+        index, order = divmod(order, math.factorial(len(steps) - 1))
+        enhancer, strength = steps.pop(int(index))
+        square = enhancer(square).enhance(strength)
+    return square
+
+
+def _find_images(root: str) -> list[str]:
+    """Paths of all images below `root`, relative to it and sorted."""
+    if not os.path.isdir(root):
+        what = "is a file" if os.path.exists(root) else "does not exist"
+        raise DataError(f"`d2v.data.path` must be a folder, but {printable(root)!r} {what}.")
+    images, others = [], 0
+    for path in _walk(root):
+        if path.lower().endswith(SUFFIXES):
+            images.append(os.path.relpath(path, root))
+        else:
+            others += 1
+    if not images:
+        raise DataError(
+            f"`d2v.data.path` must hold images ({', '.join(SUFFIXES)}), but {printable(root)!r} has none "
+            f"({others} other files)."
+        )
+    return sorted(images)
+
+
+def _walk(root: str) -> Iterator[str]:
+    """All files below `root`; each folder once, also where links lead in circles."""
+    seen = set()
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            _log.warning("skipped a folder of images that cannot be listed: %s", error)
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                folders.append(entry.path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                # a dead link: reading it fails, and the file is named
+                yield entry.path
+            elif entry.is_file():
+                # pipes and devices are left out: reading them may never end
+                yield entry.path
+
+
+class _PathList:
+    """Texts in two arrays. A list of a million strings would be copied into every worker as it is touched."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._ends = np.cumsum([len(path) for path in encoded])
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())

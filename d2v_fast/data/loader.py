@@ -1,0 +1,271 @@
+"""From a data set to batches with masks, one optimizer step at a time.
+
+Worker processes read, augment and draw masks; everything random depends on (seed, epoch, sample id), so the batches
+are the same for any number of workers, and resuming needs the step number only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import math
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from d2v_fast.data.batch import Batch, DataError, Dataset
+from d2v_fast.data.order import MicroStep, StepOrder
+from d2v_fast.masking import block_mask_rows
+
+if TYPE_CHECKING:
+    from d2v_fast.config import BlockMaskConfig, D2VConfig
+
+__all__ = ["StepLoader"]
+
+# small batches are made in no time, and wait in the queue so that a step never waits for a worker
+SMALL_BATCH_BYTES = 1 << 20
+PREFETCH_SMALL, PREFETCH_LARGE = 8, 2
+
+# the share of unreadable files is judged over at least so many samples (or the data set, if it is smaller)
+MIN_JUDGED = 1000
+NUM_NAMED = 10
+
+# how long a worker lives on after SIGTERM, for the main process to finish its step and save
+GRACE_SECONDS = 60
+
+_log = logging.getLogger(__name__)
+
+
+class StepLoader:
+    """Yields, for every optimizer step, the list of its micro batches for this process.
+
+    Args:
+        dataset: what `build_dataset` returns.
+        config: the `"d2v"` section; masks, number of workers and the limit for unreadable files are read from it.
+        micro_batch, accumulation, world_size, rank: see `StepOrder`.
+        seed: of order, augmentation and masks; None takes `config.run.seed`.
+        start_step: optimizer steps already made; iteration begins after them.
+        num_steps: optimizer steps of the whole run; None yields without end.
+        pin_memory: page-locked batches; None pins if there is a CUDA device and `config.run.device` allows it.
+        timeout_s: seconds to wait for a batch before a worker counts as hung; 0 waits for ever.
+    Raises:
+        DataError: if the data set is smaller than one optimizer step, or shared memory is too small for the workers;
+            while iterating, if more than `max_bad_fraction` of the files are unreadable.
+        RuntimeError: while iterating, if a worker fails, dies or hangs.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: D2VConfig,
+        *,
+        micro_batch: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int | None = None,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        pin_memory: bool | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        seed = config.run.seed if seed is None else seed
+        self._order = StepOrder(
+            len(dataset),
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            world_size=world_size,
+            rank=rank,
+            seed=seed,
+            start_step=start_step,
+            num_steps=num_steps,
+        )
+        self._maker = _BatchMaker(dataset, config.mask, config.model.grid_size, seed)
+        self._num_workers = config.data.num_workers
+        if pin_memory is None:
+            pin_memory = config.run.device != "cpu" and torch.cuda.is_available()
+        self._pin_memory = pin_memory
+        self._timeout_s = timeout_s
+        self._bytes = 4 * micro_batch * dataset.channels * dataset.image_size**2
+        self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
+        self._bad = _BadFiles(config.data.max_bad_fraction, len(dataset))
+        if self._num_workers > 0:
+            _check_shared_memory(self._num_workers * self._prefetch * self._bytes, self._num_workers)
+        # compiles the sampler here, once, and not in every worker
+        self._maker.rows(0, np.zeros(1, dtype=np.int64))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data; the rest that does not fill a step is left out."""
+        return self._order.steps_per_epoch
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in one optimizer step, over all micro steps and processes."""
+        return self._order.global_batch
+
+    @property
+    def bad_files(self) -> tuple[str, ...]:
+        """The unreadable files that this process has met, as `path: reason`."""
+        return tuple(self._bad.files)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        iterator = iter(self._data_loader())
+        stop = functools.partial(_stop_workers, iterator)
+        # an interpreter that ends while the iteration is suspended would wait for its workers
+        atexit.register(stop)
+        try:
+            step: list[Batch] = []
+            for made in _readable_errors(iterator, self._timeout_s):
+                if isinstance(made, DataError):
+                    raise made
+                self._bad.add(made)
+                step.append(made)
+                if len(step) == self._order.accumulation:
+                    yield step
+                    step = []
+        finally:
+            atexit.unregister(stop)
+            stop()
+
+    def _data_loader(self) -> DataLoader[Any]:
+        options: dict[str, Any] = {}
+        if self._num_workers > 0:
+            options = {
+                "worker_init_fn": _init_worker,
+                "prefetch_factor": self._prefetch,
+                "timeout": self._timeout_s,
+            }
+        return DataLoader(
+            self._maker,
+            batch_size=None,
+            sampler=self._order,
+            collate_fn=_as_is,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            # one of its own, so that torch's global generator stays untouched
+            generator=torch.Generator(),
+            **options,
+        )
+
+
+class _BatchMaker(TorchDataset):
+    """Makes one micro batch; runs in the workers."""
+
+    def __init__(self, dataset: Dataset, mask: BlockMaskConfig, grid_size: int, seed: int) -> None:
+        self._dataset = dataset
+        self._mask = mask
+        self._grid_size = grid_size
+        self._seed = seed
+
+    def rows(self, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+        mask = self._mask
+        return block_mask_rows(
+            self._seed,
+            epoch,
+            sample_ids,
+            self._grid_size,
+            mask.num_patches,
+            mask.min_patches,
+            mask.max_patches,
+            mask.min_aspect,
+        )
+
+    def __getitem__(self, micro: MicroStep) -> Batch | DataError:
+        try:
+            pixels, bad = self._dataset.augmented(micro.sample_ids, self._seed, micro.epoch)
+        except DataError as error:
+            # raised by the main process: a worker's exception would arrive as the text of a traceback
+            return error
+        rows = self.rows(micro.epoch, micro.sample_ids)
+        # cheaper than asking the other processes: a mask is a millionth of a second
+        alone = len(micro.sample_ids) == len(micro.step_sample_ids)
+        global_rows = len(rows) if alone else len(self.rows(micro.epoch, micro.step_sample_ids))
+        return Batch(pixels, torch.from_numpy(rows), torch.from_numpy(micro.sample_ids), bad, global_rows)
+
+
+class _BadFiles:
+    """Counts and names unreadable files, and stops the run when there are too many."""
+
+    def __init__(self, max_fraction: float, num_samples: int) -> None:
+        self.files: dict[str, None] = {}
+        self._max_fraction = max_fraction
+        self._num_samples = num_samples
+        self._num_seen = 0
+
+    def add(self, batch: Batch) -> None:
+        self._num_seen += len(batch.sample_ids)
+        new = [file for file in dict.fromkeys(batch.bad) if file not in self.files]
+        if not new:
+            return
+        for file in new:
+            self.files[file] = None
+            _log.warning("skipped unreadable image number %d: %s", len(self.files), file)
+        seen = min(self._num_seen, self._num_samples)
+        judged = max(seen, min(self._num_samples, MIN_JUDGED))
+        if len(self.files) > math.ceil(self._max_fraction * judged):
+            named = list(self.files)[:NUM_NAMED]
+            more = len(self.files) - len(named)
+            raise DataError(
+                f"{len(self.files)} of {seen} images are unreadable, and `d2v.data.max_bad_fraction` is "
+                f"{self._max_fraction}. Repair or remove them, or raise that limit:\n  "
+                + "\n  ".join(named)
+                + (f"\n  and {more} more" if more else "")
+            )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _init_worker(worker_id: int) -> None:
+    # Ctrl-C and SIGTERM often go to every process of a run; only the main one decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+
+
+def _readable_errors(iterator: Iterable[Any], timeout_s: float) -> Iterator[Any]:
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        text = str(error)
+        if "timed out" in text:
+            advice = f"A data loader worker gave no batch for {timeout_s:g} s: a slow or hung disk, or a damaged file."
+        elif "killed by signal" in text or "exited unexpectedly" in text:
+            advice = (
+                "A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0."
+            )
+        else:
+            raise
+        raise RuntimeError(f"{advice} ({text})") from error
+
+
+def _stop_workers(iterator: object) -> None:
+    """End the workers, those that hang too. torch has no public way to do so."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+    for worker in getattr(iterator, "_workers", ()):
+        worker.kill()
+
+
+def _check_shared_memory(needed: int, num_workers: int) -> None:
+    """Workers hand batches over in /dev/shm; when it is full, they die of a bus error."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise DataError(
+            f"`d2v.data.num_workers` must leave room in /dev/shm, but {num_workers} workers need up to "
+            f"{needed / 1e6:.0f} MB of it and {free / 1e6:.0f} MB are free. Use fewer workers, 0 for none, or give a "
+            f"container more (`--shm-size`)."
+        )
