@@ -1,0 +1,294 @@
+"""What runs a step: plain torch for one process, DeepSpeed for several, for ZeRO and for offload.
+
+Both engines offer the same few methods, so that the training loop does not know which one it has. A step whose loss
+or gradient is not finite changes nothing, on every process alike:
+
+- a loss that is not finite is multiplied by NaN before the backward pass, so that every gradient of this process is
+  NaN, and so is every gradient of the others once they are averaged;
+- where plain torch's AdamW runs the step (`PlainEngine`, DeepSpeed without ZeRO in fp32), it is handed a flag on the
+  device, 1 where the gradient norm is not finite, and leaves parameters and moments as they are. The host never waits
+  for that flag: `step` returns it, and whoever updates the teacher masks that update with it on the device;
+- everywhere else DeepSpeed makes the same check itself, and the host knows at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.world import World
+
+# the folder inside a checkpoint, and the tag, under which DeepSpeed stores its state
+DEEPSPEED_TAG = "deepspeed"
+
+
+class Engine(ABC):
+    """A model with its optimizer.
+
+    Attributes:
+        model: the bare module.
+        compute_dtype: dtype of the forward pass, and of the teacher's working copy.
+        grad_norm: 0-d, norm of the last step's gradient before clipping, over all processes.
+    """
+
+    model: nn.Module
+    compute_dtype: torch.dtype
+    grad_norm: Tensor
+
+    @abstractmethod
+    def forward(self, *inputs: Any) -> Any:
+        """The model's forward pass in training mode, in the compute dtype."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-step. The loss is divided by the number of micro-steps, and gradients are
+        averaged over the processes."""
+
+    @abstractmethod
+    def step(self, lr: float) -> Tensor:
+        """Clip and apply the gradients of all micro-steps at this learning rate, then clear them.
+
+        Returns:
+            0-d bool on the model's device: whether anything was changed. On the CPU it can be read at no cost.
+        """
+
+    @abstractmethod
+    def signature(self) -> dict[str, Any]:
+        """What a saved optimizer state depends on."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the optimizer's state (and DeepSpeed's model state) into a folder; every process calls it."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote. No code in those files is run."""
+
+    def named_master_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained values by name: fp32 with `PlainEngine`, the module's own with DeepSpeed."""
+        yield from self.model.named_parameters()
+
+
+def make_engine(model: nn.Module, config: RunConfig, world: World) -> Engine:
+    """The engine that the configuration and the number of processes ask for. `model` is on its device, in fp32."""
+    if not config.deepspeed.needs_deepspeed(world.size):
+        return PlainEngine(model, config, world)
+    return DeepSpeedEngine(model, config, world)
+
+
+def check_engine_available(config: RunConfig, num_processes: int) -> None:
+    """RuntimeError where DeepSpeed is needed and not installed. Nothing is imported."""
+    if config.deepspeed.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
+        raise RuntimeError(
+            "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
+            "`pip install deepspeed`. One process without `zero_optimization` needs none: `python d2v_fast/train.py ...`."
+        )
+
+
+class PlainEngine(Engine):
+    """One process. fp32 parameters and AdamW; bf16 means autocast, so that the optimizer keeps fp32 values."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+        self.model = model
+        self.compute_dtype = compute_dtype(config, world.device)
+        self.grad_norm = torch.zeros((), device=world.device)
+        self._device_type = world.device.type
+        self._accumulation = _batch_split(config, world).accumulation
+        self._clipping = config.deepspeed.gradient_clipping
+        self._optimizer = _adamw(model, config)
+        model.train()
+
+    def forward(self, *inputs: Any) -> Any:
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(self._device_type, self.compute_dtype, enabled=enabled):
+            return self.model(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        (_nan_unless_finite(loss) / self._accumulation).backward()
+
+    def step(self, lr: float) -> Tensor:
+        _set_lr(self._optimizer, lr)
+        self.grad_norm, applied = _clip(self.model, self._optimizer, self._clipping)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return applied
+
+    def signature(self) -> dict[str, Any]:
+        return {"engine": "plain", "world_size": 1, "zero_stage": 0}
+
+    def save(self, folder: Path) -> None:
+        torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        self._optimizer.load_state_dict(state)
+
+
+class DeepSpeedEngine(Engine):
+    """Several processes, ZeRO stages 0 to 2, offload of the optimizer. DeepSpeed is imported here and nowhere else."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+        deepspeed = _import_deepspeed(world.device)
+        split = _batch_split(config, world)
+        self.model = model
+        self.compute_dtype = compute_dtype(config, world.device)
+        self.grad_norm = torch.zeros((), device=world.device)
+        self._device = world.device
+        self._world_size, self._stage = world.size, config.deepspeed.zero_optimization.stage
+        self._micro_steps, self._accumulation = 0, split.accumulation
+        # without ZeRO and without loss scaling DeepSpeed hands the step to AdamW unchecked: it is checked here
+        self._checks_here = self._stage == 0 and self.compute_dtype == torch.float32
+        self._clipping = config.deepspeed.gradient_clipping
+        settings = _deepspeed_settings(config, split, self.compute_dtype)
+        if self._checks_here:
+            settings["gradient_clipping"] = 0.0
+        if config.deepspeed.optimizer.params.torch_adam:
+            del settings["optimizer"]
+            chosen: dict[str, Any] = {"optimizer": _adamw(model, config)}
+        else:
+            chosen = {"model_parameters": _parameter_groups(model, config.deepspeed.optimizer.params.weight_decay)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False, **chosen)
+        self._engine.train()
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(_nan_unless_finite(loss))
+        self._micro_steps += 1
+        if self._micro_steps < self._accumulation:
+            # DeepSpeed counts micro-steps in its own `step`, which changes nothing before the last one
+            self._engine.step()
+
+    def step(self, lr: float) -> Tensor:
+        self._micro_steps = 0
+        _set_lr(self._engine.optimizer, lr)
+        if self._checks_here:
+            self.grad_norm, applied = _clip(self.model, self._engine.optimizer, self._clipping)
+            self._engine.step()
+            return applied
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        self.grad_norm = torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32)
+        return torch.full((), self._engine.was_step_applied(), device=self._device)
+
+    def signature(self) -> dict[str, Any]:
+        return {"engine": "deepspeed", "world_size": self._world_size, "zero_stage": self._stage}
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        with _only_weights():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no state of its own in {folder}.")
+
+
+def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """Dtype of the forward pass: `bf16.enabled` "auto" is bf16 on a GPU that computes in it, fp32 elsewhere."""
+    wanted = config.deepspeed.bf16.enabled
+    if wanted == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        wanted = has_bf16 and not config.deepspeed.fp16.enabled
+    if wanted:
+        return torch.bfloat16
+    return torch.float16 if config.deepspeed.fp16.enabled else torch.float32
+
+
+def _batch_split(config: RunConfig, world: World) -> BatchSplit:
+    return config.deepspeed.batch_split(world.size)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay for matrices, none for 1-D parameters: biases, norms, LayerScale, the class token."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    params = config.deepspeed.optimizer.params
+    groups = _parameter_groups(model, params.weight_decay)
+    # fused: one pass over the memory, and the only form that takes the flag of `_clip`; needs no compiler
+    return torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, eps=params.eps, fused=True)
+
+
+def _set_lr(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _nan_unless_finite(loss: Tensor) -> Tensor:
+    # a factor on the device, so that the host need not look; an infinite loss can have finite gradients
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
+def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip the gradients and tell AdamW whether to leave everything as it is: (norm, applied), both 0-d, no sync."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    applied = torch.isfinite(norm)
+    optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+    return norm, applied
+
+
+def _deepspeed_settings(config: RunConfig, split: BatchSplit, dtype: torch.dtype) -> dict[str, Any]:
+    """The file's DeepSpeed keys with everything resolved that it leaves open."""
+    settings = config.deepspeed.asked_for()
+    settings |= {
+        "train_batch_size": split.global_batch,
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation,
+        "zero_allow_untested_optimizer": config.deepspeed.zero_allow_untested_optimizer,
+        "zero_force_ds_cpu_optimizer": config.deepspeed.zero_force_ds_cpu_optimizer,
+        "bf16": {**settings.get("bf16", {}), "enabled": dtype == torch.bfloat16},
+    }
+    settings.setdefault("steps_per_print", 10**9)
+    return settings
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed loads its own checkpoints with pickle unless told otherwise
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # every compiled extension counts as unavailable: a shared-memory collective would be compiled otherwise
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _only_weights() -> Iterator[None]:
+    """Let DeepSpeed's files hold tensors, numbers and four small classes of its own; nothing else is unpickled."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed: Iterable[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals(list(allowed)):
+        yield
