@@ -104,13 +104,9 @@ class BlockMaskConfig(Section):
     def _check(self) -> Self:
         problems = []
         if self.min_patches > self.num_patches:
-            problems.append(
-                Problem("min_patches", f"be <= `num_patches` ({self.num_patches})", self.min_patches)
-            )
+            problems.append(Problem("min_patches", f"be <= `num_patches` ({self.num_patches})", self.min_patches))
         if self.max_patches is not None and self.max_patches < self.min_patches:
-            problems.append(
-                Problem("max_patches", f"be >= `min_patches` ({self.min_patches})", self.max_patches)
-            )
+            problems.append(Problem("max_patches", f"be >= `min_patches` ({self.min_patches})", self.max_patches))
         refuse_if(problems)
         return self
 
@@ -141,9 +137,7 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.decay_start != self.decay_end and self.decay_steps == 0:
-            must = (
-                f"be >= 1 while `decay_start` ({self.decay_start}) and `decay_end` ({self.decay_end}) differ"
-            )
+            must = f"be >= 1 while `decay_start` ({self.decay_start}) and `decay_end` ({self.decay_end}) differ"
             refuse_if([Problem("decay_steps", must, 0)])
         return self
 
@@ -220,9 +214,7 @@ class DataConfig(Section):
             problems.append(Problem("std", "be > 0 in every channel", self.std))
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            problems.append(
-                Problem("crop_scale", "be [low, high] with 0 < low <= high <= 1", self.crop_scale)
-            )
+            problems.append(Problem("crop_scale", "be [low, high] with 0 < low <= high <= 1", self.crop_scale))
         refuse_if(problems)
         return self
 
@@ -340,9 +332,7 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
             problems += error.problems
     d2v = None
     if "d2v" not in raw:
-        problems.append(
-            "`d2v` is required, but missing. It holds model, mask, target, schedule, data and run."
-        )
+        problems.append("`d2v` is required, but missing. It holds model, mask, target, schedule, data and run.")
     else:
         d2v, found = check(D2VConfig, raw["d2v"], "d2v", also=known_keys(DeepSpeedConfig))
         problems += found + (_more_problems(raw["d2v"]) if d2v is None else [])
@@ -369,9 +359,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
         for part in parts[:-1]:
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                raise ConfigError(
-                    [f"`--set {override}`: `{part}` is a value ({show(section)}), not a section."]
-                )
+                raise ConfigError([f"`--set {override}`: `{part}` is a value ({show(section)}), not a section."])
         section[parts[-1]] = _override_value(text)
     return result
 
@@ -394,18 +382,14 @@ def _problems_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     target, data = sections.get("target"), sections.get("data")
     if model and mask and mask.num_patches >= model.num_patches:
         must = f"be in [1, {model.num_patches - 1}]"
-        hint = (
-            f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
-        )
+        hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
         yield Problem("mask.num_patches", must, mask.num_patches, hint)
     if model and target and target.top_k > model.depth:
         hint = "There are no more blocks to average: lower it or raise `d2v.model.depth`."
         yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
     for name in ("mean", "std"):
         if model and data and len(getattr(data, name)) not in (1, model.channels):
-            hint = (
-                f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
-            )
+            hint = f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
             yield Problem(f"data.{name}", f"hold {model.channels} values", getattr(data, name), hint)
 
 

@@ -51,9 +51,7 @@ class Problem(NamedTuple):
 class Section(BaseModel):
     """Frozen, strict (no text for numbers, no 1.0 for 1), no unknown keys, no NaN or infinity."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def refuse_if(problems: Iterable[Problem]) -> None:
@@ -178,9 +176,7 @@ def _interval(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
         return ""
     bounds: dict[str, Any] = {}
     for constraint in section.model_fields[str(loc[-1])].metadata:
-        bounds |= {
-            name: getattr(constraint, name) for name in ("gt", "ge", "lt", "le") if hasattr(constraint, name)
-        }
+        bounds |= {name: getattr(constraint, name) for name in ("gt", "ge", "lt", "le") if hasattr(constraint, name)}
     if not bounds.keys() & {"lt", "le"}:
         return f"be > {bounds['gt']}" if "gt" in bounds else f"be >= {bounds['ge']}"
     left = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-infinity')}"

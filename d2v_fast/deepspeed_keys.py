@@ -227,13 +227,9 @@ class DeepSpeedConfig(Section):
         problems = []
         if self.train_batch_size is None and self.train_micro_batch_size_per_gpu is None:
             hint = "Give it, or `train_micro_batch_size_per_gpu`."
-            problems.append(
-                Problem("train_batch_size", "be the number of samples per optimizer step", None, hint)
-            )
+            problems.append(Problem("train_batch_size", "be the number of samples per optimizer step", None, hint))
         if self.fp16.enabled and self.bf16.enabled is True:
-            problems.append(
-                Problem("fp16.enabled", "be false while `bf16.enabled` is true", True, "Choose one.")
-            )
+            problems.append(Problem("fp16.enabled", "be false while `bf16.enabled` is true", True, "Choose one."))
         refuse_if(problems)
         return self
 
@@ -253,11 +249,7 @@ class DeepSpeedConfig(Section):
         product = micro * accumulation * world_size
         if total is not None and total != product:
             # the smallest step by which the global batch can change, given what the file fixes
-            unit = (
-                (self.train_micro_batch_size_per_gpu or 1)
-                * world_size
-                * (self.gradient_accumulation_steps or 1)
-            )
+            unit = (self.train_micro_batch_size_per_gpu or 1) * world_size * (self.gradient_accumulation_steps or 1)
             fixes = sorted({max(1, total // unit) * unit, -(-total // unit) * unit})
             must = (
                 "be `train_micro_batch_size_per_gpu` x `gradient_accumulation_steps` x processes "
