@@ -10,9 +10,12 @@
 
 from d2v_fast.ops import _library
 from d2v_fast.ops._library import backends
+from d2v_fast.ops.data2vec_loss import data2vec_loss
 from d2v_fast.ops.ema import ema_update_
+from d2v_fast.ops.masked_loss import MaskedLoss, masked_smooth_l1
+from d2v_fast.ops.topk_target import topk_target
 
 _library.load_cpp()
 HAS_CPP: bool = _library.HAS_CPP
 
-__all__ = ["ema_update_", "backends", "HAS_CPP"]
+__all__ = ["ema_update_", "topk_target", "masked_smooth_l1", "data2vec_loss", "MaskedLoss", "backends", "HAS_CPP"]

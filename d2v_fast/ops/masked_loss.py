@@ -1,0 +1,205 @@
+"""Smooth L1 (or squared error) over rows, with its gradient and the moments of both sides from the same pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2v_fast.ops._library import define
+from d2v_fast.ops.ema import FLOAT_DTYPES
+from d2v_fast.ops.topk_target import check_indices, check_range
+
+REDUCTIONS = ("sum", "mean")
+
+
+class MaskedLoss(NamedTuple):
+    """What ``masked_smooth_l1`` and ``data2vec_loss`` return."""
+
+    loss: Tensor
+    """0-d fp32."""
+    moments: Tensor
+    """fp32 `[4, D]` without gradient: per channel, the sums over rows of pred, pred^2, target and target^2."""
+
+
+def masked_smooth_l1_reference(
+    pred: Tensor, target: Tensor, target_rows: Tensor | None, beta: float, scale: float, mean: bool, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, moments, and the slope of each element's loss before `scale` and the mean (empty if not needed)."""
+    if target_rows is not None:
+        check_range("target_rows", target_rows, target.shape[0])
+        target = target[target_rows]
+    p, t = pred.float(), target.float()
+    error = p - t
+    if beta == 0.0:
+        values, slope = error.square(), 2.0 * error
+    else:
+        size = error.abs()
+        values = torch.where(size < beta, error.square() / (2.0 * beta), size - beta / 2.0)
+        slope = (error / beta).clamp(-1.0, 1.0)
+    loss = values.sum() * loss_factor(pred, scale, mean)
+    moments = torch.stack([p.sum(0), p.square().sum(0), t.sum(0), t.square().sum(0)])
+    return loss, moments, slope.to(pred.dtype) if need_grad else pred.new_empty(0)
+
+
+def loss_factor(pred: Tensor, scale: float, mean: bool) -> float:
+    """What the sum over rows and channels is multiplied with; finite for no rows."""
+    return scale / max(pred.numel(), 1) if mean else scale
+
+
+define(
+    "masked_smooth_l1(Tensor pred, Tensor target, Tensor? target_rows, float beta, float scale, bool mean, "
+    "bool need_grad) -> (Tensor, Tensor, Tensor)",
+    masked_smooth_l1_reference,
+    "masked_loss.masked_smooth_l1",
+)
+
+
+@torch.library.register_fake("d2v::masked_smooth_l1")
+def _fake(
+    pred: Tensor, target: Tensor, target_rows: Tensor | None, beta: float, scale: float, mean: bool, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_loss(pred, need_grad)
+
+
+def fake_loss(pred: Tensor, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of what both loss operations return."""
+    loss = pred.new_empty((), dtype=torch.float32)
+    moments = pred.new_empty((4, pred.shape[1]), dtype=torch.float32)
+    return loss, moments, pred.new_empty(pred.shape if need_grad else (0,))
+
+
+def scale_gradient_reference(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> Tensor:
+    """The saved `slope` times the 0-d fp32 `grad_output` and the loss's own factor, in the dtype of `slope`."""
+    return (slope.float() * (grad_output * loss_factor(slope, scale, mean))).to(slope.dtype)
+
+
+define(
+    "scale_gradient(Tensor slope, Tensor grad_output, float scale, bool mean) -> Tensor",
+    scale_gradient_reference,
+    "masked_loss.scale_gradient",
+)
+
+
+@torch.library.register_fake("d2v::scale_gradient")
+def _fake_scale(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> Tensor:
+    return slope.new_empty(slope.shape)
+
+
+def backward_of_loss(ctx: Any, grad_loss: Tensor) -> Tensor:
+    """Gradient to the predictions, from the slope that the forward pass saved."""
+    if not ctx.need_grad:
+        raise RuntimeError("the loss was computed with `need_grad=False`, so it has no gradient.")
+    (slope,) = ctx.saved_tensors
+    return torch.ops.d2v.scale_gradient(slope, grad_loss.to(torch.float32), ctx.scale, ctx.mean)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *_, ctx.scale, ctx.mean, ctx.need_grad = inputs
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[2])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _moments: Tensor, _slope: Tensor) -> tuple[Tensor | None, ...]:
+    return backward_of_loss(ctx, grad_loss), None, None, None, None, None, None
+
+
+def _setup_scale(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    pass
+
+
+def _no_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("the masked loss has no second derivative; `torch.nn.functional.smooth_l1_loss` has one.")
+
+
+torch.library.register_autograd("d2v::masked_smooth_l1", _backward, setup_context=_setup_context)
+torch.library.register_autograd("d2v::scale_gradient", _no_double_backward, setup_context=_setup_scale)
+
+
+def masked_smooth_l1(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    beta: float = 0.0,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    target_rows: Tensor | None = None,
+) -> MaskedLoss:
+    """Smooth L1 between predictions and targets at the masked rows, with the sums that a collapse monitor needs.
+
+    The loss of data2vec (arXiv 2202.03555, section 3.4): for an error ``e``, ``e^2 / (2 beta)`` where ``|e| < beta``,
+    else ``|e| - beta / 2``; ``beta`` 0 means the squared error ``e^2`` (without 1/2), as in the published code.
+    Arithmetic is fp32, and the result does not depend on the number of threads.
+
+    Args:
+        pred: `[N, D]`, fp32, bf16 or fp16.
+        target: `[M, D]`, fp32, bf16 or fp16, on the same device; `M = N` without ``target_rows``. Gets no gradient.
+        beta: Where the loss turns from quadratic to linear, in units of the target, >= 0.
+        scale: Factor on the loss.
+        reduction: ``sum`` over rows and channels, or ``mean``: the sum divided by `N * D`.
+        target_rows: int64 `[N]`: row i of ``pred`` is compared with row ``target_rows[i]`` of ``target``, so that
+            several predictions share one target without a copy of it.
+
+    Returns:
+        ``loss``, 0-d fp32 (0 if there are no rows), and ``moments``, fp32 `[4, D]`.
+
+    Backward:
+        Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it before any factor (so that fp16
+        does not underflow); backward is one multiplication. There is no second derivative.
+
+    Raises:
+        ValueError: What is not as described above.
+        RuntimeError: On a CPU, a ``target_rows`` entry outside [0, M). A GPU is not waited for: there it gives NaN.
+
+    Example:
+        >>> masked_smooth_l1(torch.tensor([[1.0, 5.0]]), torch.tensor([[0.0, 0.0]]), beta=2.0, reduction="sum").loss
+        tensor(4.2500)
+    """
+    check_pred(pred, beta, scale, reduction)
+    if target.ndim != 2 or target.shape[1] != pred.shape[1]:
+        raise ValueError(
+            f"`target` must have shape [M, {pred.shape[1]}] as `pred` has, but is {tuple(target.shape)} instead."
+        )
+    if target.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"`target` must be fp32, bf16 or fp16, but is {target.dtype} instead.")
+    if target.device != pred.device:
+        raise ValueError(f"`target` must be on {pred.device} as `pred` is, but is on {target.device} instead.")
+    if target_rows is None and target.shape[0] != pred.shape[0]:
+        raise ValueError(
+            f"`target` must have as many rows as `pred` ({pred.shape[0]}), but has {target.shape[0]} instead; "
+            "`target_rows` maps one to the other."
+        )
+    check_target_rows(pred, target_rows)
+    need_grad = pred.requires_grad and torch.is_grad_enabled()
+    loss, moments, _ = torch.ops.d2v.masked_smooth_l1(
+        pred, target.detach(), target_rows, float(beta), float(scale), reduction == "mean", need_grad
+    )
+    return MaskedLoss(loss, moments)
+
+
+def check_pred(pred: Tensor, beta: float, scale: float, reduction: str) -> None:
+    """Refuse predictions of a wrong shape or dtype, and settings that no loss has."""
+    if pred.ndim != 2:
+        raise ValueError(f"`pred` must have shape [N, D], but has {tuple(pred.shape)} instead.")
+    if pred.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"`pred` must be fp32, bf16 or fp16, but is {pred.dtype} instead.")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"`beta` must be finite and >= 0, but is {beta} instead.")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"`scale` must be finite, but is {scale} instead.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"`reduction` must be one of {', '.join(REDUCTIONS)}, but is {reduction!r} instead.")
+
+
+def check_target_rows(pred: Tensor, target_rows: Tensor | None) -> None:
+    """Refuse a row map of a wrong shape, dtype or device; its values are the kernels' business."""
+    if target_rows is None:
+        return
+    check_indices("target_rows", target_rows, pred.device)
+    if target_rows.shape[0] != pred.shape[0]:
+        raise ValueError(
+            f"`target_rows` must have one entry per row of `pred` ({pred.shape[0]}), "
+            f"but has {target_rows.shape[0]} instead."
+        )

@@ -1,0 +1,168 @@
+"""The regression target of data2vec: K layers normalised, averaged, normalised again, at the asked rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from d2v_fast.ops._library import define
+from d2v_fast.ops.ema import FLOAT_DTYPES
+
+# the operations below take positions in these tuples
+LAYER_NORMS = ("none", "layer", "instance", "batch")
+FINAL_NORMS = ("none", "layer", "instance")
+_DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1)}
+
+
+def topk_target_reference(
+    layers: Sequence[Tensor], layer_norm: int, final_norm: int, rows: Tensor | None, lengths: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise every layer, average, normalise the average, keep `rows`; all in fp32."""
+    num_samples, num_positions, _ = layers[0].shape
+    valid = None
+    if lengths is not None:
+        check_range("lengths", lengths, num_positions + 1)
+        valid = (torch.arange(num_positions, device=lengths.device) < lengths[:, None])[:, :, None]
+    average = torch.stack([_normalise(x.float(), LAYER_NORMS[layer_norm], valid, eps) for x in layers]).mean(0)
+    target = _normalise(average, FINAL_NORMS[final_norm], valid, eps)
+    if rows is None:
+        return target if valid is None else target.masked_fill(~valid, 0.0)
+    check_range("rows", rows, num_samples * num_positions)
+    if valid is not None and not rows.is_cuda:
+        outside = rows[~valid.reshape(-1)[rows]]
+        if outside.numel():
+            raise RuntimeError(
+                f"`rows` must lie within `lengths`, but {int(outside[0])} is a position past its sample's length."
+            )
+    return target.flatten(0, 1)[rows]
+
+
+def _normalise(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor:
+    """Zero mean and unit (biased) variance over the dimensions of `norm`, of the `valid` `[B, T, 1]` positions only."""
+    if norm == "none":
+        return x
+    if norm == "layer" or valid is None:
+        variance, mean = torch.var_mean(x, dim=_DIMS[norm], correction=0, keepdim=True)
+    else:
+        count = valid.sum(_DIMS[norm], keepdim=True).clamp_min(1)
+        mean = torch.where(valid, x, 0.0).sum(_DIMS[norm], keepdim=True) / count
+        variance = torch.where(valid, x - mean, 0.0).square().sum(_DIMS[norm], keepdim=True) / count
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
+def check_range(name: str, values: Tensor, upper: int) -> None:
+    """Refuse values outside [0, upper); tensors on a GPU are not looked at, that would wait for the device."""
+    if values.is_cuda or not values.numel():
+        return
+    for value in (int(values.min()), int(values.max())):
+        if not 0 <= value < upper:
+            raise RuntimeError(f"`{name}` must be in [0, {upper - 1}], but holds {value}.")
+
+
+define(
+    "topk_target(Tensor[] layers, int layer_norm, int final_norm, Tensor? rows, Tensor? lengths, float eps) -> Tensor",
+    topk_target_reference,
+    "topk_target.topk_target",
+)
+
+
+@torch.library.register_fake("d2v::topk_target")
+def _fake(
+    layers: Sequence[Tensor], layer_norm: int, final_norm: int, rows: Tensor | None, lengths: Tensor | None, eps: float
+) -> Tensor:
+    shape = layers[0].shape if rows is None else (rows.shape[0], layers[0].shape[2])
+    return layers[0].new_empty(shape, dtype=torch.float32)
+
+
+def topk_target(
+    layers: Sequence[Tensor],
+    *,
+    layer_norm: str = "layer",
+    final_norm: str = "none",
+    rows: Tensor | None = None,
+    lengths: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Build the regression target: normalise each of K layers, average them, normalise the average, keep some rows.
+
+    The target of data2vec (arXiv 2202.03555, section 3.3). Every normalisation is free of parameters, with the biased
+    variance and ``eps`` added to it. Arithmetic is fp32 whatever the storage. Nothing of the size of a layer is
+    allocated besides the result: with ``none`` and ``layer`` only the asked rows are read; ``instance`` and ``batch``
+    keep statistics of `K * B * D` numbers, a final ``instance`` partial sums over groups of positions.
+
+    Args:
+        layers: K tensors `[B, T, D]` of one shape, dtype (fp32, bf16 or fp16) and device. Any strides are right; no
+            copy is made where the last dimension is contiguous and all of them have the same strides, so a view such
+            as ``x[:, 1:]`` costs nothing.
+        layer_norm: For each layer ``none``, ``layer`` (over D), ``instance`` (over T, for each sample and channel) or
+            ``batch`` (over B and T, for each channel).
+        final_norm: For the average ``none``, ``layer`` or ``instance``.
+        rows: int64 `[N]`, flat positions ``b * T + t`` in any order; None for all.
+        lengths: int64 `[B]`, number of valid positions of each sample: ``instance`` and ``batch`` statistics leave out
+            the others. Without it every position counts, as in the published code.
+        eps: Added to every variance, > 0.
+
+    Returns:
+        fp32 `[N, D]`, or `[B, T, D]` without ``rows``, there 0 past ``lengths``. No gradient flows to ``layers``.
+
+    Raises:
+        ValueError: What is not as described above.
+        RuntimeError: On a CPU, a row outside [0, B * T) or past its sample's length, a length outside [0, T]. A GPU is
+            not waited for: there a row outside [0, B * T) gives NaN.
+
+    Example:
+        >>> topk_target([torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 8.0]]])], rows=torch.tensor([0]))
+        tensor([[-1.0000,  1.0000]])
+    """
+    layers = list(layers)
+    check_layers(layers, layer_norm, final_norm, eps)
+    check_rows(layers, rows, lengths)
+    with torch.no_grad():
+        return torch.ops.d2v.topk_target(
+            layers, LAYER_NORMS.index(layer_norm), FINAL_NORMS.index(final_norm), rows, lengths, float(eps)
+        )
+
+
+def check_layers(layers: list[Tensor], layer_norm: str, final_norm: str, eps: float) -> None:
+    """Refuse layers that differ from one another, and norms that do not exist."""
+    if not layers:
+        raise ValueError("`layers` must hold at least one tensor, but is empty instead.")
+    first = layers[0]
+    if first.ndim != 3:
+        raise ValueError(f"`layers[0]` must have shape [B, T, D], but has {tuple(first.shape)} instead.")
+    if first.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"`layers[0]` must be fp32, bf16 or fp16, but is {first.dtype} instead.")
+    for i, x in enumerate(layers):
+        if x.shape != first.shape or x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"`layers[{i}]` must be as `layers[0]` is, {first.dtype} {tuple(first.shape)} on {first.device}, "
+                f"but is {x.dtype} {tuple(x.shape)} on {x.device} instead."
+            )
+    for name, value, known in (("layer_norm", layer_norm, LAYER_NORMS), ("final_norm", final_norm, FINAL_NORMS)):
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {', '.join(known)}, but is {value!r} instead.")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"`eps` must be finite and > 0, but is {eps} instead.")
+
+
+def check_rows(layers: list[Tensor], rows: Tensor | None, lengths: Tensor | None) -> None:
+    """Refuse index tensors of a wrong shape, dtype or device; their values are the kernels' business."""
+    if rows is not None:
+        check_indices("rows", rows, layers[0].device)
+    if lengths is not None:
+        check_indices("lengths", lengths, layers[0].device)
+        if lengths.shape[0] != layers[0].shape[0]:
+            raise ValueError(
+                f"`lengths` must have one entry per sample ({layers[0].shape[0]}), but has {lengths.shape[0]} instead."
+            )
+
+
+def check_indices(name: str, x: Tensor, device: torch.device) -> None:
+    """Refuse what is not a 1-d int64 tensor on `device`."""
+    if x.dtype != torch.int64 or x.ndim != 1:
+        raise ValueError(f"`{name}` must be a 1-d int64 tensor, but is {x.dtype} of shape {tuple(x.shape)} instead.")
+    if x.device != device:
+        raise ValueError(f"`{name}` must be on {device}, but is on {x.device} instead.")
