@@ -1,0 +1,1 @@
+"""Model folders of other tools: key maps in both directions."""
