@@ -111,9 +111,7 @@ class Data2Vec(nn.Module):
     def teacher_features(self, batch: MaskedImages, teacher: nn.Module) -> list[Tensor]:
         """Outputs of the teacher's last K blocks at the patches of the unmasked images: views `[B, P, D]`."""
         if teacher.training:
-            raise ValueError(
-                "`teacher` must be in eval mode, but is in training mode instead: `teacher.eval()`."
-            )
+            raise ValueError("`teacher` must be in eval mode, but is in training mode instead: `teacher.eval()`.")
         # a working copy in the compute dtype needs no autocast, which would only run its norms in fp32
         is_working_copy = next(teacher.parameters()).dtype != torch.float32
         device_type = batch.pixels.device.type
