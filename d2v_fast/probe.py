@@ -1,0 +1,131 @@
+"""Is it learning? Two probes on frozen features, beside two baselines.
+
+Features of an image are the mean over its patches of what the teacher's target is made of: the last K blocks' outputs, each
+layer-normalised, averaged. On them, a k-nearest-neighbour classifier and a logistic regression are fitted to the labelled images of the
+training part and scored on the held-out part. The baselines are the same network before training, and the raw pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from d2v_fast.config import ProbeConfig
+from d2v_fast.data import ProbeData
+
+PIXELS = "raw pixels"
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies in percent on the held-out images.
+
+    Attributes:
+        few_labels: Linear probe on `labels_per_class` labelled images a class, mean over the label draws.
+        few_labels_std: Standard deviation over the draws.
+        linear: Linear probe on all labelled training images.
+        knn: k nearest neighbours by cosine among all labelled training images.
+    """
+
+    few_labels: float
+    few_labels_std: float
+    linear: float
+    knn: float
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Scores by name of the features, in the order in which they were asked for, raw pixels last."""
+
+    scores: dict[str, Scores]
+    config: ProbeConfig
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """For logs: `{name: {few_labels, few_labels_std, linear, knn}}`."""
+        return {name: asdict(score) for name, score in self.scores.items()}
+
+    def __str__(self) -> str:
+        few = f"linear, {self.config.labels_per_class}/class"
+        lines = [f"{'accuracy in % on held-out images':34} {few:>17} {'linear, all':>12} {f'{self.config.neighbours}-NN':>7}"]
+        for name, s in self.scores.items():
+            spread = f"{s.few_labels:.1f} ± {s.few_labels_std:.1f}"
+            lines.append(f"{name:34} {spread:>17} {s.linear:12.1f} {s.knn:7.1f}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def image_features(model: nn.Module, images: Tensor, top_k: int) -> NDArray[np.float32]:
+    """Features `[S, D]`, fp32, of `images` `[S, C, H, W]`: mean over patches of the mean of K layer-normalised block outputs.
+
+    The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
+    """
+    was_training, parameter = model.training, next(model.parameters())
+    model.eval()
+    out = []
+    for batch in images.split(_BATCH):
+        features = model(batch.to(parameter.device, parameter.dtype), top_k=top_k).features
+        patches_BPD = [f[:, 1:].float() for f in features]
+        mean_BPD = sum(F.layer_norm(f, f.shape[-1:]) for f in patches_BPD) / len(patches_BPD)
+        out.append(mean_BPD.mean(1).cpu())
+    model.train(was_training)
+    return torch.cat(out).numpy()
+
+
+def score(features: NDArray[np.float32], data: ProbeData, config: ProbeConfig) -> Scores:
+    """Fit both classifiers on the training part of `features` `[S, F]` and score them on the held-out part.
+
+    Standardisation uses the whole training part, for it needs no labels. The label draws are the same for whatever features.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    labels = np.asarray(data.labels)
+    train, test = np.asarray(data.train_indices), np.asarray(data.test_indices)
+    scaled = StandardScaler().fit(features[train]).transform(features)
+
+    def linear(chosen: NDArray[np.int64]) -> float:
+        classifier = LogisticRegression(max_iter=2000).fit(scaled[chosen], labels[chosen])
+        return 100 * float(classifier.score(scaled[test], labels[test]))
+
+    few = [linear(_draw(labels, train, config.labels_per_class, seed)) for seed in range(config.num_draws)]
+    neighbours = min(config.neighbours, len(train))
+    knn = KNeighborsClassifier(neighbours, metric="cosine", weights="distance").fit(features[train], labels[train])
+    return Scores(
+        few_labels=float(np.mean(few)),
+        few_labels_std=float(np.std(few)),
+        linear=linear(train),
+        knn=100 * float(knn.score(features[test], labels[test])),
+    )
+
+
+def run_probe(models: Mapping[str, nn.Module], data: ProbeData, config: ProbeConfig, *, top_k: int) -> ProbeReport:
+    """Score every model's features, and the raw pixels.
+
+    Args:
+        models: Networks with the call of `VisionModel`, by the name they get in the table.
+        data: Images as the network takes them, labels, and the split.
+        config: Labels per class, draws, neighbours.
+        top_k: Number of last blocks whose outputs make the features.
+    """
+    images = torch.as_tensor(data.images)
+    scores = {name: score(image_features(model, images, top_k), data, config) for name, model in models.items()}
+    scores[PIXELS] = score(images.flatten(1).numpy(), data, config)
+    return ProbeReport(scores, config)
+
+
+def _draw(labels: NDArray[np.int64], train: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
+    """Indices of `per_class` training images of every class (all of a class that has fewer)."""
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for label in np.unique(labels[train]):
+        members = train[labels[train] == label]
+        drawn.append(rng.choice(members, min(per_class, len(members)), replace=False))
+    return np.concatenate(drawn)
