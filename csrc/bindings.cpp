@@ -35,7 +35,10 @@ int64_t cpu_capability() { return static_cast<int64_t>(isa()); }
 
 }  // namespace d2v
 
-STABLE_TORCH_LIBRARY_IMPL(d2v, CPU, m) { m.impl("ema_update_", TORCH_BOX(&d2v::ema_update_)); }
+STABLE_TORCH_LIBRARY_IMPL(d2v, CPU, m) {
+  m.impl("ema_update_", TORCH_BOX(&d2v::ema_update_));
+  m.impl("topk_target", TORCH_BOX(&d2v::topk_target));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(d2v, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&d2v::cpu_capability));

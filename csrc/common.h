@@ -43,6 +43,16 @@ int64_t cpu_capability();  // the same as a number, for reports and tests
   static void name params { name##_body args; }
 #endif
 
+// Position of a storage type in the tables of kernels: fp32, bf16, fp16.
+inline int storage_index(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return 0;
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    default: STD_TORCH_CHECK(false, "tensors must be fp32, bf16 or fp16"); return -1;
+  }
+}
+
 // One chunk is small enough to balance threads and large enough to hide the cost of handing it out.
 constexpr int64_t kChunk = 1 << 14;
 
