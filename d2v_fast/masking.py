@@ -75,9 +75,7 @@ def block_masks(
     min_aspect: float,
 ) -> npt.NDArray[np.bool_]:
     """The masks of `block_mask_rows` as bool `[B, grid_size, grid_size]`, True where masked."""
-    rows = block_mask_rows(
-        seed, epoch, sample_ids, grid_size, num_patches, min_patches, max_patches, min_aspect
-    )
+    rows = block_mask_rows(seed, epoch, sample_ids, grid_size, num_patches, min_patches, max_patches, min_aspect)
     masks = np.zeros(len(sample_ids) * grid_size**2, dtype=np.bool_)
     masks[rows] = True
     return masks.reshape(len(sample_ids), grid_size, grid_size)
