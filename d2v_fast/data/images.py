@@ -63,8 +63,9 @@ class ImagesDataset:
         self._crop_scale = data.crop_scale
         self._flip_prob = data.flip_prob
         self._jitter = data.color_jitter
-        self._mean = torch.tensor(data.mean).reshape(-1, 1, 1) * 255
-        self._std = torch.tensor(data.std).reshape(-1, 1, 1) * 255
+        # per channel, in grey levels
+        self._mean = np.array(data.mean, dtype=np.float32)[:, None, None] * 255
+        self._std = np.array(data.std, dtype=np.float32)[:, None, None] * 255
         self._check_some()
 
     def __len__(self) -> int:
@@ -133,13 +134,13 @@ class ImagesDataset:
         return square
 
     def _normalised(self, squares: list[Image.Image]) -> Tensor:
-        shape = (len(squares), self.image_size, self.image_size, self.channels)
-        pixels = np.empty(shape, dtype=np.uint8)
-        for i, square in enumerate(squares):
-            pixels[i] = np.asarray(square).reshape(shape[1:])
-        channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        result = channels_first.to(torch.float32, memory_format=torch.contiguous_format)
-        return result.sub_(self._mean).div_(self._std)
+        pixels = np.empty((len(squares), self.channels, self.image_size, self.image_size), dtype=np.float32)
+        for pixel, square in zip(pixels, squares, strict=True):
+            # image by image, while it is in the cache
+            pixel[...] = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1)
+            pixel -= self._mean
+            pixel /= self._std
+        return torch.from_numpy(pixels)
 
     def _check_some(self) -> None:
         """Fail before training does, when nothing can be read."""
