@@ -93,7 +93,7 @@ def check_engine_available(config: RunConfig, num_processes: int) -> None:
     if config.deepspeed.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
         raise RuntimeError(
             "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
-            "`pip install deepspeed`. One process without `zero_optimization` needs none: `python d2v_fast/train.py ...`."
+            "`pip install deepspeed`. One process without `zero_optimization` needs none."
         )
 
 

@@ -19,6 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class RunError(RuntimeError):
+    """A run cannot start or go on, for a reason that its user can do something about."""
+
+
 class World:
     """This process among all processes of the run.
 
@@ -36,7 +40,7 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", "0")), world_size()
         has_gpu = torch.cuda.is_available()
         if device == "cuda" and not has_gpu:
-            raise ValueError('`d2v.run.device` must be "cpu" or "auto" on a machine without a CUDA device.')
+            raise RunError('`d2v.run.device` must be "cpu" or "auto" on a machine without a CUDA device.')
         if device == "cpu" or not has_gpu:
             self.device = torch.device("cpu")
         else:
@@ -72,7 +76,7 @@ class World:
     def decide(self, make: Callable[[], Any]) -> Any:
         """Run `make` in the first process and hand its result, which JSON can express, to all of them.
 
-        An OSError, ValueError or RuntimeError is raised in every process: the same there, as RuntimeError elsewhere.
+        An OSError, ValueError or RuntimeError is raised in every process: the same there, as RunError elsewhere.
         """
         if self.size == 1:
             return make()
@@ -87,7 +91,7 @@ class World:
         if failure is not None:
             raise failure
         if told["error"] is not None:
-            raise RuntimeError(told["error"])
+            raise RunError(told["error"])
         return told["answer"]
 
     def close(self) -> None:

@@ -1,0 +1,122 @@
+"""`runs/NAME/`: everything that a run leaves behind, and the lock that keeps a second process out of it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from d2v_fast.config import RunConfig
+from d2v_fast.world import RunError, World
+
+
+class RunFolder:
+    """An open run folder, locked until the process ends.
+
+    Attributes:
+        path: the folder.
+        name: its last part.
+    """
+
+    def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
+        self.path = path
+        self.name = path.name
+        self._lock = lock
+
+    @classmethod
+    def open(cls, config: RunConfig, world: World, *, resume: bool, stem: str) -> RunFolder:
+        """The folder that `config` names, made or found by the first process.
+
+        Raises:
+            RunError: see `create` and `reopen`; in every process.
+        """
+        run = config.d2v.run
+        held: list[RunFolder] = []
+
+        def claim() -> str:
+            found = cls.reopen(Path(run.dir), str(run.name)) if resume else cls.create(Path(run.dir), run.name, stem)
+            held.append(found)
+            return str(found.path)
+
+        path = Path(world.decide(claim))
+        return held[0] if held else cls(path)
+
+    @classmethod
+    def create(cls, root: Path, name: str | None, stem: str) -> RunFolder:
+        """A new folder. Without a name it is `<stem>-<n>`, with the first n that is free.
+
+        Raises:
+            RunError: the name is taken, or the folder cannot be written.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if name is not None:
+                (root / name).mkdir()
+                return cls._open(root / name)
+            number = 1
+            while True:
+                try:
+                    (root / f"{stem}-{number}").mkdir()
+                except FileExistsError:
+                    number += 1
+                else:
+                    return cls._open(root / f"{stem}-{number}")
+        except FileExistsError:
+            raise RunError(
+                f"the run {root / str(name)} exists: continue it with --resume, or choose another name with --run."
+            ) from None
+        except OSError as error:
+            raise RunError(f"the run folder cannot be made in {root}: {error}") from error
+
+    @classmethod
+    def reopen(cls, root: Path, name: str) -> RunFolder:
+        """The folder of a run that was started before.
+
+        Raises:
+            RunError: there is none of this name, or another process trains in it.
+        """
+        if not (root / name).is_dir():
+            there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+            known = f"Runs there: {', '.join(there)}." if there else "There are no runs there."
+            raise RunError(f"there is no run {name} in {root} to resume. {known}")
+        return cls._open(root / name)
+
+    @classmethod
+    def _open(cls, path: Path) -> RunFolder:
+        lock = (path / "lock").open("a+")
+        try:
+            # a record lock belongs to this process alone: data loading workers that outlive it do not hold it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            lock.close()
+            raise RunError(f"another process ({owner or 'unknown'}) is training in {path}.") from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
+        return cls(path, lock)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved configuration as `config.json`, with the name that the run got."""
+        content = config.to_dict()
+        content["d2v"]["run"]["name"] = self.name
+        self.write_json("config.json", content)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Replace a JSON file as a whole."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def append_json(self, name: str, entry: dict[str, Any]) -> None:
+        """Add an entry to a JSON list; entries of the same or a later step belong to a lost part of the run."""
+        path = self.path / name
+        before = json.loads(path.read_text()) if path.exists() else []
+        self.write_json(name, [*(old for old in before if old["step"] < entry["step"]), entry])
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
