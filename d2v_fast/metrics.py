@@ -1,0 +1,278 @@
+"""What a run tells about itself: `log.jsonl`, TensorBoard events, `curves.png`, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from d2v_fast.config import GuardConfig
+from d2v_fast.run_folder import RunFolder
+from d2v_fast.world import RunError
+
+Entry = dict[str, Any]
+
+# of the log, in the order in which they are drawn
+_CURVES = (
+    ("loss", ("loss",)),
+    ("standard deviation", ("target_std", "prediction_std")),
+    ("learning rate", ("lr",)),
+    ("gradient norm", ("grad_norm",)),
+)
+_EPSILON = 1e-6
+
+
+class Deviations(NamedTuple):
+    """Mean over the channels of the standard deviation over all masked positions."""
+
+    target: float
+    prediction: float
+
+
+def deviations(moments: Tensor, num_rows: int) -> Deviations:
+    """What tells a collapse: how much target and prediction differ from place to place.
+
+    Args:
+        moments: `[4, D]`, sums over all rows of prediction, prediction^2, target, target^2.
+        num_rows: N, over all processes.
+    Returns:
+        mean over channels of sqrt(unbiased variance + 1e-6), as the published code does; NaN for fewer than 2 rows.
+    """
+    if num_rows < 2:
+        return Deviations(math.nan, math.nan)
+    # the difference of two large sums: fp64
+    total = moments.double().cpu()
+
+    def deviation(sums: Tensor, squares: Tensor) -> float:
+        variance = (squares - sums**2 / num_rows) / (num_rows - 1)
+        return (variance.clamp_min(0) + _EPSILON).sqrt().mean().item()
+
+    return Deviations(target=deviation(total[2], total[3]), prediction=deviation(total[0], total[1]))
+
+
+def loss_and_deviations(sums: Tensor, num_rows: int, width: int) -> Entry:
+    """The figures of a step: `loss` per masked value, `target_std`, `prediction_std`.
+
+    Args:
+        sums: `[1 + 4 * D]`, the loss and the flattened moments, summed over all processes.
+        num_rows: N, over all processes.
+        width: D.
+    """
+    spread = deviations(sums[1:].view(4, width), num_rows)
+    return {
+        "loss": sums[0].item() / (num_rows * width),
+        "target_std": spread.target,
+        "prediction_std": spread.prediction,
+    }
+
+
+def check_collapse(entry: Entry, guard: GuardConfig) -> None:
+    """RunError where targets or predictions have become the same everywhere."""
+    limits = {"target": guard.min_target_std, "prediction": guard.min_prediction_std}
+    for what, limit in limits.items():
+        if entry["step"] >= guard.after_steps and entry[f"{what}_std"] < limit:
+            raise RunError(
+                f"the run has collapsed: at step {entry['step']} the standard deviation of the {what}s over the masked "
+                f"positions is {entry[f'{what}_std']:.4f}, under `d2v.guard.min_{what}_std` ({limit}) (targets "
+                f"{entry['target_std']:.4f}, predictions {entry['prediction_std']:.4f}, loss {entry['loss']:.4f}). "
+                "What helps: a lower `optimizer.params.lr` or a longer warm-up, a teacher that follows more slowly "
+                "(`d2v.teacher.decay_start`, `decay_end` nearer to 1), `d2v.target.layer_norm` layer or instance. "
+                "The checkpoints before this step are as they were."
+            )
+
+
+class Speed:
+    """Samples per second, and seconds since the start of this process."""
+
+    def __init__(self, samples: int) -> None:
+        self._start = self._last = time.monotonic()
+        self._samples = samples
+
+    def since_last(self, samples: int) -> Entry:
+        """`samples_per_s` since the last call, and `seconds`; `samples` is how many have been seen in all."""
+        now = time.monotonic()
+        speed = (samples - self._samples) / max(1e-9, now - self._last)
+        self._last, self._samples = now, samples
+        return {"samples_per_s": round(speed, 1), "seconds": round(now - self._start, 3)}
+
+
+class Log(Protocol):
+    """What the loop tells."""
+
+    def write(self, entry: Entry) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def draw_curves(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class NoLog:
+    """The log of every process but the first: nothing."""
+
+    def write(self, entry: Entry) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def draw_curves(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """Writes the log of a run. Only the first process has one.
+
+    Args:
+        folder: the run folder.
+        num_steps: optimizer steps of the whole run.
+        start_step: steps already made; what the log holds beyond them belongs to a lost part of the run and is dropped.
+    """
+
+    def __init__(self, folder: RunFolder, num_steps: int, start_step: int) -> None:
+        self._folder = folder
+        self._num_steps = num_steps
+        self._started, self._start_step = time.monotonic(), start_step
+        entries = [entry for entry in read_log(folder.path) if entry["step"] <= start_step]
+        folder.write_text("log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+        self._file = (folder.path / "log.jsonl").open("a", encoding="utf-8")
+        self._events = _tensorboard(folder.path, start_step)
+        self._progress = _Bar(num_steps, start_step) if sys.stdout.isatty() else None
+
+    def write(self, entry: Entry) -> None:
+        """Record one logged step; NaN and infinity become null, which JSON can hold."""
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for key, value in clean.items():
+            if self._events is not None and key != "step" and isinstance(value, int | float):
+                self._events.add_scalar(key, value, entry["step"])
+        left = self._time_left(entry["step"])
+        if self._progress is not None:
+            self._progress.show(entry, left)
+        else:
+            self.say(f"{_headline(entry, self._num_steps)}  {left} left")
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar; costs next to nothing."""
+        if self._progress is not None:
+            self._progress.advance(step)
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar where there is one."""
+        if self._progress is not None:
+            self._progress.say(text)
+        else:
+            print(text, flush=True)
+
+    def draw_curves(self) -> None:
+        """Replace `curves.png` by the curves of the whole log."""
+        draw_curves(read_log(self._folder.path), self._folder.path / "curves.png", self.say)
+
+    def close(self) -> None:
+        """End progress bar and files; the log stays."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._events is not None:
+            self._events.close()
+        self._file.close()
+
+    def _time_left(self, step: int) -> str:
+        per_step = (time.monotonic() - self._started) / max(1, step - self._start_step)
+        return duration(per_step * (self._num_steps - step))
+
+
+def read_log(folder: Path) -> list[Entry]:
+    """The entries of `log.jsonl`. A line that a crash cut off ends them."""
+    path = folder / "log.jsonl"
+    entries: list[Entry] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return entries
+
+
+def draw_curves(entries: list[Entry], path: Path, say: Any = print) -> None:
+    """Draw loss, deviations, learning rate and gradient norm over the steps; without matplotlib, say so once."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        _once(say, "no curves.png: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, _CURVES, strict=True):
+        for key in keys:
+            points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+            axes.plot(*zip(*points, strict=True) if points else ((), ()), label=key)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=100)
+    temporary.replace(path)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _headline(entry: Mapping[str, Any], num_steps: int) -> str:
+    return (
+        f"step {entry['step']}/{num_steps}  loss {entry['loss']:.4f}  target std {entry['target_std']:.3f}  "
+        f"prediction std {entry['prediction_std']:.3f}  {entry['samples_per_s']:.0f} samples/s"
+    )
+
+
+class _Bar:
+    """The progress bar on a terminal."""
+
+    def __init__(self, num_steps: int, start_step: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+        self._num_steps = num_steps
+        self._bar = Progress(*columns, refresh_per_second=4)
+        self._task = self._bar.add_task("starting", total=num_steps, completed=start_step)
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def show(self, entry: Entry, left: str) -> None:
+        text = f"{_headline(entry, self._num_steps)}  {left} left"
+        self._bar.update(self._task, completed=entry["step"], description=text)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _tensorboard(folder: Path, start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _once(print, "no TensorBoard events: tensorboard is not installed")
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+
+_said: set[str] = set()
+
+
+def _once(say: Any, text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        say(text)
