@@ -1,0 +1,89 @@
+"""The command line of training. Nothing heavy is imported before it has been read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2v_fast.config import ConfigError, RunConfig, apply_overrides, load_config
+
+_EXAMPLES = """\
+examples:
+  python d2v_fast/train.py --ds_config configs/digits.json
+  deepspeed d2v_fast/train.py --ds_config configs/vision_base.json --set d2v.data.path=/data/images
+  torchrun --nproc_per_node 8 d2v_fast/train.py --ds_config configs/vision_base.json --run base
+  python d2v_fast/train.py --run digits-1 --resume
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `d2v_fast/train.py`."""
+    result = argparse.ArgumentParser(
+        prog="d2v_fast/train.py",
+        description="Pre-train a data2vec encoder from one JSON file.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument(
+        "--ds_config", metavar="FILE", help="the run: DeepSpeed's keys and a d2v section (with --resume: the run's own)"
+    )
+    result.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override one key of the file, such as d2v.model.depth=6 or optimizer.params.lr=1e-3; repeatable",
+    )
+    result.add_argument("--run", metavar="NAME", help="name of the run folder (default: the file's name and a number)")
+    result.add_argument("--resume", action="store_true", help="continue the run of that name where it was saved last")
+    result.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, then stop")
+    result.add_argument(
+        "--profile", action="store_true", help="measure the parts of a step (waits for the device between them)"
+    )
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return result
+
+
+def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
+    """The configuration that the options ask for, checked; `run.name` and `run.profile` are filled in.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    overrides = list(options.overrides)
+    if options.run is not None:
+        overrides.append(f"d2v.run.name={json.dumps(options.run)}")
+    if options.profile:
+        overrides.append("d2v.run.profile=true")
+    if options.ds_config is not None:
+        config = load_config(options.ds_config, overrides, num_processes)
+    elif options.resume and options.run is not None:
+        path = _runs_folder(overrides) / options.run / "config.json"
+        if not path.is_file():
+            raise ConfigError([f"`--run {options.run}` must name a run to resume, but there is no {path}."], "--resume")
+        config = load_config(path, overrides, num_processes)
+    else:
+        raise ConfigError(["`--ds_config FILE` is required (or `--resume --run NAME` to continue a run)."], "options")
+    if options.resume and config.d2v.run.name is None:
+        raise ConfigError(["`--resume` needs the name of a run: add `--run NAME`."], "options")
+    return config
+
+
+def config_stem(options: argparse.Namespace) -> str:
+    """What an unnamed run is called after."""
+    return Path(options.ds_config).stem if options.ds_config else "run"
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; argparse prints and exits where it is wrong."""
+    return parser().parse_args(arguments)
+
+
+def _runs_folder(overrides: Sequence[str]) -> Path:
+    """`d2v.run.dir` of the overrides: it must be known before the run's own file can be read."""
+    run = apply_overrides({}, overrides).get("d2v", {}).get("run", {})
+    return Path(run.get("dir", "runs"))

@@ -1,0 +1,286 @@
+"""Pre-training: the command line and the loop.
+
+    python d2v_fast/train.py --ds_config configs/digits.json
+    deepspeed d2v_fast/train.py --ds_config configs/digits.json
+    torchrun --nproc_per_node 2 d2v_fast/train.py --ds_config configs/digits.json
+
+Everything random is a function of the seed and of counters (step, micro-step, rank, sample), and the schedules are
+functions of the step number. So a checkpoint needs no state of random generators or of the loader, and a resumed run
+repeats an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    # run as a file, Python looks for modules in this folder first; they are to be found by their full names only
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from d2v_fast.cli import config_stem, read_config, read_options
+from d2v_fast.config import BatchSplit, ConfigError, RunConfig
+from d2v_fast.stop_request import StopRequest
+
+if TYPE_CHECKING:
+    from d2v_fast.data import StepLoader
+    from d2v_fast.data2vec import Data2Vec
+    from d2v_fast.engine import Engine
+    from d2v_fast.metrics import Log
+    from d2v_fast.run_folder import RunFolder
+    from d2v_fast.run_state import MaskedTeacher, RunState
+    from d2v_fast.schedules import LearningRate
+    from d2v_fast.stepclock import StepClock
+    from d2v_fast.world import World
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0 done or stopped on request, 1 failed, 2 wrong configuration."""
+    options = read_options(arguments)
+    try:
+        config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
+        # the slow imports, only now: a wrong file has been refused by here
+        from d2v_fast.data import DataError
+        from d2v_fast.world import RunError
+
+        try:
+            train(config, resume=options.resume, dry_run=options.dry_run, stem=config_stem(options))
+        except (DataError, RunError) as error:
+            # the others raise it as well, or are told by their launcher
+            if is_first_process() or isinstance(error, DataError):
+                print(f"error: {error}", file=sys.stderr)
+            return 1
+    except ConfigError as error:
+        if is_first_process():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, stem: str = "run") -> None:
+    """Train as `config` says, from the start or from the newest checkpoint of the run.
+
+    Args:
+        stem: what a run without a name is called after.
+    Raises:
+        ConfigError, DataError, RunError: with a message for the user.
+    """
+    stop = StopRequest()
+    run = prepare(config, resume, dry_run, stem)
+    if run is None:
+        return
+    try:
+        step = loop(run, stop)
+        if step < run.schedule.num_steps:
+            run.log.say(f"stopped on request, saved after step {step}: continue with --resume --run {run.folder.name}")
+        else:
+            finish(run)
+    finally:
+        run.log.close()
+        run.world.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the loop works with."""
+
+    config: RunConfig
+    split: BatchSplit
+    world: World
+    folder: RunFolder
+    schedule: LearningRate
+    model: Data2Vec
+    teacher: MaskedTeacher
+    engine: Engine
+    state: RunState
+    start_step: int
+    loader: StepLoader
+    log: Log
+    clock: StepClock
+
+
+def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str) -> Run | None:
+    """Build everything, from the cheapest to find wrong to the dearest; None where there is nothing to train."""
+    import torch
+
+    from d2v_fast.checkpoints import Checkpoints
+    from d2v_fast.data import StepLoader, build_dataset
+    from d2v_fast.data2vec import build_model
+    from d2v_fast.engine import check_engine_available, compute_dtype, make_engine
+    from d2v_fast.metrics import NoLog, RunLog
+    from d2v_fast.run_folder import RunFolder
+    from d2v_fast.run_state import MaskedTeacher, RunState
+    from d2v_fast.schedules import LearningRate
+    from d2v_fast.stepclock import StepClock
+    from d2v_fast.world import RunError, World, world_size
+
+    d2v, split = config.d2v, config.deepspeed.batch_split(world_size())
+    check_engine_available(config, split.world_size)
+    dataset = build_dataset(d2v.data, d2v.model)
+    steps_per_epoch = len(dataset) // split.global_batch
+    if steps_per_epoch == 0:
+        raise RunError(
+            f"`train_batch_size` must be at most the number of images ({len(dataset)}), "
+            f"but is {split.global_batch} instead."
+        )
+    schedule = LearningRate(d2v.schedule, config.deepspeed.optimizer.params.lr, steps_per_epoch)
+    if dry_run:
+        from d2v_fast.dry_run import describe
+
+        if is_first_process():
+            device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")
+            print(describe(config, split, schedule, len(dataset), compute_dtype(config, device)))
+        return None
+
+    world = World(d2v.run.device, grouped=config.deepspeed.needs_deepspeed(split.world_size))
+    folder = RunFolder.open(config, world, resume=resume, stem=stem)
+    say = print if world.is_first else lambda *_: None
+    say(f"run folder: {folder.path}")
+    if world.decide(lambda: (folder.path / "result.json").exists()):
+        say("this run is finished, there is nothing left to do")
+        world.close()
+        return None
+
+    torch.manual_seed(d2v.run.seed)
+    model = build_model(d2v).to(world.device)
+    teacher = MaskedTeacher(model.student, d2v.teacher, compute_dtype=compute_dtype(config, world.device))
+    engine = make_engine(model, config, world)
+    checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
+    state = RunState(config, world, model, teacher, engine, checkpoints)
+    start_step = state.restore(say) if resume else 0
+    if world.is_first:
+        folder.write_config(config)
+    loader = StepLoader(
+        dataset,
+        d2v,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        world_size=world.size,
+        rank=world.rank,
+        start_step=start_step,
+        num_steps=schedule.num_steps,
+    )
+    log = RunLog(folder, schedule.num_steps, start_step) if world.is_first else NoLog()
+    clock = StepClock(world.device, enabled=d2v.run.profile)
+    clock.watch(model)
+    return Run(config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, clock)
+
+
+def loop(run: Run, stop: StopRequest) -> int:
+    """Train until the end of the schedule or until asked to stop; returns the number of steps made."""
+    import torch
+
+    from d2v_fast.faults import fault_point
+    from d2v_fast.metrics import Speed, check_collapse, loss_and_deviations
+
+    section, width = run.config.d2v.run, run.config.d2v.model.width
+    probe_every = run.config.d2v.probe.every_epochs * run.loader.steps_per_epoch
+    speed = Speed(run.start_step * run.split.global_batch)
+    step = run.start_step
+    for step, micro_batches in enumerate(run.clock.each(run.loader, "data"), start=run.start_step + 1):
+        is_last = step == run.schedule.num_steps
+        is_logged = step % section.log_every == 0 or step == 1 or is_last
+        num_rows = max(1, micro_batches[0].global_rows or 0)
+        totals = torch.zeros(1 + 4 * width, device=run.world.device)
+
+        for micro_step, batch in enumerate(micro_batches):
+            batch = batch.to(run.world.device, non_blocking=True)
+            torch.manual_seed(dropout_seed(section.seed, step, micro_step, run.world.rank))
+            output = run.engine.forward(batch, run.teacher.module)
+            # the engine averages over micro-steps and processes; what is wanted is the mean over all masked
+            # rows of the global batch, however it is split
+            share = run.split.accumulation * run.world.size / (num_rows * width)
+            with run.clock.part("backward"):
+                run.engine.backward(output.loss_sum * share)
+            if is_logged:
+                totals += torch.cat((output.loss_sum.detach().view(1), output.moments.flatten()))
+
+        with run.clock.part("optimizer"):
+            applied = run.engine.step(run.schedule.at(step - 1))
+        with run.clock.part("EMA"):
+            run.state.follow(step, applied)
+        run.clock.end_step()
+        run.log.advance(step)
+
+        if is_logged:
+            # host sync: the only one of the loop on a GPU
+            summed = run.world.sum(totals).cpu()
+            entry = {
+                "step": step,
+                "epoch": round(step / run.loader.steps_per_epoch, 3),
+                **loss_and_deviations(summed, num_rows, width),
+                "lr": run.schedule.at(step - 1),
+                "decay": run.teacher.decay(step),
+                "grad_norm": run.engine.grad_norm.item(),
+                "skipped": int(run.state.skipped),
+                "samples": step * run.split.global_batch,
+                **speed.since_last(step * run.split.global_batch),
+            }
+            run.log.write(entry)
+            check_collapse(entry, run.config.d2v.guard)
+        if is_logged or run.world.device.type == "cpu":
+            run.state.check_finite(step)
+        if probe_every and step % probe_every == 0 and not is_last:
+            run_probe(run, step)
+        asked_to_stop = run.world.any(stop.requested)
+        if step % section.save_every == 0 or is_last or asked_to_stop:
+            run.state.save(step)
+            run.log.draw_curves()
+        fault_point("step")
+        if asked_to_stop:
+            break
+    return step
+
+
+def run_probe(run: Run, step: int) -> str | None:
+    """Probe in the first process while the others wait; the table, and `probe.json` in the run folder."""
+    from d2v_fast import evaluation
+
+    if not evaluation.has_labels(run.config.d2v):
+        return None
+
+    def probe() -> str:
+        report = evaluation.probe(run.config.d2v, run.model, run.teacher)
+        run.folder.append_json("probe.json", {"step": step, **report.to_dict()})
+        run.log.say(f"after step {step}:\n{report}")
+        return str(report)
+
+    table: str = run.world.decide(probe)
+    return table
+
+
+def finish(run: Run) -> None:
+    """What follows the last step: where its time went, the export, the probe, and the name of the folder."""
+    from d2v_fast import evaluation
+
+    if run.clock.enabled and run.world.is_first:
+        run.folder.write_json("profile.json", run.clock.report())
+        run.log.say(str(run.clock))
+    step = run.schedule.num_steps
+    run.world.decide(lambda: run.log.say(evaluation.export(run.config.d2v, run.model, run.folder, step)))
+    table = run_probe(run, step)
+    if run.world.is_first:
+        # its presence says that the run is finished
+        run.folder.write_json("result.json", {"step": step, "probe": table})
+    run.log.say(f"run folder: {run.folder.path}")
+
+
+def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Seed of torch's generator for one forward pass, in [0, 2**63)."""
+    digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_step, rank), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def is_first_process() -> bool:
+    """True in the one process that prints, before the processes are connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
