@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,12 +41,11 @@ _log = logging.getLogger(__name__)
 
 
 class ImagesDataset:
-    """All images below `data.path`, ordered by path; links are followed, hidden files and folders are left
-    out.
+    """All images below `data.path`, ordered by path; links are followed, hidden files and folders left out.
 
-    Augmented images are random resized crops (`crop_scale` of the area, aspect 3/4 to 4/3, cubic), flipped
-    left to right, and changed in brightness, contrast and saturation if `color_jitter` > 0. An unreadable
-    file is replaced by the next readable one in the order.
+    Augmented images are random resized crops (`crop_scale` of the area, aspect 3/4 to 4/3, cubic), flipped left to
+    right, and changed in brightness, contrast and saturation if `color_jitter` > 0. An unreadable file is replaced by
+    the next readable one in the order.
 
     Raises:
         DataError: at once, if there is no such folder, no image in it, or none that can be read.
@@ -90,30 +90,23 @@ class ImagesDataset:
         draws = uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), _JITTER.stop)
         squares, bad = [], []
         for sample_id, numbers in zip(sample_ids.tolist(), draws, strict=True):
-            square, failures = self._read_or_replace(sample_id, numbers)
+            choose_box = functools.partial(random_box, numbers[_CROP], self._crop_scale)
+            square, failures = self._read_or_replace(sample_id, choose_box)
             squares.append(self._change(square, numbers))
             bad += failures
         return self._normalised(squares), tuple(bad)
 
     def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
-        """See `Dataset`: the largest square in the middle.
-
-        Raises:
-            DataError: if a file cannot be read.
-        """
-        try:
-            squares = [
-                read_square(self.path(sample_id), self.image_size, self.channels, centre_box)
-                for sample_id in sample_ids.tolist()
-            ]
-        except UnreadableImage as error:
-            raise DataError(f"unreadable image among samples {sample_ids.tolist()}: {error}") from None
+        """See `Dataset`: the largest square in the middle. Unreadable files are replaced here too, with a warning."""
+        squares = []
+        for sample_id in sample_ids.tolist():
+            square, failures = self._read_or_replace(sample_id, centre_box)
+            squares.append(square)
+            for failure in failures:
+                _log.warning("skipped unreadable image: %s", failure)
         return self._normalised(squares)
 
-    def _read_or_replace(self, sample_id: int, numbers: npt.NDArray[np.float64]) -> tuple[Image.Image, list[str]]:
-        def choose_box(width: int, height: int) -> Box:
-            return random_box(numbers[_CROP], width, height, self._crop_scale)
-
+    def _read_or_replace(self, sample_id: int, choose_box: Callable[[int, int], Box]) -> tuple[Image.Image, list[str]]:
         failures: list[str] = []
         for distance in range(min(len(self), NUM_NEIGHBOURS)):
             path = self.path((sample_id + distance) % len(self))
@@ -162,8 +155,8 @@ def random_box(numbers: npt.NDArray[np.float64], width: int, height: int, scale:
 
     Args:
         numbers: fp64 `[40]` uniform in [0, 1): ten tries of four.
-        width, height: of the image, in pixels.
         scale: smallest and largest share of the image's area.
+        width, height: of the image, in pixels.
     """
     log_low, log_high = math.log(MIN_ASPECT), math.log(MAX_ASPECT)
     low, high = scale
