@@ -1,0 +1,155 @@
+"""The structure that docs/architecture.md promises: the symlink, one stem per op, who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "d2v_fast"
+THIRD_PARTY = {"deepspeed", "transformers", "matplotlib", "tensorboard", "sklearn", "numba", "triton", "rich", "PIL"}
+
+# module, or folder with everything below it -> what of this package it may import; config and the small leaves below it are free to all
+LEAVES = {"d2v_fast.config", "d2v_fast.config_errors", "d2v_fast.deepspeed_keys", "d2v_fast.streams", "d2v_fast.faults"}
+MODEL = {"d2v_fast.modalities", "d2v_fast.encoder"}
+ARROWS = {
+    "d2v_fast.config": set(),
+    "d2v_fast.config_errors": set(),
+    "d2v_fast.deepspeed_keys": set(),
+    "d2v_fast.streams": set(),
+    "d2v_fast.kernels": set(),
+    "d2v_fast.ops": {"d2v_fast.kernels"},
+    "d2v_fast.masking": set(),
+    "d2v_fast.data": {"d2v_fast.masking"},
+    "d2v_fast.modalities": {"d2v_fast.encoder"},
+    "d2v_fast.encoder": set(),
+    "d2v_fast.data2vec": {*MODEL, "d2v_fast.ops"},
+    "d2v_fast.teacher": {"d2v_fast.ops"},
+    "d2v_fast.probe": {"d2v_fast.data"},
+    "d2v_fast.interop": {"d2v_fast.data2vec"},
+}
+# only these may import a heavy package, and only inside a function
+LAZY = {
+    "deepspeed": {"d2v_fast.engine", "d2v_fast.deepspeed_engine"},
+    "transformers": set(),
+    "matplotlib": {"d2v_fast.metrics", "d2v_fast.pictures"},
+    "sklearn": {"d2v_fast.probe", "d2v_fast.data.digits"},
+}
+TOP_LEVEL_ALLOWED = {"numba": {"d2v_fast.masking"}, "triton": {"d2v_fast.kernels"}, "PIL": {"d2v_fast.data"}}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def sources() -> list[Path]:
+    # rglob does not follow the symlink, so the kernels are listed by their name in the package
+    return sorted(PACKAGE.rglob("*.py")) + sorted((PACKAGE / "kernels").glob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Modules that a file imports, and whether at its top level; `if TYPE_CHECKING` costs nothing and does not count."""
+    found = []
+
+    def visit(node: ast.AST, top: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0 or path.parent.name == "kernels", f"{path}: relative import outside kernels/"
+                if child.level == 0 and child.module == "d2v_fast":
+                    found.extend((f"d2v_fast.{alias.name}", top) for alias in child.names)
+                elif child.level == 0:
+                    found.append((child.module or "", top))
+            visit(child, top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(ast.parse(path.read_text()), True)
+    return found
+
+
+def within(module: str, allowed: set[str]) -> bool:
+    return any(module == one or module.startswith(one + ".") for one in allowed)
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_arrows(path):
+    name = module_name(path)
+    owner = next((one for one in ARROWS if within(name, {one})), None)
+    for module, top in imports(path):
+        if module.startswith("d2v_fast"):
+            assert module != "d2v_fast.train", f"{name} imports train"
+            if owner is not None:
+                assert within(module, ARROWS[owner] | LEAVES | {owner}), f"{name} must not import {module}"
+        package = module.partition(".")[0]
+        if package in LAZY:
+            assert within(name, LAZY[package]) or package == "transformers", f"{name} must not import {package}"
+            assert not top, f"{name} must import {package} inside a function"
+        if package in TOP_LEVEL_ALLOWED and top:
+            assert within(name, TOP_LEVEL_ALLOWED[package]), f"{name} must import {package} inside a function"
+        if name == "d2v_fast.config":
+            assert package != "torch"
+
+
+def test_kernels_is_a_link_without_init():
+    link = PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../kernels")
+    # with one, `import kernels` from the root would hide Hugging Face's package of that name
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_module_hides_another():
+    """`deepspeed d2v_fast/train.py` puts this folder first on sys.path."""
+    names = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & (THIRD_PARTY | {"torch", "numpy", "pydantic", "safetensors", "pytest"})
+
+
+@pytest.mark.parametrize("op", ["ema", "topk_target", "masked_loss", "data2vec_loss"])
+def test_one_stem_per_op(op):
+    for path in (f"csrc/{op}.cpp", f"kernels/{op}.py", f"d2v_fast/ops/{op}.py", f"tests/ops/test_{op}.py", f"bench/bench_{op}.py"):
+        assert (ROOT / path).exists(), path
+
+
+def test_ops_import_is_light():
+    """Neither DeepSpeed nor Transformers nor numba, and at most 0.3 s more than torch itself."""
+    code = """
+import sys, time
+import torch
+start = time.perf_counter()
+import d2v_fast.ops
+seconds = time.perf_counter() - start
+heavy = {"deepspeed", "transformers", "numba", "pydantic", "triton", "sklearn", "matplotlib"} & set(sys.modules)
+print(seconds, *heavy)
+"""
+    best = float("inf")
+    for _ in range(3):
+        seconds, *heavy = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert not heavy
+        best = min(best, float(seconds))
+    assert best <= 0.3
+
+
+def test_help_is_quick():
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, str(PACKAGE / "train.py"), "--help"], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - start)
+        assert "--ds_config" in done.stdout
+    assert best < 1.0
+
+
+def test_no_file_grows_past_500_lines():
+    for path in [*sources(), *(ROOT / "csrc").glob("*"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").glob("*.py")]:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines"
