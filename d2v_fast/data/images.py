@@ -150,7 +150,7 @@ class ImagesDataset:
         )
 
 
-def random_box(numbers: npt.NDArray[np.float64], width: int, height: int, scale: tuple[float, float]) -> Box:
+def random_box(numbers: npt.NDArray[np.float64], scale: tuple[float, float], width: int, height: int) -> Box:
     """The crop (left, top, width, height) of an Inception-style random resized crop.
 
     Args:
