@@ -317,12 +317,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("impatient")
 def test_worker_in_trouble(trouble: str, error: type[Exception], message: str) -> None:
-    loader = StepLoader(Squares(trouble), make_config(1), micro_batch=10, num_steps=10, timeout_s=1)
+    timeout_s = 1 if trouble == "hangs" else 60
+    loader = StepLoader(Squares(trouble), make_config(1), micro_batch=10, num_steps=10, timeout_s=timeout_s)
     start = time.monotonic()
     with pytest.raises(error, match=message):
         list(loader)
-    assert time.monotonic() - start < 10
-    deadline = time.monotonic() + 5
+    assert time.monotonic() - start < 30
+    deadline = time.monotonic() + 10
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert multiprocessing.active_children() == []
@@ -355,11 +356,12 @@ next(steps)
 print(time.time(), flush=True)
 raise SystemExit(7)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
     ended = time.time()
     assert done.returncode == 7, done.stderr
     assert done.stderr == ""
-    assert ended - float(done.stdout) < 4
+    # a worker that were waited for would take a minute
+    assert ended - float(done.stdout) < 30
 
 
 def test_shared_memory_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
