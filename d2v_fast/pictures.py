@@ -1,0 +1,257 @@
+"""What an encoder sees: images, their masks, and patch features as colours, before and after pre-training.
+
+    python -m d2v_fast.pictures runs/digits-1
+    python -m d2v_fast.pictures runs/base --images /data/birds --count 12 --weights teacher --out birds.png
+
+A patch gets the colour of its feature on the first three principal components of all patches shown. Patches that the
+encoder takes for similar have similar colours. The untrained network goes through the same procedure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_fast.config import ConfigError, D2VConfig
+from d2v_fast.config_errors import check
+from d2v_fast.data import build_dataset
+from d2v_fast.data2vec import VisionModel, build_model
+from d2v_fast.masking import block_masks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MASK_COLOUR = (0.42, 0.45, 0.50)
+MAX_COUNT = 24
+
+# of the colours: the few patches beyond are clipped, or they would take the whole range for themselves
+LOWEST_SHARE, HIGHEST_SHARE = 0.01, 0.99
+
+
+class Weights(NamedTuple):
+    """An encoder out of a checkpoint, and where it came from."""
+
+    model: VisionModel
+    name: str
+    step: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        path = draw(
+            options.run_folder,
+            images=options.images,
+            count=options.count,
+            weights=options.weights,
+            out=options.out,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+def draw(
+    run_folder: Path, *, images: Path | None = None, count: int = 8, weights: str = "student", out: Path | None = None
+) -> Path:
+    """Draw one picture; returns its path.
+
+    Args:
+        run_folder: of a run that has saved a checkpoint.
+        images: a folder of images to show; None shows the run's own data, held-out digits for a run on digits.
+        count: how many images.
+        weights: "student" or "teacher".
+        out: where to write; None writes `features.png` into the run folder.
+    Raises:
+        ValueError: no run, no checkpoint, no images, or an impossible count.
+    """
+    if not 1 <= count <= MAX_COUNT:
+        raise ValueError(f"`--count` must be in [1, {MAX_COUNT}], but is {count} instead.")
+    config = read_run_config(run_folder)
+    trained = newest_weights(run_folder, config, weights)
+    torch.manual_seed(config.run.seed)
+    untrained = build_model(config).student
+
+    pixels, sample_ids = _choose_images(config, images, count)
+    masks = _draw_masks(config, sample_ids)
+    colours = {
+        "untrained": principal_colours(patch_features(untrained, pixels, config.target.top_k)),
+        f"{trained.name},\nstep {trained.step:,}": principal_colours(
+            patch_features(trained.model, pixels, config.target.top_k)
+        ),
+    }
+    out = run_folder / "features.png" if out is None else out
+    _figure(_displayable(pixels, config), masks, colours, f"{run_folder.resolve().name}").savefig(out, dpi=150)
+    return out
+
+
+def read_run_config(run_folder: Path) -> D2VConfig:
+    """The `"d2v"` section of the run's `config.json`."""
+    path = run_folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"`{run_folder}` must be the folder of a run, but holds no config.json.")
+    config, problems = check(D2VConfig, json.loads(path.read_text(encoding="utf-8")).get("d2v"), "d2v")
+    if config is None:
+        raise ConfigError(problems, str(path))
+    return config
+
+
+def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
+    """The encoder `name` ("student" or "teacher") of the newest checkpoint."""
+    from safetensors.torch import load_file
+
+    steps = {
+        int(match[1]): folder
+        for folder in (run_folder / "checkpoints").glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", folder.name))
+    }
+    if not steps:
+        raise ValueError(f"`{run_folder}` must hold a checkpoint, but has none yet. Let the run save one first.")
+    step = max(steps)
+    path = steps[step] / f"{name}.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"the checkpoint {steps[step]} must hold {path.name}, but does not. Try the other `--weights`."
+        )
+    model = build_model(config).student
+    expected = model.state_dict()
+    # a student is saved together with its head
+    found = {key.removeprefix("student."): tensor for key, tensor in load_file(path).items()}
+    wrong = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit the run's config.json: {', '.join(wrong[:5])} is missing or misshapen.")
+    model.load_state_dict({key: found[key] for key in expected})
+    return Weights(model, name, step)
+
+
+@torch.no_grad()
+def patch_features(model: VisionModel, pixels: Tensor, top_k: int) -> Tensor:
+    """`[B, P, D]`: the mean of the last K blocks' outputs, each layer-normalised, as in the target of pre-training."""
+    features = model.eval()(pixels, top_k=top_k).features
+    return torch.stack([F.layer_norm(feature[:, 1:], feature.shape[-1:]) for feature in features]).mean(0)
+
+
+def principal_colours(features: Tensor) -> NDArray[np.float32]:
+    """Red, green, blue in [0, 1], fp32 `[B, P, 3]`: the first three principal components over all B * P patches.
+
+    Each component is scaled to fill the range; its sign, which is arbitrary, makes the longer tail bright. Components
+    that the features do not have (three or fewer patches, width under 3) are 0.5.
+    """
+    points = features.flatten(0, 1).double()
+    centred = points - points.mean(0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    projected = centred @ directions[:3].T
+    projected = projected * projected.pow(3).sum(0).sign()
+    low, high = (projected.quantile(share, dim=0) for share in (LOWEST_SHARE, HIGHEST_SHARE))
+    span = high - low
+    negligible = span <= 1e-9 * points.abs().max()
+    scaled = torch.where(negligible, 0.5, (projected - low) / torch.where(negligible, 1.0, span)).clamp(0, 1)
+    colours = torch.full((len(points), 3), 0.5, dtype=torch.float64)
+    colours[:, : scaled.shape[1]] = scaled
+    return colours.view(*features.shape[:2], 3).float().numpy()
+
+
+def _choose_images(config: D2VConfig, folder: Path | None, count: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Normalised pixels `[B, C, H, W]` of samples spread evenly over the data set, and their ids."""
+    data = config.data
+    if folder is not None:
+        data = data.model_copy(update={"kind": "images", "path": str(folder)})
+    dataset = build_dataset(data, config.model, split="test" if data.kind == "digits" else "train")
+    sample_ids = np.unique(np.linspace(0, len(dataset) - 1, count, dtype=np.int64))
+    return dataset.plain(sample_ids), sample_ids
+
+
+def _draw_masks(config: D2VConfig, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Bool `[B, G, G]`, as the first epoch of the run would draw them."""
+    mask = config.mask
+    return block_masks(
+        config.run.seed,
+        0,
+        sample_ids,
+        config.model.grid_size,
+        mask.num_patches,
+        mask.min_patches,
+        mask.max_patches,
+        mask.min_aspect,
+    )
+
+
+def _displayable(pixels: Tensor, config: D2VConfig) -> NDArray[np.float32]:
+    """Undo the normalisation: `[B, H, W, 3]` in [0, 1]."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.data.mean, config.data.std))
+    shown = (pixels * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    return shown.expand(-1, -1, -1, 3).numpy()
+
+
+def _figure(
+    images: NDArray[np.float32], masks: NDArray[np.bool_], colours: dict[str, NDArray[np.float32]], title: str
+) -> Figure:
+    """One column per image; rows: input, masked input, and one for each set of colours."""
+    from matplotlib.figure import Figure
+
+    grid_size, patch_size = masks.shape[1], images.shape[1] // masks.shape[1]
+    hidden = masks.repeat(patch_size, 1).repeat(patch_size, 2)[..., None]
+    rows = {"input": images, "masked input": np.where(hidden, MASK_COLOUR, images)}
+    rows |= {name: patches.reshape(-1, grid_size, grid_size, 3) for name, patches in colours.items()}
+
+    cell, label, header = 1.1, 1.15, 0.42
+    width, height = label + cell * len(images), header + cell * len(rows)
+    figure = Figure(figsize=(width, height), facecolor="white")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    figure.subplots_adjust(
+        left=label / width,
+        right=1 - 0.05 / width,
+        bottom=0.05 / height,
+        top=1 - header / height,
+        wspace=0.06,
+        hspace=0.06,
+    )
+    for (name, pictures), row in zip(rows.items(), axes, strict=True):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
+        for picture, axis in zip(pictures, row, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    figure.text(0.05 / width, 1 - 0.12 / height, title, fontsize=11, fontweight="bold", va="top")
+    figure.text(
+        1 - 0.05 / width,
+        1 - 0.15 / height,
+        "colours: first three principal components of the patch features",
+        fontsize=8,
+        color="0.4",
+        ha="right",
+        va="top",
+    )
+    return figure
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m d2v_fast.pictures",
+        description="Draw images, masks, and patch features as colours, before and after pre-training.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="such as runs/digits-1")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to show instead of the run's own data")
+    parser.add_argument("--count", type=int, default=8, help=f"how many images, at most {MAX_COUNT} (default: 8)")
+    parser.add_argument("--weights", choices=["student", "teacher"], default="student", help="(default: student)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN_FOLDER/features.png)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

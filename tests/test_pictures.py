@@ -1,0 +1,144 @@
+"""Features as colours: the projection, what is read from a run folder, and the picture itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from d2v_fast import pictures
+from d2v_fast.config import BlockMaskConfig, D2VConfig, DataConfig, RunSection, TargetConfig, VisionModelConfig
+from d2v_fast.data2vec import build_model
+
+CONFIG = D2VConfig(
+    model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=24, depth=3, heads=2),
+    mask=BlockMaskConfig(num_patches=9, min_patches=2),
+    target=TargetConfig(top_k=2),
+    data=DataConfig(mean=(0.3,), std=(0.4,)),
+    run=RunSection(seed=5),
+)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run with two whole checkpoints, one that was being written, and one that was found damaged."""
+    folder = tmp_path / "digits-1"
+    for name, seed in {"step-9": 1, "step-10": 2, "step-11.tmp-77": 3, "step-12.damaged": 4}.items():
+        checkpoint = folder / "checkpoints" / name
+        checkpoint.mkdir(parents=True)
+        torch.manual_seed(seed)
+        model = build_model(CONFIG)
+        save_file(model.state_dict(), checkpoint / "student.safetensors")
+        save_file(model.student.state_dict(), checkpoint / "teacher.safetensors")
+    (folder / "config.json").write_text(json.dumps({"train_batch_size": 64, "d2v": CONFIG.model_dump(mode="json")}))
+    return folder
+
+
+def test_colours_are_the_principal_components() -> None:
+    features = torch.randn(20, 9, 7) * torch.tensor([27.0, 9.0, 3.0, 0.1, 0.1, 0.1, 0.1])
+    colours = pictures.principal_colours(features)
+    assert colours.shape == (20, 9, 3)
+    assert colours.dtype == np.float32
+    for channel in range(3):
+        values = colours[..., channel].ravel()
+        assert (values.min(), values.max()) == (0.0, 1.0)
+        # a component is almost the coordinate with that much spread, up to sign, centre and scale
+        coordinate = features[..., channel].flatten().numpy()
+        assert abs(np.corrcoef(values, coordinate)[0, 1]) > 0.9
+
+
+def test_colours_do_not_depend_on_the_basis() -> None:
+    features = torch.randn(4, 6, 9, dtype=torch.float64) * torch.linspace(5, 1, 9)
+    rotation, _ = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))
+    turned = features @ rotation * 3 + 7
+    np.testing.assert_allclose(pictures.principal_colours(turned), pictures.principal_colours(features), atol=1e-5)
+
+
+def test_colours_of_degenerate_features() -> None:
+    np.testing.assert_array_equal(pictures.principal_colours(torch.full((2, 4, 5), 3.7)), 0.5)
+    assert pictures.principal_colours(torch.randn(1, 2, 5)).shape == (1, 2, 3)
+    assert pictures.principal_colours(torch.randn(2, 4, 1)).shape == (2, 4, 3)
+    two = torch.randn(2, 5)[torch.tensor([[0, 1, 1], [1, 0, 0]])]
+    colours = pictures.principal_colours(two)
+    assert np.unique(colours.reshape(-1, 3).round(4), axis=0).shape == (2, 3)
+
+
+def test_features_are_those_of_the_target() -> None:
+    model = build_model(CONFIG).student
+    pixels = torch.randn(2, 1, 8, 8)
+    outputs = model.eval()(pixels, top_k=2).features
+    expected = (F.layer_norm(outputs[0], (24,)) + F.layer_norm(outputs[1], (24,)))[:, 1:] / 2
+    torch.testing.assert_close(pictures.patch_features(model, pixels, top_k=2), expected)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_newest_whole_checkpoint_is_read(name: str, run_folder: Path) -> None:
+    weights = pictures.newest_weights(run_folder, CONFIG, name)
+    assert (weights.name, weights.step) == (name, 10)
+    torch.manual_seed(2)
+    expected = build_model(CONFIG).student.state_dict()
+    assert all(torch.equal(expected[key], value) for key, value in weights.model.state_dict().items())
+
+
+def test_draws_held_out_digits(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pictures.main([str(run_folder), "--count", "3"]) == 0
+    path = run_folder / "features.png"
+    assert capsys.readouterr().out.strip() == str(path)
+    with Image.open(path) as picture:
+        assert picture.width > 3 * 100
+        assert picture.height > 4 * 100
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20) or []) > 50
+
+
+def test_draws_a_folder_of_images(run_folder: Path, tmp_path: Path) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(photographs / f"{index}.png")
+    out = tmp_path / "out.png"
+    assert (
+        pictures.main([str(run_folder), "--images", str(photographs), "--weights", "teacher", "--out", str(out)]) == 0
+    )
+    assert out.is_file()
+    assert not (run_folder / "features.png").exists()
+
+
+def test_drawing_twice_gives_the_same_picture(run_folder: Path, tmp_path: Path) -> None:
+    first, second = (pictures.draw(run_folder, count=2, out=tmp_path / f"{index}.png") for index in range(2))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def complaint(*arguments: object) -> str:
+        assert pictures.main([str(argument) for argument in arguments]) == 1
+        captured = capsys.readouterr()
+        assert not captured.out
+        return captured.err
+
+    assert "must be the folder of a run, but holds no config.json" in complaint(tmp_path)
+    assert "`--count` must be in [1, 24], but is 0 instead" in complaint(run_folder, "--count", 0)
+    assert "'" + str(tmp_path / "nowhere") + "' does not exist" in complaint(
+        run_folder, "--images", tmp_path / "nowhere"
+    )
+
+    newest = run_folder / "checkpoints" / "step-10"
+    tensors = load_file(newest / "student.safetensors")
+    del tensors["student.norm.weight"]
+    save_file(tensors, newest / "student.safetensors")
+    assert "does not fit the run's config.json: norm.weight is missing or misshapen" in complaint(run_folder)
+    (newest / "teacher.safetensors").unlink()
+    assert "must hold teacher.safetensors, but does not" in complaint(run_folder, "--weights", "teacher")
+
+    for checkpoint in (run_folder / "checkpoints").iterdir():
+        checkpoint.rename(checkpoint.with_name(checkpoint.name + ".tmp-1"))
+    assert "must hold a checkpoint, but has none yet" in complaint(run_folder)
+
+    (run_folder / "config.json").write_text('{"d2v": {"model": {"widht": 3}}}')
+    assert "d2v.model.widht" in complaint(run_folder)
