@@ -95,7 +95,8 @@ def draw(
         ),
     }
     out = run_folder / "features.png" if out is None else out
-    _figure(_displayable(pixels, config), masks, colours, f"{run_folder.resolve().name}").savefig(out, dpi=150)
+    figure = _figure(_displayable(pixels, config), masks, colours, run_folder.resolve().name)
+    figure.savefig(out, dpi=150, bbox_inches="tight", pad_inches=0.1)
     return out
 
 
@@ -208,34 +209,21 @@ def _figure(
     rows = {"input": images, "masked input": np.where(hidden, MASK_COLOUR, images)}
     rows |= {name: patches.reshape(-1, grid_size, grid_size, 3) for name, patches in colours.items()}
 
-    cell, label, header = 1.1, 1.15, 0.42
+    # inches
+    cell, label, header = 1.1, 1.15, 0.5
     width, height = label + cell * len(images), header + cell * len(rows)
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.subplots(len(rows), len(images), squeeze=False)
-    figure.subplots_adjust(
-        left=label / width,
-        right=1 - 0.05 / width,
-        bottom=0.05 / height,
-        top=1 - header / height,
-        wspace=0.06,
-        hspace=0.06,
-    )
+    figure.subplots_adjust(left=label / width, right=1, bottom=0, top=1 - header / height, wspace=0.06, hspace=0.06)
     for (name, pictures), row in zip(rows.items(), axes, strict=True):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
         for picture, axis in zip(pictures, row, strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-    figure.text(0.05 / width, 1 - 0.12 / height, title, fontsize=11, fontweight="bold", va="top")
-    figure.text(
-        1 - 0.05 / width,
-        1 - 0.15 / height,
-        "colours: first three principal components of the patch features",
-        fontsize=8,
-        color="0.4",
-        ha="right",
-        va="top",
-    )
+    figure.text(0, 1, title, fontsize=11, fontweight="bold", va="top")
+    caption = "colours: first three principal components of the patch features"
+    figure.text(0, 1 - 0.22 / height, caption, fontsize=8, color="0.4", va="top")
     return figure
 
 
