@@ -2,12 +2,16 @@
 
 Why it looks like this:
 
-* torch is no build requirement. An isolated build would download a second one and compile against that. The torch of the
+* torch is no build requirement. An isolated build would download a second one and compile against that. The torch of
+the
   environment is asked for its folder instead; ``python -I`` sees it through pip's build isolation.
-* The library uses torch's stable ABI and no Python header: it needs a C++20 compiler, and one build serves every Python.
-* It is linked to ``libtorch_cpu.so`` by path rather than through ``find_package(Torch)``, which fails for a CUDA build of torch on a
+* The library uses torch's stable ABI and no Python header: it needs a C++20 compiler, and one build serves every
+Python.
+* It is linked to ``libtorch_cpu.so`` by path rather than through ``find_package(Torch)``, which fails for a CUDA
+build of torch on a
   machine without the CUDA toolkit.
-* Without a compiler or torch the install goes on: every operation has a PyTorch reference. ``D2V_REQUIRE_CPP=1`` makes it an error.
+* Without a compiler or torch the install goes on: every operation has a PyTorch reference. ``D2V_REQUIRE_CPP=1``
+makes it an error.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def torch_folder() -> Path:
-    """The folder of the torch that will be used: with ``-I`` past pip's isolation, without it for a user-site install."""
+    """The folder of the installed torch: with ``-I`` past pip's isolation, without it for a user-site install."""
     probe = "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)"
     for flags in (["-I"], []):
         answer = subprocess.run([sys.executable, *flags, "-c", probe], capture_output=True, text=True)

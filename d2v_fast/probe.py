@@ -1,8 +1,9 @@
 """Is it learning? Two probes on frozen features, beside two baselines.
 
-Features of an image are the mean over its patches of what the teacher's target is made of: the last K blocks' outputs, each
-layer-normalised, averaged. On them, a k-nearest-neighbour classifier and a logistic regression are fitted to the labelled images of the
-training part and scored on the held-out part. The baselines are the same network before training, and the raw pixels.
+Features of an image are the mean over its patches of what the teacher's target is made of: the last K blocks'
+outputs, each layer-normalised, averaged. On them, a k-nearest-neighbour classifier and a logistic regression are fitted
+to the labelled images of the training part and scored on the held-out part. The baselines are the same network before
+training, and the raw pixels.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class ProbeReport:
 
     def __str__(self) -> str:
         few = f"linear, {self.config.labels_per_class}/class"
-        lines = [f"{'accuracy in % on held-out images':34} {few:>17} {'linear, all':>12} {f'{self.config.neighbours}-NN':>7}"]
+        lines = [
+            f"{'accuracy in % on held-out images':34} {few:>17} {'linear, all':>12} {f'{self.config.neighbours}-NN':>7}"
+        ]
         for name, s in self.scores.items():
             spread = f"{s.few_labels:.1f} ± {s.few_labels_std:.1f}"
             lines.append(f"{name:34} {spread:>17} {s.linear:12.1f} {s.knn:7.1f}")
@@ -62,7 +65,7 @@ class ProbeReport:
 
 @torch.no_grad()
 def image_features(model: nn.Module, images: Tensor, top_k: int) -> NDArray[np.float32]:
-    """Features `[S, D]`, fp32, of `images` `[S, C, H, W]`: mean over patches of the mean of K layer-normalised block outputs.
+    """Features `[S, D]`, fp32, of `images` `[S, C, H, W]`: K layer-normalised block outputs, mean over K and patches.
 
     The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
     """
@@ -71,9 +74,8 @@ def image_features(model: nn.Module, images: Tensor, top_k: int) -> NDArray[np.f
     out = []
     for batch in images.split(_BATCH):
         features = model(batch.to(parameter.device, parameter.dtype), top_k=top_k).features
-        patches_BPD = [f[:, 1:].float() for f in features]
-        mean_BPD = sum(F.layer_norm(f, f.shape[-1:]) for f in patches_BPD) / len(patches_BPD)
-        out.append(mean_BPD.mean(1).cpu())
+        patches_KBPD = torch.stack([f[:, 1:].float() for f in features])
+        out.append(F.layer_norm(patches_KBPD, patches_KBPD.shape[-1:]).mean((0, 2)).cpu())
     model.train(was_training)
     return torch.cat(out).numpy()
 
@@ -81,7 +83,8 @@ def image_features(model: nn.Module, images: Tensor, top_k: int) -> NDArray[np.f
 def score(features: NDArray[np.float32], data: ProbeData, config: ProbeConfig) -> Scores:
     """Fit both classifiers on the training part of `features` `[S, F]` and score them on the held-out part.
 
-    Standardisation uses the whole training part, for it needs no labels. The label draws are the same for whatever features.
+    Standardisation uses the whole training part, for it needs no labels. The label draws are the same for whatever
+    features.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier

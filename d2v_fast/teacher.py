@@ -1,7 +1,8 @@
 """The teacher: an exponential moving average of the student's encoder (arXiv 2202.03555, section 3.2).
 
-The average is kept in fp32 whatever the student computes in: at decay 0.9999 a bf16 average would lose nearly every update. Where the
-compute dtype is fp32 the module that runs *is* the average; otherwise a working copy in the compute dtype is written in the same pass.
+The average is kept in fp32 whatever the student computes in: at decay 0.9999 a bf16 average would lose nearly every
+update. Where the compute dtype is fp32 the module that runs *is* the average; otherwise a working copy in the compute
+dtype is written in the same pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 def decay_at(config: TeacherConfig, num_updates: int) -> float:
     """Decay of the update that follows optimizer step `num_updates`, counted from 1.
 
-    Linear from `decay_start` to `decay_end` over `decay_steps`, then constant (the published schedule, arXiv 2202.03555, section 4).
+    Linear from `decay_start` to `decay_end` over `decay_steps`, then constant (arXiv 2202.03555, section 4).
     """
     if num_updates >= config.decay_steps:
         return config.decay_end
@@ -34,19 +35,22 @@ class Teacher:
     """EMA state of a student module, and the module that computes with it.
 
     Args:
-        student: The module to average, on its device. Its parameters are read at every `update`, by reference: an optimizer that
-            changes them in place is seen. Copied once, here.
+        student: The module to average, on its device. Its parameters are read at every `update`, by reference: an
+            optimizer that changes them in place is seen. Copied once, here.
         config: The decay schedule.
         compute_dtype: Dtype that the teacher's forward runs in: fp32, bf16 or fp16.
     Raises:
         ValueError: The student has no parameters.
 
     Attributes:
-        module: The teacher network, in eval mode and without gradients, in `compute_dtype`. It shares no memory with the student.
+        module: The teacher network, in eval mode and without gradients, in `compute_dtype`. It shares no memory with
+            the student.
         num_updates: Optimizer steps that the average has followed.
     """
 
-    def __init__(self, student: nn.Module, config: TeacherConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, student: nn.Module, config: TeacherConfig, *, compute_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.config = config
         self.num_updates = 0
         self.module = copy.deepcopy(student).eval().requires_grad_(False).float()
@@ -68,8 +72,8 @@ class Teacher:
         matched = {name: p for name, p in found.items() if name in self._average}
         if not matched:
             raise ValueError(
-                f"`student` must hold the averaged parameters, but none of its {len(found)} names is one of the teacher's "
-                f"{len(self._average)} (for example {next(iter(self._average), None)!r})."
+                f"`student` must hold the averaged parameters, but none of its {len(found)} names "
+                f"is one of the teacher's {len(self._average)} (for example {next(iter(self._average), None)!r})."
             )
         missing = sorted(self._average.keys() - matched.keys())
         if missing:
@@ -87,7 +91,7 @@ class Teacher:
         return decay_at(self.config, num_updates)
 
     def update(self, num_updates: int) -> None:
-        """Follow the student; to be called once after every optimizer step that was applied, with the number of such steps.
+        """Follow the student; call once after every optimizer step that was applied, with the number of such steps.
 
         Raises:
             ValueError: The step was averaged already: a second update would square its decay.
@@ -114,11 +118,14 @@ class Teacher:
         average = state["average"]
         differing = sorted(average.keys() ^ self._average.keys())
         if differing:
-            raise ValueError(f"The saved teacher is of another model: {', '.join(differing[:5])} is in one of the two only.")
+            raise ValueError(
+                f"The saved teacher is of another model: {', '.join(differing[:5])} is in one of the two only."
+            )
         for name, mine in self._average.items():
             if average[name].shape != mine.shape:
                 raise ValueError(
-                    f"The saved teacher's {name} must have shape {tuple(mine.shape)}, but has {tuple(average[name].shape)} instead."
+                    f"The saved teacher's {name} must have shape {tuple(mine.shape)}, "
+                    f"but has {tuple(average[name].shape)} instead."
                 )
         for name, mine in self._average.items():
             mine.copy_(average[name])

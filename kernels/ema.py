@@ -1,8 +1,9 @@
 """EMA update of a list of tensors in one launch. Reference: ``d2v_fast/ops/ema.py``.
 
-Memory traffic per parameter: 4 B teacher read, 4 B written, the student read (2 or 4 B), the working copy written (0, 2 or 4 B): 12 B
-for a bf16 student with a bf16 working copy. The tensors' addresses lie in a table in device memory that is built once per model, so one
-launch serves any number of tensors, and with ``decay`` as a device tensor the launch can be captured in a CUDA graph.
+Memory traffic per parameter: 4 B teacher read, 4 B written, the student read (2 or 4 B), the working copy written (0,
+2 or 4 B): 12 B for a bf16 student with a bf16 working copy. The addresses lie in a table in device memory that is
+built once per model, so one launch serves any number of tensors, and with ``decay`` as a device tensor the launch can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def ema_update(
     decay_tensor: Tensor | None,
     working: Sequence[Tensor],
 ) -> None:
-    """Launch the update; one launch per (student dtype, working dtype) among the tensors, so one for nearly every model."""
+    """Launch the update; one launch per (student dtype, working dtype) among the tensors, so one for nearly every
+    model."""
     groups: dict[tuple, list[int]] = {}
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if t.numel():

@@ -18,16 +18,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def assert_within_twice(
     actual: Tensor, eager: Tensor, truth: Tensor, *, floor: float = 1e-6, name: str = "result"
 ) -> None:
-    """The largest error of ``actual`` against the fp64 ``truth`` is at most twice that of the eager composition, plus a floor.
+    """The largest error of ``actual`` against the fp64 ``truth`` is at most twice that of the eager composition,
+    plus a floor.
 
     The rule of thumb of flash-attention's tests: the fused form may not be worse than what one would have written.
     """
     scale = truth.abs().max().clamp_min(1e-30).item() if truth.numel() else 1.0
     error = (actual.double() - truth).abs().max().item() if truth.numel() else 0.0
     allowed = 2 * ((eager.double() - truth).abs().max().item() if truth.numel() else 0.0) + floor * scale
-    assert error <= allowed, (
-        f"{name}: error {error:.3e} against fp64, allowed {allowed:.3e} (scale {scale:.3e})"
-    )
+    assert error <= allowed, f"{name}: error {error:.3e} against fp64, allowed {allowed:.3e} (scale {scale:.3e})"
     assert not actual.isnan().any(), f"{name} holds NaN"
 
 
@@ -45,7 +44,7 @@ def non_contiguous(x: Tensor) -> Tensor:
 
 
 def run_python(code: str, **environment: str) -> str:
-    """Standard output of ``code`` in a fresh interpreter; used where a mode is chosen at import (Triton, CPU capability)."""
+    """Standard output of ``code`` in a fresh interpreter, for modes that are chosen at import."""
     env = {**os.environ, **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,7 +79,8 @@ def spilled_bytes(cubin):
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin); f.flush()
-        text = subprocess.run([str(tool), "--dump-resource-usage", f.name], capture_output=True, text=True, check=True).stdout
+        command = [str(tool), "--dump-resource-usage", f.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"STACK:(\\d+).*?LOCAL:(\\d+)", text)
     return int(found[1]) + int(found[2])
 
@@ -88,7 +88,8 @@ def spilled_bytes(cubin):
 
 
 def compile_facts(code: str) -> list[dict]:
-    """Run ``code`` after ``COMPILE_PRELUDE`` in a process where Triton compiles; it prints a JSON list made by ``facts``."""
+    """Run ``code`` after ``COMPILE_PRELUDE`` in a process where Triton compiles; it prints a JSON list made by
+    ``facts``."""
     return json.loads(run_python(COMPILE_PRELUDE + code, TRITON_INTERPRET="0").strip().splitlines()[-1])
 
 

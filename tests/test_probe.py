@@ -68,8 +68,10 @@ def test_features():
     got = image_features(model, images, top_k=2)
     with torch.no_grad():
         tokens = model.map(images.flatten(1))
+
     def norm(x):
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
     # the class token (100) does not count; the two layers are multiples, equal once normalised but for eps
     want = sum(norm(k * t) for k in (1, 2) for t in (tokens, tokens + 0.1)) / 4
     assert got.shape == (300, 12)

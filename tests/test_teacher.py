@@ -60,7 +60,9 @@ def test_follows_the_average_in_fp64(dtype):
     assert average.keys() == truth.keys()
     for name, right in truth.items():
         torch.testing.assert_close(average[name].double(), right, rtol=1e-5, atol=1e-6)
-        assert (average[name] - net.get_parameter(name)).abs().max() > 1e-3, "the teacher never moved apart from the student"
+        assert (average[name] - net.get_parameter(name)).abs().max() > 1e-3, (
+            "the teacher never moved apart from the student"
+        )
         working = teacher.module.get_parameter(name)
         assert working.dtype == dtype
         assert torch.equal(working, average[name].to(dtype))

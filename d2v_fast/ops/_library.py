@@ -1,7 +1,7 @@
 """The one ``torch.library`` of this package: schemas, and which kernel answers for which device.
 
-PyTorch's dispatcher is the choice of the backend: the reference is the default kernel, C++ answers for the CPU key when ``_C.so`` was
-built, Triton for the CUDA key when Triton can be imported.
+PyTorch's dispatcher is the choice of the backend: the reference is the default kernel, C++ answers for the CPU key
+when ``_C.so`` was built, Triton for the CUDA key when Triton can be imported.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> 
 
     def on_cuda(*args: Any) -> Any:
         if not has_triton():
-            _say_once(
-                "Triton is not installed, CUDA tensors use the slower PyTorch reference; `pip install triton`"
-            )
+            _say_once("Triton is not installed, CUDA tensors use the slower PyTorch reference; `pip install triton`")
             return reference(*args)
         module, _, function = triton_launcher.partition(".")
         return getattr(importlib.import_module(f"d2v_fast.kernels.{module}"), function)(*args)

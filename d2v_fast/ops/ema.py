@@ -19,7 +19,8 @@ def ema_update_reference(
     decay_tensor: Tensor | None,
     working: Sequence[Tensor],
 ) -> None:
-    """``teacher <- lerp(teacher, student, 1 - decay)`` in fp32, then ``working <- teacher``; decay 1 touches nothing."""
+    """``teacher <- lerp(teacher, student, 1 - decay)`` in fp32, then ``working <- teacher``; decay 1 touches
+    nothing."""
     if decay_tensor is None:
         if decay == 1.0:
             return
@@ -37,7 +38,8 @@ def ema_update_reference(
 
 
 define(
-    "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor? decay_tensor, Tensor(b!)[] working) -> ()",
+    "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor? decay_tensor, Tensor(b!)[] working)"
+    " -> ()",
     ema_update_reference,
     "ema.ema_update",
 )
@@ -63,19 +65,20 @@ def ema_update_(
 ) -> None:
     """Move the teacher towards the student, in place: ``teacher <- decay * teacher + (1 - decay) * student``.
 
-    The EMA of data2vec (arXiv 2202.03555, section 3.2, "teacher parameterization") for a list of tensors at once: one kernel launch on
-    a GPU, one parallel loop on a CPU. Arithmetic is fp32 in the form of ``torch.lerp``.
+    The EMA of data2vec (arXiv 2202.03555, section 3.2, "teacher parameterization") for a list of tensors at once:
+    one kernel launch on a GPU, one parallel loop on a CPU. Arithmetic is fp32 in the form of ``torch.lerp``.
 
     Args:
         teacher: Tensors of any shape, fp32: in bf16 nearly every update at decay 0.9999 would be rounded away.
         student: As many tensors of the same shapes on the same device; fp32, bf16 or fp16. Only read.
-        decay: In [0, 1]. A float, or a 0-d fp32 tensor on the tensors' device, which a CUDA graph can capture. 1 changes nothing, 0 copies.
-        working: Optional tensors of the same shapes, fp32, bf16 or fp16, that receive the updated teacher in the same pass
-            (the copy that the teacher's forward runs on).
+        decay: In [0, 1]. A float, or a 0-d fp32 tensor on the tensors' device, which a CUDA graph can capture. 1
+            changes nothing, 0 copies.
+        working: Optional tensors of the same shapes, fp32, bf16 or fp16, that receive the updated teacher in the
+            same pass (the copy that the teacher's forward runs on).
 
     Raises:
-        ValueError: Lists of different lengths, different shapes or devices, a dtype not listed above, a decay outside [0, 1], or a
-            teacher that shares memory with the student or the working copy.
+        ValueError: Lists of different lengths, different shapes or devices, a dtype not listed above, a decay
+            outside [0, 1], or a teacher that shares memory with the student or the working copy.
 
     Example:
         >>> teacher, student = [torch.zeros(3)], [torch.ones(3)]
@@ -90,7 +93,8 @@ def ema_update_(
     if isinstance(decay, Tensor):
         if decay.ndim != 0 or decay.dtype != torch.float32:
             raise ValueError(
-                f"`decay` must be a float or a 0-d fp32 tensor, but is a {decay.dtype} tensor of shape {tuple(decay.shape)} instead."
+                "`decay` must be a float or a 0-d fp32 tensor, "
+                f"but is a {decay.dtype} tensor of shape {tuple(decay.shape)} instead."
             )
         if teacher and decay.device != teacher[0].device:
             raise ValueError(f"`decay` must be on {teacher[0].device}, but is on {decay.device} instead.")
@@ -118,7 +122,8 @@ def _check(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) 
         for i, (t, other) in enumerate(zip(teacher, others, strict=True)):
             if other.shape != t.shape:
                 raise ValueError(
-                    f"`{name}[{i}]` must have the shape of `teacher[{i}]`, {tuple(t.shape)}, but has {tuple(other.shape)} instead."
+                    f"`{name}[{i}]` must have the shape of `teacher[{i}]`, {tuple(t.shape)}, "
+                    f"but has {tuple(other.shape)} instead."
                 )
             if other.dtype not in FLOAT_DTYPES:
                 raise ValueError(f"`{name}[{i}]` must be fp32, bf16 or fp16, but is {other.dtype} instead.")
@@ -152,6 +157,7 @@ def _check_overlap(teacher: list[Tensor], student: list[Tensor], working: list[T
         for other, (other_end, j) in furthest.items():
             if start < other_end and not (kind == other == "student"):
                 raise ValueError(
-                    f"`{kind}[{i}]` and `{other}[{j}]` share memory; every tensor that is written must have its own (use `.clone()`)."
+                    f"`{kind}[{i}]` and `{other}[{j}]` share memory; "
+                    "every tensor that is written must have its own (use `.clone()`)."
                 )
         furthest[kind] = max(furthest[kind], (end, i))

@@ -17,11 +17,7 @@ WORKING = [None, *DTYPES]
 def make(device: torch.device, student_dtype: torch.dtype, working_dtype: torch.dtype | None, shapes=SHAPES):
     teacher = [torch.randn(shape, device=device) for shape in shapes]
     student = [torch.randn(shape, device=device).to(student_dtype) for shape in shapes]
-    working = (
-        None
-        if working_dtype is None
-        else [torch.empty(s, device=device, dtype=working_dtype) for s in shapes]
-    )
+    working = None if working_dtype is None else [torch.empty(s, device=device, dtype=working_dtype) for s in shapes]
     return teacher, student, working
 
 
@@ -124,8 +120,10 @@ def test_triton_is_wide_and_does_not_spill():
 from d2v_fast.kernels.ema import BLOCK, _ema_fwd_kernel as k
 import triton.language as tl
 rows = []
-for student, working in ((tl.bfloat16, tl.bfloat16), (tl.float32, tl.float32), (tl.float16, tl.float16), (tl.float32, tl.bfloat16)):
-    constexprs = dict(STUDENT=student, WORKING=working, HAS_WORKING=True, DECAY_ON_DEVICE=True, ALIGNED=True, BLOCK=BLOCK)
+bf16, fp16, fp32 = tl.bfloat16, tl.float16, tl.float32
+for student, working in ((bf16, bf16), (fp32, fp32), (fp16, fp16), (fp32, bf16)):
+    constexprs = dict(STUDENT=student, WORKING=working, BLOCK=BLOCK)
+    constexprs |= dict(HAS_WORKING=True, DECAY_ON_DEVICE=True, ALIGNED=True)
     signature = dict(table="*i64", block_tensor="*i32", block_index="*i32", decay_tensor="*fp32", weight="fp32")
     signature |= {name: "constexpr" for name in constexprs}
     rows += facts(k, signature, constexprs, aligned=("table",), num_warps=8)
@@ -160,7 +158,7 @@ def test_one_launch_for_a_model(device, monkeypatch):
 @pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(capability, tmp_path):
-    """Each path in its own process, since the choice is made once; FMA everywhere but on the baseline gives the same bits."""
+    """Each path in its own process, since the choice is made once; with FMA they give the same bits."""
     code = f"""
 import torch
 from d2v_fast.ops import ema_update_, backends
@@ -239,9 +237,7 @@ def test_closed_form(device):
     teacher, student = [torch.ones(64, device=device)], [torch.full((64,), 3.0, device=device)]
     for _ in range(50):
         ema_update_(teacher, student, 0.9)
-    torch.testing.assert_close(
-        teacher[0], torch.full((64,), 3.0 - 2.0 * 0.9**50, device=device), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(teacher[0], torch.full((64,), 3.0 - 2.0 * 0.9**50, device=device), rtol=1e-6, atol=0)
 
 
 def test_non_contiguous(device):
@@ -269,9 +265,7 @@ def test_model_parameters_are_left_differentiable(device):
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("with_working", [False, True])
 def test_opcheck(device, as_tensor, with_working):
-    teacher, student, working = make(
-        device, torch.bfloat16, torch.bfloat16 if with_working else None, [(5, 3), (7,)]
-    )
+    teacher, student, working = make(device, torch.bfloat16, torch.bfloat16 if with_working else None, [(5, 3), (7,)])
     decay = torch.tensor(0.9, device=device) if as_tensor else None
     torch.library.opcheck(torch.ops.d2v.ema_update_.default, (teacher, student, 0.9, decay, working or []))
 
@@ -279,9 +273,7 @@ def test_opcheck(device, as_tensor, with_working):
 def test_compile_fullgraph(device):
     teacher, student, working = make(device, torch.bfloat16, torch.bfloat16, [(5, 3), (7,)])
     want = expected(teacher, student, 0.9)
-    compiled = torch.compile(
-        lambda t, s, w: ema_update_(t, s, 0.9, working=w), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda t, s, w: ema_update_(t, s, 0.9, working=w), fullgraph=True, backend="aot_eager")
     compiled(teacher, student, working)
     for got, copy, right in zip(teacher, working, want, strict=True):
         torch.testing.assert_close(got, right, rtol=1.2e-7, atol=1e-38)
@@ -315,9 +307,7 @@ def test_bad_input(change, message):
         "working": None,
     } | change
     with pytest.raises(ValueError, match=message):
-        ema_update_(
-            arguments["teacher"], arguments["student"], arguments["decay"], working=arguments["working"]
-        )
+        ema_update_(arguments["teacher"], arguments["student"], arguments["decay"], working=arguments["working"])
 
 
 def test_shared_memory_is_refused():
