@@ -38,6 +38,9 @@ int64_t cpu_capability() { return static_cast<int64_t>(isa()); }
 STABLE_TORCH_LIBRARY_IMPL(d2v, CPU, m) {
   m.impl("ema_update_", TORCH_BOX(&d2v::ema_update_));
   m.impl("topk_target", TORCH_BOX(&d2v::topk_target));
+  m.impl("masked_smooth_l1", TORCH_BOX(&d2v::masked_smooth_l1));
+  m.impl("scale_gradient", TORCH_BOX(&d2v::scale_gradient));
+  m.impl("data2vec_loss", TORCH_BOX(&d2v::data2vec_loss));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2v, CompositeExplicitAutograd, m) {

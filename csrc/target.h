@@ -36,6 +36,6 @@ TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, in
 void check_rows(const TargetPlan& plan, const int64_t* rows, int64_t n);
 
 // out[i] <- target of rows[i], [n, D]. Called by one thread.
-void target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out);
+void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out);
 
 }  // namespace d2v

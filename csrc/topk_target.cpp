@@ -12,39 +12,56 @@ constexpr int64_t kGroup = 8;
 // Positions of one partial result of the average's statistics.
 constexpr int64_t kPart = 64;
 // Channels that one task of the layers' statistics works on: long enough to stream, short enough for many tasks.
-constexpr int64_t kTile = 256;
+constexpr int64_t kTile = 1024;
 constexpr int64_t kLanes = 16;
 
 struct Moments {
   float mean, rstd;
 };
 
-// Sums in fp64: the squares of fp32 numbers are exact there, so a large mean costs no digits of the variance.
+// sum, square [kLanes] <- over 8 vectors of x, of x - pivot and its square; kept straight for the vectoriser.
+template <typename T>
+D2V_INLINE void add_lanes(const T* __restrict x, float pivot, double* __restrict sum, double* __restrict square) {
+  for (int64_t l = 0; l < kLanes; ++l) {
+    const float a = static_cast<float>(x[l]) - pivot, b = static_cast<float>(x[l + kLanes]) - pivot;
+    const float c = static_cast<float>(x[l + 2 * kLanes]) - pivot, d = static_cast<float>(x[l + 3 * kLanes]) - pivot;
+    const float e = static_cast<float>(x[l + 4 * kLanes]) - pivot, f = static_cast<float>(x[l + 5 * kLanes]) - pivot;
+    const float g = static_cast<float>(x[l + 6 * kLanes]) - pivot, h = static_cast<float>(x[l + 7 * kLanes]) - pivot;
+    sum[l] += ((a + b) + (c + d)) + ((e + f) + (g + h));
+    square[l] += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h));
+  }
+}
+
+// The first element is taken off before anything is summed, so a large mean costs no digits of the variance; sums are
+// fp32 over 8 elements and fp64 beyond.
 template <typename T>
 D2V_INLINE Moments row_moments(const T* __restrict x, int64_t n, double eps) {
   double sum[kLanes] = {}, square[kLanes] = {};
+  const float pivot = static_cast<float>(x[0]);
   int64_t i = 0;
+  for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) add_lanes(x + i, pivot, sum, square);
   for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const double v = static_cast<float>(x[i + lane]);
-      sum[lane] += v;
-      square[lane] += v * v;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const float a = static_cast<float>(x[i + l]) - pivot;
+      sum[l] += a;
+      square[l] += a * a;
     }
   }
-  for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const double v = static_cast<float>(x[i]);
-    sum[lane] += v;
-    square[lane] += v * v;
+  for (int64_t l = 0; i < n; ++i, ++l) {
+    const float a = static_cast<float>(x[i]) - pivot;
+    sum[l] += a;
+    square[l] += a * a;
   }
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      sum[lane] += sum[lane + half];
-      square[lane] += square[lane + half];
+    for (int64_t l = 0; l < half; ++l) {
+      sum[l] += sum[l + half];
+      square[l] += square[l + half];
     }
   }
-  const double mean = sum[0] / static_cast<double>(n);
-  const double variance = std::max(square[0] / static_cast<double>(n) - mean * mean, 0.0);
-  return {static_cast<float>(mean), static_cast<float>(1.0 / std::sqrt(variance + eps))};
+  const double share = 1.0 / static_cast<double>(n);
+  const double mean = sum[0] * share;
+  const double variance = std::max(square[0] * share - mean * mean, 0.0);
+  return {static_cast<float>(pivot + mean), static_cast<float>(1.0 / std::sqrt(variance + eps))};
 }
 
 template <typename T>
@@ -85,14 +102,14 @@ template <typename T>
 D2V_INLINE void add_group(const T* __restrict x, int64_t stride, int64_t count, int64_t n, const float* __restrict pivot,
                           double* __restrict sum, double* __restrict square) {
   if (count == kGroup) {
-    for (int64_t d = 0; d < n; ++d) {
-      const float p = pivot[d];
-      const float a = static_cast<float>(x[d]) - p, b = static_cast<float>(x[d + stride]) - p;
-      const float c = static_cast<float>(x[d + 2 * stride]) - p, e = static_cast<float>(x[d + 3 * stride]) - p;
-      const float f = static_cast<float>(x[d + 4 * stride]) - p, g = static_cast<float>(x[d + 5 * stride]) - p;
-      const float h = static_cast<float>(x[d + 6 * stride]) - p, i = static_cast<float>(x[d + 7 * stride]) - p;
-      sum[d] += ((a + b) + (c + e)) + ((f + g) + (h + i));
-      square[d] += ((a * a + b * b) + (c * c + e * e)) + ((f * f + g * g) + (h * h + i * i));
+    for (int64_t i = 0; i < n; ++i) {
+      const float p = pivot[i];
+      const float a = static_cast<float>(x[i]) - p, b = static_cast<float>(x[i + stride]) - p;
+      const float c = static_cast<float>(x[i + 2 * stride]) - p, d = static_cast<float>(x[i + 3 * stride]) - p;
+      const float e = static_cast<float>(x[i + 4 * stride]) - p, f = static_cast<float>(x[i + 5 * stride]) - p;
+      const float g = static_cast<float>(x[i + 6 * stride]) - p, h = static_cast<float>(x[i + 7 * stride]) - p;
+      sum[i] += ((a + b) + (c + d)) + ((e + f) + (g + h));
+      square[i] += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h));
     }
     return;
   }
@@ -323,7 +340,7 @@ void check_rows(const TargetPlan& plan, const int64_t* rows, int64_t n) {
   }
 }
 
-void target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out) {
+void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out) {
   loops(plan.type).rows(plan, rows, n, out);
 }
 
@@ -340,7 +357,7 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
     Tensor out = torch::stable::new_empty(plan.layers[0], {n, width}, ScalarType::Float);
     float* target = static_cast<float*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-      target_rows(plan, wanted + begin, end - begin, target + begin * width);
+      compute_target_rows(plan, wanted + begin, end - begin, target + begin * width);
     });
     return out;
   }
@@ -350,7 +367,7 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
   torch::stable::parallel_for(0, plan.num_samples * num_positions, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (row % num_positions < plan.lengths[row / num_positions]) {
-        target_rows(plan, &row, 1, target + row * width);
+        compute_target_rows(plan, &row, 1, target + row * width);
       } else {
         std::fill_n(target + row * width, width, 0.0f);
       }

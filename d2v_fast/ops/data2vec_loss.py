@@ -76,6 +76,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     *_, ctx.scale, ctx.mean, ctx.need_grad = inputs
     ctx.num_layers = len(inputs[1])
     ctx.mark_non_differentiable(output[1], output[2])
+    # the slope is as large as the predictions: no zeros for its gradient, which nobody reads
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
 
 

@@ -99,6 +99,8 @@ def backward_of_loss(ctx: Any, grad_loss: Tensor) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *_, ctx.scale, ctx.mean, ctx.need_grad = inputs
     ctx.mark_non_differentiable(output[1], output[2])
+    # the slope is as large as the predictions: no zeros for its gradient, which nobody reads
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
 
 

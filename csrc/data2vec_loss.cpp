@@ -1,0 +1,87 @@
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "loss.h"
+#include "ops.h"
+#include "target.h"
+
+namespace d2v {
+namespace {
+
+// The predictions in an order in which those that share a target follow one another, so that it is computed once.
+std::vector<int64_t> by_target(const std::vector<int64_t>& wanted, int64_t num_rows) {
+  std::vector<int64_t> first(num_rows + 1);
+  for (const int64_t row : wanted) ++first[row + 1];
+  std::partial_sum(first.begin(), first.end(), first.begin());
+  std::vector<int64_t> order(wanted.size());
+  for (size_t i = 0; i < wanted.size(); ++i) order[first[wanted[i]]++] = static_cast<int64_t>(i);
+  return order;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor> layers, int64_t layer_norm,
+                                                 int64_t final_norm, Tensor rows, std::optional<Tensor> lengths, double eps,
+                                                 std::optional<Tensor> target_rows, double beta, double scale, bool mean,
+                                                 bool need_grad) {
+  const TargetPlan plan = plan_target(layers, layer_norm, final_norm, lengths, eps);
+  STD_TORCH_CHECK(pred.dim() == 2 && pred.size(1) == plan.width, "data2vec_loss: pred must have shape [N, ", plan.width, "]");
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "data2vec_loss: rows must be 1-d int64");
+  const int64_t n = pred.size(0), width = plan.width;
+  const ScalarType type = pred.scalar_type();
+  const int64_t bytes = storage_index(type) == 0 ? 4 : 2;
+  pred = plain_rows(pred);
+  rows = torch::stable::contiguous(rows);
+  const int64_t* row_data = static_cast<const int64_t*>(rows.const_data_ptr());
+  check_rows(plan, row_data, rows.numel());
+
+  std::vector<int64_t> wanted(n), order;
+  if (target_rows.has_value()) {
+    STD_TORCH_CHECK(target_rows->scalar_type() == ScalarType::Long && target_rows->numel() == n,
+                    "data2vec_loss: target_rows must be int64, one per row of pred");
+    const Tensor map_storage = torch::stable::contiguous(*target_rows);
+    const int64_t* map = static_cast<const int64_t*>(map_storage.const_data_ptr());
+    for (int64_t i = 0; i < n; ++i) {
+      STD_TORCH_CHECK(map[i] >= 0 && map[i] < rows.numel(), "`target_rows` must be in [0, ", rows.numel() - 1,
+                      "], but holds ", map[i], ".");
+      wanted[i] = row_data[map[i]];
+    }
+    order = by_target(wanted, plan.num_samples * plan.num_positions);
+  } else {
+    STD_TORCH_CHECK(rows.numel() == n, "data2vec_loss: ", n, " rows of pred and ", rows.numel(), " rows");
+    wanted.assign(row_data, row_data + n);
+    order.resize(n);
+    std::iota(order.begin(), order.end(), 0);
+  }
+
+  Tensor slope = torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
+  const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
+  char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
+  const int64_t pred_stride = pred.stride(0) * bytes;
+  auto [loss, moments] =
+      sum_loss_blocks(pred, loss_factor(n * width, scale, mean), [&](int64_t begin, int64_t end, float* sums) {
+        // four rows at a time, and the last target of the four before
+        std::vector<float> targets(5 * width);
+        int64_t slot = 0, held = -1;
+        for (int64_t i = begin; i < end; i += 4) {
+          const int64_t count = std::min<int64_t>(4, end - i);
+          LossRows group;
+          for (int64_t r = 0; r < count; ++r) {
+            const int64_t p = order[i + r];
+            if (wanted[p] != held) {
+              slot = (slot + 1) % 5;
+              compute_target_rows(plan, &wanted[p], 1, targets.data() + slot * width);
+              held = wanted[p];
+            }
+            group.pred[r] = pred_data + p * pred_stride;
+            group.target[r] = targets.data() + slot * width;
+            group.slope[r] = need_grad ? slope_data + p * width * bytes : nullptr;
+          }
+          add_loss_rows(type, group, count, width, static_cast<float>(beta), need_grad, sums);
+        }
+      });
+  return {loss, moments, slope};
+}
+
+}  // namespace d2v
