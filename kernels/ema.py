@@ -2,8 +2,8 @@
 
 Memory traffic per parameter: 4 B teacher read, 4 B written, the student read (2 or 4 B), the working copy written (0,
 2 or 4 B): 12 B for a bf16 student with a bf16 working copy. The addresses lie in a table in device memory that is
-built once per model, so one launch serves any number of tensors, and with ``decay`` as a device tensor the launch can be
-captured in a CUDA graph.
+built once per model, so one launch serves any number of tensors, and with ``decay`` as a device tensor the launch can
+be captured in a CUDA graph.
 """
 
 from __future__ import annotations
