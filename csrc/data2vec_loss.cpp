@@ -9,7 +9,8 @@
 namespace d2v {
 namespace {
 
-// The predictions in an order in which those that share a target follow one another, so that it is computed once.
+// The predictions in an order in which those that share a target follow one another, so that it is computed
+// once.
 std::vector<int64_t> by_target(const std::vector<int64_t>& wanted, int64_t num_rows) {
   std::vector<int64_t> first(num_rows + 1);
   for (const int64_t row : wanted) ++first[row + 1];
@@ -22,12 +23,15 @@ std::vector<int64_t> by_target(const std::vector<int64_t>& wanted, int64_t num_r
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor> layers, int64_t layer_norm,
-                                                 int64_t final_norm, Tensor rows, std::optional<Tensor> lengths, double eps,
-                                                 std::optional<Tensor> target_rows, double beta, double scale, bool mean,
-                                                 bool need_grad) {
+                                                 int64_t final_norm, Tensor rows,
+                                                 std::optional<Tensor> lengths, double eps,
+                                                 std::optional<Tensor> target_rows, double beta, double scale,
+                                                 bool mean, bool need_grad) {
   const TargetPlan plan = plan_target(layers, layer_norm, final_norm, lengths, eps);
-  STD_TORCH_CHECK(pred.dim() == 2 && pred.size(1) == plan.width, "data2vec_loss: pred must have shape [N, ", plan.width, "]");
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "data2vec_loss: rows must be 1-d int64");
+  STD_TORCH_CHECK(pred.dim() == 2 && pred.size(1) == plan.width, "data2vec_loss: pred must have shape [N, ",
+                  plan.width, "]");
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1,
+                  "data2vec_loss: rows must be 1-d int64");
   const int64_t n = pred.size(0), width = plan.width;
   const ScalarType type = pred.scalar_type();
   const int64_t bytes = storage_index(type) == 0 ? 4 : 2;
@@ -55,12 +59,13 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
     std::iota(order.begin(), order.end(), 0);
   }
 
-  Tensor slope = torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
+  Tensor slope =
+      torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes;
-  auto [loss, moments] =
-      sum_loss_blocks(pred, loss_factor(n * width, scale, mean), [&](int64_t begin, int64_t end, float* sums) {
+  auto [loss, moments] = sum_loss_blocks(
+      pred, loss_factor(n * width, scale, mean), [&](int64_t begin, int64_t end, float* sums) {
         // four rows at a time, and the last target of the four before
         std::vector<float> targets(5 * width);
         int64_t slot = 0, held = -1;

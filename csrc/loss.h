@@ -16,12 +16,14 @@ struct LossRows {
 };
 
 // sums [5, width] += over `count` <= 4 rows: the loss of every element, pred, pred^2, target, target^2;
-// slope <- derivative of each element's loss, where wanted. beta 0 is the squared error. Called by one thread.
-void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width, float beta, bool need_grad,
-                   float* sums);
+// slope <- derivative of each element's loss, where wanted. beta 0 is the squared error. Called by one
+// thread.
+void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width, float beta,
+                   bool need_grad, float* sums);
 
-// Runs block(begin, end, sums) over blocks of the n rows, whose partition depends on n only, then adds the blocks' sums
-// in order, so the result does not depend on the threads. Returns {loss fp32 [], moments fp32 [4, width]} made like `pred`.
+// Runs block(begin, end, sums) over blocks of the n rows, whose partition depends on n only, then adds the
+// blocks' sums in order, so the result does not depend on the threads. Returns {loss fp32 [], moments fp32
+// [4, width]} made like `pred`.
 std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
                                            const std::function<void(int64_t, int64_t, float*)>& block);
 

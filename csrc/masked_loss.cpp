@@ -1,16 +1,16 @@
-#include "loss.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "loss.h"
 #include "ops.h"
 
 namespace d2v {
 namespace {
 
-// Rows of one block: enough that the sums of a block are small beside its rows, few enough that fp32 sums stay exact.
+// Rows of one block: enough that the sums of a block are small beside its rows, few enough that fp32 sums
+// stay exact.
 constexpr int64_t kMinRows = 64, kMaxRows = 256, kBlocks = 128;
 // Channels at a time: four rows of both sides, their slopes and the sums stay in the first-level cache.
 constexpr int64_t kTile = 256;
@@ -41,12 +41,14 @@ D2V_INLINE float element_slope(float e, const Settings& s) {
 template <typename P, bool kSquare>
 D2V_INLINE void add_four(const LossRows& rows, int64_t first, int64_t last, int64_t width, const Settings s,
                          float* __restrict sums) {
-  const P *__restrict p0 = static_cast<const P*>(rows.pred[0]), *__restrict p1 = static_cast<const P*>(rows.pred[1]);
-  const P *__restrict p2 = static_cast<const P*>(rows.pred[2]), *__restrict p3 = static_cast<const P*>(rows.pred[3]);
-  const float *__restrict t0 = rows.target[0], *__restrict t1 = rows.target[1];
-  const float *__restrict t2 = rows.target[2], *__restrict t3 = rows.target[3];
-  float *__restrict loss = sums, *__restrict pred = sums + width, *__restrict pred2 = sums + 2 * width;
-  float *__restrict target = sums + 3 * width, *__restrict target2 = sums + 4 * width;
+  const P* __restrict p0 = static_cast<const P*>(rows.pred[0]), * __restrict p1 =
+                                                                    static_cast<const P*>(rows.pred[1]);
+  const P* __restrict p2 = static_cast<const P*>(rows.pred[2]), * __restrict p3 =
+                                                                    static_cast<const P*>(rows.pred[3]);
+  const float* __restrict t0 = rows.target[0], * __restrict t1 = rows.target[1];
+  const float* __restrict t2 = rows.target[2], * __restrict t3 = rows.target[3];
+  float* __restrict loss = sums, * __restrict pred = sums + width, * __restrict pred2 = sums + 2 * width;
+  float* __restrict target = sums + 3 * width, * __restrict target2 = sums + 4 * width;
   for (int64_t i = first; i < last; ++i) {
     const float a = static_cast<float>(p0[i]), b = static_cast<float>(p1[i]);
     const float c = static_cast<float>(p2[i]), d = static_cast<float>(p3[i]);
@@ -61,8 +63,8 @@ D2V_INLINE void add_four(const LossRows& rows, int64_t first, int64_t last, int6
 }
 
 template <typename P, bool kSquare>
-D2V_INLINE void add_one(const P* __restrict p, const float* __restrict t, int64_t first, int64_t last, int64_t width,
-                        const Settings s, float* __restrict sums) {
+D2V_INLINE void add_one(const P* __restrict p, const float* __restrict t, int64_t first, int64_t last,
+                        int64_t width, const Settings s, float* __restrict sums) {
   for (int64_t i = first; i < last; ++i) {
     const float a = static_cast<float>(p[i]), w = t[i];
     sums[i] += element_loss<kSquare>(a - w, s);
@@ -96,10 +98,11 @@ D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, con
 }
 
 #define D2V_LOSS_ROWS(name, P, kSquare, kGrad)                                                              \
-  D2V_INLINE void name##_body(const LossRows& rows, int64_t count, int64_t width, const Settings& s, float* sums) { \
+  D2V_INLINE void name##_body(const LossRows& rows, int64_t count, int64_t width, const Settings& s,        \
+                              float* sums) {                                                                \
     add_rows<P, kSquare, kGrad>(rows, count, width, s, sums);                                               \
   }                                                                                                         \
-  D2V_MULTIARCH(name, (const LossRows& rows, int64_t count, int64_t width, const Settings& s, float* sums),     \
+  D2V_MULTIARCH(name, (const LossRows& rows, int64_t count, int64_t width, const Settings& s, float* sums), \
                 (rows, count, width, s, sums))
 
 D2V_LOSS_ROWS(smooth_f32, float, false, false)
@@ -120,18 +123,19 @@ constexpr LossLoop kLossLoops[3][2][2] = {{{smooth_f32, smooth_grad_f32}, {squar
                                           {{smooth_bf16, smooth_grad_bf16}, {square_bf16, square_grad_bf16}},
                                           {{smooth_f16, smooth_grad_f16}, {square_f16, square_grad_f16}}};
 
-// What both sides of the loss are read through: fp32 as it is, others by way of a buffer that stays in the cache.
-#define D2V_ELEMENTWISE(suffix, T)                                                                    \
-  D2V_INLINE void widen_##suffix##_body(const void* x, int64_t n, float* __restrict out) {              \
-    const T* __restrict in = static_cast<const T*>(x);                                                \
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i]);                               \
-  }                                                                                                   \
-  D2V_MULTIARCH(widen_##suffix, (const void* x, int64_t n, float* out), (x, n, out))                  \
-  D2V_INLINE void scale_##suffix##_body(const void* x, int64_t n, float factor, void* y) {              \
-    const T* __restrict in = static_cast<const T*>(x);                                                \
-    T* __restrict out = static_cast<T*>(y);                                                           \
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<float>(in[i]) * factor);      \
-  }                                                                                                   \
+// What both sides of the loss are read through: fp32 as it is, others by way of a buffer that stays in the
+// cache.
+#define D2V_ELEMENTWISE(suffix, T)                                                               \
+  D2V_INLINE void widen_##suffix##_body(const void* x, int64_t n, float* __restrict out) {       \
+    const T* __restrict in = static_cast<const T*>(x);                                           \
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i]);                          \
+  }                                                                                              \
+  D2V_MULTIARCH(widen_##suffix, (const void* x, int64_t n, float* out), (x, n, out))             \
+  D2V_INLINE void scale_##suffix##_body(const void* x, int64_t n, float factor, void* y) {       \
+    const T* __restrict in = static_cast<const T*>(x);                                           \
+    T* __restrict out = static_cast<T*>(y);                                                      \
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<float>(in[i]) * factor); \
+  }                                                                                              \
   D2V_MULTIARCH(scale_##suffix, (const void* x, int64_t n, float factor, void* y), (x, n, factor, y))
 
 D2V_ELEMENTWISE(f32, float)
@@ -144,8 +148,8 @@ constexpr int64_t kBytes[3] = {4, 2, 2};
 
 }  // namespace
 
-void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width, float beta, bool need_grad,
-                   float* sums) {
+void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width, float beta,
+                   bool need_grad, float* sums) {
   kLossLoops[storage_index(pred_type)][beta == 0.0f][need_grad](rows, count, width, settings(beta), sums);
 }
 
@@ -169,8 +173,10 @@ std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
       for (int64_t d = begin; d < end; ++d) {
         double total = 0.0;
         for (int64_t b = 0; b < blocks; ++b) total += sums[(b * 5 + i) * width + d];
-        if (i == 0) channel_loss[d] = total;
-        else result[(i - 1) * width + d] = static_cast<float>(total);
+        if (i == 0)
+          channel_loss[d] = total;
+        else
+          result[(i - 1) * width + d] = static_cast<float>(total);
       }
     }
   });
@@ -184,10 +190,13 @@ double loss_factor(int64_t num_elements, double scale, bool mean) {
   return mean ? scale / static_cast<double>(std::max<int64_t>(num_elements, 1)) : scale;
 }
 
-Tensor plain_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x); }
+Tensor plain_rows(const Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
+}
 
-std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target, std::optional<Tensor> target_rows,
-                                                    double beta, double scale, bool mean, bool need_grad) {
+std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
+                                                    std::optional<Tensor> target_rows, double beta,
+                                                    double scale, bool mean, bool need_grad) {
   STD_TORCH_CHECK(pred.dim() == 2 && target.dim() == 2 && pred.size(1) == target.size(1),
                   "masked_smooth_l1: pred and target must be 2-d and equally wide");
   const int64_t n = pred.size(0), width = pred.size(1);
@@ -204,19 +213,21 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target, 
     map_storage = torch::stable::contiguous(*target_rows);
     map = static_cast<const int64_t*>(map_storage.const_data_ptr());
     for (int64_t i = 0; i < n; ++i) {
-      STD_TORCH_CHECK(map[i] >= 0 && map[i] < target.size(0), "`target_rows` must be in [0, ", target.size(0) - 1,
-                      "], but holds ", map[i], ".");
+      STD_TORCH_CHECK(map[i] >= 0 && map[i] < target.size(0), "`target_rows` must be in [0, ",
+                      target.size(0) - 1, "], but holds ", map[i], ".");
     }
   } else {
-    STD_TORCH_CHECK(target.size(0) == n, "masked_smooth_l1: ", n, " rows of pred and ", target.size(0), " of target");
+    STD_TORCH_CHECK(target.size(0) == n, "masked_smooth_l1: ", n, " rows of pred and ", target.size(0),
+                    " of target");
   }
-  Tensor slope = torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
+  Tensor slope =
+      torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   const char* target_data = static_cast<const char*>(target.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes, target_stride = target.stride(0) * kBytes[target_type];
-  auto [loss, moments] =
-      sum_loss_blocks(pred, loss_factor(n * width, scale, mean), [&](int64_t begin, int64_t end, float* sums) {
+  auto [loss, moments] = sum_loss_blocks(
+      pred, loss_factor(n * width, scale, mean), [&](int64_t begin, int64_t end, float* sums) {
         std::vector<float> wide(target_type == 0 ? 0 : 4 * width);
         for (int64_t i = begin; i < end; i += 4) {
           const int64_t count = std::min<int64_t>(4, end - i);

@@ -21,7 +21,8 @@ struct TargetPlan {
   double eps;
   std::vector<int64_t> lengths;  // [B], T each if none were given
   bool has_lengths;
-  // statistics over positions, fp32; empty where a norm needs none. The layers' scale has the division by K in it.
+  // statistics over positions, fp32; empty where a norm needs none. The layers' scale has the division by K
+  // in it.
   std::vector<float> layer_mean, layer_scale;      // [K, B, D], or [K, D] for `batch`
   std::vector<float> average_mean, average_scale;  // [B, D]
 

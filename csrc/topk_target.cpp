@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kGroup = 8;
 // Positions of one partial result of the average's statistics.
 constexpr int64_t kPart = 64;
-// Channels that one task of the layers' statistics works on: long enough to stream, short enough for many tasks.
+// Channels that one task of the layers' statistics works on: long enough to stream, short enough for many
+// tasks.
 constexpr int64_t kTile = 1024;
 constexpr int64_t kLanes = 16;
 
@@ -21,19 +22,23 @@ struct Moments {
 
 // sum, square [kLanes] <- over 8 vectors of x, of x - pivot and its square; kept straight for the vectoriser.
 template <typename T>
-D2V_INLINE void add_lanes(const T* __restrict x, float pivot, double* __restrict sum, double* __restrict square) {
+D2V_INLINE void add_lanes(const T* __restrict x, float pivot, double* __restrict sum,
+                          double* __restrict square) {
   for (int64_t l = 0; l < kLanes; ++l) {
     const float a = static_cast<float>(x[l]) - pivot, b = static_cast<float>(x[l + kLanes]) - pivot;
-    const float c = static_cast<float>(x[l + 2 * kLanes]) - pivot, d = static_cast<float>(x[l + 3 * kLanes]) - pivot;
-    const float e = static_cast<float>(x[l + 4 * kLanes]) - pivot, f = static_cast<float>(x[l + 5 * kLanes]) - pivot;
-    const float g = static_cast<float>(x[l + 6 * kLanes]) - pivot, h = static_cast<float>(x[l + 7 * kLanes]) - pivot;
+    const float c = static_cast<float>(x[l + 2 * kLanes]) - pivot,
+                d = static_cast<float>(x[l + 3 * kLanes]) - pivot;
+    const float e = static_cast<float>(x[l + 4 * kLanes]) - pivot,
+                f = static_cast<float>(x[l + 5 * kLanes]) - pivot;
+    const float g = static_cast<float>(x[l + 6 * kLanes]) - pivot,
+                h = static_cast<float>(x[l + 7 * kLanes]) - pivot;
     sum[l] += ((a + b) + (c + d)) + ((e + f) + (g + h));
     square[l] += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h));
   }
 }
 
-// The first element is taken off before anything is summed, so a large mean costs no digits of the variance; sums are
-// fp32 over 8 elements and fp64 beyond.
+// The first element is taken off before anything is summed, so a large mean costs no digits of the variance;
+// sums are fp32 over 8 elements and fp64 beyond.
 template <typename T>
 D2V_INLINE Moments row_moments(const T* __restrict x, int64_t n, double eps) {
   double sum[kLanes] = {}, square[kLanes] = {};
@@ -99,15 +104,18 @@ D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, float* __restric
 
 // sum, square [n] <- over `count` rows of x, of x - pivot and its square.
 template <typename T>
-D2V_INLINE void add_group(const T* __restrict x, int64_t stride, int64_t count, int64_t n, const float* __restrict pivot,
-                          double* __restrict sum, double* __restrict square) {
+D2V_INLINE void add_group(const T* __restrict x, int64_t stride, int64_t count, int64_t n,
+                          const float* __restrict pivot, double* __restrict sum, double* __restrict square) {
   if (count == kGroup) {
     for (int64_t i = 0; i < n; ++i) {
       const float p = pivot[i];
       const float a = static_cast<float>(x[i]) - p, b = static_cast<float>(x[i + stride]) - p;
-      const float c = static_cast<float>(x[i + 2 * stride]) - p, d = static_cast<float>(x[i + 3 * stride]) - p;
-      const float e = static_cast<float>(x[i + 4 * stride]) - p, f = static_cast<float>(x[i + 5 * stride]) - p;
-      const float g = static_cast<float>(x[i + 6 * stride]) - p, h = static_cast<float>(x[i + 7 * stride]) - p;
+      const float c = static_cast<float>(x[i + 2 * stride]) - p,
+                  d = static_cast<float>(x[i + 3 * stride]) - p;
+      const float e = static_cast<float>(x[i + 4 * stride]) - p,
+                  f = static_cast<float>(x[i + 5 * stride]) - p;
+      const float g = static_cast<float>(x[i + 6 * stride]) - p,
+                  h = static_cast<float>(x[i + 7 * stride]) - p;
       sum[i] += ((a + b) + (c + d)) + ((e + f) + (g + h));
       square[i] += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h));
     }
@@ -122,11 +130,11 @@ D2V_INLINE void add_group(const T* __restrict x, int64_t stride, int64_t count, 
   }
 }
 
-// mean, deviation [n] <- the mean of `count` rows of x and their summed squared deviation from it. The first row is
-// taken off before anything is summed, so a large mean costs no digits.
+// mean, deviation [n] <- the mean of `count` rows of x and their summed squared deviation from it. The first
+// row is taken off before anything is summed, so a large mean costs no digits.
 template <typename T>
-D2V_INLINE void part_moments(const T* __restrict x, int64_t stride, int64_t count, int64_t n, float* __restrict pivot,
-                             double* __restrict mean, double* __restrict deviation) {
+D2V_INLINE void part_moments(const T* __restrict x, int64_t stride, int64_t count, int64_t n,
+                             float* __restrict pivot, double* __restrict mean, double* __restrict deviation) {
   for (int64_t d = 0; d < n; ++d) {
     pivot[d] = count > 0 ? static_cast<float>(x[d]) : 0.0f;
     mean[d] = 0.0;
@@ -150,17 +158,19 @@ D2V_INLINE void target_rows_body(const TargetPlan& plan, const int64_t* rows, in
 
 // One task of the layers' statistics: layer k, sample b, channels [first, last); parts [K, B, 2, D].
 template <typename T>
-D2V_INLINE void layer_part_body(const TargetPlan& plan, int64_t k, int64_t b, int64_t first, int64_t last, double* parts) {
+D2V_INLINE void layer_part_body(const TargetPlan& plan, int64_t k, int64_t b, int64_t first, int64_t last,
+                                double* parts) {
   float pivot[kTile];
   const T* x = static_cast<const T*>(plan.data[k]) + b * plan.sample_stride + first;
   double* mean = parts + (k * plan.num_samples + b) * 2 * plan.width + first;
   part_moments(x, plan.position_stride, plan.lengths[b], last - first, pivot, mean, mean + plan.width);
 }
 
-// One task of the average's statistics: sample b, positions [first, last); part [2, D], rows [kPart, D], pivot [D].
+// One task of the average's statistics: sample b, positions [first, last); part [2, D], rows [kPart, D],
+// pivot [D].
 template <typename T>
-D2V_INLINE void average_part_body(const TargetPlan& plan, int64_t b, int64_t first, int64_t last, double* part,
-                                  float* rows, float* pivot) {
+D2V_INLINE void average_part_body(const TargetPlan& plan, int64_t b, int64_t first, int64_t last,
+                                  double* part, float* rows, float* pivot) {
   const int64_t width = plan.width;
   for (int64_t t = first; t < last; ++t) {
     target_row<T>(plan, b * plan.num_positions + t, rows + (t - first) * width);
@@ -168,26 +178,27 @@ D2V_INLINE void average_part_body(const TargetPlan& plan, int64_t b, int64_t fir
   part_moments(rows, width, last - first, width, pivot, part, part + width);
 }
 
-#define D2V_TARGET(suffix, T)                                                                                     \
-  D2V_INLINE void target_rows_##suffix##_body(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out) { \
-    target_rows_body<T>(plan, rows, n, out);                                                                      \
-  }                                                                                                               \
-  D2V_MULTIARCH(target_rows_##suffix, (const TargetPlan& plan, const int64_t* rows, int64_t n, float* out),         \
-                (plan, rows, n, out))                                                                             \
-  D2V_INLINE void layer_part_##suffix##_body(const TargetPlan& plan, int64_t k, int64_t b, int64_t first,           \
-                                             int64_t last, double* parts) {                                       \
-    layer_part_body<T>(plan, k, b, first, last, parts);                                                           \
-  }                                                                                                               \
-  D2V_MULTIARCH(layer_part_##suffix,                                                                              \
-                (const TargetPlan& plan, int64_t k, int64_t b, int64_t first, int64_t last, double* parts),         \
-                (plan, k, b, first, last, parts))                                                                 \
-  D2V_INLINE void average_part_##suffix##_body(const TargetPlan& plan, int64_t b, int64_t first, int64_t last,      \
-                                               double* part, float* rows, float* pivot) {                         \
-    average_part_body<T>(plan, b, first, last, part, rows, pivot);                                                \
-  }                                                                                                               \
-  D2V_MULTIARCH(average_part_##suffix,                                                                            \
-                (const TargetPlan& plan, int64_t b, int64_t first, int64_t last, double* part, float* rows,         \
-                 float* pivot),                                                                                   \
+#define D2V_TARGET(suffix, T)                                                                               \
+  D2V_INLINE void target_rows_##suffix##_body(const TargetPlan& plan, const int64_t* rows, int64_t n,       \
+                                              float* out) {                                                 \
+    target_rows_body<T>(plan, rows, n, out);                                                                \
+  }                                                                                                         \
+  D2V_MULTIARCH(target_rows_##suffix, (const TargetPlan& plan, const int64_t* rows, int64_t n, float* out), \
+                (plan, rows, n, out))                                                                       \
+  D2V_INLINE void layer_part_##suffix##_body(const TargetPlan& plan, int64_t k, int64_t b, int64_t first,   \
+                                             int64_t last, double* parts) {                                 \
+    layer_part_body<T>(plan, k, b, first, last, parts);                                                     \
+  }                                                                                                         \
+  D2V_MULTIARCH(layer_part_##suffix,                                                                        \
+                (const TargetPlan& plan, int64_t k, int64_t b, int64_t first, int64_t last, double* parts), \
+                (plan, k, b, first, last, parts))                                                           \
+  D2V_INLINE void average_part_##suffix##_body(const TargetPlan& plan, int64_t b, int64_t first,            \
+                                               int64_t last, double* part, float* rows, float* pivot) {     \
+    average_part_body<T>(plan, b, first, last, part, rows, pivot);                                          \
+  }                                                                                                         \
+  D2V_MULTIARCH(average_part_##suffix,                                                                      \
+                (const TargetPlan& plan, int64_t b, int64_t first, int64_t last, double* part, float* rows, \
+                 float* pivot),                                                                             \
                 (plan, b, first, last, part, rows, pivot))
 
 D2V_TARGET(f32, float)
@@ -207,10 +218,12 @@ const Loops& loops(ScalarType type) {
   return table[storage_index(type)];
 }
 
-// mean, scale [groups, D] <- the moments of `parts` [groups, num_parts, 2, D] put together, in the order of the parts
-// (the pairwise update of Chan, Golub and LeVeque); counts [num_parts] per group, at counts + group * count_stride.
-void combine_parts(const double* parts, const int64_t* counts, int64_t count_stride, int64_t groups, int64_t num_parts,
-                   int64_t width, double eps, double share, std::vector<float>& mean, std::vector<float>& scale) {
+// mean, scale [groups, D] <- the moments of `parts` [groups, num_parts, 2, D] put together, in the order of
+// the parts (the pairwise update of Chan, Golub and LeVeque); counts [num_parts] per group, at counts + group
+// * count_stride.
+void combine_parts(const double* parts, const int64_t* counts, int64_t count_stride, int64_t groups,
+                   int64_t num_parts, int64_t width, double eps, double share, std::vector<float>& mean,
+                   std::vector<float>& scale) {
   mean.resize(groups * width);
   scale.resize(groups * width);
   torch::stable::parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
@@ -242,8 +255,8 @@ void layer_statistics(TargetPlan& plan) {
   torch::stable::parallel_for(0, num_layers * num_samples * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % tiles * kTile;
-      layer_part(plan, task / tiles / num_samples, task / tiles % num_samples, first, std::min(width, first + kTile),
-                 parts.data());
+      layer_part(plan, task / tiles / num_samples, task / tiles % num_samples, first,
+                 std::min(width, first + kTile), parts.data());
     }
   });
   const double share = 1.0 / static_cast<double>(num_layers);
@@ -252,7 +265,8 @@ void layer_statistics(TargetPlan& plan) {
                   plan.layer_mean, plan.layer_scale);
   } else {
     std::vector<int64_t> counts;
-    for (int64_t k = 0; k < num_layers; ++k) counts.insert(counts.end(), plan.lengths.begin(), plan.lengths.end());
+    for (int64_t k = 0; k < num_layers; ++k)
+      counts.insert(counts.end(), plan.lengths.begin(), plan.lengths.end());
     combine_parts(parts.data(), counts.data(), 1, num_layers * num_samples, 1, width, plan.eps, share,
                   plan.layer_mean, plan.layer_scale);
   }
@@ -270,7 +284,8 @@ void average_statistics(TargetPlan& plan) {
       const int64_t b = task / num_parts, first = task % num_parts * kPart;
       const int64_t last = std::clamp(plan.lengths[b], first, first + kPart);
       counts[task] = last - first;
-      average_part(plan, b, first, last, parts.data() + task * 2 * width, rows.data(), rows.data() + kPart * width);
+      average_part(plan, b, first, last, parts.data() + task * 2 * width, rows.data(),
+                   rows.data() + kPart * width);
     }
   });
   combine_parts(parts.data(), counts.data(), num_parts, num_samples, num_parts, width, plan.eps, 1.0,
@@ -308,7 +323,8 @@ TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, in
   plan.width = x.size(2);
   plan.sample_stride = x.stride(0);
   plan.position_stride = x.stride(1);
-  STD_TORCH_CHECK(layer_norm >= 0 && layer_norm <= 3 && final_norm >= 0 && final_norm <= 2, "topk_target: no such norm");
+  STD_TORCH_CHECK(layer_norm >= 0 && layer_norm <= 3 && final_norm >= 0 && final_norm <= 2,
+                  "topk_target: no such norm");
   plan.layer_norm = static_cast<Norm>(layer_norm);
   plan.final_norm = static_cast<Norm>(final_norm);
   plan.eps = eps;
@@ -320,8 +336,8 @@ TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, in
     const Tensor values = torch::stable::contiguous(*lengths);
     const int64_t* data = static_cast<const int64_t*>(values.const_data_ptr());
     for (int64_t b = 0; b < plan.num_samples; ++b) {
-      STD_TORCH_CHECK(data[b] >= 0 && data[b] <= plan.num_positions, "`lengths` must be in [0, ", plan.num_positions,
-                      "], but holds ", data[b], ".");
+      STD_TORCH_CHECK(data[b] >= 0 && data[b] <= plan.num_positions, "`lengths` must be in [0, ",
+                      plan.num_positions, "], but holds ", data[b], ".");
       plan.lengths[b] = data[b];
     }
   }
@@ -334,9 +350,11 @@ TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, in
 void check_rows(const TargetPlan& plan, const int64_t* rows, int64_t n) {
   const int64_t limit = plan.num_samples * plan.num_positions;
   for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < limit, "`rows` must be in [0, ", limit - 1, "], but holds ", rows[i], ".");
-    STD_TORCH_CHECK(!plan.has_lengths || rows[i] % plan.num_positions < plan.lengths[rows[i] / plan.num_positions],
-                    "`rows` must lie within `lengths`, but ", rows[i], " is a position past its sample's length.");
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < limit, "`rows` must be in [0, ", limit - 1, "], but holds ",
+                    rows[i], ".");
+    STD_TORCH_CHECK(
+        !plan.has_lengths || rows[i] % plan.num_positions < plan.lengths[rows[i] / plan.num_positions],
+        "`rows` must lie within `lengths`, but ", rows[i], " is a position past its sample's length.");
   }
 }
 
@@ -344,12 +362,13 @@ void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n,
   loops(plan.type).rows(plan, rows, n, out);
 }
 
-Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final_norm, std::optional<Tensor> rows,
-                   std::optional<Tensor> lengths, double eps) {
+Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final_norm,
+                   std::optional<Tensor> rows, std::optional<Tensor> lengths, double eps) {
   const TargetPlan plan = plan_target(layers, layer_norm, final_norm, lengths, eps);
   const int64_t width = plan.width;
   if (rows.has_value()) {
-    STD_TORCH_CHECK(rows->scalar_type() == ScalarType::Long && rows->dim() == 1, "topk_target: rows must be 1-d int64");
+    STD_TORCH_CHECK(rows->scalar_type() == ScalarType::Long && rows->dim() == 1,
+                    "topk_target: rows must be 1-d int64");
     const Tensor index = torch::stable::contiguous(*rows);
     const int64_t n = index.numel();
     const int64_t* wanted = static_cast<const int64_t*>(index.const_data_ptr());
@@ -362,7 +381,8 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
     return out;
   }
   const int64_t num_positions = plan.num_positions;
-  Tensor out = torch::stable::new_empty(plan.layers[0], {plan.num_samples, num_positions, width}, ScalarType::Float);
+  Tensor out =
+      torch::stable::new_empty(plan.layers[0], {plan.num_samples, num_positions, width}, ScalarType::Float);
   float* target = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, plan.num_samples * num_positions, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
