@@ -103,7 +103,9 @@ def test_teacher_is_read_only() -> None:
     model, teacher = random_pair()
     teacher.requires_grad_(True)  # even then
     before = copy.deepcopy(teacher.state_dict())
-    model(random_images(), teacher).loss_sum.backward()
+    batch = random_images()
+    assert not any(feature.requires_grad for feature in model.teacher_features(batch, teacher))
+    model(batch, teacher).loss_sum.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -188,10 +190,14 @@ def test_bf16_autocast(working_copy: bool) -> None:
     expected_grads = torch.autograd.grad(expected.loss_sum, list(model.parameters()))
     if working_copy:
         teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+    autocast_in_teacher = []
+    teacher.encoder.register_forward_pre_hook(lambda *_: autocast_in_teacher.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         output = model(batch, teacher)
-        if working_copy:
-            assert {f.dtype for f in model.teacher_features(batch, teacher)} == {torch.bfloat16}
+        features = model.teacher_features(batch, teacher)
+    assert {feature.dtype for feature in features} == {torch.bfloat16 if working_copy else torch.float32}
+    # a working copy is in the compute dtype already
+    assert autocast_in_teacher == [not working_copy] * 2
     grads = torch.autograd.grad(output.loss_sum, list(model.parameters()))
     torch.testing.assert_close(output.loss_sum, expected.loss_sum, rtol=0.03, atol=0)
     flat, expected_flat = (torch.cat([g.flatten() for g in group]) for group in (grads, expected_grads))
@@ -210,7 +216,8 @@ def test_bf16_parameters() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_compiles_without_graph_breaks(autocast: bool) -> None:
-    model, teacher = random_pair()
+    shallow = CONFIG.model.model_copy(update={"depth": 2})
+    model, teacher = random_pair(CONFIG.model_copy(update={"model": shallow, "target": TargetConfig(top_k=1)}))
     batch = random_images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
