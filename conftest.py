@@ -1,0 +1,41 @@
+"""Options and markers of tests and benchmarks."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+# the interpreter must be chosen before Triton is imported; a CUDA run compiles instead
+if "cuda" not in " ".join(sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+
+from d2v_fast import ops
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="cpu (Triton interpreted) or cuda")
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    device = config.getoption("--device")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, device {device} ({name}), backends {ops.backends()}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; --run-slow runs it"))
+        if "gpu" in item.keywords and config.getoption("--device") != "cuda":
+            item.add_marker(pytest.mark.skip(reason="needs --device cuda"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test: CPU, or CUDA with ``--device cuda``."""
+    return torch.device(request.config.getoption("--device"))
