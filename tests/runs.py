@@ -1,0 +1,162 @@
+"""Training runs for tests: a tiny configuration, and processes that are forked from the test, so that starting one is
+cheap and killing one is real."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2v_fast import engine
+from d2v_fast.train import main
+
+TINY: dict[str, Any] = {
+    "train_batch_size": 24,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "weight_decay": 0.05}},
+    "d2v": {
+        "model": {
+            "image_size": 8,
+            "patch_size": 2,
+            "channels": 1,
+            "width": 16,
+            "depth": 2,
+            "heads": 2,
+            "drop_path": 0.1,
+            "attention_dropout": 0.1,
+            "layer_scale": 0.1,
+        },
+        "mask": {"num_patches": 9, "min_patches": 2},
+        "target": {"top_k": 2},
+        "teacher": {"decay_start": 0.9, "decay_end": 0.95, "decay_steps": 10},
+        "schedule": {"steps": 12, "warmup_steps": 3},
+        "data": {
+            "kind": "digits",
+            "num_workers": 0,
+            "mean": [0.3],
+            "std": [0.38],
+            "crop_scale": [1.0, 1.0],
+            "flip_prob": 0.0,
+            "shift_pixels": 1.0,
+        },
+        "probe": {"num_draws": 1, "labels_per_class": 2},
+        "run": {"log_every": 1, "save_every": 3, "keep": 2, "device": "cpu"},
+    },
+}
+
+# what must be equal, bit for bit, in a resumed run
+FIGURES = ("step", "epoch", "loss", "target_std", "prediction_std", "lr", "decay", "grad_norm", "skipped", "samples")
+
+
+def tiny_file(folder: Path, **changes: Any) -> Path:
+    """The tiny configuration as a file; `changes` are dotted keys with `__` for the dot."""
+    raw = copy.deepcopy(TINY)
+    raw["d2v"]["run"]["dir"] = str(folder / "runs")
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = raw
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:
+    """The log of a run without what differs from time to time."""
+    lines = (folder / "runs" / name / "log.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line)[key] for key in FIGURES) for line in lines]
+
+
+def run_here(*arguments: object) -> int:
+    """Run the command line in this process."""
+    return main([str(argument) for argument in arguments])
+
+
+def start(
+    arguments: list[object],
+    output: Path,
+    environment: dict[str, str] | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> int:
+    """Fork a process that runs the command line, after `before`; its output goes to a file. Returns its id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.environ.update(environment or {})
+        torch.set_num_threads(1)
+        before()
+        status = run_here(*arguments)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 98
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(*children: int, timeout_s: float = 120) -> list[int]:
+    """Exit statuses of forked processes; minus the signal's number where a signal ended one."""
+    statuses, deadline = [], time.monotonic() + timeout_s
+    for child in children:
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                for other in children[len(statuses) :]:
+                    os.kill(other, signal.SIGKILL)
+                    os.waitpid(other, 0)
+                raise TimeoutError(f"process {child} did not end in {timeout_s} s")
+            time.sleep(0.01)
+        statuses.append(os.waitstatus_to_exitcode(ended[1]))
+    return statuses
+
+
+def run_forked(
+    *arguments: object, output: Path, num_processes: int = 1, before: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Run the command line in forked processes, as a launcher would describe them; returns their exit statuses."""
+    if num_processes > 1:
+        # slow imports: once here is enough for all that are forked from here
+        engine._import_deepspeed(torch.device("cpu"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = []
+    for rank in range(num_processes):
+        described = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DEEPSPEED_TIMEOUT": "1"}
+        environment = described if num_processes > 1 else {}
+        children.append(start(list(arguments), output, environment, before))
+    return wait(*children)
+
+
+def free_port() -> int:
+    """A port that no one listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
