@@ -173,7 +173,7 @@ class Checkpoints:
         ) from error
 
     def _find(self, tell: Callable[[str], None]) -> str | None:
-        damaged = []
+        damaged = [f"{path.name} was found damaged before" for path in self.folder.glob("step-*.damaged")]
         for step in self.steps():
             problem = verify(self.folder / f"step-{step}", step)
             if problem is None:
@@ -185,7 +185,9 @@ class Checkpoints:
             (self.folder / f"step-{step}").rename(aside)
             tell(f"{damaged[-1]}: kept as {aside.name}, falling back to the one before it")
         if damaged:
-            raise RunError(f"no usable checkpoint in {self.folder}: {'; '.join(damaged)}.")
+            raise RunError(
+                f"no usable checkpoint in {self.folder}: {'; '.join(damaged)}. Remove that folder to begin again."
+            )
         return None
 
 

@@ -13,7 +13,7 @@ _EXAMPLES = """\
 examples:
   python d2v_fast/train.py --ds_config configs/digits.json
   deepspeed d2v_fast/train.py --ds_config configs/vision_base.json --set d2v.data.path=/data/images
-  torchrun --nproc_per_node 8 d2v_fast/train.py --ds_config configs/vision_base.json --run base
+  torchrun --nproc_per_node 8 d2v_fast/train.py --ds_config configs/vision_base.json --run-name base
   python d2v_fast/train.py --run digits-1 --resume
 """
 
@@ -38,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="override one key of the file, such as d2v.model.depth=6 or optimizer.params.lr=1e-3; repeatable",
     )
-    result.add_argument("--run", metavar="NAME", help="name of the run folder (default: the file's name and a number)")
+    # torchrun takes every --run for the beginning of its own --run-path, before and after the script
+    result.add_argument(
+        "--run",
+        "--run-name",
+        metavar="NAME",
+        help="name of the run folder (default: the file's name and a number); under torchrun write --run-name",
+    )
     result.add_argument("--resume", action="store_true", help="continue the run of that name where it was saved last")
     result.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, then stop")
     result.add_argument(

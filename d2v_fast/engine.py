@@ -151,7 +151,7 @@ class DeepSpeedEngine(Engine):
         # without ZeRO and without loss scaling DeepSpeed hands the step to AdamW unchecked: it is checked here
         self._checks_here = self._stage == 0 and self.compute_dtype == torch.float32
         self._clipping = config.deepspeed.gradient_clipping
-        settings = _deepspeed_settings(config, split, self.compute_dtype)
+        settings = _deepspeed_settings(config, split, self.compute_dtype, sum(p.numel() for p in model.parameters()))
         if self._checks_here:
             settings["gradient_clipping"] = 0.0
         if config.deepspeed.optimizer.params.torch_adam:
@@ -252,7 +252,9 @@ def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -
     return norm, applied
 
 
-def _deepspeed_settings(config: RunConfig, split: BatchSplit, dtype: torch.dtype) -> dict[str, Any]:
+def _deepspeed_settings(
+    config: RunConfig, split: BatchSplit, dtype: torch.dtype, num_parameters: int
+) -> dict[str, Any]:
     """The file's DeepSpeed keys with everything resolved that it leaves open."""
     settings = config.deepspeed.asked_for()
     settings |= {
@@ -264,6 +266,10 @@ def _deepspeed_settings(config: RunConfig, split: BatchSplit, dtype: torch.dtype
         "bf16": {**settings.get("bf16", {}), "enabled": dtype == torch.bfloat16},
     }
     settings.setdefault("steps_per_print", 10**9)
+    zero = settings.setdefault("zero_optimization", {})
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        # the default is a buffer of 2 GB; no bucket needs to be larger than the model
+        zero.setdefault(bucket, min(getattr(config.deepspeed.zero_optimization, bucket), num_parameters))
     return settings
 
 
@@ -276,6 +282,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         warnings.simplefilter("ignore")
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # ZeRO calls two collectives by names that torch 2.13 deprecates
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
         # every compiled extension counts as unavailable: a shared-memory collective would be compiled otherwise
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)

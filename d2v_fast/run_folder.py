@@ -99,6 +99,16 @@ class RunFolder:
         lock.flush()
         return cls(path, lock)
 
+    def close(self) -> None:
+        """Give the folder free for another process."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def finished_steps(self) -> int:
+        """Length of the run that was brought to its end here; 0 where none was."""
+        path = self.path / "result.json"
+        return int(json.loads(path.read_text())["step"]) if path.exists() else 0
+
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved configuration as `config.json`, with the name that the run got."""
         content = config.to_dict()

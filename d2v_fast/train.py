@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,19 +72,17 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
     Raises:
         ConfigError, DataError, RunError: with a message for the user.
     """
-    stop = StopRequest()
-    run = prepare(config, resume, dry_run, stem)
-    if run is None:
-        return
-    try:
+    # from here on a signal is a request: one that comes while things are being built stops after the first step
+    with StopRequest() as stop, ExitStack() as opened:
+        run = prepare(config, resume, dry_run, stem, opened)
+        if run is None:
+            return
         step = loop(run, stop)
         if step < run.schedule.num_steps:
-            run.log.say(f"stopped on request, saved after step {step}: continue with --resume --run {run.folder.name}")
+            name = run.folder.name
+            run.log.say(f"stopped on request and saved after step {step}; to continue: --resume --run {name}")
         else:
             finish(run)
-    finally:
-        run.log.close()
-        run.world.close()
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,12 @@ class Run:
     clock: StepClock
 
 
-def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str) -> Run | None:
-    """Build everything, from the cheapest to find wrong to the dearest; None where there is nothing to train."""
+def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: ExitStack) -> Run | None:
+    """Build everything, what is cheapest to find wrong first; None where there is nothing to train.
+
+    Args:
+        opened: takes what must be closed when the run ends, in whatever way.
+    """
     import torch
 
     from d2v_fast.checkpoints import Checkpoints
@@ -139,12 +142,13 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str) -> Run | 
         return None
 
     world = World(d2v.run.device, grouped=config.deepspeed.needs_deepspeed(split.world_size))
+    opened.callback(world.close)
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
+    opened.callback(folder.close)
     say = print if world.is_first else lambda *_: None
     say(f"run folder: {folder.path}")
-    if world.decide(lambda: (folder.path / "result.json").exists()):
+    if world.decide(folder.finished_steps) >= schedule.num_steps:
         say("this run is finished, there is nothing left to do")
-        world.close()
         return None
 
     torch.manual_seed(d2v.run.seed)
@@ -167,6 +171,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str) -> Run | 
         num_steps=schedule.num_steps,
     )
     log = RunLog(folder, schedule.num_steps, start_step) if world.is_first else NoLog()
+    opened.callback(log.close)
     clock = StepClock(world.device, enabled=d2v.run.profile)
     clock.watch(model)
     return Run(config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, clock)
