@@ -1,0 +1,164 @@
+"""Target and loss in one kernel, the target stays in registers. Reference: ``d2v_fast/ops/data2vec_loss.py``.
+
+Traffic per masked element: K reads of the layers (2 or 4 B each), the prediction read, the slope written; norms over positions read all
+positions of the layers once more before, for their statistics (``topk_target.py``). A program works on a fixed set of predictions, one row
+after the other, and writes its sums, which ``masked_loss.py`` adds up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .masked_loss import element_loss, loss_factor, no_rows, plain_rows, sum_blocks
+from .topk_target import plain_layers, row_warps, statistics, target_row
+
+# a row costs K reads here, so more blocks than in the loss alone are cheap: about 4 to an SM
+MAX_BLOCKS = 512
+
+
+@triton.jit
+def _data2vec_loss_fwd_kernel(
+    pred,  # [N, D]
+    layers,  # tuple of K [B, T, D]
+    rows,  # [M] int64
+    target_rows,  # [N] int64 or None
+    slope,  # [N, D] like pred, or None
+    partial,  # [num_blocks, 4, D] fp32: moments
+    partial_loss,  # [num_blocks] fp32
+    layer_mean,
+    layer_scale,
+    average_mean,
+    average_scale,
+    num_preds,
+    num_targets,  # M
+    rows_per_block,
+    num_samples,
+    num_positions,
+    num_rows,  # B * T
+    stride_pred,
+    stride_sample,
+    stride_position,
+    eps,
+    beta,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
+    FINAL_NORM: tl.constexpr,
+    SQUARE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    in_row = cols < D
+    first = block * rows_per_block
+    last = tl.minimum(first + rows_per_block, num_preds)
+    b_loss = tl.zeros((BLOCK_D,), tl.float32)
+    b_pred_sum = tl.zeros((BLOCK_D,), tl.float32)
+    b_pred_square = tl.zeros((BLOCK_D,), tl.float32)
+    b_target_sum = tl.zeros((BLOCK_D,), tl.float32)
+    b_target_square = tl.zeros((BLOCK_D,), tl.float32)
+    for i in range(first, last):
+        b_pred = tl.load(pred + i * stride_pred + cols, mask=in_row, other=0.0).to(tl.float32)
+        entry = i
+        if target_rows is not None:
+            entry = tl.load(target_rows + i)
+        known = (entry >= 0) & (entry < num_targets)
+        row = tl.load(rows + entry, mask=known, other=-1)
+        valid = (row >= 0) & (row < num_rows)
+        b_target = target_row(
+            layers,
+            row // num_positions,
+            row % num_positions,
+            valid,
+            cols,
+            layer_mean,
+            layer_scale,
+            average_mean,
+            average_scale,
+            num_samples,
+            stride_sample,
+            stride_position,
+            eps,
+            K,
+            D,
+            LAYER_NORM,
+            FINAL_NORM,
+        )
+        b_target = tl.where(in_row, tl.where(valid, b_target, float("nan")), 0.0)
+        b_one, b_slope = element_loss(b_pred - b_target, beta, SQUARE)
+        b_loss += b_one
+        b_pred_sum += b_pred
+        b_pred_square += b_pred * b_pred
+        b_target_sum += b_target
+        b_target_square += b_target * b_target
+        if slope is not None:
+            tl.store(slope + i * D + cols, b_slope.to(slope.dtype.element_ty), mask=in_row)
+    tl.store(partial_loss + block, tl.sum(b_loss, 0))
+    partial += block * 4 * D + cols
+    tl.store(partial, b_pred_sum, mask=in_row)
+    tl.store(partial + D, b_pred_square, mask=in_row)
+    tl.store(partial + 2 * D, b_target_sum, mask=in_row)
+    tl.store(partial + 3 * D, b_target_square, mask=in_row)
+
+
+def data2vec_loss(
+    pred: Tensor,
+    layers: Sequence[Tensor],
+    layer_norm: int,
+    final_norm: int,
+    rows: Tensor,
+    lengths: Tensor | None,
+    eps: float,
+    target_rows: Tensor | None,
+    beta: float,
+    scale: float,
+    mean: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the statistics that the norms need, the loss, and the sum over its blocks; no host synchronisation."""
+    num_preds, width = pred.shape
+    num_samples, num_positions, _ = layers[0].shape
+    slope = pred.new_empty(pred.shape if need_grad else (0,))
+    if pred.numel() == 0:
+        return *no_rows(pred), slope
+    pred, layers = plain_rows(pred), plain_layers(layers)
+    lengths = None if lengths is None else lengths.contiguous()
+    stats = statistics(layers, layer_norm, final_norm, lengths, eps)
+    rows_per_block = triton.cdiv(num_preds, MAX_BLOCKS)
+    num_blocks = triton.cdiv(num_preds, rows_per_block)
+    partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32)
+    partial_loss = pred.new_empty((num_blocks,), dtype=torch.float32)
+    block_d = triton.next_power_of_2(width)
+    _data2vec_loss_fwd_kernel[(num_blocks,)](
+        pred,
+        layers,
+        rows.contiguous(),
+        None if target_rows is None else target_rows.contiguous(),
+        slope if need_grad else None,
+        partial,
+        partial_loss,
+        *stats,
+        num_preds,
+        rows.shape[0],
+        rows_per_block,
+        num_samples,
+        num_positions,
+        num_samples * num_positions,
+        pred.stride(0),
+        *layers[0].stride()[:2],
+        eps,
+        beta,
+        K=len(layers),
+        D=width,
+        LAYER_NORM=layer_norm,
+        FINAL_NORM=final_norm,
+        SQUARE=beta == 0.0,
+        BLOCK_D=block_d,
+        num_warps=row_warps(block_d, layers[0]),
+    )
+    return *sum_blocks(partial, partial_loss, loss_factor(pred.numel(), scale, mean)), slope

@@ -1,0 +1,239 @@
+"""Smooth L1 over rows with slope and moments in one pass. Reference: ``d2v_fast/ops/masked_loss.py``.
+
+Traffic per element: the prediction (2 or 4 B) and the target (2 or 4 B) read, the slope (2 or 4 B) written: 8 B for bf16 predictions and
+fp32 targets. A program works on a fixed set of rows and 256 channels and writes its sums; a second kernel adds them up in a fixed order.
+No atomics: a run repeats itself bit for bit, and since the partition depends on the shape only, so it does on another GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# sums of the blocks of rows are 20 bytes a channel and block: few enough blocks to be cheap, enough for every SM
+MAX_BLOCKS = 256
+TILE_CHANNELS = 256
+# bytes of the predictions in a tile: two 16-byte loads for each of 256 threads
+TILE_BYTES = 8192
+SCALE_BLOCK = 4096
+
+
+@triton.jit
+def element_loss(b_error, beta, SQUARE: tl.constexpr):
+    """Loss of each element and its derivative; NaN stays NaN."""
+    if SQUARE:
+        b_loss = b_error * b_error
+        b_slope = 2.0 * b_error
+    else:
+        b_size = tl.abs(b_error)
+        near = b_size < beta
+        # where the error is not near, 0 / beta: a division by a denormal beta cannot spoil it
+        b_near = tl.where(near, b_error, 0.0) / beta
+        b_loss = tl.where(near, 0.5 * b_error * b_near, b_size - 0.5 * beta)
+        b_far = tl.where(b_error > 0, 1.0, tl.where(b_error < 0, -1.0, b_error))
+        b_slope = tl.where(near, b_near, b_far)
+    return b_loss, b_slope
+
+
+@triton.jit
+def _masked_loss_fwd_kernel(
+    pred,  # [N, D]
+    target,  # [M, D]
+    target_rows,  # [N] int64 or None
+    slope,  # [N, D] like pred, or None
+    partial,  # [num_blocks, 4, D] fp32: moments
+    partial_loss,  # [num_blocks, num_tiles] fp32
+    num_rows,
+    num_targets,
+    rows_per_block,
+    stride_pred,
+    stride_target,
+    beta,
+    D: tl.constexpr,
+    SQUARE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    cols = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    first = block * rows_per_block
+    last = tl.minimum(first + rows_per_block, num_rows)
+    b_loss = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_pred_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_pred_square = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_target_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_target_square = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(first, last, BLOCK_N):
+        # int64: N * D may exceed 2^31
+        row = start + tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
+        inside = (row < last) & (cols < D)
+        b_pred = tl.load(pred + row * stride_pred + cols, mask=inside, other=0.0).to(tl.float32)
+        if target_rows is not None:
+            target_row = tl.load(target_rows + row, mask=row < last, other=0)
+            valid = (target_row >= 0) & (target_row < num_targets)
+            b_target = tl.load(target + target_row * stride_target + cols, mask=inside & valid, other=0.0).to(
+                tl.float32
+            )
+            b_target = tl.where(valid, b_target, float("nan"))
+        else:
+            b_target = tl.load(target + row * stride_target + cols, mask=inside, other=0.0).to(tl.float32)
+        b_one, b_slope = element_loss(b_pred - b_target, beta, SQUARE)
+        b_loss += b_one
+        b_pred_sum += b_pred
+        b_pred_square += b_pred * b_pred
+        b_target_sum += b_target
+        b_target_square += b_target * b_target
+        if slope is not None:
+            tl.store(slope + row * D + cols, b_slope.to(slope.dtype.element_ty), mask=inside)
+    tl.store(partial_loss + block * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(b_loss, 1), 0))
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    partial += block * 4 * D + cols
+    tl.store(partial, tl.sum(b_pred_sum, 0), mask=cols < D)
+    tl.store(partial + D, tl.sum(b_pred_square, 0), mask=cols < D)
+    tl.store(partial + 2 * D, tl.sum(b_target_sum, 0), mask=cols < D)
+    tl.store(partial + 3 * D, tl.sum(b_target_square, 0), mask=cols < D)
+
+
+@triton.jit
+def _sum_blocks_kernel(
+    partial,  # [num_blocks, 4 * D] fp32
+    partial_loss,  # [num_losses] fp32
+    moments,  # [4 * D] fp32
+    loss,  # [] fp32
+    num_blocks,
+    num_losses,
+    factor,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_LOSS: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    blocks = tl.arange(0, BLOCK_N)[:, None]
+    b_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, num_blocks, BLOCK_N):
+        inside = (start + blocks < num_blocks) & (cols < 4 * D)[None, :]
+        b_sum += tl.load(partial + (start + blocks).to(tl.int64) * 4 * D + cols[None, :], mask=inside, other=0.0)
+    tl.store(moments + cols, tl.sum(b_sum, 0), mask=cols < 4 * D)
+    if tl.program_id(0) == 0:
+        b_loss = tl.zeros((BLOCK_LOSS,), tl.float32)
+        offset = tl.arange(0, BLOCK_LOSS)
+        for start in range(0, num_losses, BLOCK_LOSS):
+            b_loss += tl.load(partial_loss + start + offset, mask=start + offset < num_losses, other=0.0)
+        tl.store(loss, tl.sum(b_loss, 0) * factor)
+
+
+@triton.jit
+def _scale_gradient_kernel(
+    slope,  # [n]
+    grad_output,  # [] fp32
+    out,  # [n]
+    n,
+    factor,
+    BLOCK: tl.constexpr,
+):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_slope = tl.load(slope + offset, mask=offset < n, other=0.0).to(tl.float32)
+    b_grad = b_slope * (tl.load(grad_output) * factor)
+    tl.store(out + offset, b_grad.to(out.dtype.element_ty), mask=offset < n)
+
+
+def loss_factor(num_elements: int, scale: float, mean: bool) -> float:
+    """What the sum over rows and channels is multiplied with; finite for no rows."""
+    return scale / max(num_elements, 1) if mean else scale
+
+
+def plain_rows(x: Tensor) -> Tensor:
+    """The rows with a contiguous last dimension: themselves if they are so."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def sum_blocks(partial: Tensor, partial_loss: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Launch the sum over the blocks' moments `[num_blocks, 4, D]` and losses: ``(loss, moments)``."""
+    num_blocks, _, width = partial.shape
+    loss = partial.new_empty(())
+    moments = partial.new_empty((4, width))
+    block = min(triton.next_power_of_2(4 * width), 128)
+    _sum_blocks_kernel[(triton.cdiv(4 * width, block),)](
+        partial,
+        partial_loss,
+        moments,
+        loss,
+        num_blocks,
+        partial_loss.numel(),
+        factor,
+        D=width,
+        BLOCK_N=min(triton.next_power_of_2(num_blocks), 32),
+        BLOCK_D=block,
+        BLOCK_LOSS=min(triton.next_power_of_2(partial_loss.numel()), 1024),
+        num_warps=4,
+    )
+    return loss, moments
+
+
+def no_rows(pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and moments of nothing: zeros."""
+    return pred.new_zeros((), dtype=torch.float32), pred.new_zeros((4, pred.shape[1]), dtype=torch.float32)
+
+
+def masked_smooth_l1(
+    pred: Tensor,
+    target: Tensor,
+    target_rows: Tensor | None,
+    beta: float,
+    scale: float,
+    mean: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the loss and the sum over its blocks; no host synchronisation."""
+    num_rows, width = pred.shape
+    slope = pred.new_empty(pred.shape if need_grad else (0,))
+    if pred.numel() == 0:
+        return *no_rows(pred), slope
+    pred, target = plain_rows(pred), plain_rows(target)
+    block_d = min(triton.next_power_of_2(width), TILE_CHANNELS)
+    num_tiles = triton.cdiv(width, block_d)
+    block_n = min(TILE_BYTES // pred.element_size() // block_d, triton.next_power_of_2(num_rows))
+    rows_per_block = triton.cdiv(triton.cdiv(num_rows, MAX_BLOCKS), block_n) * block_n
+    num_blocks = triton.cdiv(num_rows, rows_per_block)
+    partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32)
+    partial_loss = pred.new_empty((num_blocks, num_tiles), dtype=torch.float32)
+    _masked_loss_fwd_kernel[(num_blocks, num_tiles)](
+        pred,
+        target,
+        None if target_rows is None else target_rows.contiguous(),
+        slope if need_grad else None,
+        partial,
+        partial_loss,
+        num_rows,
+        target.shape[0],
+        rows_per_block,
+        pred.stride(0),
+        target.stride(0),
+        beta,
+        D=width,
+        SQUARE=beta == 0.0,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=8,
+    )
+    return *sum_blocks(partial, partial_loss, loss_factor(pred.numel(), scale, mean)), slope
+
+
+def scale_gradient(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> Tensor:
+    """Launch the multiplication of the saved slope with the incoming gradient, read on the device."""
+    slope = slope.contiguous()
+    out = torch.empty_like(slope)
+    if slope.numel():
+        _scale_gradient_kernel[(triton.cdiv(slope.numel(), SCALE_BLOCK),)](
+            slope,
+            grad_output,
+            out,
+            slope.numel(),
+            loss_factor(slope.numel(), scale, mean),
+            BLOCK=SCALE_BLOCK,
+            num_warps=8,
+        )
+    return out
