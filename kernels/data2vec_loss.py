@@ -1,8 +1,9 @@
-"""Target and loss in one kernel, the target stays in registers. Reference: ``d2v_fast/ops/data2vec_loss.py``.
+"""Target and loss in one kernel, the target stays in registers. Reference: ``ops/data2vec_loss.py``.
 
-Traffic per masked element: K reads of the layers (2 or 4 B each), the prediction read, the slope written; norms over positions read all
-positions of the layers once more before, for their statistics (``topk_target.py``). A program works on a fixed set of predictions, one row
-after the other, and writes its sums, which ``masked_loss.py`` adds up in a fixed order.
+Traffic per masked element: K reads of the layers (2 or 4 B each), the prediction read, the slope written; norms over
+positions read all positions of the layers once more before, for their statistics (``topk_target.py``). A program works
+on a fixed set of predictions, one row after the other, and writes its sums, which ``masked_loss.py`` adds up in a fixed
+order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Smooth L1 over rows with slope and moments in one pass. Reference: ``d2v_fast/ops/masked_loss.py``.
+"""Smooth L1 over rows with slope and moments in one pass. Reference: ``ops/masked_loss.py``.
 
-Traffic per element: the prediction (2 or 4 B) and the target (2 or 4 B) read, the slope (2 or 4 B) written: 8 B for bf16 predictions and
-fp32 targets. A program works on a fixed set of rows and 256 channels and writes its sums; a second kernel adds them up in a fixed order.
-No atomics: a run repeats itself bit for bit, and since the partition depends on the shape only, so it does on another GPU.
+Traffic per element: the prediction (2 or 4 B) and the target (2 or 4 B) read, the slope (2 or 4 B) written: 8 B for
+bf16 predictions and fp32 targets. A program works on a fixed set of rows and 256 channels and writes its sums; a second
+kernel adds them up in a fixed order. No atomics, and a partition that depends on the shape only: a run repeats itself
+bit for bit.
 """
 
 from __future__ import annotations
