@@ -1,0 +1,147 @@
+"""Deviations, the collapse guard, the log and its pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2v_fast import metrics
+from d2v_fast.config import GuardConfig
+from d2v_fast.metrics import RunLog, check_collapse, deviations, draw_curves, duration, loss_and_deviations, read_log
+from d2v_fast.run_folder import RunFolder
+from d2v_fast.stepclock import StepClock
+from d2v_fast.world import RunError
+
+
+def moments_of(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.stack((prediction.sum(0), (prediction**2).sum(0), target.sum(0), (target**2).sum(0)))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(2, 1), (37, 5), (501, 16)])
+def test_deviations_match_torch(rows: int, width: int) -> None:
+    prediction, target = torch.randn(rows, width), 3 + 0.5 * torch.randn(rows, width)
+    found = deviations(moments_of(prediction, target), rows)
+    for value, tensor in ((found.prediction, prediction), (found.target, target)):
+        assert value == pytest.approx((tensor.double().var(0) + 1e-6).sqrt().mean().item(), rel=1e-4)
+
+
+def test_deviations_of_a_collapse() -> None:
+    constant = torch.full((64, 3), 7.0)
+    assert deviations(moments_of(constant, constant), 64) == pytest.approx((1e-3, 1e-3), rel=1e-3)
+    assert all(math.isnan(value) for value in deviations(torch.zeros(4, 3), 1))
+
+
+def test_loss_is_per_value() -> None:
+    sums = torch.cat((torch.tensor([12.0]), torch.zeros(4 * 3)))
+    assert loss_and_deviations(sums, num_rows=2, width=3)["loss"] == 2.0
+
+
+def entry(step: int, **changes: float) -> dict[str, float]:
+    usual = {"loss": 0.5, "target_std": 0.9, "prediction_std": 0.4, "lr": 1e-3, "grad_norm": 1.0, "samples_per_s": 9.0}
+    return {"step": step, **usual, **changes}
+
+
+def test_collapse_guard() -> None:
+    guard = GuardConfig(after_steps=10, min_target_std=0.1, min_prediction_std=0.01)
+    check_collapse(entry(9, target_std=0.0, prediction_std=0.0), guard)
+    check_collapse(entry(10), guard)
+    # a step that was skipped for a NaN says nothing about a collapse
+    check_collapse(entry(10, target_std=math.nan, prediction_std=math.nan), guard)
+    with pytest.raises(RunError, match=r"targets over the masked positions is 0\.0500"):
+        check_collapse(entry(10, target_std=0.05), guard)
+    with pytest.raises(RunError, match="min_prediction_std"):
+        check_collapse(entry(11, prediction_std=0.005), guard)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def test_log_continues_after_the_checkpoint(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(folder, num_steps=10, start_step=0)
+    for step in (1, 2, 3, 4):
+        log.write(entry(step, loss=math.nan if step == 2 else step))
+    log.close()
+    # cut off by a crash in the middle of a line
+    with (folder.path / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "los')
+    assert [line["step"] for line in read_log(folder.path)] == [1, 2, 3, 4]
+    log = RunLog(folder, num_steps=10, start_step=3)
+    log.write(entry(4, loss=40.0))
+    log.close()
+    lines = [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [1, None, 3, 40.0]
+    assert "step 4/10  loss 40.0000" in capsys.readouterr().out
+    assert any((folder.path / "tensorboard").iterdir())
+
+
+def test_progress_bar_on_a_terminal(folder: RunFolder, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    log = RunLog(folder, num_steps=3, start_step=0)
+    log.advance(1)
+    log.write(entry(2))
+    log.say("a line")
+    log.close()
+    output = capsys.readouterr().out
+    assert "a line" in output
+
+
+def test_curves_are_drawn_and_replaced(folder: RunFolder) -> None:
+    path = folder.path / "curves.png"
+    draw_curves([entry(1), entry(2, loss=None), entry(3)], path)  # type: ignore[arg-type]
+    first = path.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    draw_curves([entry(step) for step in range(20)], path)
+    assert path.read_bytes() != first
+    assert [name.name for name in folder.path.iterdir()] == ["curves.png"]
+    draw_curves([], path)
+
+
+def test_missing_packages_are_a_line_each(folder: RunFolder, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(metrics, "_said", set())
+    for package in ("matplotlib.backends.backend_agg", "torch.utils.tensorboard"):
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+    log = RunLog(folder, num_steps=3, start_step=0)
+    log.write(entry(1))
+    log.draw_curves()
+    log.draw_curves()
+    log.close()
+    output = capsys.readouterr().out
+    assert output.count("matplotlib is not installed") == 1
+    assert output.count("tensorboard is not installed") == 1
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3723, "1:02:03"), (-1, "0:00")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_clock_divides_the_whole_step(monkeypatch) -> None:
+    time_s = iter(range(1000))
+    clock = StepClock(torch.device("cpu"), enabled=True)
+    monkeypatch.setattr(clock, "_now", lambda: next(time_s))
+    for item in clock.each(range(7), "data"):
+        if item < 6:
+            with clock.part("backward"):
+                pass
+            clock.end_step()
+    report = clock.report()
+    # readings of the clock in a step: two for the data, two for backward, one at the end
+    assert report["steps"] == 3
+    assert report["ms_per_step"]["data"] == report["ms_per_step"]["backward"] == 1000
+    assert report["ms_per_step"]["everything else"] == 3000
+    assert sum(report["percent"].values()) == pytest.approx(100)
+    assert "backward" in str(clock)
+
+
+def test_clock_that_is_off_costs_nothing(monkeypatch) -> None:
+    clock = StepClock(torch.device("cpu"), enabled=False)
+    monkeypatch.setattr(clock, "_now", lambda: pytest.fail("looked at the time"))
+    for _ in clock.each([1], "data"):
+        with clock.part("EMA"):
+            clock.end_step()
