@@ -121,9 +121,10 @@ def nearest_key(key: str, siblings: Iterable[str], elsewhere: Iterable[str]) -> 
     moved = [other for other in elsewhere if other.rpartition(".")[2] == name and other != key]
     if moved:
         return f"Did you mean `{moved[0]}`?"
-    similar = difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.75)
+    by_name = {other.rpartition(".")[2]: other for other in elsewhere}
+    similar = difflib.get_close_matches(name, list(by_name), n=1, cutoff=0.75)
     if similar:
-        return f"Did you mean `{similar[0]}`?"
+        return f"Did you mean `{by_name[similar[0]]}`?"
     return f"Known here: {', '.join(siblings)}."
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,23 +54,13 @@ class RunFolder:
         """
         try:
             root.mkdir(parents=True, exist_ok=True)
-            if name is not None:
-                (root / name).mkdir()
-                return cls._open(root / name)
-            number = 1
-            while True:
-                try:
-                    (root / f"{stem}-{number}").mkdir()
-                except FileExistsError:
-                    number += 1
-                else:
-                    return cls._open(root / f"{stem}-{number}")
-        except FileExistsError:
-            raise RunError(
-                f"the run {root / str(name)} exists: continue it with --resume, or choose another name with --run."
-            ) from None
+            for candidate in [name] if name is not None else map(f"{stem}-{{}}".format, count(1)):
+                with suppress(FileExistsError):
+                    (root / candidate).mkdir()
+                    return cls._open(root / candidate)
         except OSError as error:
             raise RunError(f"the run folder cannot be made in {root}: {error}") from error
+        raise RunError(f"the run {root / str(name)} exists: continue it with --resume, or choose another with --run.")
 
     @classmethod
     def reopen(cls, root: Path, name: str) -> RunFolder:
