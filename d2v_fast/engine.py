@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.config import BatchSplit, RunConfig
-from d2v_fast.world import World
+from d2v_fast.world import RunError, World
 
 # the folder inside a checkpoint, and the tag, under which DeepSpeed stores its state
 DEEPSPEED_TAG = "deepspeed"
@@ -89,9 +89,9 @@ def make_engine(model: nn.Module, config: RunConfig, world: World) -> Engine:
 
 
 def check_engine_available(config: RunConfig, num_processes: int) -> None:
-    """RuntimeError where DeepSpeed is needed and not installed. Nothing is imported."""
+    """RunError where DeepSpeed is needed and not installed. Nothing is imported."""
     if config.deepspeed.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
-        raise RuntimeError(
+        raise RunError(
             "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
             "`pip install deepspeed`. One process without `zero_optimization` needs none."
         )
@@ -196,7 +196,7 @@ class DeepSpeedEngine(Engine):
         with _only_weights():
             path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
         if path is None:
-            raise RuntimeError(f"DeepSpeed found no state of its own in {folder}.")
+            raise RunError(f"DeepSpeed found no state of its own in {folder}.")
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

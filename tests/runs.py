@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -94,6 +95,18 @@ def start(
     before: Callable[[], None] = lambda: None,
 ) -> int:
     """Fork a process that runs the command line, after `before`; its output goes to a file. Returns its id."""
+
+    def work() -> int:
+        os.environ.update(environment or {})
+        torch.set_num_threads(1)
+        before()
+        return run_here(*arguments)
+
+    return fork(work, output)
+
+
+def fork(work: Callable[[], int], output: Path) -> int:
+    """Fork a process that ends with the status that `work` returns; its output goes to a file. Returns its id."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -105,10 +118,7 @@ def start(
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os.environ.update(environment or {})
-        torch.set_num_threads(1)
-        before()
-        status = run_here(*arguments)
+        status = work()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 98
     except BaseException:
@@ -140,11 +150,7 @@ def run_forked(
 ) -> list[int]:
     """Run the command line in forked processes, as a launcher would describe them; returns their exit statuses."""
     if num_processes > 1:
-        # slow imports: once here is enough for all that are forked from here
-        engine._import_deepspeed(torch.device("cpu"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        import_deepspeed()
     common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = []
     for rank in range(num_processes):
@@ -152,6 +158,16 @@ def run_forked(
         environment = described if num_processes > 1 else {}
         children.append(start(list(arguments), output, environment, before))
     return wait(*children)
+
+
+def import_deepspeed() -> None:
+    """Import it here, with what ZeRO needs: slow, and once is enough for all processes that are forked from here."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine._import_deepspeed(torch.device("cpu"))
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def free_port() -> int:
