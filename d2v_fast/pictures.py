@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from d2v_fast.config_errors import check
 from d2v_fast.data import build_dataset
 from d2v_fast.data2vec import VisionModel, build_model
 from d2v_fast.masking import block_masks
+from d2v_fast.probe import patch_features
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -137,13 +137,6 @@ def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
         raise ValueError(f"{path} does not fit the run's config.json: {', '.join(wrong[:5])} is missing or misshapen.")
     model.load_state_dict({key: found[key] for key in expected})
     return Weights(model, name, step)
-
-
-@torch.no_grad()
-def patch_features(model: VisionModel, pixels: Tensor, top_k: int) -> Tensor:
-    """`[B, P, D]`: the mean of the last K blocks' outputs, each layer-normalised, as in the target of pre-training."""
-    features = model.eval()(pixels, top_k=top_k).features
-    return torch.stack([F.layer_norm(feature[:, 1:], feature.shape[-1:]) for feature in features]).mean(0)
 
 
 def principal_colours(features: Tensor) -> NDArray[np.float32]:

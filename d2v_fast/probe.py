@@ -64,20 +64,22 @@ class ProbeReport:
 
 
 @torch.no_grad()
-def image_features(model: nn.Module, images: Tensor, top_k: int) -> NDArray[np.float32]:
-    """Features `[S, D]`, fp32, of `images` `[S, C, H, W]`: K layer-normalised block outputs, mean over K and patches.
+def patch_features(model: nn.Module, images: Tensor, top_k: int) -> Tensor:
+    """`[B, P, D]`, fp32: the mean of the last K blocks' outputs, each layer-normalised, as in the target of training.
 
     The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
     """
     was_training, parameter = model.training, next(model.parameters())
-    model.eval()
-    out = []
-    for batch in images.split(_BATCH):
-        features = model(batch.to(parameter.device, parameter.dtype), top_k=top_k).features
-        patches_KBPD = torch.stack([f[:, 1:].float() for f in features])
-        out.append(F.layer_norm(patches_KBPD, patches_KBPD.shape[-1:]).mean((0, 2)).cpu())
+    features = model.eval()(images.to(parameter.device, parameter.dtype), top_k=top_k).features
     model.train(was_training)
-    return torch.cat(out).numpy()
+    patches_KBPD = torch.stack([feature[:, 1:].float() for feature in features])
+    return F.layer_norm(patches_KBPD, patches_KBPD.shape[-1:]).mean(0)
+
+
+def image_features(model: nn.Module, images: Tensor, top_k: int) -> NDArray[np.float32]:
+    """Features `[S, D]`, fp32, of `images` `[S, C, H, W]`: the mean of `patch_features` over the patches."""
+    batches = [patch_features(model, batch, top_k).mean(1).cpu() for batch in images.split(_BATCH)]
+    return torch.cat(batches).numpy()
 
 
 def score(features: NDArray[np.float32], data: ProbeData, config: ProbeConfig) -> Scores:
