@@ -18,7 +18,7 @@ import torch
 from d2v_fast import evaluation, faults, metrics
 from d2v_fast.cli import parser
 from d2v_fast.data2vec import Data2Vec, StepOutput
-from tests.runs import figures, run_forked, run_here, start, tiny_file, wait
+from tests.runs import figures, free_port, run_forked, run_here, start, tiny_file, wait
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
@@ -351,11 +351,13 @@ def test_flags_are_frozen() -> None:
 
 
 def test_plain_run_needs_no_deepspeed(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['deepspeed'] = None\nfrom d2v_fast.train import main\n"
-        f"sys.exit(main(['--ds_config', {str(tiny_file(tmp_path, d2v__schedule={'steps': 1}))!r}]))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100, capture_output=True)
+    def take_it_away() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+            del sys.modules[name]
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]
+
+    file = tiny_file(tmp_path, d2v__schedule={"steps": 2})
+    assert run_forked("--ds_config", file, output=tmp_path / "output", before=take_it_away) == [0]
 
 
 def test_wrong_file_is_refused_in_words(tmp_path: Path, capsys) -> None:
@@ -396,21 +398,93 @@ def test_accumulation_changes_nothing(accumulation: int, tmp_path: Path, without
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (2, 2)])
-def test_two_processes_change_nothing(stage: int, accumulation: int, tmp_path: Path, without_dropout) -> None:
+@pytest.mark.parametrize(("stage", "accumulation", "fault"), [(0, 1, "full"), (1, 1, "kill"), (2, 2, "kill")])
+def test_two_processes_change_nothing(
+    stage: int, accumulation: int, fault: str, tmp_path: Path, without_dropout
+) -> None:
+    """Two processes have the losses of one, also when the first of them fails or dies in a save."""
     losses, changes = without_dropout
     changes = changes | {"zero_optimization__stage": stage, "gradient_accumulation_steps": accumulation}
-    output = tmp_path / "output"
+    file, output = tiny_file(tmp_path, **changes), tmp_path / "output"
 
-    # stopped by a full disk in the second save, and continued
     def arm() -> None:
-        faults._fault = faults.Fault("save.manifest:2:full")
+        faults._fault = faults.Fault(f"save.rename:2:{fault}")
 
-    file = tiny_file(tmp_path, **changes)
     statuses = run_forked("--ds_config", file, "--run", "r", output=output, num_processes=2, before=arm)
-    assert statuses == [1, 1], output.read_text()
-    assert "step-6 could not be written" in output.read_text()
+    assert statuses == ([1, 1] if fault == "full" else [-signal.SIGKILL, 99]), output.read_text()
+    assert ("step-6 could not be written" in output.read_text()) == (fault == "full")
     statuses = run_forked("--ds_config", file, "--run", "r", "--resume", output=output, num_processes=2)
     assert statuses == [0, 0], output.read_text()
     assert "resumed after step 3" in output.read_text()
     assert [entry[2] for entry in figures(tmp_path, "r")] == pytest.approx(losses, rel=1e-5)
+    # its optimizer state is in pieces that one process cannot read
+    if stage > 0:
+        longer = ["--set", "d2v.schedule.steps=9", "--set", "zero_optimization.stage=0"]
+        assert run_here("--ds_config", file, "--run", "r", "--resume", *longer) == 1
+
+
+@needs_deepspeed
+def test_signal_to_one_process_stops_all(tmp_path: Path, without_dropout) -> None:
+    losses, changes = without_dropout
+    file, output = tiny_file(tmp_path, **changes), tmp_path / "output"
+
+    def signal_the_second() -> None:
+        passed = []
+
+        def at_step_4(point: str) -> None:
+            passed.append(point)
+            if point == "step" and passed.count(point) == 4 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        faults.fault_point = at_step_4
+
+    arguments = ["--ds_config", file, "--run", "r"]
+    assert run_forked(*arguments, output=output, num_processes=2, before=signal_the_second) == [0, 0]
+    assert "saved after step 5" in output.read_text()
+    assert run_forked(*arguments, "--resume", output=output, num_processes=2) == [0, 0], output.read_text()
+    assert [entry[2] for entry in figures(tmp_path, "r")] == pytest.approx(losses, rel=1e-5)
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port"],
+}
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers(launcher: str, tmp_path: Path, without_dropout) -> None:
+    losses, changes = without_dropout
+    command = [sys.executable, "-m", *LAUNCHERS[launcher]]
+    if launcher == "deepspeed":
+        command.append(str(free_port()))
+    command += ["d2v_fast/train.py", "--ds_config", str(tiny_file(tmp_path, **changes)), "--run-name", "r"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEEPSPEED_TIMEOUT": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stdout + done.stderr
+    assert [entry[2] for entry in figures(tmp_path, "r")] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_loop_never_waits_for_the_gpu(tmp_path: Path, device: torch.device, monkeypatch) -> None:
+    """Between two logged steps no call makes the host wait; and a step that is not finite changes nothing there."""
+    file = tiny_file(tmp_path, d2v__run__device="cuda", d2v__run__log_every=8, d2v__run__save_every=100)
+    steps = []
+
+    def watch(point: str) -> None:
+        if point == "step":
+            steps.append(point)
+            waits = len(steps) in (7, 11) or len(steps) >= 12
+            torch.cuda.set_sync_debug_mode("default" if waits else "error")
+
+    monkeypatch.setattr(faults, "fault_point", watch)
+    poison_objective(monkeypatch, {5, 6})
+    try:
+        assert run_here("--ds_config", file, "--run", "r") == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [entry[8] for entry in figures(tmp_path, "r")] == [0, 2, 2]
+    assert all(entry[2] is not None for entry in figures(tmp_path, "r"))
