@@ -6,7 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -88,7 +89,7 @@ def check_collapse(entry: Entry, guard: GuardConfig) -> None:
 
 
 class Speed:
-    """Samples per second, and seconds since the start of this process."""
+    """Samples per second of training, and seconds since the start of this process."""
 
     def __init__(self, samples: int) -> None:
         self._start = self._last = time.monotonic()
@@ -100,6 +101,13 @@ class Speed:
         speed = (samples - self._samples) / max(1e-9, now - self._last)
         self._last, self._samples = now, samples
         return {"samples_per_s": round(speed, 1), "seconds": round(now - self._start, 3)}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of the block for the speed: it is no training."""
+        started = time.monotonic()
+        yield
+        self._last += time.monotonic() - started
 
 
 class Log(Protocol):
@@ -205,7 +213,9 @@ def draw_curves(entries: list[Entry], path: Path, say: Any = print) -> None:
     except ImportError:
         _once(say, "no curves.png: matplotlib is not installed")
         return
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6))
+    # by hand: an automatic layout draws everything twice
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.95, hspace=0.35, wspace=0.2)
     FigureCanvasAgg(figure)
     for axes, (title, keys) in zip(figure.subplots(2, 2).flat, _CURVES, strict=True):
         for key in keys:

@@ -47,15 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
         # the slow imports, only now: a wrong file has been refused by here
+        import torch
+
         from d2v_fast.data import DataError
         from d2v_fast.world import RunError
 
         try:
             train(config, resume=options.resume, dry_run=options.dry_run, stem=config_stem(options))
-        except (DataError, RunError) as error:
-            # the others raise it as well, or are told by their launcher
-            if is_first_process() or isinstance(error, DataError):
+        except (DataError, RunError, OSError) as error:
+            # a RunError is raised by all processes alike
+            if is_first_process() or not isinstance(error, RunError):
                 print(f"error: {error}", file=sys.stderr)
+            return 1
+        except torch.OutOfMemoryError as error:
+            advice = "lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set "
+            print(f"error: {error}\n{advice}`d2v.model.gradient_checkpointing`.", file=sys.stderr)
             return 1
     except ConfigError as error:
         if is_first_process():
@@ -231,12 +237,14 @@ def loop(run: Run, stop: StopRequest) -> int:
             check_collapse(entry, run.config.d2v.guard)
         if is_logged or run.world.device.type == "cpu":
             run.state.check_finite(step)
-        if probe_every and step % probe_every == 0 and not is_last:
-            run_probe(run, step)
         asked_to_stop = run.world.any(stop.requested)
+        if probe_every and step % probe_every == 0 and not is_last:
+            with speed.paused():
+                run_probe(run, step)
         if step % section.save_every == 0 or is_last or asked_to_stop:
-            run.state.save(step)
-            run.log.draw_curves()
+            with speed.paused():
+                run.state.save(step)
+                run.log.draw_curves()
         fault_point("step")
         if asked_to_stop:
             break
