@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,6 +88,11 @@ def config_stem(options: argparse.Namespace) -> str:
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; argparse prints and exits where it is wrong."""
     return parser().parse_args(arguments)
+
+
+def is_first_process() -> bool:
+    """True in the one process that prints, also before the processes are connected."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _runs_folder(overrides: Sequence[str]) -> Path:

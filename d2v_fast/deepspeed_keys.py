@@ -60,7 +60,8 @@ class BatchSplit(NamedTuple):
 
 
 class AdamWParams(Section):
-    """`torch_adam` picks torch's AdamW under DeepSpeed too, which needs no compiler at run time."""
+    """`torch_adam` picks torch's AdamW under DeepSpeed too, which needs no compiler at run time; false takes
+    DeepSpeed's own, which is compiled when it is first used."""
 
     lr: float = Field(gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -228,6 +229,12 @@ class DeepSpeedConfig(Section):
         if self.train_batch_size is None and self.train_micro_batch_size_per_gpu is None:
             hint = "Give it, or `train_micro_batch_size_per_gpu`."
             problems.append(Problem("train_batch_size", "be the number of samples per optimizer step", None, hint))
+        if not self.bf16.check_grad_overflow:
+            hint = "Without this check one NaN would reach student, teacher and optimizer."
+            problems.append(Problem("bf16.check_grad_overflow", "be true", False, hint))
+        if not self.optimizer.params.torch_adam and self.zero_optimization.stage == 0:
+            hint = "DeepSpeed's own AdamW cannot leave out a step that is not finite; ZeRO does that for it."
+            problems.append(Problem("optimizer.params.torch_adam", "be true without ZeRO", False, hint))
         if self.fp16.enabled and self.bf16.enabled is True:
             problems.append(Problem("fp16.enabled", "be false while `bf16.enabled` is true", True, "Choose one."))
         refuse_if(problems)
@@ -262,6 +269,13 @@ class DeepSpeedConfig(Section):
     def needs_deepspeed(self, world_size: int) -> bool:
         """True for more than one process, ZeRO, or offload; otherwise plain torch does it."""
         return world_size > 1 or self.zero_optimization.stage > 0 or self.zero_optimization.offloads
+
+    def without_effect(self, world_size: int) -> list[str]:
+        """Keys of the file that only DeepSpeed reads, where a run does without it."""
+        if self.needs_deepspeed(world_size):
+            return []
+        read = {"optimizer", "bf16", "fp16", "zero_optimization", "gradient_clipping", "steps_per_print"}
+        return sorted(key for key in self.model_fields_set - read if not key.startswith(("train_", "gradient_acc")))
 
     def asked_for(self) -> dict[str, Any]:
         """The keys as they stood in the file, without defaults."""

@@ -180,9 +180,10 @@ class RunLog:
         draw_curves(read_log(self._folder.path), self._folder.path / "curves.png", self.say)
 
     def close(self) -> None:
-        """End progress bar and files; the log stays."""
+        """End progress bar and files; the log stays, and `say` goes on. May be called twice."""
         if self._progress is not None:
             self._progress.close()
+            self._progress = None
         if self._events is not None:
             self._events.close()
         self._file.close()
@@ -222,6 +223,7 @@ def draw_curves(entries: list[Entry], path: Path, say: Any = print) -> None:
             points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
             axes.plot(*zip(*points, strict=True) if points else ((), ()), label=key)
         axes.set(title=title, xlabel="optimizer step")
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend()

@@ -70,7 +70,9 @@ class RunState:
     def follow(self, step: int, applied: Tensor) -> None:
         """Let the teacher follow the student where step number `step` was applied, and count it where it was not.
 
-        On the CPU the flag can be read. On a GPU nothing waits for it: a decay of 1 leaves the teacher as it is.
+        A step that was not applied keeps its place in the order of the data and in the schedules, which are
+        functions of the step number. On the CPU the flag can be read. On a GPU nothing waits for it: a decay of 1
+        leaves the teacher as it is.
         """
         skipped = ~applied
         self.skipped += skipped

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     # run as a file, Python looks for modules in this folder first; they are to be found by their full names only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from d2v_fast.cli import config_stem, read_config, read_options
+from d2v_fast.cli import config_stem, is_first_process, read_config, read_options
 from d2v_fast.config import BatchSplit, ConfigError, RunConfig
 from d2v_fast.stop_request import StopRequest
 
@@ -84,6 +84,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
         if run is None:
             return
         step = loop(run, stop)
+        run.log.close()
         if step < run.schedule.num_steps:
             name = run.folder.name
             run.log.say(f"stopped on request and saved after step {step}; to continue: --resume --run {name}")
@@ -153,6 +154,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     opened.callback(folder.close)
     say = print if world.is_first else lambda *_: None
     say(f"run folder: {folder.path}")
+    if ignored := config.deepspeed.without_effect(world.size):
+        say(f"one process without ZeRO runs without DeepSpeed: no effect of {', '.join(ignored)}")
     if world.decide(folder.finished_steps) >= schedule.num_steps:
         say("this run is finished, there is nothing left to do")
         return None
@@ -288,11 +291,6 @@ def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of torch's generator for one forward pass, in [0, 2**63)."""
     digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_step, rank), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def is_first_process() -> bool:
-    """True in the one process that prints, before the processes are connected."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

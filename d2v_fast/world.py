@@ -105,7 +105,7 @@ class World:
         # the variable, in minutes, is DeepSpeed's; a rank that is stuck costs the others this long
         timeout = timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
         backend = "gloo" if self.device.type == "cpu" else "nccl"
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=None if backend == "gloo" else self.device)
         self._hosts = dist.new_group(backend="gloo", timeout=timeout)
 
     def _tell(self, message: bytes) -> bytes:

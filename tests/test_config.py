@@ -147,6 +147,8 @@ def test_every_problem_is_listed_at_once() -> None:
         ("scheduler", {"type": "WarmupLR"}, "The learning-rate schedule is `d2v.schedule`"),
         ("fp16__enabled", True, "must be false without DeepSpeed"),
         ("train_batch_size", 0, "must be >= 1, but is 0 instead"),
+        ("bf16__check_grad_overflow", False, "`bf16.check_grad_overflow` must be true, but is false instead"),
+        ("optimizer__params__torch_adam", False, "must be true without ZeRO, but is false instead"),
     ],
 )
 def test_impossible_values(key: str, value: Any, sentence: str) -> None:
@@ -161,6 +163,12 @@ def test_offload_needs_a_stage_that_shards() -> None:
     accepted = parse(zero_optimization={"stage": 2, "offload_optimizer": offload, "reduce_bucket_size": 5e8})
     assert accepted.deepspeed.zero_optimization.reduce_bucket_size == 500_000_000
     assert accepted.deepspeed.needs_deepspeed(1)
+
+
+def test_keys_without_effect_are_known() -> None:
+    wandb = {"enabled": True}
+    assert parse(wandb=wandb, gradient_clipping=1.0, steps_per_print=5).deepspeed.without_effect(1) == ["wandb"]
+    assert parse(wandb=wandb).deepspeed.without_effect(2) == []
 
 
 def test_when_deepspeed_is_needed() -> None:
