@@ -102,21 +102,26 @@ def test_kill_during_save(point: str, tmp_path: Path, uninterrupted) -> None:
 
 def test_kill_at_random_moments(tmp_path: Path, uninterrupted) -> None:
     file, output = tiny_file(tmp_path), tmp_path / "output"
-    draw = random.Random()
-    delays = [draw.uniform(0.05, 1.5) for _ in range(6)]
-    arguments: list[object] = ["--ds_config", file, "--run", "r"]
-    killed = 0
-    for delay in delays:
-        child = start(arguments, output)
-        time.sleep(delay)
+    started = time.monotonic()
+    assert run_forked("--ds_config", file, "--run", "run-0", output=output) == [0]
+    whole_s = time.monotonic() - started
+    draw, delays, finished, killed = random.Random(), [], 0, 0
+    while killed < 8:
+        delays.append(draw.uniform(0, whole_s))
+        name = f"run-{finished + 1}"
+        resume = ["--resume"] if (tmp_path / "runs" / name).is_dir() else []
+        child = start(["--ds_config", file, "--run", name, *resume], output)
+        time.sleep(delays[-1])
         os.kill(child, signal.SIGKILL)
         [status] = wait(child)
-        killed += status == -signal.SIGKILL
-        if (tmp_path / "runs/r").is_dir() and "--resume" not in arguments:
-            arguments.append("--resume")
-    assert killed > 0
-    assert run_forked(*arguments, output=output) == [0], output.read_text()
-    assert figures(tmp_path, "r") == uninterrupted, f"delays {delays}"
+        assert status in (0, -signal.SIGKILL), output.read_text()
+        killed += status != 0
+        finished += status == 0
+    name = f"run-{finished + 1}"
+    resume = ["--resume"] if (tmp_path / "runs" / name).is_dir() else []
+    assert run_forked("--ds_config", file, "--run", name, *resume, output=output) == [0], output.read_text()
+    for number in range(finished + 2):
+        assert figures(tmp_path, f"run-{number}") == uninterrupted, f"delays {delays}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
