@@ -59,7 +59,12 @@ from triton.compiler import ASTSource
 
 def facts(kernel, signature, constexprs, aligned=(), num_warps=4, capabilities=(80, 90, 100)):
     '''What ptxas made of a kernel: registers, spilled bytes, and how often each width of global access occurs.'''
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    attrs = {}
+    for name in aligned:
+        path, kind = (kernel.arg_names.index(name),), signature[name]
+        # the elements of a tuple are aligned one by one
+        for where in [(*path, i) for i in range(len(kind))] if isinstance(kind, tuple) else [path]:
+            attrs[where] = [["tt.divisibility", 16]]
     rows = []
     for capability in capabilities:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
