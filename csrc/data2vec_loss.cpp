@@ -64,28 +64,29 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes;
-  auto [loss, moments] = sum_loss_blocks(
-      pred, loss_factor(n * width, scale, mean), [&](int64_t begin, int64_t end, float* sums) {
-        // four rows at a time, and the last target of the four before
-        std::vector<float> targets(5 * width);
-        int64_t slot = 0, held = -1;
-        for (int64_t i = begin; i < end; i += 4) {
-          const int64_t count = std::min<int64_t>(4, end - i);
-          LossRows group;
-          for (int64_t r = 0; r < count; ++r) {
-            const int64_t p = order[i + r];
-            if (wanted[p] != held) {
-              slot = (slot + 1) % 5;
-              compute_target_rows(plan, &wanted[p], 1, targets.data() + slot * width);
-              held = wanted[p];
-            }
-            group.pred[r] = pred_data + p * pred_stride;
-            group.target[r] = targets.data() + slot * width;
-            group.slope[r] = need_grad ? slope_data + p * width * bytes : nullptr;
-          }
-          add_loss_rows(type, group, count, width, static_cast<float>(beta), need_grad, sums);
+  const double factor = loss_factor(n * width, scale, mean);
+  const LossSettings settings(beta, factor, need_grad);
+  auto [loss, moments] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
+    // four rows at a time, and the last target of the four before
+    std::vector<float> targets(5 * width);
+    int64_t slot = 0, held = -1;
+    for (int64_t i = begin; i < end; i += 4) {
+      const int64_t count = std::min<int64_t>(4, end - i);
+      LossRows group;
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t p = order[i + r];
+        if (wanted[p] != held) {
+          slot = (slot + 1) % 5;
+          compute_target_rows(plan, &wanted[p], 1, targets.data() + slot * width);
+          held = wanted[p];
         }
-      });
+        group.pred[r] = pred_data + p * pred_stride;
+        group.target[r] = targets.data() + slot * width;
+        group.slope[r] = need_grad ? slope_data + p * width * bytes : nullptr;
+      }
+      add_loss_rows(type, group, count, width, settings, sums);
+    }
+  });
   return {loss, moments, slope};
 }
 

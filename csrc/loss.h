@@ -15,11 +15,20 @@ struct LossRows {
   void* slope[4];  // unused without a gradient
 };
 
+// What all rows share. beta 0 is the squared error; the slopes have the mantissa of the loss's factor in
+// them.
+struct LossSettings {
+  LossSettings(double beta, double factor, bool need_grad);
+
+  float beta, half_beta, half_inverse;  // 1 / (2 beta)
+  float near, far;                      // slope of an error below beta, per error, and above
+  bool need_grad;
+};
+
 // sums [5, width] += over `count` <= 4 rows: the loss of every element, pred, pred^2, target, target^2;
-// slope <- derivative of each element's loss, where wanted. beta 0 is the squared error. Called by one
-// thread.
-void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width, float beta,
-                   bool need_grad, float* sums);
+// slope <- derivative of each element's loss, where wanted. Called by one thread.
+void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width,
+                   const LossSettings& settings, float* sums);
 
 // Runs block(begin, end, sums) over blocks of the n rows, whose partition depends on n only, then adds the
 // blocks' sums in order, so the result does not depend on the threads. Returns {loss fp32 [], moments fp32

@@ -15,32 +15,22 @@ constexpr int64_t kMinRows = 64, kMaxRows = 256, kBlocks = 128;
 // Channels at a time: four rows of both sides, their slopes and the sums stay in the first-level cache.
 constexpr int64_t kTile = 256;
 
-struct Settings {
-  float beta, half_beta, inverse, half_inverse;
-};
-
-Settings settings(float beta) {
-  // a denormal beta has no finite inverse; nothing but 0 is then closer than beta
-  const float inverse = beta > 0.0f ? std::min(1.0f / beta, std::numeric_limits<float>::max()) : 0.0f;
-  return {beta, 0.5f * beta, inverse, 0.5f * inverse};
-}
-
 template <bool kSquare>
-D2V_INLINE float element_loss(float e, const Settings& s) {
+D2V_INLINE float element_loss(float e, const LossSettings& s) {
   const float size = std::fabs(e);
   return kSquare ? e * e : (size < s.beta ? e * e * s.half_inverse : size - s.half_beta);
 }
 
 template <bool kSquare>
-D2V_INLINE float element_slope(float e, const Settings& s) {
+D2V_INLINE float element_slope(float e, const LossSettings& s) {
   // written so that NaN stays NaN
-  return kSquare ? 2.0f * e : (e >= s.beta ? 1.0f : (e <= -s.beta ? -1.0f : e * s.inverse));
+  return kSquare ? e * s.near : (e >= s.beta ? s.far : (e <= -s.beta ? -s.far : e * s.near));
 }
 
 // All loops below run over channels [first, last); sums is [5, width].
 template <typename P, bool kSquare>
-D2V_INLINE void add_four(const LossRows& rows, int64_t first, int64_t last, int64_t width, const Settings s,
-                         float* __restrict sums) {
+D2V_INLINE void add_four(const LossRows& rows, int64_t first, int64_t last, int64_t width,
+                         const LossSettings s, float* __restrict sums) {
   const P* __restrict p0 = static_cast<const P*>(rows.pred[0]), * __restrict p1 =
                                                                     static_cast<const P*>(rows.pred[1]);
   const P* __restrict p2 = static_cast<const P*>(rows.pred[2]), * __restrict p3 =
@@ -64,7 +54,7 @@ D2V_INLINE void add_four(const LossRows& rows, int64_t first, int64_t last, int6
 
 template <typename P, bool kSquare>
 D2V_INLINE void add_one(const P* __restrict p, const float* __restrict t, int64_t first, int64_t last,
-                        int64_t width, const Settings s, float* __restrict sums) {
+                        int64_t width, const LossSettings s, float* __restrict sums) {
   for (int64_t i = first; i < last; ++i) {
     const float a = static_cast<float>(p[i]), w = t[i];
     sums[i] += element_loss<kSquare>(a - w, s);
@@ -78,14 +68,15 @@ D2V_INLINE void add_one(const P* __restrict p, const float* __restrict t, int64_
 // A loop of its own: with four more outputs the loop over four rows is not vectorised.
 template <typename P, bool kSquare>
 D2V_INLINE void slope_row(const P* __restrict p, const float* __restrict t, int64_t first, int64_t last,
-                          const Settings s, P* __restrict slope) {
+                          const LossSettings s, P* __restrict slope) {
   for (int64_t i = first; i < last; ++i) {
     slope[i] = static_cast<P>(element_slope<kSquare>(static_cast<float>(p[i]) - t[i], s));
   }
 }
 
 template <typename P, bool kSquare, bool kGrad>
-D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, const Settings s, float* sums) {
+D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, const LossSettings s,
+                         float* sums) {
   for (int64_t first = 0; first < width; first += kTile) {
     const int64_t last = std::min(width, first + kTile);
     if (count == 4) add_four<P, kSquare>(rows, first, last, width, s, sums);
@@ -97,12 +88,13 @@ D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, con
   }
 }
 
-#define D2V_LOSS_ROWS(name, P, kSquare, kGrad)                                                              \
-  D2V_INLINE void name##_body(const LossRows& rows, int64_t count, int64_t width, const Settings& s,        \
-                              float* sums) {                                                                \
-    add_rows<P, kSquare, kGrad>(rows, count, width, s, sums);                                               \
-  }                                                                                                         \
-  D2V_MULTIARCH(name, (const LossRows& rows, int64_t count, int64_t width, const Settings& s, float* sums), \
+#define D2V_LOSS_ROWS(name, P, kSquare, kGrad)                                                            \
+  D2V_INLINE void name##_body(const LossRows& rows, int64_t count, int64_t width, const LossSettings& s,  \
+                              float* sums) {                                                              \
+    add_rows<P, kSquare, kGrad>(rows, count, width, s, sums);                                             \
+  }                                                                                                       \
+  D2V_MULTIARCH(name,                                                                                     \
+                (const LossRows& rows, int64_t count, int64_t width, const LossSettings& s, float* sums), \
                 (rows, count, width, s, sums))
 
 D2V_LOSS_ROWS(smooth_f32, float, false, false)
@@ -118,7 +110,7 @@ D2V_LOSS_ROWS(smooth_grad_f16, Half, false, true)
 D2V_LOSS_ROWS(square_f16, Half, true, false)
 D2V_LOSS_ROWS(square_grad_f16, Half, true, true)
 
-using LossLoop = void (*)(const LossRows&, int64_t, int64_t, const Settings&, float*);
+using LossLoop = void (*)(const LossRows&, int64_t, int64_t, const LossSettings&, float*);
 constexpr LossLoop kLossLoops[3][2][2] = {{{smooth_f32, smooth_grad_f32}, {square_f32, square_grad_f32}},
                                           {{smooth_bf16, smooth_grad_bf16}, {square_bf16, square_grad_bf16}},
                                           {{smooth_f16, smooth_grad_f16}, {square_f16, square_grad_f16}}};
@@ -148,9 +140,22 @@ constexpr int64_t kBytes[3] = {4, 2, 2};
 
 }  // namespace
 
-void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width, float beta,
-                   bool need_grad, float* sums) {
-  kLossLoops[storage_index(pred_type)][beta == 0.0f][need_grad](rows, count, width, settings(beta), sums);
+LossSettings::LossSettings(double beta_, double factor, bool need_grad_) : need_grad(need_grad_) {
+  int exponent;
+  const double mantissa = std::frexp(factor, &exponent);
+  // a denormal beta has no finite inverse; nothing but 0 is then closer than beta
+  const double inverse = std::min(1.0 / beta_, static_cast<double>(std::numeric_limits<float>::max()));
+  beta = static_cast<float>(beta_);
+  half_beta = static_cast<float>(0.5 * beta_);
+  half_inverse = static_cast<float>(0.5 * inverse);
+  near = static_cast<float>(beta == 0.0f ? 2.0 * mantissa : inverse * mantissa);
+  far = static_cast<float>(mantissa);
+}
+
+void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width,
+                   const LossSettings& settings, float* sums) {
+  kLossLoops[storage_index(pred_type)][settings.beta == 0.0f][settings.need_grad](rows, count, width,
+                                                                                  settings, sums);
 }
 
 std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
@@ -226,25 +231,26 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   const char* target_data = static_cast<const char*>(target.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes, target_stride = target.stride(0) * kBytes[target_type];
-  auto [loss, moments] = sum_loss_blocks(
-      pred, loss_factor(n * width, scale, mean), [&](int64_t begin, int64_t end, float* sums) {
-        std::vector<float> wide(target_type == 0 ? 0 : 4 * width);
-        for (int64_t i = begin; i < end; i += 4) {
-          const int64_t count = std::min<int64_t>(4, end - i);
-          LossRows rows;
-          for (int64_t r = 0; r < count; ++r) {
-            const char* t = target_data + (map != nullptr ? map[i + r] : i + r) * target_stride;
-            rows.pred[r] = pred_data + (i + r) * pred_stride;
-            rows.target[r] = reinterpret_cast<const float*>(t);
-            if (target_type != 0) {
-              kWiden[target_type](t, width, wide.data() + r * width);
-              rows.target[r] = wide.data() + r * width;
-            }
-            rows.slope[r] = need_grad ? slope_data + (i + r) * width * bytes : nullptr;
-          }
-          add_loss_rows(type, rows, count, width, static_cast<float>(beta), need_grad, sums);
+  const double factor = loss_factor(n * width, scale, mean);
+  const LossSettings settings(beta, factor, need_grad);
+  auto [loss, moments] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
+    std::vector<float> wide(target_type == 0 ? 0 : 4 * width);
+    for (int64_t i = begin; i < end; i += 4) {
+      const int64_t count = std::min<int64_t>(4, end - i);
+      LossRows rows;
+      for (int64_t r = 0; r < count; ++r) {
+        const char* t = target_data + (map != nullptr ? map[i + r] : i + r) * target_stride;
+        rows.pred[r] = pred_data + (i + r) * pred_stride;
+        rows.target[r] = reinterpret_cast<const float*>(t);
+        if (target_type != 0) {
+          kWiden[target_type](t, width, wide.data() + r * width);
+          rows.target[r] = wide.data() + r * width;
         }
-      });
+        rows.slope[r] = need_grad ? slope_data + (i + r) * width * bytes : nullptr;
+      }
+      add_loss_rows(type, rows, count, width, settings, sums);
+    }
+  });
   return {loss, moments, slope};
 }
 
@@ -254,8 +260,9 @@ Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean)
   slope = torch::stable::contiguous(slope);
   const int type = storage_index(slope.scalar_type());
   const int64_t n = slope.numel();
-  const float factor = static_cast<float>(*static_cast<const float*>(grad_output.const_data_ptr()) *
-                                          loss_factor(n, scale, mean));
+  int exponent;
+  std::frexp(loss_factor(n, scale, mean), &exponent);
+  const float factor = std::ldexp(*static_cast<const float*>(grad_output.const_data_ptr()), exponent);
   Tensor out = torch::stable::empty_like(slope);
   const char* in = static_cast<const char*>(slope.const_data_ptr());
   char* result = static_cast<char*>(out.mutable_data_ptr());

@@ -8,6 +8,7 @@ order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +47,7 @@ def _data2vec_loss_fwd_kernel(
     stride_position,
     eps,
     beta,
+    mantissa,
     K: tl.constexpr,
     D: tl.constexpr,
     LAYER_NORM: tl.constexpr,
@@ -91,7 +93,7 @@ def _data2vec_loss_fwd_kernel(
             FINAL_NORM,
         )
         b_target = tl.where(in_row, tl.where(valid, b_target, float("nan")), 0.0)
-        b_one, b_slope = element_loss(b_pred - b_target, beta, SQUARE)
+        b_one, b_slope = element_loss(b_pred - b_target, beta, mantissa, SQUARE)
         b_loss += b_one
         b_pred_sum += b_pred
         b_pred_square += b_pred * b_pred
@@ -135,6 +137,7 @@ def data2vec_loss(
     partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32)
     partial_loss = pred.new_empty((num_blocks,), dtype=torch.float32)
     block_d = triton.next_power_of_2(width)
+    factor = loss_factor(pred.numel(), scale, mean)
     _data2vec_loss_fwd_kernel[(num_blocks,)](
         pred,
         layers,
@@ -154,6 +157,7 @@ def data2vec_loss(
         *layers[0].stride()[:2],
         eps,
         beta,
+        math.frexp(factor)[0],
         K=len(layers),
         D=width,
         LAYER_NORM=layer_norm,
@@ -162,4 +166,4 @@ def data2vec_loss(
         BLOCK_D=block_d,
         num_warps=row_warps(block_d, layers[0]),
     )
-    return *sum_blocks(partial, partial_loss, loss_factor(pred.numel(), scale, mean)), slope
+    return *sum_blocks(partial, partial_loss, factor), slope

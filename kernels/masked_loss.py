@@ -8,6 +8,8 @@ bit for bit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,8 +24,8 @@ SCALE_BLOCK = 4096
 
 
 @triton.jit
-def element_loss(b_error, beta, SQUARE: tl.constexpr):
-    """Loss of each element and its derivative; NaN stays NaN."""
+def element_loss(b_error, beta, mantissa, SQUARE: tl.constexpr):
+    """Loss of each element and its derivative times `mantissa`; NaN stays NaN."""
     if SQUARE:
         b_loss = b_error * b_error
         b_slope = 2.0 * b_error
@@ -35,7 +37,7 @@ def element_loss(b_error, beta, SQUARE: tl.constexpr):
         b_loss = tl.where(near, 0.5 * b_error * b_near, b_size - 0.5 * beta)
         b_far = tl.where(b_error > 0, 1.0, tl.where(b_error < 0, -1.0, b_error))
         b_slope = tl.where(near, b_near, b_far)
-    return b_loss, b_slope
+    return b_loss, b_slope * mantissa
 
 
 @triton.jit
@@ -52,6 +54,7 @@ def _masked_loss_fwd_kernel(
     stride_pred,
     stride_target,
     beta,
+    mantissa,
     D: tl.constexpr,
     SQUARE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,13 +77,11 @@ def _masked_loss_fwd_kernel(
         if target_rows is not None:
             target_row = tl.load(target_rows + row, mask=row < last, other=0)
             valid = (target_row >= 0) & (target_row < num_targets)
-            b_target = tl.load(target + target_row * stride_target + cols, mask=inside & valid, other=0.0).to(
-                tl.float32
-            )
-            b_target = tl.where(valid, b_target, float("nan"))
+            b_target = tl.load(target + target_row * stride_target + cols, mask=inside & valid, other=0.0)
+            b_target = tl.where(valid, b_target.to(tl.float32), float("nan"))
         else:
             b_target = tl.load(target + row * stride_target + cols, mask=inside, other=0.0).to(tl.float32)
-        b_one, b_slope = element_loss(b_pred - b_target, beta, SQUARE)
+        b_one, b_slope = element_loss(b_pred - b_target, beta, mantissa, SQUARE)
         b_loss += b_one
         b_pred_sum += b_pred
         b_pred_square += b_pred * b_pred
@@ -132,12 +133,12 @@ def _scale_gradient_kernel(
     grad_output,  # [] fp32
     out,  # [n]
     n,
-    factor,
+    power,
     BLOCK: tl.constexpr,
 ):
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_slope = tl.load(slope + offset, mask=offset < n, other=0.0).to(tl.float32)
-    b_grad = b_slope * (tl.load(grad_output) * factor)
+    b_grad = b_slope * (tl.load(grad_output) * power)
     tl.store(out + offset, b_grad.to(out.dtype.element_ty), mask=offset < n)
 
 
@@ -201,6 +202,7 @@ def masked_smooth_l1(
     num_blocks = triton.cdiv(num_rows, rows_per_block)
     partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32)
     partial_loss = pred.new_empty((num_blocks, num_tiles), dtype=torch.float32)
+    factor = loss_factor(pred.numel(), scale, mean)
     _masked_loss_fwd_kernel[(num_blocks, num_tiles)](
         pred,
         target,
@@ -214,13 +216,14 @@ def masked_smooth_l1(
         pred.stride(0),
         target.stride(0),
         beta,
+        math.frexp(factor)[0],
         D=width,
         SQUARE=beta == 0.0,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=8,
     )
-    return *sum_blocks(partial, partial_loss, loss_factor(pred.numel(), scale, mean)), slope
+    return *sum_blocks(partial, partial_loss, factor), slope
 
 
 def scale_gradient(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> Tensor:
@@ -233,7 +236,7 @@ def scale_gradient(slope: Tensor, grad_output: Tensor, scale: float, mean: bool)
             grad_output,
             out,
             slope.numel(),
-            loss_factor(slope.numel(), scale, mean),
+            math.ldexp(1.0, math.frexp(loss_factor(slope.numel(), scale, mean))[1]),
             BLOCK=SCALE_BLOCK,
             num_warps=8,
         )

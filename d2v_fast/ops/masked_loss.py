@@ -27,7 +27,12 @@ class MaskedLoss(NamedTuple):
 def masked_smooth_l1_reference(
     pred: Tensor, target: Tensor, target_rows: Tensor | None, beta: float, scale: float, mean: bool, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, moments, and the slope of each element's loss before `scale` and the mean (empty if not needed)."""
+    """Loss, moments and slope.
+
+    The slope is the derivative of each element's loss times the mantissa of the factor that the sum is multiplied with:
+    a power of two is left for the backward pass, so a 16-bit gradient is rounded once and does not underflow before
+    a loss scale reaches it. It is empty if no gradient is needed.
+    """
     if target_rows is not None:
         check_range("target_rows", target_rows, target.shape[0])
         target = target[target_rows]
@@ -39,9 +44,10 @@ def masked_smooth_l1_reference(
         size = error.abs()
         values = torch.where(size < beta, error.square() / (2.0 * beta), size - beta / 2.0)
         slope = (error / beta).clamp(-1.0, 1.0)
-    loss = values.sum() * loss_factor(pred, scale, mean)
+    factor = loss_factor(pred, scale, mean)
+    loss = values.sum() * factor
     moments = torch.stack([p.sum(0), p.square().sum(0), t.sum(0), t.square().sum(0)])
-    return loss, moments, slope.to(pred.dtype) if need_grad else pred.new_empty(0)
+    return loss, moments, (slope * math.frexp(factor)[0]).to(pred.dtype) if need_grad else pred.new_empty(0)
 
 
 def loss_factor(pred: Tensor, scale: float, mean: bool) -> float:
@@ -72,8 +78,9 @@ def fake_loss(pred: Tensor, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scale_gradient_reference(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> Tensor:
-    """The saved `slope` times the 0-d fp32 `grad_output` and the loss's own factor, in the dtype of `slope`."""
-    return (slope.float() * (grad_output * loss_factor(slope, scale, mean))).to(slope.dtype)
+    """The saved `slope` times the 0-d fp32 `grad_output` and the power of two that the slope lacks, in its dtype."""
+    power = math.ldexp(1.0, math.frexp(loss_factor(slope, scale, mean))[1])
+    return (slope.float() * (grad_output * power)).to(slope.dtype)
 
 
 define(
@@ -148,8 +155,8 @@ def masked_smooth_l1(
         ``loss``, 0-d fp32 (0 if there are no rows), and ``moments``, fp32 `[4, D]`.
 
     Backward:
-        Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it before any factor (so that fp16
-        does not underflow); backward is one multiplication. There is no second derivative.
+        Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it up to a power of two, which
+        backward multiplies with together with the incoming gradient. There is no second derivative.
 
     Raises:
         ValueError: What is not as described above.
