@@ -79,7 +79,7 @@ D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, float* __restric
   for (int64_t k = 0; k < num_layers; ++k) {
     const T* __restrict x = static_cast<const T*>(plan.data[k]) + offset;
     if (plan.layer_norm == Norm::none) {
-      for (int64_t d = 0; d < width; ++d) out[d] += static_cast<float>(x[d]) * share;
+      for (int64_t d = 0; d < width; ++d) out[d] += static_cast<float>(x[d]);
     } else if (plan.layer_norm == Norm::layer) {
       const Moments m = row_moments(x, width, plan.eps);
       const float scale = m.rstd * share;
@@ -90,6 +90,9 @@ D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, float* __restric
       const float* __restrict scale = plan.layer_scale.data() + group * width;
       for (int64_t d = 0; d < width; ++d) out[d] += (static_cast<float>(x[d]) - mean[d]) * scale[d];
     }
+  }
+  if (plan.layer_norm == Norm::none) {
+    for (int64_t d = 0; d < width; ++d) out[d] *= share;
   }
   // while the average's own statistics are collected they are not there yet
   if (plan.final_norm == Norm::layer) {
@@ -359,7 +362,7 @@ void check_rows(const TargetPlan& plan, const int64_t* rows, int64_t n) {
 }
 
 void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out) {
-  loops(plan.type).rows(plan, rows, n, out);
+  if (plan.width > 0) loops(plan.type).rows(plan, rows, n, out);
 }
 
 Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final_norm,

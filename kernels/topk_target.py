@@ -64,7 +64,7 @@ def target_row(
             # the next layer is under way while this one is reduced
             b_next = tl.load(layers[k + 1] + offset, mask=inside, other=0.0)
         if LAYER_NORM == NONE:
-            b_sum += b_x * (1.0 / K)
+            b_sum += b_x
         elif LAYER_NORM == LAYER:
             b_sum += _normalise_row(b_x, inside, eps, D) * (1.0 / K)
         else:
@@ -72,6 +72,8 @@ def target_row(
             b_mean = tl.load(layer_mean + group * D + cols, mask=inside, other=0.0)
             b_scale = tl.load(layer_scale + group * D + cols, mask=inside, other=0.0)
             b_sum += (b_x - b_mean) * b_scale
+    if LAYER_NORM == NONE:
+        b_sum *= 1.0 / K
     if FINAL_NORM == LAYER:
         b_sum = _normalise_row(b_sum, inside, eps, D)
     elif FINAL_NORM == INSTANCE:
