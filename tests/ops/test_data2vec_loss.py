@@ -1,0 +1,359 @@
+"""data2vec_loss: equal to the loss of the target, for every pair of norms, in every form: reference, C++, Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2v_fast.ops import HAS_CPP, data2vec_loss, masked_smooth_l1, topk_target
+from d2v_fast.ops.data2vec_loss import data2vec_loss_reference
+from tests.common import DTYPES, assert_within_twice, compile_facts, non_contiguous, run_python, width_bytes
+from tests.ops.target_reference import (
+    FINAL_NORMS,
+    LAYER_NORMS,
+    make_layers,
+    plain_loss,
+    plain_moments,
+    plain_target,
+)
+
+every_pair = pytest.mark.parametrize(
+    ("layer_norm", "final_norm"), [(first, final) for first in LAYER_NORMS for final in FINAL_NORMS]
+)
+
+
+def launcher():
+    """The Triton launcher: interpreted on CPU, compiled on CUDA."""
+    pytest.importorskip("triton")
+    from d2v_fast.kernels.data2vec_loss import data2vec_loss as launch
+
+    return launch
+
+
+def make(device, shape, num_layers, num_rows, layer_dtype, pred_dtype, num_preds=None):
+    """Layers, rows, predictions that want a gradient, and a row map if there are more predictions than rows."""
+    layers = [x[:, 1:] for x in make_layers((shape[0], shape[1] + 1, shape[2]), num_layers, layer_dtype, device)]
+    rows = torch.randint(0, shape[0] * shape[1], (num_rows,), device=device)
+    target_rows = None if num_preds is None else torch.randint(0, num_rows, (num_preds,), device=device)
+    pred = torch.randn(num_preds or num_rows, shape[2], device=device).to(pred_dtype).requires_grad_()
+    return pred, layers, rows, target_rows
+
+
+def gradient(loss, pred):
+    return torch.autograd.grad(loss, pred)[0]
+
+
+@every_pair
+@pytest.mark.parametrize("layer_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pred_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_fp64(device, layer_norm, final_norm, layer_dtype, pred_dtype):
+    pred, layers, rows, _ = make(device, (3, 50, 70), 3, 90, layer_dtype, pred_dtype)
+    norms = {"layer_norm": layer_norm, "final_norm": final_norm}
+    for beta, reduction in ((0.0, "mean"), (2.0, "sum")):
+        loss, moments = data2vec_loss(pred, layers, rows=rows, beta=beta, scale=0.3, reduction=reduction, **norms)
+        target = plain_target(layers, rows=rows, **norms)
+        close = plain_target(layers, rows=rows, dtype=torch.float32, **norms)
+        wide = pred.detach().double().requires_grad_()
+        truth = plain_loss(wide, target, beta, 0.3, reduction)
+        eager = plain_loss(pred, close, beta, 0.3, reduction, dtype=torch.float32)
+        assert_within_twice(loss, eager, truth, name="loss")
+        got = gradient(loss, pred)
+        assert got.dtype == pred_dtype
+        assert_within_twice(got, gradient(eager, pred), gradient(truth, wide), name="gradient")
+        assert not moments.requires_grad
+        assert_within_twice(
+            moments, plain_moments(pred, close, torch.float32), plain_moments(pred, target), name="moments"
+        )
+
+
+@every_pair
+@pytest.mark.parametrize("with_map", [False, True])
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_equals_the_composition(device, layer_norm, final_norm, with_map, with_lengths):
+    pred, layers, rows, target_rows = make(
+        device, (2, 33, 20), 4, 30, torch.float32, torch.bfloat16, 101 if with_map else None
+    )
+    lengths = None
+    if with_lengths:
+        lengths = torch.tensor([33, 17], device=device)
+        rows[rows >= 50] = 3
+        for x in layers:
+            x[1, 17:] = float("nan")
+    shared = {"layer_norm": layer_norm, "final_norm": final_norm, "rows": rows, "lengths": lengths, "eps": 1e-3}
+    fused = data2vec_loss(pred, layers, beta=0.7, target_rows=target_rows, **shared)
+    parts = masked_smooth_l1(pred, topk_target(layers, **shared), beta=0.7, target_rows=target_rows)
+    torch.testing.assert_close(fused.loss, parts.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(fused.moments, parts.moments, rtol=1e-5, atol=1e-5)
+    # a target that rounds the other way may move a gradient by one bf16 unit
+    torch.testing.assert_close(gradient(fused.loss, pred), gradient(parts.loss, pred), rtol=2**-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 7, 768])
+@pytest.mark.parametrize("num_rows", [1, 63, 1023])
+def test_odd_sizes(device, num_rows, width):
+    pred, layers, rows, _ = make(device, (2, 5, width), 2, num_rows, torch.bfloat16, torch.float32)
+    for layer_norm in ("layer", "instance"):
+        fused = data2vec_loss(pred, layers, rows=rows, layer_norm=layer_norm)
+        parts = masked_smooth_l1(pred, topk_target(layers, rows=rows, layer_norm=layer_norm))
+        torch.testing.assert_close(fused.loss, parts.loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient(fused.loss, pred), gradient(parts.loss, pred))
+
+
+def test_memory_layouts(device):
+    pred, layers, rows, target_rows = make(device, (3, 8, 20), 2, 12, torch.float32, torch.float32, 30)
+    want = data2vec_loss(pred, layers, rows=rows, target_rows=target_rows)
+    odd = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in layers]
+    got = data2vec_loss(
+        non_contiguous(pred.detach()),
+        [odd[0], layers[1]],
+        rows=non_contiguous(rows),
+        target_rows=non_contiguous(target_rows),
+    )
+    torch.testing.assert_close(got.loss, want.loss.detach())
+    torch.testing.assert_close(got.moments, want.moments)
+
+
+@every_pair
+def test_no_rows(device, layer_norm, final_norm):
+    for shape, num_rows in (((2, 3, 4), 0), ((0, 3, 4), 0), ((2, 3, 0), 5), ((2, 0, 4), 0)):
+        layers = [torch.zeros(shape, device=device)] * 2
+        pred = torch.zeros(num_rows, shape[2], device=device, requires_grad=True)
+        rows = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        loss, moments = data2vec_loss(pred, layers, layer_norm=layer_norm, final_norm=final_norm, rows=rows)
+        assert loss == 0
+        assert (moments == 0).all()
+        assert gradient(loss, pred).shape == pred.shape
+
+
+def test_the_target_is_never_written(device):
+    """Nothing of the size of the rows is allocated besides the gradient."""
+    pred, layers, rows, _ = make(device, (2, 300, 64), 2, 500, torch.bfloat16, torch.float32)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        data2vec_loss(pred, layers, rows=rows, final_norm="layer")
+    if device.type == "cpu":
+        largest = max(event.self_cpu_memory_usage for event in profile.events())
+        assert 0 < largest < pred.numel()
+
+
+def test_incoming_gradients(device):
+    pred, layers, rows, _ = make(device, (2, 6, 5), 2, 8, torch.float32, torch.float32)
+    loss = data2vec_loss(pred, layers, rows=rows).loss
+    base = torch.autograd.grad(loss, pred, retain_graph=True)[0]
+    expanded = torch.autograd.grad(loss.expand(4).sum(), pred, retain_graph=True)[0]
+    torch.testing.assert_close(expanded, base * 4)
+    (first,) = torch.autograd.grad(loss * pred.sum(), pred, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_layers_get_no_gradient(device):
+    pred, layers, rows, _ = make(device, (2, 6, 5), 2, 8, torch.float32, torch.float32)
+    layers = [x.clone().requires_grad_() for x in layers]
+    loss = data2vec_loss(pred, layers, rows=rows).loss
+    assert torch.autograd.grad(loss, layers[0], allow_unused=True)[0] is None
+
+
+def test_reference_agrees(device):
+    pred, layers, rows, target_rows = make(device, (2, 9, 30), 3, 12, torch.bfloat16, torch.float32, 40)
+    pred = pred.detach()
+    for first in range(4):
+        for final in range(3):
+            arguments = (pred, layers, first, final, rows, None, 1e-5, target_rows, 1.5, 2.0, True, True)
+            got, want = torch.ops.d2v.data2vec_loss(*arguments), data2vec_loss_reference(*arguments)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_thread_count_does_not_matter():
+    pred, layers, rows, target_rows = make(torch.device("cpu"), (2, 90, 130), 3, 300, torch.float32, torch.float32, 700)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for first, final in (("layer", "layer"), ("instance", "instance"), ("batch", "none")):
+                loss, moments = data2vec_loss(
+                    pred, layers, layer_norm=first, final_norm=final, rows=rows, target_rows=target_rows
+                )
+                results.append((loss.detach(), moments, gradient(loss, pred)))
+    finally:
+        torch.set_num_threads(threads)
+    for i, other in enumerate(results[3:]):
+        assert all(torch.equal(a, b) for a, b in zip(results[i % 3], other, strict=True))
+
+
+ALL_OPERATIONS = """
+import itertools, torch
+from d2v_fast.ops import backends, data2vec_loss, masked_smooth_l1, topk_target
+from tests.ops.target_reference import FINAL_NORMS, LAYER_NORMS, make_layers
+torch.manual_seed(7)
+results = []
+for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.float32)):
+    layers = make_layers((2, 70, 157), 3, dtype, torch.device("cpu"), 10.0)
+    rows = torch.randint(0, 140, (91,))
+    pred = torch.randn(91, 157).to(other).requires_grad_()
+    for first, final in itertools.product(LAYER_NORMS, FINAL_NORMS):
+        results.append(topk_target(layers, layer_norm=first, final_norm=final, rows=rows))
+    for beta in (0.0, 1.5):
+        for loss, moments in (
+            masked_smooth_l1(pred, results[-1].to(dtype), beta=beta),
+            data2vec_loss(pred, layers, layer_norm="instance", final_norm="layer", rows=rows, beta=beta),
+        ):
+            results += [loss.detach(), moments, *torch.autograd.grad(loss, pred)]
+"""
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(capability, tmp_path):
+    """All three operations give the same bits; each path in its own process, since the choice is made once."""
+    saved = tmp_path / "out.pt"
+    print_and_save = f"torch.save(results, {str(saved)!r}); print(backends()['cpu'])"
+    answer = run_python(ALL_OPERATIONS + print_and_save, D2V_CPU_CAPABILITY=capability)
+    if capability == "baseline":
+        assert "baseline" in answer
+    here: dict = {}
+    exec(ALL_OPERATIONS, here)
+    for i, (there, mine) in enumerate(zip(torch.load(saved), here["results"], strict=True)):
+        assert torch.equal(there, mine), f"result {i}"
+
+
+@pytest.mark.parametrize("need_grad", [False, True])
+@pytest.mark.parametrize("with_map", [False, True])
+def test_opcheck(device, need_grad, with_map):
+    pred, layers, rows, target_rows = make(
+        device, (2, 5, 6), 2, 4, torch.float32, torch.float32, 7 if with_map else None
+    )
+    pred = pred if need_grad else pred.detach()
+    lengths = torch.tensor([5, 5], device=device)
+    torch.library.opcheck(
+        torch.ops.d2v.data2vec_loss.default,
+        (pred, layers, 2, 1, rows, lengths, 1e-5, target_rows, 2.0, 1.0, True, need_grad),
+    )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_fullgraph(device, backend):
+    def step(p, x, r):
+        return data2vec_loss(p * 2, [y + 1 for y in x], final_norm="layer", rows=r, beta=2.0).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
+    for num_rows in (4, 9, 31):
+        pred, layers, rows, _ = make(device, (2, 8, 6), 2, num_rows, torch.float32, torch.float32)
+        got, want = compiled(pred, layers, rows), step(pred, layers, rows)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradient(got, pred), gradient(want, pred))
+
+
+@every_pair
+def test_triton_launcher(device, layer_norm, final_norm):
+    norms = LAYER_NORMS.index(layer_norm), FINAL_NORMS.index(final_norm)
+    for beta, with_map in ((0.0, False), (1.5, True)):
+        pred, layers, rows, target_rows = make(
+            device, (2, 5, 7), 3, 4, torch.bfloat16, torch.float32, 6 if with_map else None
+        )
+        pred = pred.detach()
+        lengths = torch.tensor([5, 4], device=device) if with_map else None
+        rows[rows == 9] = 0
+        target = plain_target(layers, layer_norm, final_norm, rows, lengths)
+        target = target if target_rows is None else target[target_rows]
+        arguments = (pred, layers, *norms, rows, lengths, 1e-5, target_rows, beta, 0.7, True)
+        loss, moments, slope = launcher()(*arguments, True)
+        wide = pred.double().requires_grad_()
+        truth = plain_loss(wide, target, beta, 0.7, "mean")
+        torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments.double(), plain_moments(pred, target), rtol=1e-5, atol=1e-5)
+        one = torch.tensor(1.0, device=device)
+        got = torch.ops.d2v.scale_gradient(slope, one, 0.7, True).double()
+        torch.testing.assert_close(got, gradient(truth, wide), rtol=1e-5, atol=1e-6)
+    assert launcher()(*arguments, False)[2].numel() == 0
+
+
+def test_triton_odd_inputs(device):
+    layers = make_layers((2, 3, 5), 2, torch.float32, device)
+    rows = torch.tensor([0, 6, -1, 5], device=device)
+    pred = torch.zeros(6, 5, device=device)
+    target_rows = torch.tensor([0, 1, 2, 3, 4, -1], device=device)
+    loss, _, slope = launcher()(pred, layers, 1, 0, rows, None, 1e-5, target_rows, 1.0, 1.0, True, True)
+    assert loss.isnan()
+    assert slope.isnan().all(1).tolist() == [False, True, True, False, True, True]
+    empty = pred[:0]
+    loss, moments, slope = launcher()(empty, layers, 2, 2, rows[:0], None, 1e-5, None, 1.0, 1.0, True, True)
+    assert loss == 0
+    assert (moments == 0).all()
+    assert slope.shape == (0, 5)
+
+
+def test_triton_is_wide_and_does_not_spill():
+    pytest.importorskip("triton")
+    code = """
+from d2v_fast.kernels.data2vec_loss import _data2vec_loss_fwd_kernel as kernel
+K = 4
+rows = []
+for dtype, warps, capabilities in (("bf16", 4, (80, 90, 100)), ("fp32", 8, (90,))):
+    types = dict(pred="*" + dtype, layers=("*" + dtype,) * K, rows="*i64", target_rows="*i64", slope="*" + dtype)
+    types |= dict(num_rows="i64", rows_per_block="i32", eps="fp32", beta="fp32", mantissa="fp32")
+    for first, final in ((1, 1), (2, 0), (1, 2)):
+        constexprs = dict(K=K, D=768, LAYER_NORM=first, FINAL_NORM=final, SQUARE=first == 2, BLOCK_D=1024)
+        if first == 1:
+            constexprs |= dict(layer_mean=None, layer_scale=None)
+        if final != 2:
+            constexprs |= dict(average_mean=None, average_scale=None)
+        signature = {}
+        for name in kernel.arg_names:
+            integer = name.startswith(("num", "stride"))
+            signature[name] = "constexpr" if name in constexprs else types.get(name, "i32" if integer else "*fp32")
+        aligned = [n for n in signature if "*" in signature[n][0] or n.startswith("stride")]
+        rows += facts(kernel, signature, constexprs, aligned, warps, capabilities)
+print(json.dumps(rows))
+"""
+    for row in compile_facts(code):
+        assert row["spills"] == 0, row
+        loads, stores = width_bytes(row["loads"]), width_bytes(row["stores"])
+        # a prediction and every layer; the rest are the two row maps, and the block's one sum of losses
+        assert loads.count(16) >= 5, row
+        assert set(loads) <= {8, 16}, row
+        assert stores.count(16) >= 5, row
+        assert len(stores) - stores.count(16) == 1, row
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pred": torch.zeros(2, 5)}, r"`pred` must have shape \[N, 4\]"),
+        ({"pred": torch.zeros(2)}, r"`pred` must have shape \[N, D\]"),
+        ({"pred": torch.zeros(2, 4, dtype=torch.int64)}, "`pred` must be fp32"),
+        ({"layers": []}, "at least one"),
+        ({"layer_norm": "rms"}, "`layer_norm` must be one of"),
+        ({"rows": torch.zeros(3, dtype=torch.int64)}, r"one entry per row of `pred` \(2\), but has 3"),
+        ({"rows": torch.zeros(2)}, "`rows` must be a 1-d int64"),
+        ({"target_rows": torch.zeros(3, dtype=torch.int64)}, r"one entry per row of `pred` \(2\), but has 3"),
+        ({"beta": -1.0}, "`beta`"),
+        ({"reduction": "max"}, "`reduction`"),
+        ({"eps": -1.0}, "`eps`"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {
+        "pred": torch.zeros(2, 4),
+        "layers": [torch.zeros(2, 3, 4)],
+        "rows": torch.zeros(2, dtype=torch.int64),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        data2vec_loss(**arguments)
+
+
+@pytest.mark.parametrize("operation", [torch.ops.d2v.data2vec_loss, data2vec_loss_reference])
+@pytest.mark.parametrize(
+    ("rows", "target_rows", "message"),
+    [
+        ([0, 6], None, "`rows`.*holds 6"),
+        ([0, -1], None, "`rows`.*holds -1"),
+        ([0, 1], [2, 0], "`target_rows`.*holds 2"),
+    ],
+)
+def test_indices_out_of_range(operation, rows, target_rows, message):
+    target_rows = None if target_rows is None else torch.tensor(target_rows)
+    arguments = (torch.zeros(2, 4), [torch.zeros(2, 3, 4)], 1, 0, torch.tensor(rows), None, 1e-5, target_rows)
+    with pytest.raises(RuntimeError, match=message):
+        operation(*arguments, 0.0, 1.0, True, True)

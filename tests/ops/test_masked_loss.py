@@ -1,0 +1,334 @@
+"""masked_smooth_l1: values, gradients and moments against fp64, in every form: reference, C++, Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2v_fast.ops import masked_smooth_l1
+from d2v_fast.ops.masked_loss import masked_smooth_l1_reference, scale_gradient_reference
+from tests.common import DTYPES, assert_within_twice, compile_facts, non_contiguous, width_bytes
+from tests.ops.target_reference import plain_loss, plain_moments
+
+BETAS = [0.0, 0.25, 2.0]
+
+
+def launchers():
+    """The Triton launchers of the loss and of the backward's scaling: interpreted on CPU, compiled on CUDA."""
+    pytest.importorskip("triton")
+    from d2v_fast.kernels.masked_loss import masked_smooth_l1 as launch
+    from d2v_fast.kernels.masked_loss import scale_gradient
+
+    return launch, scale_gradient
+
+
+def make(device, num_rows, width, pred_dtype, target_dtype=torch.float32, num_targets=None):
+    """Predictions that want a gradient, targets, and a row map if there are fewer or more targets."""
+    pred = torch.randn(num_rows, width, device=device).to(pred_dtype).requires_grad_()
+    target = (torch.randn(num_targets or num_rows, width, device=device) + 0.5).to(target_dtype)
+    rows = None if num_targets is None else torch.randint(0, num_targets, (num_rows,), device=device)
+    return pred, target, rows
+
+
+def gradient(loss, pred):
+    return torch.autograd.grad(loss, pred)[0]
+
+
+def check(pred, target, target_rows, beta, scale, reduction):
+    """Loss, gradient and moments are as close to fp64 as PyTorch's own loss in fp32."""
+    loss, moments = masked_smooth_l1(pred, target, beta=beta, scale=scale, reduction=reduction, target_rows=target_rows)
+    wide = pred.detach().double().requires_grad_()
+    truth = plain_loss(wide, target, beta, scale, reduction, target_rows)
+    eager = plain_loss(pred, target, beta, scale, reduction, target_rows, dtype=torch.float32)
+    assert loss.dtype == moments.dtype == torch.float32
+    assert loss.shape == ()
+    assert_within_twice(loss, eager, truth, name="loss")
+    got = gradient(loss, pred)
+    assert got.dtype == pred.dtype
+    assert_within_twice(got, gradient(eager, pred), gradient(truth, wide), name="gradient")
+    used = target if target_rows is None else target[target_rows]
+    assert not moments.requires_grad
+    assert_within_twice(moments, plain_moments(pred, used, torch.float32), plain_moments(pred, used), name="moments")
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("pred_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
+def test_matches_fp64(device, beta, reduction, pred_dtype, target_dtype):
+    for num_targets in (None, 31):
+        check(*make(device, 203, 70, pred_dtype, target_dtype, num_targets), beta, 0.7, reduction)
+
+
+@pytest.mark.parametrize("width", [1, 7, 768])
+@pytest.mark.parametrize("num_rows", [1, 63, 1023])
+def test_odd_sizes(device, num_rows, width):
+    for beta in (0.0, 1.0):
+        check(*make(device, num_rows, width, torch.float32), beta, 1.0, "mean")
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_shape_and_stride(data):
+    num_rows, width = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 40))
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    cpu = torch.device("cpu")
+    dtypes = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(DTYPES))
+    pred, target, rows = make(cpu, num_rows, width, *dtypes, data.draw(st.none() | st.integers(1, 400)))
+    if data.draw(st.booleans()):
+        pred = non_contiguous(pred.detach()).requires_grad_()
+        target = target.t().contiguous().t()
+    beta = data.draw(st.just(0.0) | st.floats(1e-3, 1e3))
+    check(pred, target, rows, beta, data.draw(st.floats(-10, 10)), data.draw(st.sampled_from(["sum", "mean"])))
+
+
+def test_where_the_error_is_exactly_beta(device):
+    pred = torch.tensor([[2.0, -2.0, 0.0, 2.0000002, 1.9999999]], device=device, requires_grad=True)
+    loss, _ = masked_smooth_l1(pred, torch.zeros(1, 5, device=device), beta=2.0, reduction="sum")
+    torch.testing.assert_close(loss.detach(), torch.tensor(4.0, device=device))
+    right = torch.tensor([[1.0, -1.0, 0.0, 1.0, 1.0]], device=device)
+    torch.testing.assert_close(gradient(loss, pred), right)
+
+
+def test_tiny_beta_is_absolute_error(device):
+    pred = torch.tensor([[0.0, 3.0, -1.0]], device=device, requires_grad=True)
+    loss, _ = masked_smooth_l1(pred, torch.zeros(1, 3, device=device), beta=1e-42, reduction="sum")
+    assert loss == 4.0
+    assert gradient(loss, pred).tolist() == [[0.0, 1.0, -1.0]]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_no_rows(device, beta, reduction):
+    for shape in ((0, 5), (3, 0), (0, 0)):
+        pred = torch.zeros(shape, device=device, requires_grad=True)
+        loss, moments = masked_smooth_l1(pred, torch.zeros(shape, device=device), beta=beta, reduction=reduction)
+        assert loss == 0
+        assert moments.shape == (4, shape[1])
+        assert (moments == 0).all()
+        assert gradient(loss, pred).shape == shape
+    rows = torch.zeros(0, dtype=torch.int64, device=device)
+    empty = torch.zeros(0, 5, device=device, requires_grad=True)
+    assert masked_smooth_l1(empty, torch.zeros(7, 5, device=device), target_rows=rows).loss == 0
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_nan_is_seen(device, beta):
+    pred, target, _ = make(device, 5, 6, torch.float32)
+    with torch.no_grad():
+        pred[2, 3] = float("nan")
+    loss, moments = masked_smooth_l1(pred, target, beta=beta)
+    assert loss.isnan()
+    assert moments[0].isnan().tolist() == [False, False, False, True, False, False]
+    got = gradient(loss, pred)
+    assert got.isnan().nonzero().tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_incoming_gradients(device, dtype):
+    """Expanded, scaled, of another dtype, and twice through a kept graph."""
+    pred, target, _ = make(device, 9, 5, dtype)
+    base = gradient(masked_smooth_l1(pred, target, beta=1.0).loss, pred)
+    tolerance = {"rtol": 2**-7, "atol": 1e-9} if dtype != torch.float32 else {}
+    loss = masked_smooth_l1(pred, target, beta=1.0).loss
+    expanded = torch.autograd.grad(loss.expand(6).sum(), pred, retain_graph=True)[0]
+    torch.testing.assert_close(expanded.float(), base.float() * 6, **tolerance)
+    wide = torch.autograd.grad(loss.double() * 3, pred, retain_graph=True)[0]
+    torch.testing.assert_close(wide.float(), base.float() * 3, **tolerance)
+    assert torch.equal(torch.autograd.grad(loss, pred)[0], base)
+    wanted = torch.full((1,), 0.5, device=device).expand(4)[1]
+    halved = torch.autograd.grad(masked_smooth_l1(pred, target, beta=1.0).loss, pred, grad_outputs=wanted)[0]
+    torch.testing.assert_close(halved.float(), base.float() / 2, **tolerance)
+
+
+def test_fp16_does_not_underflow(device):
+    """Under a mean over many elements the gradient of one is below fp16; a loss scale must bring it back."""
+    pred, target, _ = make(device, 1000, 100, torch.float16)
+    got = gradient(masked_smooth_l1(pred, target, beta=2.0).loss * 65536.0, pred)
+    wide = pred.detach().double().requires_grad_()
+    right = gradient(plain_loss(wide, target, 2.0, 65536.0, "mean"), wide)
+    assert ((got.double() - right).abs() <= 1.5e-3 * right.abs() + 1e-7).all()
+
+
+def test_gradient_of_target_and_second_derivative(device):
+    pred, target, _ = make(device, 4, 3, torch.float32)
+    target.requires_grad_()
+    loss = masked_smooth_l1(pred, target).loss
+    assert torch.autograd.grad(loss, target, retain_graph=True, allow_unused=True)[0] is None
+    (first,) = torch.autograd.grad(loss * pred.sum(), pred, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_no_slope_without_gradient(device):
+    pred, target, _ = make(device, 4, 3, torch.bfloat16)
+    operation = torch.ops.d2v.masked_smooth_l1
+    assert operation(pred.detach(), target, None, 0.0, 1.0, True, False)[2].numel() == 0
+    with torch.no_grad():
+        assert not masked_smooth_l1(pred, target).loss.requires_grad
+    with pytest.raises(RuntimeError, match="need_grad"):
+        operation(pred, target, None, 0.0, 1.0, True, False)[0].backward()
+
+
+def test_reference_agrees(device):
+    for dtype in DTYPES:
+        pred, target, rows = make(device, 70, 33, dtype, torch.bfloat16, 9)
+        pred = pred.detach()
+        for beta in BETAS:
+            got = torch.ops.d2v.masked_smooth_l1(pred, target, rows, beta, 0.3, True, True)
+            want = masked_smooth_l1_reference(pred, target, rows, beta, 0.3, True, True)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 2**-7, atol=1e-5)
+            factor = torch.tensor(0.37, device=device)
+            torch.testing.assert_close(
+                torch.ops.d2v.scale_gradient(got[2], factor, 0.3, True),
+                scale_gradient_reference(got[2], factor, 0.3, True),
+            )
+
+
+def test_thread_count_does_not_matter():
+    pred, target, rows = make(torch.device("cpu"), 1500, 130, torch.float32, num_targets=40)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            loss, moments = masked_smooth_l1(pred, target, beta=0.5, target_rows=rows)
+            results.append((loss.detach(), moments, gradient(loss, pred)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("need_grad", [False, True])
+@pytest.mark.parametrize("with_map", [False, True])
+def test_opcheck(device, need_grad, with_map):
+    pred, target, rows = make(device, 6, 5, torch.float32, num_targets=3 if with_map else None)
+    pred = pred if need_grad else pred.detach()
+    check = torch.library.opcheck
+    check(torch.ops.d2v.masked_smooth_l1.default, (pred, target, rows, 2.0, 1.0, True, need_grad))
+    check(torch.ops.d2v.scale_gradient.default, (pred.detach(), torch.tensor(0.3, device=device), 2.0, True))
+
+
+def test_compile_fullgraph(device):
+    def step(p, t):
+        return masked_smooth_l1(p * 2, t, beta=1.0).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_rows in (4, 9, 31):
+        pred, target, _ = make(device, num_rows, 6, torch.float32)
+        got, want = compiled(pred, target), step(pred, target)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradient(got, pred), gradient(want, pred))
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (63, 7), (300, 3), (5, 300)], ids=str)
+def test_triton_launcher(device, beta, dtype, shape):
+    launch, scale_gradient = launchers()
+    for num_targets in (None, 4):
+        pred, target, rows = make(device, *shape, dtype, num_targets=num_targets)
+        pred = pred.detach()
+        loss, moments, slope = launch(non_contiguous(pred), target, rows, beta, 0.7, True, True)
+        used = target if rows is None else target[rows]
+        torch.testing.assert_close(loss.double(), plain_loss(pred, used, beta, 0.7, "mean"), rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(moments.double(), plain_moments(pred, used), rtol=1e-5, atol=1e-5)
+        _, _, right = masked_smooth_l1_reference(pred, used, None, beta, 0.7, True, True)
+        # the interpreter truncates to bf16 where the compiled kernel rounds to nearest
+        tolerance = {"rtol": 2**-7 if dtype == torch.bfloat16 else 2e-3, "atol": 1e-6}
+        torch.testing.assert_close(slope, right, **({} if dtype == torch.float32 else tolerance))
+        assert launch(pred, target, rows, beta, 0.7, True, False)[2].numel() == 0
+        factor = torch.tensor(0.3, device=device)
+        scaled = scale_gradient(right, factor, 0.7, True)
+        want = scale_gradient_reference(right, factor, 0.7, True)
+        torch.testing.assert_close(scaled, want, **({} if dtype == torch.float32 else tolerance))
+
+
+def test_triton_odd_inputs(device):
+    launch, scale_gradient = launchers()
+    target = torch.randn(3, 5, device=device)
+    rows = torch.tensor([0, -1, 3, 2], device=device)
+    loss, _, slope = launch(torch.zeros(4, 5, device=device), target, rows, 1.0, 1.0, True, True)
+    assert loss.isnan()
+    assert slope.isnan().all(1).tolist() == [False, True, True, False]
+    for shape in ((0, 5), (4, 0)):
+        empty = torch.zeros(shape, device=device)
+        loss, moments, slope = launch(empty, empty, None, 1.0, 1.0, True, True)
+        assert loss == 0
+        assert (moments == 0).all()
+        assert slope.shape == shape
+        assert scale_gradient(slope, loss, 1.0, True).shape == shape
+    tiny = torch.tensor([[0.0, 3.0, -1.0]], device=device)
+    assert launch(tiny, torch.zeros_like(tiny), None, 1e-42, 1.0, False, True)[0] == 4.0
+
+
+def test_triton_is_wide_and_does_not_spill():
+    pytest.importorskip("triton")
+    code = """
+from d2v_fast.kernels import masked_loss as m
+rows = []
+for dtype, size, capabilities in (("bf16", 2, (80, 90, 100)), ("fp32", 4, (90,))):
+    types = dict(pred="*" + dtype, slope="*" + dtype, out="*" + dtype, target_rows="*i64", beta="fp32", mantissa="fp32")
+    types |= dict(power="fp32")
+    integers = ("num_rows", "num_targets", "rows_per_block", "stride_pred", "stride_target", "n")
+    def run(kernel, **constexprs):
+        signature = {}
+        for name in kernel.arg_names:
+            integer = "i32" if name in integers else "*fp32"
+            signature[name] = "constexpr" if name in constexprs else types.get(name, integer)
+        aligned = [n for n in signature if signature[n][0] == "*" or n.startswith("stride") or n == "n"]
+        for row in facts(kernel, signature, constexprs, aligned, 8, capabilities):
+            rows.append(row | {"kernel": kernel.__name__, "dtype": dtype})
+    tile = dict(D=768, BLOCK_N=m.TILE_BYTES // size // m.TILE_CHANNELS, BLOCK_D=m.TILE_CHANNELS)
+    run(m._masked_loss_fwd_kernel, SQUARE=False, target_rows=None, **tile)
+    run(m._masked_loss_fwd_kernel, SQUARE=True, **tile)
+    if dtype == "bf16":
+        run(m._scale_gradient_kernel, BLOCK=m.SCALE_BLOCK)
+print(json.dumps(rows))
+"""
+    for row in compile_facts(code):
+        assert row["spills"] == 0, row
+        loads, stores = width_bytes(row["loads"]), width_bytes(row["stores"])
+        # the row map is 8 bytes wide, the incoming gradient 4; a block's sums are stored by single channels
+        assert loads.count(16) >= (2 if row["kernel"] == "_scale_gradient_kernel" else 4), row
+        assert loads.count(2) == 0, row
+        assert loads.count(4) <= (row["kernel"] == "_scale_gradient_kernel"), row
+        assert stores.count(16) >= 2, row
+        assert stores.count(2) == 0, row
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pred": torch.zeros(4)}, r"`pred` must have shape \[N, D\]"),
+        ({"pred": torch.zeros(4, 3, dtype=torch.float64)}, "`pred` must be fp32, bf16 or fp16"),
+        ({"target": torch.zeros(4, 2)}, r"`target` must have shape \[M, 3\]"),
+        ({"target": torch.zeros(4, 3, dtype=torch.int64)}, "`target` must be fp32, bf16 or fp16"),
+        ({"target": torch.zeros(4, 3, device="meta")}, "`target` must be on cpu"),
+        ({"target": torch.zeros(5, 3)}, r"as many rows as `pred` \(4\), but has 5"),
+        ({"beta": -1.0}, "`beta` must be finite and >= 0, but is -1.0"),
+        ({"beta": float("nan")}, "`beta`"),
+        ({"beta": float("inf")}, "`beta`"),
+        ({"scale": float("nan")}, "`scale`"),
+        ({"reduction": "none"}, "sum, mean, but is 'none'"),
+        ({"target_rows": torch.zeros(4)}, "`target_rows` must be a 1-d int64"),
+        ({"target_rows": torch.zeros(3, dtype=torch.int64)}, r"one entry per row of `pred` \(4\), but has 3"),
+        ({"target_rows": torch.zeros(4, dtype=torch.int64, device="meta")}, "must be on cpu"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {"pred": torch.zeros(4, 3), "target": torch.zeros(4, 3)} | change
+    with pytest.raises(ValueError, match=message):
+        masked_smooth_l1(**arguments)
+
+
+@pytest.mark.parametrize("operation", [torch.ops.d2v.masked_smooth_l1, masked_smooth_l1_reference])
+@pytest.mark.parametrize("bad", [-1, 5])
+def test_target_rows_out_of_range(operation, bad):
+    rows = torch.tensor([0, bad])
+    with pytest.raises(RuntimeError, match=rf"`target_rows` must be in \[0, 4\], but holds {bad}"):
+        operation(torch.zeros(2, 3), torch.zeros(5, 3), rows, 0.0, 1.0, True, True)
