@@ -44,8 +44,9 @@ __all__ = [
 
 
 class VisionModelConfig(Section):
-    """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and
-    falls linearly to 0 at the first."""
+    """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and falls
+    linearly to 0 at the first. `absolute_position` adds learned position embeddings to the tokens, which the published
+    models do without: a small model on small images needs fewer steps with them."""
 
     image_size: int = Field(default=224, ge=1)
     patch_size: int = Field(default=16, ge=1)
@@ -59,6 +60,7 @@ class VisionModelConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     layer_scale: float = Field(default=1e-4, gt=0)
     norm_eps: float = Field(default=1e-6, gt=0)
+    absolute_position: bool = False
     gradient_checkpointing: bool = False
 
     @property

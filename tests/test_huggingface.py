@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 SIZES: dict[str, dict[str, Any]] = {
     "digits": {"image_size": 8, "patch_size": 2, "channels": 1, "width": 48, "depth": 3, "heads": 4},
+    "positions": {"image_size": 8, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "absolute_position": True},
     "odd": {"image_size": 35, "patch_size": 7, "width": 30, "depth": 2, "heads": 5, "mlp_ratio": 2.5, "norm_eps": 1e-5},
     "one_patch": {"image_size": 4, "patch_size": 4, "width": 8, "depth": 1, "heads": 1, "mlp_ratio": 0.99},
 }
@@ -238,7 +239,7 @@ def edited(tmp_path: Path, **changes: Any) -> Path:
         ({"model_type": "beit"}, r'`model_type` in .* must be "data2vec-vision", but is "beit" instead'),
         ({"use_shared_relative_position_bias": False}, r"`use_shared_relative_position_bias` in .* must be true"),
         ({"use_relative_position_bias": True}, r"`use_relative_position_bias` in .* must be false"),
-        ({"use_absolute_position_embeddings": True}, r"`use_absolute_position_embeddings` in .* must be false"),
+        ({"use_absolute_position_embeddings": True}, r"`embeddings.position_embeddings` is missing"),
         ({"use_mask_token": False}, r"`use_mask_token` in .* must be true"),
         ({"hidden_act": "relu"}, r'`hidden_act` in .* must be "gelu"'),
         ({"image_size": [8, 16]}, r"`image_size` in .* must be square, but is \[8, 16\] instead"),

@@ -55,7 +55,7 @@ def export_vision(
     state = model.state_dict()
     shapes = _foreign_shapes(config.model)
     tensors = {}
-    for name, foreign_names in _key_map(config.model.depth).items():
+    for name, foreign_names in _key_map(config.model).items():
         parts = state[name].detach().to("cpu", torch.float32).chunk(len(foreign_names))
         for foreign_name, part in zip(foreign_names, parts, strict=True):
             # a copy each: safetensors refuses views of one storage
@@ -98,7 +98,7 @@ def import_vision(
     return model, config
 
 
-def _key_map(depth: int) -> dict[str, tuple[str, ...]]:
+def _key_map(config: VisionModelConfig) -> dict[str, tuple[str, ...]]:
     """Own key to Transformers' keys; of several, ours is their concatenation along the first dimension."""
     pairs: dict[str, tuple[str, ...]] = {
         "embedding.cls_token": ("embeddings.cls_token",),
@@ -109,7 +109,9 @@ def _key_map(depth: int) -> dict[str, tuple[str, ...]]:
         "norm.weight": ("layernorm.weight",),
         "norm.bias": ("layernorm.bias",),
     }
-    for index in range(depth):
+    if config.absolute_position:
+        pairs["embedding.position"] = ("embeddings.position_embeddings",)
+    for index in range(config.depth):
         own, foreign = f"encoder.blocks.{index}", f"encoder.layer.{index}"
         attention = f"{foreign}.attention.attention"
         pairs[f"{own}.attention.qkv.weight"] = tuple(
@@ -138,6 +140,7 @@ def _foreign_shapes(config: VisionModelConfig) -> dict[str, tuple[int, ...]]:
     return {
         "embeddings.cls_token": (1, 1, config.width),
         "embeddings.mask_token": (1, 1, config.width),
+        "embeddings.position_embeddings": (1, 1 + config.num_patches, config.width),
         "embeddings.patch_embeddings.projection.weight": (config.width, config.channels, size, size),
     }
 
@@ -148,7 +151,7 @@ def _own_state(
     """State for `model`; every problem in one error."""
     own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     foreign_shapes = _foreign_shapes(config)
-    key_map = _key_map(config.depth)
+    key_map = _key_map(config)
     state, problems = {}, []
     for name, foreign_names in key_map.items():
         parts = []
@@ -198,7 +201,7 @@ def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
         "attention_probs_dropout_prob": config.attention_dropout,
         "initializer_range": 0.02,
         "use_mask_token": True,
-        "use_absolute_position_embeddings": False,
+        "use_absolute_position_embeddings": config.absolute_position,
         "use_relative_position_bias": False,
         "use_shared_relative_position_bias": True,
         # true would drop the final norm from the base model
@@ -212,11 +215,10 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
         "model_type": "data2vec-vision",
         "hidden_act": "gelu",
         "use_mask_token": True,
-        "use_absolute_position_embeddings": False,
         "use_relative_position_bias": False,
         "use_shared_relative_position_bias": True,
     }
-    defaults = {"hidden_act": "gelu", "use_absolute_position_embeddings": False, "use_relative_position_bias": False}
+    defaults = {"hidden_act": "gelu", "use_relative_position_bias": False}
     for key, value in required.items():
         found = raw.get(key, defaults.get(key))
         if found != value:
@@ -248,6 +250,7 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
         dropout=raw.get("hidden_dropout_prob", 0.0),
         layer_scale=raw.get("layer_scale_init_value", 0.1),
         norm_eps=norm_eps,
+        absolute_position=raw.get("use_absolute_position_embeddings", False),
     )
 
 

@@ -13,7 +13,8 @@ from d2v_fast.encoder import init_linear_, truncated_normal_
 
 
 class VisionEmbedding(nn.Module):
-    """Non-overlapping square patches through one linear map; positions enter later, as an attention bias.
+    """Non-overlapping square patches through one linear map; positions enter later, as an attention bias, unless
+    `absolute_position` adds learned embeddings here as well.
 
     The map is the published model's convolution with `kernel = stride = patch_size`, written as a matrix
     product: its weight `[D, C * patch_size ** 2]` is the convolution's weight, flattened.
@@ -31,6 +32,8 @@ class VisionEmbedding(nn.Module):
         # since 1-D parameters are not decayed
         self.cls_token = nn.Parameter(torch.empty(config.width))
         self.mask_token = nn.Parameter(torch.empty(1, config.width))
+        shape = (1 + config.num_patches, config.width)
+        self.position = nn.Parameter(torch.empty(shape)) if config.absolute_position else None
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 
@@ -39,6 +42,8 @@ class VisionEmbedding(nn.Module):
         init_linear_(self.projection)
         truncated_normal_(self.cls_token)
         truncated_normal_(self.mask_token)
+        if self.position is not None:
+            truncated_normal_(self.position)
 
     def forward(self, pixels: Tensor, rows: Tensor | None = None) -> Tensor:
         """Embed a batch of images.
@@ -63,4 +68,7 @@ class VisionEmbedding(nn.Module):
             # in place: `tokens` is new, and the projection's backward does not read it
             tokens.index_copy_(0, rows, self.mask_token.to(tokens.dtype).expand(len(rows), -1))
         cls_token = self.cls_token.expand(B, 1, -1)
-        return self.dropout(torch.cat((cls_token, tokens.view(B, G * G, self.projection.out_features)), dim=1))
+        tokens = torch.cat((cls_token, tokens.view(B, G * G, self.projection.out_features)), dim=1)
+        if self.position is not None:
+            tokens = tokens + self.position
+        return self.dropout(tokens)
