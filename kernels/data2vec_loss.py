@@ -23,7 +23,9 @@ from .topk_target import plain_layers, row_warps, statistics, target_row
 MAX_BLOCKS = 512
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_preds", "num_targets", "rows_per_block", "num_samples", "num_positions", "num_rows"]
+)
 def _data2vec_loss_fwd_kernel(
     pred,  # [N, D]
     layers,  # tuple of K [B, T, D]

@@ -40,7 +40,7 @@ def element_loss(b_error, beta, mantissa, SQUARE: tl.constexpr):
     return b_loss, b_slope * mantissa
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_targets", "rows_per_block"])
 def _masked_loss_fwd_kernel(
     pred,  # [N, D]
     target,  # [M, D]
@@ -98,7 +98,7 @@ def _masked_loss_fwd_kernel(
     tl.store(partial + 3 * D, tl.sum(b_target_square, 0), mask=cols < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_losses"])
 def _sum_blocks_kernel(
     partial,  # [num_blocks, 4 * D] fp32
     partial_loss,  # [num_losses] fp32

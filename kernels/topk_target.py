@@ -91,7 +91,7 @@ def _normalise_row(b_x, inside, eps, D: tl.constexpr):
     return b_difference * tl.rsqrt(variance + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_positions", "num_rows"])
 def _topk_target_fwd_kernel(
     layers,  # tuple of K [B, T, D]
     rows,  # [N] int64, or None for all
@@ -149,7 +149,7 @@ def _topk_target_fwd_kernel(
     tl.store(out + index * D + cols, tl.where(valid, b_target, fill), mask=cols < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_positions"])
 def _layer_statistics_kernel(
     layers,  # tuple of K [B, T, D]
     lengths,  # [B] int64 or None
@@ -203,7 +203,7 @@ def _layer_statistics_kernel(
     tl.store(scale + index, b_deviation, mask=cols < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_positions", "num_parts"])
 def _average_statistics_kernel(
     layers,  # tuple of K [B, T, D]
     lengths,  # [B] int64 or None
@@ -267,7 +267,7 @@ def _average_statistics_kernel(
     tl.store(deviation + index, tl.maximum(b_square - b_shift * b_sum, 0.0), mask=cols < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "num_parts"])
 def _combine_statistics_kernel(
     part_mean,  # [num_groups, num_parts, D] fp32
     part_deviation,  # [num_groups, num_parts, D] fp32
