@@ -70,7 +70,7 @@ def test_odd_sizes(device, num_rows, width):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_shape_and_stride(data):
     num_rows, width = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 40))
     torch.manual_seed(data.draw(st.integers(0, 2**32)))

