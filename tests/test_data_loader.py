@@ -309,8 +309,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("trouble", "error", "message"),
     [
-        ("killed", RuntimeError, "A data loader worker died, .* lower `d2v.data.num_workers`"),
-        ("hangs", RuntimeError, "A data loader worker gave no batch for 1 s"),
+        ("killed", DataError, "A data loader worker died, .* lower `d2v.data.num_workers`"),
+        ("hangs", DataError, "A data loader worker gave no batch for 1 s"),
         ("raises", KeyError, "in DataLoader worker process 0(.|\n)*no such square"),
         ("data", DataError, "^64 files in a row are unreadable$"),
     ],

@@ -57,8 +57,7 @@ class StepLoader:
         timeout_s: seconds to wait for a batch before a worker counts as hung; 0 waits for ever.
     Raises:
         DataError: if the data set is smaller than one optimizer step, or shared memory is too small for the workers;
-            while iterating, if more than `max_bad_fraction` of the files are unreadable.
-        RuntimeError: while iterating, if a worker fails, dies or hangs.
+            while iterating, if more than `max_bad_fraction` of the files are unreadable, or a worker dies or hangs.
     """
 
     def __init__(
@@ -244,7 +243,7 @@ def _readable_errors(iterator: Iterable[Any], timeout_s: float) -> Iterator[Any]
             )
         else:
             raise
-        raise RuntimeError(f"{advice} ({text})") from error
+        raise DataError(f"{advice} ({text})") from error
 
 
 def _stop_workers(iterator: object) -> None:
