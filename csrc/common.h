@@ -23,20 +23,23 @@ enum class Isa { baseline, avx2, avx512 };
 Isa isa();
 int64_t cpu_capability();  // the same as a number, for reports and tests
 
-// D2V_MULTIARCH(name, (int64_t n, float* x), (n, x)) makes `name` out of the always-inline `name_body`: one copy per
-// instruction set, chosen at run time. The body must be free of lambdas, which keep the baseline target.
+// D2V_MULTIARCH(name, (int64_t n, float* x), (n, x)) makes `name` out of the always-inline `name_body`: one
+// copy per instruction set, chosen at run time. The body must be free of lambdas, which keep the baseline
+// target.
 #define D2V_INLINE static inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GNUC__)
-#define D2V_MULTIARCH(name, params, args)                                                    \
-  __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) static void name##_avx512 params { name##_body args; } \
-  __attribute__((target("arch=x86-64-v3"))) static void name##_avx2 params { name##_body args; }     \
-  static void name##_baseline params { name##_body args; }                                   \
-  static void name params {                                                                  \
-    switch (d2v::isa()) {                                                                    \
-      case d2v::Isa::avx512: return name##_avx512 args;                                      \
-      case d2v::Isa::avx2: return name##_avx2 args;                                          \
-      default: return name##_baseline args;                                                  \
-    }                                                                                        \
+#define D2V_MULTIARCH(name, params, args)                                                              \
+  __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) static void name##_avx512 params { \
+    name##_body args;                                                                                  \
+  }                                                                                                    \
+  __attribute__((target("arch=x86-64-v3"))) static void name##_avx2 params { name##_body args; }       \
+  static void name##_baseline params { name##_body args; }                                             \
+  static void name params {                                                                            \
+    switch (d2v::isa()) {                                                                              \
+      case d2v::Isa::avx512: return name##_avx512 args;                                                \
+      case d2v::Isa::avx2: return name##_avx2 args;                                                    \
+      default: return name##_baseline args;                                                            \
+    }                                                                                                  \
   }
 #else
 #define D2V_MULTIARCH(name, params, args) \

@@ -5,7 +5,8 @@
 namespace d2v {
 namespace {
 
-// The form of torch.lerp: which end the product is added to depends on the weight, so that weight 1 gives `student` exactly.
+// The form of torch.lerp: which end the product is added to depends on the weight, so that weight 1 gives
+// `student` exactly.
 template <typename S, typename W>
 D2V_INLINE void ema_body(int64_t n, float weight, float* __restrict teacher, const S* __restrict student,
                          W* __restrict working) {
@@ -36,12 +37,12 @@ struct Pointers {
 
 using Loop = void (*)(const Pointers& p, int64_t begin, int64_t end, float weight);
 
-#define D2V_EMA_LOOP(name, S, W)                                                                        \
-  D2V_INLINE void name##_body(const Pointers& p, int64_t begin, int64_t end, float weight) {            \
-    W* working = static_cast<W*>(p.working);                                                            \
-    ema_body<S, W>(end - begin, weight, p.teacher + begin, static_cast<const S*>(p.student) + begin,    \
-                   working == nullptr ? nullptr : working + begin);                                     \
-  }                                                                                                     \
+#define D2V_EMA_LOOP(name, S, W)                                                                     \
+  D2V_INLINE void name##_body(const Pointers& p, int64_t begin, int64_t end, float weight) {         \
+    W* working = static_cast<W*>(p.working);                                                         \
+    ema_body<S, W>(end - begin, weight, p.teacher + begin, static_cast<const S*>(p.student) + begin, \
+                   working == nullptr ? nullptr : working + begin);                                  \
+  }                                                                                                  \
   D2V_MULTIARCH(name, (const Pointers& p, int64_t begin, int64_t end, float weight), (p, begin, end, weight))
 
 D2V_EMA_LOOP(ema_f32_f32, float, float)
@@ -101,7 +102,8 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
   };
   std::vector<Tensor> alive;
   for (size_t i = 0; i < teacher.size(); ++i) {
-    STD_TORCH_CHECK(teacher[i].scalar_type() == ScalarType::Float, "ema_update_: teacher ", i, " must be fp32");
+    STD_TORCH_CHECK(teacher[i].scalar_type() == ScalarType::Float, "ema_update_: teacher ", i,
+                    " must be fp32");
     const int64_t n = teacher[i].numel();
     STD_TORCH_CHECK(student[i].numel() == n, "ema_update_: tensor ", i, " has ", n, " teacher and ",
                     student[i].numel(), " student elements");
@@ -126,7 +128,8 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
 
   torch::stable::parallel_for(0, chunks, 4, [&](int64_t begin, int64_t end) {
     auto item = std::upper_bound(items.begin(), items.end(), begin,
-                                 [](int64_t chunk, const Item& i) { return chunk < i.first_chunk; }) - 1;
+                                 [](int64_t chunk, const Item& i) { return chunk < i.first_chunk; }) -
+                1;
     for (int64_t chunk = begin; chunk < end;) {
       const int64_t offset = (chunk - item->first_chunk) * kChunk;
       const int64_t stop = std::min(item->pointers.n, offset + (end - chunk) * kChunk);

@@ -9,30 +9,35 @@
 
 namespace d2v {
 
-// teacher[i] <- lerp(teacher[i], student[i], 1 - decay), working[i] <- teacher[i]; lists of equally shaped tensors.
-// teacher fp32; student, working fp32 | bf16 | fp16; `working` may be empty. decay_tensor, where given, is 0-d fp32 and wins.
+// teacher[i] <- lerp(teacher[i], student[i], 1 - decay), working[i] <- teacher[i]; lists of equally shaped
+// tensors. teacher fp32; student, working fp32 | bf16 | fp16; `working` may be empty. decay_tensor, where
+// given, is 0-d fp32 and wins.
 void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, double decay,
                  std::optional<Tensor> decay_tensor, std::vector<Tensor> working);
 
-// Target rows: K layers [B, T, D] fp32 | bf16 | fp16, each normalised (0 none, 1 layer, 2 instance, 3 batch), averaged, the
-// average normalised (0 none, 1 layer, 2 instance); rows int64 [N] of B * T -> fp32 [N, D], without rows [B, T, D].
-// lengths int64 [B]: statistics over positions leave out those past the length.
-Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final_norm, std::optional<Tensor> rows,
-                   std::optional<Tensor> lengths, double eps);
+// Target rows: K layers [B, T, D] fp32 | bf16 | fp16, each normalised (0 none, 1 layer, 2 instance, 3 batch),
+// averaged, the average normalised (0 none, 1 layer, 2 instance); rows int64 [N] of B * T -> fp32 [N, D],
+// without rows [B, T, D]. lengths int64 [B]: statistics over positions leave out those past the length.
+Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final_norm,
+                   std::optional<Tensor> rows, std::optional<Tensor> lengths, double eps);
 
-// pred [N, D], target [M, D], fp32 | bf16 | fp16; target_rows int64 [N] of M, without it M == N. beta 0 is the squared error.
-// -> loss fp32 []: scale times the sum or the mean; moments fp32 [4, D]: sums of pred, pred^2, target, target^2;
-// slope [N, D] as pred: derivative of each element's loss times the mantissa of its factor, [0] without need_grad.
-std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target, std::optional<Tensor> target_rows,
-                                                    double beta, double scale, bool mean, bool need_grad);
+// pred [N, D], target [M, D], fp32 | bf16 | fp16; target_rows int64 [N] of M, without it M == N. beta 0 is
+// the squared error.
+// -> loss fp32 []: scale times the sum or the mean; moments fp32 [4, D]: sums of pred, pred^2, target,
+// target^2; slope [N, D] as pred: derivative of each element's loss times the mantissa of its factor, [0]
+// without need_grad.
+std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
+                                                    std::optional<Tensor> target_rows, double beta,
+                                                    double scale, bool mean, bool need_grad);
 
 // slope times grad_output times the power of two that the slope lacks, in the dtype of slope.
 Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean);
 
 // masked_smooth_l1 of topk_target, a target row at a time.
 std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor> layers, int64_t layer_norm,
-                                                 int64_t final_norm, Tensor rows, std::optional<Tensor> lengths, double eps,
-                                                 std::optional<Tensor> target_rows, double beta, double scale, bool mean,
-                                                 bool need_grad);
+                                                 int64_t final_norm, Tensor rows,
+                                                 std::optional<Tensor> lengths, double eps,
+                                                 std::optional<Tensor> target_rows, double beta, double scale,
+                                                 bool mean, bool need_grad);
 
 }  // namespace d2v
