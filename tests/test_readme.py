@@ -23,7 +23,9 @@ def test_operations_example_runs():
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
 def test_named_files_exist(document):
     text = (ROOT / document).read_text()
-    named = set(re.findall(r"\b(?:configs|docs|bench|tests|d2v_fast|csrc|kernels)/[\w/]+\.(?:json|md|py|cpp|h)\b", text))
+    named = set(
+        re.findall(r"\b(?:configs|docs|bench|tests|d2v_fast|csrc|kernels)/[\w/]+\.(?:json|md|py|cpp|h)\b", text)
+    )
     assert named
     missing = [path for path in named if "NAME" not in path and not (ROOT / path).exists()]
     assert not missing
