@@ -26,8 +26,10 @@ def topk_target_reference(
     if lengths is not None:
         check_range("lengths", lengths, num_positions + 1)
         valid = (torch.arange(num_positions, device=lengths.device) < lengths[:, None])[:, :, None]
-    average = torch.stack([_normalise(x.float(), LAYER_NORMS[layer_norm], valid, eps) for x in layers]).mean(0)
-    target = _normalise(average, FINAL_NORMS[final_norm], valid, eps)
+    total = torch.zeros_like(layers[0], dtype=torch.float32)
+    for x in layers:
+        total += _normalise(x.float(), LAYER_NORMS[layer_norm], valid, eps)
+    target = _normalise(total / len(layers), FINAL_NORMS[final_norm], valid, eps)
     if rows is None:
         return target if valid is None else target.masked_fill(~valid, 0.0)
     check_range("rows", rows, num_samples * num_positions)
