@@ -15,13 +15,13 @@ struct LossRows {
   void* slope[4];  // unused without a gradient
 };
 
-// What all rows share. beta 0 is the squared error; the slopes have the mantissa of the loss's factor in
-// them.
+// What all rows share. beta 0 is the squared error. The slopes include the mantissa of the loss's factor.
 struct LossSettings {
   LossSettings(double beta, double factor, bool need_grad);
 
-  float beta, half_beta, half_inverse;  // 1 / (2 beta)
-  float near, far;                      // slope of an error below beta, per error, and above
+  float beta, half_beta;
+  float half_inverse;  // 1 / (2 beta)
+  float near, far;     // slope of an error below beta, per error, and of one above
   bool need_grad;
 };
 

@@ -31,14 +31,19 @@ D2V_INLINE float element_slope(float e, const LossSettings& s) {
 template <typename P, bool kSquare>
 D2V_INLINE void add_four(const LossRows& rows, int64_t first, int64_t last, int64_t width,
                          const LossSettings s, float* __restrict sums) {
-  const P* __restrict p0 = static_cast<const P*>(rows.pred[0]), * __restrict p1 =
-                                                                    static_cast<const P*>(rows.pred[1]);
-  const P* __restrict p2 = static_cast<const P*>(rows.pred[2]), * __restrict p3 =
-                                                                    static_cast<const P*>(rows.pred[3]);
-  const float* __restrict t0 = rows.target[0], * __restrict t1 = rows.target[1];
-  const float* __restrict t2 = rows.target[2], * __restrict t3 = rows.target[3];
-  float* __restrict loss = sums, * __restrict pred = sums + width, * __restrict pred2 = sums + 2 * width;
-  float* __restrict target = sums + 3 * width, * __restrict target2 = sums + 4 * width;
+  const P* __restrict p0 = static_cast<const P*>(rows.pred[0]);
+  const P* __restrict p1 = static_cast<const P*>(rows.pred[1]);
+  const P* __restrict p2 = static_cast<const P*>(rows.pred[2]);
+  const P* __restrict p3 = static_cast<const P*>(rows.pred[3]);
+  const float* __restrict t0 = rows.target[0];
+  const float* __restrict t1 = rows.target[1];
+  const float* __restrict t2 = rows.target[2];
+  const float* __restrict t3 = rows.target[3];
+  float* __restrict loss = sums;
+  float* __restrict pred = sums + width;
+  float* __restrict pred2 = sums + 2 * width;
+  float* __restrict target = sums + 3 * width;
+  float* __restrict target2 = sums + 4 * width;
   for (int64_t i = first; i < last; ++i) {
     const float a = static_cast<float>(p0[i]), b = static_cast<float>(p1[i]);
     const float c = static_cast<float>(p2[i]), d = static_cast<float>(p3[i]);
