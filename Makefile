@@ -18,8 +18,8 @@ setup: $(INSTALLED) ## virtual environment, pinned packages, C++ kernels
 # torch first and alone: whatever asks for plain torch afterwards is content with it
 $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	D2V_REQUIRE_CPP=1 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,bench,hf]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch
+	D2V_REQUIRE_CPP=1 $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[train,test,bench,hf]'
 	touch $@
 
 build: $(INSTALLED) ## compile the C++ kernels again after a change in csrc/

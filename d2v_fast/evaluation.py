@@ -27,7 +27,7 @@ def probe(config: D2VConfig, model: Data2Vec, teacher: Teacher) -> Any:
         torch.manual_seed(config.run.seed)
         untrained = build_model(config).student
     models = {"untrained": untrained, "student": model.student, "teacher": teacher.module}
-    return run_probe(models, digits_for_probe(config), config.probe, top_k=config.target.top_k)
+    return run_probe(models, digits_for_probe(config), config.probe)
 
 
 def export(config: D2VConfig, model: Data2Vec, folder: RunFolder, step: int) -> str:

@@ -1,9 +1,8 @@
 """Is it learning? Two probes on frozen features, beside two baselines.
 
-Features of an image are the mean over its patches of what the teacher's target is made of: the last K blocks'
-outputs, each layer-normalised, averaged. On them, a k-nearest-neighbour classifier and a logistic regression are fitted
-to the labelled images of the training part and scored on the held-out part. The baselines are the same network before
-training, and the raw pixels.
+Features of an image are the last block's output, layer-normalised, averaged over the patches. On them, a
+k-nearest-neighbour classifier and a logistic regression are fitted to the labelled images of the training part and
+scored on the held-out part. The baselines are the same network before training, and the raw pixels.
 """
 
 from __future__ import annotations
@@ -76,9 +75,9 @@ def patch_features(model: nn.Module, images: Tensor, top_k: int) -> Tensor:
     return F.layer_norm(patches_KBPD, patches_KBPD.shape[-1:]).mean(0)
 
 
-def image_features(model: nn.Module, images: Tensor, top_k: int) -> NDArray[np.float32]:
-    """Features `[S, D]`, fp32, of `images` `[S, C, H, W]`: the mean of `patch_features` over the patches."""
-    batches = [patch_features(model, batch, top_k).mean(1).cpu() for batch in images.split(_BATCH)]
+def image_features(model: nn.Module, images: Tensor) -> NDArray[np.float32]:
+    """Features `[S, D]`, fp32, of `images` `[S, C, H, W]`: the last block's `patch_features`, mean over the patches."""
+    batches = [patch_features(model, batch, top_k=1).mean(1).cpu() for batch in images.split(_BATCH)]
     return torch.cat(batches).numpy()
 
 
@@ -111,17 +110,16 @@ def score(features: NDArray[np.float32], data: ProbeData, config: ProbeConfig) -
     )
 
 
-def run_probe(models: Mapping[str, nn.Module], data: ProbeData, config: ProbeConfig, *, top_k: int) -> ProbeReport:
+def run_probe(models: Mapping[str, nn.Module], data: ProbeData, config: ProbeConfig) -> ProbeReport:
     """Score every model's features, and the raw pixels.
 
     Args:
         models: Networks with the call of `VisionModel`, by the name they get in the table.
         data: Images as the network takes them, labels, and the split.
         config: Labels per class, draws, neighbours.
-        top_k: Number of last blocks whose outputs make the features.
     """
     images = torch.as_tensor(data.images)
-    scores = {name: score(image_features(model, images, top_k), data, config) for name, model in models.items()}
+    scores = {name: score(image_features(model, images), data, config) for name, model in models.items()}
     scores[PIXELS] = score(images.flatten(1).numpy(), data, config)
     return ProbeReport(scores, config)
 
