@@ -85,7 +85,11 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
                   student.size(), " student tensors");
   STD_TORCH_CHECK(working.empty() || working.size() == teacher.size(), "ema_update_: ", teacher.size(),
                   " teacher and ", working.size(), " working tensors");
-  if (decay_tensor.has_value()) decay = *static_cast<const float*>(decay_tensor->const_data_ptr());
+  if (decay_tensor.has_value()) {
+    const void* value = decay_tensor->const_data_ptr();
+    decay = decay_tensor->scalar_type() == ScalarType::Double ? *static_cast<const double*>(value)
+                                                              : *static_cast<const float*>(value);
+  }
   if (decay == 1.0) return;
   const float weight = static_cast<float>(1.0 - decay);
 

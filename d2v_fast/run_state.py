@@ -19,27 +19,6 @@ from d2v_fast.teacher import Teacher
 from d2v_fast.world import RunError, World
 
 
-class MaskedTeacher(Teacher):
-    """A teacher that a flag on the device can leave as it is, so that the host need not wait for the flag."""
-
-    _applied: Tensor | None = None
-
-    def update_where(self, num_updates: int, applied: Tensor) -> None:
-        """`update` where `applied`, 0-d bool, is true; a decay of 1 changes nothing."""
-        self._applied = applied
-        try:
-            self.update(num_updates)
-        finally:
-            self._applied = None
-
-    def decay(self, num_updates: int) -> float:
-        decay = super().decay(num_updates)
-        if self._applied is None:
-            return decay
-        # `ema_update_` takes a 0-d tensor for a number
-        return torch.where(self._applied, decay, 1.0)  # type: ignore[return-value]
-
-
 class RunState:
     """Student, teacher, optimizer and counters of a run.
 
@@ -56,7 +35,7 @@ class RunState:
         config: RunConfig,
         world: World,
         model: Data2Vec,
-        teacher: MaskedTeacher,
+        teacher: Teacher,
         engine: Engine,
         checkpoints: Checkpoints,
     ) -> None:
@@ -79,7 +58,7 @@ class RunState:
         self.streak = (self.streak + 1) * skipped
         self.longest_streak = torch.maximum(self.longest_streak, self.streak)
         if applied.device.type != "cpu":
-            self._teacher.update_where(step, applied)
+            self._teacher.update(step, applied)
         elif applied:
             self._teacher.update(step)
 
@@ -104,7 +83,7 @@ class RunState:
             "samples": step * self._config.deepspeed.batch_split(self._world.size).global_batch,
             "skipped": int(self.skipped),
             "streak": int(self.streak),
-            "teacher_updates": teacher["num_updates"],
+            "teacher_step": teacher["step"],
             "engine": self._engine.signature(),
             "digest": self._config.digest(),
             "config": self._config.to_dict(),
@@ -135,7 +114,7 @@ class RunState:
         if state["engine"]["engine"] == "plain":
             self._model.load_state_dict(student)
         self._engine.load(checkpoint.folder)
-        self._teacher.load_state_dict({"num_updates": state["teacher_updates"], "average": average})
+        self._teacher.load_state_dict({"step": state["teacher_step"], "average": average})
         self.skipped.fill_(state["skipped"])
         self.streak.fill_(state["streak"])
         self._tell_changes(state, tell)

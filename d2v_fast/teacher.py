@@ -21,14 +21,14 @@ from d2v_fast.config import TeacherConfig
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
-def decay_at(config: TeacherConfig, num_updates: int) -> float:
-    """Decay of the update that follows optimizer step `num_updates`, counted from 1.
+def decay_at(config: TeacherConfig, step: int) -> float:
+    """Decay of the update that follows optimizer step `step`, counted from 1.
 
     Linear from `decay_start` to `decay_end` over `decay_steps`, then constant (arXiv 2202.03555, section 4).
     """
-    if num_updates >= config.decay_steps:
+    if step >= config.decay_steps:
         return config.decay_end
-    return config.decay_start + (config.decay_end - config.decay_start) * num_updates / config.decay_steps
+    return config.decay_start + (config.decay_end - config.decay_start) * step / config.decay_steps
 
 
 class Teacher:
@@ -45,14 +45,14 @@ class Teacher:
     Attributes:
         module: The teacher network, in eval mode and without gradients, in `compute_dtype`. It shares no memory with
             the student.
-        num_updates: Optimizer steps that the average has followed.
+        last_step: Number of the last optimizer step that the average followed.
     """
 
     def __init__(
         self, student: nn.Module, config: TeacherConfig, *, compute_dtype: torch.dtype = torch.float32
     ) -> None:
         self.config = config
-        self.num_updates = 0
+        self.last_step = 0
         self.module = copy.deepcopy(student).eval().requires_grad_(False).float()
         self._average = {name: p.data for name, p in _named(self.module.named_parameters()).items()}
         self._working: list[Tensor] | None = None
@@ -86,27 +86,35 @@ class Teacher:
                 )
         self._student = [matched[name] for name in self._average]
 
-    def decay(self, num_updates: int) -> float:
-        """Decay of the update after optimizer step `num_updates` (from 1)."""
-        return decay_at(self.config, num_updates)
+    def decay(self, step: int) -> float:
+        """Decay of the update after optimizer step `step` (from 1)."""
+        return decay_at(self.config, step)
 
-    def update(self, num_updates: int) -> None:
-        """Follow the student; call once after every optimizer step that was applied, with the number of such steps.
+    def update(self, step: int, applied: Tensor | None = None) -> None:
+        """Follow the student after optimizer step number `step` (from 1); call once per step.
 
+        Args:
+            step: Number of the step, which the schedule is a function of. Steps that changed nothing may be left out.
+            applied: Optional 0-d bool on the student's device: where it is false nothing changes, and the host does
+                not wait to learn it.
         Raises:
             ValueError: The step was averaged already: a second update would square its decay.
         """
-        if num_updates <= self.num_updates:
+        if step <= self.last_step:
             raise ValueError(
-                f"`num_updates` must exceed the updates made ({self.num_updates}), but is {num_updates} instead: "
+                f"`step` must exceed the last one averaged ({self.last_step}), but is {step} instead: "
                 "one update per optimizer step."
             )
-        ops.ema_update_(list(self._average.values()), self._student, self.decay(num_updates), working=self._working)
-        self.num_updates = num_updates
+        decay: float | Tensor = self.decay(step)
+        if applied is not None:
+            # fp64: in fp32, 1 - 0.9999 is off by 1e-4 of itself
+            decay = 1.0 - (1.0 - decay) * applied.double()
+        ops.ema_update_(list(self._average.values()), self._student, decay, working=self._working)
+        self.last_step = step
 
     def state_dict(self) -> dict[str, Any]:
-        """`{"num_updates": int, "average": {name: fp32 tensor}}`; the tensors are the live ones, not copies."""
-        return {"num_updates": self.num_updates, "average": dict(self._average)}
+        """`{"step": int, "average": {name: fp32 tensor}}`; the tensors are the live ones, not copies."""
+        return {"step": self.last_step, "average": dict(self._average)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -131,7 +139,7 @@ class Teacher:
             mine.copy_(average[name])
         for copied, mine in zip(self._working or [], self._average.values(), strict=False):
             copied.copy_(mine)
-        self.num_updates = int(state["num_updates"])
+        self.last_step = int(state["step"])
 
 
 def _named(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:

@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from d2v_fast.engine import Engine
     from d2v_fast.metrics import Log
     from d2v_fast.run_folder import RunFolder
-    from d2v_fast.run_state import MaskedTeacher, RunState
+    from d2v_fast.run_state import RunState
     from d2v_fast.schedules import LearningRate
     from d2v_fast.stepclock import StepClock
+    from d2v_fast.teacher import Teacher
     from d2v_fast.world import World
 
 
@@ -102,7 +103,7 @@ class Run:
     folder: RunFolder
     schedule: LearningRate
     model: Data2Vec
-    teacher: MaskedTeacher
+    teacher: Teacher
     engine: Engine
     state: RunState
     start_step: int
@@ -125,9 +126,10 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.engine import check_engine_available, compute_dtype, make_engine
     from d2v_fast.metrics import NoLog, RunLog
     from d2v_fast.run_folder import RunFolder
-    from d2v_fast.run_state import MaskedTeacher, RunState
+    from d2v_fast.run_state import RunState
     from d2v_fast.schedules import LearningRate
     from d2v_fast.stepclock import StepClock
+    from d2v_fast.teacher import Teacher
     from d2v_fast.world import RunError, World, world_size
 
     d2v, split = config.d2v, config.deepspeed.batch_split(world_size())
@@ -162,7 +164,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
 
     torch.manual_seed(d2v.run.seed)
     model = build_model(d2v).to(world.device)
-    teacher = MaskedTeacher(model.student, d2v.teacher, compute_dtype=compute_dtype(config, world.device))
+    teacher = Teacher(model.student, d2v.teacher, compute_dtype=compute_dtype(config, world.device))
     engine = make_engine(model, config, world)
     checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
     state = RunState(config, world, model, teacher, engine, checkpoints)

@@ -28,7 +28,7 @@ def _ema_fwd_kernel(
     table,  # [num_tensors, 4] int64: addresses of teacher, student, working; number of elements
     block_tensor,  # [num_blocks] int32: which tensor a block works on
     block_index,  # [num_blocks] int32: which BLOCK of that tensor
-    decay_tensor,  # [] fp32, read if DECAY_ON_DEVICE
+    decay_tensor,  # [] fp32 or fp64, read if DECAY_ON_DEVICE
     weight,  # fp32: 1 - decay
     STUDENT: tl.constexpr,
     WORKING: tl.constexpr,

@@ -87,6 +87,23 @@ def test_decay_one_freezes():
     assert all(torch.equal(before[name], x) for name, x in teacher.state_dict()["average"].items())
 
 
+def test_flag_on_the_device():
+    """With the flag set the update is that of the step; without it nothing changes, whatever the student holds."""
+    net = Net()
+    teacher, other = (Teacher(net, TeacherConfig(decay_start=0.9998, decay_end=0.9998)) for _ in range(2))
+    with torch.no_grad():
+        net.first.weight += 1.0
+    teacher.update(1, torch.tensor(True))
+    other.update(1)
+    for a, b in zip(teacher.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        net.first.weight.fill_(torch.nan)
+    teacher.update(2, torch.tensor(False))
+    for a, b in zip(teacher.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_one_update_per_step():
     teacher = Teacher(Net(), TeacherConfig())
     teacher.update(1)
@@ -135,7 +152,7 @@ def test_state_is_restored_exactly(dtype):
     restored = Teacher(restored_net, config, compute_dtype=dtype)
     restored_net.load_state_dict(student)
     restored.load_state_dict(saved)
-    assert restored.num_updates == 4
+    assert restored.last_step == 4
     for t in (teacher, restored):
         t.update(5)
     for (name, a), b in zip(teacher.module.named_parameters(), restored.module.parameters(), strict=True):

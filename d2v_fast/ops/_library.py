@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Storage types of the operations; all of them compute in fp32."""
 
 _library = torch.library.Library("d2v", "DEF")
 _library.define("cpu_capability() -> int")
@@ -60,10 +64,18 @@ def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> 
             _say_once("Triton is not installed, CUDA tensors use the slower PyTorch reference; `pip install triton`")
             return reference(*args)
         module, _, function = triton_launcher.partition(".")
-        return getattr(importlib.import_module(f"d2v_fast.kernels.{module}"), function)(*args)
+        launcher = getattr(importlib.import_module(f"d2v_fast.kernels.{module}"), function)
+        # Triton launches on the current device, which need not be that of the tensors
+        with torch.cuda.device(_first_tensor(args).device):
+            return launcher(*args)
 
     _library.impl(name, default, "CompositeExplicitAutograd")
     _library.impl(name, on_cuda, "CUDA")
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    first = args[0]
+    return first if isinstance(first, Tensor) else first[0]
 
 
 def load_cpp() -> None:

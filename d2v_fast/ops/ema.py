@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import define
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from d2v_fast.ops._library import FLOAT_DTYPES, define
 
 
 def ema_update_reference(
@@ -71,7 +69,7 @@ def ema_update_(
     Args:
         teacher: Tensors of any shape, fp32: in bf16 nearly every update at decay 0.9999 would be rounded away.
         student: As many tensors of the same shapes on the same device; fp32, bf16 or fp16. Only read.
-        decay: In [0, 1]. A float, or a 0-d fp32 tensor on the tensors' device, which a CUDA graph can capture. 1
+        decay: In [0, 1]. A float, or a 0-d fp64 or fp32 tensor on that device, which a CUDA graph can capture. 1
             changes nothing, 0 copies.
         working: Optional tensors of the same shapes, fp32, bf16 or fp16, that receive the updated teacher in the
             same pass (the copy that the teacher's forward runs on).
@@ -91,9 +89,9 @@ def ema_update_(
     _check(teacher, student, working)
     decay_value, decay_tensor = 1.0, None
     if isinstance(decay, Tensor):
-        if decay.ndim != 0 or decay.dtype != torch.float32:
+        if decay.ndim != 0 or decay.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                "`decay` must be a float or a 0-d fp32 tensor, "
+                "`decay` must be a float or a 0-d fp32 or fp64 tensor, "
                 f"but is a {decay.dtype} tensor of shape {tuple(decay.shape)} instead."
             )
         if teacher and decay.device != teacher[0].device:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import define
-from d2v_fast.ops.ema import FLOAT_DTYPES
+from d2v_fast.ops._library import FLOAT_DTYPES, define
 from d2v_fast.ops.topk_target import check_indices, check_range
 
 REDUCTIONS = ("sum", "mean")

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import define
-from d2v_fast.ops.ema import FLOAT_DTYPES
+from d2v_fast.ops._library import FLOAT_DTYPES, define
 
 # the operations below take positions in these tuples
 LAYER_NORMS = ("none", "layer", "instance", "batch")

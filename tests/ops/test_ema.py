@@ -223,12 +223,12 @@ def test_decay_one_touches_nothing(device):
     assert (working[0] == 7.0).all()
 
 
-def test_decay_tensor(device):
+@pytest.mark.parametrize(("decay", "dtype"), [(0.75, torch.float32), (0.75, torch.float64), (0.9999, torch.float64)])
+def test_decay_tensor(device, decay, dtype):
     teacher, student, _ = make(device, torch.float32, None)
     other = [t.clone() for t in teacher]
-    decay = torch.tensor(0.75, device=device)
-    ema_update_(teacher, student, decay)
-    ema_update_(other, student, 0.75)
+    ema_update_(teacher, student, torch.tensor(decay, dtype=dtype, device=device))
+    ema_update_(other, student, decay)
     assert all(torch.equal(a, b) for a, b in zip(teacher, other, strict=True))
 
 
