@@ -49,7 +49,8 @@ bench: $(INSTALLED) ## run the benchmarks
 gpu: ## build, test and benchmark on a machine with a CUDA GPU and no network; results under OUT
 	mkdir -p $(OUT)
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) -m d2v_fast.doctor | tee $(OUT)/machine.txt
+	$(PYTHON) -c "import torch, d2v_fast.ops as ops; print(torch.__version__, torch.cuda.get_device_name(), ops.backends())" > $(OUT)/machine.txt
+	cat $(OUT)/machine.txt
 	$(PYTHON) -m pytest tests --device cuda -p no:cacheprovider > $(OUT)/tests.txt 2>&1; code=$$?; tail -n 40 $(OUT)/tests.txt; \
 	$(PYTHON) -m pytest bench --device cuda --benchmark-json $(OUT)/bench.json > $(OUT)/bench.txt 2>&1 || code=$$?; tail -n 60 $(OUT)/bench.txt; \
 	exit $$code
