@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(d2v, CPU, m) {
   m.impl("topk_target", TORCH_BOX(&d2v::topk_target));
   m.impl("masked_smooth_l1", TORCH_BOX(&d2v::masked_smooth_l1));
   m.impl("scale_gradient", TORCH_BOX(&d2v::scale_gradient));
+  m.impl("scale_gradient_", TORCH_BOX(&d2v::scale_gradient_));
   m.impl("data2vec_loss", TORCH_BOX(&d2v::data2vec_loss));
 }
 

@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes;
   const double factor = loss_factor(n * width, scale, mean);
-  const LossSettings settings(beta, factor, need_grad);
+  const LossSettings settings(beta, split_factor(factor, type).saved, slope);
   auto [loss, moments] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
     // four rows at a time, and the last target of the four before
     std::vector<float> targets(5 * width);
@@ -81,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
           held = wanted[p];
         }
         group.pred[r] = pred_data + p * pred_stride;
-        group.target[r] = targets.data() + slot * width;
+        group.target[r] = group.next_target[r] = targets.data() + slot * width;
+        group.next_pred[r] = pred_data + order[std::min(i + 4 + r, end - 1)] * pred_stride;
         group.slope[r] = need_grad ? slope_data + p * width * bytes : nullptr;
       }
       add_loss_rows(type, group, count, width, settings, sums);

@@ -1,10 +1,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "loss.h"
 #include "ops.h"
+#include "simd.h"
 
 namespace d2v {
 namespace {
@@ -13,84 +15,104 @@ namespace {
 // stay exact.
 constexpr int64_t kMinRows = 64, kMaxRows = 256, kBlocks = 128;
 // Channels at a time: four rows of both sides, their slopes and the sums stay in the first-level cache.
-constexpr int64_t kTile = 256;
+constexpr int64_t kTile = 1024;
 
-template <bool kSquare>
-D2V_INLINE float element_loss(float e, const LossSettings& s) {
-  const float size = std::fabs(e);
-  return kSquare ? e * e : (size < s.beta ? e * e * s.half_inverse : size - s.half_beta);
-}
+// Up to four rows at the channels of one tile, all fp32.
+struct TileRows {
+  const float* pred[4];
+  const float* target[4];
+  const float* next_pred[4];
+  const float* next_target[4];
+  float* slope[4];
+};
 
-template <bool kSquare>
-D2V_INLINE float element_slope(float e, const LossSettings& s) {
-  // written so that NaN stays NaN
-  return kSquare ? e * s.near : (e >= s.beta ? s.far : (e <= -s.beta ? -s.far : e * s.near));
-}
-
-// All loops below run over channels [first, last); sums is [5, width].
-template <typename P, bool kSquare>
-D2V_INLINE void add_four(const LossRows& rows, int64_t first, int64_t last, int64_t width,
-                         const LossSettings s, float* __restrict sums) {
-  const P* __restrict p0 = static_cast<const P*>(rows.pred[0]);
-  const P* __restrict p1 = static_cast<const P*>(rows.pred[1]);
-  const P* __restrict p2 = static_cast<const P*>(rows.pred[2]);
-  const P* __restrict p3 = static_cast<const P*>(rows.pred[3]);
-  const float* __restrict t0 = rows.target[0];
-  const float* __restrict t1 = rows.target[1];
-  const float* __restrict t2 = rows.target[2];
-  const float* __restrict t3 = rows.target[3];
-  float* __restrict loss = sums;
-  float* __restrict pred = sums + width;
-  float* __restrict pred2 = sums + 2 * width;
-  float* __restrict target = sums + 3 * width;
-  float* __restrict target2 = sums + 4 * width;
-  for (int64_t i = first; i < last; ++i) {
-    const float a = static_cast<float>(p0[i]), b = static_cast<float>(p1[i]);
-    const float c = static_cast<float>(p2[i]), d = static_cast<float>(p3[i]);
-    const float w = t0[i], x = t1[i], y = t2[i], z = t3[i];
-    loss[i] += (element_loss<kSquare>(a - w, s) + element_loss<kSquare>(b - x, s)) +
-               (element_loss<kSquare>(c - y, s) + element_loss<kSquare>(d - z, s));
-    pred[i] += (a + b) + (c + d);
-    pred2[i] += (a * a + b * b) + (c * c + d * d);
-    target[i] += (w + x) + (y + z);
-    target2[i] += (w * w + x * x) + (y * y + z * z);
+// sums [5, width] += what the rows hold at channel i; V is Lanes, or float for a single channel.
+template <typename V, int kRows, bool kSquare, bool kGrad>
+D2V_INLINE void add_channels(const TileRows& rows, int64_t i, int64_t width, const LossSettings s,
+                             float* sums) {
+  V loss{}, pred{}, pred2{}, target{}, target2{};
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const V p = load<V>(rows.pred[r] + i), t = load<V>(rows.target[r] + i), e = p - t;
+    __builtin_prefetch(rows.next_pred[r] + i);
+    __builtin_prefetch(rows.next_target[r] + i);
+    V slope;
+    if (kSquare) {
+      loss += e * e;
+      slope = e * s.near;
+    } else {
+      // the error cut off at beta makes a quadratic and a linear part without a branch; written so that NaN
+      // stays NaN
+      const V high = V{} + s.beta, low = V{} - s.beta;
+      V near = low > e ? low : e;
+      near = high < near ? high : near;
+      const V share = near * s.inverse;
+      loss += share * (e - near * 0.5f);
+      slope = share * s.far;
+    }
+    if (kGrad && s.stream) stream<V>(rows.slope[r] + i, slope);
+    if (kGrad && !s.stream) store<V>(rows.slope[r] + i, slope);
+    pred += p;
+    pred2 += p * p;
+    target += t;
+    target2 += t * t;
   }
+  add_to<V>(sums + i, loss);
+  add_to<V>(sums + width + i, pred);
+  add_to<V>(sums + 2 * width + i, pred2);
+  add_to<V>(sums + 3 * width + i, target);
+  add_to<V>(sums + 4 * width + i, target2);
 }
 
-template <typename P, bool kSquare>
-D2V_INLINE void add_one(const P* __restrict p, const float* __restrict t, int64_t first, int64_t last,
-                        int64_t width, const LossSettings s, float* __restrict sums) {
-  for (int64_t i = first; i < last; ++i) {
-    const float a = static_cast<float>(p[i]), w = t[i];
-    sums[i] += element_loss<kSquare>(a - w, s);
-    sums[i + width] += a;
-    sums[i + 2 * width] += a * a;
-    sums[i + 3 * width] += w;
-    sums[i + 4 * width] += w * w;
-  }
+template <int kRows, bool kSquare, bool kGrad>
+D2V_INLINE void add_tile(const TileRows rows, int64_t n, int64_t width, const LossSettings s, float* sums) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_channels<Lanes, kRows, kSquare, kGrad>(rows, i, width, s, sums);
+  for (; i < n; ++i) add_channels<float, kRows, kSquare, kGrad>(rows, i, width, s, sums);
 }
 
-// A loop of its own: with four more outputs the loop over four rows is not vectorised.
-template <typename P, bool kSquare>
-D2V_INLINE void slope_row(const P* __restrict p, const float* __restrict t, int64_t first, int64_t last,
-                          const LossSettings s, P* __restrict slope) {
-  for (int64_t i = first; i < last; ++i) {
-    slope[i] = static_cast<P>(element_slope<kSquare>(static_cast<float>(p[i]) - t[i], s));
-  }
-}
-
+// 16-bit predictions and slopes pass through fp32 buffers of one tile.
 template <typename P, bool kSquare, bool kGrad>
-D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, const LossSettings s,
+D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, const LossSettings& s,
                          float* sums) {
+  constexpr bool kIsWide = std::is_same_v<P, float>;
+  float wide[kIsWide ? 1 : 4 * kTile], slopes[kIsWide ? 1 : 4 * kTile];
   for (int64_t first = 0; first < width; first += kTile) {
-    const int64_t last = std::min(width, first + kTile);
-    if (count == 4) add_four<P, kSquare>(rows, first, last, width, s, sums);
+    const int64_t n = std::min(width - first, kTile);
+    TileRows tile{};
     for (int64_t r = 0; r < count; ++r) {
-      const P* p = static_cast<const P*>(rows.pred[r]);
-      if (count < 4) add_one<P, kSquare>(p, rows.target[r], first, last, width, s, sums);
-      if (kGrad) slope_row<P, kSquare>(p, rows.target[r], first, last, s, static_cast<P*>(rows.slope[r]));
+      const P* p = static_cast<const P*>(rows.pred[r]) + first;
+      tile.target[r] = rows.target[r] + first;
+      tile.next_target[r] = rows.next_target[r] + first;
+      if constexpr (kIsWide) {
+        tile.pred[r] = p;
+        tile.next_pred[r] = static_cast<const P*>(rows.next_pred[r]) + first;
+        if (kGrad) tile.slope[r] = static_cast<float*>(rows.slope[r]) + first;
+      } else {
+        float* __restrict out = wide + r * kTile;
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(p[i]);
+        tile.pred[r] = tile.next_pred[r] = out;
+        tile.slope[r] = slopes + r * kTile;
+      }
+    }
+    if (count == 4) {
+      add_tile<4, kSquare, kGrad>(tile, n, width, s, sums + first);
+    } else {
+      for (int64_t r = 0; r < count; ++r) {
+        const TileRows one{
+            {tile.pred[r]}, {tile.target[r]}, {tile.next_pred[r]}, {tile.next_target[r]}, {tile.slope[r]}};
+        add_tile<1, kSquare, kGrad>(one, n, width, s, sums + first);
+      }
+    }
+    if constexpr (!kIsWide && kGrad) {
+      for (int64_t r = 0; r < count; ++r) {
+        const float* __restrict in = slopes + r * kTile;
+        P* __restrict out = static_cast<P*>(rows.slope[r]) + first;
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<P>(in[i]);
+      }
     }
   }
+  if (s.stream) finish_streams();
 }
 
 #define D2V_LOSS_ROWS(name, P, kSquare, kGrad)                                                            \
@@ -122,17 +144,18 @@ constexpr LossLoop kLossLoops[3][2][2] = {{{smooth_f32, smooth_grad_f32}, {squar
 
 // What both sides of the loss are read through: fp32 as it is, others by way of a buffer that stays in the
 // cache.
-#define D2V_ELEMENTWISE(suffix, T)                                                               \
-  D2V_INLINE void widen_##suffix##_body(const void* x, int64_t n, float* __restrict out) {       \
-    const T* __restrict in = static_cast<const T*>(x);                                           \
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i]);                          \
-  }                                                                                              \
-  D2V_MULTIARCH(widen_##suffix, (const void* x, int64_t n, float* out), (x, n, out))             \
-  D2V_INLINE void scale_##suffix##_body(const void* x, int64_t n, float factor, void* y) {       \
-    const T* __restrict in = static_cast<const T*>(x);                                           \
-    T* __restrict out = static_cast<T*>(y);                                                      \
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<float>(in[i]) * factor); \
-  }                                                                                              \
+#define D2V_ELEMENTWISE(suffix, T)                                                                   \
+  D2V_INLINE void widen_##suffix##_body(const void* x, int64_t n, float* __restrict out) {           \
+    const T* __restrict in = static_cast<const T*>(x);                                               \
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i]);                              \
+  }                                                                                                  \
+  D2V_MULTIARCH(widen_##suffix, (const void* x, int64_t n, float* out), (x, n, out))                 \
+  D2V_INLINE void scale_##suffix##_body(const void* x, int64_t n, float factor, void* y) {           \
+    const T* in = static_cast<const T*>(x);                                                          \
+    T* out = static_cast<T*>(y);                                                                     \
+    _Pragma("GCC ivdep") /* one buffer or two that do not overlap */                                 \
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(static_cast<float>(in[i]) * factor); \
+  }                                                                                                  \
   D2V_MULTIARCH(scale_##suffix, (const void* x, int64_t n, float factor, void* y), (x, n, factor, y))
 
 D2V_ELEMENTWISE(f32, float)
@@ -145,22 +168,25 @@ constexpr int64_t kBytes[3] = {4, 2, 2};
 
 }  // namespace
 
-LossSettings::LossSettings(double beta_, double factor, bool need_grad_) : need_grad(need_grad_) {
-  int exponent;
-  const double mantissa = std::frexp(factor, &exponent);
-  // a denormal beta has no finite inverse; nothing but 0 is then closer than beta
-  const double inverse = std::min(1.0 / beta_, static_cast<double>(std::numeric_limits<float>::max()));
-  beta = static_cast<float>(beta_);
-  half_beta = static_cast<float>(0.5 * beta_);
-  half_inverse = static_cast<float>(0.5 * inverse);
-  near = static_cast<float>(beta == 0.0f ? 2.0 * mantissa : inverse * mantissa);
-  far = static_cast<float>(mantissa);
+LossSettings::LossSettings(double beta_, double slope_factor, const Tensor& slope) {
+  // a denormal beta has no finite inverse, and no error of an fp32 loss lies between it and the least normal
+  // one
+  const double least = std::numeric_limits<float>::min();
+  is_square = static_cast<float>(beta_) == 0.0f;
+  beta = static_cast<float>(std::max(beta_, least));
+  inverse = static_cast<float>(1.0 / std::max(beta_, least));
+  near = static_cast<float>(2.0 * slope_factor);
+  far = static_cast<float>(slope_factor);
+  need_grad = slope.dim() == 2;
+  const int64_t bytes = slope.numel() * 4;
+  stream =
+      need_grad && slope.scalar_type() == ScalarType::Float && bytes > kStreamBytes && slope.size(1) % 4 == 0;
 }
 
 void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width,
                    const LossSettings& settings, float* sums) {
-  kLossLoops[storage_index(pred_type)][settings.beta == 0.0f][settings.need_grad](rows, count, width,
-                                                                                  settings, sums);
+  kLossLoops[storage_index(pred_type)][settings.is_square][settings.need_grad](rows, count, width, settings,
+                                                                               sums);
 }
 
 std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
@@ -178,15 +204,22 @@ std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
   Tensor moments = torch::stable::new_empty(pred, {4, width}, ScalarType::Float);
   float* result = static_cast<float*>(moments.mutable_data_ptr());
   std::vector<double> channel_loss(width);
-  torch::stable::parallel_for(0, width, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < 5; ++i) {
-      for (int64_t d = begin; d < end; ++d) {
-        double total = 0.0;
-        for (int64_t b = 0; b < blocks; ++b) total += sums[(b * 5 + i) * width + d];
-        if (i == 0)
-          channel_loss[d] = total;
-        else
-          result[(i - 1) * width + d] = static_cast<float>(total);
+  constexpr int64_t kStrip = 64;
+  torch::stable::parallel_for(0, (width + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t first = strip * kStrip, count = std::min(kStrip, width - first);
+      for (int64_t i = 0; i < 5; ++i) {
+        double total[kStrip] = {};
+        for (int64_t b = 0; b < blocks; ++b) {
+          const float* __restrict part = sums.data() + (b * 5 + i) * width + first;
+          for (int64_t d = 0; d < count; ++d) total[d] += part[d];
+        }
+        for (int64_t d = 0; d < count; ++d) {
+          if (i == 0)
+            channel_loss[first + d] = total[d];
+          else
+            result[(i - 1) * width + first + d] = static_cast<float>(total[d]);
+        }
       }
     }
   });
@@ -198,6 +231,13 @@ std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
 
 double loss_factor(int64_t num_elements, double scale, bool mean) {
   return mean ? scale / static_cast<double>(std::max<int64_t>(num_elements, 1)) : scale;
+}
+
+FactorParts split_factor(double factor, ScalarType type) {
+  if (type != ScalarType::Half) return {factor, 1.0};
+  int exponent;
+  const double mantissa = std::frexp(factor, &exponent);
+  return {mantissa, std::ldexp(1.0, exponent)};
 }
 
 Tensor plain_rows(const Tensor& x) {
@@ -237,19 +277,23 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes, target_stride = target.stride(0) * kBytes[target_type];
   const double factor = loss_factor(n * width, scale, mean);
-  const LossSettings settings(beta, factor, need_grad);
+  const LossSettings settings(beta, split_factor(factor, type).saved, slope);
   auto [loss, moments] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
     std::vector<float> wide(target_type == 0 ? 0 : 4 * width);
     for (int64_t i = begin; i < end; i += 4) {
       const int64_t count = std::min<int64_t>(4, end - i);
       LossRows rows;
       for (int64_t r = 0; r < count; ++r) {
+        const int64_t next = std::min(i + 4 + r, end - 1);
         const char* t = target_data + (map != nullptr ? map[i + r] : i + r) * target_stride;
         rows.pred[r] = pred_data + (i + r) * pred_stride;
         rows.target[r] = reinterpret_cast<const float*>(t);
+        rows.next_pred[r] = pred_data + next * pred_stride;
+        rows.next_target[r] =
+            reinterpret_cast<const float*>(target_data + (map != nullptr ? map[next] : next) * target_stride);
         if (target_type != 0) {
           kWiden[target_type](t, width, wide.data() + r * width);
-          rows.target[r] = wide.data() + r * width;
+          rows.target[r] = rows.next_target[r] = wide.data() + r * width;
         }
         rows.slope[r] = need_grad ? slope_data + (i + r) * width * bytes : nullptr;
       }
@@ -259,22 +303,37 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   return {loss, moments, slope};
 }
 
-Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean) {
+namespace {
+
+// out <- slope times grad_output and what is left of the loss's factor; both plain memory, and they may be
+// one.
+void scale_into(const Tensor& slope, const Tensor& grad_output, Tensor& out, double scale, bool mean) {
   STD_TORCH_CHECK(grad_output.scalar_type() == ScalarType::Float && grad_output.numel() == 1,
                   "scale_gradient: grad_output must be one fp32 number");
-  slope = torch::stable::contiguous(slope);
   const int type = storage_index(slope.scalar_type());
   const int64_t n = slope.numel();
-  int exponent;
-  std::frexp(loss_factor(n, scale, mean), &exponent);
-  const float factor = std::ldexp(*static_cast<const float*>(grad_output.const_data_ptr()), exponent);
-  Tensor out = torch::stable::empty_like(slope);
+  const double left = split_factor(loss_factor(n, scale, mean), slope.scalar_type()).left;
+  const float factor = static_cast<float>(*static_cast<const float*>(grad_output.const_data_ptr()) * left);
   const char* in = static_cast<const char*>(slope.const_data_ptr());
   char* result = static_cast<char*>(out.mutable_data_ptr());
+  if (factor == 1.0f && in == result) return;
   torch::stable::parallel_for(0, n, kChunk, [&](int64_t begin, int64_t end) {
     kScale[type](in + begin * kBytes[type], end - begin, factor, result + begin * kBytes[type]);
   });
+}
+
+}  // namespace
+
+Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean) {
+  slope = torch::stable::contiguous(slope);
+  Tensor out = torch::stable::empty_like(slope);
+  scale_into(slope, grad_output, out, scale, mean);
   return out;
+}
+
+void scale_gradient_(Tensor slope, Tensor grad_output, double scale, bool mean) {
+  STD_TORCH_CHECK(slope.is_contiguous(), "scale_gradient_: slope must be contiguous");
+  scale_into(slope, grad_output, slope, scale, mean);
 }
 
 }  // namespace d2v

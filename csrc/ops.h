@@ -24,14 +24,15 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
 // pred [N, D], target [M, D], fp32 | bf16 | fp16; target_rows int64 [N] of M, without it M == N. beta 0 is
 // the squared error.
 // -> loss fp32 []: scale times the sum or the mean; moments fp32 [4, D]: sums of pred, pred^2, target,
-// target^2; slope [N, D] as pred: derivative of each element's loss times the mantissa of its factor, [0]
-// without need_grad.
+// target^2; slope [N, D] as pred: derivative of each element's loss times what split_factor (loss.h) saves of
+// its factor, [0] without need_grad.
 std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
                                                     std::optional<Tensor> target_rows, double beta,
                                                     double scale, bool mean, bool need_grad);
 
-// slope times grad_output times the power of two that the slope lacks, in the dtype of slope.
+// slope times grad_output times what split_factor left, in the dtype of slope.
 Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean);
+void scale_gradient_(Tensor slope, Tensor grad_output, double scale, bool mean);  // in place
 
 // masked_smooth_l1 of topk_target, a target row at a time.
 std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor> layers, int64_t layer_norm,

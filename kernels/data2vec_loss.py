@@ -8,7 +8,6 @@ order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .masked_loss import element_loss, loss_factor, no_rows, plain_rows, sum_blocks
+from .masked_loss import element_loss, loss_factor, no_rows, plain_rows, split_factor, sum_blocks
 from .topk_target import plain_layers, row_warps, statistics, target_row
 
 # a row costs K reads here, so more blocks than in the loss alone are cheap: about 4 to an SM
@@ -49,7 +48,7 @@ def _data2vec_loss_fwd_kernel(
     stride_position,
     eps,
     beta,
-    mantissa,
+    slope_factor,
     K: tl.constexpr,
     D: tl.constexpr,
     LAYER_NORM: tl.constexpr,
@@ -95,7 +94,7 @@ def _data2vec_loss_fwd_kernel(
             FINAL_NORM,
         )
         b_target = tl.where(in_row, tl.where(valid, b_target, float("nan")), 0.0)
-        b_one, b_slope = element_loss(b_pred - b_target, beta, mantissa, SQUARE)
+        b_one, b_slope = element_loss(b_pred - b_target, beta, slope_factor, SQUARE)
         b_loss += b_one
         b_pred_sum += b_pred
         b_pred_square += b_pred * b_pred
@@ -159,7 +158,7 @@ def data2vec_loss(
         *layers[0].stride()[:2],
         eps,
         beta,
-        math.frexp(factor)[0],
+        split_factor(factor, pred.dtype)[0],
         K=len(layers),
         D=width,
         LAYER_NORM=layer_norm,

@@ -24,8 +24,8 @@ SCALE_BLOCK = 4096
 
 
 @triton.jit
-def element_loss(b_error, beta, mantissa, SQUARE: tl.constexpr):
-    """Loss of each element and its derivative times `mantissa`; NaN stays NaN."""
+def element_loss(b_error, beta, slope_factor, SQUARE: tl.constexpr):
+    """Loss of each element and its derivative times `slope_factor`; NaN stays NaN."""
     if SQUARE:
         b_loss = b_error * b_error
         b_slope = 2.0 * b_error
@@ -37,7 +37,7 @@ def element_loss(b_error, beta, mantissa, SQUARE: tl.constexpr):
         b_loss = tl.where(near, 0.5 * b_error * b_near, b_size - 0.5 * beta)
         b_far = tl.where(b_error > 0, 1.0, tl.where(b_error < 0, -1.0, b_error))
         b_slope = tl.where(near, b_near, b_far)
-    return b_loss, b_slope * mantissa
+    return b_loss, b_slope * slope_factor
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_targets", "rows_per_block"])
@@ -54,7 +54,7 @@ def _masked_loss_fwd_kernel(
     stride_pred,
     stride_target,
     beta,
-    mantissa,
+    slope_factor,
     D: tl.constexpr,
     SQUARE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,7 +81,7 @@ def _masked_loss_fwd_kernel(
             b_target = tl.where(valid, b_target.to(tl.float32), float("nan"))
         else:
             b_target = tl.load(target + row * stride_target + cols, mask=inside, other=0.0).to(tl.float32)
-        b_one, b_slope = element_loss(b_pred - b_target, beta, mantissa, SQUARE)
+        b_one, b_slope = element_loss(b_pred - b_target, beta, slope_factor, SQUARE)
         b_loss += b_one
         b_pred_sum += b_pred
         b_pred_square += b_pred * b_pred
@@ -131,20 +131,30 @@ def _sum_blocks_kernel(
 def _scale_gradient_kernel(
     slope,  # [n]
     grad_output,  # [] fp32
-    out,  # [n]
+    out,  # [n], may be `slope`
     n,
-    power,
+    left,
+    IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_slope = tl.load(slope + offset, mask=offset < n, other=0.0).to(tl.float32)
-    b_grad = b_slope * (tl.load(grad_output) * power)
-    tl.store(out + offset, b_grad.to(out.dtype.element_ty), mask=offset < n)
+    factor = tl.load(grad_output) * left
+    if (factor != 1.0) | (not IN_PLACE):
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b_slope = tl.load(slope + offset, mask=offset < n, other=0.0).to(tl.float32)
+        tl.store(out + offset, (b_slope * factor).to(out.dtype.element_ty), mask=offset < n)
 
 
 def loss_factor(num_elements: int, scale: float, mean: bool) -> float:
     """What the sum over rows and channels is multiplied with; finite for no rows."""
     return scale / max(num_elements, 1) if mean else scale
+
+
+def split_factor(factor: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What of the loss's factor the slope holds, and what the backward pass multiplies with: see the reference."""
+    if dtype != torch.float16:
+        return factor, 1.0
+    mantissa, exponent = math.frexp(factor)
+    return mantissa, math.ldexp(1.0, exponent)
 
 
 def plain_rows(x: Tensor) -> Tensor:
@@ -216,7 +226,7 @@ def masked_smooth_l1(
         pred.stride(0),
         target.stride(0),
         beta,
-        math.frexp(factor)[0],
+        split_factor(factor, pred.dtype)[0],
         D=width,
         SQUARE=beta == 0.0,
         BLOCK_N=block_n,
@@ -230,14 +240,25 @@ def scale_gradient(slope: Tensor, grad_output: Tensor, scale: float, mean: bool)
     """Launch the multiplication of the saved slope with the incoming gradient, read on the device."""
     slope = slope.contiguous()
     out = torch.empty_like(slope)
-    if slope.numel():
-        _scale_gradient_kernel[(triton.cdiv(slope.numel(), SCALE_BLOCK),)](
-            slope,
-            grad_output,
-            out,
-            slope.numel(),
-            math.ldexp(1.0, math.frexp(loss_factor(slope.numel(), scale, mean))[1]),
-            BLOCK=SCALE_BLOCK,
-            num_warps=8,
-        )
+    _launch_scale(slope, grad_output, out, scale, mean)
     return out
+
+
+def scale_gradient_(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> None:
+    """The same in place; on the device a factor of 1 ends the launch before anything is read."""
+    _launch_scale(slope, grad_output, slope, scale, mean)
+
+
+def _launch_scale(slope: Tensor, grad_output: Tensor, out: Tensor, scale: float, mean: bool) -> None:
+    if slope.numel() == 0:
+        return
+    _scale_gradient_kernel[(triton.cdiv(slope.numel(), SCALE_BLOCK),)](
+        slope,
+        grad_output,
+        out,
+        slope.numel(),
+        split_factor(loss_factor(slope.numel(), scale, mean), slope.dtype)[1],
+        IN_PLACE=out is slope,
+        BLOCK=SCALE_BLOCK,
+        num_warps=8,
+    )

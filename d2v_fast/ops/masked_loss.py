@@ -28,9 +28,8 @@ def masked_smooth_l1_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, moments and slope.
 
-    The slope is the derivative of each element's loss times the mantissa of the factor that the sum is multiplied with:
-    a power of two is left for the backward pass, so a 16-bit gradient is rounded once and does not underflow before
-    a loss scale reaches it. It is empty if no gradient is needed.
+    The slope is the derivative of each element's loss times what ``split_factor`` saves of the factor on their sum.
+    It is empty if no gradient is needed.
     """
     if target_rows is not None:
         check_range("target_rows", target_rows, target.shape[0])
@@ -45,13 +44,26 @@ def masked_smooth_l1_reference(
         slope = (error / beta).clamp(-1.0, 1.0)
     factor = loss_factor(pred, scale, mean)
     loss = values.sum() * factor
+    saved, _ = split_factor(factor, pred.dtype)
     moments = torch.stack([p.sum(0), p.square().sum(0), t.sum(0), t.square().sum(0)])
-    return loss, moments, (slope * math.frexp(factor)[0]).to(pred.dtype) if need_grad else pred.new_empty(0)
+    return loss, moments, (slope * saved).to(pred.dtype) if need_grad else pred.new_empty(0)
 
 
 def loss_factor(pred: Tensor, scale: float, mean: bool) -> float:
     """What the sum over rows and channels is multiplied with; finite for no rows."""
     return scale / max(pred.numel(), 1) if mean else scale
+
+
+def split_factor(factor: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What of the loss's factor the saved slope holds, and what the backward pass multiplies with.
+
+    All and nothing but for fp16, whose exponent is too short. There it is the mantissa and the power of two, so that a
+    small factor does not underflow before a loss scale reaches it, and the slope is rounded once.
+    """
+    if dtype != torch.float16:
+        return factor, 1.0
+    mantissa, exponent = math.frexp(factor)
+    return mantissa, math.ldexp(1.0, exponent)
 
 
 define(
@@ -77,9 +89,9 @@ def fake_loss(pred: Tensor, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scale_gradient_reference(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> Tensor:
-    """The saved `slope` times the 0-d fp32 `grad_output` and the power of two that the slope lacks, in its dtype."""
-    power = math.ldexp(1.0, math.frexp(loss_factor(slope, scale, mean))[1])
-    return (slope.float() * (grad_output * power)).to(slope.dtype)
+    """The saved `slope` times the 0-d fp32 `grad_output` and what ``split_factor`` left, in its dtype."""
+    _, left = split_factor(loss_factor(slope, scale, mean), slope.dtype)
+    return (slope.float() * (grad_output * left)).to(slope.dtype)
 
 
 define(
@@ -94,12 +106,39 @@ def _fake_scale(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) ->
     return slope.new_empty(slope.shape)
 
 
+def scale_gradient_inplace_reference(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> None:
+    """``scale_gradient`` in place."""
+    slope.copy_(scale_gradient_reference(slope, grad_output, scale, mean))
+
+
+define(
+    "scale_gradient_(Tensor(a!) slope, Tensor grad_output, float scale, bool mean) -> ()",
+    scale_gradient_inplace_reference,
+    "masked_loss.scale_gradient_",
+)
+
+
+@torch.library.register_fake("d2v::scale_gradient_")
+def _fake_scale_inplace(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> None:
+    return None
+
+
+# whether somebody asked for `retain_graph`; a torch without the question is taken to say yes
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def backward_of_loss(ctx: Any, grad_loss: Tensor) -> Tensor:
     """Gradient to the predictions, from the slope that the forward pass saved."""
     if not ctx.need_grad:
         raise RuntimeError("the loss was computed with `need_grad=False`, so it has no gradient.")
     (slope,) = ctx.saved_tensors
-    return torch.ops.d2v.scale_gradient(slope, grad_loss.to(torch.float32), ctx.scale, ctx.mean)
+    grad_loss = grad_loss.to(torch.float32)
+    # while a graph is traced, tensors are of subclasses
+    if type(slope) is Tensor and not _graph_is_kept():
+        # nobody reads the slope again: it becomes the gradient, and a factor of 1 costs nothing
+        torch.ops.d2v.scale_gradient_(slope, grad_loss, ctx.scale, ctx.mean)
+        return slope
+    return torch.ops.d2v.scale_gradient(slope, grad_loss, ctx.scale, ctx.mean)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -154,8 +193,9 @@ def masked_smooth_l1(
         ``loss``, 0-d fp32 (0 if there are no rows), and ``moments``, fp32 `[4, D]`.
 
     Backward:
-        Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it up to a power of two, which
-        backward multiplies with together with the incoming gradient. There is no second derivative.
+        Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it, in fp16 up to a power of two;
+        backward multiplies with the incoming gradient, in place unless the graph is retained, and not at all where
+        that is 1. There is no second derivative.
 
     Raises:
         ValueError: What is not as described above.

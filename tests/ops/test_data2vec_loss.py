@@ -292,7 +292,7 @@ K = 4
 rows = []
 for dtype, warps in (("bf16", 4), ("fp32", 8)):
     types = dict(pred="*" + dtype, layers=("*" + dtype,) * K, rows="*i64", target_rows="*i64", slope="*" + dtype)
-    types |= dict(num_rows="i64", rows_per_block="i32", eps="fp32", beta="fp32", mantissa="fp32")
+    types |= dict(num_rows="i64", rows_per_block="i32", eps="fp32", beta="fp32", slope_factor="fp32")
     for first, final in ((1, 1), (2, 0), (1, 2)):
         constexprs = dict(K=K, D=768, LAYER_NORM=first, FINAL_NORM=final, SQUARE=first == 2, BLOCK_D=1024)
         if first == 1:

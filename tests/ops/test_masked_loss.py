@@ -19,9 +19,9 @@ def launchers():
     """The Triton launchers of the loss and of the backward's scaling: interpreted on CPU, compiled on CUDA."""
     pytest.importorskip("triton")
     from d2v_fast.kernels.masked_loss import masked_smooth_l1 as launch
-    from d2v_fast.kernels.masked_loss import scale_gradient
+    from d2v_fast.kernels.masked_loss import scale_gradient, scale_gradient_
 
-    return launch, scale_gradient
+    return launch, scale_gradient, scale_gradient_
 
 
 def make(device, num_rows, width, pred_dtype, target_dtype=torch.float32, num_targets=None):
@@ -143,6 +143,31 @@ def test_incoming_gradients(device, dtype):
     torch.testing.assert_close(halved.float(), base.float() / 2, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saved_gradient_becomes_the_gradient(device, dtype):
+    """Backward takes no second tensor of its size, unless the graph is kept; the values are the same."""
+    pred, target, _ = make(device, 9, 5, dtype)
+    for factor in (1.0, 0.5):
+        loss = masked_smooth_l1(pred, target, beta=1.0).loss * factor
+        (slope,) = loss.grad_fn.next_functions[0][0].saved_tensors
+        kept = torch.autograd.grad(loss, pred, retain_graph=True)[0]
+        assert kept.data_ptr() != slope.data_ptr()
+        got = torch.autograd.grad(loss, pred)[0]
+        assert got.data_ptr() == slope.data_ptr()
+        assert torch.equal(got, kept)
+
+
+@pytest.mark.parametrize("width", [768, 771])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_large_gradient(device, beta, width):
+    """Large enough to be stored around the caches, or not, where rows are not aligned."""
+    pred, target, rows = make(device, 3001, width, torch.float32, num_targets=700)
+    got = gradient(masked_smooth_l1(pred, target, beta=beta, reduction="sum", target_rows=rows).loss, pred)
+    wide = pred.detach().double().requires_grad_()
+    right = gradient(plain_loss(wide, target[rows], beta, 1.0, "sum"), wide)
+    torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-6)
+
+
 def test_fp16_does_not_underflow(device):
     """Under a mean over many elements the gradient of one is below fp16; a loss scale must bring it back."""
     pred, target, _ = make(device, 1000, 100, torch.float16)
@@ -211,6 +236,7 @@ def test_opcheck(device, need_grad, with_map):
     check = torch.library.opcheck
     check(torch.ops.d2v.masked_smooth_l1.default, (pred, target, rows, 2.0, 1.0, True, need_grad))
     check(torch.ops.d2v.scale_gradient.default, (pred.detach(), torch.tensor(0.3, device=device), 2.0, True))
+    check(torch.ops.d2v.scale_gradient_.default, (pred.detach(), torch.tensor(0.3, device=device), 2.0, True))
 
 
 def test_compile_fullgraph(device):
@@ -229,7 +255,7 @@ def test_compile_fullgraph(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (63, 7), (300, 3), (5, 300)], ids=str)
 def test_triton_launcher(device, beta, dtype, shape):
-    launch, scale_gradient = launchers()
+    launch, scale_gradient, scale_gradient_ = launchers()
     for num_targets in (None, 4):
         pred, target, rows = make(device, *shape, dtype, num_targets=num_targets)
         pred = pred.detach()
@@ -246,10 +272,15 @@ def test_triton_launcher(device, beta, dtype, shape):
         scaled = scale_gradient(right, factor, 0.7, True)
         want = scale_gradient_reference(right, factor, 0.7, True)
         torch.testing.assert_close(scaled, want, **({} if dtype == torch.float32 else tolerance))
+        for value in (0.3, 1.0):
+            factor, in_place = torch.tensor(value, device=device), right.clone()
+            scale_gradient_(in_place, factor, 0.7, True)
+            want = scale_gradient_reference(right, factor, 0.7, True)
+            torch.testing.assert_close(in_place, want, **({} if dtype == torch.float32 else tolerance))
 
 
 def test_triton_odd_inputs(device):
-    launch, scale_gradient = launchers()
+    launch, scale_gradient, _ = launchers()
     target = torch.randn(3, 5, device=device)
     rows = torch.tensor([0, -1, 3, 2], device=device)
     loss, _, slope = launch(torch.zeros(4, 5, device=device), target, rows, 1.0, 1.0, True, True)
@@ -272,8 +303,8 @@ def test_triton_is_wide_and_does_not_spill():
 from d2v_fast.kernels import masked_loss as m
 rows = []
 for dtype, size, capabilities in (("bf16", 2, (80, 90, 100)), ("fp32", 4, (90,))):
-    types = dict(pred="*" + dtype, slope="*" + dtype, out="*" + dtype, target_rows="*i64", beta="fp32", mantissa="fp32")
-    types |= dict(power="fp32")
+    types = dict(pred="*" + dtype, slope="*" + dtype, out="*" + dtype, target_rows="*i64", beta="fp32", slope_factor="fp32")
+    types |= dict(left="fp32")
     integers = ("num_rows", "num_targets", "rows_per_block", "stride_pred", "stride_target", "n")
     def run(kernel, **constexprs):
         signature = {}
@@ -287,7 +318,7 @@ for dtype, size, capabilities in (("bf16", 2, (80, 90, 100)), ("fp32", 4, (90,))
     run(m._masked_loss_fwd_kernel, SQUARE=False, target_rows=None, **tile)
     run(m._masked_loss_fwd_kernel, SQUARE=True, **tile)
     if dtype == "bf16":
-        run(m._scale_gradient_kernel, BLOCK=m.SCALE_BLOCK)
+        run(m._scale_gradient_kernel, IN_PLACE=True, BLOCK=m.SCALE_BLOCK)
 print(json.dumps(rows))
 """
     for row in compile_facts(code):

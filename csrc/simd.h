@@ -1,0 +1,58 @@
+// Eight fp32 lanes in the compilers' vector extension: the arithmetic and its order are the same for every
+// instruction set, only the registers differ. Inside D2V_INLINE functions only.
+#pragma once
+
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
+#include "common.h"
+
+namespace d2v {
+
+constexpr int64_t kLanes = 8;
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+// everything here is inlined: no vector is ever passed between functions
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+// One body serves whole vectors and the single elements that are left over.
+template <typename V>
+D2V_INLINE V load(const float* x) {
+  V v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+
+template <typename V>
+D2V_INLINE void store(float* x, V v) {
+  __builtin_memcpy(x, &v, sizeof v);
+}
+
+// A store that goes around the caches, for results that are larger than they are; `x` aligned to 16 bytes.
+// Before another thread reads them, `finish_streams`.
+template <typename V>
+D2V_INLINE void stream(float* x, V v) {
+#ifdef __SSE__
+  if constexpr (sizeof(V) == 4 * kLanes) {
+    __m128 halves[2];
+    __builtin_memcpy(halves, &v, sizeof v);
+    _mm_stream_ps(x, halves[0]);
+    _mm_stream_ps(x + 4, halves[1]);
+    return;
+  }
+#endif
+  store<V>(x, v);
+}
+
+D2V_INLINE void finish_streams() {
+#ifdef __SSE__
+  _mm_sfence();
+#endif
+}
+
+template <typename V>
+D2V_INLINE void add_to(float* x, V v) {
+  store<V>(x, load<V>(x) + v);
+}
+
+}  // namespace d2v
