@@ -1,51 +1,61 @@
-"""Target and loss of a ViT-B step: fused, and as the plain composition of the published code."""
+"""Target and loss in one operation, beside the same two one after the other, and beside plain PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.bench_masked_loss import forward_backward, plain_loss, stock_loss
+from bench.bench_topk_target import SIZES, make_inputs, published, stock, target_bytes
+from bench.measure import Compiled, Contest
 from d2v_fast.ops import data2vec_loss, masked_smooth_l1, topk_target
 
-NUM_IMAGES, NUM_PATCHES, WIDTH, TOP_K, BETA = 16, 196, 768, 6, 2.0
+BETAS = {"v1 vision": 2.0, "v1 text": 4.0, "v2 image": 0.0}
+# data2vec 2.0: predictions of so many masks of a sample share its targets
+MASKS = {"v2 image": 16}
 
 
-def published(pred: Tensor, layers: list[Tensor], rows: Tensor) -> Tensor:
-    """Normalise every layer at every position, average, normalise, pick the masked rows, plain Smooth L1."""
-    normed = [F.layer_norm(layer.float(), (WIDTH,)) for layer in layers]
-    target = F.layer_norm(sum(normed) / len(normed), (WIDTH,)).flatten(0, 1)[rows]
-    return F.smooth_l1_loss(pred.float(), target, beta=BETA)
+@pytest.mark.parametrize("name", BETAS)
+def bench_data2vec_loss(compete: Callable[[Contest], None], device, name):
+    size, beta = SIZES[name], BETAS[name]
+    layers, rows = make_inputs(size, torch.float32, device)
+    masks = MASKS.get(name, 1)
+    target_rows = torch.arange(len(rows), device=device).repeat(masks) if masks > 1 else None
+    pred = torch.randn(len(rows) * masks, size.width, device=device, requires_grad=True)
+    norms = {"layer_norm": size.layer_norm, "final_norm": size.final_norm}
 
+    def spread(target: Tensor) -> Tensor:
+        return target if target_rows is None else target.index_select(0, target_rows)
 
-def two_ops(pred: Tensor, layers: list[Tensor], rows: Tensor) -> Tensor:
-    target = topk_target(layers, layer_norm="layer", final_norm="layer", rows=rows)
-    return masked_smooth_l1(pred, target, beta=BETA).loss
+    def fused(p: Tensor) -> Tensor:
+        return data2vec_loss(p, layers, **norms, rows=rows, target_rows=target_rows, beta=beta, reduction="sum").loss
 
+    def two_ops(p: Tensor) -> Tensor:
+        target = topk_target(layers, **norms, rows=rows)
+        return masked_smooth_l1(p, target, beta=beta, reduction="sum", target_rows=target_rows).loss
 
-def fused(pred: Tensor, layers: list[Tensor], rows: Tensor) -> Tensor:
-    return data2vec_loss(pred, layers, layer_norm="layer", final_norm="layer", rows=rows, beta=BETA).loss
+    def as_published(p: Tensor) -> Tensor:
+        return plain_loss(p, spread(published(size)(layers, rows)), beta)
 
+    def of_stock(p: Tensor) -> Tensor:
+        return stock_loss(p, spread(stock(size)(layers, rows)), beta)
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("implementation", [published, two_ops, fused], ids=lambda f: f.__name__)
-def bench_data2vec_loss_vit_base(measure, device, implementation, dtype):
-    torch.manual_seed(0)
-    shape = (NUM_IMAGES, NUM_PATCHES, WIDTH)
-    layers = [torch.randn(shape, device=device).to(dtype) for _ in range(TOP_K)]
-    rows = torch.randperm(NUM_IMAGES * NUM_PATCHES)[: NUM_IMAGES * 120].sort().values.to(device)
-    pred = torch.randn(len(rows), WIDTH, device=device).to(dtype).requires_grad_()
-
-    expected = published(pred, layers, rows)
-    (gradient,) = torch.autograd.grad(expected, pred)
-
-    def forward_backward() -> None:
-        torch.autograd.grad(implementation(pred, layers, rows), pred)
-
-    loss = implementation(pred, layers, rows)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(loss, pred)[0], gradient, rtol=1e-2, atol=1e-8)
-    item = torch.empty((), dtype=dtype).element_size()
-    num_bytes = len(rows) * WIDTH * item * (TOP_K + 2)
-    measure(forward_backward, group=f"data2vec_loss ViT-B {dtype}", num_bytes=num_bytes)
+    compete(
+        Contest(
+            op="data2vec_loss",
+            case=f"{name}, fp32, {size.layer_norm}+{size.final_norm}{f', {masks} masks' if masks > 1 else ''}",
+            ours=forward_backward(fused, pred),
+            peers={
+                "two ops": forward_backward(two_ops, pred),
+                "published": forward_backward(as_published, pred),
+                "stock": forward_backward(of_stock, pred),
+                "torch.compile": Compiled(forward_backward(torch.compile(as_published), pred)),
+            },
+            model_bytes=target_bytes(size, len(rows), 4) + 8 * size.width * len(pred),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+    )

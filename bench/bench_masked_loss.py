@@ -1,37 +1,142 @@
-"""The loss on gathered rows, forward and backward: fused, and plain torch."""
+"""The loss forward and backward: on rows that lie together, with the gathers before it, and with a row map."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.measure import Compiled, Contest
 from d2v_fast.ops import masked_smooth_l1
 
-NUM_ROWS, WIDTH, BETA = 5800, 768, 2.0
+WIDTH = 768
+# v1 speech, one GPU and step; v2 images: 16 samples, 16 masks of each, 157 of 196 patches masked
+NUM_ROWS, NUM_POSITIONS = 5800, 11_900
+SAMPLES, MASKS, MASKED, PATCHES = 16, 16, 157, 196
+BETAS = {"smooth L1": 2.0, "squared error": 0.0}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Loss = Callable[..., Tensor]
 
 
-def eager(pred: Tensor, target: Tensor) -> Tensor:
-    return F.smooth_l1_loss(pred.float(), target, beta=BETA, reduction="none").sum(-1).sum()
+def plain_loss(pred: Tensor, target: Tensor, beta: float) -> Tensor:
+    """The published loss: fp32, element by element, summed over channels, then over rows."""
+    if beta == 0.0:
+        return F.mse_loss(pred.float(), target.float(), reduction="none").sum(-1).sum()
+    return F.smooth_l1_loss(pred.float(), target.float(), beta=beta, reduction="none").sum(-1).sum()
 
 
-def fused(pred: Tensor, target: Tensor) -> Tensor:
-    return masked_smooth_l1(pred, target, beta=BETA, reduction="sum").loss
+def stock_loss(pred: Tensor, target: Tensor, beta: float) -> Tensor:
+    """The same without the intermediate tensor."""
+    if beta == 0.0:
+        return F.mse_loss(pred.float(), target.float(), reduction="sum")
+    return F.smooth_l1_loss(pred.float(), target.float(), beta=beta, reduction="sum")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("implementation", [eager, fused], ids=lambda f: f.__name__)
-def bench_masked_loss(measure, device, implementation, dtype):
-    torch.manual_seed(0)
-    pred = torch.randn(NUM_ROWS, WIDTH, device=device).to(dtype).requires_grad_()
+def forward_backward(loss: Loss, pred: Tensor, *others: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Loss and gradient to `pred`."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        value = loss(pred, *others)
+        (gradient,) = torch.autograd.grad(value, pred)
+        return value.detach(), gradient
+
+    return run
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_rows(compete: Callable[[Contest], None], device, dtype, beta):
+    """Rows that lie together: what our own model hands over, since its head runs on masked rows only."""
+    pred = torch.randn(NUM_ROWS, WIDTH, device=device).to(DTYPES[dtype]).requires_grad_()
     target = torch.randn(NUM_ROWS, WIDTH, device=device)
+    contend(
+        compete,
+        f"v1 speech, {dtype}, {beta}",
+        (pred, target),
+        ours=lambda p, t: masked_smooth_l1(p, t, beta=BETAS[beta], reduction="sum").loss,
+        published=lambda p, t: plain_loss(p, t, BETAS[beta]),
+        stock=lambda p, t: stock_loss(p, t, BETAS[beta]),
+        num_bytes=NUM_ROWS * WIDTH * (4 + 2 * pred.itemsize),
+    )
 
-    def forward_backward() -> Tensor:
-        return torch.autograd.grad(implementation(pred, target), pred)[0]
 
-    (expected,) = torch.autograd.grad(eager(pred, target), pred)
-    torch.testing.assert_close(implementation(pred, target), eager(pred, target), rtol=1e-4, atol=0)
-    torch.testing.assert_close(forward_backward(), expected, rtol=1e-2, atol=1e-6)
-    item = torch.empty((), dtype=dtype).element_size()
-    measure(forward_backward, group=f"masked_smooth_l1 {dtype}", num_bytes=NUM_ROWS * WIDTH * (4 + 2 * item))
+@pytest.mark.parametrize("beta", BETAS)
+def bench_with_gathers(compete: Callable[[Contest], None], device, beta):
+    """Predictions and targets at every position, of which the loss wants the masked ones."""
+    pred = torch.randn(NUM_POSITIONS, WIDTH, device=device, requires_grad=True)
+    target = torch.randn(NUM_POSITIONS, WIDTH, device=device)
+    rows = torch.randperm(NUM_POSITIONS)[:NUM_ROWS].sort().values.to(device)
+    mask = torch.zeros(NUM_POSITIONS, dtype=torch.bool, device=device).index_fill_(0, rows, True)
+
+    def ours(p: Tensor, t: Tensor) -> Tensor:
+        return masked_smooth_l1(p.index_select(0, rows), t, beta=BETAS[beta], reduction="sum", target_rows=rows).loss
+
+    contend(
+        compete,
+        f"v1 speech with gathers, fp32, {beta}",
+        (pred, target),
+        ours=ours,
+        published=lambda p, t: plain_loss(p[mask], t[mask], BETAS[beta]),
+        stock=lambda p, t: stock_loss(p.index_select(0, rows), t.index_select(0, rows), BETAS[beta]),
+        # both sides at the rows, the gradient at every position
+        num_bytes=WIDTH * 4 * (2 * NUM_ROWS + NUM_POSITIONS),
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_row_map(compete: Callable[[Contest], None], device, dtype, beta):
+    """data2vec 2.0 on images: sixteen masks of one image share its targets."""
+    masked = torch.stack([torch.randperm(PATCHES)[:MASKED].sort().values for _ in range(SAMPLES * MASKS)])
+    sample = torch.arange(SAMPLES).repeat_interleave(MASKS)
+    target_rows = (sample[:, None] * PATCHES + masked).flatten().to(device)
+    mask = torch.zeros(SAMPLES * MASKS, PATCHES, dtype=torch.bool).scatter_(1, masked, True).to(device)
+    pred = torch.randn(len(target_rows), WIDTH, device=device).to(DTYPES[dtype]).requires_grad_()
+    target = torch.randn(SAMPLES, PATCHES, WIDTH, device=device)
+
+    contend(
+        compete,
+        f"v2 image, row map, {dtype}, {beta}",
+        (pred, target),
+        ours=lambda p, t: (
+            masked_smooth_l1(p, t.flatten(0, 1), beta=BETAS[beta], reduction="sum", target_rows=target_rows).loss
+        ),
+        published=lambda p, t: plain_loss(p, t.repeat_interleave(MASKS, 0)[mask], BETAS[beta]),
+        stock=lambda p, t: stock_loss(p, t.flatten(0, 1).index_select(0, target_rows), BETAS[beta]),
+        num_bytes=WIDTH * (len(target_rows) * 2 * pred.itemsize + SAMPLES * PATCHES * 4),
+    )
+
+
+def contend(
+    compete: Callable[[Contest], None],
+    case: str,
+    inputs: tuple[Tensor, Tensor],
+    *,
+    ours: Loss,
+    published: Loss,
+    stock: Loss,
+    num_bytes: int,
+) -> None:
+    """Forward and backward of each, and of the compiled stock form."""
+    pred, target = inputs
+    low = pred.dtype != torch.float32
+    peers: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+        "published": forward_backward(published, pred, target),
+        "stock": forward_backward(stock, pred, target),
+        "torch.compile": Compiled(forward_backward(torch.compile(stock), pred, target)),
+    }
+    compete(
+        Contest(
+            op="masked_smooth_l1",
+            case=case,
+            ours=forward_backward(ours, pred, target),
+            peers=peers,
+            model_bytes=num_bytes,
+            rtol=2e-2 if low else 1e-4,
+            atol=2e-2 if low else 1e-5,
+        )
+    )

@@ -1,4 +1,4 @@
-"""The one way in which a benchmark measures."""
+"""The fixture that every benchmark of an operation uses."""
 
 from __future__ import annotations
 
@@ -8,25 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from bench.measure import Contest, run_contest
+
 
 @pytest.fixture
-def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
-    """`measure(function, *arguments, group=, num_bytes=)`: median of rounds, GB/s on the bytes that must be moved.
+def compete(benchmark: Any, device: torch.device) -> Callable[[Contest], None]:
+    """`compete(Contest(...))`: ours beside its peers; figures go to `extra_info` of the benchmark."""
 
-    On CUDA the device is waited for inside the timed call, so launch time counts.
-    """
-
-    def run(function: Callable[..., Any], *arguments: Any, group: str, num_bytes: int, rounds: int = 15) -> None:
-        def timed() -> None:
-            function(*arguments)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark.group = group
-        benchmark.pedantic(timed, rounds=rounds, warmup_rounds=2)
-        benchmark.extra_info["bytes"] = num_bytes
-        benchmark.extra_info["gb_per_s"] = num_bytes / benchmark.stats.stats.median / 1e9
-        benchmark.extra_info["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        benchmark.extra_info["threads"] = torch.get_num_threads()
+    def run(contest: Contest) -> None:
+        run_contest(contest, benchmark, device)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,247 @@
+"""How every benchmark measures: ours and its peers in turn, in one process, on the same inputs.
+
+A shared machine drifts, so nothing is compared with a figure of another minute: in every round each peer runs once,
+then the machine's own speed is taken, then ours runs, and ratios are formed within rounds. What an operation cannot
+avoid to move is counted in `model_bytes`; the line it is held against is measured on as many bytes: on a CPU a
+STREAM scale in place (a copy would pay for reading its destination, which no model counts), on a GPU a copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MIN_ROUNDS, MAX_ROUNDS = 7, 41
+# the line is not measured on more than this
+MAX_LINE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One case of one operation.
+
+    Attributes:
+        op, case: what the row is called; `case` says sizes and dtypes.
+        ours: runs the operation on inputs that it holds.
+        peers: others that do the same, by name. A `Compiled` one has its compile time reported apart.
+        outcome: runs an implementation and returns what it computed, for the comparison; by default what it returns.
+        model_bytes: bytes that the operation must move.
+        rtol, atol: how far a peer may be from ours.
+        missing: peers that cannot run here, by name, and why.
+        seconds: for about how long to measure.
+    """
+
+    op: str
+    case: str
+    ours: Callable[[], Any]
+    peers: Mapping[str, Callable[[], Any]]
+    model_bytes: int
+    outcome: Callable[[Callable[[], Any]], Sequence[Tensor]] = lambda run: run()
+    rtol: float = 1e-4
+    atol: float = 1e-5
+    missing: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 3.0
+
+
+class Compiled:
+    """A peer whose first call compiles; how long that took is reported apart."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.compile_s: float | None = None
+        self._run = run
+
+    def __call__(self) -> Any:
+        if self.compile_s is not None:
+            return self._run()
+        start = time.perf_counter()
+        result = self._run()
+        self.compile_s = time.perf_counter() - start
+        return result
+
+
+def run_contest(contest: Contest, benchmark: Any, device: torch.device) -> None:
+    """Check that everyone agrees, time them in turn, and leave the figures in `benchmark.extra_info`."""
+    peers, missing = dict(contest.peers), dict(contest.missing)
+    expected = [x.clone() for x in contest.outcome(contest.ours)]
+    for name, peer in contest.peers.items():
+        try:
+            found = contest.outcome(peer)
+        except (RuntimeError, NotImplementedError) as error:
+            # a peer that cannot do this is reported, not hidden; ours may not fail
+            del peers[name]
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            continue
+        assert len(found) == len(expected), name
+        for mine, theirs in zip(expected, found, strict=True):
+            torch.testing.assert_close(theirs.float(), mine.float(), rtol=contest.rtol, atol=contest.atol, msg=name)
+        del found
+    del expected
+    gc.collect()
+
+    line = Line(contest.model_bytes, device)
+    timed = {name: _waiting(peer, device) for name, peer in peers.items()}
+    ours = _waiting(contest.ours, device)
+    one_round = sum(_seconds(run) for run in (*timed.values(), line.run, ours))
+    rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, contest.seconds / one_round)))
+    seconds: dict[str, list[float]] = {name: [] for name in (*timed, "line")}
+
+    def others() -> None:
+        # the order turns, so that no peer always follows the same one
+        names = list(timed)
+        turn = len(seconds["line"]) % max(len(names), 1)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(_seconds(timed[name]))
+        seconds["line"].append(_seconds(line.run))
+
+    benchmark.group = contest.op
+    benchmark.pedantic(ours, setup=others, rounds=rounds)
+    if benchmark.stats is None:
+        return
+    mine = list(benchmark.stats.stats.data)
+    info = benchmark.extra_info
+    info |= {"op": contest.op, "case": contest.case, "bytes": contest.model_bytes, "rounds": rounds}
+    info |= describe_device(device)
+    info |= _quantiles(mine)
+    info["gb_per_s"] = contest.model_bytes / info["p50_s"] / 1e9
+    info["line_gb_per_s"] = line.bytes / float(np.median(seconds["line"])) / 1e9
+    info["percent_of_line"] = 100 * info["gb_per_s"] / info["line_gb_per_s"]
+    info["peak_bytes"] = peak_bytes(contest.ours, device)
+    info["missing"] = missing
+    info["peers"] = {}
+    for name, peer in peers.items():
+        ratios = np.array(seconds[name]) / np.array(mine)
+        row = _quantiles(seconds[name]) | {"peak_bytes": peak_bytes(peer, device)}
+        row["ratio"] = dict(zip(("p20", "p50", "p80"), map(float, np.quantile(ratios, (0.2, 0.5, 0.8))), strict=True))
+        if isinstance(peer, Compiled):
+            row["compile_s"] = peer.compile_s
+        info["peers"][name] = row
+    if device.type == "cuda":
+        info |= cuda_facts(contest.ours, contest.model_bytes)
+        for name, peer in peers.items():
+            info["peers"][name] |= cuda_facts(peer, contest.model_bytes)
+
+
+class Line:
+    """What the machine does with `num_bytes`: a scale in place on a CPU, a copy on a GPU; half read, half written."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        n = max(1, min(num_bytes, MAX_LINE_BYTES) // 8)
+        self.bytes = 8 * n
+        self._x = torch.ones(n, device=device)
+        self._y = torch.empty_like(self._x) if device.type == "cuda" else None
+
+    def run(self) -> None:
+        if self._y is None:
+            self._x.mul_(1.0000001)
+        else:
+            self._y.copy_(self._x)
+            torch.cuda.synchronize()
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Memory that one call takes on top of what is allocated before it; None where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # what was freed before and kept by the allocator would hide what is taken now
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+        run()
+        return max(0, _status_bytes("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def cuda_facts(run: Callable[[], Any], model_bytes: int, calls: int = 20) -> dict[str, Any]:
+    """Device time with a cold cache, kernel launches, and host syncs of one call."""
+    flush = torch.empty(64 * 1024 * 1024, device="cuda")
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+    run()
+    for start, stop in events:
+        flush.zero_()
+        start.record()
+        run()
+        stop.record()
+    torch.cuda.synchronize()
+    device_s = float(np.median([start.elapsed_time(stop) for start, stop in events])) / 1e3
+    facts: dict[str, Any] = {"device_s": device_s, "device_gb_per_s": model_bytes / device_s / 1e9}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if str(e.device_type).endswith("CUDA") and not e.name.startswith("Mem")]
+    facts["launches"] = len(kernels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+        facts["waits_for_device"] = False
+    except RuntimeError:
+        facts["waits_for_device"] = True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return facts
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Where a figure comes from."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def gemm_flops(device: torch.device, size: int = 2048, rounds: int = 5) -> float:
+    """FLOP/s of a square fp32 matrix product on the threads at hand (on a GPU bf16): what a step is held against."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    run = _waiting(lambda: a @ b, device)
+    run()
+    return 2 * size**3 / float(np.median([_seconds(run) for _ in range(rounds)]))
+
+
+def _waiting(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    def timed() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return timed
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("p20_s", "p50_s", "p80_s"), map(float, np.quantile(seconds, (0.2, 0.5, 0.8))), strict=True))
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with suppress(OSError):
+            for text in Path("/proc/cpuinfo").read_text().splitlines():
+                if text.startswith("model name"):
+                    return text.partition(":")[2].strip()
+    return "cpu"
