@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from d2v_fast import masking
+from d2v_fast.masking._random import unit
 from d2v_fast.streams import AUGMENT, GOLDEN, MASK, ORDER, permutation, stream_keys, uniforms
 
 
@@ -18,7 +18,7 @@ def test_compiled_and_numpy_streams_agree() -> None:
     keys = stream_keys(7, MASK, 3, np.arange(50))
     expected = uniforms(keys, 4)
     with np.errstate(over="ignore"):
-        compiled = [[masking._unit(key + np.uint64(n) * GOLDEN) for n in range(1, 5)] for key in keys]
+        compiled = [[unit(key + np.uint64(n) * GOLDEN) for n in range(1, 5)] for key in keys]
     np.testing.assert_array_equal(compiled, expected)
 
 

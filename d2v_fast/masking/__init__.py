@@ -1,0 +1,13 @@
+"""Samplers of masks, compiled by numba: which patches, frames or tokens are hidden from the student.
+
+Randomness is counter-based: a mask depends on (seed, epoch, sample id) and on nothing else, so any number of workers,
+processes or batch splits gives the same masks. Every `..._rows` function lists the masked places as flat indices
+`b * T + t`, ascending; the `..._reference` beside it is the algorithm in plain Python.
+"""
+
+from __future__ import annotations
+
+from d2v_fast.masking._random import compiled
+from d2v_fast.masking.blocks import block_mask_reference, block_mask_rows, block_masks
+
+__all__ = ["block_mask_reference", "block_mask_rows", "block_masks", "compiled"]
