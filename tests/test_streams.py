@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from d2v_fast.masking._random import unit
-from d2v_fast.streams import AUGMENT, GOLDEN, MASK, ORDER, permutation, stream_keys, uniforms
+from d2v_fast.streams import AUGMENT, GOLDEN, MASK, ORDER, clone_keys, permutation, stream_keys, uniforms
 
 
 def test_uniforms_are_splitmix64() -> None:
@@ -40,6 +40,13 @@ def test_every_counter_matters(changed: tuple[int, int, int]) -> None:
     ids = np.arange(100)
     keys, others = stream_keys(0, MASK, 0, ids), stream_keys(*changed, ids)
     assert len(np.unique(np.concatenate([keys, others]))) == 200
+
+
+def test_clones_have_streams_of_their_own() -> None:
+    keys = stream_keys(0, MASK, 0, np.arange(100))
+    clones = clone_keys(keys, 16)
+    assert len(np.unique([*keys, *clones.ravel()])) == 1700
+    np.testing.assert_array_equal(clone_keys(keys[7:9], 3), clones[7:9, :3])
 
 
 def test_permutation() -> None:
