@@ -9,5 +9,13 @@ from __future__ import annotations
 
 from d2v_fast.masking._random import compiled
 from d2v_fast.masking.blocks import block_mask_reference, block_mask_rows, block_masks
+from d2v_fast.masking.spans import span_mask_reference, span_mask_rows
 
-__all__ = ["block_mask_reference", "block_mask_rows", "block_masks", "compiled"]
+__all__ = [
+    "block_mask_reference",
+    "block_mask_rows",
+    "block_masks",
+    "compiled",
+    "span_mask_reference",
+    "span_mask_rows",
+]

@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-__all__ = ["below", "checked_ids", "compiled", "unit"]
+from d2v_fast.streams import GOLDEN
+
+__all__ = ["below", "checked_ids", "choose", "compiled", "unit"]
 
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
@@ -55,3 +57,18 @@ def unit(state: np.uint64) -> np.float64:
 def below(state: np.uint64, limit: int) -> np.int64:
     """Integer in [0, limit); the bias of the multiplication is under limit / 2**32."""
     return np.int64(((_mix(state) >> _SHIFT_32) * np.uint64(limit)) >> _SHIFT_32)
+
+
+@compiled
+def choose(flags: npt.NDArray[np.uint8], state: np.uint64, population: int, num: int) -> np.uint64:
+    """Set `num` of the first `population` flags, all clear before; every choice is equally likely.
+
+    Returns the position of the stream after `num` draws (Floyd's algorithm, Bentley 1987).
+    """
+    for last in range(population - num, population):
+        state += GOLDEN
+        pick = below(state, last + 1)
+        if flags[pick]:
+            pick = last
+        flags[pick] = 1
+    return state
