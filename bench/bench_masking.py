@@ -1,55 +1,234 @@
-"""Block masks: time per 14x14 image (120 patches, the published ViT setting), compiled against plain Python.
+"""Mask samplers: time per mask, compiled against the way the public code of data2vec goes about it.
 
-One thread, in CPU time, so that what else runs on the machine does not count. The peer is the published algorithm as it
-is usually written, a Python loop per image, and it stops at the boolean grid; ours goes on to the row indices that the
-model needs. Times per image are in `extra_info`.
+One thread, in CPU time, so that what else runs on the machine does not count; the two take turns, round by round. The
+peers are what the published algorithms look like in numpy when one row is done after the other, and they stop at
+boolean masks; ours go on to the row indices that the model needs. Before anything is timed, both must draw from the
+same distribution. In `extra_info`: `us_per_mask`, `peer_us_per_mask`, and `ratio`, the median over rounds.
 """
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from d2v_fast.masking import block_mask_reference, block_mask_rows
-
-OPTIONS = (14, 120, 16, None, 0.3)
-NUM_PATCHES = 14 * 14
+from d2v_fast.masking import block_mask_1d_rows, block_mask_rows, inverse_block_mask_rows, span_mask_rows
 
 
-def compiled(num_images: int) -> np.ndarray:
-    """Masked patches per image."""
-    rows = block_mask_rows(0, 0, np.arange(num_images), *OPTIONS)
-    return np.bincount(rows // NUM_PATCHES, minlength=num_images)
+def published_spans(
+    generator: np.random.Generator, num_rows: int, num_positions: int, prob: float, length: int
+) -> np.ndarray:
+    """Row by row, spans put together in Python, then every row cut to the smallest."""
+    chosen = []
+    for _ in range(num_rows):
+        num_spans = max(1, int(prob * num_positions / length + generator.random()))
+        starts = generator.choice(num_positions - length, num_spans, replace=False)
+        covered = np.asarray([start + offset for start in starts for offset in range(length)])
+        chosen.append(np.unique(covered[covered < num_positions]))
+    fewest = min(len(frames) for frames in chosen)
+    masks = np.zeros((num_rows, num_positions), dtype=bool)
+    for row, frames in enumerate(chosen):
+        masks[row, generator.choice(frames, fewest, replace=False)] = True
+    return masks
 
 
-def reference(num_images: int) -> np.ndarray:
-    """Masked patches per image."""
-    generator = random.Random(0)
-    return np.array([np.sum(block_mask_reference(generator, *OPTIONS)) for _ in range(num_images)])
+def vectorised_spans(
+    generator: np.random.Generator, num_rows: int, num_positions: int, prob: float, length: int
+) -> np.ndarray:
+    """Only the starts are drawn row by row; the spans of the batch are written at once, and counts stay ragged."""
+    counts = (prob * num_positions / length + generator.random(num_rows)).astype(int).clip(min=1)
+    starts = np.empty((num_rows, counts.max()), dtype=np.int64)
+    for row, count in enumerate(counts):
+        drawn = generator.choice(num_positions - length, count, replace=False)
+        starts[row, :count], starts[row, count:] = drawn, drawn[0]
+    masks = np.zeros((num_rows, num_positions), dtype=bool)
+    np.put_along_axis(masks, (starts[:, :, None] + np.arange(length)).reshape(num_rows, -1), True, axis=1)
+    return masks
 
 
-@pytest.fixture(scope="module")
-def _same_distribution() -> None:
-    ours, theirs = compiled(20_000), reference(2000)
-    error = theirs.std() / np.sqrt(len(theirs))
-    assert abs(ours.mean() - theirs.mean()) < 4 * error
-    assert ours.std() == pytest.approx(theirs.std(), rel=0.15)
-    assert (ours == 120).mean() == pytest.approx((theirs == 120).mean(), abs=0.04)
+def published_blocks(
+    generator: random.Random, num_images: int, side: int, num_patches: int, min_patches: int, min_aspect: float
+) -> np.ndarray:
+    """One image after the other, one cell after the other."""
+    masks = np.zeros((num_images, side, side), dtype=bool)
+    spread = -math.log(min_aspect)
+    for mask in masks:
+        count, new = 0, 1
+        while count < num_patches and new > 0:
+            room, new = num_patches - count, 0
+            for _ in range(10):
+                area = generator.uniform(min_patches, room)
+                aspect = math.exp(generator.uniform(-spread, spread))
+                height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                if height < side and width < side:
+                    top, left = generator.randint(0, side - height), generator.randint(0, side - width)
+                    wanted = height * width - mask[top : top + height, left : left + width].sum()
+                    if 0 < wanted <= room:
+                        for row in range(top, top + height):
+                            for col in range(left, left + width):
+                                if not mask[row, col]:
+                                    mask[row, col] = True
+                                    new += 1
+                        break
+            count += new
+    return masks.reshape(num_images, -1)
 
 
-@pytest.mark.benchmark(group="block masks, 14x14, 120 patches", timer=time.process_time)
-@pytest.mark.parametrize(("implementation", "num_images"), [("compiled", 4096), ("python", 64)])
-@pytest.mark.usefixtures("_same_distribution")
-def bench_block_masks(benchmark, implementation: str, num_images: int) -> None:  # type: ignore[no-untyped-def]
-    if implementation == "compiled":
-        ids = np.arange(num_images)
-        benchmark(block_mask_rows, 0, 0, ids, *OPTIONS)
-    else:
-        generator = random.Random(0)
-        benchmark(lambda: [block_mask_reference(generator, *OPTIONS) for _ in range(num_images)])
+def published_fixed_blocks(
+    generator: np.random.Generator,
+    num_samples: int,
+    num_masks: int,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    share: float,
+    adjust: float,
+    inverse: bool,
+) -> np.ndarray:
+    """The masks of one sample together, up to the blocks; the exact count row by row."""
+    size = shape[0] * shape[1]
+    num_blocks, num_marked = int(size * (share + adjust) / (block[0] * block[1])), int(size * share)
+    samples = []
+    for _ in range(num_samples):
+        marked = np.zeros((num_masks, size), dtype=bool)
+        centres = generator.integers(0, size, (num_masks, num_blocks))
+        rows = centres[:, :, None, None] // shape[1] + (np.arange(block[0]) - block[0] // 2)[:, None]
+        cols = centres[:, :, None, None] % shape[1] + (np.arange(block[1]) - block[1] // 2)
+        cells = rows.clip(0, shape[0] - 1) * shape[1] + cols.clip(0, shape[1] - 1)
+        np.put_along_axis(marked, cells.reshape(num_masks, -1), True, axis=1)
+        for mask in marked:
+            excess = int(mask.sum()) - num_marked
+            mask[generator.choice(np.flatnonzero(mask == (excess > 0)), abs(excess), replace=False)] = excess <= 0
+        samples.append(marked != inverse)
+    return np.concatenate(samples)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sampler and its peer.
+
+    Attributes:
+        ours: epoch -> rows of `num_ours` masks.
+        peer: () -> bool `[num_peer, num_positions]`.
+        num_batches: calls of `ours` that are timed together, to make a round long enough.
+        neighbours: distances of positions that lie side by side.
+    """
+
+    name: str
+    ours: Callable[[int], np.ndarray]
+    num_ours: int
+    num_batches: int
+    peer: Callable[[], np.ndarray]
+    num_peer: int
+    num_positions: int
+    neighbours: tuple[int, ...]
+
+
+GENERATOR, PYTHON_GENERATOR = np.random.default_rng(0), random.Random(0)
+IDS = np.arange(1024)
+
+CASES = [
+    Case(
+        "spans 0.65/10, equal counts, 32 x 1000",
+        lambda epoch: span_mask_rows(0, epoch, IDS[:32], 1000, 0.65, 10),
+        num_ours=32,
+        num_batches=25,
+        peer=lambda: published_spans(GENERATOR, 32, 1000, 0.65, 10),
+        num_peer=32,
+        num_positions=1000,
+        neighbours=(1,),
+    ),
+    Case(
+        "spans 0.65/10, ragged, 32 x 1000, against vectorised numpy",
+        lambda epoch: span_mask_rows(0, epoch, IDS[:32], 1000, 0.65, 10, equal_counts=False),
+        num_ours=32,
+        num_batches=25,
+        peer=lambda: vectorised_spans(GENERATOR, 32, 1000, 0.65, 10),
+        num_peer=32,
+        num_positions=1000,
+        neighbours=(1,),
+    ),
+    Case(
+        "rectangles, 14 x 14, 120 patches",
+        lambda epoch: block_mask_rows(0, epoch, IDS, 14, 120, 16, None, 0.3),
+        num_ours=1024,
+        num_batches=2,
+        peer=lambda: published_blocks(PYTHON_GENERATOR, 64, 14, 120, 16, 0.3),
+        num_peer=64,
+        num_positions=196,
+        neighbours=(1, 14),
+    ),
+    Case(
+        "inverse blocks of 3, 14 x 14, 16 masks of 0.8",
+        lambda epoch: inverse_block_mask_rows(0, epoch, IDS[:64], 14, 0.8, 3, 0.07, num_masks=16),
+        num_ours=1024,
+        num_batches=4,
+        peer=lambda: published_fixed_blocks(GENERATOR, 16, 16, (14, 14), (3, 3), 0.2, 0.07, inverse=True),
+        num_peer=256,
+        num_positions=196,
+        neighbours=(1, 14),
+    ),
+    Case(
+        "blocks of 5, 1000 frames, 8 masks of 0.5",
+        lambda epoch: block_mask_1d_rows(0, epoch, IDS[:12], 1000, 0.5, 5, 0.05, num_masks=8),
+        num_ours=96,
+        num_batches=8,
+        peer=lambda: published_fixed_blocks(GENERATOR, 12, 8, (1, 1000), (1, 5), 0.5, 0.05, inverse=False),
+        num_peer=96,
+        num_positions=1000,
+        neighbours=(1,),
+    ),
+]
+
+
+def as_masks(case: Case, epoch: int) -> np.ndarray:
+    masks = np.zeros(case.num_ours * case.num_positions, dtype=bool)
+    masks[case.ours(epoch)] = True
+    return masks.reshape(case.num_ours, case.num_positions)
+
+
+def figures(case: Case, masks: np.ndarray) -> list[float]:
+    """Masked share at all positions, at the two ends and in the middle; how often neighbours differ."""
+    middle = case.num_positions // 2
+    parts = (masks, masks[:, 0], masks[:, -1], masks[:, middle : middle + 5])
+    differ = (masks[:, distance:] != masks[:, :-distance] for distance in case.neighbours)
+    return [float(part.mean()) for part in (*parts, *differ)]
+
+
+def assert_same_distribution(case: Case) -> None:
+    ours = np.array([figures(case, as_masks(case, epoch)) for epoch in range(100)])
+    theirs = np.array([figures(case, case.peer()) for _ in range(25)])
+    error = np.sqrt(ours.var(axis=0) / len(ours) + theirs.var(axis=0) / len(theirs))
+    difference = np.abs(ours.mean(axis=0) - theirs.mean(axis=0))
+    assert (difference <= 5 * error + 1e-9).all(), f"{case.name}: {ours.mean(axis=0)} against {theirs.mean(axis=0)}"
+
+
+@pytest.mark.benchmark(timer=time.process_time)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def bench_masks(benchmark, case: Case) -> None:  # type: ignore[no-untyped-def]
+    assert_same_distribution(case)
+    peer_seconds: list[float] = []
+
+    def time_peer() -> None:
+        start = time.process_time()
+        case.peer()
+        peer_seconds.append(time.process_time() - start)
+
+    def ours() -> None:
+        for epoch in range(case.num_batches):
+            case.ours(epoch)
+
+    warmup_rounds = 2
+    benchmark.group = case.name
+    benchmark.pedantic(ours, setup=time_peer, rounds=21, warmup_rounds=warmup_rounds)
     if benchmark.stats is not None:
-        benchmark.extra_info["us_per_image"] = benchmark.stats.stats.median / num_images * 1e6
-        benchmark.extra_info["images_per_s"] = num_images / benchmark.stats.stats.median
+        us = [seconds * 1e6 / (case.num_batches * case.num_ours) for seconds in benchmark.stats.stats.data]
+        peer_us = [seconds * 1e6 / case.num_peer for seconds in peer_seconds[warmup_rounds:]]
+        benchmark.extra_info["us_per_mask"] = statistics.median(us)
+        benchmark.extra_info["peer_us_per_mask"] = statistics.median(peer_us)
+        benchmark.extra_info["ratio"] = statistics.median(p / o for p, o in zip(peer_us, us, strict=True))

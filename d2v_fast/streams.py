@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["AUGMENT", "GOLDEN", "MASK", "ORDER", "SPLIT", "permutation", "stream_keys", "uniforms"]
+__all__ = ["AUGMENT", "GOLDEN", "MASK", "ORDER", "SPLIT", "clone_keys", "permutation", "stream_keys", "uniforms"]
 
 # what a stream is for: each purpose has streams of its own
 MASK, AUGMENT, ORDER, SPLIT = 1, 2, 3, 4
@@ -25,6 +25,11 @@ def stream_keys(seed: int, purpose: int, epoch: int, ids: npt.NDArray[np.integer
     for value in (seed, purpose, epoch):
         keys = _mix((keys ^ np.uint64(value & 0xFFFF_FFFF_FFFF_FFFF)) + GOLDEN)
     return _mix((keys ^ ids.astype(np.uint64)) + GOLDEN)
+
+
+def clone_keys(keys: npt.NDArray[np.uint64], num_clones: int) -> npt.NDArray[np.uint64]:
+    """Keys of more streams below each of `keys`, uint64 `[B, num_clones]`; clone m does not depend on their number."""
+    return _mix((keys[:, None] ^ np.arange(num_clones, dtype=np.uint64)) + GOLDEN)
 
 
 def uniforms(keys: npt.NDArray[np.uint64], num: int) -> npt.NDArray[np.float64]:

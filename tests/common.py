@@ -1,4 +1,5 @@
-"""What several tests share: comparison by the two-times rule, odd memory layouts, Triton compiled without a GPU."""
+"""What several tests share: comparison by the two-times rule, comparison of random samples, odd memory layouts, Triton
+compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,13 @@ def assert_within_twice(
     allowed = 2 * ((eager.double() - truth).abs().max().item() if truth.numel() else 0.0) + floor * scale
     assert error <= allowed, f"{name}: error {error:.3e} against fp64, allowed {allowed:.3e} (scale {scale:.3e})"
     assert not actual.isnan().any(), f"{name} holds NaN"
+
+
+def assert_same_share(sample: np.ndarray, reference: np.ndarray) -> None:
+    """Two samples of something that is True or False could have the same probability: 5 standard errors are allowed."""
+    share = (sample.sum() + reference.sum()) / (len(sample) + len(reference))
+    error = np.sqrt(share * (1 - share) * (1 / len(sample) + 1 / len(reference)))
+    assert abs(sample.mean() - reference.mean()) <= 5 * error
 
 
 def non_contiguous(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_fast.masking import block_mask_reference, block_mask_rows, block_masks
+from tests.common import assert_same_share
 
 PUBLISHED = (14, 120, 16, None, 0.3)
 
@@ -43,21 +44,15 @@ def test_same_distribution_as_reference(options: tuple) -> None:
     error = expected.std() * np.sqrt(1 / num_reference + 1 / len(counts))
     assert abs(counts.mean() - expected.mean()) < 5 * error + 1e-9
     for value in np.unique(expected):
-        _assert_same_share(counts == value, expected == value)
+        assert_same_share(counts == value, expected == value)
     for row in range(options[0]):
         for col in range(options[0]):
-            _assert_same_share(compiled[:, row, col], reference[:, row, col])
+            assert_same_share(compiled[:, row, col], reference[:, row, col])
     # neighbours are masked together: blocks, not scattered patches
-    _assert_same_share(
+    assert_same_share(
         (compiled[:, :, 1:] != compiled[:, :, :-1]).mean(axis=(1, 2)) > 0.3,
         (reference[:, :, 1:] != reference[:, :, :-1]).mean(axis=(1, 2)) > 0.3,
     )
-
-
-def _assert_same_share(sample: np.ndarray, reference: np.ndarray) -> None:
-    share = (sample.sum() + reference.sum()) / (len(sample) + len(reference))
-    error = np.sqrt(share * (1 - share) * (1 / len(sample) + 1 / len(reference)))
-    assert abs(sample.mean() - reference.mean()) <= 5 * error
 
 
 def test_rows_and_masks_are_the_same_thing() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from d2v_fast import masking
-from d2v_fast.streams import AUGMENT, GOLDEN, MASK, ORDER, permutation, stream_keys, uniforms
+from d2v_fast.masking._random import unit
+from d2v_fast.streams import AUGMENT, GOLDEN, MASK, ORDER, clone_keys, permutation, stream_keys, uniforms
 
 
 def test_uniforms_are_splitmix64() -> None:
@@ -18,7 +18,7 @@ def test_compiled_and_numpy_streams_agree() -> None:
     keys = stream_keys(7, MASK, 3, np.arange(50))
     expected = uniforms(keys, 4)
     with np.errstate(over="ignore"):
-        compiled = [[masking._unit(key + np.uint64(n) * GOLDEN) for n in range(1, 5)] for key in keys]
+        compiled = [[unit(key + np.uint64(n) * GOLDEN) for n in range(1, 5)] for key in keys]
     np.testing.assert_array_equal(compiled, expected)
 
 
@@ -40,6 +40,13 @@ def test_every_counter_matters(changed: tuple[int, int, int]) -> None:
     ids = np.arange(100)
     keys, others = stream_keys(0, MASK, 0, ids), stream_keys(*changed, ids)
     assert len(np.unique(np.concatenate([keys, others]))) == 200
+
+
+def test_clones_have_streams_of_their_own() -> None:
+    keys = stream_keys(0, MASK, 0, np.arange(100))
+    clones = clone_keys(keys, 16)
+    assert len(np.unique([*keys, *clones.ravel()])) == 1700
+    np.testing.assert_array_equal(clone_keys(keys[7:9], 3), clones[7:9, :3])
 
 
 def test_permutation() -> None:

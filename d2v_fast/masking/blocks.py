@@ -3,34 +3,22 @@
 Rectangles are laid on the patch grid until the wanted number of patches is covered. The last rectangle rarely
 fits exactly, so an image gets at most that many masked patches, sometimes a few less. `block_mask_reference`
 is the algorithm in plain Python; `block_mask_rows` draws from the same distribution in compiled code.
-
-Randomness is counter-based: a mask depends on (seed, epoch, sample id) and on nothing else, so any number of
-workers, processes or batch splits gives the same masks. A mask is True, or its row listed, where the patch is
-hidden from the student.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from d2v_fast.masking._random import below, checked_ids, compiled, unit
 from d2v_fast.streams import GOLDEN, MASK, stream_keys
 
 __all__ = ["block_mask_reference", "block_mask_rows", "block_masks"]
 
 NUM_TRIES = 10
-
-# `streams.uniforms` again, number by number; all uint64, because numba turns mixed signs into floats
-_MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
-_SHIFT_11, _SHIFT_27, _SHIFT_30, _SHIFT_31, _SHIFT_32 = (np.uint64(n) for n in (11, 27, 30, 31, 32))
-_TO_UNIT = 2.0**-53
 
 
 def block_mask_rows(
@@ -131,9 +119,7 @@ def _check(
     max_patches: int | None,
     min_aspect: float,
 ) -> npt.NDArray[np.int64]:
-    ids = np.ascontiguousarray(sample_ids)
-    if ids.ndim != 1 or ids.dtype != np.int64:
-        raise ValueError(f"`sample_ids` must be int64 [B], but is {ids.dtype} {list(ids.shape)} instead.")
+    ids = checked_ids(sample_ids)
     most = grid_size**2 - 1
     if not 1 <= num_patches <= most:
         raise ValueError(
@@ -147,34 +133,6 @@ def _check(
     if not 0 < min_aspect <= 1:
         raise ValueError(f"`mask.min_aspect` must be in (0, 1], but is {min_aspect} instead.")
     return ids
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, without the GIL, and keep the machine code on disk where a folder can be written."""
-    try:
-        return njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:
-        # no folder to keep the compiled code in: compile once per process
-        return njit(nogil=True, error_model="numpy")(function)
-
-
-@compiled
-def _mix(value: np.uint64) -> np.uint64:
-    value = (value ^ (value >> _SHIFT_30)) * _MULTIPLY_1
-    value = (value ^ (value >> _SHIFT_27)) * _MULTIPLY_2
-    return value ^ (value >> _SHIFT_31)
-
-
-@compiled
-def _unit(state: np.uint64) -> np.float64:
-    """Uniform in [0, 1), for the position `state` of a stream."""
-    return np.float64(_mix(state) >> _SHIFT_11) * _TO_UNIT
-
-
-@compiled
-def _below(state: np.uint64, limit: int) -> np.int64:
-    """Integer in [0, limit); the bias of the multiplication is under limit / 2**32."""
-    return np.int64(((_mix(state) >> _SHIFT_32) * np.uint64(limit)) >> _SHIFT_32)
 
 
 @compiled
@@ -220,17 +178,17 @@ def _draw_blocks(
         room = min(num_patches - count, max_patches)
         for _ in range(NUM_TRIES):
             state += GOLDEN
-            root_area = math.sqrt(min_patches + (room - min_patches) * _unit(state))
+            root_area = math.sqrt(min_patches + (room - min_patches) * unit(state))
             state += GOLDEN
-            root_aspect = math.exp(spread * (_unit(state) - 0.5))
+            root_aspect = math.exp(spread * (unit(state) - 0.5))
             height = np.int64(np.rint(root_area * root_aspect))
             width = np.int64(np.rint(root_area / root_aspect))
             if height >= side or width >= side:
                 continue
             state += GOLDEN
-            top = _below(state, side - height + 1)
+            top = below(state, side - height + 1)
             state += GOLDEN
-            left = _below(state, side - width + 1)
+            left = below(state, side - width + 1)
             new = height * width
             for row in range(top, top + height):
                 for cell in range(row * side + left, row * side + left + width):
@@ -246,9 +204,9 @@ def _draw_blocks(
         # no rectangle fits (a small grid): the largest square that does
         edge = min(side - 1, np.int64(math.sqrt(num_patches)))
         state += GOLDEN
-        top = _below(state, side - edge + 1)
+        top = below(state, side - edge + 1)
         state += GOLDEN
-        left = _below(state, side - edge + 1)
+        left = below(state, side - edge + 1)
         for row in range(top, top + edge):
             for cell in range(row * side + left, row * side + left + edge):
                 masked[cell] = 1

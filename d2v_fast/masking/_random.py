@@ -1,0 +1,74 @@
+"""What all samplers share: the compiler, and `streams.uniforms` number by number.
+
+All integers that are mixed are uint64, because numba turns mixed signs into floats. numba recompiles what it has cached
+when the file of a function changes, not when this one does: after a change here, remove `__pycache__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from d2v_fast.streams import GOLDEN
+
+__all__ = ["below", "checked_ids", "choose", "compiled", "unit"]
+
+_MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
+_SHIFT_11, _SHIFT_27, _SHIFT_30, _SHIFT_31, _SHIFT_32 = (np.uint64(n) for n in (11, 27, 30, 31, 32))
+_TO_UNIT = 2.0**-53
+
+
+def checked_ids(sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`sample_ids`, contiguous, or a ValueError."""
+    ids = np.ascontiguousarray(sample_ids)
+    if ids.ndim != 1 or ids.dtype != np.int64:
+        raise ValueError(f"`sample_ids` must be int64 [B], but is {ids.dtype} {list(ids.shape)} instead.")
+    return ids
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile with numba, without the GIL, and keep the machine code on disk where a folder can be written."""
+    try:
+        return njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:
+        # no folder to keep the compiled code in: compile once per process
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@compiled
+def _mix(value: np.uint64) -> np.uint64:
+    value = (value ^ (value >> _SHIFT_30)) * _MULTIPLY_1
+    value = (value ^ (value >> _SHIFT_27)) * _MULTIPLY_2
+    return value ^ (value >> _SHIFT_31)
+
+
+@compiled
+def unit(state: np.uint64) -> np.float64:
+    """Uniform in [0, 1), for the position `state` of a stream."""
+    return np.float64(_mix(state) >> _SHIFT_11) * _TO_UNIT
+
+
+@compiled
+def below(state: np.uint64, limit: int) -> np.int64:
+    """Integer in [0, limit); the bias of the multiplication is under limit / 2**32."""
+    return np.int64(((_mix(state) >> _SHIFT_32) * np.uint64(limit)) >> _SHIFT_32)
+
+
+@compiled
+def choose(flags: npt.NDArray[np.uint8], state: np.uint64, population: int, num: int) -> np.uint64:
+    """Set `num` of the first `population` flags, all clear before; every choice is equally likely.
+
+    Returns the position of the stream after `num` draws (Floyd's algorithm, Bentley 1987).
+    """
+    for last in range(population - num, population):
+        state += GOLDEN
+        pick = below(state, last + 1)
+        if flags[pick]:
+            pick = last
+        flags[pick] = 1
+    return state

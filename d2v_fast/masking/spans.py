@@ -1,0 +1,202 @@
+"""Span masks for speech: wav2vec 2.0 (arXiv 2006.11477, section 3.1), as data2vec takes them (2202.03555, section 4.2).
+
+Frames are drawn as starts, each masks itself and the frames after it, and spans may overlap: with the published 0.065
+starts per frame and spans of 10, 49 % of the frames. `equal_counts` is what the public code adds: every row is cut to
+the count of the smallest. It leaves 43 to 46 % (8 to 24 rows of 10 to 16 s; less of shorter ones), in spans with holes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from d2v_fast.masking._random import below, checked_ids, choose, compiled, unit
+from d2v_fast.streams import GOLDEN, MASK, stream_keys
+
+__all__ = ["span_mask_reference", "span_mask_rows"]
+
+
+def span_mask_rows(
+    seed: int,
+    epoch: int,
+    sample_ids: npt.NDArray[np.int64],
+    num_positions: int,
+    prob: float,
+    length: int,
+    *,
+    min_masks: int = 1,
+    equal_counts: bool = True,
+    lengths: npt.NDArray[np.int64] | None = None,
+) -> npt.NDArray[np.int64]:
+    """Draw one span mask per sample and list the masked frames.
+
+    Args:
+        seed, epoch, sample_ids: what the masks depend on; `sample_ids` is int64 `[B]`.
+        num_positions: frames of a row, T.
+        prob: share of the frames that the spans would mask if none overlapped, in (0, 1]; published: 0.65. A row of
+            S frames gets `prob * S / length` spans, rounded up or down at random so that the mean is exact.
+        length: frames of a span; published: 10.
+        min_masks: the fewest spans of a row.
+        equal_counts: drop masked frames at random until all rows have as many as the smallest, as the public code
+            does. The masks then depend on which samples the batch holds too, but not on their order.
+        lengths: int64 `[B]`, frames that are not padding, at the beginning of the row; None: all. Padding is never
+            masked.
+    Returns:
+        int64 `[N]`: flat indices `b * T + t` of the masked frames, ascending. A row of two or more frames has at least
+        one masked and one visible frame; a shorter one has nothing masked.
+    Raises:
+        ValueError: an argument out of range; a row of less than two frames with `equal_counts`.
+    """
+    ids = checked_ids(sample_ids)
+    sizes = _check(ids, num_positions, prob, length, min_masks, equal_counts, lengths)
+    rows = np.empty(len(ids) * num_positions, dtype=np.int64)
+    states = stream_keys(seed, MASK, epoch, ids)
+    total = _fill_rows(rows, states, sizes, num_positions, prob, length, min_masks, equal_counts)
+    return rows[:total]
+
+
+def span_mask_reference(
+    generator: random.Random,
+    num_positions: int,
+    prob: float,
+    length: int,
+    min_masks: int,
+    equal_counts: bool,
+    lengths: Sequence[int],
+) -> list[list[bool]]:
+    """One span mask per length `[B][num_positions]`, True where masked: the algorithm, in plain Python."""
+    batch: list[set[int]] = []
+    for size in lengths:
+        masked: set[int] = set()
+        if size >= 2:
+            num_spans = max(min_masks, math.floor(prob * size / length + generator.random()))
+            # a span that starts in time to fit leaves the last frame visible; a short row has too few such starts
+            num_starts = size - length if size - length > num_spans else num_spans + 1
+            for start in generator.sample(range(num_starts), num_spans):
+                masked.update(range(start, min(start + length, size)))
+            if len(masked) == size:
+                # not published: the public code stops here
+                masked.remove(generator.randrange(size))
+        batch.append(masked)
+    if equal_counts:
+        fewest = min(len(masked) for masked in batch)
+        batch = [set(generator.sample(sorted(masked), fewest)) for masked in batch]
+    return [[position in masked for position in range(num_positions)] for masked in batch]
+
+
+def _check(
+    ids: npt.NDArray[np.int64],
+    num_positions: int,
+    prob: float,
+    length: int,
+    min_masks: int,
+    equal_counts: bool,
+    lengths: npt.NDArray[np.int64] | None,
+) -> npt.NDArray[np.int64]:
+    """The frames of each row, int64 `[B]`."""
+    if num_positions < 2:
+        raise ValueError(
+            f"`num_positions` must be >= 2, but is {num_positions} instead. "
+            "A row needs a frame to mask and one to stay visible."
+        )
+    if not 0 < prob <= 1:
+        raise ValueError(f"`mask.prob` must be in (0, 1], but is {prob} instead.")
+    if length < 1:
+        raise ValueError(f"`mask.length` must be >= 1, but is {length} instead.")
+    if min_masks < 1:
+        raise ValueError(f"`mask.min_masks` must be >= 1, but is {min_masks} instead.")
+    if lengths is None:
+        return np.full(len(ids), num_positions, dtype=np.int64)
+    sizes = np.ascontiguousarray(lengths)
+    if sizes.shape != ids.shape or sizes.dtype != np.int64:
+        raise ValueError(f"`lengths` must be int64 [{len(ids)}], but is {sizes.dtype} {list(sizes.shape)} instead.")
+    wrong = sizes[(sizes < 0) | (sizes > num_positions)]
+    if wrong.size:
+        raise ValueError(f"`lengths` must be in [0, {num_positions}], but one is {wrong[0]} instead.")
+    if equal_counts and sizes.size and sizes.min() < 2:
+        raise ValueError(
+            f"`lengths` must be >= 2 with `mask.equal_counts`, but one is {sizes.min()} instead. Nothing can be "
+            "masked in such a row, and hence in no other: leave it out of the batch, or set `mask.equal_counts` false."
+        )
+    return sizes
+
+
+@compiled
+def _fill_rows(
+    rows: npt.NDArray[np.int64],
+    states: npt.NDArray[np.uint64],
+    sizes: npt.NDArray[np.int64],
+    num_positions: int,
+    prob: float,
+    length: int,
+    min_masks: int,
+    equal_counts: bool,
+) -> int:
+    """Write the masked rows of all samples into `rows`, and return how many there are; moves `states` on."""
+    # a short row may have more possible starts than frames
+    flags = np.zeros(max(num_positions, min_masks) + 2, dtype=np.uint8)
+    counts = np.empty(len(sizes), dtype=np.int64)
+    total = 0
+    for b in range(len(sizes)):
+        first = total
+        if sizes[b] >= 2:
+            states[b], total = _draw_spans(
+                rows, first, flags, states[b], b * num_positions, sizes[b], prob, length, min_masks
+            )
+        counts[b] = total - first
+    if not equal_counts or len(sizes) == 0:
+        return total
+    fewest = counts.min()
+    read = total = 0
+    for b in range(len(sizes)):
+        choose(flags, states[b], counts[b], counts[b] - fewest)
+        for i in range(counts[b]):
+            # no branch: a row that is dropped is overwritten by the next; reading is never behind writing
+            rows[total] = rows[read + i]
+            total += 1 - flags[i]
+            flags[i] = 0
+        read += counts[b]
+    return total
+
+
+@compiled
+def _draw_spans(
+    rows: npt.NDArray[np.int64],
+    first: int,
+    flags: npt.NDArray[np.uint8],
+    state: np.uint64,
+    base: int,
+    size: int,
+    prob: float,
+    length: int,
+    min_masks: int,
+) -> tuple[np.uint64, int]:
+    """Write `base` plus each masked frame from `rows[first]` on; return the new state and where the rows end.
+
+    `flags` are clear before and after.
+    """
+    state += GOLDEN
+    num_spans = max(min_masks, np.int64(prob * size / length + unit(state)))
+    num_starts = size - length if size - length > num_spans else num_spans + 1
+    state = choose(flags, state, num_starts, num_spans)
+    total = first
+    end = 0
+    for start in range(num_starts):
+        if flags[start]:
+            flags[start] = 0
+            stop = min(start + length, size)
+            for position in range(max(start, end), stop):
+                rows[total] = base + position
+                total += 1
+            end = stop
+    if total - first == size:
+        # the row is masked whole: one frame, any, becomes visible
+        state += GOLDEN
+        total -= 1
+        for i in range(first + below(state, size), total):
+            rows[i] = rows[i + 1]
+    return state, total
