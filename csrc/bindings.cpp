@@ -1,6 +1,9 @@
 // Binds the CPU kernels to the schemas that d2v_fast/ops/_library.py defines.
 #include <cstdlib>
 #include <cstring>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "ops.h"
 
@@ -32,6 +35,17 @@ Isa isa() {
 }
 
 int64_t cpu_capability() { return static_cast<int64_t>(isa()); }
+
+void prefer_huge_pages(Tensor& x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t end = (data + x.numel() * x.element_size()) / kHuge * kHuge;
+  const uintptr_t begin = (data + kHuge - 1) / kHuge * kHuge;
+  // a wish: where it is refused, pages are small
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 }  // namespace d2v
 

@@ -56,6 +56,11 @@ inline int storage_index(ScalarType type) {
   }
 }
 
+// Asks the system for large pages below a new result, where it gives them on request: the first touch of
+// every 4 KiB page costs more than filling it, and large results are new pages at every call. Does nothing to
+// small ones.
+void prefer_huge_pages(Tensor& x);
+
 // One chunk is small enough to balance threads and large enough to hide the cost of handing it out.
 constexpr int64_t kChunk = 1 << 14;
 

@@ -61,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
 
   Tensor slope =
       torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
+  prefer_huge_pages(slope);
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes;
@@ -77,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
         const int64_t p = order[i + r];
         if (wanted[p] != held) {
           slot = (slot + 1) % 5;
-          compute_target_rows(plan, &wanted[p], 1, targets.data() + slot * width);
+          const int64_t after = wanted[order[std::min(i + r + 1, end - 1)]];
+          compute_target_rows(plan, &wanted[p], 1, after, targets.data() + slot * width);
           held = wanted[p];
         }
         group.pred[r] = pred_data + p * pred_stride;

@@ -272,6 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   }
   Tensor slope =
       torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
+  prefer_huge_pages(slope);
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   const char* target_data = static_cast<const char*>(target.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());

@@ -2,6 +2,8 @@
 // instruction set, only the registers differ. Inside D2V_INLINE functions only.
 #pragma once
 
+#include <type_traits>
+
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -21,6 +23,27 @@ D2V_INLINE V load(const float* x) {
   V v;
   __builtin_memcpy(&v, x, sizeof v);
   return v;
+}
+
+// The same from any storage type, converted.
+template <typename V, typename T>
+D2V_INLINE V load_as(const T* x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return load<V>(x);
+  } else if constexpr (std::is_same_v<V, float>) {
+    return static_cast<float>(*x);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
+    typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
+    Narrow bits;
+    __builtin_memcpy(&bits, x, sizeof bits);
+    const Wide wide = __builtin_convertvector(bits, Wide) << 16;
+    return reinterpret_cast<V>(wide);
+  } else {
+    float values[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) values[i] = static_cast<float>(x[i]);
+    return load<V>(values);
+  }
 }
 
 template <typename V>

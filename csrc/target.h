@@ -27,6 +27,10 @@ struct TargetPlan {
   std::vector<float> average_mean, average_scale;  // [B, D]
 
   int64_t num_layers() const { return static_cast<int64_t>(data.size()); }
+  // Where a row begins, in elements.
+  int64_t offset(int64_t row) const {
+    return row / num_positions * sample_stride + row % num_positions * position_stride;
+  }
 };
 
 // Checks the arguments and computes the statistics.
@@ -36,7 +40,7 @@ TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, in
 // Refuses rows outside [0, B * T) or past the length of their sample.
 void check_rows(const TargetPlan& plan, const int64_t* rows, int64_t n);
 
-// out[i] <- target of rows[i], [n, D]. Called by one thread.
-void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out);
+// out[i] <- target of rows[i], [n, D]. Called by one thread, which will want the row `after` next.
+void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, int64_t after, float* out);
 
 }  // namespace d2v

@@ -2,133 +2,227 @@
 #include <cmath>
 
 #include "ops.h"
+#include "simd.h"
 #include "target.h"
 
 namespace d2v {
 namespace {
 
-// Statistics over positions are collected in groups of this many: fp32 inside a group, fp64 over the groups.
-constexpr int64_t kGroup = 8;
+// Statistics over positions: fp32 sums over this many positions, fp64 over those sums.
+constexpr int64_t kGroup = 32;
+// Positions that are read side by side.
+constexpr int64_t kRows = 8;
 // Positions of one partial result of the average's statistics.
 constexpr int64_t kPart = 64;
 // Channels that one task of the layers' statistics works on: long enough to stream, short enough for many
 // tasks.
 constexpr int64_t kTile = 1024;
-constexpr int64_t kLanes = 16;
 
 struct Moments {
   float mean, rstd;
 };
 
-// sum, square [kLanes] <- over 8 vectors of x, of x - pivot and its square; kept straight for the vectoriser.
-template <typename T>
-D2V_INLINE void add_lanes(const T* __restrict x, float pivot, double* __restrict sum,
-                          double* __restrict square) {
-  for (int64_t l = 0; l < kLanes; ++l) {
-    const float a = static_cast<float>(x[l]) - pivot, b = static_cast<float>(x[l + kLanes]) - pivot;
-    const float c = static_cast<float>(x[l + 2 * kLanes]) - pivot,
-                d = static_cast<float>(x[l + 3 * kLanes]) - pivot;
-    const float e = static_cast<float>(x[l + 4 * kLanes]) - pivot,
-                f = static_cast<float>(x[l + 5 * kLanes]) - pivot;
-    const float g = static_cast<float>(x[l + 6 * kLanes]) - pivot,
-                h = static_cast<float>(x[l + 7 * kLanes]) - pivot;
-    sum[l] += ((a + b) + (c + d)) + ((e + f) + (g + h));
-    square[l] += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h));
-  }
+// Sum of the lanes, halves first.
+D2V_INLINE float add_lanes(Lanes v) {
+  float x[kLanes];
+  store<Lanes>(x, v);
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
-// The first element is taken off before anything is summed, so a large mean costs no digits of the variance;
-// sums are fp32 over 8 elements and fp64 beyond.
+// Corrected two-pass moments of n numbers that the first pass brings into the cache: whatever the rounding of
+// the first mean, the second pass takes its deviation from the true one back out. `next`, as long, is fetched
+// meanwhile.
 template <typename T>
-D2V_INLINE Moments row_moments(const T* __restrict x, int64_t n, double eps) {
-  double sum[kLanes] = {}, square[kLanes] = {};
-  const float pivot = static_cast<float>(x[0]);
+D2V_INLINE Moments row_moments(const T* x, const T* next, int64_t n, double eps) {
+  constexpr int64_t kStep = 4 * kLanes;
+  Lanes a{}, b{}, c{}, d{};
   int64_t i = 0;
-  for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) add_lanes(x + i, pivot, sum, square);
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const float a = static_cast<float>(x[i + l]) - pivot;
-      sum[l] += a;
-      square[l] += a * a;
+  for (; i + kStep <= n; i += kStep) {
+    __builtin_prefetch(next + i);
+    if (sizeof(T) == 4) __builtin_prefetch(next + i + kStep / 2);
+    a += load_as<Lanes>(x + i);
+    b += load_as<Lanes>(x + i + kLanes);
+    c += load_as<Lanes>(x + i + 2 * kLanes);
+    d += load_as<Lanes>(x + i + 3 * kLanes);
+  }
+  float sum = add_lanes((a + b) + (c + d));
+  for (; i < n; ++i) sum += load_as<float>(x + i);
+  const float first_mean = sum / static_cast<float>(n);
+
+  Lanes sums[2]{}, squares[2]{};
+  i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    for (int64_t j = 0; j < 2; ++j) {
+      const Lanes e = load_as<Lanes>(x + i + j * kLanes) - first_mean;
+      sums[j] += e;
+      squares[j] += e * e;
     }
   }
-  for (int64_t l = 0; i < n; ++i, ++l) {
-    const float a = static_cast<float>(x[i]) - pivot;
-    sum[l] += a;
-    square[l] += a * a;
+  float rest = add_lanes(sums[0] + sums[1]), square = add_lanes(squares[0] + squares[1]);
+  for (; i < n; ++i) {
+    const float e = load_as<float>(x + i) - first_mean;
+    rest += e;
+    square += e * e;
   }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) {
-      sum[l] += sum[l + half];
-      square[l] += square[l + half];
-    }
-  }
-  const double share = 1.0 / static_cast<double>(n);
-  const double mean = sum[0] * share;
-  const double variance = std::max(square[0] * share - mean * mean, 0.0);
-  return {static_cast<float>(pivot + mean), static_cast<float>(1.0 / std::sqrt(variance + eps))};
+  const double share = 1.0 / static_cast<double>(n), correction = rest * share;
+  const double variance = std::max(square * share - correction * correction, 0.0);
+  return {static_cast<float>(first_mean + correction), static_cast<float>(1.0 / std::sqrt(variance + eps))};
 }
 
-template <typename T>
-D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, float* __restrict out) {
-  const int64_t width = plan.width, num_layers = plan.num_layers();
-  const int64_t sample = row / plan.num_positions, position = row % plan.num_positions;
-  const int64_t offset = sample * plan.sample_stride + position * plan.position_stride;
-  const float share = 1.0f / static_cast<float>(num_layers);
-  for (int64_t d = 0; d < width; ++d) out[d] = 0.0f;
+// One row of a layer, and what the layer's norm takes off and multiplies with: a number, or one for each
+// channel.
+struct LayerRow {
+  const void* x;
+  const void* next;  // the row that is wanted after this one
+  const float* mean;
+  const float* scale;
+};
+
+// What a thread works with, K of each.
+struct Scratch {
+  explicit Scratch(int64_t num_layers) : layers(num_layers), moments(num_layers) {}
+
+  std::vector<LayerRow> layers;
+  std::vector<Moments> moments;
+};
+
+// out[i] <- the average of the normalised layers at kVectors vectors of channels from i on; V is Lanes, or
+// float for a single channel.
+template <typename V, int kVectors, Norm kNorm, typename T>
+D2V_INLINE void average_channels(const LayerRow* layers, int64_t num_layers, int64_t i, float share,
+                                 float* out) {
+  constexpr int64_t kStep = sizeof(V) / sizeof(float);
+  V total[kVectors]{};
   for (int64_t k = 0; k < num_layers; ++k) {
-    const T* __restrict x = static_cast<const T*>(plan.data[k]) + offset;
-    if (plan.layer_norm == Norm::none) {
-      for (int64_t d = 0; d < width; ++d) out[d] += static_cast<float>(x[d]);
-    } else if (plan.layer_norm == Norm::layer) {
-      const Moments m = row_moments(x, width, plan.eps);
-      const float scale = m.rstd * share;
-      for (int64_t d = 0; d < width; ++d) out[d] += (static_cast<float>(x[d]) - m.mean) * scale;
-    } else {
-      const int64_t group = plan.layer_norm == Norm::batch ? k : k * plan.num_samples + sample;
-      const float* __restrict mean = plan.layer_mean.data() + group * width;
-      const float* __restrict scale = plan.layer_scale.data() + group * width;
-      for (int64_t d = 0; d < width; ++d) out[d] += (static_cast<float>(x[d]) - mean[d]) * scale[d];
+    const T* x = static_cast<const T*>(layers[k].x) + i;
+    // the moments of a layer norm have fetched the row already
+    if (kNorm != Norm::layer) __builtin_prefetch(static_cast<const T*>(layers[k].next) + i);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const V value = load_as<V>(x + v * kStep);
+      if constexpr (kNorm == Norm::none) {
+        total[v] += value;
+      } else if constexpr (kNorm == Norm::layer) {
+        total[v] += (value - *layers[k].mean) * *layers[k].scale;
+      } else {
+        const int64_t channel = i + v * kStep;
+        total[v] += (value - load<V>(layers[k].mean + channel)) * load<V>(layers[k].scale + channel);
+      }
     }
   }
-  if (plan.layer_norm == Norm::none) {
-    for (int64_t d = 0; d < width; ++d) out[d] *= share;
+  for (int v = 0; v < kVectors; ++v)
+    store<V>(out + i + v * kStep, kNorm == Norm::none ? total[v] * share : total[v]);
+}
+
+template <Norm kNorm, typename T>
+D2V_INLINE void average_layers(const LayerRow* layers, int64_t num_layers, int64_t width, float share,
+                               float* out) {
+  // two vectors of fp32 are a line of the cache
+  constexpr int kVectors = 2;
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= width; i += kVectors * kLanes) {
+    average_channels<Lanes, kVectors, kNorm, T>(layers, num_layers, i, share, out);
   }
-  // while the average's own statistics are collected they are not there yet
+  for (; i < width; ++i) average_channels<float, 1, kNorm, T>(layers, num_layers, i, share, out);
+}
+
+// out[i] <- (out[i] - mean) * scale, with one mean and scale or, where `step` is 1, one for each channel.
+template <typename V>
+D2V_INLINE void normalise_channels(float* out, const float* mean, const float* scale, bool by_channel,
+                                   int64_t i) {
+  const V x = load<V>(out + i);
+  store<V>(out + i, by_channel ? (x - load<V>(mean + i)) * load<V>(scale + i) : (x - *mean) * *scale);
+}
+
+D2V_INLINE void normalise_row(float* out, const float* mean, const float* scale, bool by_channel,
+                              int64_t width) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) normalise_channels<Lanes>(out, mean, scale, by_channel, i);
+  for (; i < width; ++i) normalise_channels<float>(out, mean, scale, by_channel, i);
+}
+
+// The target of `row`; those of `next_row` are fetched meanwhile.
+template <typename T>
+D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, int64_t next_row, Scratch& scratch,
+                           float* out) {
+  LayerRow* layers = scratch.layers.data();
+  Moments* moments = scratch.moments.data();
+  const int64_t width = plan.width, num_layers = plan.num_layers(), sample = row / plan.num_positions;
+  const int64_t offset = plan.offset(row), next = plan.offset(next_row);
+  const float share = 1.0f / static_cast<float>(num_layers);
+  for (int64_t k = 0; k < num_layers; ++k) {
+    const T* data = static_cast<const T*>(plan.data[k]);
+    layers[k].x = data + offset;
+    layers[k].next = data + next;
+    if (plan.layer_norm == Norm::layer) {
+      moments[k] = row_moments(data + offset, data + next, width, plan.eps);
+      moments[k].rstd *= share;
+      layers[k].mean = &moments[k].mean;
+      layers[k].scale = &moments[k].rstd;
+    } else if (plan.layer_norm != Norm::none) {
+      const int64_t group = plan.layer_norm == Norm::batch ? k : k * plan.num_samples + sample;
+      layers[k].mean = plan.layer_mean.data() + group * width;
+      layers[k].scale = plan.layer_scale.data() + group * width;
+    }
+  }
+  switch (plan.layer_norm) {
+    case Norm::none: average_layers<Norm::none, T>(layers, num_layers, width, share, out); break;
+    case Norm::layer: average_layers<Norm::layer, T>(layers, num_layers, width, share, out); break;
+    default: average_layers<Norm::instance, T>(layers, num_layers, width, share, out);
+  }
   if (plan.final_norm == Norm::layer) {
-    const Moments m = row_moments(out, width, plan.eps);
-    for (int64_t d = 0; d < width; ++d) out[d] = (out[d] - m.mean) * m.rstd;
+    const Moments m = row_moments(out, out, width, plan.eps);
+    normalise_row(out, &m.mean, &m.rstd, false, width);
   } else if (plan.final_norm == Norm::instance && !plan.average_mean.empty()) {
-    const float* __restrict mean = plan.average_mean.data() + sample * width;
-    const float* __restrict scale = plan.average_scale.data() + sample * width;
-    for (int64_t d = 0; d < width; ++d) out[d] = (out[d] - mean[d]) * scale[d];
+    // while the average's own statistics are collected they are not there yet
+    normalise_row(out, plan.average_mean.data() + sample * width, plan.average_scale.data() + sample * width,
+                  true, width);
   }
+}
+
+// sum, square += over `count` <= kRows rows at channel i of x, of x - pivot and its square; V as above.
+template <typename V, typename T>
+D2V_INLINE void add_positions(const T* x, int64_t stride, int64_t count, int64_t i, const float* pivot,
+                              float* sum, float* square) {
+  const V p = load<V>(pivot + i);
+  V total{}, total2{};
+  if (count == kRows) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) {
+      const V a = load_as<V>(x + r * stride + i) - p;
+      total += a;
+      total2 += a * a;
+    }
+  } else {
+    for (int64_t r = 0; r < count; ++r) {
+      const V a = load_as<V>(x + r * stride + i) - p;
+      total += a;
+      total2 += a * a;
+    }
+  }
+  add_to<V>(sum + i, total);
+  add_to<V>(square + i, total2);
 }
 
 // sum, square [n] <- over `count` rows of x, of x - pivot and its square.
 template <typename T>
-D2V_INLINE void add_group(const T* __restrict x, int64_t stride, int64_t count, int64_t n,
-                          const float* __restrict pivot, double* __restrict sum, double* __restrict square) {
-  if (count == kGroup) {
-    for (int64_t i = 0; i < n; ++i) {
-      const float p = pivot[i];
-      const float a = static_cast<float>(x[i]) - p, b = static_cast<float>(x[i + stride]) - p;
-      const float c = static_cast<float>(x[i + 2 * stride]) - p,
-                  d = static_cast<float>(x[i + 3 * stride]) - p;
-      const float e = static_cast<float>(x[i + 4 * stride]) - p,
-                  f = static_cast<float>(x[i + 5 * stride]) - p;
-      const float g = static_cast<float>(x[i + 6 * stride]) - p,
-                  h = static_cast<float>(x[i + 7 * stride]) - p;
-      sum[i] += ((a + b) + (c + d)) + ((e + f) + (g + h));
-      square[i] += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h));
+D2V_INLINE void add_group(const T* x, int64_t stride, int64_t count, int64_t n, const float* pivot,
+                          double* __restrict sum, double* __restrict square) {
+  float sums[kTile], squares[kTile];
+  for (int64_t first = 0; first < n; first += kTile) {
+    const int64_t width = std::min(kTile, n - first);
+    for (int64_t i = 0; i < width; ++i) sums[i] = squares[i] = 0.0f;
+    for (int64_t r = 0; r < count; r += kRows) {
+      const T* rows = x + r * stride + first;
+      const float* p = pivot + first;
+      const int64_t few = std::min(kRows, count - r);
+      int64_t i = 0;
+      for (; i + kLanes <= width; i += kLanes) add_positions<Lanes>(rows, stride, few, i, p, sums, squares);
+      for (; i < width; ++i) add_positions<float>(rows, stride, few, i, p, sums, squares);
     }
-    return;
-  }
-  for (int64_t r = 0; r < count; ++r, x += stride) {
-    for (int64_t d = 0; d < n; ++d) {
-      const float a = static_cast<float>(x[d]) - pivot[d];
-      sum[d] += a;
-      square[d] += a * a;
+    for (int64_t i = 0; i < width; ++i) {
+      sum[first + i] += sums[i];
+      square[first + i] += squares[i];
     }
   }
 }
@@ -155,8 +249,11 @@ D2V_INLINE void part_moments(const T* __restrict x, int64_t stride, int64_t coun
 }
 
 template <typename T>
-D2V_INLINE void target_rows_body(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) target_row<T>(plan, rows[i], out + i * plan.width);
+D2V_INLINE void target_rows_body(const TargetPlan& plan, const int64_t* rows, int64_t n, int64_t after,
+                                 Scratch& scratch, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    target_row<T>(plan, rows[i], i + 1 < n ? rows[i + 1] : after, scratch, out + i * plan.width);
+  }
 }
 
 // One task of the layers' statistics: layer k, sample b, channels [first, last); parts [K, B, 2, D].
@@ -173,36 +270,40 @@ D2V_INLINE void layer_part_body(const TargetPlan& plan, int64_t k, int64_t b, in
 // pivot [D].
 template <typename T>
 D2V_INLINE void average_part_body(const TargetPlan& plan, int64_t b, int64_t first, int64_t last,
-                                  double* part, float* rows, float* pivot) {
+                                  double* part, float* rows, float* pivot, Scratch& scratch) {
   const int64_t width = plan.width;
   for (int64_t t = first; t < last; ++t) {
-    target_row<T>(plan, b * plan.num_positions + t, rows + (t - first) * width);
+    const int64_t row = b * plan.num_positions + t;
+    target_row<T>(plan, row, t + 1 < last ? row + 1 : row, scratch, rows + (t - first) * width);
   }
   part_moments(rows, width, last - first, width, pivot, part, part + width);
 }
 
-#define D2V_TARGET(suffix, T)                                                                               \
-  D2V_INLINE void target_rows_##suffix##_body(const TargetPlan& plan, const int64_t* rows, int64_t n,       \
-                                              float* out) {                                                 \
-    target_rows_body<T>(plan, rows, n, out);                                                                \
-  }                                                                                                         \
-  D2V_MULTIARCH(target_rows_##suffix, (const TargetPlan& plan, const int64_t* rows, int64_t n, float* out), \
-                (plan, rows, n, out))                                                                       \
-  D2V_INLINE void layer_part_##suffix##_body(const TargetPlan& plan, int64_t k, int64_t b, int64_t first,   \
-                                             int64_t last, double* parts) {                                 \
-    layer_part_body<T>(plan, k, b, first, last, parts);                                                     \
-  }                                                                                                         \
-  D2V_MULTIARCH(layer_part_##suffix,                                                                        \
-                (const TargetPlan& plan, int64_t k, int64_t b, int64_t first, int64_t last, double* parts), \
-                (plan, k, b, first, last, parts))                                                           \
-  D2V_INLINE void average_part_##suffix##_body(const TargetPlan& plan, int64_t b, int64_t first,            \
-                                               int64_t last, double* part, float* rows, float* pivot) {     \
-    average_part_body<T>(plan, b, first, last, part, rows, pivot);                                          \
-  }                                                                                                         \
-  D2V_MULTIARCH(average_part_##suffix,                                                                      \
-                (const TargetPlan& plan, int64_t b, int64_t first, int64_t last, double* part, float* rows, \
-                 float* pivot),                                                                             \
-                (plan, b, first, last, part, rows, pivot))
+#define D2V_TARGET(suffix, T)                                                                                \
+  D2V_INLINE void target_rows_##suffix##_body(const TargetPlan& plan, const int64_t* rows, int64_t n,        \
+                                              int64_t after, Scratch& scratch, float* out) {                 \
+    target_rows_body<T>(plan, rows, n, after, scratch, out);                                                 \
+  }                                                                                                          \
+  D2V_MULTIARCH(                                                                                             \
+      target_rows_##suffix,                                                                                  \
+      (const TargetPlan& plan, const int64_t* rows, int64_t n, int64_t after, Scratch& scratch, float* out), \
+      (plan, rows, n, after, scratch, out))                                                                  \
+  D2V_INLINE void layer_part_##suffix##_body(const TargetPlan& plan, int64_t k, int64_t b, int64_t first,    \
+                                             int64_t last, double* parts) {                                  \
+    layer_part_body<T>(plan, k, b, first, last, parts);                                                      \
+  }                                                                                                          \
+  D2V_MULTIARCH(layer_part_##suffix,                                                                         \
+                (const TargetPlan& plan, int64_t k, int64_t b, int64_t first, int64_t last, double* parts),  \
+                (plan, k, b, first, last, parts))                                                            \
+  D2V_INLINE void average_part_##suffix##_body(const TargetPlan& plan, int64_t b, int64_t first,             \
+                                               int64_t last, double* part, float* rows, float* pivot,        \
+                                               Scratch& scratch) {                                           \
+    average_part_body<T>(plan, b, first, last, part, rows, pivot, scratch);                                  \
+  }                                                                                                          \
+  D2V_MULTIARCH(average_part_##suffix,                                                                       \
+                (const TargetPlan& plan, int64_t b, int64_t first, int64_t last, double* part, float* rows,  \
+                 float* pivot, Scratch& scratch),                                                            \
+                (plan, b, first, last, part, rows, pivot, scratch))
 
 D2V_TARGET(f32, float)
 D2V_TARGET(bf16, BFloat16)
@@ -283,12 +384,13 @@ void average_statistics(TargetPlan& plan) {
   const auto average_part = loops(plan.type).average_part;
   torch::stable::parallel_for(0, num_samples * num_parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> rows((kPart + 1) * width);
+    Scratch scratch(plan.num_layers());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / num_parts, first = task % num_parts * kPart;
       const int64_t last = std::clamp(plan.lengths[b], first, first + kPart);
       counts[task] = last - first;
       average_part(plan, b, first, last, parts.data() + task * 2 * width, rows.data(),
-                   rows.data() + kPart * width);
+                   rows.data() + kPart * width, scratch);
     }
   });
   combine_parts(parts.data(), counts.data(), num_parts, num_samples, num_parts, width, plan.eps, 1.0,
@@ -361,8 +463,12 @@ void check_rows(const TargetPlan& plan, const int64_t* rows, int64_t n) {
   }
 }
 
-void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, float* out) {
-  if (plan.width > 0) loops(plan.type).rows(plan, rows, n, out);
+void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, int64_t after, float* out) {
+  thread_local Scratch scratch(0);
+  if (plan.width == 0 || n == 0) return;
+  scratch.layers.resize(plan.num_layers());
+  scratch.moments.resize(plan.num_layers());
+  loops(plan.type).rows(plan, rows, n, after, scratch, out);
 }
 
 Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final_norm,
@@ -377,20 +483,22 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
     const int64_t* wanted = static_cast<const int64_t*>(index.const_data_ptr());
     check_rows(plan, wanted, n);
     Tensor out = torch::stable::new_empty(plan.layers[0], {n, width}, ScalarType::Float);
+    prefer_huge_pages(out);
     float* target = static_cast<float*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
-      compute_target_rows(plan, wanted + begin, end - begin, target + begin * width);
+      compute_target_rows(plan, wanted + begin, end - begin, wanted[end - 1], target + begin * width);
     });
     return out;
   }
   const int64_t num_positions = plan.num_positions;
   Tensor out =
       torch::stable::new_empty(plan.layers[0], {plan.num_samples, num_positions, width}, ScalarType::Float);
+  prefer_huge_pages(out);
   float* target = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, plan.num_samples * num_positions, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (row % num_positions < plan.lengths[row / num_positions]) {
-        compute_target_rows(plan, &row, 1, target + row * width);
+        compute_target_rows(plan, &row, 1, row + 1 < end ? row + 1 : row, target + row * width);
       } else {
         std::fill_n(target + row * width, width, 0.0f);
       }
