@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.d2v_fast-installed
+LIBRARY := d2v_fast/_C.so
 CONFIG ?= configs/digits.json
 PROCESSES ?= 1
 OUT ?= build/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build train test lint format bench gpu clean
+.PHONY: help setup build train test lint format bench bench-check gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -16,19 +17,23 @@ help: ## list the targets
 setup: $(INSTALLED) ## virtual environment, pinned packages, C++ kernels
 
 # torch first and alone: whatever asks for plain torch afterwards is content with it
-$(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+$(INSTALLED): constraints.txt pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch
 	D2V_REQUIRE_CPP=1 $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[train,test,bench,hf]'
 	touch $@
 
-build: $(INSTALLED) ## compile the C++ kernels again after a change in csrc/
-	PATH=$(abspath $(BIN)):$$PATH cmake --build build/cmake --parallel && PATH=$(abspath $(BIN)):$$PATH cmake --install build/cmake --prefix .
+build: $(INSTALLED) $(LIBRARY) ## compile the C++ kernels again after a change in csrc/
 
-train: $(INSTALLED) ## pre-train on CONFIG (configs/digits.json) with PROCESSES (1) processes
+# with the cmake of the environment: that of the isolated build is gone once pip has ended; the set-up may have just built it
+$(LIBRARY): CMakeLists.txt $(wildcard csrc/*) | $(INSTALLED)
+	@if test ! -e $@ || test -n "$$(find $^ -newer $@)"; then \
+	PATH=$(abspath $(BIN)):$$PATH D2V_REQUIRE_CPP=1 $(BIN)/python setup.py --quiet build_ext --inplace && touch $@; fi
+
+train: build ## pre-train on CONFIG (configs/digits.json) with PROCESSES (1) processes
 	$(BIN)/deepspeed --num_accelerators $(PROCESSES) d2v_fast/train.py --ds_config $(CONFIG)
 
-test: $(INSTALLED) ## run the tests
+test: build ## run the tests
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED) ## ruff, mypy, clang-format
@@ -42,8 +47,15 @@ format: $(INSTALLED) ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
 
-bench: $(INSTALLED) ## run the benchmarks
-	$(BIN)/python -m pytest bench --benchmark-group-by=group
+bench: build ## measure the operations, the masks and a step; table and plots in bench/results
+	mkdir -p build
+	$(BIN)/python -m pytest bench -q --benchmark-json build/bench.json
+	$(BIN)/python bench/report.py build/bench.json
+
+bench-check: build ## measure, and fail where a ratio is below what bench/goals.json expects
+	mkdir -p build
+	$(BIN)/python -m pytest bench -q --benchmark-json build/bench-check.json
+	$(BIN)/python bench/report.py build/bench-check.json --check
 
 # with the machine's own python: no network and no virtual environment; what is not installed there is skipped by name
 gpu: ## build, test and benchmark on a machine with a CUDA GPU and no network; results under OUT
@@ -53,6 +65,7 @@ gpu: ## build, test and benchmark on a machine with a CUDA GPU and no network; r
 	cat $(OUT)/machine.txt
 	$(PYTHON) -m pytest tests --device cuda -p no:cacheprovider > $(OUT)/tests.txt 2>&1; code=$$?; tail -n 40 $(OUT)/tests.txt; \
 	$(PYTHON) -m pytest bench --device cuda --benchmark-json $(OUT)/bench.json > $(OUT)/bench.txt 2>&1 || code=$$?; tail -n 60 $(OUT)/bench.txt; \
+	$(PYTHON) bench/report.py $(OUT)/bench.json --out $(OUT)/results || code=$$?; \
 	exit $$code
 
 clean: ## remove what was built, not the runs

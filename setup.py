@@ -3,15 +3,13 @@
 Why it looks like this:
 
 * torch is no build requirement. An isolated build would download a second one and compile against that. The torch of
-the
-  environment is asked for its folder instead; ``python -I`` sees it through pip's build isolation.
+  the environment is asked for its folder instead; ``python -I`` sees it through pip's build isolation.
 * The library uses torch's stable ABI and no Python header: it needs a C++20 compiler, and one build serves every
-Python.
-* It is linked to ``libtorch_cpu.so`` by path rather than through ``find_package(Torch)``, which fails for a CUDA
-build of torch on a
-  machine without the CUDA toolkit.
-* Without a compiler or torch the install goes on: every operation has a PyTorch reference. ``D2V_REQUIRE_CPP=1``
-makes it an error.
+  Python.
+* It is linked to ``libtorch_cpu.so`` by path rather than through ``find_package(Torch)``, which fails for a CUDA build
+  of torch on a machine without the CUDA toolkit.
+* Without a compiler or torch the install goes on: every operation has a PyTorch reference. ``D2V_REQUIRE_CPP=1`` makes
+  it an error.
 """
 
 from __future__ import annotations
@@ -77,7 +75,8 @@ class CMakeBuild(build_ext):
             shutil.rmtree(tree, ignore_errors=True)
             subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(tree), "--parallel", str(os.cpu_count() or 1)], check=True)
-        in_place = self.inplace or getattr(self, "editable_mode", False)
+        # setuptools hides `inplace` while it builds
+        in_place = "--inplace" in sys.argv or getattr(self, "editable_mode", False)
         prefix = ROOT if in_place else Path(self.build_lib).resolve()
         subprocess.run([cmake, "--install", str(tree), "--prefix", str(prefix)], check=True)
 

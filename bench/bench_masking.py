@@ -3,21 +3,22 @@
 One thread, in CPU time, so that what else runs on the machine does not count; the two take turns, round by round. The
 peers are what the published algorithms look like in numpy when one row is done after the other, and they stop at
 boolean masks; ours go on to the row indices that the model needs. Before anything is timed, both must draw from the
-same distribution. In `extra_info`: `us_per_mask`, `peer_us_per_mask`, and `ratio`, the median over rounds.
+same distribution.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
+from bench.measure import compared, describe_device, quantiles
 from d2v_fast.masking import block_mask_1d_rows, block_mask_rows, inverse_block_mask_rows, span_mask_rows
 
 
@@ -120,6 +121,7 @@ class Case:
     """
 
     name: str
+    peer_name: str
     ours: Callable[[int], np.ndarray]
     num_ours: int
     num_batches: int
@@ -135,6 +137,7 @@ IDS = np.arange(1024)
 CASES = [
     Case(
         "spans 0.65/10, equal counts, 32 x 1000",
+        "published",
         lambda epoch: span_mask_rows(0, epoch, IDS[:32], 1000, 0.65, 10),
         num_ours=32,
         num_batches=25,
@@ -144,7 +147,8 @@ CASES = [
         neighbours=(1,),
     ),
     Case(
-        "spans 0.65/10, ragged, 32 x 1000, against vectorised numpy",
+        "spans 0.65/10, ragged, 32 x 1000",
+        "numpy, a batch at once",
         lambda epoch: span_mask_rows(0, epoch, IDS[:32], 1000, 0.65, 10, equal_counts=False),
         num_ours=32,
         num_batches=25,
@@ -155,6 +159,7 @@ CASES = [
     ),
     Case(
         "rectangles, 14 x 14, 120 patches",
+        "published",
         lambda epoch: block_mask_rows(0, epoch, IDS, 14, 120, 16, None, 0.3),
         num_ours=1024,
         num_batches=2,
@@ -165,6 +170,7 @@ CASES = [
     ),
     Case(
         "inverse blocks of 3, 14 x 14, 16 masks of 0.8",
+        "published",
         lambda epoch: inverse_block_mask_rows(0, epoch, IDS[:64], 14, 0.8, 3, 0.07, num_masks=16),
         num_ours=1024,
         num_batches=4,
@@ -175,6 +181,7 @@ CASES = [
     ),
     Case(
         "blocks of 5, 1000 frames, 8 masks of 0.5",
+        "published",
         lambda epoch: block_mask_1d_rows(0, epoch, IDS[:12], 1000, 0.5, 5, 0.05, num_masks=8),
         num_ours=96,
         num_batches=8,
@@ -208,7 +215,7 @@ def assert_same_distribution(case: Case) -> None:
     assert (difference <= 5 * error + 1e-9).all(), f"{case.name}: {ours.mean(axis=0)} against {theirs.mean(axis=0)}"
 
 
-@pytest.mark.benchmark(timer=time.process_time)
+@pytest.mark.benchmark(group="masks", timer=time.process_time)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def bench_masks(benchmark, case: Case) -> None:  # type: ignore[no-untyped-def]
     assert_same_distribution(case)
@@ -224,11 +231,11 @@ def bench_masks(benchmark, case: Case) -> None:  # type: ignore[no-untyped-def]
             case.ours(epoch)
 
     warmup_rounds = 2
-    benchmark.group = case.name
     benchmark.pedantic(ours, setup=time_peer, rounds=21, warmup_rounds=warmup_rounds)
     if benchmark.stats is not None:
-        us = [seconds * 1e6 / (case.num_batches * case.num_ours) for seconds in benchmark.stats.stats.data]
-        peer_us = [seconds * 1e6 / case.num_peer for seconds in peer_seconds[warmup_rounds:]]
-        benchmark.extra_info["us_per_mask"] = statistics.median(us)
-        benchmark.extra_info["peer_us_per_mask"] = statistics.median(peer_us)
-        benchmark.extra_info["ratio"] = statistics.median(p / o for p, o in zip(peer_us, us, strict=True))
+        # of one mask
+        mine = [seconds / (case.num_batches * case.num_ours) for seconds in benchmark.stats.stats.data]
+        peer = [seconds / case.num_peer for seconds in peer_seconds[warmup_rounds:]]
+        benchmark.extra_info |= {"op": "masks", "case": case.name, **describe_device(torch.device("cpu"))}
+        benchmark.extra_info |= {**quantiles(mine), "peers": {case.peer_name: compared(peer, mine)}}
+        benchmark.extra_info["note"] = "Masks: time per mask, one thread, CPU time."

@@ -112,7 +112,7 @@ def run_contest(contest: Contest, benchmark: Any, device: torch.device) -> None:
     info = benchmark.extra_info
     info |= {"op": contest.op, "case": contest.case, "bytes": contest.model_bytes, "rounds": rounds}
     info |= describe_device(device)
-    info |= _quantiles(mine)
+    info |= quantiles(mine)
     info["gb_per_s"] = contest.model_bytes / info["p50_s"] / 1e9
     info["line_gb_per_s"] = line.bytes / float(np.median(seconds["line"])) / 1e9
     info["percent_of_line"] = 100 * info["gb_per_s"] / info["line_gb_per_s"]
@@ -120,9 +120,7 @@ def run_contest(contest: Contest, benchmark: Any, device: torch.device) -> None:
     info["missing"] = missing
     info["peers"] = {}
     for name, peer in peers.items():
-        ratios = np.array(seconds[name]) / np.array(mine)
-        row = _quantiles(seconds[name]) | {"peak_bytes": peak_bytes(peer, device)}
-        row["ratio"] = dict(zip(("p20", "p50", "p80"), map(float, np.quantile(ratios, (0.2, 0.5, 0.8))), strict=True))
+        row = compared(seconds[name], mine) | {"peak_bytes": peak_bytes(peer, device)}
         if isinstance(peer, Compiled):
             row["compile_s"] = peer.compile_s
         info["peers"][name] = row
@@ -199,6 +197,16 @@ def cuda_facts(run: Callable[[], Any], model_bytes: int, calls: int = 20) -> dic
     return facts
 
 
+def quantiles(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile."""
+    return {f"{name}_s": value for name, value in _quantiles(seconds).items()}
+
+
+def compared(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """A peer's times, and their ratios to ours, round by round."""
+    return {**quantiles(theirs), "ratio": _quantiles(np.array(theirs) / np.array(ours))}
+
+
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Where a figure comes from."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
@@ -229,8 +237,8 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    return dict(zip(("p20_s", "p50_s", "p80_s"), map(float, np.quantile(seconds, (0.2, 0.5, 0.8))), strict=True))
+def _quantiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    return dict(zip(("p20", "p50", "p80"), map(float, np.quantile(values, (0.2, 0.5, 0.8))), strict=True))
 
 
 def _status_bytes(key: str) -> int:

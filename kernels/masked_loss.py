@@ -24,20 +24,24 @@ SCALE_BLOCK = 4096
 
 
 @triton.jit
-def element_loss(b_error, beta, slope_factor, SQUARE: tl.constexpr):
+def element_loss(b_error, beta, inverse_beta, slope_factor, SQUARE: tl.constexpr):
     """Loss of each element and its derivative times `slope_factor`; NaN stays NaN."""
     if SQUARE:
         b_loss = b_error * b_error
         b_slope = 2.0 * b_error
     else:
-        b_size = tl.abs(b_error)
-        near = b_size < beta
-        # where the error is not near, 0 / beta: a division by a denormal beta cannot spoil it
-        b_near = tl.where(near, b_error, 0.0) / beta
-        b_loss = tl.where(near, 0.5 * b_error * b_near, b_size - 0.5 * beta)
-        b_far = tl.where(b_error > 0, 1.0, tl.where(b_error < 0, -1.0, b_error))
-        b_slope = tl.where(near, b_near, b_far)
+        # the error cut off at beta makes both parts, the quadratic and the linear
+        b_near = tl.where(b_error > beta, beta, tl.where(b_error < -beta, -beta, b_error))
+        b_slope = b_near * inverse_beta
+        b_loss = b_slope * (b_error - 0.5 * b_near)
     return b_loss, b_slope * slope_factor
+
+
+def beta_and_inverse(beta: float) -> tuple[float, float]:
+    """What ``element_loss`` takes: a denormal beta has no finite inverse, and no error that counts in fp32 lies between
+    it and the least normal number."""
+    beta = max(beta, torch.finfo(torch.float32).tiny)
+    return beta, 1.0 / beta
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_targets", "rows_per_block"])
@@ -54,6 +58,7 @@ def _masked_loss_fwd_kernel(
     stride_pred,
     stride_target,
     beta,
+    inverse_beta,
     slope_factor,
     D: tl.constexpr,
     SQUARE: tl.constexpr,
@@ -81,7 +86,7 @@ def _masked_loss_fwd_kernel(
             b_target = tl.where(valid, b_target.to(tl.float32), float("nan"))
         else:
             b_target = tl.load(target + row * stride_target + cols, mask=inside, other=0.0).to(tl.float32)
-        b_one, b_slope = element_loss(b_pred - b_target, beta, slope_factor, SQUARE)
+        b_one, b_slope = element_loss(b_pred - b_target, beta, inverse_beta, slope_factor, SQUARE)
         b_loss += b_one
         b_pred_sum += b_pred
         b_pred_square += b_pred * b_pred
@@ -225,7 +230,7 @@ def masked_smooth_l1(
         rows_per_block,
         pred.stride(0),
         target.stride(0),
-        beta,
+        *beta_and_inverse(beta),
         split_factor(factor, pred.dtype)[0],
         D=width,
         SQUARE=beta == 0.0,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -61,13 +62,15 @@ def run_python(code: str, **environment: str) -> str:
 
 
 COMPILE_PRELUDE = """
-import json, re
+import json, os, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 def facts(kernel, signature, constexprs, aligned=(), num_warps=4, capabilities=(80, 90, 100)):
     '''What ptxas made of a kernel: registers, spilled bytes, and how often each width of global access occurs.'''
+    if os.environ.get("EVERY_CAPABILITY"):
+        capabilities = (80, 90, 100)
     attrs = {}
     for name in aligned:
         path, kind = (kernel.arg_names.index(name),), signature[name]
@@ -101,10 +104,17 @@ def spilled_bytes(cubin):
 """
 
 
-def compile_facts(code: str) -> list[dict]:
+def compile_facts(code: str, every_capability: bool = False) -> list[dict]:
     """Run ``code`` after ``COMPILE_PRELUDE`` in a process where Triton compiles; it prints a JSON list made by
-    ``facts``."""
-    return json.loads(run_python(COMPILE_PRELUDE + code, TRITON_INTERPRET="0").strip().splitlines()[-1])
+    ``facts``. With ``every_capability`` each variant is compiled for sm_80, sm_90 and sm_100, whatever it asks for."""
+    environment = {"TRITON_INTERPRET": "0", "EVERY_CAPABILITY": "1" if every_capability else ""}
+    return json.loads(run_python(COMPILE_PRELUDE + code, **environment).strip().splitlines()[-1])
+
+
+every_capability = pytest.mark.parametrize(
+    "every_capability", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["main", "all"]
+)
+"""Compile the main variants for every GPU generation, and the others for one; or, slow, all for every one."""
 
 
 def width_bytes(accesses: list[list[str]]) -> list[int]:

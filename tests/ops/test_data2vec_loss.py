@@ -7,7 +7,15 @@ import torch
 
 from d2v_fast.ops import HAS_CPP, data2vec_loss, masked_smooth_l1, topk_target
 from d2v_fast.ops.data2vec_loss import data2vec_loss_reference
-from tests.common import DTYPES, assert_within_twice, compile_facts, non_contiguous, run_python, width_bytes
+from tests.common import (
+    DTYPES,
+    assert_within_twice,
+    compile_facts,
+    every_capability,
+    non_contiguous,
+    run_python,
+    width_bytes,
+)
 from tests.ops.target_reference import (
     FINAL_NORMS,
     LAYER_NORMS,
@@ -284,15 +292,17 @@ def test_triton_odd_inputs(device):
     assert slope.shape == (0, 5)
 
 
-def test_triton_is_wide_and_does_not_spill():
+@every_capability
+def test_triton_is_wide_and_does_not_spill(every_capability):
     pytest.importorskip("triton")
     code = """
 from d2v_fast.kernels.data2vec_loss import _data2vec_loss_fwd_kernel as kernel
 K = 4
 rows = []
-for dtype, warps in (("bf16", 4), ("fp32", 8)):
+for dtype in ("bf16", "fp32"):
     types = dict(pred="*" + dtype, layers=("*" + dtype,) * K, rows="*i64", target_rows="*i64", slope="*" + dtype)
-    types |= dict(num_rows="i64", rows_per_block="i32", eps="fp32", beta="fp32", slope_factor="fp32")
+    types |= dict(num_rows="i64", rows_per_block="i32", eps="fp32", beta="fp32", inverse_beta="fp32")
+    types |= dict(slope_factor="fp32")
     for first, final in ((1, 1), (2, 0), (1, 2)):
         constexprs = dict(K=K, D=768, LAYER_NORM=first, FINAL_NORM=final, SQUARE=first == 2, BLOCK_D=1024)
         if first == 1:
@@ -305,10 +315,10 @@ for dtype, warps in (("bf16", 4), ("fp32", 8)):
             signature[name] = "constexpr" if name in constexprs else types.get(name, "i32" if integer else "*fp32")
         aligned = [n for n in signature if "*" in signature[n][0] or n.startswith("stride")]
         every = dtype == "bf16" and first == final
-        rows += facts(kernel, signature, constexprs, aligned, warps, (80, 90, 100) if every else (90,))
+        rows += facts(kernel, signature, constexprs, aligned, 4, (80, 90, 100) if every else (90,))
 print(json.dumps(rows))
 """
-    for row in compile_facts(code):
+    for row in compile_facts(code, every_capability):
         assert row["spills"] == 0, row
         loads, stores = width_bytes(row["loads"]), width_bytes(row["stores"])
         # a prediction and every layer; the rest are the two row maps, and the block's one sum of losses

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2v_fast.ops import HAS_CPP, ema_update_
 from d2v_fast.ops.ema import ema_update_reference
-from tests.common import DTYPES, compile_facts, non_contiguous, run_python, width_bytes
+from tests.common import DTYPES, compile_facts, every_capability, non_contiguous, run_python, width_bytes
 
 SHAPES = [(768, 33), (1,), (63,), (1023,), (16384 + 5,), (0,), (3, 0, 2), (), (2, 3, 5, 7)]
 WORKING = [None, *DTYPES]
@@ -114,7 +114,8 @@ def test_triton_launcher_odd_memory(device):
         assert_copied(copy, got)
 
 
-def test_triton_is_wide_and_does_not_spill():
+@every_capability
+def test_triton_is_wide_and_does_not_spill(every_capability):
     pytest.importorskip("triton")
     code = """
 from d2v_fast.kernels.ema import BLOCK, _ema_fwd_kernel as k
@@ -129,10 +130,11 @@ for student, working in ((bf16, bf16), (fp32, fp32), (fp16, fp16), (fp32, bf16))
     rows += facts(k, signature, constexprs, aligned=("table",), num_warps=8)
 print(json.dumps(rows))
 """
-    for row in compile_facts(code):
+    for row in compile_facts(code, every_capability):
         assert row["spills"] == 0, row["capability"]
         # teacher, student and working of the whole block; the ragged end of a tensor may be narrow
         assert width_bytes(row["loads"]).count(16) >= 6, row
+        assert width_bytes(row["stores"]).count(16) >= 6, row
         assert width_bytes(row["stores"]).count(16) >= 6, row
 
 

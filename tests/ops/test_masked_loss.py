@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from d2v_fast.ops import masked_smooth_l1
 from d2v_fast.ops.masked_loss import masked_smooth_l1_reference, scale_gradient_reference
-from tests.common import DTYPES, assert_within_twice, compile_facts, non_contiguous, width_bytes
+from tests.common import DTYPES, assert_within_twice, compile_facts, every_capability, non_contiguous, width_bytes
 from tests.ops.target_reference import plain_loss, plain_moments
 
 BETAS = [0.0, 0.25, 2.0]
@@ -297,14 +297,15 @@ def test_triton_odd_inputs(device):
     assert launch(tiny, torch.zeros_like(tiny), None, 1e-42, 1.0, False, True)[0] == 4.0
 
 
-def test_triton_is_wide_and_does_not_spill():
+@every_capability
+def test_triton_is_wide_and_does_not_spill(every_capability):
     pytest.importorskip("triton")
     code = """
 from d2v_fast.kernels import masked_loss as m
 rows = []
 for dtype, size, capabilities in (("bf16", 2, (80, 90, 100)), ("fp32", 4, (90,))):
-    types = dict(pred="*" + dtype, slope="*" + dtype, out="*" + dtype, target_rows="*i64", beta="fp32", slope_factor="fp32")
-    types |= dict(left="fp32")
+    types = dict(pred="*" + dtype, slope="*" + dtype, out="*" + dtype, target_rows="*i64", beta="fp32")
+    types |= dict(inverse_beta="fp32", slope_factor="fp32", left="fp32")
     integers = ("num_rows", "num_targets", "rows_per_block", "stride_pred", "stride_target", "n")
     def run(kernel, **constexprs):
         signature = {}
@@ -321,7 +322,7 @@ for dtype, size, capabilities in (("bf16", 2, (80, 90, 100)), ("fp32", 4, (90,))
         run(m._scale_gradient_kernel, IN_PLACE=True, BLOCK=m.SCALE_BLOCK)
 print(json.dumps(rows))
 """
-    for row in compile_facts(code):
+    for row in compile_facts(code, every_capability):
         assert row["spills"] == 0, row
         loads, stores = width_bytes(row["loads"]), width_bytes(row["stores"])
         # the row map is 8 bytes wide, the incoming gradient 4; a block's sums are stored by single channels

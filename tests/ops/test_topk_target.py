@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from d2v_fast.ops import topk_target
 from d2v_fast.ops.topk_target import topk_target_reference
-from tests.common import DTYPES, assert_within_twice, compile_facts, width_bytes
+from tests.common import DTYPES, assert_within_twice, compile_facts, every_capability, width_bytes
 from tests.ops.target_reference import FINAL_NORMS, LAYER_NORMS, make_layers, plain_target
 
 every_pair = pytest.mark.parametrize(
@@ -234,7 +234,8 @@ def test_triton_rows_out_of_range_are_nan(device):
     assert got[1:].isnan().all()
 
 
-def test_triton_is_wide_and_does_not_spill():
+@every_capability
+def test_triton_is_wide_and_does_not_spill(every_capability):
     pytest.importorskip("triton")
     code = """
 from d2v_fast.kernels import topk_target as m
@@ -262,7 +263,7 @@ for dtype, warps in (("bf16", 4), ("fp32", 8)):
     run(m._layer_statistics_kernel, 4, every, K=K, D=D, PARTS=False, **tile)
 print(json.dumps(rows))
 """
-    facts = compile_facts(code)
+    facts = compile_facts(code, every_capability)
     assert {row["capability"] for row in facts} == {80, 90, 100}
     for row in facts:
         assert row["spills"] == 0, row

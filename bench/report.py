@@ -1,0 +1,305 @@
+"""Results of a benchmark run as JSON, Markdown table and plots; and whether the expected ratios still hold.
+
+python bench/report.py build/bench.json                  # writes bench/results/<machine>.{json,md,...}
+python bench/report.py build/bench.json --check          # compares with bench/goals.json, exit status 1 on a loss
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+GOALS = HERE / "goals.json"
+RESULTS = HERE / "results"
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The figures of every benchmark in a pytest-benchmark file."""
+    raw = json.loads(path.read_text())
+    rows = [entry["extra_info"] for entry in raw["benchmarks"] if "op" in entry["extra_info"]]
+    if not rows:
+        raise ValueError(f"{path} holds no figures: `make bench` writes one that does.")
+    return rows
+
+
+def machine_name(rows: list[Row]) -> str:
+    """What the result files are called after: device and threads."""
+    device = rows[0]["device"]
+    threads = "" if "nvidia" in device.lower() else f"-{rows[0]['threads']}-threads"
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + threads
+
+
+class Verdict(NamedTuple):
+    """One goal beside what was measured.
+
+    `holds` says that the figure is not below what is expected of it; `reached` that it is what the project wants.
+    """
+
+    goal: Row
+    case: str
+    measured: float
+    holds: bool
+    reached: bool
+
+
+def judge(rows: list[Row], goals: list[Row]) -> Iterator[Verdict]:
+    """Every goal at every case that it names; a goal whose case was not measured is left out."""
+    for goal in goals:
+        for row in rows:
+            if row["op"] == goal["op"] and fnmatch.fnmatch(row["case"], goal["case"]):
+                measured = metric(row, goal["metric"])
+                if measured is not None:
+                    sign = -1 if goal["want"] == "at_most" else 1
+                    slack = goal["expected"] * goal["tolerance"]
+                    holds = sign * measured >= sign * goal["expected"] - slack
+                    yield Verdict(goal, row["case"], measured, holds, sign * measured >= sign * goal["goal"])
+
+
+def metric(row: Row, name: str) -> float | None:
+    """`ratio:PEER`, `peak:PEER` (the peer's peak memory over ours), or a figure of the row itself."""
+    kind, _, peer = name.partition(":")
+    if not peer:
+        value = row.get(kind)
+        return None if value is None else float(value)
+    other = row["peers"].get(peer)
+    if other is None:
+        return None
+    if kind == "ratio":
+        return float(other["ratio"]["p50"])
+    ours, theirs = row.get("peak_bytes"), other.get("peak_bytes")
+    return None if not ours or theirs is None else theirs / ours
+
+
+def check(rows: list[Row]) -> int:
+    """Print every goal with what was measured; 1 where one is lost."""
+    goals = json.loads(GOALS.read_text())
+    verdicts = list(judge(rows, goals))
+    for v in verdicts:
+        wanted = f"{'<=' if v.goal['want'] == 'at_most' else '>='} {v.goal['goal']:g}"
+        state = "LOST" if not v.holds else ("ok" if v.reached else "short of the goal")
+        name = f"{v.goal['op']} | {v.case} | {v.goal['metric']}"
+        print(f"{name:80} {v.measured:8.2f}  goal {wanted:8} expected {v.goal['expected']:<6g} {state}")
+    lost = sum(not v.holds for v in verdicts)
+    if lost:
+        print(f"{lost} of {len(verdicts)} figures are below what is expected of this code (bench/goals.json)")
+    return 1 if lost or not verdicts else 0
+
+
+def markdown(rows: list[Row]) -> str:
+    """One table an operation: ours, the machine's line, and every peer's time over ours."""
+    first = rows[0]
+    where = f"{first['device']}, {first['threads']} CPU threads, torch {first['torch']}"
+    lines = [
+        f"# {where}",
+        "",
+        "Medians of rounds in which everyone runs in turn. A peer's figure is its time over ours, median of the rounds "
+        "(20th to 80th percentile): above 1 ours is faster. The line is what the machine does with as many bytes in "
+        "the same rounds, a scale in place on a CPU and a copy on a GPU. Peak is memory above the inputs.",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        cases = [row for row in rows if row["op"] == op]
+        peers = list(dict.fromkeys(name for row in cases for name in row["peers"]))
+        lines += ["", f"## {op}", ""]
+        lines.append("| case | " + " | ".join(["ours", "GB/s", "of the line", "peak", *peers]) + " |")
+        lines.append("|" + "---|" * (5 + len(peers)))
+        for row in cases:
+            cells = [_time(row), _number(row.get("gb_per_s")), _percent(row.get("percent_of_line"))]
+            cells.append(_bytes(row.get("peak_bytes")))
+            cells += [_peer(row["peers"].get(name)) for name in peers]
+            lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+        missing = {name: why for row in cases for name, why in row.get("missing", {}).items()}
+        lines += [""] if missing else []
+        lines += [f"Not measured: {name} ({why})." for name, why in missing.items()]
+        notes = dict.fromkeys(row["note"] for row in cases if row.get("note"))
+        lines += ["", *notes] if notes else []
+    return "\n".join(lines) + "\n"
+
+
+def _time(row: Row) -> str:
+    seconds = row.get("p50_s")
+    if seconds is None:
+        return ""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            return f"{seconds * factor:.3g} {unit}"
+    return ""
+
+
+def _peer(peer: Row | None) -> str:
+    if peer is None:
+        return ""
+    ratio = peer["ratio"]
+    text = f"**{ratio['p50']:.2f}** ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
+    details = [_bytes(peer["peak_bytes"])] if peer.get("peak_bytes") is not None else []
+    details += [f"compiles {peer['compile_s']:.0f} s"] if peer.get("compile_s") else []
+    return text + (f", {', '.join(details)}" if details else "")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} %"
+
+
+def _bytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e6:.1f} MB"
+
+
+def draw(rows: list[Row], stem: Path) -> list[Path]:
+    """The plots that the rows allow; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    drawn = [_draw_speedups(rows, stem), _draw_bandwidth(rows, stem), _draw_step(rows, stem)]
+    return [path for path in drawn if path is not None]
+
+
+def _draw_speedups(rows: list[Row], stem: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if row["peers"]]
+    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    colours = dict(zip(peers, plt.get_cmap("tab10").colors * 2, strict=False))
+    figure, axis = plt.subplots(figsize=(10, 0.34 * len(rows) + 1.8), layout="constrained")
+    labels = []
+    for y, row in enumerate(reversed(rows)):
+        labels.append(f"{row['op']}: {row['case']}")
+        for name, peer in row["peers"].items():
+            ratio = peer["ratio"]
+            spread = [[ratio["p50"] - ratio["p20"]], [ratio["p80"] - ratio["p50"]]]
+            axis.errorbar(ratio["p50"], y, xerr=spread, fmt="o", color=colours[name], capsize=2, markersize=5)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.axvspan(axis.get_xlim()[0], 1, color="tab:red", alpha=0.06)
+    axis.set_xscale("log")
+    ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if t <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axis.minorticks_off()
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylim(-0.6, len(labels) - 0.4)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel(
+        "time of the peer / time of ours, median and 20th to 80th percentile (left of 1: the peer is faster)"
+    )
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colours[name], label=name) for name in peers]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(peers)), fontsize=8)
+    return _save(figure, stem, "speedup")
+
+
+def _draw_bandwidth(rows: list[Row], stem: Path) -> Path | None:
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if row.get("gb_per_s")]
+    if not rows:
+        return None
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(ops), figsize=(4.2 * len(ops), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, op in zip(axes[0], ops, strict=True):
+        cases = sorted((row for row in rows if row["op"] == op), key=lambda row: row["bytes"])
+        size = [row["bytes"] / 1e6 for row in cases]
+        axis.plot(
+            size, [row["line_gb_per_s"] for row in cases], color="black", linewidth=1.5, label="the machine's line"
+        )
+        axis.plot(size, [row["gb_per_s"] for row in cases], "o", color="tab:blue", label="ours")
+        for name, marker in (("published", "v"), ("stock", "s"), ("torch.compile", "x")):
+            found = [(row["bytes"], row["peers"][name]["p50_s"]) for row in cases if name in row["peers"]]
+            if found:
+                axis.plot([b / 1e6 for b, _ in found], [b / s / 1e9 for b, s in found], marker, label=name, alpha=0.7)
+        axis.set_xscale("log")
+        axis.set_title(op, fontsize=10)
+        axis.set_xlabel("bytes that must be moved, MB")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("GB/s of bytes that must be moved")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, -1].legend(fontsize=8)
+    return _save(figure, stem, "bandwidth")
+
+
+def _draw_step(rows: list[Row], stem: Path) -> Path | None:
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if row.get("shares")]
+    if not rows:
+        return None
+    bars = []
+    for row in reversed(rows):
+        for name, peer in row["peers"].items():
+            if peer.get("shares"):
+                bars.append((f"{row['case']}\n{name}", peer["shares"], peer["p50_s"]))
+        bars.append((f"{row['case']}\nours", row["shares"], row["p50_s"]))
+    parts = list(dict.fromkeys(part for _, shares, _ in bars for part in shares))
+    figure, axis = plt.subplots(figsize=(10, 0.8 * len(bars) + 1.5), layout="constrained")
+    colours = plt.get_cmap("tab20").colors
+    for y, (_, shares, seconds) in enumerate(bars):
+        left = 0.0
+        for part, colour in zip(parts, colours, strict=False):
+            width = shares.get(part, 0.0) * seconds / sum(shares.values())
+            axis.barh(y, width, left=left, color=colour)
+            if shares.get(part, 0.0) >= 4:
+                axis.text(left + width / 2, y, f"{shares[part]:.0f} %", ha="center", va="center", fontsize=8)
+            left += width
+    axis.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
+    axis.set_xlabel("seconds of one step")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=p) for p, c in zip(parts, colours, strict=False)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(parts)), fontsize=8)
+    return _save(figure, stem, "step")
+
+
+def _save(figure: Any, stem: Path, kind: str) -> Path:
+    path = stem.with_name(f"{stem.name}-{kind}.png")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def write(rows: list[Row], folder: Path) -> list[Path]:
+    """All result files of one machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / machine_name(rows)
+    table, figures = stem.with_suffix(".md"), stem.with_suffix(".json")
+    figures.write_text(json.dumps([_rounded(row) for row in rows], indent=1) + "\n")
+    table.write_text(markdown(rows))
+    return [figures, table, *draw(rows, stem)]
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits: more would only be noise in the history."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, float) and value and math.isfinite(value):
+        return round(value, 3 - math.floor(math.log10(abs(value))))
+    return value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="what `pytest bench --benchmark-json FILE` wrote")
+    parser.add_argument("--check", action="store_true", help="compare with bench/goals.json and write nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    arguments = parser.parse_args()
+    try:
+        rows = read_rows(arguments.file)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.check:
+        return check(rows)
+    for path in write(rows, arguments.out):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
