@@ -109,12 +109,17 @@ def markdown(rows: list[Row]) -> str:
     for op in dict.fromkeys(row["op"] for row in rows):
         cases = [row for row in rows if row["op"] == op]
         peers = list(dict.fromkeys(name for row in cases for name in row["peers"]))
+        on_gpu = ["device time, cold", "launches", "waits"] if "launches" in cases[0] else []
         lines += ["", f"## {op}", ""]
-        lines.append("| case | " + " | ".join(["ours", "GB/s", "of the line", "peak", *peers]) + " |")
-        lines.append("|" + "---|" * (5 + len(peers)))
+        lines.append(
+            "| case | " + " | ".join(["ours", "must move", "GB/s", "of the line", "peak", *on_gpu, *peers]) + " |"
+        )
+        lines.append("|" + "---|" * (6 + len(on_gpu) + len(peers)))
         for row in cases:
-            cells = [_time(row), _number(row.get("gb_per_s")), _percent(row.get("percent_of_line"))]
-            cells.append(_bytes(row.get("peak_bytes")))
+            cells = [_time(row.get("p50_s")), _bytes(row.get("bytes"))]
+            cells += [_number(row.get("gb_per_s")), _percent(row.get("percent_of_line")), _bytes(row.get("peak_bytes"))]
+            if on_gpu:
+                cells += [_time(row["device_s"]), str(row["launches"]), "yes" if row["waits_for_device"] else "no"]
             cells += [_peer(row["peers"].get(name)) for name in peers]
             lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
         missing = {name: why for row in cases for name, why in row.get("missing", {}).items()}
@@ -125,8 +130,7 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _time(row: Row) -> str:
-    seconds = row.get("p50_s")
+def _time(seconds: float | None) -> str:
     if seconds is None:
         return ""
     for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
