@@ -232,9 +232,11 @@ class GuardConfig(Section):
 
 
 class ProbeConfig(Section):
-    """k-nearest-neighbour and linear probe on labelled data; `every_epochs` 0 means only at the end."""
+    """k-nearest-neighbour and linear probe on labelled data; `every_epochs` 0 means only at the end. Features are
+    averages over the patches of each cell of a `grid` x `grid` division of the image; 1 averages over all patches."""
 
     every_epochs: int = Field(default=0, ge=0)
+    grid: int = Field(default=1, ge=1)
     labels_per_class: int = Field(default=10, ge=1)
     num_draws: int = Field(default=5, ge=1)
     neighbours: int = Field(default=20, ge=1)
@@ -381,7 +383,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 def _problems_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """What no section can see alone. Sections that are themselves wrong are left out by the caller."""
     model, mask = sections.get("model"), sections.get("mask")
-    target, data = sections.get("target"), sections.get("data")
+    target, data, probe = sections.get("target"), sections.get("data"), sections.get("probe")
     if model and mask and mask.num_patches >= model.num_patches:
         must = f"be in [1, {model.num_patches - 1}]"
         hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
@@ -389,6 +391,9 @@ def _problems_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if model and target and target.top_k > model.depth:
         hint = "There are no more blocks to average: lower it or raise `d2v.model.depth`."
         yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
+    if model and probe and probe.grid > model.grid_size:
+        must = f"be in [1, {model.grid_size}]"
+        yield Problem("probe.grid", must, probe.grid, f"An image has {model.grid_size} x {model.grid_size} patches.")
     for name in ("mean", "std"):
         if model and data and len(getattr(data, name)) not in (1, model.channels):
             hint = f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."

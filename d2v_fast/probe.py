@@ -1,12 +1,15 @@
 """Is it learning? Two probes on frozen features, beside two baselines.
 
-Features of an image are the last block's output, layer-normalised, averaged over the patches. On them, a
-k-nearest-neighbour classifier and a logistic regression are fitted to the labelled images of the training part and
-scored on the held-out part. The baselines are the same network before training, and the raw pixels.
+Features of an image are the last block's output, layer-normalised, averaged over the patches: over all of them, or over
+those of every cell of a coarse grid, so that the classifier sees roughly where in the image something is (with 2x2, the
+four quadrants of Coates, Ng and Lee, AISTATS 2011). On them, a k-nearest-neighbour classifier and a logistic regression
+are fitted to the labelled images of the training part and scored on the held-out part. The baselines are the same
+network before training, and the raw pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -75,10 +78,16 @@ def patch_features(model: nn.Module, images: Tensor, top_k: int) -> Tensor:
     return F.layer_norm(patches_KBPD, patches_KBPD.shape[-1:]).mean(0)
 
 
-def image_features(model: nn.Module, images: Tensor) -> NDArray[np.float32]:
-    """Features `[S, D]`, fp32, of `images` `[S, C, H, W]`: the last block's `patch_features`, mean over the patches."""
-    batches = [patch_features(model, batch, top_k=1).mean(1).cpu() for batch in images.split(_BATCH)]
-    return torch.cat(batches).numpy()
+def image_features(model: nn.Module, images: Tensor, grid: int = 1) -> NDArray[np.float32]:
+    """Features of `images` `[S, C, H, W]`: the last block's `patch_features`, averaged over the patches of each cell.
+
+    Args:
+        grid: Cells along one side. 1 averages over all patches, whose number then need not be a square.
+    Returns:
+        fp32 `[S, D * grid * grid]`.
+    """
+    pooled = [_pool(patch_features(model, batch, top_k=1), grid).cpu() for batch in images.split(_BATCH)]
+    return torch.cat(pooled).numpy()
 
 
 def score(features: NDArray[np.float32], data: ProbeData, config: ProbeConfig) -> Scores:
@@ -116,12 +125,21 @@ def run_probe(models: Mapping[str, nn.Module], data: ProbeData, config: ProbeCon
     Args:
         models: Networks with the call of `VisionModel`, by the name they get in the table.
         data: Images as the network takes them, labels, and the split.
-        config: Labels per class, draws, neighbours.
+        config: Cells of the features, labels per class, draws, neighbours.
     """
     images = torch.as_tensor(data.images)
-    scores = {name: score(image_features(model, images), data, config) for name, model in models.items()}
+    scores = {name: score(image_features(model, images, config.grid), data, config) for name, model in models.items()}
     scores[PIXELS] = score(images.flatten(1).numpy(), data, config)
     return ProbeReport(scores, config)
+
+
+def _pool(patches_BPD: Tensor, grid: int) -> Tensor:
+    """Mean over the patches of every cell, `[B, D * grid * grid]`; cells overlap where `grid` does not divide."""
+    if grid == 1:
+        return patches_BPD.mean(1)
+    B, P, D = patches_BPD.shape
+    side = math.isqrt(P)
+    return F.adaptive_avg_pool2d(patches_BPD.mT.reshape(B, D, side, side), grid).flatten(1)
 
 
 def _draw(labels: NDArray[np.int64], train: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:

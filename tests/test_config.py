@@ -117,6 +117,7 @@ def test_every_problem_is_listed_at_once() -> None:
         ("d2v__model__image_size", 230, "must be a multiple of `patch_size` (16), but is 230 instead"),
         ("d2v__mask__num_patches", 300, "must be in [1, 195], but is 300 instead"),
         ("d2v__mask__num_patches", 196, "must be in [1, 195], but is 196 instead"),
+        ("d2v__probe__grid", 15, "must be in [1, 14], but is 15 instead"),
         ("d2v__mask__min_patches", 121, "must be <= `num_patches` (120), but is 121 instead"),
         ("d2v__target__top_k", 13, "must be in [1, 12], but is 13 instead"),
         ("d2v__target__layer_norm", "lyer", "must be 'none', 'layer', 'instance' or 'batch', but is \"lyer\" instead"),

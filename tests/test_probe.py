@@ -89,3 +89,28 @@ def test_number_of_labels(per_class):
         assert scores.few_labels_std == 0
     else:
         assert scores.few_labels < scores.linear
+
+
+class Patches(nn.Module):
+    """The pixels themselves as tokens of one channel and a constant; the call of VisionModel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixels, rows=None, top_k=0):
+        tokens = torch.stack([pixels.flatten(1), -pixels.flatten(1)], -1)
+        return SimpleNamespace(features=[torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1)])
+
+
+def test_features_of_a_grid():
+    """One cell bright: only its average differs."""
+    images = torch.full((3, 1, 4, 4), -1.0)
+    images[1, 0, :2, 2:] = images[2, 0, 3, 0] = 1.0
+    got = image_features(Patches(), images, grid=2).reshape(3, 2, 2, 2)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got[0, 0], [[-1, -1], [-1, -1]], atol=1e-4)
+    np.testing.assert_allclose(got[1, 0], [[-1, 1], [-1, -1]], atol=1e-4)
+    np.testing.assert_allclose(got[2, 0], [[-1, -1], [-0.5, -1]], atol=1e-4)
+    np.testing.assert_allclose(got[:, 1], -got[:, 0], atol=1e-6)
+    np.testing.assert_allclose(image_features(Patches(), images), got.mean((2, 3)), atol=1e-6)
