@@ -1,6 +1,6 @@
 """Transformer encoder: pre-norm blocks with LayerScale, stochastic depth and one shared attention bias.
 
-Shape letters: B batch, T tokens, D width, H heads, K kept block outputs.
+Shape letters: B batch, T tokens, D width, H heads, K kept block outputs, N rows.
 
 Architecture and initialisation are those of the BEiT-style code behind the published vision results of
 data2vec (arXiv 2202.03555, section 4.1):
@@ -43,7 +43,8 @@ class EncoderOutput(NamedTuple):
     """What an encoder hands back.
 
     Attributes:
-        last_hidden: `[B, T, D]` residual stream after the last block, before any final norm.
+        last_hidden: residual stream after the last block, before any final norm: `[B, T, D]`, or `[N, D]` where
+            only some rows of it were asked for.
         features: the outputs `[B, T, D]` of the last K blocks, first to last; the last one is `last_hidden`.
     """
 
@@ -172,7 +173,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`."""
+        """`[..., D]` to `[..., D]`."""
         return self.dropout(self.fc2(F.gelu(self.fc1(x))))
 
 
@@ -210,10 +211,25 @@ class TransformerBlock(nn.Module):
         for gamma in (self.gamma1, self.gamma2):
             nn.init.constant_(gamma, self.layer_scale)
 
-    def forward(self, x: Tensor, attention_bias: Tensor) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`; `attention_bias` is `[1, H, T, T]`."""
-        x = torch.addcmul(x, self.attention(self.norm1(x), attention_bias), self._scale(self.gamma1, len(x)))
-        return torch.addcmul(x, self.mlp(self.norm2(x)), self._scale(self.gamma2, len(x)))
+    def forward(self, x: Tensor, attention_bias: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Attend, then transform token by token.
+
+        Args:
+            x: `[B, T, D]`.
+            attention_bias: `[1, H, T, T]`.
+            rows: int64 `[N]`, flat indices `b * T + t`: the only tokens whose output is wanted, so that the MLP runs on
+                no other; None: all tokens.
+        Returns:
+            `[B, T, D]`, or `[N, D]` with `rows`.
+        """
+        B, T, D = x.shape
+        x = torch.addcmul(x, self.attention(self.norm1(x), attention_bias), self._scale(self.gamma1, B))
+        scale = self._scale(self.gamma2, B)
+        if rows is not None:
+            x = x.reshape(B * T, D).index_select(0, rows)
+            if scale.dim() > 1:
+                scale = scale.view(B, D).index_select(0, rows // T)
+        return torch.addcmul(x, self.mlp(self.norm2(x)), scale)
 
     def _scale(self, gamma: Tensor, batch_size: int) -> Tensor:
         """Factor on a residual branch: LayerScale `[D]`, in training times stochastic depth, `[B, 1, D]`."""
@@ -236,13 +252,17 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = config.gradient_checkpointing
         self.blocks = nn.ModuleList(TransformerBlock(config, index) for index in range(config.depth))
 
-    def forward(self, x: Tensor, attention_bias: Tensor, top_k: int = 0) -> EncoderOutput:
+    def forward(self, x: Tensor, attention_bias: Tensor, top_k: int = 0, rows: Tensor | None = None) -> EncoderOutput:
         """Run all blocks.
 
         Args:
             x: `[B, T, D]` token embeddings.
             attention_bias: `[1, H, T, T]`, added to the attention logits of every block.
             top_k: K, how many of the last blocks' outputs to return; no other output outlives its block.
+            rows: int64 `[N]`, flat indices `b * T + t`: the last block computes these tokens only, and its output
+                is `[N, D]`; None: all tokens.
+        Raises:
+            ValueError: `top_k` is not in [0, depth].
         """
         depth = len(self.blocks)
         if not 0 <= top_k <= depth:
@@ -250,10 +270,11 @@ class Encoder(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         features = []
         for index, block in enumerate(self.blocks):
+            wanted = rows if index == depth - 1 else None
             if recompute:
-                x = checkpoint(block, x, attention_bias, use_reentrant=False)
+                x = checkpoint(block, x, attention_bias, wanted, use_reentrant=False)
             else:
-                x = block(x, attention_bias)
+                x = block(x, attention_bias, wanted)
             if index >= depth - top_k:
                 features.append(x)
         return EncoderOutput(x, features)

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from d2v_fast.config import VisionModelConfig
-from d2v_fast.encoder import Encoder, RelativePositionBias, TransformerBlock, relative_position_index
+from d2v_fast.encoder import (
+    Encoder,
+    RelativePositionBias,
+    TransformerBlock,
+    relative_position_index,
+)
 from tests import vision_reference as reference
 
 SMALL = VisionModelConfig(
@@ -27,6 +32,11 @@ def inputs(config: VisionModelConfig, batch_size: int = 5) -> tuple[Tensor, Tens
     num_tokens = 1 + config.num_patches
     x = torch.randn(batch_size, num_tokens, config.width)
     return x, torch.randn(1, config.heads, num_tokens, num_tokens)
+
+
+def random_rows(x: Tensor) -> Tensor:
+    """Flat rows of about half the tokens, another count in every sample."""
+    return (torch.rand(x.shape[:2]) < 0.5).flatten().nonzero()[:, 0]
 
 
 @pytest.mark.parametrize("grid_size", [1, 2, 3, 5])
@@ -121,6 +131,40 @@ def test_features_are_the_last_block_outputs() -> None:
         assert torch.equal(last_hidden, outputs[-1])
         assert len(features) == top_k
         assert all(map(torch.equal, features, outputs[len(outputs) - top_k :]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_rows_are_those_of_the_whole_output(checkpointing: bool) -> None:
+    encoder = Encoder(small(drop_path=0.3, gradient_checkpointing=checkpointing)).double()
+    reference.randomise_(encoder)
+    x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL))
+    rows = random_rows(x)
+    leaves = [x, bias, *encoder.parameters()]
+
+    def run(wanted: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(5)
+        last_hidden, features = encoder(x, bias, 2, wanted)
+        assert features[1] is last_hidden
+        picked = last_hidden if wanted is not None else last_hidden.flatten(0, 1)[rows]
+        loss = picked.square().sum() + features[0].sin().sum()
+        return picked, list(torch.autograd.grad(loss, leaves))
+
+    (actual, actual_grads), (expected, expected_grads) = run(rows), run(None)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for actual_grad, expected_grad in zip(actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-10, atol=1e-10)
+
+
+def test_last_mlp_sees_the_rows_only() -> None:
+    encoder = Encoder(SMALL)
+    x, bias = inputs(SMALL)
+    rows = random_rows(x)
+    seen = []
+    for block in encoder.blocks:
+        block.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    assert encoder(x, bias, rows=rows).last_hidden.shape == (len(rows), SMALL.width)
+    assert seen == [x.shape] * 3 + [(len(rows), SMALL.width)]
+    assert encoder(x, bias, rows=rows[:0]).last_hidden.shape == (0, SMALL.width)
 
 
 @pytest.mark.parametrize("top_k", [-1, 5])
