@@ -136,6 +136,24 @@ class QKVProjection(nn.Module):
         return F.linear(x, self.weight, bias)
 
 
+def attention_with_bias_gradient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """Plain attention, for where `scaled_dot_product_attention` has no kernel that gives the bias a gradient.
+
+    On a CPU that is so, and what it falls back to also looks for rows that are masked out entirely.
+
+    Args:
+        q, k, v: `[B, H, T, D / H]`.
+        bias: `[1, H, T, T]`, added to the scaled logits.
+        dropout: probability with which an attention weight is dropped.
+    Returns:
+        `[B, H, T, D / H]`.
+    """
+    logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
+    # in place: the backward pass of the product does not read it
+    weights = logits.add_(bias).softmax(dim=-1)
+    return torch.matmul(F.dropout(weights, dropout), v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with an additive bias on the logits."""
 
@@ -156,9 +174,11 @@ class Attention(nn.Module):
         """
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_bias, dropout_p=self.attention_dropout if self.training else 0.0
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if x.device.type == "cpu" and attention_bias.requires_grad:
+            attended = attention_with_bias_gradient(q, k, v, attention_bias, dropout)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias, dropout_p=dropout)
         return self.dropout(self.proj(attended.transpose(1, 2).reshape(B, T, D)))
 
 

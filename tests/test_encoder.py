@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.config import VisionModelConfig
@@ -14,6 +15,7 @@ from d2v_fast.encoder import (
     Encoder,
     RelativePositionBias,
     TransformerBlock,
+    attention_with_bias_gradient,
     relative_position_index,
 )
 from tests import vision_reference as reference
@@ -87,6 +89,26 @@ def test_block_matches_formula() -> None:
         torch.testing.assert_close(
             actual_grad, expected_grad, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_attention_with_bias_gradient_is_attention() -> None:
+    q, k, v = (torch.randn(2, 3, 7, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 3, 7, 7, dtype=torch.float64, requires_grad=True)
+    actual = attention_with_bias_gradient(q, k, v, bias, dropout=0.0)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(actual)
+    for actual_grad, expected_grad in zip(
+        torch.autograd.grad(actual, [q, k, v, bias], direction),
+        torch.autograd.grad(expected, [q, k, v, bias], direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-11, atol=1e-11)
+
+    # the weights of a query sum to one: dropping half of them and doubling the rest keeps the mean
+    dropped = attention_with_bias_gradient(q, k, torch.ones_like(v), bias, dropout=0.5)
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.2)
+    assert (dropped - 1).abs().max() > 0.1
 
 
 def test_drop_path_keeps_or_drops_whole_samples() -> None:
