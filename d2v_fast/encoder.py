@@ -12,6 +12,7 @@ data2vec (arXiv 2202.03555, section 4.1):
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -243,21 +244,31 @@ class TransformerBlock(nn.Module):
             `[B, T, D]`, or `[N, D]` with `rows`.
         """
         B, T, D = x.shape
-        x = torch.addcmul(x, self.attention(self.norm1(x), attention_bias), self._scale(self.gamma1, B))
-        scale = self._scale(self.gamma2, B)
-        if rows is not None:
-            x = x.reshape(B * T, D).index_select(0, rows)
-            if scale.dim() > 1:
-                scale = scale.view(B, D).index_select(0, rows // T)
+        x = self._add_branch(x, lambda kept: self.attention(self.norm1(kept), attention_bias), self.gamma1)
+        if rows is None:
+            return self._add_branch(x, lambda kept: self.mlp(self.norm2(kept)), self.gamma2)
+        x = x.reshape(B * T, D).index_select(0, rows)
+        scale: Tensor = self.gamma2
+        if self._drops_paths:
+            keep_prob = 1.0 - self.drop_path
+            kept = self._draw_kept(B).to(x.device, x.dtype, non_blocking=True)
+            scale = scale * (kept / keep_prob).index_select(0, rows // T)[:, None]
         return torch.addcmul(x, self.mlp(self.norm2(x)), scale)
 
-    def _scale(self, gamma: Tensor, batch_size: int) -> Tensor:
-        """Factor on a residual branch: LayerScale `[D]`, in training times stochastic depth, `[B, 1, D]`."""
-        if not self.training or self.drop_path == 0.0:
-            return gamma
-        keep_prob = 1.0 - self.drop_path
-        kept = gamma.new_empty(batch_size, 1, 1).bernoulli_(keep_prob)
-        return gamma * (kept / keep_prob)
+    def _add_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor) -> Tensor:
+        """`x + drop_path(gamma * branch(x))`; the branch is computed for the samples that stochastic depth keeps."""
+        if not self._drops_paths:
+            return torch.addcmul(x, branch(x), gamma)
+        kept = self._draw_kept(len(x)).nonzero()[:, 0].to(x.device, non_blocking=True)
+        return x.index_add(0, kept, branch(x.index_select(0, kept)) * (gamma / (1.0 - self.drop_path)))
+
+    @property
+    def _drops_paths(self) -> bool:
+        return self.training and self.drop_path > 0.0
+
+    def _draw_kept(self, batch_size: int) -> Tensor:
+        """Which samples keep a branch: bool `[B]`, on the host, which so knows their number without a sync."""
+        return torch.rand(batch_size, device="cpu") >= self.drop_path
 
 
 class Encoder(nn.Module):

@@ -125,6 +125,53 @@ def test_drop_path_keeps_or_drops_whole_samples() -> None:
     assert 16 < kept.sum() < 48
 
 
+@pytest.mark.parametrize("with_rows", [False, True], ids=["all_tokens", "rows"])
+def test_dropped_samples_are_multiplied_by_zero(with_rows: bool) -> None:
+    """Values and gradients are those of a branch that is computed for every sample and then scaled by 0 or 1 / keep."""
+    block = TransformerBlock(small(drop_path=0.4, depth=2), index=1).double()
+    reference.randomise_(block)
+    x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL, batch_size=7))
+    rows = random_rows(x) if with_rows else None
+    leaves = [x, bias, *block.parameters()]
+
+    torch.manual_seed(11)
+    actual = block(x, bias, rows)
+    torch.manual_seed(11)
+    scale1, scale2 = ((torch.rand(len(x)) >= 0.4).double()[:, None, None] / 0.6 for _ in range(2))
+    assert 0 < scale1.count_nonzero() < len(x)
+    expected = x + scale1 * block.gamma1 * block.attention(block.norm1(x), bias)
+    expected = expected + scale2 * block.gamma2 * block.mlp(block.norm2(expected))
+    if rows is not None:
+        expected = expected.flatten(0, 1)[rows]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+    direction = torch.randn_like(actual)
+    for actual_grad, expected_grad in zip(
+        torch.autograd.grad(actual, leaves, direction), torch.autograd.grad(expected, leaves, direction), strict=True
+    ):
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-10, atol=1e-10)
+
+
+def test_dropped_samples_are_not_computed() -> None:
+    block = TransformerBlock(small(drop_path=0.5, depth=2), index=1)
+    seen = []
+    for module in (block.attention, block.mlp):
+        module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    block(*inputs(SMALL, batch_size=64))
+    assert all(16 < size < 48 for size in seen)
+    assert len(seen) == 2
+
+
+def test_every_sample_dropped() -> None:
+    block = TransformerBlock(small(drop_path=0.999999, depth=2), index=1)
+    x, bias = inputs(SMALL, batch_size=3)
+    bias.requires_grad_()
+    output = block(x, bias)
+    assert torch.equal(output, x)
+    output.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
+
+
 def test_drop_path_rises_linearly() -> None:
     encoder = Encoder(small(drop_path=0.3, depth=4))
     assert [block.drop_path for block in encoder.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
