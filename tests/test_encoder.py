@@ -16,6 +16,7 @@ from d2v_fast.encoder import (
     RelativePositionBias,
     TransformerBlock,
     attention_with_bias_gradient,
+    drop,
     relative_position_index,
 )
 from tests import vision_reference as reference
@@ -109,6 +110,22 @@ def test_attention_with_bias_gradient_is_attention() -> None:
     dropped = attention_with_bias_gradient(q, k, torch.ones_like(v), bias, dropout=0.5)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.2)
     assert (dropped - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.05, 0.5, 0.999999])
+def test_drop_is_dropout(prob: float) -> None:
+    x = torch.rand(3, 101, 333, dtype=torch.float64).add_(1).requires_grad_()
+    y = drop(x, prob)
+    kept = y != 0
+    rounded = math.floor(prob * 2**16) / 2**16
+    deviation = math.sqrt(rounded * (1 - rounded) / x.numel())
+    assert abs(kept.double().mean().item() - (1 - rounded)) <= 4 * deviation
+    torch.testing.assert_close(y, torch.where(kept, x / (1 - rounded), 0.0))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, kept.double() / (1 - rounded))
+    # neighbours are independent: lanes of one drawn number are
+    pairs = kept.flatten()[:-1] & kept.flatten()[1:]
+    assert abs(pairs.double().mean().item() - (1 - rounded) ** 2) <= 8 * deviation
 
 
 def test_drop_path_keeps_or_drops_whole_samples() -> None:
