@@ -22,6 +22,8 @@ MISSING = [name for name in NEEDED_FOR_TRAINING if find_spec(name) is None]
 collect_ignore_glob = ["tests/test_*.py"] if MISSING else []
 if "numba" in MISSING:
     collect_ignore_glob.append("bench/bench_masking.py")
+if MISSING or find_spec("transformers") is None:
+    collect_ignore_glob.append("bench/bench_step.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

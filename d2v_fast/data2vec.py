@@ -58,22 +58,32 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: VisionModelConfig) -> None:
         super().__init__()
+        self.num_patches = config.num_patches
         self.embedding = VisionEmbedding(config)
         self.position_bias = RelativePositionBias(config.grid_size, config.heads)
         self.encoder = Encoder(config)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, pixels: Tensor, rows: Tensor | None = None, top_k: int = 0) -> EncoderOutput:
+    def forward(
+        self, pixels: Tensor, rows: Tensor | None = None, top_k: int = 0, output_rows: Tensor | None = None
+    ) -> EncoderOutput:
         """Encode a batch of images. `norm` is left to the caller, who may want it on some rows only.
 
         Args:
             pixels: `[B, C, H, W]`, normalised.
             rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; None masks nothing.
             top_k: K, how many of the last blocks' outputs to return.
+            output_rows: int64 `[M]`, flat indices `b * P + p`: the only patches at which the last block's output is
+                wanted; None: the whole output.
         Returns:
-            `last_hidden` `[B, 1 + P, D]`, class token first, and K features of that shape.
+            `last_hidden` `[B, 1 + P, D]`, class token first, and K features of that shape. With `output_rows`,
+            `last_hidden` and the last feature are `[M, D]`.
         """
-        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), self.position_bias(), top_k)
+        token_rows = None
+        if output_rows is not None:
+            # from rows of patches to rows of tokens: a class token precedes the patches of every image
+            token_rows = output_rows + output_rows // self.num_patches + 1
+        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), self.position_bias(), top_k, token_rows)
         return output
 
 
@@ -86,8 +96,9 @@ class Data2Vec(nn.Module):
 
     def __init__(self, config: D2VConfig) -> None:
         super().__init__()
-        self.num_patches = config.model.num_patches
         self.target = config.target
+        # statistics over positions need the last layer at all of them
+        self.target_is_per_row = {config.target.layer_norm, config.target.final_norm} <= {"none", "layer"}
         self.beta = config.loss.beta
         self.student = VisionModel(config.model)
         self.head = nn.Linear(config.model.width, config.model.width)
@@ -101,23 +112,31 @@ class Data2Vec(nn.Module):
 
     def student_forward(self, batch: MaskedImages) -> Tensor:
         """Predictions `[N, D]` at the masked patches of the masked images; norm and head see no other row."""
-        hidden = self.student(batch.pixels, batch.rows).last_hidden
-        # from rows of patches to rows of tokens: a class token precedes the patches of every image
-        token_rows = batch.rows + batch.rows // self.num_patches + 1
-        prediction: Tensor = self.head(self.student.norm(hidden.flatten(0, 1).index_select(0, token_rows)))
+        hidden = self.student(batch.pixels, batch.rows, output_rows=batch.rows).last_hidden
+        prediction: Tensor = self.head(self.student.norm(hidden))
         return prediction
 
     @torch.no_grad()
     def teacher_features(self, batch: MaskedImages, teacher: nn.Module) -> list[Tensor]:
-        """Outputs of the teacher's last K blocks at the patches of the unmasked images: views `[B, P, D]`."""
+        """Outputs `[B, P, D]` of the teacher's last K blocks at the patches of the unmasked images.
+
+        Where the target is a function of each row alone, the last of them is computed at `batch.rows` only: its other
+        rows are uninitialised.
+        """
         if teacher.training:
             raise ValueError("`teacher` must be in eval mode, but is in training mode instead: `teacher.eval()`.")
         # a working copy in the compute dtype needs no autocast, which would only run its norms in fp32
         is_working_copy = next(teacher.parameters()).dtype != torch.float32
         device_type = batch.pixels.device.type
         with torch.autocast(device_type, enabled=False) if is_working_copy else nullcontext():
-            features = teacher(batch.pixels, top_k=self.target.top_k).features
-        return [feature[:, 1:] for feature in features]
+            output_rows = batch.rows if self.target_is_per_row else None
+            *features, last = teacher(batch.pixels, top_k=self.target.top_k, output_rows=output_rows).features
+        features = [feature[:, 1:] for feature in features]
+        if output_rows is None:
+            return [*features, last[:, 1:]]
+        scattered = last.new_empty(len(batch.pixels) * self.student.num_patches, last.shape[1])
+        scattered.index_copy_(0, output_rows, last)
+        return [*features, scattered.view(len(batch.pixels), self.student.num_patches, -1)]
 
     def objective(self, prediction: Tensor, features: list[Tensor], rows: Tensor) -> StepOutput:
         """Regress the normalised average of the features at the masked rows.

@@ -1,6 +1,6 @@
 """Transformer encoder: pre-norm blocks with LayerScale, stochastic depth and one shared attention bias.
 
-Shape letters: B batch, T tokens, D width, H heads, K kept block outputs.
+Shape letters: B batch, T tokens, D width, H heads, K kept block outputs, N rows.
 
 Architecture and initialisation are those of the BEiT-style code behind the published vision results of
 data2vec (arXiv 2202.03555, section 4.1):
@@ -12,6 +12,7 @@ data2vec (arXiv 2202.03555, section 4.1):
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,8 @@ class EncoderOutput(NamedTuple):
     """What an encoder hands back.
 
     Attributes:
-        last_hidden: `[B, T, D]` residual stream after the last block, before any final norm.
+        last_hidden: residual stream after the last block, before any final norm: `[B, T, D]`, or `[N, D]` where
+            only some rows of it were asked for.
         features: the outputs `[B, T, D]` of the last K blocks, first to last; the last one is `last_hidden`.
     """
 
@@ -135,6 +137,39 @@ class QKVProjection(nn.Module):
         return F.linear(x, self.weight, bias)
 
 
+def attention_with_bias_gradient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """Plain attention, for where `scaled_dot_product_attention` has no kernel that gives the bias a gradient.
+
+    On a CPU that is so, and what it falls back to also looks for rows that are masked out entirely.
+
+    Args:
+        q, k, v: `[B, H, T, D / H]`.
+        bias: `[1, H, T, T]`, added to the scaled logits.
+        dropout: probability with which an attention weight is dropped.
+    Returns:
+        `[B, H, T, D / H]`.
+    """
+    logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
+    # in place: the backward pass of the product does not read it
+    weights = logits.add_(bias).softmax(dim=-1)
+    return torch.matmul(drop(weights, dropout) if dropout > 0.0 else weights, v)
+
+
+def drop(x: Tensor, prob: float) -> Tensor:
+    """`F.dropout` of a CPU tensor, from 16 random bits per element: a draw for each takes several times as long.
+
+    Args:
+        x: any shape.
+        prob: in [0, 1), rounded down to a multiple of `2 ** -16`.
+    Returns:
+        `x` with elements set to zero at that probability, and the others divided by the complement of it.
+    """
+    num_dropped = int(prob * 2**16)
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= num_dropped - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - num_dropped))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with an additive bias on the logits."""
 
@@ -155,9 +190,11 @@ class Attention(nn.Module):
         """
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_bias, dropout_p=self.attention_dropout if self.training else 0.0
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if x.device.type == "cpu" and attention_bias.requires_grad:
+            attended = attention_with_bias_gradient(q, k, v, attention_bias, dropout)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias, dropout_p=dropout)
         return self.dropout(self.proj(attended.transpose(1, 2).reshape(B, T, D)))
 
 
@@ -172,7 +209,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`."""
+        """`[..., D]` to `[..., D]`."""
         return self.dropout(self.fc2(F.gelu(self.fc1(x))))
 
 
@@ -210,18 +247,43 @@ class TransformerBlock(nn.Module):
         for gamma in (self.gamma1, self.gamma2):
             nn.init.constant_(gamma, self.layer_scale)
 
-    def forward(self, x: Tensor, attention_bias: Tensor) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`; `attention_bias` is `[1, H, T, T]`."""
-        x = torch.addcmul(x, self.attention(self.norm1(x), attention_bias), self._scale(self.gamma1, len(x)))
-        return torch.addcmul(x, self.mlp(self.norm2(x)), self._scale(self.gamma2, len(x)))
+    def forward(self, x: Tensor, attention_bias: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Attend, then transform token by token.
 
-    def _scale(self, gamma: Tensor, batch_size: int) -> Tensor:
-        """Factor on a residual branch: LayerScale `[D]`, in training times stochastic depth, `[B, 1, D]`."""
-        if not self.training or self.drop_path == 0.0:
-            return gamma
-        keep_prob = 1.0 - self.drop_path
-        kept = gamma.new_empty(batch_size, 1, 1).bernoulli_(keep_prob)
-        return gamma * (kept / keep_prob)
+        Args:
+            x: `[B, T, D]`.
+            attention_bias: `[1, H, T, T]`.
+            rows: int64 `[N]`, flat indices `b * T + t`: the only tokens whose output is wanted, so that the MLP runs on
+                no other; None: all tokens.
+        Returns:
+            `[B, T, D]`, or `[N, D]` with `rows`.
+        """
+        B, T, D = x.shape
+        x = self._add_branch(x, lambda kept: self.attention(self.norm1(kept), attention_bias), self.gamma1)
+        if rows is None:
+            return self._add_branch(x, lambda kept: self.mlp(self.norm2(kept)), self.gamma2)
+        x = x.reshape(B * T, D).index_select(0, rows)
+        scale: Tensor = self.gamma2
+        if self._drops_paths:
+            keep_prob = 1.0 - self.drop_path
+            kept = self._draw_kept(B).to(x.device, x.dtype, non_blocking=True)
+            scale = scale * (kept / keep_prob).index_select(0, rows // T)[:, None]
+        return torch.addcmul(x, self.mlp(self.norm2(x)), scale)
+
+    def _add_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor) -> Tensor:
+        """`x + drop_path(gamma * branch(x))`; the branch is computed for the samples that stochastic depth keeps."""
+        if not self._drops_paths:
+            return torch.addcmul(x, branch(x), gamma)
+        kept = self._draw_kept(len(x)).nonzero()[:, 0].to(x.device, non_blocking=True)
+        return x.index_add(0, kept, branch(x.index_select(0, kept)) * (gamma / (1.0 - self.drop_path)))
+
+    @property
+    def _drops_paths(self) -> bool:
+        return self.training and self.drop_path > 0.0
+
+    def _draw_kept(self, batch_size: int) -> Tensor:
+        """Which samples keep a branch: bool `[B]`, on the host, which so knows their number without a sync."""
+        return torch.rand(batch_size, device="cpu") >= self.drop_path
 
 
 class Encoder(nn.Module):
@@ -236,13 +298,17 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = config.gradient_checkpointing
         self.blocks = nn.ModuleList(TransformerBlock(config, index) for index in range(config.depth))
 
-    def forward(self, x: Tensor, attention_bias: Tensor, top_k: int = 0) -> EncoderOutput:
+    def forward(self, x: Tensor, attention_bias: Tensor, top_k: int = 0, rows: Tensor | None = None) -> EncoderOutput:
         """Run all blocks.
 
         Args:
             x: `[B, T, D]` token embeddings.
             attention_bias: `[1, H, T, T]`, added to the attention logits of every block.
             top_k: K, how many of the last blocks' outputs to return; no other output outlives its block.
+            rows: int64 `[N]`, flat indices `b * T + t`: the last block computes these tokens only, and its output
+                is `[N, D]`; None: all tokens.
+        Raises:
+            ValueError: `top_k` is not in [0, depth].
         """
         depth = len(self.blocks)
         if not 0 <= top_k <= depth:
@@ -250,10 +316,11 @@ class Encoder(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         features = []
         for index, block in enumerate(self.blocks):
+            wanted = rows if index == depth - 1 else None
             if recompute:
-                x = checkpoint(block, x, attention_bias, use_reentrant=False)
+                x = checkpoint(block, x, attention_bias, wanted, use_reentrant=False)
             else:
-                x = block(x, attention_bias)
+                x = block(x, attention_bias, wanted)
             if index >= depth - top_k:
                 features.append(x)
         return EncoderOutput(x, features)

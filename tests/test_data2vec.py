@@ -150,16 +150,34 @@ def test_teacher_sees_what_the_student_does_not() -> None:
         assert not torch.equal(one, two)
 
 
-def test_teacher_features_are_views_of_the_last_layers() -> None:
-    model, teacher = random_pair()
+@pytest.mark.parametrize("layer_norm", ["none", "layer", "instance", "batch"])
+@pytest.mark.parametrize("final_norm", ["none", "layer", "instance"])
+def test_teacher_features_are_the_last_layers(layer_norm: str, final_norm: str) -> None:
+    target = TargetConfig(top_k=3, layer_norm=layer_norm, final_norm=final_norm)
+    model, teacher = random_pair(CONFIG.model_copy(update={"target": target}))
     batch = random_images()
     features = model.teacher_features(batch, teacher)
     outputs = reference.encode(double_weights(teacher), CONFIG.model, batch.pixels.double())
     assert len(features) == 3
-    for feature, output in zip(features, outputs[1:], strict=True):
-        assert feature._base is not None
+    per_row = layer_norm in ("none", "layer") and final_norm in ("none", "layer")
+    for index, (feature, output) in enumerate(zip(features, outputs[1:], strict=True)):
         assert feature.stride(-1) == 1
-        torch.testing.assert_close(feature.double(), output[:, 1:].detach(), rtol=1e-4, atol=1e-4)
+        expected = output[:, 1:].detach()
+        if index == 2 and per_row:
+            # a target that looks at one row at a time needs the last layer at the masked rows only
+            feature, expected = feature[batch.masked], expected[batch.masked]
+        torch.testing.assert_close(feature.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_output_rows_are_those_of_the_whole_output() -> None:
+    model, _ = random_pair()
+    batch = random_images()
+    whole, (first, last) = model.student(batch.pixels, batch.rows, top_k=2)
+    picked, (same, also_picked) = model.student(batch.pixels, batch.rows, top_k=2, output_rows=batch.rows)
+    assert also_picked is picked
+    torch.testing.assert_close(same, first)
+    torch.testing.assert_close(picked, whole[:, 1:][batch.masked])
+    torch.testing.assert_close(picked, last[:, 1:][batch.masked])
 
 
 def test_loss_does_not_depend_on_the_split() -> None:

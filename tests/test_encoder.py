@@ -7,10 +7,18 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.config import VisionModelConfig
-from d2v_fast.encoder import Encoder, RelativePositionBias, TransformerBlock, relative_position_index
+from d2v_fast.encoder import (
+    Encoder,
+    RelativePositionBias,
+    TransformerBlock,
+    attention_with_bias_gradient,
+    drop,
+    relative_position_index,
+)
 from tests import vision_reference as reference
 
 SMALL = VisionModelConfig(
@@ -27,6 +35,11 @@ def inputs(config: VisionModelConfig, batch_size: int = 5) -> tuple[Tensor, Tens
     num_tokens = 1 + config.num_patches
     x = torch.randn(batch_size, num_tokens, config.width)
     return x, torch.randn(1, config.heads, num_tokens, num_tokens)
+
+
+def random_rows(x: Tensor) -> Tensor:
+    """Flat rows of about half the tokens, another count in every sample."""
+    return (torch.rand(x.shape[:2]) < 0.5).flatten().nonzero()[:, 0]
 
 
 @pytest.mark.parametrize("grid_size", [1, 2, 3, 5])
@@ -79,18 +92,101 @@ def test_block_matches_formula() -> None:
         )
 
 
+def test_attention_with_bias_gradient_is_attention() -> None:
+    q, k, v = (torch.randn(2, 3, 7, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 3, 7, 7, dtype=torch.float64, requires_grad=True)
+    actual = attention_with_bias_gradient(q, k, v, bias, dropout=0.0)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(actual)
+    for actual_grad, expected_grad in zip(
+        torch.autograd.grad(actual, [q, k, v, bias], direction),
+        torch.autograd.grad(expected, [q, k, v, bias], direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-11, atol=1e-11)
+
+    # the weights of a query sum to one: dropping half of them and doubling the rest keeps the mean
+    dropped = attention_with_bias_gradient(q, k, torch.ones_like(v), bias, dropout=0.5)
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.2)
+    assert (dropped - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.05, 0.5, 0.999999])
+def test_drop_is_dropout(prob: float) -> None:
+    x = torch.rand(3, 101, 333, dtype=torch.float64).add_(1).requires_grad_()
+    y = drop(x, prob)
+    kept = y != 0
+    rounded = math.floor(prob * 2**16) / 2**16
+    deviation = math.sqrt(rounded * (1 - rounded) / x.numel())
+    assert abs(kept.double().mean().item() - (1 - rounded)) <= 4 * deviation
+    torch.testing.assert_close(y, torch.where(kept, x / (1 - rounded), 0.0))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, kept.double() / (1 - rounded))
+    # neighbours are independent: lanes of one drawn number are
+    pairs = kept.flatten()[:-1] & kept.flatten()[1:]
+    assert abs(pairs.double().mean().item() - (1 - rounded) ** 2) <= 8 * deviation
+
+
 def test_drop_path_keeps_or_drops_whole_samples() -> None:
-    block = TransformerBlock(small(drop_path=0.5, depth=2), index=1)
+    block = TransformerBlock(small(drop_path=0.5, depth=2), index=1).double()
     reference.randomise_(block)
     torch.nn.init.zeros_(block.gamma2)  # one branch, so that its factor can be read off
-    x, bias = inputs(SMALL, batch_size=64)
+    x, bias = (tensor.double() for tensor in inputs(SMALL, batch_size=64))
     branch = block.eval()(x, bias) - x
     factor = (block.train()(x, bias) - x) / branch
     per_sample = factor.flatten(1).mean(1)
-    torch.testing.assert_close(factor, per_sample[:, None, None].expand_as(factor), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(factor, per_sample[:, None, None].expand_as(factor), rtol=1e-6, atol=1e-6)
     kept = per_sample > 1
-    torch.testing.assert_close(per_sample, torch.where(kept, 2.0, 0.0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(per_sample, torch.where(kept, 2.0, 0.0).double(), rtol=1e-6, atol=1e-6)
     assert 16 < kept.sum() < 48
+
+
+@pytest.mark.parametrize("with_rows", [False, True], ids=["all_tokens", "rows"])
+def test_dropped_samples_are_multiplied_by_zero(with_rows: bool) -> None:
+    """Values and gradients are those of a branch that is computed for every sample and then scaled by 0 or 1 / keep."""
+    block = TransformerBlock(small(drop_path=0.4, depth=2), index=1).double()
+    reference.randomise_(block)
+    x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL, batch_size=7))
+    rows = random_rows(x) if with_rows else None
+    leaves = [x, bias, *block.parameters()]
+
+    torch.manual_seed(11)
+    actual = block(x, bias, rows)
+    torch.manual_seed(11)
+    scale1, scale2 = ((torch.rand(len(x)) >= 0.4).double()[:, None, None] / 0.6 for _ in range(2))
+    assert 0 < scale1.count_nonzero() < len(x)
+    expected = x + scale1 * block.gamma1 * block.attention(block.norm1(x), bias)
+    expected = expected + scale2 * block.gamma2 * block.mlp(block.norm2(expected))
+    if rows is not None:
+        expected = expected.flatten(0, 1)[rows]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+    direction = torch.randn_like(actual)
+    for actual_grad, expected_grad in zip(
+        torch.autograd.grad(actual, leaves, direction), torch.autograd.grad(expected, leaves, direction), strict=True
+    ):
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-10, atol=1e-10)
+
+
+def test_dropped_samples_are_not_computed() -> None:
+    block = TransformerBlock(small(drop_path=0.5, depth=2), index=1)
+    seen = []
+    for module in (block.attention, block.mlp):
+        module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    block(*inputs(SMALL, batch_size=64))
+    assert all(16 < size < 48 for size in seen)
+    assert len(seen) == 2
+
+
+def test_every_sample_dropped() -> None:
+    block = TransformerBlock(small(drop_path=0.999999, depth=2), index=1)
+    x, bias = inputs(SMALL, batch_size=3)
+    bias.requires_grad_()
+    output = block(x, bias)
+    assert torch.equal(output, x)
+    output.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
 
 
 def test_drop_path_rises_linearly() -> None:
@@ -121,6 +217,40 @@ def test_features_are_the_last_block_outputs() -> None:
         assert torch.equal(last_hidden, outputs[-1])
         assert len(features) == top_k
         assert all(map(torch.equal, features, outputs[len(outputs) - top_k :]))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_rows_are_those_of_the_whole_output(checkpointing: bool) -> None:
+    encoder = Encoder(small(drop_path=0.3, gradient_checkpointing=checkpointing)).double()
+    reference.randomise_(encoder)
+    x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL))
+    rows = random_rows(x)
+    leaves = [x, bias, *encoder.parameters()]
+
+    def run(wanted: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(5)
+        last_hidden, features = encoder(x, bias, 2, wanted)
+        assert features[1] is last_hidden
+        picked = last_hidden if wanted is not None else last_hidden.flatten(0, 1)[rows]
+        loss = picked.square().sum() + features[0].sin().sum()
+        return picked, list(torch.autograd.grad(loss, leaves))
+
+    (actual, actual_grads), (expected, expected_grads) = run(rows), run(None)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for actual_grad, expected_grad in zip(actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-10, atol=1e-10)
+
+
+def test_last_mlp_sees_the_rows_only() -> None:
+    encoder = Encoder(SMALL)
+    x, bias = inputs(SMALL)
+    rows = random_rows(x)
+    seen = []
+    for block in encoder.blocks:
+        block.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    assert encoder(x, bias, rows=rows).last_hidden.shape == (len(rows), SMALL.width)
+    assert seen == [x.shape] * 3 + [(len(rows), SMALL.width)]
+    assert encoder(x, bias, rows=rows[:0]).last_hidden.shape == (0, SMALL.width)
 
 
 @pytest.mark.parametrize("top_k", [-1, 5])

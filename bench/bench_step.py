@@ -1,0 +1,239 @@
+"""A whole pre-training step on images, beside the same step made of Transformers' model and plain parts.
+
+Both start from the same weights and must agree on loss and gradients before anything is timed. They then take turns,
+so that whatever slows the machine down slows both. Data is made beforehand. `extra_info` holds the medians:
+
+- `ratio`: seconds of the peer (`peers_vision.py`) over ours, of the pair that ran together;
+- `shares`: percent of our step by part;
+- `gflop_per_s`, `peer_gflop_per_s`: the arithmetic that the objective needs (`useful_flop`) over the time taken, beside
+  `gemm_gflop_per_s`, the rate of a large matrix product in the same process and precision, before every pair;
+- `peak_mb`, `peer_peak_mb`: what one step allocates on top of weights and optimizer state.
+
+`base` has the published sizes, `base published` the published rates of dropout and stochastic depth as well: the peer
+computes the residual branches that it then multiplies by zero, ours leaves them out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench.peers_vision import PeerStep
+from d2v_fast.config import D2VConfig, RunConfig, load_config
+from d2v_fast.data import Batch
+from d2v_fast.data2vec import build_model
+from d2v_fast.engine import make_engine
+from d2v_fast.interop.huggingface import _key_map
+from d2v_fast.masking import block_mask_rows
+from d2v_fast.stepclock import StepClock
+from d2v_fast.teacher import Teacher
+from d2v_fast.world import World
+
+PUBLISHED = Path(__file__).parent.parent / "configs" / "vision_base.json"
+SMALL = ["d2v.model.width=384", "d2v.model.heads=6"]
+WITHOUT_DROPOUT = ["d2v.model.drop_path=0.0", "d2v.model.attention_dropout=0.0"]
+# the clock ignores the first steps
+NUM_WARMUP, NUM_ROUNDS = 3, 5
+LR = 1e-4
+
+CASES = {
+    "small": (8, [*SMALL, *WITHOUT_DROPOUT]),
+    "base": (4, WITHOUT_DROPOUT),
+    "base published": (4, []),
+}
+
+
+class OurStep:
+    """The training loop's own parts, called as it calls them."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        world = World(device.type)
+        self.model = build_model(config.d2v).to(device)
+        self.engine = make_engine(self.model, config, world)
+        self.teacher = Teacher(self.model.student, config.d2v.teacher, compute_dtype=self.engine.compute_dtype)
+        self.clock = StepClock(device, enabled=True)
+        self.clock.watch(self.model)
+        self._width, self._step = config.d2v.model.width, 0
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean over masked patches and channels."""
+        output = self.engine.forward(batch, self.teacher.module)
+        return output.loss_sum / (output.num_rows * self._width)
+
+    def __call__(self, batch: Batch) -> None:
+        """A whole step."""
+        self._step += 1
+        loss = self.loss(batch)
+        with self.clock.part("backward"):
+            self.engine.backward(loss)
+        with self.clock.part("optimizer"):
+            applied = self.engine.step(LR)
+        with self.clock.part("EMA"):
+            self.teacher.update(self._step, applied if batch.pixels.is_cuda else None)
+        self.clock.end_step()
+
+    def shares(self) -> dict[str, float]:
+        """Percent of the step by part. The peer runs between two steps: what no part has counted is left out."""
+        milliseconds = self.clock.report()["ms_per_step"]
+        parts = {part: ms for part, ms in milliseconds.items() if part not in ("data", "everything else")}
+        return {part: round(100 * ms / sum(parts.values()), 2) for part, ms in parts.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.timeout(600)
+def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) -> None:
+    torch.manual_seed(0)
+    batch_size, changes = CASES[case]
+    changes = [*changes, f"train_batch_size={batch_size}", f"train_micro_batch_size_per_gpu={batch_size}"]
+    config = load_config(PUBLISHED, [*changes, f"d2v.data.path={tmp_path}"])
+    ours = OurStep(config, device)
+    peer = PeerStep(ours.model, config, tmp_path, device, LR)
+    batch, masked = random_batch(config.d2v, batch_size, device)
+    if config.d2v.model.drop_path == 0:
+        assert_same_step(config.d2v, ours, peer, batch, masked)
+
+    for _ in range(NUM_WARMUP):
+        ours(batch)
+    peer(batch.pixels, masked)
+    peak, peer_peak = peak_mb(lambda: ours(batch), device), peak_mb(lambda: peer(batch.pixels, masked), device)
+    gemm_rates, peer_seconds = [], []
+
+    def run_peer() -> None:
+        gemm_rates.append(gemm_gflop_per_s(ours.engine.compute_dtype, device))
+        started = now(device)
+        peer(batch.pixels, masked)
+        peer_seconds.append(now(device) - started)
+
+    def run_ours() -> None:
+        ours(batch)
+        now(device)
+
+    benchmark.group = "vision step"
+    benchmark.pedantic(run_ours, setup=run_peer, rounds=NUM_ROUNDS)
+    if benchmark.stats is None:
+        return
+    seconds = benchmark.stats.stats.data
+    step, peer_step = statistics.median(seconds), statistics.median(peer_seconds)
+    gflop = useful_flop(config.d2v, batch_size, len(batch.rows)) / 1e9
+    benchmark.extra_info.update(
+        ratio=statistics.median(theirs / mine for mine, theirs in zip(seconds, peer_seconds, strict=True)),
+        images_per_s=batch_size / step,
+        peer_images_per_s=batch_size / peer_step,
+        shares=ours.shares(),
+        gflop_per_s=gflop / step,
+        peer_gflop_per_s=gflop / peer_step,
+        gemm_gflop_per_s=statistics.median(gemm_rates),
+        peak_mb=peak,
+        peer_peak_mb=peer_peak,
+        peer_attention=peer.attention,
+        batch_size=batch_size,
+        dtype=str(ours.engine.compute_dtype),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+    )
+
+
+def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
+    """Noise with published masks, and the masks as bool `[B, P]`."""
+    model, mask = config.model, config.mask
+    options = (model.grid_size, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect)
+    ids = np.arange(batch_size)
+    rows = torch.from_numpy(block_mask_rows(0, 0, ids, *options))
+    masked = torch.zeros(batch_size * model.num_patches, dtype=torch.bool).index_fill(0, rows, True)
+    pixels = torch.randn(batch_size, model.channels, model.image_size, model.image_size)
+    batch = Batch(pixels, rows, torch.from_numpy(ids)).to(device)
+    return batch, masked.view(batch_size, -1).to(device)
+
+
+def assert_same_step(config: D2VConfig, ours: OurStep, peer: PeerStep, batch: Batch, masked: Tensor) -> None:
+    """Same loss, and the same gradient of every parameter of the encoder and the head."""
+    tolerance = 1e-3 if ours.engine.compute_dtype == torch.float32 else 0.1
+    loss, peer_loss = ours.loss(batch), peer.loss(batch.pixels, masked)
+    torch.testing.assert_close(loss, peer_loss, rtol=tolerance / 10, atol=0)
+    loss.backward()
+    peer_loss.backward()
+    mine, theirs = gradients(ours.model.student), gradients(peer.student.encoder)
+    pairs = {"head": (gradients(ours.model.head)["weight"], gradients(peer.student.head)["weight"])}
+    for name, foreign_names in _key_map(config.model).items():
+        foreign = torch.cat([theirs[foreign_name] for foreign_name in foreign_names])
+        pairs[name] = (mine[name], foreign.reshape(mine[name].shape))
+    for name, (actual, expected) in pairs.items():
+        error = (actual - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: relative error of the gradient {error:.1e}"
+    ours.model.zero_grad()
+    peer.student.zero_grad()
+
+
+def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+
+def useful_flop(config: D2VConfig, batch_size: int, num_rows: int) -> float:
+    """Floating-point operations of the matrix products that loss and gradients need, in expectation.
+
+    That is without what nobody reads (the last MLP where no patch is masked) or multiplies by zero (residual branches
+    that stochastic depth drops).
+    """
+    model = config.model
+    D, P = model.width, model.num_patches
+    T, N = 1 + P, num_rows / batch_size
+    attention, mlp = 8 * T * D * D + 4 * T * T * D, 4 * D * int(D * model.mlp_ratio)
+    embedding, head = 2 * P * model.channels * model.patch_size**2 * D, 2 * N * D * D
+    teacher = embedding + model.depth * attention + ((model.depth - 1) * T + N) * mlp
+    kept = [1 - model.drop_path * index / max(1, model.depth - 1) for index in range(model.depth)]
+    student = sum(kept) * attention + (sum(kept[:-1]) * T + kept[-1] * N) * mlp + head
+    # the backward pass is two products for each one; none is needed for the pixels
+    return batch_size * (teacher + 3 * student + 2 * embedding)
+
+
+def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device) -> float:
+    """Rate of a large matrix product: the best of some."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(3):
+        started = now(device)
+        torch.mm(a, b)
+        seconds.append(now(device) - started)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def peak_mb(step: Callable[[], None], device: torch.device) -> float | None:
+    """Most memory that a step takes on top of what is there before it; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    # give free memory back, and forget the peak so far
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes(status, "VmRSS")
+    step()
+    return (kilobytes(status, "VmHWM") - before) / 1e3
+
+
+def kilobytes(status: Path, key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text())
+    assert found is not None
+    return int(found[1])
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
