@@ -1,13 +1,10 @@
 """A whole pre-training step on images, beside the same step made of Transformers' model and plain parts.
 
 Both start from the same weights and must agree on loss and gradients before anything is timed. They then take turns,
-so that whatever slows the machine down slows both. Data is made beforehand. `extra_info` holds the medians:
-
-- `ratio`: seconds of the peer (`peers_vision.py`) over ours, of the pair that ran together;
-- `shares`: percent of our step by part;
-- `gflop_per_s`, `peer_gflop_per_s`: the arithmetic that the objective needs (`useful_flop`) over the time taken, beside
-  `gemm_gflop_per_s`, the rate of a large matrix product in the same process and precision, before every pair;
-- `peak_mb`, `peer_peak_mb`: what one step allocates on top of weights and optimizer state.
+so that whatever slows the machine down slows both. Data is made beforehand. Besides what every benchmark reports,
+`extra_info` holds the share of each part in percent; images per second; and `gflop_per_s`, the arithmetic that the
+objective needs (`useful_flop`) over the time taken, beside `gemm_gflop_per_s`, the rate of a large matrix product in
+the same process and precision, before every pair.
 
 `base` has the published sizes, `base published` the published rates of dropout and stochastic depth as well: the peer
 computes the residual branches that it then multiplies by zero, ours leaves them out.
@@ -15,11 +12,8 @@ computes the residual branches that it then multiplies by zero, ours leaves them
 
 from __future__ import annotations
 
-import ctypes
-import re
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.measure import compared, describe_device, peak_bytes, quantiles
 from bench.peers_vision import PeerStep
 from d2v_fast.config import D2VConfig, RunConfig, load_config
 from d2v_fast.data import Batch
 from d2v_fast.data2vec import build_model
 from d2v_fast.engine import make_engine
-from d2v_fast.interop.huggingface import _key_map
+from d2v_fast.interop.huggingface import key_map
 from d2v_fast.masking import block_mask_rows
 from d2v_fast.stepclock import StepClock
 from d2v_fast.teacher import Teacher
@@ -105,7 +100,8 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     for _ in range(NUM_WARMUP):
         ours(batch)
     peer(batch.pixels, masked)
-    peak, peer_peak = peak_mb(lambda: ours(batch), device), peak_mb(lambda: peer(batch.pixels, masked), device)
+    peak = peak_bytes(lambda: ours(batch), device)
+    peer_peak = peak_bytes(lambda: peer(batch.pixels, masked), device)
     gemm_rates, peer_seconds = [], []
 
     def run_peer() -> None:
@@ -118,28 +114,26 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
         ours(batch)
         now(device)
 
-    benchmark.group = "vision step"
+    benchmark.group = "step"
     benchmark.pedantic(run_ours, setup=run_peer, rounds=NUM_ROUNDS)
     if benchmark.stats is None:
         return
     seconds = benchmark.stats.stats.data
-    step, peer_step = statistics.median(seconds), statistics.median(peer_seconds)
     gflop = useful_flop(config.d2v, batch_size, len(batch.rows)) / 1e9
-    benchmark.extra_info.update(
-        ratio=statistics.median(theirs / mine for mine, theirs in zip(seconds, peer_seconds, strict=True)),
-        images_per_s=batch_size / step,
-        peer_images_per_s=batch_size / peer_step,
-        shares=ours.shares(),
-        gflop_per_s=gflop / step,
-        peer_gflop_per_s=gflop / peer_step,
-        gemm_gflop_per_s=statistics.median(gemm_rates),
-        peak_mb=peak,
-        peer_peak_mb=peer_peak,
-        peer_attention=peer.attention,
-        batch_size=batch_size,
-        dtype=str(ours.engine.compute_dtype),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
+    gemm, shares = statistics.median(gemm_rates), ours.shares()
+    info = benchmark.extra_info
+    info |= {"op": "step", "case": f"{case}, batch {batch_size}", **describe_device(device), **quantiles(seconds)}
+    info |= {"peak_bytes": peak, "shares": shares, "dtype": str(ours.engine.compute_dtype)}
+    info |= {"images_per_s": batch_size / info["p50_s"], "gflop_per_s": gflop / info["p50_s"], "gemm_gflop_per_s": gemm}
+    info["percent_of_gemm"] = 100 * info["gflop_per_s"] / gemm
+    info["share_of_operations"] = shares["EMA"] + shares["target + loss"]
+    row = compared(peer_seconds, seconds) | {"peak_bytes": peer_peak}
+    info["peers"] = {f"Transformers ({peer.attention})": row}
+    info["note"] = (
+        f"{info['case']}: {info['images_per_s']:.2f} images/s, {info['gflop_per_s']:.0f} GFLOP/s of useful arithmetic, "
+        f"{info['percent_of_gemm']:.0f} % of a large matrix product's {gemm:.0f}; "
+        + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items())
+        + "."
     )
 
 
@@ -164,7 +158,7 @@ def assert_same_step(config: D2VConfig, ours: OurStep, peer: PeerStep, batch: Ba
     peer_loss.backward()
     mine, theirs = gradients(ours.model.student), gradients(peer.student.encoder)
     pairs = {"head": (gradients(ours.model.head)["weight"], gradients(peer.student.head)["weight"])}
-    for name, foreign_names in _key_map(config.model).items():
+    for name, foreign_names in key_map(config.model).items():
         foreign = torch.cat([theirs[foreign_name] for foreign_name in foreign_names])
         pairs[name] = (mine[name], foreign.reshape(mine[name].shape))
     for name, (actual, expected) in pairs.items():
@@ -206,30 +200,6 @@ def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device) -> float:
         torch.mm(a, b)
         seconds.append(now(device) - started)
     return 2 * size**3 / min(seconds) / 1e9
-
-
-def peak_mb(step: Callable[[], None], device: torch.device) -> float | None:
-    """Most memory that a step takes on top of what is there before it; None where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    # give free memory back, and forget the peak so far
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = kilobytes(status, "VmRSS")
-    step()
-    return (kilobytes(status, "VmHWM") - before) / 1e3
-
-
-def kilobytes(status: Path, key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", status.read_text())
-    assert found is not None
-    return int(found[1])
 
 
 def now(device: torch.device) -> float:

@@ -213,15 +213,6 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def gemm_flops(device: torch.device, size: int = 2048, rounds: int = 5) -> float:
-    """FLOP/s of a square fp32 matrix product on the threads at hand (on a GPU bf16): what a step is held against."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    run = _waiting(lambda: a @ b, device)
-    run()
-    return 2 * size**3 / float(np.median([_seconds(run) for _ in range(rounds)]))
-
-
 def _waiting(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:
     def timed() -> None:
         run()

@@ -55,7 +55,7 @@ def export_vision(
     state = model.state_dict()
     shapes = _foreign_shapes(config.model)
     tensors = {}
-    for name, foreign_names in _key_map(config.model).items():
+    for name, foreign_names in key_map(config.model).items():
         parts = state[name].detach().to("cpu", torch.float32).chunk(len(foreign_names))
         for foreign_name, part in zip(foreign_names, parts, strict=True):
             # a copy each: safetensors refuses views of one storage
@@ -98,7 +98,7 @@ def import_vision(
     return model, config
 
 
-def _key_map(config: VisionModelConfig) -> dict[str, tuple[str, ...]]:
+def key_map(config: VisionModelConfig) -> dict[str, tuple[str, ...]]:
     """Own key to Transformers' keys; of several, ours is their concatenation along the first dimension."""
     pairs: dict[str, tuple[str, ...]] = {
         "embedding.cls_token": ("embeddings.cls_token",),
@@ -151,9 +151,9 @@ def _own_state(
     """State for `model`; every problem in one error."""
     own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     foreign_shapes = _foreign_shapes(config)
-    key_map = _key_map(config)
+    keys = key_map(config)
     state, problems = {}, []
-    for name, foreign_names in key_map.items():
+    for name, foreign_names in keys.items():
         parts = []
         for foreign_name in foreign_names:
             if foreign_name not in foreign:
@@ -169,7 +169,7 @@ def _own_state(
             parts.append(part.to(torch.float32))
         if len(parts) == len(foreign_names):
             state[name] = torch.cat(parts).reshape(own_shapes[name])
-    known = {foreign_name for foreign_names in key_map.values() for foreign_name in foreign_names}
+    known = {foreign_name for foreign_names in keys.values() for foreign_name in foreign_names}
     problems += [
         f"`{name}` has no place in this encoder"
         for name in foreign
