@@ -60,7 +60,7 @@ bench-check: build ## measure, and fail where a ratio is below what bench/goals.
 # with the machine's own python: no network and no virtual environment; what is not installed there is skipped by name
 gpu: ## build, test and benchmark on a machine with a CUDA GPU and no network; results under OUT
 	mkdir -p $(OUT)
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e . || $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -c "import torch, d2v_fast.ops as ops; print(torch.__version__, torch.cuda.get_device_name(), ops.backends())" > $(OUT)/machine.txt
 	cat $(OUT)/machine.txt
 	$(PYTHON) -m pytest tests --device cuda -p no:cacheprovider > $(OUT)/tests.txt 2>&1; code=$$?; tail -n 40 $(OUT)/tests.txt; \

@@ -210,7 +210,7 @@ def compared(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Where a figure comes from."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"device": name, "device_type": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _waiting(run: Callable[[], Any], device: torch.device) -> Callable[[], None]:

@@ -172,7 +172,7 @@ LossSettings::LossSettings(double beta_, double slope_factor, const Tensor& slop
   // a denormal beta has no finite inverse, and no error of an fp32 loss lies between it and the least normal
   // one
   const double least = std::numeric_limits<float>::min();
-  is_square = static_cast<float>(beta_) == 0.0f;
+  is_square = beta_ == 0.0;
   beta = static_cast<float>(std::max(beta_, least));
   inverse = static_cast<float>(1.0 / std::max(beta_, least));
   near = static_cast<float>(2.0 * slope_factor);

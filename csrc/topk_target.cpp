@@ -204,47 +204,45 @@ D2V_INLINE void add_positions(const T* x, int64_t stride, int64_t count, int64_t
   add_to<V>(square + i, total2);
 }
 
-// sum, square [n] <- over `count` rows of x, of x - pivot and its square.
+// mean, deviation [n] <- updated, after `before` rows, with `count` more (the pairwise update of Chan, Golub
+// and LeVeque). The first of them is taken off before anything is summed, so a large mean costs the variance
+// no digits.
 template <typename T>
-D2V_INLINE void add_group(const T* x, int64_t stride, int64_t count, int64_t n, const float* pivot,
-                          double* __restrict sum, double* __restrict square) {
-  float sums[kTile], squares[kTile];
+D2V_INLINE void add_group(const T* x, int64_t stride, int64_t before, int64_t count, int64_t n,
+                          double* __restrict mean, double* __restrict deviation) {
+  float pivot[kTile], sums[kTile], squares[kTile];
+  const double more = static_cast<double>(count), total = static_cast<double>(before + count);
+  const double weight = more / total, cross = static_cast<double>(before) * weight, share = 1.0 / more;
   for (int64_t first = 0; first < n; first += kTile) {
     const int64_t width = std::min(kTile, n - first);
-    for (int64_t i = 0; i < width; ++i) sums[i] = squares[i] = 0.0f;
+    for (int64_t i = 0; i < width; ++i) {
+      pivot[i] = static_cast<float>(x[first + i]);
+      sums[i] = squares[i] = 0.0f;
+    }
     for (int64_t r = 0; r < count; r += kRows) {
       const T* rows = x + r * stride + first;
-      const float* p = pivot + first;
       const int64_t few = std::min(kRows, count - r);
       int64_t i = 0;
-      for (; i + kLanes <= width; i += kLanes) add_positions<Lanes>(rows, stride, few, i, p, sums, squares);
-      for (; i < width; ++i) add_positions<float>(rows, stride, few, i, p, sums, squares);
+      for (; i + kLanes <= width; i += kLanes)
+        add_positions<Lanes>(rows, stride, few, i, pivot, sums, squares);
+      for (; i < width; ++i) add_positions<float>(rows, stride, few, i, pivot, sums, squares);
     }
     for (int64_t i = 0; i < width; ++i) {
-      sum[first + i] += sums[i];
-      square[first + i] += squares[i];
+      const double sum = sums[i], square = squares[i], old = mean[first + i];
+      const double delta = pivot[i] + sum * share - old;
+      mean[first + i] = old + delta * weight;
+      deviation[first + i] += std::max(square - sum * sum * share, 0.0) + delta * delta * cross;
     }
   }
 }
 
-// mean, deviation [n] <- the mean of `count` rows of x and their summed squared deviation from it. The first
-// row is taken off before anything is summed, so a large mean costs no digits.
+// mean, deviation [n] <- the mean of `count` rows of x and their summed squared deviation from it.
 template <typename T>
-D2V_INLINE void part_moments(const T* __restrict x, int64_t stride, int64_t count, int64_t n,
-                             float* __restrict pivot, double* __restrict mean, double* __restrict deviation) {
-  for (int64_t d = 0; d < n; ++d) {
-    pivot[d] = count > 0 ? static_cast<float>(x[d]) : 0.0f;
-    mean[d] = 0.0;
-    deviation[d] = 0.0;
-  }
-  if (count == 0) return;
+D2V_INLINE void part_moments(const T* x, int64_t stride, int64_t count, int64_t n, double* __restrict mean,
+                             double* __restrict deviation) {
+  for (int64_t d = 0; d < n; ++d) mean[d] = deviation[d] = 0.0;
   for (int64_t r = 0; r < count; r += kGroup) {
-    add_group(x + r * stride, stride, std::min(kGroup, count - r), n, pivot, mean, deviation);
-  }
-  const double share = 1.0 / static_cast<double>(count);
-  for (int64_t d = 0; d < n; ++d) {
-    deviation[d] = std::max(deviation[d] - mean[d] * mean[d] * share, 0.0);
-    mean[d] = pivot[d] + mean[d] * share;
+    add_group(x + r * stride, stride, r, std::min(kGroup, count - r), n, mean, deviation);
   }
 }
 
@@ -260,23 +258,21 @@ D2V_INLINE void target_rows_body(const TargetPlan& plan, const int64_t* rows, in
 template <typename T>
 D2V_INLINE void layer_part_body(const TargetPlan& plan, int64_t k, int64_t b, int64_t first, int64_t last,
                                 double* parts) {
-  float pivot[kTile];
   const T* x = static_cast<const T*>(plan.data[k]) + b * plan.sample_stride + first;
   double* mean = parts + (k * plan.num_samples + b) * 2 * plan.width + first;
-  part_moments(x, plan.position_stride, plan.lengths[b], last - first, pivot, mean, mean + plan.width);
+  part_moments(x, plan.position_stride, plan.lengths[b], last - first, mean, mean + plan.width);
 }
 
-// One task of the average's statistics: sample b, positions [first, last); part [2, D], rows [kPart, D],
-// pivot [D].
+// One task of the average's statistics: sample b, positions [first, last); part [2, D], rows [kPart, D].
 template <typename T>
 D2V_INLINE void average_part_body(const TargetPlan& plan, int64_t b, int64_t first, int64_t last,
-                                  double* part, float* rows, float* pivot, Scratch& scratch) {
+                                  double* part, float* rows, Scratch& scratch) {
   const int64_t width = plan.width;
   for (int64_t t = first; t < last; ++t) {
     const int64_t row = b * plan.num_positions + t;
     target_row<T>(plan, row, t + 1 < last ? row + 1 : row, scratch, rows + (t - first) * width);
   }
-  part_moments(rows, width, last - first, width, pivot, part, part + width);
+  part_moments(rows, width, last - first, width, part, part + width);
 }
 
 #define D2V_TARGET(suffix, T)                                                                                \
@@ -296,14 +292,13 @@ D2V_INLINE void average_part_body(const TargetPlan& plan, int64_t b, int64_t fir
                 (const TargetPlan& plan, int64_t k, int64_t b, int64_t first, int64_t last, double* parts),  \
                 (plan, k, b, first, last, parts))                                                            \
   D2V_INLINE void average_part_##suffix##_body(const TargetPlan& plan, int64_t b, int64_t first,             \
-                                               int64_t last, double* part, float* rows, float* pivot,        \
-                                               Scratch& scratch) {                                           \
-    average_part_body<T>(plan, b, first, last, part, rows, pivot, scratch);                                  \
+                                               int64_t last, double* part, float* rows, Scratch& scratch) {  \
+    average_part_body<T>(plan, b, first, last, part, rows, scratch);                                         \
   }                                                                                                          \
   D2V_MULTIARCH(average_part_##suffix,                                                                       \
                 (const TargetPlan& plan, int64_t b, int64_t first, int64_t last, double* part, float* rows,  \
-                 float* pivot, Scratch& scratch),                                                            \
-                (plan, b, first, last, part, rows, pivot, scratch))
+                 Scratch& scratch),                                                                          \
+                (plan, b, first, last, part, rows, scratch))
 
 D2V_TARGET(f32, float)
 D2V_TARGET(bf16, BFloat16)
@@ -383,14 +378,13 @@ void average_statistics(TargetPlan& plan) {
   std::vector<int64_t> counts(num_samples * num_parts);
   const auto average_part = loops(plan.type).average_part;
   torch::stable::parallel_for(0, num_samples * num_parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> rows((kPart + 1) * width);
+    std::vector<float> rows(kPart * width);
     Scratch scratch(plan.num_layers());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / num_parts, first = task % num_parts * kPart;
       const int64_t last = std::clamp(plan.lengths[b], first, first + kPart);
       counts[task] = last - first;
-      average_part(plan, b, first, last, parts.data() + task * 2 * width, rows.data(),
-                   rows.data() + kPart * width, scratch);
+      average_part(plan, b, first, last, parts.data() + task * 2 * width, rows.data(), scratch);
     }
   });
   combine_parts(parts.data(), counts.data(), num_parts, num_samples, num_parts, width, plan.eps, 1.0,

@@ -79,12 +79,13 @@ class VisionModel(nn.Module):
             `last_hidden` `[B, 1 + P, D]`, class token first, and K features of that shape. With `output_rows`,
             `last_hidden` and the last feature are `[M, D]`.
         """
-        token_rows = None
-        if output_rows is not None:
-            # from rows of patches to rows of tokens: a class token precedes the patches of every image
-            token_rows = output_rows + output_rows // self.num_patches + 1
+        token_rows = None if output_rows is None else self.token_rows(output_rows)
         output: EncoderOutput = self.encoder(self.embedding(pixels, rows), self.position_bias(), top_k, token_rows)
         return output
+
+    def token_rows(self, rows: Tensor) -> Tensor:
+        """From rows of patches `b * P + p` to rows of tokens: a class token precedes the patches of every image."""
+        return rows + rows // self.num_patches + 1
 
 
 class Data2Vec(nn.Module):
@@ -97,6 +98,7 @@ class Data2Vec(nn.Module):
     def __init__(self, config: D2VConfig) -> None:
         super().__init__()
         self.target = config.target
+        self.num_patches = config.model.num_patches
         # statistics over positions need the last layer at all of them
         self.target_is_per_row = {config.target.layer_norm, config.target.final_norm} <= {"none", "layer"}
         self.beta = config.loss.beta
@@ -134,9 +136,10 @@ class Data2Vec(nn.Module):
         features = [feature[:, 1:] for feature in features]
         if output_rows is None:
             return [*features, last[:, 1:]]
-        scattered = last.new_empty(len(batch.pixels) * self.student.num_patches, last.shape[1])
-        scattered.index_copy_(0, output_rows, last)
-        return [*features, scattered.view(len(batch.pixels), self.student.num_patches, -1)]
+        # laid out as the other layers are, class token and all: layers with different strides would be copied
+        scattered = last.new_empty(len(batch.pixels), 1 + self.num_patches, last.shape[1])
+        scattered.flatten(0, 1).index_copy_(0, self.student.token_rows(output_rows), last)
+        return [*features, scattered[:, 1:]]
 
     def objective(self, prediction: Tensor, features: list[Tensor], rows: Tensor) -> StepOutput:
         """Regress the normalised average of the features at the masked rows.

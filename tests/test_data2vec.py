@@ -273,3 +273,11 @@ def test_a_few_steps_lower_the_loss() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_features_of_the_teacher_lie_alike() -> None:
+    """Layers of different strides would be copied, K times the size of a batch, before the loss reads them."""
+    model, teacher = random_pair()
+    features = model.teacher_features(random_images(), teacher)
+    assert len({feature.stride() for feature in features}) == 1
+    assert features[0].stride(-1) == 1

@@ -105,8 +105,8 @@ def _check(
         )
     if not 0 < prob <= 1:
         raise ValueError(f"`mask.prob` must be in (0, 1], but is {prob} instead.")
-    if length < 1:
-        raise ValueError(f"`mask.length` must be >= 1, but is {length} instead.")
+    if not 1 <= length < 2**31:
+        raise ValueError(f"`mask.length` must be in [1, 2**31), but is {length} instead.")
     if min_masks < 1:
         raise ValueError(f"`mask.min_masks` must be >= 1, but is {min_masks} instead.")
     if lengths is None:

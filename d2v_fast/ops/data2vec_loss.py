@@ -81,7 +81,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.save_for_backward(output[2])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _moments: Tensor, _slope: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, _moments: Tensor, _slope: Tensor) -> tuple[Any, ...]:
     no_layer: list[Tensor | None] = [None] * ctx.num_layers
     return backward_of_loss(ctx, grad_loss), no_layer, *(None,) * 10
 

@@ -41,7 +41,7 @@ def masked_smooth_l1_reference(
     else:
         size = error.abs()
         values = torch.where(size < beta, error.square() / (2.0 * beta), size - beta / 2.0)
-        slope = (error / beta).clamp(-1.0, 1.0)
+        slope = torch.where(size < beta, error / beta, error.sign())
     factor = loss_factor(pred, scale, mean)
     loss = values.sum() * factor
     saved, _ = split_factor(factor, pred.dtype)
@@ -123,22 +123,35 @@ def _fake_scale_inplace(slope: Tensor, grad_output: Tensor, scale: float, mean: 
     return None
 
 
-# whether somebody asked for `retain_graph`; a torch without the question is taken to say yes
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def backward_of_loss(ctx: Any, grad_loss: Tensor) -> Tensor:
+def backward_of_loss(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
     """Gradient to the predictions, from the slope that the forward pass saved."""
+    if grad_loss is None:
+        return None
     if not ctx.need_grad:
         raise RuntimeError("the loss was computed with `need_grad=False`, so it has no gradient.")
     (slope,) = ctx.saved_tensors
     grad_loss = grad_loss.to(torch.float32)
-    # while a graph is traced, tensors are of subclasses
-    if type(slope) is Tensor and not _graph_is_kept():
-        # nobody reads the slope again: it becomes the gradient, and a factor of 1 costs nothing
+    if _is_last_use(slope, grad_loss):
+        # the slope becomes the gradient, and a factor of 1 costs nothing
         torch.ops.d2v.scale_gradient_(slope, grad_loss, ctx.scale, ctx.mean)
         return slope
     return torch.ops.d2v.scale_gradient(slope, grad_loss, ctx.scale, ctx.mean)
+
+
+# whether somebody asked for `retain_graph`; a torch without the question is taken to say yes
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _is_last_use(slope: Tensor, grad_loss: Tensor) -> bool:
+    """True in a plain backward pass, after which nobody can read the saved slope.
+
+    Not where the graph is kept, where the backward pass is differentiated itself, while it is traced (tensors are of
+    subclasses then), nor under vmap.
+    """
+    if type(slope) is not Tensor or torch.is_grad_enabled() or _graph_is_kept():
+        return False
+    functorch = torch._C._functorch
+    return not (functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -149,7 +162,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.save_for_backward(output[2])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _moments: Tensor, _slope: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, _moments: Tensor, _slope: Tensor) -> tuple[Tensor | None, ...]:
     return backward_of_loss(ctx, grad_loss), None, None, None, None, None, None
 
 
@@ -195,7 +208,7 @@ def masked_smooth_l1(
     Backward:
         Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it, in fp16 up to a power of two;
         backward multiplies with the incoming gradient, in place unless the graph is retained, and not at all where
-        that is 1. There is no second derivative.
+        that is 1: whoever else holds the saved tensor sees it change. There is no second derivative.
 
     Raises:
         ValueError: What is not as described above.

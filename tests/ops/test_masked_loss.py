@@ -92,11 +92,15 @@ def test_where_the_error_is_exactly_beta(device):
     torch.testing.assert_close(gradient(loss, pred), right)
 
 
-def test_tiny_beta_is_absolute_error(device):
+@pytest.mark.parametrize("beta", [1e-42, 1e-46])
+def test_tiny_beta_is_absolute_error(device, beta):
     pred = torch.tensor([[0.0, 3.0, -1.0]], device=device, requires_grad=True)
-    loss, _ = masked_smooth_l1(pred, torch.zeros(1, 3, device=device), beta=1e-42, reduction="sum")
+    loss, _ = masked_smooth_l1(pred, torch.zeros(1, 3, device=device), beta=beta, reduction="sum")
     assert loss == 4.0
     assert gradient(loss, pred).tolist() == [[0.0, 1.0, -1.0]]
+    answer = masked_smooth_l1_reference(pred.detach(), torch.zeros(1, 3, device=device), None, beta, 1.0, False, True)
+    assert answer[0] == 4.0
+    assert answer[2].tolist() == [[0.0, 1.0, -1.0]]
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -155,6 +159,34 @@ def test_saved_gradient_becomes_the_gradient(device, dtype):
         got = torch.autograd.grad(loss, pred)[0]
         assert got.data_ptr() == slope.data_ptr()
         assert torch.equal(got, kept)
+
+
+def test_backward_that_is_not_plain(device):
+    """Several gradients at once, a backward that is differentiated without keeping the graph, and none at all."""
+    pred, target, _ = make(device, 9, 5, torch.float32)
+    base = gradient(masked_smooth_l1(pred, target, beta=1.0).loss, pred)
+    loss = masked_smooth_l1(pred, target, beta=1.0).loss
+    several = torch.tensor([1.0, 2.0, 0.5], device=device)
+    (batched,) = torch.autograd.grad(loss, pred, grad_outputs=several, is_grads_batched=True)
+    torch.testing.assert_close(batched, base * several[:, None, None])
+
+    factor = torch.tensor(2.0, device=device, requires_grad=True)
+    loss = masked_smooth_l1(pred, target, beta=1.0).loss
+    (first,) = torch.autograd.grad(loss * factor, pred, create_graph=True, retain_graph=False)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(first.sum(), factor)
+
+    class Blocks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    loss = Blocks.apply(masked_smooth_l1(pred, target, beta=1.0).loss)
+    assert torch.autograd.grad(loss, pred, allow_unused=True)[0] is None
 
 
 @pytest.mark.parametrize("width", [768, 771])

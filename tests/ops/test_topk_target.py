@@ -316,3 +316,16 @@ def test_indices_out_of_range(operation, rows, lengths, message):
     lengths = None if lengths is None else torch.tensor(lengths)
     with pytest.raises(RuntimeError, match=message):
         operation([torch.zeros(2, 3, 4)], 1, 0, torch.tensor(rows), lengths, 1e-5)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_outlier_in_the_first_position(device, norm):
+    """Statistics over positions must not depend on which position the outlier is in."""
+    layers = [torch.randn(2, 4000, 9, device=device) for _ in range(2)]
+    for x in layers:
+        x[:, 0] = 1e4
+    got = topk_target(layers, layer_norm=norm)
+    dims = (1,) if norm == "instance" else (0, 1)
+    wide = [x.double() for x in layers]
+    truth = [(x - x.mean(dims, True)) / (x.var(dims, correction=0, keepdim=True) + 1e-5).sqrt() for x in wide]
+    torch.testing.assert_close(got.double(), sum(truth) / 2, rtol=5e-6, atol=5e-6)
