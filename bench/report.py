@@ -187,7 +187,7 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
 
     rows = [row for row in rows if row["peers"]]
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    colours = {name: plt.get_cmap("tab20").colors[i % 20] for i, name in enumerate(peers)}
+    colours = {name: plt.get_cmap("tab10").colors[i % 10] for i, name in enumerate(peers)}
     figure, axis = plt.subplots(figsize=(10, 0.34 * len(rows) + 1.8), layout="constrained")
     labels = []
     for y, row in enumerate(reversed(rows)):
@@ -230,11 +230,16 @@ def _draw_bandwidth(rows: list[Row], stem: Path) -> Path | None:
             size, [row["line_gb_per_s"] for row in cases], color="black", linewidth=1.5, label="the machine's line"
         )
         axis.plot(size, [row["gb_per_s"] for row in cases], "o", color="tab:blue", label="ours")
-        for name, marker in (("published", "v"), ("stock", "s"), ("torch.compile", "x")):
+        for name, style in (("published", "v:tab:red"), ("stock", "s:tab:orange"), ("torch.compile", "x:tab:green")):
+            marker, _, colour = style.partition(":")
             found = [(row["bytes"], row["peers"][name]["p50_s"]) for row in cases if name in row["peers"]]
             if found:
-                axis.plot([b / 1e6 for b, _ in found], [b / s / 1e9 for b, s in found], marker, label=name, alpha=0.7)
+                speed = [b / s / 1e9 for b, s in found]
+                axis.plot([b / 1e6 for b, _ in found], speed, marker, color=colour, label=name, alpha=0.7)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="x", which="both", labelsize=7, rotation=45)
         axis.set_title(op, fontsize=10)
         axis.set_xlabel("bytes that must be moved, MB")
         axis.grid(alpha=0.3)
@@ -253,8 +258,7 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
     bars = []
     for row in reversed(rows):
         for name, peer in row["peers"].items():
-            if peer.get("shares"):
-                bars.append((f"{row['case']}\n{name}", peer["shares"], peer["p50_s"]))
+            bars.append((f"{row['case']}\n{name}", {"the peer's whole step": 100.0}, peer["p50_s"]))
         bars.append((f"{row['case']}\nours", row["shares"], row["p50_s"]))
     parts = list(dict.fromkeys(part for _, shares, _ in bars for part in shares))
     figure, axis = plt.subplots(figsize=(10, 0.8 * len(bars) + 1.5), layout="constrained")

@@ -9,6 +9,10 @@
 namespace d2v {
 namespace {
 
+// Targets that are made before they are compared: while they are, the layers' rows push the sums of the loss
+// out of the first-level cache.
+constexpr int64_t kStrip = 16;
+
 // The predictions in an order in which those that share a target follow one another, so that it is computed
 // once.
 std::vector<int64_t> by_target(const std::vector<int64_t>& wanted, int64_t num_rows) {
@@ -68,26 +72,34 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
   const double factor = loss_factor(n * width, scale, mean);
   const LossSettings settings(beta, split_factor(factor, type).saved, slope);
   auto [loss, moments] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
-    // four rows at a time, and the last target of the four before
-    std::vector<float> targets(5 * width);
+    // a strip of targets, and the last one of the strip before
+    std::vector<float> targets((kStrip + 1) * width);
+    const float* target[kStrip];
     int64_t slot = 0, held = -1;
-    for (int64_t i = begin; i < end; i += 4) {
-      const int64_t count = std::min<int64_t>(4, end - i);
-      LossRows group;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t p = order[i + r];
-        if (wanted[p] != held) {
-          slot = (slot + 1) % 5;
-          const int64_t after = wanted[order[std::min(i + r + 1, end - 1)]];
-          compute_target_rows(plan, &wanted[p], 1, after, targets.data() + slot * width);
-          held = wanted[p];
+    for (int64_t first = begin; first < end; first += kStrip) {
+      const int64_t last = std::min(end, first + kStrip);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t row = wanted[order[i]];
+        if (row != held) {
+          slot = (slot + 1) % (kStrip + 1);
+          const int64_t after = wanted[order[std::min(i + 1, end - 1)]];
+          compute_target_rows(plan, &row, 1, after, targets.data() + slot * width);
+          held = row;
         }
-        group.pred[r] = pred_data + p * pred_stride;
-        group.target[r] = group.next_target[r] = targets.data() + slot * width;
-        group.next_pred[r] = pred_data + order[std::min(i + 4 + r, end - 1)] * pred_stride;
-        group.slope[r] = need_grad ? slope_data + p * width * bytes : nullptr;
+        target[i - first] = targets.data() + slot * width;
       }
-      add_loss_rows(type, group, count, width, settings, sums);
+      for (int64_t i = first; i < last; i += 4) {
+        const int64_t count = std::min<int64_t>(4, last - i);
+        LossRows group;
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t p = order[i + r];
+          group.pred[r] = pred_data + p * pred_stride;
+          group.target[r] = group.next_target[r] = target[i + r - first];
+          group.next_pred[r] = pred_data + order[std::min(i + 4 + r, end - 1)] * pred_stride;
+          group.slope[r] = need_grad ? slope_data + p * width * bytes : nullptr;
+        }
+        add_loss_rows(type, group, count, width, settings, sums);
+      }
     }
   });
   return {loss, moments, slope};

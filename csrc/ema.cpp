@@ -1,9 +1,14 @@
 #include <algorithm>
 
 #include "ops.h"
+#include "simd.h"
 
 namespace d2v {
 namespace {
+
+// A working copy of more elements than this is stored around the caches: nothing of it would be left in them.
+constexpr int64_t kStreamElements = 4 << 20;
+constexpr int64_t kStrip = 1024;
 
 // The form of torch.lerp: which end the product is added to depends on the weight, so that weight 1 gives
 // `student` exactly.
@@ -28,21 +33,40 @@ D2V_INLINE void ema_body(int64_t n, float weight, float* __restrict teacher, con
   }
 }
 
+// The same, the working copy (aligned to 16 bytes) around the caches, by way of a strip that stays in them.
+template <typename S, typename W>
+D2V_INLINE void ema_stream_body(int64_t n, float weight, float* teacher, const S* student, W* working) {
+  alignas(32) W strip[kStrip];
+  int64_t i = 0;
+  for (; i + kStrip <= n; i += kStrip) {
+    ema_body<S, W>(kStrip, weight, teacher + i, student + i, strip);
+    stream_copy(working + i, strip, sizeof strip);
+  }
+  ema_body<S, W>(n - i, weight, teacher + i, student + i, working + i);
+  finish_streams();
+}
+
 struct Pointers {
   float* teacher;
   const void* student;
   void* working;
   int64_t n;
+  bool stream;
 };
 
 using Loop = void (*)(const Pointers& p, int64_t begin, int64_t end, float weight);
 
-#define D2V_EMA_LOOP(name, S, W)                                                                     \
-  D2V_INLINE void name##_body(const Pointers& p, int64_t begin, int64_t end, float weight) {         \
-    W* working = static_cast<W*>(p.working);                                                         \
-    ema_body<S, W>(end - begin, weight, p.teacher + begin, static_cast<const S*>(p.student) + begin, \
-                   working == nullptr ? nullptr : working + begin);                                  \
-  }                                                                                                  \
+#define D2V_EMA_LOOP(name, S, W)                                                               \
+  D2V_INLINE void name##_body(const Pointers& p, int64_t begin, int64_t end, float weight) {   \
+    W* working = static_cast<W*>(p.working);                                                   \
+    const S* student = static_cast<const S*>(p.student) + begin;                               \
+    if (p.stream) {                                                                            \
+      ema_stream_body<S, W>(end - begin, weight, p.teacher + begin, student, working + begin); \
+    } else {                                                                                   \
+      ema_body<S, W>(end - begin, weight, p.teacher + begin, student,                          \
+                     working == nullptr ? nullptr : working + begin);                          \
+    }                                                                                          \
+  }                                                                                            \
   D2V_MULTIARCH(name, (const Pointers& p, int64_t begin, int64_t end, float weight), (p, begin, end, weight))
 
 D2V_EMA_LOOP(ema_f32_f32, float, float)
@@ -93,6 +117,9 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
   if (decay == 1.0) return;
   const float weight = static_cast<float>(1.0 - decay);
 
+  int64_t elements = 0;
+  for (const Tensor& w : working) elements += w.numel();
+
   std::vector<Item> items;
   items.reserve(teacher.size());
   // tensors that are not plain memory are updated in a contiguous copy, which is written back at the end
@@ -124,7 +151,8 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
       working_type = w.scalar_type();
       working_data = w.mutable_data_ptr();
     }
-    items.push_back({{static_cast<float*>(t.mutable_data_ptr()), s.const_data_ptr(), working_data, n},
+    const bool stream = elements > kStreamElements && reinterpret_cast<uintptr_t>(working_data) % 16 == 0;
+    items.push_back({{static_cast<float*>(t.mutable_data_ptr()), s.const_data_ptr(), working_data, n, stream},
                      choose_loop(s.scalar_type(), working_type),
                      chunks});
     chunks += (n + kChunk - 1) / kChunk;

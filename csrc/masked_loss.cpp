@@ -17,23 +17,24 @@ constexpr int64_t kMinRows = 64, kMaxRows = 256, kBlocks = 128;
 // Channels at a time: four rows of both sides, their slopes and the sums stay in the first-level cache.
 constexpr int64_t kTile = 1024;
 
-// Up to four rows at the channels of one tile, all fp32.
+// Up to four rows at the channels of one tile.
+template <typename P>
 struct TileRows {
-  const float* pred[4];
+  const P* pred[4];
   const float* target[4];
-  const float* next_pred[4];
+  const P* next_pred[4];
   const float* next_target[4];
-  float* slope[4];
+  P* slope[4];
 };
 
 // sums [5, width] += what the rows hold at channel i; V is Lanes, or float for a single channel.
-template <typename V, int kRows, bool kSquare, bool kGrad>
-D2V_INLINE void add_channels(const TileRows& rows, int64_t i, int64_t width, const LossSettings s,
+template <typename V, int kRows, bool kSquare, bool kGrad, typename P>
+D2V_INLINE void add_channels(const TileRows<P>& rows, int64_t i, int64_t width, const LossSettings s,
                              float* sums) {
   V loss{}, pred{}, pred2{}, target{}, target2{};
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const V p = load<V>(rows.pred[r] + i), t = load<V>(rows.target[r] + i), e = p - t;
+    const V p = load_as<V>(rows.pred[r] + i), t = load<V>(rows.target[r] + i), e = p - t;
     __builtin_prefetch(rows.next_pred[r] + i);
     __builtin_prefetch(rows.next_target[r] + i);
     V slope;
@@ -50,8 +51,10 @@ D2V_INLINE void add_channels(const TileRows& rows, int64_t i, int64_t width, con
       loss += share * (e - near * 0.5f);
       slope = share * s.far;
     }
-    if (kGrad && s.stream) stream<V>(rows.slope[r] + i, slope);
-    if (kGrad && !s.stream) store<V>(rows.slope[r] + i, slope);
+    if constexpr (kGrad && std::is_same_v<P, float>) {
+      if (s.stream) stream<V>(rows.slope[r] + i, slope);
+    }
+    if (kGrad && !s.stream) store_as<V>(rows.slope[r] + i, slope);
     pred += p;
     pred2 += p * p;
     target += t;
@@ -64,51 +67,34 @@ D2V_INLINE void add_channels(const TileRows& rows, int64_t i, int64_t width, con
   add_to<V>(sums + 4 * width + i, target2);
 }
 
-template <int kRows, bool kSquare, bool kGrad>
-D2V_INLINE void add_tile(const TileRows rows, int64_t n, int64_t width, const LossSettings s, float* sums) {
+template <int kRows, bool kSquare, bool kGrad, typename P>
+D2V_INLINE void add_tile(const TileRows<P> rows, int64_t n, int64_t width, const LossSettings s,
+                         float* sums) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) add_channels<Lanes, kRows, kSquare, kGrad>(rows, i, width, s, sums);
   for (; i < n; ++i) add_channels<float, kRows, kSquare, kGrad>(rows, i, width, s, sums);
 }
 
-// 16-bit predictions and slopes pass through fp32 buffers of one tile.
 template <typename P, bool kSquare, bool kGrad>
 D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, const LossSettings& s,
                          float* sums) {
-  constexpr bool kIsWide = std::is_same_v<P, float>;
-  float wide[kIsWide ? 1 : 4 * kTile], slopes[kIsWide ? 1 : 4 * kTile];
   for (int64_t first = 0; first < width; first += kTile) {
     const int64_t n = std::min(width - first, kTile);
-    TileRows tile{};
+    TileRows<P> tile{};
     for (int64_t r = 0; r < count; ++r) {
-      const P* p = static_cast<const P*>(rows.pred[r]) + first;
+      tile.pred[r] = static_cast<const P*>(rows.pred[r]) + first;
+      tile.next_pred[r] = static_cast<const P*>(rows.next_pred[r]) + first;
       tile.target[r] = rows.target[r] + first;
       tile.next_target[r] = rows.next_target[r] + first;
-      if constexpr (kIsWide) {
-        tile.pred[r] = p;
-        tile.next_pred[r] = static_cast<const P*>(rows.next_pred[r]) + first;
-        if (kGrad) tile.slope[r] = static_cast<float*>(rows.slope[r]) + first;
-      } else {
-        float* __restrict out = wide + r * kTile;
-        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(p[i]);
-        tile.pred[r] = tile.next_pred[r] = out;
-        tile.slope[r] = slopes + r * kTile;
-      }
+      if (kGrad) tile.slope[r] = static_cast<P*>(rows.slope[r]) + first;
     }
     if (count == 4) {
       add_tile<4, kSquare, kGrad>(tile, n, width, s, sums + first);
     } else {
       for (int64_t r = 0; r < count; ++r) {
-        const TileRows one{
+        const TileRows<P> one{
             {tile.pred[r]}, {tile.target[r]}, {tile.next_pred[r]}, {tile.next_target[r]}, {tile.slope[r]}};
         add_tile<1, kSquare, kGrad>(one, n, width, s, sums + first);
-      }
-    }
-    if constexpr (!kIsWide && kGrad) {
-      for (int64_t r = 0; r < count; ++r) {
-        const float* __restrict in = slopes + r * kTile;
-        P* __restrict out = static_cast<P*>(rows.slope[r]) + first;
-        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<P>(in[i]);
       }
     }
   }

@@ -51,6 +51,27 @@ D2V_INLINE void store(float* x, V v) {
   __builtin_memcpy(x, &v, sizeof v);
 }
 
+// The same to any storage type, rounded to the nearest, ties to even.
+template <typename V, typename T>
+D2V_INLINE void store_as(T* x, V v) {
+  if constexpr (std::is_same_v<T, float>) {
+    store<V>(x, v);
+  } else if constexpr (std::is_same_v<V, float>) {
+    *x = static_cast<T>(v);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
+    typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
+    const Wide bits = reinterpret_cast<Wide>(v), nan = Wide{} + 0x7fc0u;
+    const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Narrow narrow = __builtin_convertvector(v == v ? rounded : nan, Narrow);
+    __builtin_memcpy(x, &narrow, sizeof narrow);
+  } else {
+    float values[kLanes];
+    store<V>(values, v);
+    for (int64_t i = 0; i < kLanes; ++i) x[i] = static_cast<T>(values[i]);
+  }
+}
+
 // A store that goes around the caches, for results that are larger than they are; `x` aligned to 16 bytes.
 // Before another thread reads them, `finish_streams`.
 template <typename V>
@@ -65,6 +86,19 @@ D2V_INLINE void stream(float* x, V v) {
   }
 #endif
   store<V>(x, v);
+}
+
+// `bytes`, a multiple of 16, between places aligned to 16.
+D2V_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
+#ifdef __SSE__
+  for (int64_t i = 0; i < bytes; i += 16) {
+    __m128 v;
+    __builtin_memcpy(&v, static_cast<const char*>(from) + i, 16);
+    _mm_stream_ps(reinterpret_cast<float*>(static_cast<char*>(to) + i), v);
+  }
+#else
+  __builtin_memcpy(to, from, bytes);
+#endif
 }
 
 D2V_INLINE void finish_streams() {

@@ -188,6 +188,19 @@ print(backends()["cpu"])
         assert torch.equal(c, g.to(s.dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_working_copy(dtype):
+    """Large enough for a working copy that is stored around the caches, in one piece or not, aligned or not."""
+    shapes = [(4_300_000,), (1023,), (70_001,), (3, 5)]
+    teacher, student, working = make(torch.device("cpu"), dtype, dtype, shapes)
+    working[2] = torch.empty(70_002, dtype=dtype)[1:]
+    want = expected(teacher, student, 0.9999)
+    ema_update_(teacher, student, 0.9999, working=working)
+    for got, copy, right in zip(teacher, working, want, strict=True):
+        torch.testing.assert_close(got, right, rtol=1.2e-7, atol=1e-7)
+        assert torch.equal(copy, got.to(dtype))
+
+
 def test_thread_count_does_not_matter():
     teacher, student, _ = make(torch.device("cpu"), torch.float32, None, [(100_003,), (5,), (70_001,)])
     other = [t.clone() for t in teacher]
