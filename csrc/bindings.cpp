@@ -38,12 +38,15 @@ int64_t cpu_capability() { return static_cast<int64_t>(isa()); }
 
 void prefer_huge_pages(Tensor& x) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
-  const uintptr_t end = (data + x.numel() * x.element_size()) / kHuge * kHuge;
+  // what glibc maps for itself at every call; a part of the heap would keep the wish after the result is gone
+  constexpr uintptr_t kMapped = 32 << 20, kHuge = 2 << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()),
+                  bytes = x.numel() * x.element_size();
+  if (bytes < kMapped) return;
+  const uintptr_t end = (data + bytes) / kHuge * kHuge;
   const uintptr_t begin = (data + kHuge - 1) / kHuge * kHuge;
   // a wish: where it is refused, pages are small
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 

@@ -56,9 +56,9 @@ inline int storage_index(ScalarType type) {
   }
 }
 
-// Asks the system for large pages below a new result, where it gives them on request: the first touch of
-// every 4 KiB page costs more than filling it, and large results are new pages at every call. Does nothing to
-// small ones.
+// Asks the system for large pages below a new result, where it gives them on request: a large result is new
+// memory at every call, and the first touch of every 4 KiB page costs more than filling it. Does nothing to
+// smaller ones.
 void prefer_huge_pages(Tensor& x);
 
 // One chunk is small enough to balance threads and large enough to hide the cost of handing it out.
