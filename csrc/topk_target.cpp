@@ -14,8 +14,7 @@ constexpr int64_t kGroup = 32;
 constexpr int64_t kRows = 8;
 // Positions of one partial result of the average's statistics.
 constexpr int64_t kPart = 64;
-// Channels that one task of the layers' statistics works on: long enough to stream, short enough for many
-// tasks.
+// Channels that one task of the layers' statistics works on: long to stream, short to share out.
 constexpr int64_t kTile = 1024;
 
 struct Moments {
@@ -29,9 +28,8 @@ D2V_INLINE float add_lanes(Lanes v) {
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
-// Corrected two-pass moments of n numbers that the first pass brings into the cache: whatever the rounding of
-// the first mean, the second pass takes its deviation from the true one back out. `next`, as long, is fetched
-// meanwhile.
+// Corrected two-pass moments of n numbers that the first pass brings into the cache: the second takes the
+// first mean's rounding back out. `next`, as long, is fetched meanwhile.
 template <typename T>
 D2V_INLINE Moments row_moments(const T* x, const T* next, int64_t n, double eps) {
   constexpr int64_t kStep = 4 * kLanes;
@@ -69,8 +67,7 @@ D2V_INLINE Moments row_moments(const T* x, const T* next, int64_t n, double eps)
   return {static_cast<float>(first_mean + correction), static_cast<float>(1.0 / std::sqrt(variance + eps))};
 }
 
-// One row of a layer, and what the layer's norm takes off and multiplies with: a number, or one for each
-// channel.
+// One row of a layer, and what its norm takes off and multiplies with: a number, or one for each channel.
 struct LayerRow {
   const void* x;
   const void* next;  // the row that is wanted after this one
@@ -317,9 +314,8 @@ const Loops& loops(ScalarType type) {
   return table[storage_index(type)];
 }
 
-// mean, scale [groups, D] <- the moments of `parts` [groups, num_parts, 2, D] put together, in the order of
-// the parts (the pairwise update of Chan, Golub and LeVeque); counts [num_parts] per group, at counts + group
-// * count_stride.
+// mean, scale [groups, D] <- the moments of `parts` [groups, num_parts, 2, D] in their order (pairwise update
+// of Chan, Golub and LeVeque); counts [num_parts] per group, at counts + group * count_stride.
 void combine_parts(const double* parts, const int64_t* counts, int64_t count_stride, int64_t groups,
                    int64_t num_parts, int64_t width, double eps, double share, std::vector<float>& mean,
                    std::vector<float>& scale) {

@@ -182,7 +182,7 @@ def test_one_row_and_none(equal_counts: bool) -> None:
         ({"prob": 0.0}, r"`mask.prob` must be in \(0, 1\], but is 0.0 instead"),
         ({"prob": 1.3}, r"`mask.prob` must be in \(0, 1\], but is 1.3 instead"),
         ({"prob": float("nan")}, r"`mask.prob` must be in \(0, 1\]"),
-        ({"length": 0}, "`mask.length` must be >= 1, but is 0"),
+        ({"length": 0}, r"`mask.length` must be in \[1, 2\*\*31\), but is 0"),
         ({"min_masks": 0}, "`mask.min_masks` must be >= 1, but is 0"),
         ({"num_positions": 1}, "`num_positions` must be >= 2, but is 1 instead"),
         ({"lengths": np.array([5, 21])}, r"`lengths` must be in \[0, 20\], but one is 21"),
