@@ -2,8 +2,12 @@
 
 `checkpoints/step-N/` is written under another name, flushed to the disk, and renamed last; a process that dies at any
 moment leaves the previous checkpoints as they were. `manifest.json` holds size and SHA-256 of every file: a checkpoint
-with a single changed byte is passed over for the one before it. Nothing in it is loaded with pickle: weights are
-safetensors, the rest is JSON and torch files read with `weights_only`.
+with a single changed byte is passed over for the one before it. Nothing in it is loaded with pickle: the tensors are
+in safetensors files, the rest is JSON.
+
+Every process writes the ranges that it trains into a file of its own; `shard_files.py` says how, and reads them back
+into any other division. Training waits for the copy to host memory and no longer: a thread writes it to the disk, and
+the checkpoint gets its name when all processes are through.
 """
 
 from __future__ import annotations
@@ -13,21 +17,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from d2v_fast.faults import fault_point
+from d2v_fast.shard_files import Kept, ShardReader, copy_to_host, write_shards
 from d2v_fast.world import RunError, World
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 _TEMPORARY = re.compile(r"step-\d+\.tmp-\w+")
 _FILE = re.compile(r"[\w.-]+(/[\w.-]+)*")
-# scripts that DeepSpeed drops beside its files
-_STRAY = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 class Checkpoint(NamedTuple):
@@ -36,11 +41,50 @@ class Checkpoint(NamedTuple):
     folder: Path
     state: dict[str, Any]
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `NAME.safetensors`."""
-        from safetensors.torch import load_file
+    def reader(self, world: World) -> ShardReader:
+        """Reads its tensors into whatever this process trains."""
+        return ShardReader(self.folder, self.state["shapes"], world.rank, world.size)
 
-        return load_file(self.folder / f"{name}.safetensors")
+
+class _Writing:
+    """A checkpoint on its way to the disk: what this process writes, in a thread of its own or at once."""
+
+    def __init__(
+        self, step: int, folder: Path, state: Mapping[str, Any], file: str, tensors: dict[str, Tensor]
+    ) -> None:
+        self.step, self.folder, self.state = step, folder, state
+        self.failure: Exception | None = None
+        self.written: dict[str, Any] = {}
+        self._file, self._tensors = file, tensors
+        self._thread: threading.Thread | None = None
+
+    def start(self, in_background: bool) -> None:
+        if in_background:
+            self._thread = threading.Thread(target=self._run, name="checkpoint")
+            self._thread.start()
+        else:
+            self._run()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            if self._tensors:
+                path = self.folder / self._file
+                write_shards(path, self._tensors)
+                self._tensors = {}
+                fault_point("save.tensors")
+                _flush(path)
+                self.written = {path.name: _fingerprint(path)}
+        except Exception as error:
+            # raised by the process that asks for it, together with the others
+            self.failure = error
 
 
 class Checkpoints:
@@ -49,52 +93,82 @@ class Checkpoints:
     Args:
         folder: may not exist yet.
         keep: how many complete checkpoints stay.
-        world: the first process writes, all agree on what was found.
+        world: the first process names and finishes them, all agree on what was found.
     """
 
     def __init__(self, folder: Path, keep: int, world: World) -> None:
         self.folder = folder
         self.keep = keep
         self.world = world
+        self._writing: _Writing | None = None
 
-    def save(
-        self,
-        step: int,
-        state: Mapping[str, Any],
-        tensors: Callable[[], Mapping[str, Mapping[str, Tensor]]],
-        save_engine: Callable[[Path], None],
-    ) -> None:
-        """Write `step-<step>`; nothing happens where it exists already.
+    def save(self, step: int, state: Mapping[str, Any], kept: Sequence[Kept], *, in_background: bool = False) -> None:
+        """Write `step-<step>`; nothing happens where it exists already. An earlier one that is still being written is
+        waited for.
 
         Args:
             step: optimizer steps made.
             state: what JSON can express; goes to `state.json`.
-            tensors: by file name and tensor name; called in the first process only.
-            save_engine: writes further files into the folder; called in every process.
+            kept: the ranges that this process trains, see `shard_files.Kept`.
+            in_background: return when the values are copied to host memory; `advance` and `finish` do the rest.
         Raises:
-            RunError: it could not be written. The checkpoints before it are untouched.
+            RunError: it, or the earlier one, could not be written. The checkpoints before it are untouched.
         """
+        self.finish()
         started = self.world.decide(lambda: self._begin(step))
         if started is None:
             return
         temporary = self.folder / started
         fault_point("save.begin")
+        own = [entry for entry in kept if self.world.is_first or not entry.shard.replicated]
+        shapes = {f"{kind}/{shard.name}": list(shard.shape) for kind, shard in kept}
+        if self.world.any(any(not shard.is_whole for _, shard in kept)):
+            # no process knows the parameters that it trains nothing of
+            shapes = {name: shape for known in self.world.collect(shapes) for name, shape in known.items()}
         failure: Exception | None = None
         try:
-            save_engine(temporary)
+            tensors = copy_to_host(own, even_if_there=in_background)
         except Exception as error:
             failure = error
         if self.world.any(failure is not None):
             self._give_up(step, temporary, failure)
-        fault_point("save.engine")
+        fault_point("save.copy")
+        content = {**state, "step": step, "shapes": shapes}
+        self._writing = _Writing(step, temporary, content, f"shard-{self.world.rank:05d}.safetensors", tensors)
+        self._writing.start(in_background)
+        if not in_background:
+            self.finish()
 
-        def finish() -> None:
+    def advance(self) -> None:
+        """Give a checkpoint that was written in the background its name, if all processes are through with it.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._writing is not None and not self.world.any(self._writing.is_busy):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and give it its name.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        writing.join()
+        if self.world.any(writing.failure is not None):
+            self._give_up(writing.step, writing.folder, writing.failure)
+        files = {name: print_ for known in self.world.collect(writing.written) for name, print_ in known.items()}
+
+        def name() -> None:
             try:
-                self._finish(step, temporary, state, tensors())
+                self._name(writing, files)
             except Exception as error:
-                self._give_up(step, temporary, error)
+                self._give_up(writing.step, writing.folder, error)
 
-        self.world.decide(finish)
+        self.world.decide(name)
 
     def newest(self, tell: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole; None where there is none at all.
@@ -104,18 +178,29 @@ class Checkpoints:
         Raises:
             RunError: there are checkpoints, and every one is damaged.
         """
-        name = self.world.decide(lambda: self._find(tell))
-        if name is None:
-            return None
-        folder = self.folder / name
-        return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+        steps = self.world.decide(self.steps)
+        damaged = self.world.decide(
+            lambda: [f"{path.name} was found damaged before" for path in self.folder.glob("step-*.damaged")]
+        )
+        for step in steps:
+            folder = self.folder / f"step-{step}"
+            # every process reads a part of the files, so that this takes no longer for many of them
+            problems = self.world.collect(verify(folder, step, self.world.rank, self.world.size))
+            problem = next((found for found in problems if found is not None), None)
+            if problem is None:
+                return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+            damaged.append(f"checkpoint step-{step} is damaged ({problem})")
+            self.world.decide(partial(_set_aside, folder))
+            tell(f"{damaged[-1]}: kept as step-{step}.damaged, falling back to the one before it")
+        if damaged:
+            raise RunError(
+                f"no usable checkpoint in {self.folder}: {'; '.join(damaged)}. Remove that folder to begin again."
+            )
+        return None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, newest first."""
-        if not self.folder.is_dir():
-            return []
-        names = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
-        return sorted((int(name[1]) for name in names if name), reverse=True)
+        return complete_steps(self.folder)
 
     def _begin(self, step: int) -> str | None:
         """Make the temporary folder and return its name; None where the checkpoint exists."""
@@ -129,29 +214,18 @@ class Checkpoints:
         (self.folder / name).mkdir(parents=True)
         return name
 
-    def _finish(
-        self, step: int, temporary: Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
-    ) -> None:
-        from safetensors.torch import save_file
-
-        for name, values in tensors.items():
-            on_host = {key: value.detach().cpu().contiguous() for key, value in values.items()}
-            save_file(on_host, temporary / f"{name}.safetensors")
-            fault_point("save.tensors")
-        (temporary / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
-        for stray in _STRAY:
-            (temporary / stray).unlink(missing_ok=True)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
-            _flush(path)
+    def _name(self, writing: _Writing, files: dict[str, Any]) -> None:
+        temporary = writing.folder
+        state = temporary / "state.json"
+        state.write_text(json.dumps(writing.state))
+        _flush(state)
         fault_point("save.manifest")
-        entries = {str(path.relative_to(temporary)): _fingerprint(path) for path in files}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1))
+        files[state.name] = _fingerprint(state)
+        (temporary / MANIFEST).write_text(json.dumps({"step": writing.step, "files": files}, indent=1))
         _flush(temporary / MANIFEST)
-        for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-            _flush(folder)
+        _flush(temporary)
         fault_point("save.rename")
-        temporary.rename(self.folder / f"step-{step}")
+        temporary.rename(self.folder / f"step-{writing.step}")
         _flush(self.folder)
         fault_point("save.retention")
         for old in self.steps()[self.keep :]:
@@ -172,27 +246,17 @@ class Checkpoints:
             f"{intact.capitalize()}; make room and use --resume."
         ) from error
 
-    def _find(self, tell: Callable[[str], None]) -> str | None:
-        damaged = [f"{path.name} was found damaged before" for path in self.folder.glob("step-*.damaged")]
-        for step in self.steps():
-            problem = verify(self.folder / f"step-{step}", step)
-            if problem is None:
-                return f"step-{step}"
-            damaged.append(f"checkpoint step-{step} is damaged ({problem})")
-            # out of the way, so that the run can save under this name again
-            aside = self.folder / f"step-{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / f"step-{step}").rename(aside)
-            tell(f"{damaged[-1]}: kept as {aside.name}, falling back to the one before it")
-        if damaged:
-            raise RunError(
-                f"no usable checkpoint in {self.folder}: {'; '.join(damaged)}. Remove that folder to begin again."
-            )
-        return None
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a `checkpoints` folder, newest first."""
+    if not folder.is_dir():
+        return []
+    names = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
-def verify(folder: Path, step: int) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads every byte of it."""
+def verify(folder: Path, step: int, part: int = 0, num_parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None. Reads every byte of every `num_parts`-th file, from `part` on."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["step"] != step:
@@ -200,7 +264,7 @@ def verify(folder: Path, step: int) -> str | None:
         files = dict(manifest["files"])
         if "state.json" not in files:
             return f"{MANIFEST} does not list state.json"
-        for name, expected in files.items():
+        for name, expected in sorted(files.items())[part::num_parts]:
             if not _FILE.fullmatch(name) or ".." in name.split("/"):
                 return f"{MANIFEST} names {name!r}, which is not a file in the folder"
             if not (folder / name).is_file() or (folder / name).is_symlink():
@@ -215,14 +279,21 @@ def verify(folder: Path, step: int) -> str | None:
     return None
 
 
-def require_same_tensors(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+def _set_aside(folder: Path) -> None:
+    """Out of the way, so that the run can save under this name again."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def require_same_shapes(saved: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], what: str) -> None:
     """RunError that lists what differs, where names or shapes do."""
     lines = [f"{name} is not in the checkpoint" for name in expected if name not in saved]
     lines += [f"{name} is only in the checkpoint" for name in saved if name not in expected]
     lines += [
-        f"{name} is {list(saved[name].shape)} in the checkpoint and {list(value.shape)} in the model"
-        for name, value in expected.items()
-        if name in saved and saved[name].shape != value.shape
+        f"{name} is {list(saved[name])} in the checkpoint and {list(shape)} in the model"
+        for name, shape in expected.items()
+        if name in saved and list(saved[name]) != list(shape)
     ]
     if lines:
         shown = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))

@@ -244,7 +244,8 @@ class ProbeConfig(Section):
 
 class RunSection(Section):
     """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in
-    optimizer steps; `keep` is the number of checkpoints that stay."""
+    optimizer steps; `keep` is the number of checkpoints that stay; with `background_save` training goes on while one is
+    written, for a second copy of the state in host memory."""
 
     dir: str = "runs"
     name: str | None = None
@@ -252,6 +253,7 @@ class RunSection(Section):
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=1000, ge=1)
     keep: int = Field(default=3, ge=1)
+    background_save: bool = True
     profile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

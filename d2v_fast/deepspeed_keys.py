@@ -60,8 +60,7 @@ class BatchSplit(NamedTuple):
 
 
 class AdamWParams(Section):
-    """`torch_adam` picks torch's AdamW under DeepSpeed too, which needs no compiler at run time; false takes
-    DeepSpeed's own, which is compiled when it is first used."""
+    """Of Adam with decoupled weight decay, which 1-D parameters are spared."""
 
     lr: float = Field(gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -69,11 +68,13 @@ class AdamWParams(Section):
     )
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    torch_adam: bool = True
 
 
 class OptimizerConfig(Section):
-    type: Literal["AdamW"] = "AdamW"
+    """`AdamW` is torch's fused one, `FusedAdam` DeepSpeed's for GPUs, `CPUAdam` DeepSpeed's for an optimizer that is
+    offloaded to the host, `ApexFusedAdam` that of NVIDIA's apex. DeepSpeed compiles its own at their first use."""
+
+    type: Literal["AdamW", "FusedAdam", "CPUAdam", "ApexFusedAdam"] = "AdamW"
     params: AdamWParams
 
 
@@ -169,18 +170,17 @@ class ZeroConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
-        if self.stage == 3:
-            problems.append(Problem("stage", "be 0, 1 or 2", 3, "The sharded teacher is not available yet."))
-        if self.offload_param is not None and self.offload_param.device != "none":
-            hint = "Parameters can only be offloaded in stage 3, which is not available yet."
-            problems.append(Problem("offload_param.device", 'be "none"', self.offload_param.device, hint))
-        if self.offload_optimizer is not None:
-            if self.offload_optimizer.device == "nvme":
-                hint = "Offloading to NVMe needs stage 3, which is not available yet."
-                problems.append(Problem("offload_optimizer.device", 'be "cpu" or "none"', "nvme", hint))
-            if self.offload_optimizer.device == "cpu" and self.stage == 0:
-                hint = "Offloading the optimizer shards it first: use stage 1 or 2."
-                problems.append(Problem("stage", "be 1 or 2 with `offload_optimizer`", 0, hint))
+        for name in ("offload_param", "offload_optimizer"):
+            section = getattr(self, name)
+            if section is not None and section.device == "nvme":
+                hint = "The teacher follows fp32 values that are in memory."
+                problems.append(Problem(f"{name}.device", 'be "cpu" or "none"', "nvme", hint))
+        if self.offload_param is not None and self.offload_param.device == "cpu" and self.stage != 3:
+            hint = "Parameters can only be offloaded in stage 3."
+            problems.append(Problem("stage", "be 3 with `offload_param`", self.stage, hint))
+        if self.offload_optimizer is not None and self.offload_optimizer.device == "cpu" and self.stage == 0:
+            hint = "Offloading the optimizer shards it first: use stage 1, 2 or 3."
+            problems.append(Problem("stage", "be 1, 2 or 3 with `offload_optimizer`", 0, hint))
         refuse_if(problems)
         return self
 
@@ -232,9 +232,20 @@ class DeepSpeedConfig(Section):
         if not self.bf16.check_grad_overflow:
             hint = "Without this check one NaN would reach student, teacher and optimizer."
             problems.append(Problem("bf16.check_grad_overflow", "be true", False, hint))
-        if not self.optimizer.params.torch_adam and self.zero_optimization.stage == 0:
-            hint = "DeepSpeed's own AdamW cannot leave out a step that is not finite; ZeRO does that for it."
-            problems.append(Problem("optimizer.params.torch_adam", "be true without ZeRO", False, hint))
+        kind, stage = self.optimizer.type, self.zero_optimization.stage
+        if kind != "AdamW" and stage == 0:
+            hint = "Only torch's AdamW can leave out a step that is not finite; with ZeRO, DeepSpeed does that."
+            problems.append(Problem("optimizer.type", 'be "AdamW" without ZeRO', kind, hint))
+        offload = self.zero_optimization.offload_optimizer
+        if kind == "CPUAdam" and (offload is None or offload.device != "cpu"):
+            hint = 'Set `zero_optimization.offload_optimizer.device` to "cpu", or take another.'
+            problems.append(Problem("optimizer.type", "be another without an offloaded optimizer", kind, hint))
+        if kind in ("FusedAdam", "ApexFusedAdam") and offload is not None and offload.device == "cpu":
+            hint = 'Its kernels run on a GPU: take "CPUAdam" or "AdamW".'
+            problems.append(Problem("optimizer.type", "be another with an offloaded optimizer", kind, hint))
+        if kind == "ApexFusedAdam" and stage == 3:
+            hint = "It counts steps per group, and ZeRO-3 steps a group in several parts."
+            problems.append(Problem("optimizer.type", "be another in stage 3", kind, hint))
         if self.fp16.enabled and self.bf16.enabled is True:
             problems.append(Problem("fp16.enabled", "be false while `bf16.enabled` is true", True, "Choose one."))
         refuse_if(problems)

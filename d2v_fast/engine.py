@@ -13,25 +13,26 @@ or gradient is not finite changes nothing, on every process alike:
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.optimizers import MOMENTS, check_optimizer_available, make_optimizer, optimizer_step, restore_optimizer
+from d2v_fast.shard_files import Kept
+from d2v_fast.shards import Shard, find_shards
 from d2v_fast.world import RunError, World
 
-# the folder inside a checkpoint, and the tag, under which DeepSpeed stores its state
-DEEPSPEED_TAG = "deepspeed"
+# what a loss scaler of DeepSpeed's goes by
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine(ABC):
@@ -66,19 +67,50 @@ class Engine(ABC):
 
     @abstractmethod
     def signature(self) -> dict[str, Any]:
-        """What a saved optimizer state depends on."""
+        """What the last digits of a result depend on: it is compared when a run is resumed."""
 
+    @property
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write the optimizer's state (and DeepSpeed's model state) into a folder; every process calls it."""
+    def optimizer(self) -> Any:
+        """The optimizer that steps the fp32 values."""
 
-    @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. No code in those files is run."""
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's engine, for whoever must know how it shards; None without DeepSpeed."""
+        return None
 
-    def named_master_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The trained values by name: fp32 with `PlainEngine`, the module's own with DeepSpeed."""
-        yield from self.model.named_parameters()
+    def shards(self) -> list[Shard]:
+        """The ranges of the parameters that this process trains: fp32, live."""
+        return find_shards(self.model.named_parameters(), self.deepspeed)
+
+    def kept(self) -> list[Kept]:
+        """What a checkpoint keeps of the model and its optimizer."""
+        shards = self.shards()
+        kept = [Kept("student", shard) for shard in shards]
+        if self._step_count(shards) > 0:
+            for moment in MOMENTS:
+                for shard in shards:
+                    value = self.optimizer.state[shard.stepped][moment]
+                    kept.append(Kept(moment, shard._replace(master=shard.state(_local(value)))))
+        return kept
+
+    def state(self) -> dict[str, Any]:
+        """The rest of what a checkpoint keeps, which JSON can express."""
+        return {"optimizer_step": self._step_count(self.shards())}
+
+    def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
+        """Bring model and optimizer into a saved state, whatever engine it is from.
+
+        Args:
+            read: fills the tensor of what it is given.
+            state: what `state` returned.
+        """
+        restore_optimizer(self.optimizer, _distinct(shard.stepped for shard in self.shards()), state["optimizer_step"])
+        for kept in self.kept():
+            read(kept)
+
+    def _step_count(self, shards: list[Shard]) -> int:
+        return optimizer_step(self.optimizer, _distinct(shard.stepped for shard in shards))
 
 
 def make_engine(model: nn.Module, config: RunConfig, world: World) -> Engine:
@@ -89,12 +121,14 @@ def make_engine(model: nn.Module, config: RunConfig, world: World) -> Engine:
 
 
 def check_engine_available(config: RunConfig, num_processes: int) -> None:
-    """RunError where DeepSpeed is needed and not installed. Nothing is imported."""
+    """RunError where DeepSpeed is needed and not installed, or the optimizer is not to be had."""
     if config.deepspeed.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
         raise RunError(
             "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
             "`pip install deepspeed`. One process without `zero_optimization` needs none."
         )
+    if config.deepspeed.optimizer.type != "AdamW":
+        check_optimizer_available(config)
 
 
 class PlainEngine(Engine):
@@ -107,7 +141,7 @@ class PlainEngine(Engine):
         self._device_type = world.device.type
         self._accumulation = _batch_split(config, world).accumulation
         self._clipping = config.deepspeed.gradient_clipping
-        self._optimizer = _adamw(model, config)
+        self._optimizer = _make_optimizer(model, config)
         model.train()
 
     def forward(self, *inputs: Any) -> Any:
@@ -126,18 +160,15 @@ class PlainEngine(Engine):
         return applied
 
     def signature(self) -> dict[str, Any]:
-        return {"engine": "plain", "world_size": 1, "zero_stage": 0}
+        return {"engine": "plain torch", "processes": 1, "zero_stage": 0, "optimizer": type(self._optimizer).__name__}
 
-    def save(self, folder: Path) -> None:
-        torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self._optimizer.load_state_dict(state)
+    @property
+    def optimizer(self) -> Any:
+        return self._optimizer
 
 
 class DeepSpeedEngine(Engine):
-    """Several processes, ZeRO stages 0 to 2, offload of the optimizer. DeepSpeed is imported here and nowhere else."""
+    """Several processes, ZeRO, offload to the host."""
 
     def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
         deepspeed = _import_deepspeed(world.device)
@@ -154,14 +185,14 @@ class DeepSpeedEngine(Engine):
         settings = _deepspeed_settings(config, split, self.compute_dtype, sum(p.numel() for p in model.parameters()))
         if self._checks_here:
             settings["gradient_clipping"] = 0.0
-        if config.deepspeed.optimizer.params.torch_adam:
-            del settings["optimizer"]
-            chosen: dict[str, Any] = {"optimizer": _adamw(model, config)}
-        else:
-            chosen = {"model_parameters": _parameter_groups(model, config.deepspeed.optimizer.params.weight_decay)}
+        # made here: DeepSpeed's names for optimizers leave open which one is meant
+        del settings["optimizer"]
+        optimizer = _make_optimizer(model, config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False, **chosen)
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
         self._engine.train()
 
     def forward(self, *inputs: Any) -> Any:
@@ -187,16 +218,29 @@ class DeepSpeedEngine(Engine):
         return torch.full((), self._engine.was_step_applied(), device=self._device)
 
     def signature(self) -> dict[str, Any]:
-        return {"engine": "deepspeed", "world_size": self._world_size, "zero_stage": self._stage}
+        name = type(self.optimizer).__name__
+        return {"engine": "DeepSpeed", "processes": self._world_size, "zero_stage": self._stage, "optimizer": name}
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+    @property
+    def optimizer(self) -> Any:
+        return self._engine.basic_optimizer
 
-    def load(self, folder: Path) -> None:
-        with _only_weights():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=DEEPSPEED_TAG)
-        if path is None:
-            raise RunError(f"DeepSpeed found no state of its own in {folder}.")
+    @property
+    def deepspeed(self) -> Any:
+        return self._engine
+
+    def state(self) -> dict[str, Any]:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        values = {} if scaler is None else {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
+        return {**super().state(), "loss_scale": values}
+
+    def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
+        super().restore(read, state)
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        for name, value in state.get("loss_scale", {}).items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+        _write_low_precision(self._engine.optimizer)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -224,11 +268,8 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def _adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    params = config.deepspeed.optimizer.params
-    groups = _parameter_groups(model, params.weight_decay)
-    # fused: one pass over the memory, and the only form that takes the flag of `_clip`; needs no compiler
-    return torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, eps=params.eps, fused=True)
+def _make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    return make_optimizer(config, _parameter_groups(model, config.deepspeed.optimizer.params.weight_decay))
 
 
 def _set_lr(optimizer: Any, lr: float) -> None:
@@ -290,13 +331,32 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-@contextlib.contextmanager
-def _only_weights() -> Iterator[None]:
-    """Let DeepSpeed's files hold tensors, numbers and four small classes of its own; nothing else is unpickled."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+@torch.no_grad()
+def _write_low_precision(optimizer: Any) -> None:
+    """Make DeepSpeed's copies of the fp32 values follow them, as at the end of its `step`."""
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "grad_position"):
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+    elif hasattr(optimizer, "refresh_fp32_params"):
+        flat = getattr(optimizer, "fp32_groups_flat", None)
+        for index, group in enumerate(optimizer.fp16_groups):
+            if flat is not None:
+                optimizer.fp16_groups_flat[index].copy_(flat[index])
+                continue
+            for low, high in zip(group, optimizer.fp32_groups[index], strict=True):
+                low.data.copy_(high.data)
 
-    allowed: Iterable[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-    with torch.serialization.safe_globals(list(allowed)):
-        yield
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _local(value: Any) -> Tensor:
+    local: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from d2v_fast.config import D2VConfig
-from d2v_fast.data2vec import Data2Vec, build_model
+from d2v_fast.data2vec import build_model
 from d2v_fast.run_folder import RunFolder
-from d2v_fast.teacher import Teacher
 
 
 def has_labels(config: D2VConfig) -> bool:
@@ -17,8 +17,8 @@ def has_labels(config: D2VConfig) -> bool:
     return config.data.kind == "digits"
 
 
-def probe(config: D2VConfig, model: Data2Vec, teacher: Teacher) -> Any:
-    """Probe student and teacher beside the untrained network; returns a report that prints as a table."""
+def probe(config: D2VConfig, student: nn.Module, teacher: nn.Module) -> Any:
+    """Probe student and teacher encoder beside the untrained network; returns a report that prints as a table."""
     # scikit-learn is slow to import, and needed here only
     from d2v_fast.data import digits_for_probe
     from d2v_fast.probe import run_probe
@@ -26,15 +26,15 @@ def probe(config: D2VConfig, model: Data2Vec, teacher: Teacher) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         untrained = build_model(config).student
-    models = {"untrained": untrained, "student": model.student, "teacher": teacher.module}
+    models = {"untrained": untrained, "student": student, "teacher": teacher}
     return run_probe(models, digits_for_probe(config), config.probe)
 
 
-def export(config: D2VConfig, model: Data2Vec, folder: RunFolder, step: int) -> str:
-    """Write the student as a Transformers folder; returns a line for the user."""
+def export(folder: RunFolder) -> str:
+    """Write the student of the last checkpoint as a Transformers folder; returns a line for the user."""
+    from d2v_fast.export import export_run
+
     try:
-        from d2v_fast.interop.huggingface import export_vision
+        return export_run(folder.path)
     except ImportError as error:
         return f"no export: {error.name} is not installed"
-    export_vision(model.student, config, folder.path / "export", info={"weights": "student", "step": step})
-    return f"export: {folder.path / 'export'} (student, for Transformers)"

@@ -10,8 +10,6 @@ encoder takes for similar have similar colours. The untrained network goes throu
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_fast.config import ConfigError, D2VConfig
-from d2v_fast.config_errors import check
+from d2v_fast.config import D2VConfig
 from d2v_fast.data import build_dataset
 from d2v_fast.data2vec import VisionModel, build_model
+from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_run_config
 from d2v_fast.masking import block_masks
 from d2v_fast.probe import patch_features
 
@@ -100,42 +98,11 @@ def draw(
     return out
 
 
-def read_run_config(run_folder: Path) -> D2VConfig:
-    """The `"d2v"` section of the run's `config.json`."""
-    path = run_folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"`{run_folder}` must be the folder of a run, but holds no config.json.")
-    config, problems = check(D2VConfig, json.loads(path.read_text(encoding="utf-8")).get("d2v"), "d2v")
-    if config is None:
-        raise ConfigError(problems, str(path))
-    return config
-
-
 def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
     """The encoder `name` ("student" or "teacher") of the newest checkpoint."""
-    from safetensors.torch import load_file
-
-    steps = {
-        int(match[1]): folder
-        for folder in (run_folder / "checkpoints").glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", folder.name))
-    }
-    if not steps:
-        raise ValueError(f"`{run_folder}` must hold a checkpoint, but has none yet. Let the run save one first.")
-    step = max(steps)
-    path = steps[step] / f"{name}.safetensors"
-    if not path.is_file():
-        raise ValueError(
-            f"the checkpoint {steps[step]} must hold {path.name}, but does not. Try the other `--weights`."
-        )
+    folder, step = newest_checkpoint(run_folder)
     model = build_model(config).student
-    expected = model.state_dict()
-    # a student is saved together with its head
-    found = {key.removeprefix("student."): tensor for key, tensor in load_file(path).items()}
-    wrong = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
-    if wrong:
-        raise ValueError(f"{path} does not fit the run's config.json: {', '.join(wrong[:5])} is missing or misshapen.")
-    model.load_state_dict({key: found[key] for key in expected})
+    load_weights(model, SavedWeights(folder, name), folder)
     return Weights(model, name, step)
 
 

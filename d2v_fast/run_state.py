@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import d2v_fast
-from d2v_fast.checkpoints import Checkpoints, require_same_tensors
+from d2v_fast.checkpoints import Checkpoints, require_same_shapes
 from d2v_fast.config import RunConfig, changed_keys
-from d2v_fast.data2vec import Data2Vec
+from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.engine import Engine
+from d2v_fast.shard_files import Kept
+from d2v_fast.shards import full_shape, gather_whole
 from d2v_fast.teacher import Teacher
 from d2v_fast.world import RunError, World
 
@@ -76,67 +78,99 @@ class RunState:
                 "or set `gradient_clipping`. The checkpoints before are as they were."
             )
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of `step`; every process calls it."""
-        teacher = self._teacher.state_dict()
+    def save(self, step: int, *, wait: bool = True) -> None:
+        """Write the checkpoint of `step`; every process calls it.
+
+        Args:
+            wait: for the disk, too, and not for the copy to host memory only.
+        """
         state = {
-            "samples": step * self._config.deepspeed.batch_split(self._world.size).global_batch,
+            "samples": step * self._global_batch,
             "skipped": int(self.skipped),
             "streak": int(self.streak),
-            "teacher_step": teacher["step"],
-            "engine": self._engine.signature(),
+            "teacher_step": self._teacher.last_step,
+            "engine": {**self._engine.signature(), **self._engine.state()},
             "digest": self._config.digest(),
             "config": self._config.to_dict(),
             "conditions": _conditions(self._world.device),
         }
-        self._checkpoints.save(
-            step,
-            state,
-            lambda: {"student": self._model.state_dict(), "teacher": teacher["average"]},
-            self._engine.save,
-        )
+        in_background = self._config.d2v.run.background_save and not wait
+        self._checkpoints.save(step, state, self._kept(), in_background=in_background)
+
+    def advance_save(self) -> None:
+        """Give a checkpoint that was written in the background its name once it is on the disk."""
+        self._checkpoints.advance()
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is being written in the background."""
+        self._checkpoints.finish()
 
     def restore(self, tell: Callable[[str], None]) -> int:
-        """Load the newest good checkpoint; returns its step, 0 where nothing has been saved yet.
+        """Load the newest good checkpoint, of whatever engine, number of processes and ZeRO stage; returns its step,
+        0 where nothing has been saved yet.
 
         Raises:
-            RunError: it is of another model, or its optimizer state does not fit this engine.
+            RunError: it is of another model or global batch.
         """
         checkpoint = self._checkpoints.newest(tell)
         if checkpoint is None:
             tell("nothing has been saved yet: starting from the beginning")
             return 0
         state = checkpoint.state
-        self._check_engine(state["engine"])
-        student, average = checkpoint.tensors("student"), checkpoint.tensors("teacher")
-        require_same_tensors(student, self._model.state_dict(), "student")
-        require_same_tensors(average, self._teacher.state_dict()["average"], "teacher")
-        if state["engine"]["engine"] == "plain":
-            self._model.load_state_dict(student)
-        self._engine.load(checkpoint.folder)
-        self._teacher.load_state_dict({"step": state["teacher_step"], "average": average})
+        if state["samples"] != state["step"] * self._global_batch:
+            raise RunError(
+                f"`train_batch_size` must be {state['samples'] // state['step']} as in the checkpoint, but is "
+                f"{self._global_batch} instead: other samples would be seen twice or not at all in this epoch."
+            )
+        expected = {f"student/{name}": full_shape(p) for name, p in self._model.named_parameters()}
+        expected |= {f"teacher/{name}": shape for name, shape in self._teacher.shapes.items()}
+        saved = {name: shape for name, shape in state["shapes"].items() if name.startswith(("student/", "teacher/"))}
+        require_same_shapes(saved, expected, "state")
+        reader = checkpoint.reader(self._world)
+        self._engine.restore(reader.read, state["engine"])
+        for shard in self._teacher.shards:
+            reader.read(Kept("teacher", shard))
+        self._teacher.refresh(state["teacher_step"])
         self.skipped.fill_(state["skipped"])
         self.streak.fill_(state["streak"])
         self._tell_changes(state, tell)
         tell(f"resumed after step {state['step']}")
         return int(state["step"])
 
-    def _check_engine(self, saved: dict[str, Any]) -> None:
-        now = self._engine.signature()
-        # without ZeRO every process holds the whole optimizer state
-        same_shards = now["world_size"] == saved["world_size"] or saved["zero_stage"] == 0
-        if now["engine"] != saved["engine"] or now["zero_stage"] != saved["zero_stage"] or not same_shards:
-            raise RunError(
-                f"the checkpoint was written by {_engine_name(saved)}, this is {_engine_name(now)}: its optimizer "
-                "state does not fit. Resume with the same number of processes and `zero_optimization.stage`."
-            )
+    def whole_encoders(self) -> tuple[nn.Module, nn.Module] | None:
+        """Student and teacher as modules that the first process can run alone, None in the others. Every process
+        calls it. They are those that are trained, or copies of them where ZeRO-3 has partitioned these."""
+        teacher = self._teacher.module
+        if not any(hasattr(p, "ds_id") for p in self._model.parameters()):
+            return (self._model.student, teacher) if self._world.is_first else None
+        names = {f"student.{name}": shape for name, shape in self._teacher.shapes.items()}
+        weights = gather_whole(self._engine.shards(), names, self._world)
+        average = gather_whole(self._teacher.shards, self._teacher.shapes, self._world)
+        if not self._world.is_first:
+            return None
+        encoders = []
+        for state in ({name.removeprefix("student."): value for name, value in weights.items()}, average):
+            encoder = build_model(self._config.d2v).student.to(self._world.device)
+            encoder.load_state_dict(state)
+            encoders.append(encoder)
+        return encoders[0], encoders[1]
+
+    @property
+    def _global_batch(self) -> int:
+        return self._config.deepspeed.batch_split(self._world.size).global_batch
+
+    def _kept(self) -> list[Kept]:
+        return [*self._engine.kept(), *(Kept("teacher", shard) for shard in self._teacher.shards)]
 
     def _tell_changes(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
         if state["digest"] != self._config.digest():
             changes = changed_keys(state["config"], self._config.to_dict())
             relevant = [line for line in changes if not line.startswith(("d2v.run.", "d2v.probe."))]
             tell("the configuration has changed since the checkpoint: " + "; ".join(relevant))
-        conditions = changed_keys(state["conditions"], _conditions(self._world.device))
+        conditions = changed_keys(
+            {**state["conditions"], **{key: state["engine"][key] for key in self._engine.signature()}},
+            {**_conditions(self._world.device), **self._engine.signature()},
+        )
         if conditions:
             tell(f"not the conditions of the checkpoint, the last digits may differ: {'; '.join(conditions)}")
 
@@ -154,9 +188,3 @@ def _conditions(device: torch.device) -> dict[str, Any]:
         if device.type == "cuda"
         else torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _engine_name(signature: dict[str, Any]) -> str:
-    if signature["engine"] == "plain":
-        return "plain torch in 1 process"
-    return f"DeepSpeed in {signature['world_size']} processes with ZeRO stage {signature['zero_stage']}"

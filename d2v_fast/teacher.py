@@ -3,22 +3,31 @@
 The average is kept in fp32 whatever the student computes in: at decay 0.9999 a bf16 average would lose nearly every
 update. Where the compute dtype is fp32 the module that runs *is* the average; otherwise a working copy in the compute
 dtype is written in the same pass.
+
+Where the student is sharded (ZeRO, FSDP2), each process averages the range of every parameter that it trains, from the
+fp32 values of the optimizer, and nothing else. It works with anybody's DeepSpeed engine:
+
+    copied = copy.deepcopy(model)                      # before DeepSpeed partitions the model
+    engine, *_ = deepspeed.initialize(model=model, ...)
+    teacher = Teacher(engine.module, TeacherConfig(...), module=copied, engine=engine)
+    ...
+    engine.step()
+    if engine.was_step_applied():
+        teacher.update(step)                           # on every process
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2v_fast import ops
+from d2v_fast import ops, zero_teacher
 from d2v_fast.config import TeacherConfig
-
-# what wrappers put in front of the names of the module that they wrap
-_WRAPPERS = ("module.", "_orig_mod.")
+from d2v_fast.shards import Shard, bare_name, find_shards, full_shape
 
 
 def decay_at(config: TeacherConfig, step: int) -> float:
@@ -35,32 +44,75 @@ class Teacher:
     """EMA state of a student module, and the module that computes with it.
 
     Args:
-        student: The module to average, on its device. Its parameters are read at every `update`, by reference: an
-            optimizer that changes them in place is seen. Copied once, here.
+        student: The module to average, on its device: plain, wrapped by DDP or `torch.compile`, sharded by FSDP2, or
+            (a part of) the module of a DeepSpeed engine. Its trained values are read at every `update`, by reference:
+            an optimizer that changes them in place is seen.
         config: The decay schedule.
-        compute_dtype: Dtype that the teacher's forward runs in: fp32, bf16 or fp16.
+        compute_dtype: Dtype that the teacher's forward runs in: fp32, bf16 or fp16. With FSDP2, fp32: its policy
+            casts.
+        module: What becomes the teacher's module: a whole copy of the student with its present values, made before
+            DeepSpeed got hold of it; with FSDP2, a copy that is sharded in the same way. None copies the student
+            here, which a sharded one cannot be.
+        engine: The DeepSpeed engine that trains the student; None without DeepSpeed.
     Raises:
-        ValueError: The student has no parameters.
+        ValueError: The student has no parameters, nothing matches, or it is kept in a way that is not supported.
 
     Attributes:
-        module: The teacher network, in eval mode and without gradients, in `compute_dtype`. It shares no memory with
-            the student.
         last_step: Number of the last optimizer step that the average followed.
+        shapes: Of the averaged parameters, whole, by name.
     """
 
     def __init__(
-        self, student: nn.Module, config: TeacherConfig, *, compute_dtype: torch.dtype = torch.float32
+        self,
+        student: nn.Module,
+        config: TeacherConfig,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        module: nn.Module | None = None,
+        engine: Any = None,
     ) -> None:
         self.config = config
         self.last_step = 0
-        self.module = copy.deepcopy(student).eval().requires_grad_(False).float()
-        self._average = {name: p.data for name, p in _named(self.module.named_parameters()).items()}
-        self._working: list[Tensor] | None = None
-        if compute_dtype != torch.float32:
-            # the fp32 tensors stay with the average, the module gets new ones
-            self.module.to(compute_dtype)
-            self._working = [p.data for p in self.module.parameters()]
-        self.follow(student)
+        self._engine = engine
+        self._pending: list[Any] = []
+        self._exchanged: list[Any] = []
+        self._module = _copy(student) if module is None else module
+        self._module.eval().requires_grad_(False)
+        self.shapes = {bare_name(name): full_shape(p) for name, p in self._module.named_parameters()}
+        self._student, self._sources = student, self._match(student)
+        if self._sources and not all(shard.replicated for shard in self._sources) and engine is not None:
+            named = {bare_name(name): p for name, p in student.named_parameters()}
+            placed = zero_teacher.place(self._module, named, self._sources, engine, compute_dtype)
+            slices, self._exchanged, self._kept = placed
+            # averages live beside the values that they follow, which offload keeps on the host
+            average = [
+                place
+                if compute_dtype == torch.float32 and place.device == shard.master.device
+                else shard.master.to(torch.float32, copy=True)
+                for place, shard in zip(slices, self._sources, strict=True)
+            ]
+            self._working = slices
+        else:
+            average, self._working = self._average_here(compute_dtype)
+        self._average = average
+        self._write_working()
+
+    @property
+    def module(self) -> nn.Module:
+        """The teacher network, in eval mode and without gradients, in the compute dtype. It shares no memory with the
+        student. Its parameters are up to date on every process."""
+        for pending in self._pending:
+            pending.wait()
+        self._pending = []
+        return self._module
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The ranges of the average that this process holds: `master` is the fp32 average, live."""
+        return [
+            shard._replace(master=average.view(-1), stepped=average, offset=0)
+            for shard, average in zip(self._sources, self._average, strict=True)
+        ]
 
     def follow(self, student: nn.Module) -> None:
         """Read the student's parameters from this module from now on; they are matched by name and shape.
@@ -68,30 +120,17 @@ class Teacher:
         Raises:
             ValueError: Nothing matches, or a parameter of the average is missing or has another shape.
         """
-        found = _named(student.named_parameters())
-        matched = {name: p for name, p in found.items() if name in self._average}
-        if not matched:
-            raise ValueError(
-                f"`student` must hold the averaged parameters, but none of its {len(found)} names "
-                f"is one of the teacher's {len(self._average)} (for example {next(iter(self._average), None)!r})."
-            )
-        missing = sorted(self._average.keys() - matched.keys())
-        if missing:
-            raise ValueError(f"`student` lacks {len(missing)} averaged parameters: {', '.join(missing[:5])}.")
-        for name, p in matched.items():
-            if p.shape != self._average[name].shape:
-                raise ValueError(
-                    f"`student` parameter {name} must have shape {tuple(self._average[name].shape)}, "
-                    f"but has {tuple(p.shape)} instead."
-                )
-        self._student = [matched[name] for name in self._average]
+        sources = self._match(student)
+        if [source[:3] for source in sources] != [source[:3] for source in self._sources]:
+            raise ValueError("`student` must be sharded as the one that the teacher was made for, but is not.")
+        self._student, self._sources = student, sources
 
     def decay(self, step: int) -> float:
         """Decay of the update after optimizer step `step` (from 1)."""
         return decay_at(self.config, step)
 
     def update(self, step: int, applied: Tensor | None = None) -> None:
-        """Follow the student after optimizer step number `step` (from 1); call once per step.
+        """Follow the student after optimizer step number `step` (from 1); call once per step, on every process.
 
         Args:
             step: Number of the step, which the schedule is a function of. Steps that changed nothing may be left out.
@@ -109,12 +148,32 @@ class Teacher:
         if applied is not None:
             # fp64: in fp32, 1 - 0.9999 is off by 1e-4 of itself
             decay = 1.0 - (1.0 - decay) * applied.double()
-        ops.ema_update_(list(self._average.values()), self._student, decay, working=self._working)
+        if any(shard.has_moved for shard in self._sources):
+            self.follow(self._student)
+        masters = [shard.master.view_as(a) for shard, a in zip(self._sources, self._average, strict=True)]
+        in_one_pass = all(
+            w is not a and w.device == a.device for w, a in zip(self._working, self._average, strict=True)
+        )
+        # what an earlier update sends must have left before its memory is written again
+        _ = self.module
+        ops.ema_update_(self._average, masters, decay, working=self._working if in_one_pass else None)
         self.last_step = step
+        self._write_working(exchange_only=in_one_pass)
+
+    def refresh(self, step: int) -> None:
+        """Make the module follow the average again after the tensors of `shards` were written from outside.
+
+        Args:
+            step: the last optimizer step that these values followed.
+        """
+        self.last_step = step
+        self._write_working()
 
     def state_dict(self) -> dict[str, Any]:
-        """`{"step": int, "average": {name: fp32 tensor}}`; the tensors are the live ones, not copies."""
-        return {"step": self.last_step, "average": dict(self._average)}
+        """`{"step": int, "average": {key: fp32 tensor}}`; the tensors are the live ones, not copies. The keys are
+        names of parameters, with `@` and the first element where the tensor is a range of the flat parameter."""
+        average = {s.key: a for s, a in zip(self._sources, self._average, strict=True)}
+        return {"step": self.last_step, "average": average}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -123,30 +182,83 @@ class Teacher:
         Raises:
             ValueError: Names or shapes differ from this teacher's.
         """
-        average = state["average"]
-        differing = sorted(average.keys() ^ self._average.keys())
+        average, own = state["average"], self.state_dict()["average"]
+        differing = sorted(average.keys() ^ own.keys())
         if differing:
             raise ValueError(
                 f"The saved teacher is of another model: {', '.join(differing[:5])} is in one of the two only."
             )
-        for name, mine in self._average.items():
+        for name, mine in own.items():
             if average[name].shape != mine.shape:
                 raise ValueError(
                     f"The saved teacher's {name} must have shape {tuple(mine.shape)}, "
                     f"but has {tuple(average[name].shape)} instead."
                 )
-        for name, mine in self._average.items():
+        for name, mine in own.items():
             mine.copy_(average[name])
-        for copied, mine in zip(self._working or [], self._average.values(), strict=False):
-            copied.copy_(mine)
-        self.last_step = int(state["step"])
+        self.refresh(int(state["step"]))
+
+    def _match(self, student: nn.Module) -> list[Shard]:
+        """The student's shards that this process averages, checked against the teacher's parameters."""
+        found = {bare_name(name): p for name, p in student.named_parameters()}
+        matched = {name: p for name, p in found.items() if name in self.shapes}
+        if not matched:
+            raise ValueError(
+                f"`student` must hold the averaged parameters, but none of its {len(found)} names "
+                f"is one of the teacher's {len(self.shapes)} (for example {next(iter(self.shapes), None)!r})."
+            )
+        missing = sorted(self.shapes.keys() - matched.keys())
+        if missing:
+            raise ValueError(f"`student` lacks {len(missing)} averaged parameters: {', '.join(missing[:5])}.")
+        for name, p in matched.items():
+            if full_shape(p) != self.shapes[name]:
+                raise ValueError(
+                    f"`student` parameter {name} must have shape {tuple(self.shapes[name])}, "
+                    f"but has {tuple(full_shape(p))} instead."
+                )
+        return find_shards(((name, matched[name]) for name in self.shapes), self._engine)
+
+    def _average_here(self, compute_dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages and working copies of a module whose parameters are this process's to hold."""
+        sharded = any(hasattr(p, "to_local") for p in self._module.parameters())
+        if sharded and compute_dtype != torch.float32:
+            raise ValueError(
+                f"`compute_dtype` must be torch.float32 with FSDP2, but is {compute_dtype} instead: "
+                "its mixed-precision policy casts in the forward pass."
+            )
+        self._module.float()
+        average = [_local(self._module.get_parameter(name)) for name in self._names()]
+        if compute_dtype == torch.float32:
+            return average, average
+        # the fp32 tensors stay with the average, the module gets new ones
+        self._module.to(compute_dtype)
+        return average, [self._module.get_parameter(name).data for name in self._names()]
+
+    def _names(self) -> list[str]:
+        """The averaged parameters as the module calls them."""
+        called = {bare_name(name): name for name, _ in self._module.named_parameters()}
+        return [called[shard.name] for shard in self._sources]
+
+    @torch.no_grad()
+    def _write_working(self, exchange_only: bool = False) -> None:
+        if not exchange_only:
+            for working, average in zip(self._working, self._average, strict=True):
+                if working is not average:
+                    working.copy_(average)
+        self._pending = [zero_teacher.exchange(memory, group) for memory, group in self._exchanged]
 
 
-def _named(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Parameters by the name they have in the bare module, whatever wraps it."""
-    named = {}
-    for name, parameter in parameters:
-        for wrapper in _WRAPPERS:
-            name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
-        named[name] = parameter
-    return named
+def _copy(student: nn.Module) -> nn.Module:
+    if any(hasattr(p, "ds_id") or hasattr(p, "to_local") for p in student.parameters()):
+        raise ValueError(
+            "`module` must be a copy of the student that was made before it was sharded: "
+            "`module=copy.deepcopy(model)`, and with FSDP2 sharded in the same way."
+        )
+    return copy.deepcopy(student)
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """The memory of a parameter that is in this process."""
+    value: Any = parameter.data
+    local: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local

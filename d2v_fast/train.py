@@ -11,6 +11,7 @@ repeats an uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import struct
@@ -79,12 +80,19 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
     Raises:
         ConfigError, DataError, RunError: with a message for the user.
     """
+    from d2v_fast.world import RunError
+
     # from here on a signal is a request: one that comes while things are being built stops after the first step
     with StopRequest() as stop, ExitStack() as opened:
         run = prepare(config, resume, dry_run, stem, opened)
         if run is None:
             return
-        step = loop(run, stop)
+        try:
+            step = loop(run, stop)
+        except RunError:
+            # every process is here: what was being saved is worth finishing
+            run.state.finish_save()
+            raise
         run.log.close()
         if step < run.schedule.num_steps:
             name = run.folder.name
@@ -164,8 +172,16 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
 
     torch.manual_seed(d2v.run.seed)
     model = build_model(d2v).to(world.device)
-    teacher = Teacher(model.student, d2v.teacher, compute_dtype=compute_dtype(config, world.device))
+    # copied before an engine shards the student
+    copied = copy.deepcopy(model.student)
     engine = make_engine(model, config, world)
+    teacher = Teacher(
+        model.student,
+        d2v.teacher,
+        compute_dtype=engine.compute_dtype,
+        module=copied,
+        engine=engine.deepspeed,
+    )
     checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
     state = RunState(config, world, model, teacher, engine, checkpoints)
     start_step = state.restore(say) if resume else 0
@@ -248,8 +264,9 @@ def loop(run: Run, stop: StopRequest) -> int:
                 run_probe(run, step)
         if step % section.save_every == 0 or is_last or asked_to_stop:
             with speed.paused():
-                run.state.save(step)
+                run.state.save(step, wait=is_last or asked_to_stop)
                 run.log.draw_curves()
+        run.state.advance_save()
         fault_point("step")
         if asked_to_stop:
             break
@@ -263,8 +280,11 @@ def run_probe(run: Run, step: int) -> str | None:
     if not evaluation.has_labels(run.config.d2v):
         return None
 
+    encoders = run.state.whole_encoders()
+
     def probe() -> str:
-        report = evaluation.probe(run.config.d2v, run.model, run.teacher)
+        assert encoders is not None
+        report = evaluation.probe(run.config.d2v, *encoders)
         run.folder.append_json("probe.json", {"step": step, **report.to_dict()})
         run.log.say(f"after step {step}:\n{report}")
         return str(report)
@@ -281,7 +301,7 @@ def finish(run: Run) -> None:
         run.folder.write_json("profile.json", run.clock.report())
         run.log.say(str(run.clock))
     step = run.schedule.num_steps
-    run.world.decide(lambda: run.log.say(evaluation.export(run.config.d2v, run.model, run.folder, step)))
+    run.world.decide(lambda: run.log.say(evaluation.export(run.folder)))
     table = run_probe(run, step)
     if run.world.is_first:
         # its presence says that the run is finished

@@ -23,6 +23,7 @@ import torch
 
 from d2v_fast import engine
 from d2v_fast.train import main
+from d2v_fast.world import World
 
 TINY: dict[str, Any] = {
     "train_batch_size": 24,
@@ -158,6 +159,30 @@ def run_forked(
         environment = described if num_processes > 1 else {}
         children.append(start(list(arguments), output, environment, before))
     return wait(*children)
+
+
+def in_processes(count: int, folder: Path, work: Callable[[World, Path], Any], timeout_s: float = 120) -> list[Any]:
+    """What `work` returns, as JSON, in each of `count` forked processes that form a world, with one thread each."""
+    import_deepspeed()
+    described = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def child(rank: int) -> int:
+        os.environ.update({**described, "RANK": str(rank), "LOCAL_RANK": str(rank), "DEEPSPEED_TIMEOUT": "1"})
+        torch.set_num_threads(1)
+        try:
+            world = World("cpu", grouped=True)
+            (folder / f"{rank}.json").write_text(json.dumps(work(world, folder)))
+            world.close()
+        except Exception:
+            (folder / f"{rank}.json").write_text(json.dumps(traceback.format_exc()))
+            return 1
+        return 0
+
+    children = [fork(lambda rank=rank: child(rank), folder / f"{rank}.out") for rank in range(count)]
+    statuses = wait(*children, timeout_s=timeout_s)
+    results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+    assert statuses == [0] * count, results
+    return results
 
 
 def import_deepspeed() -> None:

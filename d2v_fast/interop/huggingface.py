@@ -34,40 +34,74 @@ BASE_PREFIX = "data2vec_vision."
 
 RESAMPLE_BICUBIC = 3
 
+MAX_FILE_BYTES = 5 * 10**9
+INDEX_NAME = "model.safetensors.index.json"
+
 
 def export_vision(
-    model: VisionModel,
+    model: VisionModel | Mapping[str, Tensor],
     config: D2VConfig,
     folder: str | os.PathLike[str],
     *,
     info: Mapping[str, object] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `config.json`, `model.safetensors` (fp32), `preprocessor_config.json` and a model card.
+    """Write `config.json`, the weights (fp32), `preprocessor_config.json` and a model card.
 
     Args:
-        model: student or teacher, on any device and in any dtype.
+        model: student or teacher, on any device and in any dtype, or its state by name: a mapping that reads each
+            tensor when it is asked for keeps no more than one file of them in memory.
         config: of the run: sizes from `config.model`, image preparation from `config.data`.
+        max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
         folder: made if missing; files of an earlier export in it are replaced.
         info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
-    shapes = _foreign_shapes(config.model)
-    tensors = {}
-    for name, foreign_names in key_map(config.model).items():
-        parts = state[name].detach().to("cpu", torch.float32).chunk(len(foreign_names))
-        for foreign_name, part in zip(foreign_names, parts, strict=True):
-            # a copy each: safetensors refuses views of one storage
-            tensors[foreign_name] = part.reshape(shapes.get(foreign_name, part.shape)).clone()
-
-    weights_path = target / "model.safetensors.part"
-    save_file(tensors, weights_path, metadata={"format": "pt"})
-    os.replace(weights_path, target / "model.safetensors")
+    state = model if isinstance(model, Mapping) else model.state_dict()
+    _write_weights(target, state, config.model, max_file_bytes)
     _write(target / "README.md", _model_card(config, info or {}))
     _write(target / "preprocessor_config.json", _as_json(_preprocessor_config(config)))
     # last: a folder without it is no model, so a first export that is cut short cannot be mistaken for one
     _write(target / "config.json", _as_json(_foreign_config(config.model)))
+
+
+def _write_weights(target: Path, state: Mapping[str, Tensor], config: VisionModelConfig, max_file_bytes: int) -> None:
+    shapes = _foreign_shapes(config)
+    files: list[Path] = []
+    tensors: dict[str, Tensor] = {}
+    names: list[list[str]] = []
+
+    def write() -> None:
+        files.append(target / f"weights-{len(files)}.part")
+        names.append(list(tensors))
+        save_file(tensors, files[-1], metadata={"format": "pt"})
+        tensors.clear()
+
+    for name, foreign_names in key_map(config).items():
+        value = state[name].detach().to("cpu", torch.float32)
+        if tensors and sum(map(_num_bytes, tensors.values())) + _num_bytes(value) > max_file_bytes:
+            write()
+        for foreign_name, part in zip(foreign_names, value.chunk(len(foreign_names)), strict=True):
+            part = part.reshape(shapes.get(foreign_name, part.shape))
+            # safetensors refuses views of one storage
+            tensors[foreign_name] = part if len(foreign_names) == 1 else part.clone()
+    write()
+    for old in target.glob("model*.safetensors*"):
+        old.unlink()
+    if len(files) == 1:
+        os.replace(files[0], target / "model.safetensors")
+        return
+    index: dict[str, str] = {}
+    for number, (path, held) in enumerate(zip(files, names, strict=True), start=1):
+        final = target / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        os.replace(path, final)
+        index |= dict.fromkeys(held, final.name)
+    _write(target / INDEX_NAME, _as_json({"metadata": {}, "weight_map": index}))
+
+
+def _num_bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
 
 
 def import_vision(
@@ -76,7 +110,7 @@ def import_vision(
     """Read a folder that holds a `Data2VecVisionModel`, or a model around one.
 
     Args:
-        folder: with `config.json` and `model.safetensors`.
+        folder: with `config.json` and `model.safetensors`, or several files of weights and their index.
         norm_eps: of all norms, instead of the folder's `layer_norm_eps`.
     Returns:
         The model, fp32 on the CPU, in training mode, and its configuration.
@@ -85,17 +119,28 @@ def import_vision(
     """
     source = Path(folder)
     config = _own_config(_read_config(source), norm_eps, str(source / "config.json"))
-    weights_path = source / "model.safetensors"
-    if not weights_path.is_file():
+    foreign: dict[str, Tensor] = {}
+    for weights_path in _weight_files(source):
+        with safe_open(weights_path, framework="pt") as file:
+            foreign |= {name.removeprefix(BASE_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model = VisionModel(config)
+    model.load_state_dict(_own_state(foreign, model, config, str(weights_path)))
+    return model, config
+
+
+def _weight_files(source: Path) -> list[Path]:
+    if (source / "model.safetensors").is_file():
+        return [source / "model.safetensors"]
+    index = source / INDEX_NAME
+    if not index.is_file():
         raise ValueError(
             f"`{source}` must hold `model.safetensors`, but does not. Save the model again with Transformers: "
             "`save_pretrained(folder)` writes it."
         )
-    with safe_open(weights_path, framework="pt") as file:
-        foreign = {name.removeprefix(BASE_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model = VisionModel(config)
-    model.load_state_dict(_own_state(foreign, model, config, str(weights_path)))
-    return model, config
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if strange := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
+        raise ValueError(f"`{index}` must name files beside it, but names {strange[0]!r}.")
+    return [source / name for name in names]
 
 
 def key_map(config: VisionModelConfig) -> dict[str, tuple[str, ...]]:

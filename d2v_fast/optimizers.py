@@ -1,0 +1,105 @@
+"""The optimizers that a run can choose, and their state in a form that does not depend on which one it is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_fast.config import RunConfig
+from d2v_fast.world import RunError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_optimizer_available(config: RunConfig) -> None:
+    """RunError where the optimizer is not installed or cannot run here, with the reason."""
+    _optimizer_class(config)
+
+
+def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay, as `optimizer.type` names it, over groups that hold their `weight_decay`.
+
+    Raises:
+        RunError: it is not installed, or cannot be built here.
+    """
+    params = config.deepspeed.optimizer.params
+    common = {"lr": params.lr, "betas": params.betas, "eps": params.eps}
+    kind = config.deepspeed.optimizer.type
+    options: dict[str, dict[str, Any]] = {
+        # fused: one pass over the memory, and the only form that takes the flag of a step that is not finite
+        "AdamW": {"fused": True},
+        "FusedAdam": {"adam_w_mode": True},
+        "CPUAdam": {"adamw_mode": True},
+        "ApexFusedAdam": {"adam_w_mode": True},
+    }
+    make = _optimizer_class(config)
+    try:
+        optimizer: torch.optim.Optimizer = make(groups, **common, **options[kind])
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunError(
+            f'`optimizer.type` "{kind}" cannot be built here: {reason[-1]}. "AdamW" needs nothing.'
+        ) from error
+    return optimizer
+
+
+def _optimizer_class(config: RunConfig) -> Any:
+    kind = config.deepspeed.optimizer.type
+    if kind == "AdamW":
+        return torch.optim.AdamW
+    if kind == "ApexFusedAdam" and not torch.cuda.is_available():
+        raise RunError('`optimizer.type` "ApexFusedAdam" needs a CUDA device, and there is none. Use "AdamW".')
+    module, name, package = {
+        "FusedAdam": ("deepspeed.ops.adam", "FusedAdam", "deepspeed"),
+        "CPUAdam": ("deepspeed.ops.adam", "DeepSpeedCPUAdam", "deepspeed"),
+        # the exact symbol: another project is called `apex` on PyPI
+        "ApexFusedAdam": ("apex.optimizers", "FusedAdam", "NVIDIA's apex"),
+    }[kind]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise RunError(
+            f'`optimizer.type` "{kind}" needs {package}, which cannot be imported: {error}. Use "AdamW".'
+        ) from error
+
+
+def optimizer_step(optimizer: Any, stepped: Iterable[Tensor]) -> int:
+    """How many steps the optimizer has applied; 0 before the first one.
+
+    Raises:
+        RunError: its tensors disagree, as when some were trained from another point on than others.
+    """
+    counts = {_count(optimizer, value) for value in stepped}
+    if len(counts) > 1:
+        raise RunError(f"the optimizer has made {sorted(counts)} steps with different parameters: it cannot be saved.")
+    return counts.pop() if counts else 0
+
+
+def restore_optimizer(optimizer: Any, stepped: Iterable[Tensor], step: int) -> None:
+    """Give the optimizer the state that it has after `step` applied steps, moments left for the caller to fill."""
+    for value in stepped:
+        if step == 0:
+            optimizer.state.pop(value, None)
+            continue
+        state = optimizer.state.setdefault(value, {})
+        for moment in MOMENTS:
+            state.setdefault(moment, torch.zeros_like(value.detach()))
+        on_device = isinstance(optimizer, torch.optim.AdamW)
+        state["step"] = torch.tensor(float(step), device=value.device) if on_device else step
+    for group in optimizer.param_groups:
+        # NVIDIA's counts per group
+        if "step" in group or type(optimizer).__module__.startswith("apex."):
+            group["step"] = step
+
+
+def _count(optimizer: Any, value: Tensor) -> int:
+    state = optimizer.state.get(value)
+    if not state:
+        return 0
+    if "step" in state:
+        return int(state["step"])
+    return int(optimizer.param_groups[0]["step"])
