@@ -155,7 +155,7 @@ def _zero3_shard(name: str, parameter: Any, optimizer: Any) -> Shard:
 
 
 def zero12_layout(optimizer: Any) -> dict[int, tuple[int, int]]:
-    """Where stages 1 and 2 lay out each parameter, by its id: the index of its group's flat tensor, and the offset there.
+    """Where stages 1 and 2 lay out each parameter, by its id: the index of its group's flat tensor, and the offset.
 
     DeepSpeed's own record (`_hp_mapping`) is of another order with `round_robin_gradients`.
 

@@ -88,13 +88,17 @@ class Teacher:
             average = [
                 place
                 if compute_dtype == torch.float32 and place.device == shard.master.device
-                else shard.master.to(torch.float32, copy=True)
+                else torch.empty_like(shard.master, dtype=torch.float32)
                 for place, shard in zip(slices, self._sources, strict=True)
             ]
             self._working = slices
         else:
             average, self._working = self._average_here(compute_dtype)
         self._average = average
+        with torch.no_grad():
+            # the start of the average is what the optimizer starts from, which DeepSpeed rounds in 16 bits
+            for mine, shard in zip(average, self._sources, strict=True):
+                mine.copy_(shard.master.view_as(mine))
         self._write_working()
 
     @property

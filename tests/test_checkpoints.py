@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import itertools
 import json
 import os
+import pickle
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from d2v_fast import faults
-from d2v_fast.checkpoints import Checkpoints, verify
+from d2v_fast.checkpoints import MANIFEST, Checkpoints, require_same_shapes, verify
 from d2v_fast.run_folder import RunFolder
+from d2v_fast.shard_files import Kept, ShardReader, copy_to_host, write_shards
+from d2v_fast.shards import Shard
 from d2v_fast.world import RunError, World
 
 
@@ -21,18 +32,19 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
     return Checkpoints(tmp_path / "checkpoints", keep=2, world=World("cpu"))
 
 
-def save(checkpoints: Checkpoints, step: int) -> Path:
-    """A checkpoint with tensors, an engine's file, and a folder of an engine's files."""
+def kept(kind: str, name: str, value: Tensor) -> Kept:
+    """A whole tensor, to be written or to be read into."""
+    return Kept(kind, Shard(name, value.shape, 0, value.view(-1), value, 0, replicated=True))
 
-    def save_engine(folder: Path) -> None:
-        (folder / "engine").mkdir()
-        torch.save({"step": step, "moments": torch.randn(40)}, folder / "engine" / "moments.pt")
 
-    weights = {"a.weight": torch.full((3, 5), float(step)), "b": torch.tensor(step, dtype=torch.bfloat16)}
-    # a transposed view: not contiguous
-    checkpoints.save(
-        step, {"skipped": 1}, lambda: {"student": weights, "teacher": {"t": torch.randn(4, 3).T}}, save_engine
-    )
+def save(checkpoints: Checkpoints, step: int, in_background: bool = False) -> Path:
+    """A checkpoint of two kinds of tensors."""
+    tensors = [
+        kept("student", "a.weight", torch.full((3, 5), float(step))),
+        kept("student", "b", torch.tensor(step, dtype=torch.bfloat16)),
+        kept("teacher", "t", torch.randn(4, 3)),
+    ]
+    checkpoints.save(step, {"skipped": 1}, tensors, in_background=in_background)
     return checkpoints.folder / f"step-{step}"
 
 
@@ -42,11 +54,64 @@ def test_save_and_load(checkpoints: Checkpoints) -> None:
     found = checkpoints.newest(pytest.fail)
     assert found is not None
     assert found.folder == folder
-    assert found.state == {"skipped": 1, "step": 7}
-    assert torch.equal(found.tensors("student")["a.weight"], torch.full((3, 5), 7.0))
-    assert found.tensors("student")["b"].dtype == torch.bfloat16
-    assert found.tensors("teacher")["t"].shape == (3, 4)
-    assert checkpoints.newest(pytest.fail) is not None
+    assert found.state["skipped"] == 1
+    assert found.state["step"] == 7
+    assert found.state["shapes"] == {"student/a.weight": [3, 5], "student/b": [], "teacher/t": [4, 3]}
+    weight, b = torch.zeros(3, 5), torch.zeros((), dtype=torch.bfloat16)
+    reader = found.reader(checkpoints.world)
+    for entry in (kept("student", "a.weight", weight), kept("student", "b", b)):
+        reader.read(entry)
+    assert torch.equal(weight, torch.full((3, 5), 7.0))
+    assert b == 7
+    with pytest.raises(RunError, match="does not hold all of student/c: from 0 on"):
+        reader.read(kept("student", "c", torch.zeros(2)))
+
+
+def test_background_save_is_of_its_moment(checkpoints: Checkpoints) -> None:
+    value = torch.zeros(1_000_000)
+    checkpoints.save(1, {}, [kept("student", "a", value)], in_background=True)
+    value.fill_(1.0)
+    # it gets its name when it is on the disk, and not before
+    while not checkpoints.steps():
+        checkpoints.advance()
+    found = checkpoints.newest(pytest.fail)
+    assert found is not None
+    read = torch.ones(1_000_000)
+    found.reader(checkpoints.world).read(kept("student", "a", read))
+    assert not read.any()
+
+
+def test_next_save_waits_for_the_one_before(checkpoints: Checkpoints) -> None:
+    for step in (1, 2, 3):
+        save(checkpoints, step, in_background=True)
+    assert checkpoints.steps() == [2, 1]
+    checkpoints.finish()
+    assert checkpoints.steps() == [3, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 40),
+    written=st.lists(st.integers(0, 40), max_size=4),
+    wanted=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    rank=st.integers(0, 4),
+)
+def test_any_division_is_read_into_any_other(size: int, written: list, wanted: tuple, rank: int) -> None:
+    value = torch.arange(size, dtype=torch.float32)
+    cuts = [0, *sorted(cut for cut in set(written) if 0 < cut < size), size]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            shard = Shard("x", value.shape, start, value[start:stop], value, start, replicated=False)
+            write_shards(
+                folder / f"shard-{number:05d}.safetensors", copy_to_host([Kept("k", shard)], even_if_there=False)
+            )
+        reader = ShardReader(folder, {"k/x": [size]}, rank, 5)
+        start, stop = sorted(min(place, size) for place in wanted)
+        read = torch.full((stop - start,), -1.0)
+        reader.read(Kept("k", Shard("x", value.shape, start, read, read, 0, replicated=False)))
+        assert torch.equal(read, value[start:stop])
+        assert torch.equal(reader.whole("k/x"), value)
 
 
 def test_none_at_all(checkpoints: Checkpoints) -> None:
@@ -70,7 +135,7 @@ def test_a_step_is_never_written_twice(checkpoints: Checkpoints) -> None:
 def test_any_flipped_bit_is_found(checkpoints: Checkpoints) -> None:
     folder = save(checkpoints, 5)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 5
+    assert len(files) == 3
     draw = random.Random()
     for path in files * 6:
         content = path.read_bytes()
@@ -113,21 +178,21 @@ def test_manifest_cannot_point_outside(name: str, checkpoints: Checkpoints) -> N
 
 def test_symbolic_link_is_no_file(checkpoints: Checkpoints, tmp_path: Path) -> None:
     folder = save(checkpoints, 5)
-    path = folder / "student.safetensors"
+    path = folder / "shard-00000.safetensors"
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    assert verify(folder, 5) == "student.safetensors is missing"
+    assert verify(folder, 5) == "shard-00000.safetensors is missing"
 
 
 def test_falls_back_and_keeps_the_damaged_one(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1)
     folder = save(checkpoints, 2)
-    (folder / "student.safetensors").write_bytes(b"")
+    (folder / "shard-00000.safetensors").write_bytes(b"")
     told: list[str] = []
     found = checkpoints.newest(told.append)
     assert found is not None
     assert found.state["step"] == 1
-    assert "step-2 is damaged (student.safetensors has 0 bytes instead of" in told[0]
+    assert "step-2 is damaged (shard-00000.safetensors has 0 bytes instead of" in told[0]
     assert (checkpoints.folder / "step-2.damaged").is_dir()
     save(checkpoints, 2)
     assert checkpoints.steps() == [2, 1]
@@ -152,15 +217,6 @@ def test_full_disk(point: str, checkpoints: Checkpoints, monkeypatch: pytest.Mon
     assert checkpoints.newest(pytest.fail) is not None
 
 
-def test_engine_that_fails_leaves_nothing(checkpoints: Checkpoints) -> None:
-    def save_engine(folder: Path) -> None:
-        raise RuntimeError("unexpected pos 17152 vs 17046")
-
-    with pytest.raises(RunError, match="unexpected pos"):
-        checkpoints.save(1, {}, dict, save_engine)
-    assert list(checkpoints.folder.iterdir()) == []
-
-
 class Evil:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -169,25 +225,35 @@ class Evil:
         return (os.mkdir, (str(self.marker),))
 
 
-def test_pickles_are_not_executed(tmp_path: Path) -> None:
-    from d2v_fast.config import parse_config
-    from d2v_fast.engine import PlainEngine
-
-    raw = {"train_batch_size": 1, "optimizer": {"params": {"lr": 1e-3}}, "d2v": {"data": {"path": "x"}}}
-    raw["d2v"]["model"] = {"channels": 1}
-    raw["d2v"]["data"] |= {"kind": "images", "mean": [0.5], "std": [0.5]}
-    engine = PlainEngine(torch.nn.Linear(2, 2), parse_config(raw), World("cpu"))
-    torch.save({"state": Evil(tmp_path / "marker"), "param_groups": []}, tmp_path / "optimizer.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        engine.load(tmp_path)
-    assert not (tmp_path / "marker").exists()
+@pytest.mark.parametrize("form", ["pickle", "torch.save"])
+def test_pickles_are_not_executed(form: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Each file of a checkpoint as a pickle that makes a folder when it is loaded, with a manifest that fits."""
+    names = [path.name for path in save(checkpoints, 1).iterdir()]
+    assert len(names) == 3
+    for step, name in enumerate(names, start=2):
+        folder = save(checkpoints, step)
+        content = io.BytesIO()
+        (torch.save if form == "torch.save" else pickle.dump)({"x": Evil(tmp_path / "marker")}, content)
+        (folder / name).write_bytes(content.getvalue())
+        if name != MANIFEST:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest["files"][name] = {
+                "bytes": len(content.getvalue()),
+                "sha256": hashlib.sha256(content.getvalue()).hexdigest(),
+            }
+            (folder / MANIFEST).write_text(json.dumps(manifest))
+        with contextlib.suppress(Exception):
+            found = checkpoints.newest(lambda _: None)
+            assert found is not None
+            found.reader(checkpoints.world).read(kept("student", "a.weight", torch.zeros(3, 5)))
+        assert not (tmp_path / "marker").exists(), name
 
 
 def test_other_model_is_named() -> None:
-    saved = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    require_same_shapes(saved, {"a": torch.ones(2), "b": torch.ones(3)}, "student")
+    saved = {"a": [2], "b": [3]}
+    require_same_shapes(saved, {"a": torch.Size([2]), "b": [3]}, "student")
     with pytest.raises(RunError) as caught:
-        require_same_shapes(saved, {"a": torch.zeros(2, 1), "c": torch.zeros(1)}, "student")
+        require_same_shapes(saved, {"a": [2, 1], "c": [1]}, "student")
     for line in ("c is not in the checkpoint", "b is only in the checkpoint", "a is [2] in the checkpoint and [2, 1]"):
         assert line in str(caught.value)
 
