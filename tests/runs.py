@@ -19,9 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from d2v_fast import engine
+from d2v_fast import engine, evaluation, metrics
 from d2v_fast.train import main
 from d2v_fast.world import World
 
@@ -183,6 +184,14 @@ def in_processes(count: int, folder: Path, work: Callable[[World, Path], Any], t
     results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
     assert statuses == [0] * count, results
     return results
+
+
+def leave_out_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
+    monkeypatch.setattr(metrics, "draw_curves", lambda *arguments: None)
+    monkeypatch.setattr(metrics, "_tensorboard", lambda *arguments: None)
+    monkeypatch.setattr(evaluation, "has_labels", lambda config: False)
+    monkeypatch.setattr(evaluation, "export", lambda *arguments: "no export")
 
 
 def import_deepspeed() -> None:

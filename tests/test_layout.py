@@ -30,13 +30,17 @@ ARROWS = {
     "d2v_fast.modalities": {"d2v_fast.encoder"},
     "d2v_fast.encoder": set(),
     "d2v_fast.data2vec": {*MODEL, "d2v_fast.ops"},
-    "d2v_fast.teacher": {"d2v_fast.ops"},
+    "d2v_fast.world": set(),
+    "d2v_fast.shards": {"d2v_fast.world"},
+    "d2v_fast.shard_files": {"d2v_fast.shards", "d2v_fast.world"},
+    "d2v_fast.zero_teacher": {"d2v_fast.shards"},
+    "d2v_fast.teacher": {"d2v_fast.ops", "d2v_fast.shards", "d2v_fast.zero_teacher"},
     "d2v_fast.probe": {"d2v_fast.data"},
     "d2v_fast.interop": {"d2v_fast.data2vec"},
 }
 # only these may import a heavy package, and only inside a function
 LAZY = {
-    "deepspeed": {"d2v_fast.engine", "d2v_fast.deepspeed_engine"},
+    "deepspeed": {"d2v_fast.engine", "d2v_fast.zero_teacher"},
     "transformers": set(),
     "matplotlib": {"d2v_fast.metrics", "d2v_fast.pictures"},
     "sklearn": {"d2v_fast.probe", "d2v_fast.data.digits"},

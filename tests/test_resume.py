@@ -9,15 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from d2v_fast.data import StepLoader
 from d2v_fast.export import SavedWeights
 from d2v_fast.shard_files import ShardReader
-from tests.runs import figures, run_forked, run_here, tiny_file
+from tests.runs import figures, leave_out_reports, run_forked, run_here, tiny_file
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 NO_DROPOUT = {"d2v__model__drop_path": 0.0, "d2v__model__attention_dropout": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "everything" not in request.node.name:
+        leave_out_reports(monkeypatch)
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -116,3 +123,21 @@ def test_other_global_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert run_here("--ds_config", file, "--run", "r", "--set", "d2v.schedule.steps=3") == 0
     assert run_here("--ds_config", file, "--run", "r", "--resume", "--set", "train_batch_size=48") == 1
     assert "`train_batch_size` must be 24 as in the checkpoint, but is 48 instead" in capsys.readouterr().err
+
+
+@needs_deepspeed
+def test_partitioned_run_leaves_everything(tmp_path: Path) -> None:
+    """Under ZeRO-3 no process holds a whole network: the probe and the export put one together."""
+    changes = {"zero_optimization__stage": 3, "d2v__schedule__steps": 3, **NO_DROPOUT}
+    file, output = tiny_file(tmp_path, **changes), tmp_path / "output"
+    assert run_forked("--ds_config", file, "--run", "r", output=output, num_processes=2) == [0, 0], output.read_text()
+    plain = tiny_file(tmp_path, **{**changes, "zero_optimization__stage": 0})
+    assert run_here("--ds_config", plain, "--run", "plain") == 0
+    reports = [json.loads((tmp_path / "runs" / name / "probe.json").read_text()) for name in ("r", "plain")]
+    assert [entry["step"] for entry in reports[0]] == [3]
+    for features, scores in reports[1][0].items():
+        # one of 359 images may fall on the other side of a boundary
+        assert reports[0][0][features] == pytest.approx(scores, abs=0.6), features
+    exported = [load_file(tmp_path / "runs" / name / "export" / "model.safetensors") for name in ("r", "plain")]
+    for key, value in exported[1].items():
+        torch.testing.assert_close(exported[0][key], value, rtol=1e-5, atol=1e-6)
