@@ -188,11 +188,14 @@ class DeepSpeedEngine(Engine):
         # made here: DeepSpeed's names for optimizers leave open which one is meant
         del settings["optimizer"]
         optimizer = _make_optimizer(model, config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=settings, dist_init_required=False
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=settings, dist_init_required=False
+                )
+        except (ValueError, AssertionError) as error:
+            raise RunError(f"DeepSpeed cannot run this configuration here: {error}") from error
         self._engine.train()
 
     def forward(self, *inputs: Any) -> Any:
@@ -230,17 +233,26 @@ class DeepSpeedEngine(Engine):
         return self._engine
 
     def state(self) -> dict[str, Any]:
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        values = {} if scaler is None else {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
-        return {**super().state(), "loss_scale": values}
+        scaler = self._loss_scaler()
+        return {
+            **super().state(),
+            "loss_scale": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+        }
 
     def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
         super().restore(read, state)
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        scaler = self._loss_scaler()
         for name, value in state.get("loss_scale", {}).items():
             if hasattr(scaler, name):
                 setattr(scaler, name, value)
         _write_low_precision(self._engine.optimizer)
+
+    def _loss_scaler(self) -> Any:
+        """What fp16 scales its loss with; None in the other dtypes, which need no scale."""
+        if self.compute_dtype != torch.float16:
+            return None
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
