@@ -115,12 +115,13 @@ class Checkpoints:
             RunError: it, or the earlier one, could not be written. The checkpoints before it are untouched.
         """
         self.finish()
-        started = self.world.decide(lambda: self._begin(step))
+        own = [entry for entry in kept if self.world.is_first or not entry.shard.replicated]
+        num_bytes = sum(self.world.collect(sum(shard.master.nbytes for _, shard in own)))
+        started = self.world.decide(lambda: self._begin(step, num_bytes))
         if started is None:
             return
         temporary = self.folder / started
         fault_point("save.begin")
-        own = [entry for entry in kept if self.world.is_first or not entry.shard.replicated]
         shapes = {f"{kind}/{shard.name}": list(shard.shape) for kind, shard in kept}
         if self.world.any(any(not shard.is_whole for _, shard in kept)):
             # no process knows the parameters that it trains nothing of
@@ -202,16 +203,27 @@ class Checkpoints:
         """Steps of the complete checkpoints, newest first."""
         return complete_steps(self.folder)
 
-    def _begin(self, step: int) -> str | None:
-        """Make the temporary folder and return its name; None where the checkpoint exists."""
+    def _begin(self, step: int, num_bytes: int) -> str | None:
+        """Make the temporary folder and return its name; None where the checkpoint exists.
+
+        Raises:
+            RunError: there is no room for it.
+        """
         if (self.folder / f"step-{step}").exists():
             return None
         for entry in list(self.folder.iterdir()) if self.folder.is_dir() else ():
             # of a process that died: the lock on the run folder says that no one else is writing
             if _TEMPORARY.fullmatch(entry.name):
                 shutil.rmtree(entry)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise RunError(
+                f"the checkpoint step-{step} takes {num_bytes / 1e6:.0f} MB, and {self.folder} has {free / 1e6:.0f} MB "
+                "left. Those before it are intact; make room and use --resume."
+            )
         name = f"step-{step}.tmp-{os.getpid()}"
-        (self.folder / name).mkdir(parents=True)
+        (self.folder / name).mkdir()
         return name
 
     def _name(self, writing: _Writing, files: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -215,6 +216,15 @@ def test_full_disk(point: str, checkpoints: Checkpoints, monkeypatch: pytest.Mon
         save(checkpoints, 2)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
     assert checkpoints.newest(pytest.fail) is not None
+
+
+def test_room_is_asked_for_first(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(checkpoints, 1)
+    usage = shutil.disk_usage(checkpoints.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(RunError, match=r"step-2 takes 4 MB, and .* has 1 MB left"):
+        checkpoints.save(2, {}, [kept("student", "a", torch.zeros(1_000_000))])
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
 
 
 class Evil:
