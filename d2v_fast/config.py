@@ -223,12 +223,16 @@ class DataConfig(Section):
 
 class GuardConfig(Section):
     """When a run stops itself: a standard deviation under its limit after `after_steps` optimizer steps
-    (collapse), or `nonfinite_patience` steps in a row skipped for a NaN or infinite loss or gradient."""
+    (collapse); a NaN or infinite loss or gradient, at once with `nonfinite` "stop", after `nonfinite_patience` such
+    steps in a row with "skip". Such a step never changes anything. A logged loss above `loss_spike` times its running
+    median is told in the log, and nothing else; None: never."""
 
     after_steps: int = Field(default=5000, ge=0)
     min_target_std: float = Field(default=0.1, ge=0)
     min_prediction_std: float = Field(default=0.01, ge=0)
+    nonfinite: Literal["skip", "stop"] = "skip"
     nonfinite_patience: int = Field(default=3, ge=1)
+    loss_spike: float | None = Field(default=None, gt=1)
 
 
 class ProbeConfig(Section):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from d2v_fast.data import StepLoader
     from d2v_fast.data2vec import Data2Vec
     from d2v_fast.engine import Engine
+    from d2v_fast.guard import Guard
     from d2v_fast.metrics import Log
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
@@ -109,6 +110,7 @@ class Run:
     start_step: int
     loader: StepLoader
     log: Log
+    guard: Guard
     clock: StepClock
 
 
@@ -124,6 +126,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.data import StepLoader, build_dataset
     from d2v_fast.data2vec import build_model
     from d2v_fast.engine import check_engine_available, compute_dtype, make_engine
+    from d2v_fast.guard import Guard
     from d2v_fast.metrics import NoLog, RunLog
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
@@ -183,9 +186,12 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     )
     log = RunLog(folder, schedule.num_steps, start_step) if world.is_first else NoLog()
     opened.callback(log.close)
+    guard = Guard(config, world, state, folder, model, steps_per_epoch=steps_per_epoch, say=log.say)
     clock = StepClock(world.device, enabled=d2v.run.profile)
     clock.watch(model)
-    return Run(config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, clock)
+    return Run(
+        config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, guard, clock
+    )
 
 
 def loop(run: Run, stop: StopRequest) -> int:
@@ -193,7 +199,8 @@ def loop(run: Run, stop: StopRequest) -> int:
     import torch
 
     from d2v_fast.faults import fault_point
-    from d2v_fast.metrics import Speed, check_collapse, loss_and_deviations
+    from d2v_fast.guard import check_collapse
+    from d2v_fast.metrics import Speed, loss_and_deviations
 
     section, width = run.config.d2v.run, run.config.d2v.model.width
     probe_every = run.config.d2v.probe.every_epochs * run.loader.steps_per_epoch
@@ -209,6 +216,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             batch = batch.to(run.world.device, non_blocking=True)
             torch.manual_seed(dropout_seed(section.seed, step, micro_step, run.world.rank))
             output = run.engine.forward(batch, run.teacher.module)
+            run.guard.see_loss(output.loss_sum)
             # the engine averages over micro-steps and processes; what is wanted is the mean over all masked
             # rows of the global batch, however it is split
             share = run.split.accumulation * run.world.size / (num_rows * width)
@@ -221,6 +229,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             applied = run.engine.step(run.schedule.at(step - 1))
         with run.clock.part("EMA"):
             run.state.follow(step, applied)
+        run.guard.end_step(step, micro_batches, applied)
         run.clock.end_step()
         run.log.advance(step)
 
@@ -238,10 +247,11 @@ def loop(run: Run, stop: StopRequest) -> int:
                 "samples": step * run.split.global_batch,
                 **speed.since_last(step * run.split.global_batch),
             }
+            run.guard.mark_spike(entry)
             run.log.write(entry)
             check_collapse(entry, run.config.d2v.guard)
         if is_logged or run.world.device.type == "cpu":
-            run.state.check_finite(step)
+            run.guard.check(step)
         asked_to_stop = run.world.any(stop.requested)
         if probe_every and step % probe_every == 0 and not is_last:
             with speed.paused():

@@ -19,9 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from d2v_fast import engine
+from d2v_fast import engine, evaluation, metrics
 from d2v_fast.train import main
 
 TINY: dict[str, Any] = {
@@ -75,6 +76,14 @@ def tiny_file(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.json"
     path.write_text(json.dumps(raw))
     return path
+
+
+def leave_out_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
+    monkeypatch.setattr(metrics, "draw_curves", lambda *arguments: None)
+    monkeypatch.setattr(metrics, "_tensorboard", lambda *arguments: None)
+    monkeypatch.setattr(evaluation, "has_labels", lambda config: False)
+    monkeypatch.setattr(evaluation, "export", lambda *arguments: "no export")
 
 
 def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:

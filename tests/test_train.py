@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_fast import evaluation, faults, metrics
+from d2v_fast import faults
 from d2v_fast.cli import parser
 from d2v_fast.data2vec import Data2Vec, StepOutput
-from tests.runs import figures, free_port, run_forked, run_here, start, tiny_file, wait
+from tests.runs import figures, free_port, leave_out_reports, run_forked, run_here, start, tiny_file, wait
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
@@ -34,14 +34,6 @@ def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
         leave_out_reports(monkeypatch)
     yield
     torch.set_num_threads(before)
-
-
-def leave_out_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
-    monkeypatch.setattr(metrics, "draw_curves", lambda *arguments: None)
-    monkeypatch.setattr(metrics, "_tensorboard", lambda *arguments: None)
-    monkeypatch.setattr(evaluation, "has_labels", lambda config: False)
-    monkeypatch.setattr(evaluation, "export", lambda *arguments: "no export")
 
 
 @pytest.fixture(scope="module")
