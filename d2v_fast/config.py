@@ -189,7 +189,7 @@ class DataConfig(Section):
 
     `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of the area; `zoom` 0.1 is up to
     10 % larger or smaller; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction`
-    unreadable files stop the run.
+    unreadable files stop the run, or with `strict` the first one.
     """
 
     kind: Literal["digits", "images"] = "digits"
@@ -205,6 +205,7 @@ class DataConfig(Section):
     shift_pixels: float = Field(default=0.0, ge=0)
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    strict: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:

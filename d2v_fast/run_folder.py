@@ -117,6 +117,20 @@ class RunFolder:
         before = json.loads(path.read_text()) if path.exists() else []
         self.write_json(name, [*(old for old in before if old["step"] < entry["step"]), entry])
 
+    def add_line(self, name: str, line: str) -> None:
+        """Append a line to a text file unless it is there already. Any process of the run may."""
+        # a file's name may hold a line break
+        line = line.translate({ord("\n"): "\\n", ord("\r"): "\\r"})
+        if line not in self.lines(name):
+            # in one write, so that the lines of several processes do not mix
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def lines(self, name: str) -> list[str]:
+        """The lines of a text file; none where there is no such file."""
+        path = self.path / name
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
         temporary = self.path / f".{name}.tmp"

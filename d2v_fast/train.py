@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from d2v_fast.teacher import Teacher
     from d2v_fast.world import World
 
+# of the run folder: the unreadable files of the data set, as `path: reason`
+BAD_FILES = "bad_files.txt"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 done or stopped on request, 1 failed, 2 wrong configuration."""
@@ -87,6 +90,8 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
             return
         step = loop(run, stop)
         run.log.close()
+        if bad := run.folder.lines(BAD_FILES):
+            run.log.say(f"{len(bad)} unreadable files were replaced by others: {run.folder.path / BAD_FILES}")
         if step < run.schedule.num_steps:
             name = run.folder.name
             run.log.say(f"stopped on request and saved after step {step}; to continue: --resume --run {name}")
@@ -183,6 +188,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         rank=world.rank,
         start_step=start_step,
         num_steps=schedule.num_steps,
+        on_bad=lambda file: folder.add_line(BAD_FILES, file),
     )
     log = RunLog(folder, schedule.num_steps, start_step) if world.is_first else NoLog()
     opened.callback(log.close)
