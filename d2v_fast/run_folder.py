@@ -67,7 +67,7 @@ class RunFolder:
         """The folder of a run that was started before.
 
         Raises:
-            RunError: there is none of this name, or another process trains in it.
+            RunError: there is none of this name, it cannot be written, or another process trains in it.
         """
         if not (root / name).is_dir():
             there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
@@ -77,6 +77,10 @@ class RunFolder:
 
     @classmethod
     def _open(cls, path: Path) -> RunFolder:
+        for place in (path, path / "checkpoints"):
+            # found out now, and not when hours of training are to be saved
+            if os.path.lexists(place) and not os.access(place, os.W_OK | os.X_OK):
+                raise RunError(f"{place} cannot be written: is it on a file system that is mounted read-only, or gone?")
         lock = (path / "lock").open("a+")
         try:
             # a record lock belongs to this process alone: data loading workers that outlive it do not hold it
