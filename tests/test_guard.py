@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +15,13 @@ import torch
 
 from d2v_fast import guard as guard_module
 from d2v_fast.config import GuardConfig, load_config
+from d2v_fast.data import Batch
 from d2v_fast.data.order import StepOrder
 from d2v_fast.data2vec import Data2Vec
-from d2v_fast.guard import check_collapse
-from d2v_fast.world import RunError
-from tests.runs import figures, import_deepspeed, leave_out_reports, run_forked, run_here, tiny_file
+from d2v_fast.guard import Guard, check_collapse
+from d2v_fast.run_folder import RunFolder
+from d2v_fast.world import RunError, World
+from tests.runs import figures, leave_out_reports, run_forked, run_here, tiny_file
 from tests.witness import Witness
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
@@ -135,8 +139,6 @@ def test_one_of_two_processes(stage: int, last: str, tmp_path: Path) -> None:
     file, output = tiny_file(tmp_path, zero_optimization__stage=stage), tmp_path / "output"
 
     def watch() -> None:
-        import os
-
         Witness(spoilt, note=tmp_path / f"rank-{os.environ['RANK']}")
 
     arguments = ["--ds_config", file, "--run", "r"]
@@ -158,19 +160,26 @@ def test_one_of_two_processes(stage: int, last: str, tmp_path: Path) -> None:
         assert one["ranks_with_loss_not_finite"] == ([] if last == "gradient" else [1])
         assert one["ranks_with_gradient_not_finite"] == [1]
         assert one["sample_ids_by_rank_and_micro_step"] == expected_samples(one["step"], 2)
-    assert run_forked(*arguments, "--resume", output=output, num_processes=2) == [0, 0], output.read_text()
 
 
-@needs_deepspeed
-def test_loss_scale_that_never_fits(tmp_path: Path) -> None:
-    """fp16 with a fixed loss scale under which every gradient overflows: stopped, and nothing has changed."""
-    fp16 = {"enabled": True, "loss_scale": 1e30, "initial_scale_power": 0, "hysteresis": 1}
-    file, output = tiny_file(tmp_path, fp16=fp16, zero_optimization__stage=1, d2v__run__save_every=1), tmp_path / "out"
-    import_deepspeed()
-    assert run_forked("--ds_config", file, "--run", "r", output=output) == [1], output.read_text()
-    # one more than the patience of 3, for the halvings that a fixed scale does not make
-    assert "in 4 steps in a row, up to step 4" in output.read_text()
-    assert [one["step"] for one in dump_of(tmp_path)["steps"]] == [1, 2, 3, 4]
+@pytest.mark.parametrize(("nonfinite", "allowed"), [("skip", 2 + 5 + 2), ("stop", 0 + 5 + 2)])
+def test_loss_scale_that_never_fits(nonfinite: str, allowed: int, tmp_path: Path) -> None:
+    """In fp16 a loss scale that is too large at first may be halved as often as it can be, and not for ever."""
+    fp16 = {"enabled": True, "initial_scale_power": 5, "hysteresis": 2}
+    file = tiny_file(tmp_path, fp16=fp16, zero_optimization__stage=1, d2v__guard={"nonfinite": nonfinite})
+    config, state = load_config(file), SimpleNamespace(longest_streak=torch.zeros((), dtype=torch.int64))
+    (tmp_path / "runs/r").mkdir(parents=True)
+    folder = RunFolder(tmp_path / "runs/r")
+    guard = Guard(config, World("cpu"), state, folder, Data2Vec(config.d2v), steps_per_epoch=59, say=print)  # type: ignore[arg-type]
+    batch = Batch(torch.empty(0), torch.empty(0), torch.arange(24))
+    for step in range(1, allowed + 2):
+        guard.end_step(step, [batch], torch.tensor(False))
+        state.longest_streak += 1
+        if step <= allowed:
+            guard.check(step)
+    with pytest.raises(RunError, match=f"in {allowed + 1} steps in a row"):
+        guard.check(step)
+    assert [one["step"] for one in dump_of(tmp_path)["steps"]] == list(range(1, allowed + 2))
 
 
 def entry(step: int, **changes: float) -> dict[str, float]:
