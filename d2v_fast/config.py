@@ -189,7 +189,7 @@ class DataConfig(Section):
 
     `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of the area; `zoom` 0.1 is up to
     10 % larger or smaller; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction`
-    unreadable files stop the run.
+    unreadable files stop the run, or with `strict` the first one.
     """
 
     kind: Literal["digits", "images"] = "digits"
@@ -205,6 +205,7 @@ class DataConfig(Section):
     shift_pixels: float = Field(default=0.0, ge=0)
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    strict: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -223,12 +224,16 @@ class DataConfig(Section):
 
 class GuardConfig(Section):
     """When a run stops itself: a standard deviation under its limit after `after_steps` optimizer steps
-    (collapse), or `nonfinite_patience` steps in a row skipped for a NaN or infinite loss or gradient."""
+    (collapse); a NaN or infinite loss or gradient, at once with `nonfinite` "stop", after `nonfinite_patience` such
+    steps in a row with "skip". Such a step never changes anything. A logged loss above `loss_spike` times its running
+    median is told in the log, and nothing else; None: never."""
 
     after_steps: int = Field(default=5000, ge=0)
     min_target_std: float = Field(default=0.1, ge=0)
     min_prediction_std: float = Field(default=0.01, ge=0)
+    nonfinite: Literal["skip", "stop"] = "skip"
     nonfinite_patience: int = Field(default=3, ge=1)
+    loss_spike: float | None = Field(default=None, gt=1)
 
 
 class ProbeConfig(Section):

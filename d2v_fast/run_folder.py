@@ -67,7 +67,7 @@ class RunFolder:
         """The folder of a run that was started before.
 
         Raises:
-            RunError: there is none of this name, or another process trains in it.
+            RunError: there is none of this name, it cannot be written, or another process trains in it.
         """
         if not (root / name).is_dir():
             there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
@@ -77,6 +77,10 @@ class RunFolder:
 
     @classmethod
     def _open(cls, path: Path) -> RunFolder:
+        for place in (path, path / "checkpoints"):
+            # found out now, and not when hours of training are to be saved
+            if os.path.lexists(place) and not os.access(place, os.W_OK | os.X_OK):
+                raise RunError(f"{place} cannot be written: is it on a file system that is mounted read-only, or gone?")
         lock = (path / "lock").open("a+")
         try:
             # a record lock belongs to this process alone: data loading workers that outlive it do not hold it
@@ -116,6 +120,20 @@ class RunFolder:
         path = self.path / name
         before = json.loads(path.read_text()) if path.exists() else []
         self.write_json(name, [*(old for old in before if old["step"] < entry["step"]), entry])
+
+    def add_line(self, name: str, line: str) -> None:
+        """Append a line to a text file unless it is there already. Any process of the run may."""
+        # a file's name may hold a line break
+        line = line.translate({ord("\n"): "\\n", ord("\r"): "\\r"})
+        if line not in self.lines(name):
+            # in one write, so that the lines of several processes do not mix
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def lines(self, name: str) -> list[str]:
+        """The lines of a text file; none where there is no such file."""
+        path = self.path / name
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""

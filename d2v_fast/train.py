@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from d2v_fast.data import StepLoader
     from d2v_fast.data2vec import Data2Vec
     from d2v_fast.engine import Engine
+    from d2v_fast.guard import Guard
     from d2v_fast.metrics import Log
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from d2v_fast.stepclock import StepClock
     from d2v_fast.teacher import Teacher
     from d2v_fast.world import World
+
+# of the run folder: the unreadable files of the data set, as `path: reason`
+BAD_FILES = "bad_files.txt"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,6 +98,8 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
             run.state.finish_save()
             raise
         run.log.close()
+        if bad := run.folder.lines(BAD_FILES):
+            run.log.say(f"{len(bad)} unreadable files were replaced by others: {run.folder.path / BAD_FILES}")
         if step < run.schedule.num_steps:
             name = run.folder.name
             run.log.say(f"stopped on request and saved after step {step}; to continue: --resume --run {name}")
@@ -117,6 +123,7 @@ class Run:
     start_step: int
     loader: StepLoader
     log: Log
+    guard: Guard
     clock: StepClock
 
 
@@ -132,6 +139,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.data import StepLoader, build_dataset
     from d2v_fast.data2vec import build_model
     from d2v_fast.engine import check_engine_available, compute_dtype, make_engine
+    from d2v_fast.guard import Guard
     from d2v_fast.metrics import NoLog, RunLog
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
@@ -196,12 +204,16 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         rank=world.rank,
         start_step=start_step,
         num_steps=schedule.num_steps,
+        on_bad=lambda file: folder.add_line(BAD_FILES, file),
     )
     log = RunLog(folder, schedule.num_steps, start_step) if world.is_first else NoLog()
     opened.callback(log.close)
+    guard = Guard(config, world, state, folder, model, steps_per_epoch=steps_per_epoch, say=log.say)
     clock = StepClock(world.device, enabled=d2v.run.profile)
     clock.watch(model)
-    return Run(config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, clock)
+    return Run(
+        config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, guard, clock
+    )
 
 
 def loop(run: Run, stop: StopRequest) -> int:
@@ -209,7 +221,8 @@ def loop(run: Run, stop: StopRequest) -> int:
     import torch
 
     from d2v_fast.faults import fault_point
-    from d2v_fast.metrics import Speed, check_collapse, loss_and_deviations
+    from d2v_fast.guard import check_collapse
+    from d2v_fast.metrics import Speed, loss_and_deviations
 
     section, width = run.config.d2v.run, run.config.d2v.model.width
     probe_every = run.config.d2v.probe.every_epochs * run.loader.steps_per_epoch
@@ -225,6 +238,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             batch = batch.to(run.world.device, non_blocking=True)
             torch.manual_seed(dropout_seed(section.seed, step, micro_step, run.world.rank))
             output = run.engine.forward(batch, run.teacher.module)
+            run.guard.see_loss(output.loss_sum)
             # the engine averages over micro-steps and processes; what is wanted is the mean over all masked
             # rows of the global batch, however it is split
             share = run.split.accumulation * run.world.size / (num_rows * width)
@@ -237,6 +251,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             applied = run.engine.step(run.schedule.at(step - 1))
         with run.clock.part("EMA"):
             run.state.follow(step, applied)
+        run.guard.end_step(step, micro_batches, applied)
         run.clock.end_step()
         run.log.advance(step)
 
@@ -254,10 +269,11 @@ def loop(run: Run, stop: StopRequest) -> int:
                 "samples": step * run.split.global_batch,
                 **speed.since_last(step * run.split.global_batch),
             }
+            run.guard.mark_spike(entry)
             run.log.write(entry)
             check_collapse(entry, run.config.d2v.guard)
         if is_logged or run.world.device.type == "cpu":
-            run.state.check_finite(step)
+            run.guard.check(step)
         asked_to_stop = run.world.any(stop.requested)
         if probe_every and step % probe_every == 0 and not is_last:
             with speed.paused():

@@ -79,6 +79,14 @@ def tiny_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def leave_out_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
+    monkeypatch.setattr(metrics, "draw_curves", lambda *arguments: None)
+    monkeypatch.setattr(metrics, "_tensorboard", lambda *arguments: None)
+    monkeypatch.setattr(evaluation, "has_labels", lambda config: False)
+    monkeypatch.setattr(evaluation, "export", lambda *arguments: "no export")
+
+
 def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:
     """The log of a run without what differs from time to time."""
     lines = (folder / "runs" / name / "log.jsonl").read_text().splitlines()

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from d2v_fast.data.order import MicroStep, StepOrder
 from d2v_fast.masking import block_mask_rows
 
 if TYPE_CHECKING:
-    from d2v_fast.config import BlockMaskConfig, D2VConfig
+    from d2v_fast.config import BlockMaskConfig, D2VConfig, DataConfig
 
 __all__ = ["StepLoader"]
 
@@ -54,10 +54,12 @@ class StepLoader:
         start_step: optimizer steps already made; iteration begins after them.
         num_steps: optimizer steps of the whole run; None yields without end.
         pin_memory: page-locked batches; None pins if there is a CUDA device and `config.run.device` allows it.
+        on_bad: is told of every unreadable file when this process first meets it, as `path: reason`.
         timeout_s: seconds to wait for a batch before a worker counts as hung; 0 waits for ever.
     Raises:
         DataError: if the data set is smaller than one optimizer step, or shared memory is too small for the workers;
-            while iterating, if more than `max_bad_fraction` of the files are unreadable, or a worker dies or hangs.
+            while iterating, if more than `max_bad_fraction` of the files are unreadable (with `strict`: the first), or
+            a worker dies or hangs.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class StepLoader:
         start_step: int = 0,
         num_steps: int | None = None,
         pin_memory: bool | None = None,
+        on_bad: Callable[[str], None] = lambda file: None,
         timeout_s: float = 600.0,
     ) -> None:
         seed = config.run.seed if seed is None else seed
@@ -94,7 +97,7 @@ class StepLoader:
         self._timeout_s = timeout_s
         self._bytes = 4 * micro_batch * dataset.channels * dataset.image_size**2
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
-        self._bad = _BadFiles(config.data.max_bad_fraction, len(dataset))
+        self._bad = _BadFiles(config.data, len(dataset), on_bad)
         if self._num_workers > 0:
             _check_shared_memory(self._num_workers * self._prefetch * self._bytes, self._num_workers)
         # compiles the sampler here, once, and not in every worker
@@ -193,10 +196,11 @@ class _BatchMaker(TorchDataset):
 class _BadFiles:
     """Counts and names unreadable files, and stops the run when there are too many."""
 
-    def __init__(self, max_fraction: float, num_samples: int) -> None:
+    def __init__(self, config: DataConfig, num_samples: int, on_bad: Callable[[str], None]) -> None:
         self.files: dict[str, None] = {}
-        self._max_fraction = max_fraction
+        self._max_fraction, self._strict = config.max_bad_fraction, config.strict
         self._num_samples = num_samples
+        self._on_bad = on_bad
         self._num_seen = 0
 
     def add(self, batch: Batch) -> None:
@@ -207,6 +211,9 @@ class _BadFiles:
         for file in new:
             self.files[file] = None
             _log.warning("skipped unreadable image number %d: %s", len(self.files), file)
+            self._on_bad(file)
+        if self._strict:
+            raise DataError("an image is unreadable, and `d2v.data.strict` is true:\n  " + "\n  ".join(new))
         seen = min(self._num_seen, self._num_samples)
         judged = max(seen, min(self._num_samples, MIN_JUDGED))
         if len(self.files) > math.ceil(self._max_fraction * judged):
