@@ -244,7 +244,8 @@ class ProbeConfig(Section):
 
 class RunSection(Section):
     """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in
-    optimizer steps; `keep` is the number of checkpoints that stay."""
+    optimizer steps; `keep` is the number of checkpoints that stay. After `timeout_minutes` of waiting for another
+    process, or for a batch, a process ends with an error instead of waiting for ever."""
 
     dir: str = "runs"
     name: str | None = None
@@ -252,6 +253,7 @@ class RunSection(Section):
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=1000, ge=1)
     keep: int = Field(default=3, ge=1)
+    timeout_minutes: float = Field(default=10.0, gt=0)
     profile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

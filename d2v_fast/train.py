@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import torch
 
         from d2v_fast.data import DataError
-        from d2v_fast.world import RunError
+        from d2v_fast.world import RunError, lost_connection
 
         try:
             train(config, resume=options.resume, dry_run=options.dry_run, stem=config_stem(options))
@@ -63,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except torch.OutOfMemoryError as error:
             advice = "lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set "
             print(f"error: {error}\n{advice}`d2v.model.gradient_checkpointing`.", file=sys.stderr)
+            return 1
+        except RuntimeError as error:
+            lost = lost_connection(error)
+            if lost is None:
+                raise
+            print(f"error: {lost}", file=sys.stderr)
             return 1
     except ConfigError as error:
         if is_first_process():
@@ -150,7 +156,9 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
             print(describe(config, split, schedule, len(dataset), compute_dtype(config, device)))
         return None
 
-    world = World(d2v.run.device, grouped=config.deepspeed.needs_deepspeed(split.world_size))
+    world = World(
+        d2v.run.device, config.deepspeed.needs_deepspeed(split.world_size), timeout_minutes=d2v.run.timeout_minutes
+    )
     opened.callback(world.close)
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)

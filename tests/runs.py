@@ -54,7 +54,7 @@ TINY: dict[str, Any] = {
             "shift_pixels": 1.0,
         },
         "probe": {"num_draws": 1, "labels_per_class": 2},
-        "run": {"log_every": 1, "save_every": 3, "keep": 2, "device": "cpu"},
+        "run": {"log_every": 1, "save_every": 3, "keep": 2, "device": "cpu", "timeout_minutes": 1},
     },
 }
 
@@ -154,7 +154,7 @@ def run_forked(
     common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = []
     for rank in range(num_processes):
-        described = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DEEPSPEED_TIMEOUT": "1"}
+        described = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         environment = described if num_processes > 1 else {}
         children.append(start(list(arguments), output, environment, before))
     return wait(*children)

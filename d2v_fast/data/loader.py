@@ -54,7 +54,8 @@ class StepLoader:
         start_step: optimizer steps already made; iteration begins after them.
         num_steps: optimizer steps of the whole run; None yields without end.
         pin_memory: page-locked batches; None pins if there is a CUDA device and `config.run.device` allows it.
-        timeout_s: seconds to wait for a batch before a worker counts as hung; 0 waits for ever.
+        timeout_s: seconds to wait for a batch before a worker counts as hung, 0 waits for ever; None takes
+            `config.run.timeout_minutes`.
     Raises:
         DataError: if the data set is smaller than one optimizer step, or shared memory is too small for the workers;
             while iterating, if more than `max_bad_fraction` of the files are unreadable, or a worker dies or hangs.
@@ -73,7 +74,7 @@ class StepLoader:
         start_step: int = 0,
         num_steps: int | None = None,
         pin_memory: bool | None = None,
-        timeout_s: float = 600.0,
+        timeout_s: float | None = None,
     ) -> None:
         seed = config.run.seed if seed is None else seed
         self._order = StepOrder(
@@ -91,7 +92,7 @@ class StepLoader:
         if pin_memory is None:
             pin_memory = config.run.device != "cpu" and torch.cuda.is_available()
         self._pin_memory = pin_memory
-        self._timeout_s = timeout_s
+        self._timeout_s = 60 * config.run.timeout_minutes if timeout_s is None else timeout_s
         self._bytes = 4 * micro_batch * dataset.channels * dataset.image_size**2
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
         self._bad = _BadFiles(config.data.max_bad_fraction, len(dataset))
