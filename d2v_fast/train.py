@@ -47,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read_options(arguments)
     try:
         config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
+        if options.supervise is not None and not options.dry_run:
+            from d2v_fast.supervise import supervise
+
+            status = supervise(config, sys.argv[1:] if arguments is None else arguments, options.supervise)
+            if status is not None:
+                return status
         # the slow imports, only now: a wrong file has been refused by here
         import torch
 
@@ -176,7 +182,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     engine = make_engine(model, config, world)
     checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
     state = RunState(config, world, model, teacher, engine, checkpoints)
-    start_step = state.restore(say) if resume else 0
+    start_step = state.restore(say) if folder.reopened else 0
     if world.is_first:
         folder.write_config(config)
     loader = StepLoader(
