@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from d2v_fast import engine
+from d2v_fast import engine, evaluation, metrics
 from d2v_fast.train import main
 
 TINY: dict[str, Any] = {
@@ -75,6 +75,14 @@ def tiny_file(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.json"
     path.write_text(json.dumps(raw))
     return path
+
+
+def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> None:
+    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
+    patch(metrics, "draw_curves", lambda *arguments: None)
+    patch(metrics, "_tensorboard", lambda *arguments: None)
+    patch(evaluation, "has_labels", lambda config: False)
+    patch(evaluation, "export", lambda *arguments: "no export")
 
 
 def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:
@@ -149,15 +157,21 @@ def run_forked(
     *arguments: object, output: Path, num_processes: int = 1, before: Callable[[], None] = lambda: None
 ) -> list[int]:
     """Run the command line in forked processes, as a launcher would describe them; returns their exit statuses."""
-    if num_processes > 1:
-        import_deepspeed()
+    return wait(*start_ranks(list(arguments), output, num_processes, before))
+
+
+def start_ranks(
+    arguments: list[object], output: Path, num_processes: int, before: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Fork the processes of one run, as a launcher would describe them; returns their ids by rank."""
+    if num_processes == 1:
+        return [start(arguments, output, before=before)]
+    import_deepspeed()
     common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = []
-    for rank in range(num_processes):
-        described = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        environment = described if num_processes > 1 else {}
-        children.append(start(list(arguments), output, environment, before))
-    return wait(*children)
+    return [
+        start(arguments, output, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, before)
+        for rank in range(num_processes)
+    ]
 
 
 def import_deepspeed() -> None:

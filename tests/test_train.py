@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_fast import evaluation, faults, metrics
+from d2v_fast import faults
 from d2v_fast.cli import parser
 from d2v_fast.data2vec import Data2Vec, StepOutput
-from tests.runs import figures, free_port, run_forked, run_here, start, tiny_file, wait
+from tests.runs import figures, free_port, leave_out_reports, run_forked, run_here, start, tiny_file, wait
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
@@ -31,17 +31,9 @@ def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     if "everything" not in request.node.name:
-        leave_out_reports(monkeypatch)
+        leave_out_reports(monkeypatch.setattr)
     yield
     torch.set_num_threads(before)
-
-
-def leave_out_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
-    monkeypatch.setattr(metrics, "draw_curves", lambda *arguments: None)
-    monkeypatch.setattr(metrics, "_tensorboard", lambda *arguments: None)
-    monkeypatch.setattr(evaluation, "has_labels", lambda config: False)
-    monkeypatch.setattr(evaluation, "export", lambda *arguments: "no export")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_reports(patch)
+        leave_out_reports(patch.setattr)
         assert run_here("--ds_config", tiny_file(folder), "--run", "whole") == 0
     return figures(folder, "whole")
 
@@ -389,7 +381,7 @@ def without_dropout(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[floa
     changes = {"d2v__model__drop_path": 0.0, "d2v__model__attention_dropout": 0.0, "d2v__schedule__steps": 6}
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_reports(patch)
+        leave_out_reports(patch.setattr)
         assert run_here("--ds_config", tiny_file(folder, **changes), "--run", "r") == 0
     return [entry[2] for entry in figures(folder, "r")], changes
 
@@ -416,7 +408,7 @@ def test_two_processes_change_nothing(
         faults._fault = faults.Fault(f"save.rename:2:{fault}")
 
     statuses = run_forked("--ds_config", file, "--run", "r", output=output, num_processes=2, before=arm)
-    assert statuses == ([1, 1] if fault == "full" else [-signal.SIGKILL, 99]), output.read_text()
+    assert statuses == ([1, 1] if fault == "full" else [-signal.SIGKILL, 1]), output.read_text()
     assert ("step-6 could not be written" in output.read_text()) == (fault == "full")
     statuses = run_forked("--ds_config", file, "--run", "r", "--resume", output=output, num_processes=2)
     assert statuses == [0, 0], output.read_text()
