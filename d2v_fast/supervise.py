@@ -29,7 +29,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from d2v_fast.config import RunConfig
@@ -58,20 +58,24 @@ def supervise(config: RunConfig, arguments: Sequence[str], limit: int) -> int | 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
         return None
     # no addresses of the attempt before; and no handlers of the agent: a signal is passed on, see `_Agent.pass_on`
-    os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGPIPE"}
+    os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "none"}
     # it reports every fault in a screenful; ours are said in a line
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="d2v_fast-") as logs:
-        agent = _Agent(_worker(config, arguments), DefaultLogsSpecs(logs), Path(config.d2v.run.dir), limit)
-        before = {number: signal.signal(number, agent.pass_on) for number in _STOP_SIGNALS}
-        try:
-            agent.run()
-        except _Ended as ended:
-            return ended.status
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            agent.leave()
+    try:
+        with tempfile.TemporaryDirectory(prefix="d2v_fast-") as logs:
+            agent = _Agent(_worker(config, arguments), DefaultLogsSpecs(logs), Path(config.d2v.run.dir), limit)
+            before = {number: signal.signal(number, agent.pass_on) for number in _STOP_SIGNALS}
+            try:
+                agent.run()
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                agent.leave()
+    except _Ended as ended:
+        return ended.status
+    except RendezvousError as error:
+        _say(f"this process does not meet the others of the run any more, or not yet: {error}")
+        return 1
     return 0
 
 
@@ -181,8 +185,8 @@ def _worker(config: RunConfig, arguments: Sequence[str]) -> WorkerSpec:
         max_nodes=num_agents,
         local_addr=address,
         is_host=str(is_host),
-        # a healthy worker is given half a minute to end, and a hung one this long to be found out
-        join_timeout=str(2 * patience_s + 60 + _LONGEST_PAUSE_S),
+        # the others come when they have found out that their workers hang, have ended them, and have paused
+        join_timeout=str(patience_s + 60 + _LONGEST_PAUSE_S),
     )
     # an agent counts its own workers only, so it would give each of them the first GPU
     local = [f"{name}={environment[name]}" for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in environment]

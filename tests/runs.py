@@ -184,6 +184,34 @@ def import_deepspeed() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
+def processes(*words: str) -> dict[int, dict[str, str]]:
+    """Running processes whose command line holds all these words: their ids, and their environments."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        # any of them may end while it is looked at
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if folder.name.isdecimal() and all(word in line for word in words):
+                entries = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                found[int(folder.name)] = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    return found
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"did not happen in {timeout_s} s")
+        time.sleep(0.02)
+
+
+def logged_steps(folder: Path, name: str) -> int:
+    """How many steps the log of a run holds so far."""
+    path = folder / "runs" / name / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def free_port() -> int:
     """A port that no one listens on."""
     with socket.socket() as probe:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from d2v_fast import cli, supervise
+from d2v_fast import cli, faults, supervise
 from d2v_fast.config import load_config
-from tests.runs import FIGURES, figures, fork, free_port, run_here, tiny_file, wait
+from tests.runs import figures, fork, free_port, leave_out_reports, logged_steps, run_here, tiny_file, until, wait
 
 # what every script begins with: it counts its attempts, and may mark a run folder and save
 PRELUDE = """
@@ -60,13 +58,6 @@ def attempts(folder: Path, rank: int = 0) -> list[list[str]]:
     """What each attempt of this rank found in its environment: mark, port, local rank, world size."""
     path = folder / f"attempts-{rank}"
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_starts_again_until_it_works(tmp_path: Path) -> None:
@@ -180,11 +171,10 @@ if attempt == 1:
 
 def test_no_attempt_of_two_is_one_too_many(tmp_path: Path) -> None:
     children = start_two(tmp_path, "rank == '1' and sys.exit(1)\ntime.sleep(60)", limit=1)
-    # its launcher would end the other one, which waits for another attempt
-    assert wait(children[0]) == [1]
-    os.kill(children[1], signal.SIGTERM)
-    assert wait(children[1], timeout_s=40) == [0]
+    # the other one, which waits for another attempt, is told that there is none
+    assert wait(*children) == [1, 1]
     assert "giving up after 1 restarts from the beginning" in (tmp_path / "output-0").read_text()
+    assert "does not meet the others" in (tmp_path / "output-1").read_text()
     assert [len(attempts(tmp_path, rank)) for rank in range(2)] == [2, 2]
 
 
@@ -200,6 +190,26 @@ def test_number_of_restarts() -> None:
         with pytest.raises(SystemExit) as raised:
             parsed(f"--supervise={wrong}")
         assert raised.value.code == 2
+
+
+def test_later_attempts_find_their_run_by_its_mark(tmp_path: Path, monkeypatch, capsys) -> None:
+    leave_out_reports(monkeypatch.setattr)
+    arguments = ["--ds_config", tiny_file(tmp_path)]
+    assert run_here(*arguments, "--run", "whole") == 0
+    monkeypatch.setenv("D2V_SUPERVISION", "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "_fault", faults.Fault("save.manifest:2:full"))
+        assert run_here(*arguments) == 1
+    assert run_here(*arguments) == 0
+    assert "resumed after step 3" in capsys.readouterr().out
+    assert figures(tmp_path, "tiny-1") == figures(tmp_path, "whole")
+    monkeypatch.setenv("D2V_SUPERVISION", "second")
+    assert run_here(*arguments, "--set", 'd2v.schedule={"steps": 1}') == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-1", "tiny-2", "whole"]
+    # a name that was taken before is as wrong as ever
+    monkeypatch.setenv("D2V_SUPERVISION", "third")
+    assert run_here(*arguments, "--run", "whole") == 1
+    assert "continue it with --resume" in capsys.readouterr().err
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
@@ -238,15 +248,12 @@ def test_a_real_run_comes_to_the_same_end(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_real_run_saves_when_its_supervisor_ends(number: signal.Signals, tmp_path: Path) -> None:
-    log = tmp_path / "runs/r/log.jsonl"
     with (tmp_path / "output").open("w") as output:
         arguments = command(tmp_path, "--supervise", "--run", "r", "--set", "d2v.schedule.steps=100000")
         child = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment())
-        until(lambda: log.exists() and log.read_text().count("\n") > 5, timeout_s=120)
+        until(lambda: logged_steps(tmp_path, "r") > 5, timeout_s=120)
         child.send_signal(number)
         assert child.wait(60) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
     until(lambda: "saved after step" in (tmp_path / "output").read_text())
     saved = max(int(path.name.partition("-")[2]) for path in (tmp_path / "runs/r/checkpoints").iterdir())
-    last = json.loads(log.read_text().splitlines()[-1])
-    assert last["step"] == saved
-    assert set(FIGURES) <= set(last)
+    assert logged_steps(tmp_path, "r") == saved

@@ -18,7 +18,7 @@ import torch
 from d2v_fast import faults
 from d2v_fast.cli import parser
 from d2v_fast.data2vec import Data2Vec, StepOutput
-from tests.runs import figures, free_port, leave_out_reports, run_forked, run_here, start, tiny_file, wait
+from tests.runs import figures, leave_out_reports, run_forked, run_here, start, tiny_file, wait
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
@@ -439,29 +439,6 @@ def test_signal_to_one_process_stops_all(tmp_path: Path, without_dropout) -> Non
     assert run_forked(*arguments, output=output, num_processes=2, before=signal_the_second) == [0, 0]
     assert "saved after step 5" in output.read_text()
     assert run_forked(*arguments, "--resume", output=output, num_processes=2) == [0, 0], output.read_text()
-    assert [entry[2] for entry in figures(tmp_path, "r")] == pytest.approx(losses, rel=1e-5)
-
-
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port"],
-}
-
-
-@pytest.mark.slow
-@needs_deepspeed
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers(launcher: str, tmp_path: Path, without_dropout) -> None:
-    losses, changes = without_dropout
-    command = [sys.executable, "-m", *LAUNCHERS[launcher]]
-    if launcher == "deepspeed":
-        command.append(str(free_port()))
-    command += ["d2v_fast/train.py", "--ds_config", str(tiny_file(tmp_path, **changes)), "--run-name", "r"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stdout + done.stderr
     assert [entry[2] for entry in figures(tmp_path, "r")] == pytest.approx(losses, rel=1e-5)
 
 
