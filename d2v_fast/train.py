@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the slow imports, only now: a wrong file has been refused by here
         import torch
 
-        from d2v_fast.data import DataError
+        from d2v_fast.data import DataError, worker_died
         from d2v_fast.world import RunError, lost_connection
 
         try:
@@ -71,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}\n{advice}`d2v.model.gradient_checkpointing`.", file=sys.stderr)
             return 1
         except RuntimeError as error:
-            lost = lost_connection(error)
-            if lost is None:
+            told = lost_connection(error) or worker_died(error)
+            if told is None:
                 raise
-            print(f"error: {lost}", file=sys.stderr)
+            print(f"error: {told}", file=sys.stderr)
             return 1
     except ConfigError as error:
         if is_first_process():
@@ -221,6 +221,7 @@ def loop(run: Run, stop: StopRequest) -> int:
 
         for micro_step, batch in enumerate(micro_batches):
             batch = batch.to(run.world.device, non_blocking=True)
+            run.world.arrive()
             torch.manual_seed(dropout_seed(section.seed, step, micro_step, run.world.rank))
             output = run.engine.forward(batch, run.teacher.module)
             # the engine averages over micro-steps and processes; what is wanted is the mean over all masked

@@ -69,7 +69,7 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, on its device."""
         if self.size > 1:
-            self._arrive()
+            self.arrive()
             dist.all_reduce(tensor)
         return tensor
 
@@ -78,13 +78,21 @@ class World:
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
-        self._arrive()
+        self.arrive()
         dist.all_reduce(flags, group=self._hosts)
         return bool(flags.item())
 
     def barrier(self) -> None:
         """Wait for the other processes."""
         self.any(False)
+
+    def arrive(self) -> None:
+        """Say that this process has come to a collective, of its own or of DeepSpeed's, and may have to wait there.
+
+        The more often, the better can be told who keeps the others waiting when that takes too long.
+        """
+        if self._watch is not None:
+            self._watch.arrived()
 
     def decide(self, make: Callable[[], Any]) -> Any:
         """Run `make` in the first process and hand its result, which JSON can express, to all of them.
@@ -136,13 +144,9 @@ class World:
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             raise ConnectionError(_why_not_connected(error, self.rank, self.size, timeout_minutes)) from error
 
-    def _arrive(self) -> None:
-        if self._watch is not None:
-            self._watch.arrived()
-
     def _tell(self, message: bytes) -> bytes:
         """Broadcast bytes of the first process; what the others pass is ignored."""
-        self._arrive()
+        self.arrive()
         length = torch.tensor([len(message)])
         dist.broadcast(length, 0, group=self._hosts)
         payload = torch.zeros(int(length), dtype=torch.uint8)

@@ -13,6 +13,8 @@ The processes are forked from one that has imported everything, so that a kill c
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import random
@@ -27,11 +29,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from d2v_fast.data import Batch, StepLoader
-from tests.runs import figures, leave_out_reports, start_ranks, tiny_file, wait
+from tests.runs import figures, leave_out_reports, run_here, start_ranks, tiny_file, wait
 
 # optimizer steps of a run; it has two and a bit epochs
 STEPS = 150
@@ -66,6 +69,7 @@ def soak(folder: Path, kills: int, *, processes: int = 1, workers: int = 0, seed
     if processes > 1:
         changes["zero_optimization__stage"] = 1
     run = _Runs(folder, tiny_file(folder, **changes), processes)
+    _warm_up(run.file)
     report = Report()
     started = time.monotonic()
     statuses = wait(*run.start("whole", 0), timeout_s=600)
@@ -95,6 +99,14 @@ def soak(folder: Path, kills: int, *, processes: int = 1, workers: int = 0, seed
     report.seconds_per_kill = round((time.monotonic() - started) / max(1, kills), 2)
     report.problems = tuple(run.problems)
     return report
+
+
+def _warm_up(file: Path) -> None:
+    """Import and compile here, once, what every forked process would need again."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        leave_out_reports(patch.setattr)
+        arguments = ("--ds_config", file, "--run", "warm-up", "--set", 'd2v.schedule={"steps": 1}')
+        assert run_here(*arguments, "--set", "zero_optimization.stage=0") == 0
 
 
 def _kill(run: _Runs, name: str, children: list[int], patience_s: float, draw: random.Random, report: Report) -> bool:

@@ -172,11 +172,11 @@ def test_odd_place_odd_clock(tmp_path: Path, undisturbed: list[tuple]) -> None:
     clock that jumps back and forth by days."""
     folder, gone, output = tmp_path / "a b\nc é 数 🙂", tmp_path / "gone", tmp_path / "output"
     folder.mkdir()
-    gone.mkdir()
 
     def make_odd() -> None:
         os.environ["TZ"] = "Pacific/Kiritimati"
         time.tzset()
+        gone.mkdir()
         os.chdir(gone)
         gone.rmdir()
         right, calls = time.time, []

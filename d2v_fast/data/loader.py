@@ -27,7 +27,7 @@ from d2v_fast.masking import block_mask_rows
 if TYPE_CHECKING:
     from d2v_fast.config import BlockMaskConfig, D2VConfig
 
-__all__ = ["StepLoader"]
+__all__ = ["StepLoader", "worker_died"]
 
 # small batches are made in no time, and wait in the queue so that a step never waits for a worker
 SMALL_BATCH_BYTES = 1 << 20
@@ -231,20 +231,31 @@ def _init_worker(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
+def worker_died(error: RuntimeError) -> str | None:
+    """What to tell where a data loading worker was killed; None where `error` is about something else.
+
+    torch raises that error out of a signal handler, so wherever the main process happens to be.
+    """
+    text = str(error)
+    if "killed by signal" not in text and "exited unexpectedly" not in text:
+        return None
+    return (
+        "A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0. "
+        f"({text.strip()})"
+    )
+
+
 def _readable_errors(iterator: Iterable[Any], timeout_s: float) -> Iterator[Any]:
     try:
         yield from iterator
     except RuntimeError as error:
-        text = str(error)
-        if "timed out" in text:
-            advice = f"A data loader worker gave no batch for {timeout_s:g} s: a slow or hung disk, or a damaged file."
-        elif "killed by signal" in text or "exited unexpectedly" in text:
-            advice = (
-                "A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0."
-            )
-        else:
+        if died := worker_died(error):
+            raise DataError(died) from error
+        if "timed out" not in str(error):
             raise
-        raise DataError(f"{advice} ({text})") from error
+        raise DataError(
+            f"A data loader worker gave no batch for {timeout_s:g} s: a slow or hung disk, or a damaged file. ({error})"
+        ) from error
 
 
 def _stop_workers(iterator: object) -> None:
