@@ -250,7 +250,8 @@ class ProbeConfig(Section):
 class RunSection(Section):
     """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in
     optimizer steps; `keep` is the number of checkpoints that stay; with `background_save` training goes on while one is
-    written, for a second copy of the state in host memory."""
+    written, for a second copy of the state in host memory. After `timeout_minutes` of waiting for another process, or
+    for a batch, a process ends with an error instead of waiting for ever."""
 
     dir: str = "runs"
     name: str | None = None
@@ -259,6 +260,7 @@ class RunSection(Section):
     save_every: int = Field(default=1000, ge=1)
     keep: int = Field(default=3, ge=1)
     background_save: bool = True
+    timeout_minutes: float = Field(default=10.0, gt=0)
     profile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

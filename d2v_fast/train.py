@@ -52,11 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read_options(arguments)
     try:
         config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
+        if options.supervise is not None and not options.dry_run:
+            from d2v_fast.supervise import supervise
+
+            status = supervise(config, sys.argv[1:] if arguments is None else arguments, options.supervise)
+            if status is not None:
+                return status
         # the slow imports, only now: a wrong file has been refused by here
         import torch
 
-        from d2v_fast.data import DataError
-        from d2v_fast.world import RunError
+        from d2v_fast.data import DataError, worker_died
+        from d2v_fast.world import RunError, lost_connection
 
         try:
             train(config, resume=options.resume, dry_run=options.dry_run, stem=config_stem(options))
@@ -68,6 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except torch.OutOfMemoryError as error:
             advice = "lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set "
             print(f"error: {error}\n{advice}`d2v.model.gradient_checkpointing`.", file=sys.stderr)
+            return 1
+        except RuntimeError as error:
+            told = lost_connection(error) or worker_died(error)
+            if told is None:
+                raise
+            print(f"error: {told}", file=sys.stderr)
             return 1
     except ConfigError as error:
         if is_first_process():
@@ -166,7 +178,9 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
             print(describe(config, split, schedule, len(dataset), compute_dtype(config, device)))
         return None
 
-    world = World(d2v.run.device, grouped=config.deepspeed.needs_deepspeed(split.world_size))
+    world = World(
+        d2v.run.device, config.deepspeed.needs_deepspeed(split.world_size), timeout_minutes=d2v.run.timeout_minutes
+    )
     opened.callback(world.close)
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
@@ -192,7 +206,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     )
     checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
     state = RunState(config, world, model, teacher, engine, checkpoints)
-    start_step = state.restore(say) if resume else 0
+    start_step = state.restore(say) if folder.reopened else 0
     if world.is_first:
         folder.write_config(config)
     loader = StepLoader(
@@ -236,6 +250,7 @@ def loop(run: Run, stop: StopRequest) -> int:
 
         for micro_step, batch in enumerate(micro_batches):
             batch = batch.to(run.world.device, non_blocking=True)
+            run.world.arrive()
             torch.manual_seed(dropout_seed(section.seed, step, micro_step, run.world.rank))
             output = run.engine.forward(batch, run.teacher.module)
             run.guard.see_loss(output.loss_sum)

@@ -30,7 +30,7 @@ NUM_DIGITS = 1438
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch):
-    leave_out_reports(monkeypatch)
+    leave_out_reports(monkeypatch.setattr)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

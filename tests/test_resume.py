@@ -24,7 +24,7 @@ NO_DROPOUT = {"d2v__model__drop_path": 0.0, "d2v__model__attention_dropout": 0.0
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "everything" not in request.node.name:
-        leave_out_reports(monkeypatch)
+        leave_out_reports(monkeypatch.setattr)
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:

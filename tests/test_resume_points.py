@@ -24,7 +24,7 @@ CHANGES: dict[str, Any] = {"train_batch_size": 280, "gradient_accumulation_steps
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch):
-    leave_out_reports(monkeypatch)
+    leave_out_reports(monkeypatch.setattr)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,7 +37,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, .
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_reports(patch)
+        leave_out_reports(patch.setattr)
         assert run_here("--ds_config", tiny_file(folder, **CHANGES), "--run", "whole") == 0
     torch.set_num_threads(threads)
     found = figures(folder, "whole")

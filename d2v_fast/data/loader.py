@@ -27,7 +27,7 @@ from d2v_fast.masking import block_mask_rows
 if TYPE_CHECKING:
     from d2v_fast.config import BlockMaskConfig, D2VConfig, DataConfig
 
-__all__ = ["StepLoader"]
+__all__ = ["StepLoader", "worker_died"]
 
 # small batches are made in no time, and wait in the queue so that a step never waits for a worker
 SMALL_BATCH_BYTES = 1 << 20
@@ -55,7 +55,8 @@ class StepLoader:
         num_steps: optimizer steps of the whole run; None yields without end.
         pin_memory: page-locked batches; None pins if there is a CUDA device and `config.run.device` allows it.
         on_bad: is told of every unreadable file when this process first meets it, as `path: reason`.
-        timeout_s: seconds to wait for a batch before a worker counts as hung; 0 waits for ever.
+        timeout_s: seconds to wait for a batch before a worker counts as hung, 0 waits for ever; None takes
+            `config.run.timeout_minutes`.
     Raises:
         DataError: if the data set is smaller than one optimizer step, or shared memory is too small for the workers;
             while iterating, if more than `max_bad_fraction` of the files are unreadable (with `strict`: the first), or
@@ -76,7 +77,7 @@ class StepLoader:
         num_steps: int | None = None,
         pin_memory: bool | None = None,
         on_bad: Callable[[str], None] = lambda file: None,
-        timeout_s: float = 600.0,
+        timeout_s: float | None = None,
     ) -> None:
         seed = config.run.seed if seed is None else seed
         self._order = StepOrder(
@@ -94,7 +95,7 @@ class StepLoader:
         if pin_memory is None:
             pin_memory = config.run.device != "cpu" and torch.cuda.is_available()
         self._pin_memory = pin_memory
-        self._timeout_s = timeout_s
+        self._timeout_s = 60 * config.run.timeout_minutes if timeout_s is None else timeout_s
         self._bytes = 4 * micro_batch * dataset.channels * dataset.image_size**2
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
         self._bad = _BadFiles(config.data, len(dataset), on_bad)
@@ -237,20 +238,31 @@ def _init_worker(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
+def worker_died(error: RuntimeError) -> str | None:
+    """What to tell where a data loading worker was killed; None where `error` is about something else.
+
+    torch raises that error out of a signal handler, so wherever the main process happens to be.
+    """
+    text = str(error)
+    if "killed by signal" not in text and "exited unexpectedly" not in text:
+        return None
+    return (
+        "A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0. "
+        f"({text.strip()})"
+    )
+
+
 def _readable_errors(iterator: Iterable[Any], timeout_s: float) -> Iterator[Any]:
     try:
         yield from iterator
     except RuntimeError as error:
-        text = str(error)
-        if "timed out" in text:
-            advice = f"A data loader worker gave no batch for {timeout_s:g} s: a slow or hung disk, or a damaged file."
-        elif "killed by signal" in text or "exited unexpectedly" in text:
-            advice = (
-                "A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0."
-            )
-        else:
+        if died := worker_died(error):
+            raise DataError(died) from error
+        if "timed out" not in str(error):
             raise
-        raise DataError(f"{advice} ({text})") from error
+        raise DataError(
+            f"A data loader worker gave no batch for {timeout_s:g} s: a slow or hung disk, or a damaged file. ({error})"
+        ) from error
 
 
 def _stop_workers(iterator: object) -> None:
