@@ -30,7 +30,7 @@ ARROWS = {
     "d2v_fast.modalities": {"d2v_fast.encoder"},
     "d2v_fast.encoder": set(),
     "d2v_fast.data2vec": {*MODEL, "d2v_fast.ops"},
-    "d2v_fast.world": set(),
+    "d2v_fast.world": {"d2v_fast.watch"},
     "d2v_fast.shards": {"d2v_fast.world"},
     "d2v_fast.shard_files": {"d2v_fast.shards", "d2v_fast.world"},
     "d2v_fast.zero_teacher": {"d2v_fast.shards"},
