@@ -10,7 +10,6 @@ encoder takes for similar have similar colours. The untrained network goes throu
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -22,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_fast.config import ConfigError, D2VConfig
+from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig
 from d2v_fast.config_errors import check
 from d2v_fast.data import build_dataset
 from d2v_fast.data2vec import VisionModel, build_model
 from d2v_fast.masking import block_masks
 from d2v_fast.probe import patch_features
+from d2v_fast.untrusted import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,11 @@ def read_run_config(run_folder: Path) -> D2VConfig:
     path = run_folder / "config.json"
     if not path.is_file():
         raise ValueError(f"`{run_folder}` must be the folder of a run, but holds no config.json.")
-    config, problems = check(D2VConfig, json.loads(path.read_text(encoding="utf-8")).get("d2v"), "d2v")
+    try:
+        raw = read_json(path, MAX_FILE_BYTES)
+    except ValueError as error:
+        raise ConfigError([f"not a configuration: {error}"], str(path)) from None
+    config, problems = check(D2VConfig, raw.get("d2v") if isinstance(raw, dict) else None, "d2v")
     if config is None:
         raise ConfigError(problems, str(path))
     return config
@@ -113,6 +117,7 @@ def read_run_config(run_folder: Path) -> D2VConfig:
 
 def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
     """The encoder `name` ("student" or "teacher") of the newest checkpoint."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     steps = {
@@ -130,8 +135,12 @@ def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
         )
     model = build_model(config).student
     expected = model.state_dict()
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}). Resume the run: it passes over what is damaged.") from None
     # a student is saved together with its head
-    found = {key.removeprefix("student."): tensor for key, tensor in load_file(path).items()}
+    found = {key.removeprefix("student."): tensor for key, tensor in saved.items()}
     wrong = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
     if wrong:
         raise ValueError(f"{path} does not fit the run's config.json: {', '.join(wrong[:5])} is missing or misshapen.")

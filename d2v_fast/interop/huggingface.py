@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2v_fast.config import D2VConfig, VisionModelConfig
+from d2v_fast.config import MAX_FILE_BYTES, D2VConfig, VisionModelConfig
 from d2v_fast.data2vec import VisionModel
+from d2v_fast.untrusted import read_json
 
 # norms of the published models use 1e-6; configurations made by Transformers' own converter say 1e-12 instead
 PUBLISHED_NORM_EPS = 1e-6
@@ -91,8 +92,11 @@ def import_vision(
             f"`{source}` must hold `model.safetensors`, but does not. Save the model again with Transformers: "
             "`save_pretrained(folder)` writes it."
         )
-    with safe_open(weights_path, framework="pt") as file:
-        foreign = {name.removeprefix(BASE_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(weights_path, framework="pt") as file:
+            foreign = {name.removeprefix(BASE_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"`{weights_path}` must be a safetensors file, but: {error}.") from None
     model = VisionModel(config)
     model.load_state_dict(_own_state(foreign, model, config, str(weights_path)))
     return model, config
@@ -346,9 +350,13 @@ def _as_json(value: Mapping[str, Any]) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`{folder}` must be a Transformers model folder, but: {error}") from None
+        raise ValueError(f"`{folder}` must be a Transformers model folder, but: {path.name}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(
+            f"`{folder}` must be a Transformers model folder, but its {path.name} holds no section {{...}}."
+        )
     return raw
 
 
