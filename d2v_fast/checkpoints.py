@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from d2v_fast.faults import fault_point
+from d2v_fast.untrusted import read_json
 from d2v_fast.world import RunError, World
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64_000_000
 _NAME = re.compile(r"step-(\d+)")
 _TEMPORARY = re.compile(r"step-\d+\.tmp-\w+")
 _FILE = re.compile(r"[\w.-]+(/[\w.-]+)*")
@@ -194,7 +196,7 @@ class Checkpoints:
 def verify(folder: Path, step: int) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte of it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST, MAX_MANIFEST_BYTES)
         if manifest["step"] != step:
             return f"{MANIFEST} is of step {manifest['step']}"
         files = dict(manifest["files"])
