@@ -27,10 +27,13 @@ from torch import Tensor
 
 from d2v_fast.faults import fault_point
 from d2v_fast.shard_files import Kept, ShardReader, copy_to_host, write_shards
+from d2v_fast.untrusted import read_json
 from d2v_fast.world import RunError, World
 
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d+)")
+MANIFEST, STATE = "manifest.json", "state.json"
+MAX_MANIFEST_BYTES = 64_000_000
+MAX_STATE_BYTES = 64_000_000
+_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 _TEMPORARY = re.compile(r"step-\d+\.tmp-\w+")
 _FILE = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
@@ -189,7 +192,7 @@ class Checkpoints:
             problems = self.world.collect(verify(folder, step, self.world.rank, self.world.size))
             problem = next((found for found in problems if found is not None), None)
             if problem is None:
-                return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+                return Checkpoint(folder, read_json(folder / STATE, MAX_STATE_BYTES))
             damaged.append(f"checkpoint step-{step} is damaged ({problem})")
             self.world.decide(partial(_set_aside, folder))
             tell(f"{damaged[-1]}: kept as step-{step}.damaged, falling back to the one before it")
@@ -228,7 +231,7 @@ class Checkpoints:
 
     def _name(self, writing: _Writing, files: dict[str, Any]) -> None:
         temporary = writing.folder
-        state = temporary / "state.json"
+        state = temporary / STATE
         state.write_text(json.dumps(writing.state))
         _flush(state)
         fault_point("save.manifest")
@@ -270,12 +273,12 @@ def complete_steps(folder: Path) -> list[int]:
 def verify(folder: Path, step: int, part: int = 0, num_parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte of every `num_parts`-th file, from `part` on."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST, MAX_MANIFEST_BYTES)
         if manifest["step"] != step:
             return f"{MANIFEST} is of step {manifest['step']}"
         files = dict(manifest["files"])
-        if "state.json" not in files:
-            return f"{MANIFEST} does not list state.json"
+        if STATE not in files:
+            return f"{MANIFEST} does not list {STATE}"
         for name, expected in sorted(files.items())[part::num_parts]:
             if not _FILE.fullmatch(name) or ".." in name.split("/"):
                 return f"{MANIFEST} names {name!r}, which is not a file in the folder"

@@ -177,6 +177,15 @@ def test_manifest_cannot_point_outside(name: str, checkpoints: Checkpoints) -> N
     assert "not a file in the folder" in problem or "missing" in problem
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"step": ' + "[" * 40 + "]" * 40 + "}", "[]", '{"step": 5}'])
+def test_manifest_that_is_none(content: str, checkpoints: Checkpoints) -> None:
+    folder = save(checkpoints, 5)
+    (folder / "manifest.json").write_text(content)
+    problem = verify(folder, 5)
+    assert problem is not None
+    assert problem.startswith("manifest.json cannot be read: ")
+
+
 def test_symbolic_link_is_no_file(checkpoints: Checkpoints, tmp_path: Path) -> None:
     folder = save(checkpoints, 5)
     path = folder / "shard-00000.safetensors"
