@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from d2v_fast.faults import fault_point
@@ -79,6 +80,7 @@ class _Writing:
     def _run(self) -> None:
         try:
             if self._tensors:
+                _require_finite(self._tensors)
                 path = self.folder / self._file
                 write_shards(path, self._tensors)
                 self._tensors = {}
@@ -260,6 +262,13 @@ class Checkpoints:
             f"the checkpoint step-{step} could not be written to {self.folder} ({free / 1e6:.0f} MB free): {reason}. "
             f"{intact.capitalize()}; make room and use --resume."
         ) from error
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Good checkpoints must not give way to one that no run can go on from."""
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds values that are not finite")
 
 
 def complete_steps(folder: Path) -> list[int]:

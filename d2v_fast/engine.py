@@ -13,9 +13,11 @@ or gradient is not finite changes nothing, on every process alike:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -196,6 +198,9 @@ class DeepSpeedEngine(Engine):
                 )
         except (ValueError, AssertionError) as error:
             raise RunError(f"DeepSpeed cannot run this configuration here: {error}") from error
+        if hasattr(self._loss_scaler(), "raise_error_at_min_scale"):
+            # the guard stops the run, with what was seen
+            self._loss_scaler().raise_error_at_min_scale = False
         self._engine.train()
 
     def forward(self, *inputs: Any) -> Any:
@@ -331,6 +336,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed loads its own checkpoints with pickle unless told otherwise
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    _hide_broken_apex()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
@@ -341,6 +347,17 @@ def _import_deepspeed(device: torch.device) -> Any:
         # every compiled extension counts as unavailable: a shared-memory collective would be compiled otherwise
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
+
+
+def _hide_broken_apex() -> None:
+    """DeepSpeed takes apex where it can be imported, and bears no other error there than a missing one."""
+    try:
+        importlib.import_module("apex")
+    except ImportError:
+        pass
+    except Exception:
+        # None makes the next import say that it is missing
+        sys.modules["apex"] = None  # type: ignore[assignment]
 
 
 @torch.no_grad()

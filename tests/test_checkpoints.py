@@ -236,6 +236,17 @@ def test_room_is_asked_for_first(checkpoints: Checkpoints, monkeypatch: pytest.M
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_is_not_finite_is_not_saved(in_background: bool, checkpoints: Checkpoints) -> None:
+    save(checkpoints, 1)
+    bad = torch.ones(3, 5)
+    bad[1, 2] = torch.inf
+    with pytest.raises(RunError, match=r"step-2 could not be written .*student/a holds values that are not finite"):
+        checkpoints.save(2, {}, [kept("student", "a", bad)], in_background=in_background)
+        checkpoints.finish()
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
+
+
 class Evil:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
