@@ -241,9 +241,13 @@ def test_what_is_not_finite_is_not_saved(in_background: bool, checkpoints: Check
     save(checkpoints, 1)
     bad = torch.ones(3, 5)
     bad[1, 2] = torch.inf
-    with pytest.raises(RunError, match=r"step-2 could not be written .*student/a holds values that are not finite"):
+
+    def save_bad() -> None:
         checkpoints.save(2, {}, [kept("student", "a", bad)], in_background=in_background)
         checkpoints.finish()
+
+    with pytest.raises(RunError, match=r"step-2 could not be written .*student/a holds values that are not finite"):
+        save_bad()
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
 
 
