@@ -20,7 +20,16 @@ def functions(file: str) -> dict[str, bool]:
     """The test functions of a file, and whether they are slow whatever their parameters."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     tests = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {node.name: any(ast.unparse(one) == "pytest.mark.slow" for one in node.decorator_list) for node in tests}
+    all_slow = any(
+        isinstance(node, ast.Assign)
+        and ast.unparse(node.targets[0]) == "pytestmark"
+        and "mark.slow" in ast.unparse(node)
+        for node in tree.body
+    )
+    return {
+        node.name: all_slow or any(ast.unparse(one) == "pytest.mark.slow" for one in node.decorator_list)
+        for node in tests
+    }
 
 
 @pytest.mark.parametrize(("file", "name"), sorted(set(NAMED)), ids="::".join)
