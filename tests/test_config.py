@@ -153,17 +153,18 @@ def test_every_problem_is_listed_at_once() -> None:
         ("d2v__model__width", 10**12, "must be in [1, 65536], but is 1000000000000 instead"),
         ("d2v__run", 3, "`d2v.run` must be a section {...}, but is 3 instead"),
         ("d2v", [], "`d2v` must be a section {...}, but is [] instead"),
-        ("optimizer__type", "Lamb", "must be 'AdamW', but is \"Lamb\" instead"),
+        ("optimizer__type", "Lamb", "'ApexFusedAdam', but is \"Lamb\" instead"),
         ("optimizer__params__betas", [0.9, 1.0], "`optimizer.params.betas.1` must"),
         ("optimizer__params", {}, "`optimizer.params.lr` is required, but missing"),
         ("bf16__enabled", "maybe", 'must be true, false or "auto", but is "maybe" instead'),
-        ("zero_optimization__stage", 3, "must be 0, 1 or 2, but is 3 instead. The sharded teacher is not available"),
+        ("zero_optimization__offload_param", {"device": "nvme"}, 'must be "cpu" or "none", but is "nvme" instead'),
+        ("zero_optimization__offload_param", {"device": "cpu"}, "must be 3 with `offload_param`, but is 0 instead"),
         ("zero_optimization__stage", 5, "must be in [0, 3], but is 5 instead"),
         ("scheduler", {"type": "WarmupLR"}, "The learning-rate schedule is `d2v.schedule`"),
         ("fp16__enabled", True, "must be false without DeepSpeed"),
         ("train_batch_size", 0, "must be >= 1, but is 0 instead"),
         ("bf16__check_grad_overflow", False, "`bf16.check_grad_overflow` must be true, but is false instead"),
-        ("optimizer__params__torch_adam", False, "must be true without ZeRO, but is false instead"),
+        ("optimizer__type", "FusedAdam", 'must be "AdamW" without ZeRO, but is "FusedAdam" instead'),
     ],
 )
 def test_impossible_values(key: str, value: Any, sentence: str) -> None:
@@ -174,7 +175,7 @@ def test_impossible_values(key: str, value: Any, sentence: str) -> None:
 def test_offload_needs_a_stage_that_shards() -> None:
     offload = {"device": "cpu"}
     [found] = problems(zero_optimization__offload_optimizer=offload)
-    assert "`zero_optimization.stage` must be 1 or 2 with `offload_optimizer`" in found
+    assert "`zero_optimization.stage` must be 1, 2 or 3 with `offload_optimizer`" in found
     accepted = parse(zero_optimization={"stage": 2, "offload_optimizer": offload, "reduce_bucket_size": 5e8})
     assert accepted.deepspeed.zero_optimization.reduce_bucket_size == 500_000_000
     assert accepted.deepspeed.needs_deepspeed(1)
