@@ -27,7 +27,7 @@ $(INSTALLED): requirements.lock constraints.txt pyproject.toml setup.py
 	$(PIP) --require-hashes --no-deps -r $(VENV)/setuptools.lock && \
 	$(PIP) --require-hashes --no-deps --no-build-isolation -r requirements.lock && \
 	$(PIP) -c constraints.txt torch && \
-	D2V_REQUIRE_CPP=1 $(PIP) --no-deps --no-build-isolation -e .; \
+	PATH=$(abspath $(BIN)):$$PATH D2V_REQUIRE_CPP=1 $(PIP) --no-deps --no-build-isolation -e .; \
 	else $(PIP) torch && D2V_REQUIRE_CPP=1 $(PIP) -e '.[train,test,bench,hf]'; fi
 	touch $@
 
