@@ -23,8 +23,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from d2v_fast.watch import Watch
 
-# what gloo says when a process at the other end has ended
-_BROKEN = re.compile(r"[Cc]onnection (closed|reset|refused)|connectFullMesh failed|Broken pipe")
+# what gloo says when a process at the other end, or the network to it, is gone
+_BROKEN = re.compile(r"gloo/(transport|rendezvous)|[Cc]onnection (closed|reset|refused)|connectFullMesh failed")
 
 
 class RunError(RuntimeError):
@@ -177,12 +177,12 @@ def world_size() -> int:
 
 
 def lost_connection(error: RuntimeError) -> str | None:
-    """What to tell where another process of the run has ended; None where `error` is about something else."""
+    """What to tell where another process of the run is gone; None where `error` is about something else."""
     if not isinstance(error, dist.DistError) and not _BROKEN.search(str(error)):
         return None
     return (
-        f"rank {os.environ.get('RANK', '0')} has lost the connection to another process of the run, which has ended; "
-        f"its own message, or the launcher's, says why. Continue with --resume. ({str(error).splitlines()[0]})"
+        f"rank {os.environ.get('RANK', '0')} has lost the connection to another process of the run, which has ended or "
+        f"is cut off; its own message, or the launcher's, says why. Continue with --resume. ({str(error).splitlines()[0]})"
     )
 
 

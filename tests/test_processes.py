@@ -82,7 +82,7 @@ def test_killed_rank_ends_the_other_at_once(rank: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_stopped_rank_is_named(rank: int, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    file = tiny_file(tmp_path, d2v__run__timeout_minutes=0.1)
+    file = tiny_file(tmp_path, d2v__run__timeout_minutes=0.2)
     children = start_ranks(
         ["--ds_config", file, "--run", "r"], output, 2, at_step(4, send_myself(signal.SIGSTOP), str(rank))
     )
@@ -93,7 +93,7 @@ def test_stopped_rank_is_named(rank: int, tmp_path: Path) -> None:
     text = output.read_text()
     assert status == 1, text
     named = "rank 0 (127.0.0.1:" if rank == 0 else f"rank 1 (pid {children[1]} on "
-    assert f"error: rank {1 - rank} got no further for 0.1 minutes: {named}" in text
+    assert f"error: rank {1 - rank} got no further for 0.2 minutes: {named}" in text
     assert "does not answer: it is stopped" in text
     # once it goes on, it finds itself alone
     assert wait(children[rank], timeout_s=60) == [1]
@@ -102,7 +102,7 @@ def test_stopped_rank_is_named(rank: int, tmp_path: Path) -> None:
 @needs_deepspeed
 def test_rank_that_is_busy_for_too_long_is_named(tmp_path: Path) -> None:
     output = tmp_path / "output"
-    file = tiny_file(tmp_path, d2v__run__timeout_minutes=0.1)
+    file = tiny_file(tmp_path, d2v__run__timeout_minutes=0.2)
     children = start_ranks(["--ds_config", file, "--run", "r"], output, 2, at_step(4, lambda: time.sleep(60), "1"))
     assert wait(*children, timeout_s=60) == [1, 1]
     assert f"rank 1 (pid {children[1]} on" in output.read_text()

@@ -46,6 +46,11 @@ class Hosts:
         for name in self.names:
             self._run("-n", name, "link", "set", "cable", state)
 
+    def give_connections_up(self) -> None:
+        """Let the kernel end connections that nobody answers after some seconds, instead of 15 minutes."""
+        for name in self.names:
+            self._run("netns", "exec", name, "sysctl", "-w", "net.ipv4.tcp_retries2=3")
+
     def start(self, number: int, words: list[str], output: Path) -> subprocess.Popen:
         """Run a command on a host; what it prints goes to a file."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -99,7 +104,7 @@ def launch(launcher: str, hosts: Hosts, folder: Path, *arguments: str, **changes
     for number, address in enumerate(ADDRESSES):
         if launcher == "torchrun":
             meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{ADDRESSES[0]}:{PORT}", "--rdzv_id", "d2v"]
-            # both have the same name, by which it would be guessed
+            # both have the same name, by which the host would be guessed
             meeting += ["--rdzv_conf", f"is_host={number == 0}"]
             ranks = ["--nnodes", "2", "--nproc_per_node", "1", "--local_addr", address]
             commands.append([sys.executable, "-m", "torch.distributed.run", *meeting, *ranks, *train])
@@ -128,19 +133,22 @@ def test_two_hosts_train_as_one(launcher: str, hosts: Hosts, tmp_path: Path, on_
 def test_cut_cable_ends_every_process_in_time(
     launcher: str, hosts: Hosts, tmp_path: Path, on_one_host: list[tuple]
 ) -> None:
-    limit_s = 12
+    # longer than two busy cores take to import DeepSpeed
+    limit_s = 30
     started = launch(launcher, hosts, tmp_path, d2v__run__timeout_minutes=limit_s / 60)
-    until(lambda: logged_steps(tmp_path, "r") > 7, timeout_s=120)
+    until(lambda: logged_steps(tmp_path, "r") > 7 or any(host.poll() is not None for host in started), timeout_s=200)
     hosts.cable("down")
     cut = time.monotonic()
-    until(lambda: not processes("d2v_fast/train.py", f"--ds_config {tmp_path}"), timeout_s=150)
+    until(lambda: not any("RANK" in found for found in processes("d2v_fast/train.py", str(tmp_path)).values()), 200)
     took_s = time.monotonic() - cut
-    statuses = [host.wait(10) for host in started]
+    # torchrun itself, unlike what it has started, waits for the kernel
+    hosts.give_connections_up()
+    statuses = [host.wait(150) for host in started]
     assert all(status != 0 for status in statuses), texts(tmp_path)
     first, second = texts(tmp_path)
-    assert re.search(r"error: rank 0 got no further for 0.2 minutes: rank 1 \(pid \d+ on .*\) does not answer", first)
-    assert re.search(r"error: rank 1 got no further for 0.2 minutes: rank 0 \(.*\) does not answer", second)
-    assert took_s < 2 * limit_s + 60, took_s
+    assert re.search(r"error: rank 0 got no further for 0.5 minutes: rank 1 \(pid \d+ on .*\) does not answer", first)
+    assert re.search(r"error: rank 1 got no further for 0.5 minutes: rank 0 \(.*\) does not answer", second)
+    assert took_s < 2 * limit_s
     hosts.cable("up")
     started = launch(launcher, hosts, tmp_path, "--resume")
     assert [host.wait(200) for host in started] == [0, 0], texts(tmp_path)
