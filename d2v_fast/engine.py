@@ -13,6 +13,7 @@ or gradient is not finite changes nothing, on every process alike:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -129,6 +130,16 @@ def check_engine_available(config: RunConfig, num_processes: int) -> None:
         )
     if config.deepspeed.optimizer.type != "AdamW":
         check_optimizer_available(config)
+
+
+def import_engine(config: RunConfig, world: World) -> None:
+    """Import what building and stepping an engine would import: its memory is not that of the run."""
+    importlib.import_module("torch._dynamo")
+    if config.deepspeed.needs_deepspeed(world.size):
+        _import_deepspeed(world.device)
+        if config.deepspeed.zero_optimization.stage > 0:
+            # whichever optimizer it is
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 class PlainEngine(Engine):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from d2v_fast.data2vec import Data2Vec
     from d2v_fast.engine import Engine
     from d2v_fast.metrics import Log
+    from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
     from d2v_fast.schedules import LearningRate
@@ -80,6 +81,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
     Raises:
         ConfigError, DataError, RunError: with a message for the user.
     """
+    from d2v_fast.peak_memory import format_bytes
     from d2v_fast.world import RunError
 
     # from here on a signal is a request: one that comes while things are being built stops after the first step
@@ -94,6 +96,8 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
             run.state.finish_save()
             raise
         run.log.close()
+        peak = format_bytes(max(run.world.collect(run.memory.bytes())))
+        run.log.say(f"peak memory per process: {peak} (of the process with most, since its model was built)")
         if step < run.schedule.num_steps:
             name = run.folder.name
             run.log.say(f"stopped on request and saved after step {step}; to continue: --resume --run {name}")
@@ -118,6 +122,7 @@ class Run:
     loader: StepLoader
     log: Log
     clock: StepClock
+    memory: PeakMemory
 
 
 def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: ExitStack) -> Run | None:
@@ -131,8 +136,9 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.checkpoints import Checkpoints
     from d2v_fast.data import StepLoader, build_dataset
     from d2v_fast.data2vec import build_model
-    from d2v_fast.engine import check_engine_available, compute_dtype, make_engine
+    from d2v_fast.engine import check_engine_available, compute_dtype, import_engine, make_engine
     from d2v_fast.metrics import NoLog, RunLog
+    from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
     from d2v_fast.schedules import LearningRate
@@ -155,7 +161,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
 
         if is_first_process():
             device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")
-            print(describe(config, split, schedule, len(dataset), compute_dtype(config, device)))
+            print(describe(config, split, schedule, len(dataset), compute_dtype(config, device), device.type))
         return None
 
     world = World(d2v.run.device, grouped=config.deepspeed.needs_deepspeed(split.world_size))
@@ -170,6 +176,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         say("this run is finished, there is nothing left to do")
         return None
 
+    import_engine(config, world)
+    memory = PeakMemory(world.device)
     torch.manual_seed(d2v.run.seed)
     model = build_model(d2v).to(world.device)
     # copied before an engine shards the student
@@ -201,7 +209,9 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     opened.callback(log.close)
     clock = StepClock(world.device, enabled=d2v.run.profile)
     clock.watch(model)
-    return Run(config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, clock)
+    return Run(
+        config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, clock, memory
+    )
 
 
 def loop(run: Run, stop: StopRequest) -> int:
@@ -253,6 +263,7 @@ def loop(run: Run, stop: StopRequest) -> int:
                 "skipped": int(run.state.skipped),
                 "samples": step * run.split.global_batch,
                 **speed.since_last(step * run.split.global_batch),
+                "peak_memory_bytes": max(run.world.collect(run.memory.bytes())),
             }
             run.log.write(entry)
             check_collapse(entry, run.config.d2v.guard)
