@@ -145,7 +145,8 @@ class Data2Vec(nn.Module):
         # a working copy in the compute dtype needs no autocast, which would only run its norms in fp32
         is_working_copy = next(teacher.parameters()).dtype != torch.float32
         device_type = batch.pixels.device.type
-        with torch.autocast(device_type, enabled=False) if is_working_copy else nullcontext():
+        without_autocast = is_working_copy and torch.amp.is_autocast_available(device_type)
+        with torch.autocast(device_type, enabled=False) if without_autocast else nullcontext():
             output_rows = batch.rows if self.target_is_per_row else None
             *features, last = teacher(batch.pixels, top_k=self.target.top_k, output_rows=output_rows).features
         features = [feature[:, 1:] for feature in features]

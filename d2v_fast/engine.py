@@ -133,6 +133,16 @@ def check_engine_available(config: RunConfig, num_processes: int) -> None:
         check_optimizer_available(config)
 
 
+def import_engine(config: RunConfig, world: World) -> None:
+    """Import what building and stepping an engine would import: its memory is not that of the run."""
+    importlib.import_module("torch._dynamo")
+    if config.deepspeed.needs_deepspeed(world.size):
+        _import_deepspeed(world.device)
+        if config.deepspeed.zero_optimization.stage > 0:
+            # whichever optimizer it is
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
 class PlainEngine(Engine):
     """One process. fp32 parameters and AdamW; bf16 means autocast, so that the optimizer keeps fp32 values."""
 

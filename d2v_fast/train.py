@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from d2v_fast.engine import Engine
     from d2v_fast.guard import Guard
     from d2v_fast.metrics import Log
+    from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
     from d2v_fast.schedules import LearningRate
@@ -96,6 +97,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
     Raises:
         ConfigError, DataError, RunError: with a message for the user.
     """
+    from d2v_fast.peak_memory import format_bytes
     from d2v_fast.world import RunError
 
     # from here on a signal is a request: one that comes while things are being built stops after the first step
@@ -112,6 +114,8 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
         run.log.close()
         if bad := run.folder.lines(BAD_FILES):
             run.log.say(f"{len(bad)} unreadable files were replaced by others: {run.folder.path / BAD_FILES}")
+        peak = format_bytes(max(run.world.collect(run.memory.bytes())))
+        run.log.say(f"peak memory per process: {peak} (of the process with most, since its model was built)")
         if step < run.schedule.num_steps:
             name = run.folder.name
             run.log.say(f"stopped on request and saved after step {step}; to continue: --resume --run {name}")
@@ -137,6 +141,7 @@ class Run:
     log: Log
     guard: Guard
     clock: StepClock
+    memory: PeakMemory
 
 
 def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: ExitStack) -> Run | None:
@@ -150,9 +155,10 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.checkpoints import Checkpoints
     from d2v_fast.data import StepLoader, build_dataset
     from d2v_fast.data2vec import build_model
-    from d2v_fast.engine import check_engine_available, compute_dtype, make_engine
+    from d2v_fast.engine import check_engine_available, compute_dtype, import_engine, make_engine
     from d2v_fast.guard import Guard
     from d2v_fast.metrics import NoLog, RunLog
+    from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
     from d2v_fast.schedules import LearningRate
@@ -175,7 +181,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
 
         if is_first_process():
             device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")
-            print(describe(config, split, schedule, len(dataset), compute_dtype(config, device)))
+            print(describe(config, split, schedule, len(dataset), compute_dtype(config, device), device.type))
         return None
 
     world = World(
@@ -192,6 +198,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         say("this run is finished, there is nothing left to do")
         return None
 
+    import_engine(config, world)
+    memory = PeakMemory(world.device)
     torch.manual_seed(d2v.run.seed)
     model = build_model(d2v).to(world.device)
     # copied before an engine shards the student
@@ -226,7 +234,21 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     clock = StepClock(world.device, enabled=d2v.run.profile)
     clock.watch(model)
     return Run(
-        config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, guard, clock
+        config,
+        split,
+        world,
+        folder,
+        schedule,
+        model,
+        teacher,
+        engine,
+        state,
+        start_step,
+        loader,
+        log,
+        guard,
+        clock,
+        memory,
     )
 
 
@@ -283,6 +305,7 @@ def loop(run: Run, stop: StopRequest) -> int:
                 "skipped": int(run.state.skipped),
                 "samples": step * run.split.global_batch,
                 **speed.since_last(step * run.split.global_batch),
+                "peak_memory_bytes": max(run.world.collect(run.memory.bytes())),
             }
             run.guard.mark_spike(entry)
             run.log.write(entry)
