@@ -19,7 +19,7 @@ fp32 values of the optimizer, and nothing else. It works with anybody's DeepSpee
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ class Teacher:
         self._pending: list[Any] = []
         self._exchanged: list[Any] = []
         self._module = _copy(student, engine) if module is None else module
-        _reshard(self._module)
+        self._fsdp = _fsdp_parts(self._module)
+        _drop_gathered(self._fsdp)
         self._module.eval().requires_grad_(False)
         self.shapes = {bare_name(name): full_shape(p) for name, p in self._module.named_parameters()}
         self._student, self._sources = student, self._match(student)
@@ -98,6 +99,7 @@ class Teacher:
         else:
             average, self._working = self._average_here(compute_dtype)
         self._average = average
+        self._zero = [parameter for parameter in self._module.parameters() if hasattr(parameter, "ds_status")]
         with torch.no_grad():
             # the start of the average is what the optimizer starts from, which DeepSpeed rounds in 16 bits
             for mine, shard in zip(average, self._sources, strict=True):
@@ -210,7 +212,7 @@ class Teacher:
 
     def _match(self, student: nn.Module) -> list[Shard]:
         """The student's shards that this process averages, checked against the teacher's parameters."""
-        _reshard(student)
+        _drop_gathered(_fsdp_parts(student))
         found = {bare_name(name): p for name, p in student.named_parameters()}
         matched = {name: p for name, p in found.items() if name in self.shapes}
         if not matched:
@@ -267,7 +269,7 @@ class Teacher:
             for working, average in zip(self._working, self._average, strict=True):
                 if working is not average:
                     working.copy_(average)
-        _reshard(self._module)
+        _drop_gathered(self._fsdp, self._zero)
         self._pending = [zero_teacher.exchange(memory, group) for memory, group in self._exchanged]
 
 
@@ -280,7 +282,7 @@ def _copy(student: nn.Module, engine: Any) -> nn.Module:
     if isinstance(student, DistributedDataParallel):
         # a wrapped copy would broadcast its buffers before every forward pass
         student = student.module
-    if any(hasattr(p, "ds_id") for p in student.parameters()) or any(map(_is_fsdp, student.modules())):
+    if any(hasattr(p, "ds_id") for p in student.parameters()) or _fsdp_parts(student):
         raise ValueError(
             "`module` must be a copy of the student that was made before it was sharded: "
             "`module=copy.deepcopy(model)`, and with FSDP2 sharded in the same way."
@@ -288,17 +290,20 @@ def _copy(student: nn.Module, engine: Any) -> nn.Module:
     return copy.deepcopy(student)
 
 
-def _is_fsdp(module: nn.Module) -> bool:
-    # by its methods: to import FSDP2 takes seconds
-    return hasattr(module, "reshard") and hasattr(module, "unshard")
+def _fsdp_parts(module: nn.Module) -> list[Any]:
+    # by their methods: to import FSDP2 takes seconds
+    return [part for part in module.modules() if hasattr(part, "reshard") and hasattr(part, "unshard")]
 
 
-def _reshard(module: nn.Module) -> None:
-    """Drop the whole parameters that FSDP2 keeps after a forward pass for the backward pass. Where none follows, they
-    would serve every later forward pass, whatever the shards hold by then."""
-    for part in module.modules():
-        if _is_fsdp(part):
-            part.reshard()  # type: ignore[operator]
+def _drop_gathered(fsdp: Iterable[Any], zero: Iterable[Any] = ()) -> None:
+    """Drop the whole parameters that FSDP2 keeps after a forward pass for a backward pass that does not come, and those
+    that ZeRO-3 keeps because they are small or are soon used again: they would serve later forward passes, whatever
+    the shards hold by then."""
+    for part in fsdp:
+        part.reshard()
+    for parameter in zero:
+        if parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
 
 
 def _placements(parameter: Any) -> Any:

@@ -118,11 +118,11 @@ def _partitioned(module: nn.Module, shards: Sequence[Shard], engine: Any, dtype:
                 "student. MiCS is not supported."
             )
         slices.append(part.data.narrow(0, 0, shard.master.numel()))
-    # a whole copy that stays between forward passes would be the old average for ever
+    # small parameters would be kept whole, and gathered again at every step of an engine that they belong to, too
     for parameter in mine.values():
         parameter.ds_persist = False
-        if parameter.ds_status.name == "AVAILABLE":
-            parameter.partition()
+    own = {id(parameter) for parameter in mine.values()}
+    engine.optimizer.persistent_parameters[:] = [p for p in engine.optimizer.persistent_parameters if id(p) not in own]
     return Placed(slices, [], keep_alive)
 
 
