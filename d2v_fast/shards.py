@@ -84,7 +84,8 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def find_shards(parameters: Iterable[tuple[str, nn.Parameter]], engine: Any = None) -> list[Shard]:
-    """The ranges of the trainable parameters that this process trains, in the order of `parameters`.
+    """The ranges of the trainable parameters that this process trains, in the order of `parameters`. A parameter that
+    requires a gradient and was not given to DeepSpeed's optimizer is not trained.
 
     Args:
         parameters: names and parameters, for example `module.named_parameters()`.
@@ -92,17 +93,14 @@ def find_shards(parameters: Iterable[tuple[str, nn.Parameter]], engine: Any = No
             DDP, FSDP2).
     Raises:
         ValueError: the parameters are kept in a way that is not supported (offloaded to NVMe, sharded over
-            another dimension than the first), or `engine` is missing.
+            another dimension than the first), or `engine` is missing or trains others.
     """
     optimizer = None if engine is None else engine.optimizer
     separate = _separate_masters(optimizer)
     layout: dict[int, tuple[int, int]] | None = None
     found: list[Shard] = []
     shard: Shard | None
-    for name, parameter in parameters:
-        name = bare_name(name)
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in _trained(parameters, optimizer):
         if hasattr(parameter, "ds_id"):
             shard = _zero3_shard(name, parameter, optimizer)
         elif hasattr(parameter, "_hp_mapping"):
@@ -132,6 +130,24 @@ def gather_whole(shards: Iterable[Shard], shapes: Mapping[str, torch.Size], worl
         if world.is_first:
             whole[name] = value
     return whole
+
+
+def _trained(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Any) -> list[tuple[str, nn.Parameter]]:
+    """Those that require a gradient and that ZeRO's optimizer steps, by their bare names."""
+    trainable = [(bare_name(name), parameter) for name, parameter in parameters if parameter.requires_grad]
+    if hasattr(optimizer, "grad_position"):
+        stepped = {id(parameter) for group in optimizer.fp16_groups for parameter in group}
+    elif hasattr(optimizer, "round_robin_bit16_offsets"):
+        stepped = set(zero12_layout(optimizer))
+    else:
+        return trainable
+    trained = [(name, parameter) for name, parameter in trainable if id(parameter) in stepped]
+    if trainable and not trained:
+        raise ValueError(
+            f"`engine` must be the one that trains the student, but its optimizer has none of the {len(trainable)} "
+            f"parameters (for example {trainable[0][0]})."
+        )
+    return trained
 
 
 def _zero3_shard(name: str, parameter: Any, optimizer: Any) -> Shard:

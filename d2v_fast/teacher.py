@@ -19,11 +19,12 @@ fp32 values of the optimizer, and nothing else. It works with anybody's DeepSpee
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from d2v_fast import ops, zero_teacher
 from d2v_fast.config import TeacherConfig
@@ -51,8 +52,8 @@ class Teacher:
         compute_dtype: Dtype that the teacher's forward runs in: fp32, bf16 or fp16. With FSDP2, fp32: its policy
             casts.
         module: What becomes the teacher's module: a whole copy of the student with its present values, made before
-            DeepSpeed got hold of it; with FSDP2, a copy that is sharded in the same way. None copies the student
-            here, which a sharded one cannot be.
+            DeepSpeed got hold of it, or one that DeepSpeed has partitioned like the student; with FSDP2, a copy that
+            is sharded in the same way. None copies the student here, without DeepSpeed and FSDP2 only.
         engine: The DeepSpeed engine that trains the student; None without DeepSpeed.
     Raises:
         ValueError: The student has no parameters, nothing matches, or it is kept in a way that is not supported.
@@ -76,10 +77,13 @@ class Teacher:
         self._engine = engine
         self._pending: list[Any] = []
         self._exchanged: list[Any] = []
-        self._module = _copy(student) if module is None else module
+        self._module = _copy(student, engine) if module is None else module
+        self._fsdp = _fsdp_parts(self._module)
+        _drop_gathered(self._fsdp)
         self._module.eval().requires_grad_(False)
         self.shapes = {bare_name(name): full_shape(p) for name, p in self._module.named_parameters()}
         self._student, self._sources = student, self._match(student)
+        self._check_sharding(student)
         if self._sources and not all(shard.replicated for shard in self._sources) and engine is not None:
             named = {bare_name(name): p for name, p in student.named_parameters()}
             placed = zero_teacher.place(self._module, named, self._sources, engine, compute_dtype)
@@ -95,6 +99,7 @@ class Teacher:
         else:
             average, self._working = self._average_here(compute_dtype)
         self._average = average
+        self._zero = [parameter for parameter in self._module.parameters() if hasattr(parameter, "ds_status")]
         with torch.no_grad():
             # the start of the average is what the optimizer starts from, which DeepSpeed rounds in 16 bits
             for mine, shard in zip(average, self._sources, strict=True):
@@ -152,6 +157,9 @@ class Teacher:
         if applied is not None:
             # fp64: in fp32, 1 - 0.9999 is off by 1e-4 of itself
             decay = 1.0 - (1.0 - decay) * applied.double()
+            if self._average:
+                # the average of an offloaded optimizer is on the host
+                decay = decay.to(self._average[0].device)
         if any(shard.has_moved for shard in self._sources):
             self.follow(self._student)
         masters = [shard.master.view_as(a) for shard, a in zip(self._sources, self._average, strict=True)]
@@ -204,6 +212,7 @@ class Teacher:
 
     def _match(self, student: nn.Module) -> list[Shard]:
         """The student's shards that this process averages, checked against the teacher's parameters."""
+        _drop_gathered(_fsdp_parts(student))
         found = {bare_name(name): p for name, p in student.named_parameters()}
         matched = {name: p for name, p in found.items() if name in self.shapes}
         if not matched:
@@ -221,6 +230,17 @@ class Teacher:
                     f"but has {tuple(full_shape(p))} instead."
                 )
         return find_shards(((name, matched[name]) for name in self.shapes), self._engine)
+
+    def _check_sharding(self, student: nn.Module) -> None:
+        """FSDP2 must have cut student and teacher alike; DeepSpeed's partitions are checked where they are placed."""
+        found = {bare_name(name): p for name, p in student.named_parameters()}
+        for name, mine in self._module.named_parameters():
+            own, other = _placements(mine), _placements(found[bare_name(name)])
+            if own != other:
+                raise ValueError(
+                    f"`module` must be sharded as the student is, but {bare_name(name)} is {own} there and {other} in "
+                    "the student: call `fully_shard` with the same mesh and layers for both."
+                )
 
     def _average_here(self, compute_dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """Averages and working copies of a module whose parameters are this process's to hold."""
@@ -249,16 +269,46 @@ class Teacher:
             for working, average in zip(self._working, self._average, strict=True):
                 if working is not average:
                     working.copy_(average)
+        _drop_gathered(self._fsdp, self._zero)
         self._pending = [zero_teacher.exchange(memory, group) for memory, group in self._exchanged]
 
 
-def _copy(student: nn.Module) -> nn.Module:
-    if any(hasattr(p, "ds_id") or hasattr(p, "to_local") for p in student.parameters()):
+def _copy(student: nn.Module, engine: Any) -> nn.Module:
+    if engine is not None:
+        raise ValueError(
+            "`module` must be given together with `engine`: a copy of the student from before `deepspeed.initialize`, "
+            "which leaves hooks of the engine in it that a later copy would share."
+        )
+    if isinstance(student, DistributedDataParallel):
+        # a wrapped copy would broadcast its buffers before every forward pass
+        student = student.module
+    if any(hasattr(p, "ds_id") for p in student.parameters()) or _fsdp_parts(student):
         raise ValueError(
             "`module` must be a copy of the student that was made before it was sharded: "
             "`module=copy.deepcopy(model)`, and with FSDP2 sharded in the same way."
         )
     return copy.deepcopy(student)
+
+
+def _fsdp_parts(module: nn.Module) -> list[Any]:
+    # by their methods: to import FSDP2 takes seconds
+    return [part for part in module.modules() if hasattr(part, "reshard") and hasattr(part, "unshard")]
+
+
+def _drop_gathered(fsdp: Iterable[Any], zero: Iterable[Any] = ()) -> None:
+    """Drop the whole parameters that FSDP2 keeps after a forward pass for a backward pass that does not come, and those
+    that ZeRO-3 keeps because they are small or are soon used again: they would serve later forward passes, whatever
+    the shards hold by then."""
+    for part in fsdp:
+        part.reshard()
+    for parameter in zero:
+        if parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+
+
+def _placements(parameter: Any) -> Any:
+    """How a DTensor is spread over which processes; None for a plain tensor."""
+    return (parameter.device_mesh, parameter.placements) if hasattr(parameter, "placements") else None
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

@@ -101,30 +101,46 @@ def exchange(memory: Tensor, group: dist.ProcessGroup) -> Any:
 
 def _partitioned(module: nn.Module, shards: Sequence[Shard], engine: Any, dtype: torch.dtype) -> Placed:
     keep_alive = None
-    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+    # what DeepSpeed leaves on a module that it has given its hooks; the parameters of `zero.Init` alone have none
+    if not hasattr(module, "ds_recompute_parameters"):
         keep_alive = _partition(module, engine, dtype)
     mine: dict[str, Any] = {bare_name(name): parameter for name, parameter in module.named_parameters()}
+    for name, parameter in mine.items():
+        _check_partition(name, parameter, dtype)
     slices = []
     for shard in shards:
-        parameter = mine[shard.name]
-        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+        part = mine[shard.name].ds_tensor
+        begin = dist.get_rank(mine[shard.name].ds_process_group) * part.ds_numel
+        if shard.start != begin or shard.stop != min(begin + part.ds_numel, shard.shape.numel()):
             raise ValueError(
-                "`module` must have one partition of each parameter, but ZeRO++ or MiCS has made a second one of "
-                f"{shard.name}, which would go stale. Partition the teacher with `zero_hpz_partition_size` 1."
+                f"`module` must be partitioned over the same processes as the student, but of {shard.name} this "
+                f"process holds {begin} to {begin + part.ds_numel} there and {shard.start} to {shard.stop} in the "
+                "student. MiCS is not supported."
             )
-        if parameter.ds_tensor.final_location is not None:
-            raise ValueError(f"`module` must be in memory, but {shard.name} is offloaded to NVMe.")
-        if shard.start // max(1, parameter.ds_tensor.ds_numel) != dist.get_rank(parameter.ds_process_group):
-            raise ValueError(
-                f"`module` must be partitioned over the same processes as the student, but {shard.name} is not."
-            )
-        slices.append(parameter.ds_tensor.data.narrow(0, 0, shard.master.numel()))
-    # a whole copy that stays between forward passes would be the old average for ever
+        slices.append(part.data.narrow(0, 0, shard.master.numel()))
+    # small parameters would be kept whole, and gathered again at every step of an engine that they belong to, too
     for parameter in mine.values():
         parameter.ds_persist = False
-        if parameter.ds_status.name == "AVAILABLE":
-            parameter.partition()
+    own = {id(parameter) for parameter in mine.values()}
+    engine.optimizer.persistent_parameters[:] = [p for p in engine.optimizer.persistent_parameters if id(p) not in own]
     return Placed(slices, [], keep_alive)
+
+
+def _check_partition(name: str, parameter: Any, dtype: torch.dtype) -> None:
+    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+        raise ValueError(
+            "`module` must have one partition of each parameter, but ZeRO++ or MiCS has made a second one of "
+            f"{name}, which would go stale. Partition the teacher with `zero_hpz_partition_size` 1."
+        )
+    if parameter.ds_tensor.final_location is not None:
+        raise ValueError(
+            f'`module` must be in memory, but {name} is offloaded to NVMe. Use `offload_param.device` "cpu" or "none".'
+        )
+    if parameter.ds_tensor.dtype != dtype:
+        raise ValueError(
+            f"`compute_dtype` must be the dtype that `module` was partitioned in, {parameter.ds_tensor.dtype}, "
+            f"but is {dtype} instead."
+        )
 
 
 def _partition(module: nn.Module, engine: Any, dtype: torch.dtype) -> Any:
