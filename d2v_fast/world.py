@@ -182,7 +182,8 @@ def lost_connection(error: RuntimeError) -> str | None:
         return None
     return (
         f"rank {os.environ.get('RANK', '0')} has lost the connection to another process of the run, which has ended or "
-        f"is cut off; its own message, or the launcher's, says why. Continue with --resume. ({str(error).splitlines()[0]})"
+        "is cut off; its own message, or the launcher's, says why. Continue with --resume. "
+        f"({str(error).splitlines()[0]})"
     )
 
 
