@@ -134,7 +134,7 @@ def test_lost_connection_is_told_from_other_errors() -> None:
     assert lost_connection(RuntimeError("shape mismatch")) is None
     for text in (
         "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2652",
-        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [192.0.2.2]:28810: Connection timed out.",
+        "[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [192.0.2.2]:28810: Connection timed out.",
     ):
         told = lost_connection(RuntimeError(text))
         assert told is not None
