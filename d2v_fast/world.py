@@ -181,8 +181,8 @@ def lost_connection(error: RuntimeError) -> str | None:
     if not isinstance(error, dist.DistError) and not _BROKEN.search(str(error)):
         return None
     return (
-        f"rank {os.environ.get('RANK', '0')} has lost the connection to another process of the run, which has ended or "
-        "is cut off; its own message, or the launcher's, says why. Continue with --resume. "
+        f"rank {os.environ.get('RANK', '0')} has lost the connection to another process of the run, which has ended "
+        f"or is cut off; its own message, or the launcher's, says why. Continue with --resume. "
         f"({str(error).splitlines()[0]})"
     )
 
