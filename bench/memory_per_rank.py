@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d2v_fast.config import RunConfig, load_config
-from d2v_fast.memory import Prediction, predict
+from d2v_fast.config import load_config
+from d2v_fast.memory import Prediction, Shapes, predict, predict_from, shapes_of
+from d2v_fast.step_memory import StepMemory, step_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
@@ -133,20 +134,21 @@ def run(config: Path, overrides: list[str], processes: int, folder: Path, malloc
 
 
 def sizes_table() -> Iterator[str]:
-    """Lines of a table: bytes per GPU in bf16, predicted."""
-    yield "| model | stage | offload | 1 GPU | 8 | 64 | 1,024 |"
-    yield "|---|---|---|---|---|---|---|"
+    """Lines of a table: GB per GPU in bf16 with a micro-batch of 1, predicted."""
+    yield "| model | stage | offload | 1 GPU | 8 | 64 | 1,024 | largest part |"
+    yield "|---|---|---|---|---|---|---|---|"
     for name, width, depth, heads in MODELS:
         for stage in (0, 1, 2, 3):
             for offload in ("none", "optimizer", "all"):
                 if (offload != "none" and stage == 0) or (offload == "all" and stage < 3):
                     continue
-                cells = [size_cell(width, depth, heads, stage, offload, processes) for processes in (1, 8, 64, 1024)]
-                yield f"| {name} | {stage} | {offload} | {' | '.join(cells)} |"
+                found = [predicted_for(width, depth, heads, stage, offload, n) for n in (1, 8, 64, 1024)]
+                cells = " | ".join(map(cell, found))
+                yield f"| {name} | {stage} | {offload} | {cells} | {largest(found[0])}, {largest(found[-1])} |"
 
 
-def size_cell(width: int, depth: int, heads: int, stage: int, offload: str, processes: int) -> str:
-    """What stays on the GPU (and on the host), and the peak with a micro-batch of 1."""
+def predicted_for(width: int, depth: int, heads: int, stage: int, offload: str, processes: int) -> Prediction:
+    """Of a model on GPUs, in bf16."""
     overrides = [
         "d2v.data.path=/none",
         f"d2v.model.width={width}",
@@ -155,13 +157,27 @@ def size_cell(width: int, depth: int, heads: int, stage: int, offload: str, proc
         *settings(processes, stage, "bf16", offload),
     ]
     config = load_config(ROOT / "configs" / "vision_base.json", overrides, processes)
-    found = _predicted(config, processes)
-    host = f" + {found.host_state / 1e9:.3g} host" if found.host_state else ""
-    return f"{found.device_state / 1e9:.3g}{host}, peak {found.device_peak / 1e9:.3g}"
+    autocast = not config.deepspeed.needs_deepspeed(processes)
+    key = (width, depth, heads, autocast)
+    if key not in _counted:
+        step = step_memory(config.d2v, 1, torch.bfloat16, autocast=autocast, device_type="cuda")
+        _counted[key] = (shapes_of(config), step)
+    return predict_from(config, processes, torch.bfloat16, "cuda", *_counted[key])
 
 
-def _predicted(config: RunConfig, processes: int) -> Prediction:
-    return predict(config, processes, torch.bfloat16, "cuda")
+# of a model and whether it runs under autocast
+_counted: dict[tuple[int, int, int, bool], tuple[Shapes, StepMemory]] = {}
+
+
+def cell(found: Prediction) -> str:
+    """What stays, the peak, and the same of the host where anything lives there."""
+    text = f"{found.device_state / 1e9:.3g} / {found.device_peak / 1e9:.3g}"
+    return text + (f" + {found.host_state / 1e9:.3g}" if found.host_state else "")
+
+
+def largest(found: Prediction) -> str:
+    """Name of the part that needs most of the device."""
+    return max(found.parts, key=lambda part: part.device).name
 
 
 if __name__ == "__main__":
