@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 INSTALLED := $(VENV)/.d2v_fast-installed
 LIBRARY := d2v_fast/_C.so
 CONFIG ?= configs/digits.json
@@ -9,19 +10,34 @@ PROCESSES ?= 1
 OUT ?= build/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build train test lint format bench bench-check gpu clean
+.PHONY: help setup lock build train test sanitize lint format bench bench-check gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 setup: $(INSTALLED) ## virtual environment, pinned packages, C++ kernels
 
-# torch first and alone: whatever asks for plain torch afterwards is content with it
-$(INSTALLED): constraints.txt pyproject.toml setup.py
+# Every file is held against its hash in requirements.lock, but for torch: each index has other files of one version, and
+# a GPU machine wants its own. setuptools comes first, for it builds what is published as source, and only what is locked
+# takes part in a build. The lock begins with Python 3.11; before that, the ranges of pyproject.toml must do.
+$(INSTALLED): requirements.lock constraints.txt pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch
-	D2V_REQUIRE_CPP=1 $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[train,test,bench,hf]'
+	if $(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
+	sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > $(VENV)/setuptools.lock && \
+	$(PIP) --require-hashes --no-deps -r $(VENV)/setuptools.lock && \
+	$(PIP) --require-hashes --no-deps --no-build-isolation -r requirements.lock && \
+	$(PIP) -c constraints.txt torch && \
+	PATH=$(abspath $(BIN)):$$PATH D2V_REQUIRE_CPP=1 $(PIP) --no-deps --no-build-isolation -e .; \
+	else $(PIP) torch && D2V_REQUIRE_CPP=1 $(PIP) -e '.[train,test,bench,hf]'; fi
 	touch $@
+
+lock: ## requirements.lock again, after a change in constraints.txt
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	grep -v '^torch==' constraints.txt | build/lock/bin/uv pip compile --quiet --no-config --python build/lock/bin/python \
+	--python-version 3.11 --no-deps --generate-hashes --no-annotate --no-header --no-emit-index-url -o build/lock/new -
+	{ echo '# Made by `make lock` out of constraints.txt: the hashes of all files of every version.'; cat build/lock/new; } > requirements.lock
 
 build: $(INSTALLED) $(LIBRARY) ## compile the C++ kernels again after a change in csrc/
 
@@ -35,6 +51,23 @@ train: build ## pre-train on CONFIG (configs/digits.json) with PROCESSES (1) pro
 
 test: build ## run the tests
 	$(BIN)/python -m pytest
+
+# beside a copy of the Python files, so that d2v_fast/_C.so stays what it is; with GCC, whose libraries are loaded first:
+# Python itself is not instrumented. Triton and torch.compile have none of our C++ in them.
+sanitize: $(INSTALLED) ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/sanitize -G "Unix Makefiles" -DCMAKE_CXX_COMPILER=g++ -DD2V_SANITIZE=ON \
+	-DD2V_TORCH_FOLDER=$$($(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)")
+	$(BIN)/cmake --build build/sanitize --parallel
+	rm -rf build/sanitized
+	mkdir build/sanitized
+	cp -RP d2v_fast kernels tests conftest.py pyproject.toml build/sanitized
+	rm -f build/sanitized/$(LIBRARY)
+	$(BIN)/cmake --install build/sanitize --prefix build/sanitized
+	nm -D build/sanitized/$(LIBRARY) | grep -q __asan_report
+	nm -D build/sanitized/$(LIBRARY) | grep -q __ubsan_handle
+	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(abspath $(BIN))/python -m pytest tests/ops -q -p no:cacheprovider -k "not triton and not compile"
 
 lint: $(INSTALLED) ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -23,14 +23,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from d2v_fast.faults import fault_point
 from d2v_fast.shard_files import Kept, ShardReader, copy_to_host, write_shards
+from d2v_fast.untrusted import read_json
 from d2v_fast.world import RunError, World
 
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d+)")
+MANIFEST, STATE = "manifest.json", "state.json"
+MAX_MANIFEST_BYTES = 64_000_000
+MAX_STATE_BYTES = 64_000_000
+_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 _TEMPORARY = re.compile(r"step-\d+\.tmp-\w+")
 _FILE = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
@@ -76,6 +80,7 @@ class _Writing:
     def _run(self) -> None:
         try:
             if self._tensors:
+                _require_finite(self._tensors)
                 path = self.folder / self._file
                 write_shards(path, self._tensors)
                 self._tensors = {}
@@ -115,12 +120,13 @@ class Checkpoints:
             RunError: it, or the earlier one, could not be written. The checkpoints before it are untouched.
         """
         self.finish()
-        started = self.world.decide(lambda: self._begin(step))
+        own = [entry for entry in kept if self.world.is_first or not entry.shard.replicated]
+        num_bytes = sum(self.world.collect(sum(shard.master.nbytes for _, shard in own)))
+        started = self.world.decide(lambda: self._begin(step, num_bytes))
         if started is None:
             return
         temporary = self.folder / started
         fault_point("save.begin")
-        own = [entry for entry in kept if self.world.is_first or not entry.shard.replicated]
         shapes = {f"{kind}/{shard.name}": list(shard.shape) for kind, shard in kept}
         if self.world.any(any(not shard.is_whole for _, shard in kept)):
             # no process knows the parameters that it trains nothing of
@@ -188,7 +194,7 @@ class Checkpoints:
             problems = self.world.collect(verify(folder, step, self.world.rank, self.world.size))
             problem = next((found for found in problems if found is not None), None)
             if problem is None:
-                return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+                return Checkpoint(folder, read_json(folder / STATE, MAX_STATE_BYTES))
             damaged.append(f"checkpoint step-{step} is damaged ({problem})")
             self.world.decide(partial(_set_aside, folder))
             tell(f"{damaged[-1]}: kept as step-{step}.damaged, falling back to the one before it")
@@ -202,21 +208,32 @@ class Checkpoints:
         """Steps of the complete checkpoints, newest first."""
         return complete_steps(self.folder)
 
-    def _begin(self, step: int) -> str | None:
-        """Make the temporary folder and return its name; None where the checkpoint exists."""
+    def _begin(self, step: int, num_bytes: int) -> str | None:
+        """Make the temporary folder and return its name; None where the checkpoint exists.
+
+        Raises:
+            RunError: there is no room for it.
+        """
         if (self.folder / f"step-{step}").exists():
             return None
         for entry in list(self.folder.iterdir()) if self.folder.is_dir() else ():
             # of a process that died: the lock on the run folder says that no one else is writing
             if _TEMPORARY.fullmatch(entry.name):
                 shutil.rmtree(entry)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise RunError(
+                f"the checkpoint step-{step} takes {num_bytes / 1e6:.0f} MB, and {self.folder} has {free / 1e6:.0f} MB "
+                "left. Those before it are intact; make room and use --resume."
+            )
         name = f"step-{step}.tmp-{os.getpid()}"
-        (self.folder / name).mkdir(parents=True)
+        (self.folder / name).mkdir()
         return name
 
     def _name(self, writing: _Writing, files: dict[str, Any]) -> None:
         temporary = writing.folder
-        state = temporary / "state.json"
+        state = temporary / STATE
         state.write_text(json.dumps(writing.state))
         _flush(state)
         fault_point("save.manifest")
@@ -247,6 +264,13 @@ class Checkpoints:
         ) from error
 
 
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Good checkpoints must not give way to one that no run can go on from."""
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds values that are not finite")
+
+
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a `checkpoints` folder, newest first."""
     if not folder.is_dir():
@@ -258,12 +282,12 @@ def complete_steps(folder: Path) -> list[int]:
 def verify(folder: Path, step: int, part: int = 0, num_parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Reads every byte of every `num_parts`-th file, from `part` on."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST, MAX_MANIFEST_BYTES)
         if manifest["step"] != step:
             return f"{MANIFEST} is of step {manifest['step']}"
         files = dict(manifest["files"])
-        if "state.json" not in files:
-            return f"{MANIFEST} does not list state.json"
+        if STATE not in files:
+            return f"{MANIFEST} does not list {STATE}"
         for name, expected in sorted(files.items())[part::num_parts]:
             if not _FILE.fullmatch(name) or ".." in name.split("/"):
                 return f"{MANIFEST} names {name!r}, which is not a file in the folder"

@@ -47,6 +47,14 @@ def parser() -> argparse.ArgumentParser:
         help="name of the run folder (default: the file's name and a number); under torchrun write --run-name",
     )
     result.add_argument("--resume", action="store_true", help="continue the run of that name where it was saved last")
+    result.add_argument(
+        "--supervise",
+        metavar="N",
+        nargs="?",
+        type=_at_least_one,
+        const=3,
+        help="restart after a fault, from the newest good checkpoint; N (3) restarts in a row without a new one end it",
+    )
     result.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, then stop")
     result.add_argument(
         "--profile", action="store_true", help="measure the parts of a step (waits for the device between them)"
@@ -93,6 +101,12 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def is_first_process() -> bool:
     """True in the one process that prints, also before the processes are connected."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text} instead")
+    return int(text)
 
 
 def _runs_folder(overrides: Sequence[str]) -> Path:

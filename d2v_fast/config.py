@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from d2v_fast.config_errors import ConfigError, Problem, Section, check, known_keys, refuse_if, say, show
 from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
+from d2v_fast.untrusted import is_path, parse_json, read_text
 
 __all__ = [
     "BatchSplit",
@@ -42,19 +43,23 @@ __all__ = [
     "parse_config",
 ]
 
+MAX_FILE_BYTES = 1_000_000
+# beyond any model, and small enough to be checked at once
+MAX_SIZE = 1 << 16
+
 
 class VisionModelConfig(Section):
     """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and falls
     linearly to 0 at the first. `absolute_position` adds learned position embeddings to the tokens, which the published
     models do without: a small model on small images needs fewer steps with them."""
 
-    image_size: int = Field(default=224, ge=1)
-    patch_size: int = Field(default=16, ge=1)
-    channels: int = Field(default=3, ge=1)
-    width: int = Field(default=768, ge=1)
-    depth: int = Field(default=12, ge=1)
-    heads: int = Field(default=12, ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0)
+    image_size: int = Field(default=224, ge=1, le=MAX_SIZE)
+    patch_size: int = Field(default=16, ge=1, le=MAX_SIZE)
+    channels: int = Field(default=3, ge=1, le=MAX_SIZE)
+    width: int = Field(default=768, ge=1, le=MAX_SIZE)
+    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
+    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
     drop_path: float = Field(default=0.25, ge=0, lt=1)
     attention_dropout: float = Field(default=0.05, ge=0, lt=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -189,7 +194,11 @@ class DataConfig(Section):
 
     `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of the area; `zoom` 0.1 is up to
     10 % larger or smaller; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction`
-    unreadable files stop the run.
+    unreadable files stop the run, or with `strict` the first one.
+
+    A file of more than `max_image_bytes`, an image of more than `max_image_pixels` (width times height) or with a side
+    under `min_image_side` pixels counts as unreadable, and so does a link that leads out of `path` unless
+    `follow_outside`. A decoder needs up to 16 bytes per pixel in each worker.
     """
 
     kind: Literal["digits", "images"] = "digits"
@@ -205,6 +214,12 @@ class DataConfig(Section):
     shift_pixels: float = Field(default=0.0, ge=0)
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    strict: bool = False
+    # Pillow refuses twice its own limit, whatever is asked for
+    max_image_pixels: int = Field(default=64_000_000, ge=1, le=178_956_970)
+    max_image_bytes: int = Field(default=256_000_000, ge=1)
+    min_image_side: int = Field(default=2, ge=1)
+    follow_outside: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -212,6 +227,8 @@ class DataConfig(Section):
         if self.kind == "images" and not self.path:
             hint = "Name the folder that holds the images: `--set d2v.data.path=/my/images`."
             problems.append(Problem("path", 'be a folder with `kind` "images"', self.path, hint))
+        if self.path is not None and not is_path(self.path):
+            problems.append(Problem("path", "be a path that the system can hold", self.path))
         if any(value <= 0 for value in self.std):
             problems.append(Problem("std", "be > 0 in every channel", self.std))
         low, high = self.crop_scale
@@ -223,12 +240,16 @@ class DataConfig(Section):
 
 class GuardConfig(Section):
     """When a run stops itself: a standard deviation under its limit after `after_steps` optimizer steps
-    (collapse), or `nonfinite_patience` steps in a row skipped for a NaN or infinite loss or gradient."""
+    (collapse); a NaN or infinite loss or gradient, at once with `nonfinite` "stop", after `nonfinite_patience` such
+    steps in a row with "skip". Such a step never changes anything. A logged loss above `loss_spike` times its running
+    median is told in the log, and nothing else; None: never."""
 
     after_steps: int = Field(default=5000, ge=0)
     min_target_std: float = Field(default=0.1, ge=0)
     min_prediction_std: float = Field(default=0.01, ge=0)
+    nonfinite: Literal["skip", "stop"] = "skip"
     nonfinite_patience: int = Field(default=3, ge=1)
+    loss_spike: float | None = Field(default=None, gt=1)
 
 
 class ProbeConfig(Section):
@@ -245,7 +266,8 @@ class ProbeConfig(Section):
 class RunSection(Section):
     """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in
     optimizer steps; `keep` is the number of checkpoints that stay; with `background_save` training goes on while one is
-    written, for a second copy of the state in host memory."""
+    written, for a second copy of the state in host memory. After `timeout_minutes` of waiting for another process, or
+    for a batch, a process ends with an error instead of waiting for ever."""
 
     dir: str = "runs"
     name: str | None = None
@@ -254,14 +276,18 @@ class RunSection(Section):
     save_every: int = Field(default=1000, ge=1)
     keep: int = Field(default=3, ge=1)
     background_save: bool = True
+    timeout_minutes: float = Field(default=10.0, gt=0)
     profile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        name = self.name
+        name, problems = self.name, []
         if name is not None and (not name.strip(".") or not all(c.isalnum() or c in "._-" for c in name)):
-            refuse_if([Problem("name", "be letters, digits, `.`, `_` and `-` only", name)])
+            problems.append(Problem("name", "be letters, digits, `.`, `_` and `-` only", name))
+        if not is_path(self.dir):
+            problems.append(Problem("dir", "be a path that the system can hold", self.dir))
+        refuse_if(problems)
         return self
 
 
@@ -317,8 +343,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int
         ConfigError: with every problem of the file at once.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
         raise ConfigError([f"`--ds_config` must be a readable JSON file: {error}"], str(path)) from None
     raw = _read_json(text, str(path))
     return parse_config(apply_overrides(raw, overrides), world_size, source=str(path))
@@ -424,20 +450,19 @@ def _read_json(text: str, source: str) -> dict[str, Any]:
             if key in seen:
                 first, second = show(seen[key]), show(value)
                 problems.append(f"`{key}` appears twice in one section ({first}, then {second}). Remove one.")
+            if not key.isprintable():
+                problems.append(f"`{key}` is not a known key: it holds letters that cannot be printed.")
             seen[key] = value
         return seen
 
     try:
-        raw = json.loads(
+        raw = parse_json(
             text,
             object_pairs_hook=without_duplicates,
             parse_constant=lambda name: problems.append(f"`{name}` is not a number that JSON knows."),
         )
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError([f"not valid JSON: {error.msg} at {where}."], source) from None
-    except RecursionError:
-        raise ConfigError(["not a configuration: nested too deeply."], source) from None
+    except ValueError as error:
+        raise ConfigError([f"not a configuration: {error}"], source) from None
     if problems:
         raise ConfigError(problems, source)
     if not isinstance(raw, dict):
@@ -447,6 +472,6 @@ def _read_json(text: str, source: str) -> dict[str, Any]:
 
 def _override_value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:
         return text

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from d2v_fast.untrusted import printable
+
 _EXPECTED = {
     "int_type": "an integer",
     "int_from_float": "an integer",
@@ -34,7 +36,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be run. `problems` holds one sentence per problem."""
 
     def __init__(self, problems: Iterable[str], source: str = "configuration") -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(map(printable, problems))
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in self.problems)]))
 

@@ -107,7 +107,22 @@ class Data2Vec(nn.Module):
         init_linear_(self.head)
 
     def forward(self, batch: MaskedImages, teacher: nn.Module) -> StepOutput:
-        """Loss of one batch against a teacher: a `VisionModel` in eval mode, of any floating dtype."""
+        """Loss of one batch against a teacher: a `VisionModel` in eval mode, of any floating dtype.
+
+        Raises:
+            ValueError: `batch` is not as `MaskedImages` describes it. Rows out of range are torch's IndexError or
+                RuntimeError on a CPU; a GPU is not waited for.
+        """
+        rows = batch.rows
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise ValueError(
+                f"`rows` must be a 1-d int64 tensor, but is {rows.dtype} of shape {list(rows.shape)} instead. "
+                "A mask `[B, P]`, True where masked, has the rows `mask.flatten().nonzero()[:, 0]`."
+            )
+        if rows.device != batch.pixels.device:
+            raise ValueError(
+                f"`rows` must be on {batch.pixels.device} as `pixels` are, but is on {rows.device} instead."
+            )
         # the teacher goes first: its working memory is free again when the student's activations pile up
         features = self.teacher_features(batch, teacher)
         return self.objective(self.student_forward(batch), features, batch.rows)
@@ -130,7 +145,8 @@ class Data2Vec(nn.Module):
         # a working copy in the compute dtype needs no autocast, which would only run its norms in fp32
         is_working_copy = next(teacher.parameters()).dtype != torch.float32
         device_type = batch.pixels.device.type
-        with torch.autocast(device_type, enabled=False) if is_working_copy else nullcontext():
+        without_autocast = is_working_copy and torch.amp.is_autocast_available(device_type)
+        with torch.autocast(device_type, enabled=False) if without_autocast else nullcontext():
             output_rows = batch.rows if self.target_is_per_row else None
             *features, last = teacher(batch.pixels, top_k=self.target.top_k, output_rows=output_rows).features
         features = [feature[:, 1:] for feature in features]

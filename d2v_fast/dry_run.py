@@ -7,15 +7,25 @@ from torch import nn
 
 from d2v_fast.config import BatchSplit, RunConfig
 from d2v_fast.data2vec import build_model
+from d2v_fast.memory import predict
+from d2v_fast.peak_memory import format_bytes
 from d2v_fast.schedules import LearningRate
 
 
-def describe(config: RunConfig, split: BatchSplit, schedule: LearningRate, num_samples: int, dtype: torch.dtype) -> str:
+def describe(
+    config: RunConfig,
+    split: BatchSplit,
+    schedule: LearningRate,
+    num_samples: int,
+    dtype: torch.dtype,
+    device_type: str = "cpu",
+) -> str:
     """The lines that `--dry-run` prints.
 
     Args:
         num_samples: images in the data set.
         dtype: of the forward pass.
+        device_type: "cpu" or "cuda", where it would run.
     """
     with torch.device("meta"):
         model = build_model(config.d2v)
@@ -23,7 +33,7 @@ def describe(config: RunConfig, split: BatchSplit, schedule: LearningRate, num_s
     steps_per_epoch = num_samples // split.global_batch
     lines = [
         f"parameters      student {student:,}, head {head:,}, teacher {student:,}",
-        *_memory(config, split, student, head, dtype),
+        *_memory(config, split.world_size, dtype, device_type),
         f"data            {num_samples:,} images",
         f"global batch    {split.global_batch:,} = {split.micro_batch} per micro-step x {split.accumulation} "
         f"micro-steps x {split.world_size} processes",
@@ -35,38 +45,32 @@ def describe(config: RunConfig, split: BatchSplit, schedule: LearningRate, num_s
     return "\n".join(lines)
 
 
-def _memory(config: RunConfig, split: BatchSplit, student: int, head: int, dtype: torch.dtype) -> list[str]:
-    """Bytes per process of everything whose size does not depend on the batch."""
-    trained = student + head
-    stage = config.deepspeed.zero_optimization.stage
-    by_deepspeed = config.deepspeed.needs_deepspeed(split.world_size)
-    shards = split.world_size
-    # plain torch computes in bf16 under autocast and stores fp32; DeepSpeed stores both
-    low = 2 if by_deepspeed and dtype != torch.float32 else 4
-    sizes = {
-        "parameters": low * trained,
-        "gradients": low * trained // (shards if stage >= 2 else 1),
-        "optimizer": 8 * trained // (shards if stage >= 1 else 1),
-        "teacher": 4 * student,
-    }
-    if low == 2:
-        sizes["fp32 parameters"] = 4 * trained // (shards if stage >= 1 else 1)
-    if dtype != torch.float32:
-        sizes["teacher's working copy"] = 2 * student
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items())
-    return [
-        f"memory          {_bytes(sum(sizes.values()))} per process without activations, {str(dtype)[6:]}",
-        f"                {parts}",
+def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str) -> list[str]:
+    """What `memory.predict` finds, one line per part."""
+    found = predict(config, num_processes, dtype, device_type)
+    on_host = found.host_state > 0
+
+    def line(name: str, device: int, host: int, meaning: str) -> str:
+        sizes = f"{format_bytes(device):>8}" + (f" {format_bytes(host):>8}" if on_host else "")
+        return f"  {name:30}{sizes}  {meaning}"
+
+    lines = [
+        f"memory          {format_bytes(found.device_peak)} at most per process, predicted: {str(dtype)[6:]}, "
+        f"{num_processes} process{'es' if num_processes > 1 else ''}, {device_type}",
     ]
+    if on_host:
+        lines.append(f"{'':34}on {device_type}  on host")
+    lines += [line(part.name, part.device, part.host, part.meaning) for part in found.parts]
+    lines.append(line("stays from step to step", found.device_state, found.host_state, ""))
+    lines += [line(f"+ {m.name}", m.device, m.host, m.meaning) for m in found.moments]
+    lines.append(line("activations", found.activations, 0, "of which: saved for the backward pass"))
+    lines.append(line("while it is built, in all", found.build, 0, "every process builds the whole model in fp32"))
+    if found.save:
+        meaning = "host memory of the copy that a checkpoint is written from"
+        sizes = (0, found.save) if on_host else (found.save, 0)
+        lines.append(line("while a checkpoint is written", *sizes, meaning))
+    return lines
 
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

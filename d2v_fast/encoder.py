@@ -86,7 +86,7 @@ class RelativePositionBias(nn.Module):
         # gathered head by head, so that it is already in the layout of the result
         bias = self.table.t().index_select(1, self.index).view(1, num_heads, self.num_tokens, -1)
         device_type = self.table.device.type
-        if torch.is_autocast_enabled(device_type):
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             # otherwise autocast casts (and unaligns) the mask again in every block
             bias = bias.to(torch.get_autocast_dtype(device_type))
         return bias[..., : self.num_tokens]

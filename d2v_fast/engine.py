@@ -13,9 +13,11 @@ or gradient is not finite changes nothing, on every process alike:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -131,6 +133,16 @@ def check_engine_available(config: RunConfig, num_processes: int) -> None:
         check_optimizer_available(config)
 
 
+def import_engine(config: RunConfig, world: World) -> None:
+    """Import what building and stepping an engine would import: its memory is not that of the run."""
+    importlib.import_module("torch._dynamo")
+    if config.deepspeed.needs_deepspeed(world.size):
+        _import_deepspeed(world.device)
+        if config.deepspeed.zero_optimization.stage > 0:
+            # whichever optimizer it is
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
 class PlainEngine(Engine):
     """One process. fp32 parameters and AdamW; bf16 means autocast, so that the optimizer keeps fp32 values."""
 
@@ -188,11 +200,17 @@ class DeepSpeedEngine(Engine):
         # made here: DeepSpeed's names for optimizers leave open which one is meant
         del settings["optimizer"]
         optimizer = _make_optimizer(model, config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=settings, dist_init_required=False
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=settings, dist_init_required=False
+                )
+        except (ValueError, AssertionError) as error:
+            raise RunError(f"DeepSpeed cannot run this configuration here: {error}") from error
+        if hasattr(self._loss_scaler(), "raise_error_at_min_scale"):
+            # the guard stops the run, with what was seen
+            self._loss_scaler().raise_error_at_min_scale = False
         self._engine.train()
 
     def forward(self, *inputs: Any) -> Any:
@@ -230,17 +248,26 @@ class DeepSpeedEngine(Engine):
         return self._engine
 
     def state(self) -> dict[str, Any]:
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        values = {} if scaler is None else {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
-        return {**super().state(), "loss_scale": values}
+        scaler = self._loss_scaler()
+        return {
+            **super().state(),
+            "loss_scale": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+        }
 
     def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
         super().restore(read, state)
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        scaler = self._loss_scaler()
         for name, value in state.get("loss_scale", {}).items():
             if hasattr(scaler, name):
                 setattr(scaler, name, value)
         _write_low_precision(self._engine.optimizer)
+
+    def _loss_scaler(self) -> Any:
+        """What fp16 scales its loss with; None in the other dtypes, which need no scale."""
+        if self.compute_dtype != torch.float16:
+            return None
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -319,6 +346,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed loads its own checkpoints with pickle unless told otherwise
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    _hide_broken_apex()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
@@ -329,6 +357,17 @@ def _import_deepspeed(device: torch.device) -> Any:
         # every compiled extension counts as unavailable: a shared-memory collective would be compiled otherwise
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
+
+
+def _hide_broken_apex() -> None:
+    """DeepSpeed takes apex where it can be imported, and bears no other error there than a missing one."""
+    try:
+        importlib.import_module("apex")
+    except ImportError:
+        pass
+    except Exception:
+        # None makes the next import say that it is missing
+        sys.modules["apex"] = None  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ No GPU and none of the processes of the run are needed, and no more than one fil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_fast.checkpoints import complete_steps, verify
-from d2v_fast.config import ConfigError, D2VConfig
+from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
+from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig
 from d2v_fast.config_errors import check
 from d2v_fast.shard_files import ShardReader
+from d2v_fast.untrusted import read_json
 
 WEIGHTS = ("student", "teacher")
 
@@ -33,7 +33,7 @@ class SavedWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, weights: str) -> None:
-        shapes = json.loads((folder / "state.json").read_text())["shapes"]
+        shapes = read_json(folder / STATE, MAX_STATE_BYTES)["shapes"]
         self._reader = ShardReader(folder, shapes)
         # a student is saved together with its head, as parts of one model
         self._prefix = "student/student." if weights == "student" else "teacher/"
@@ -59,7 +59,11 @@ def read_run_config(run_folder: Path) -> D2VConfig:
     path = run_folder / "config.json"
     if not path.is_file():
         raise ValueError(f"`{run_folder}` must be the folder of a run, but holds no config.json.")
-    config, problems = check(D2VConfig, json.loads(path.read_text(encoding="utf-8")).get("d2v"), "d2v")
+    try:
+        raw = read_json(path, MAX_FILE_BYTES)
+    except ValueError as error:
+        raise ConfigError([f"not a configuration: {error}"], str(path)) from None
+    config, problems = check(D2VConfig, raw.get("d2v") if isinstance(raw, dict) else None, "d2v")
     if config is None:
         raise ConfigError(problems, str(path))
     return config

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from d2v_fast.config import GuardConfig
 from d2v_fast.run_folder import RunFolder
-from d2v_fast.world import RunError
 
 Entry = dict[str, Any]
 
@@ -71,21 +69,6 @@ def loss_and_deviations(sums: Tensor, num_rows: int, width: int) -> Entry:
         "target_std": spread.target,
         "prediction_std": spread.prediction,
     }
-
-
-def check_collapse(entry: Entry, guard: GuardConfig) -> None:
-    """RunError where targets or predictions have become the same everywhere."""
-    limits = {"target": guard.min_target_std, "prediction": guard.min_prediction_std}
-    for what, limit in limits.items():
-        if entry["step"] >= guard.after_steps and entry[f"{what}_std"] < limit:
-            raise RunError(
-                f"the run has collapsed: at step {entry['step']} the standard deviation of the {what}s over the masked "
-                f"positions is {entry[f'{what}_std']:.4f}, under `d2v.guard.min_{what}_std` ({limit}) (targets "
-                f"{entry['target_std']:.4f}, predictions {entry['prediction_std']:.4f}, loss {entry['loss']:.4f}). "
-                "What helps: a lower `optimizer.params.lr` or a longer warm-up, a teacher that follows more slowly "
-                "(`d2v.teacher.decay_start`, `decay_end` nearer to 1), `d2v.target.layer_norm` layer or instance. "
-                "The checkpoints before this step are as they were."
-            )
 
 
 class Speed:
@@ -147,7 +130,7 @@ class RunLog:
         folder.write_text("log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
         self._file = (folder.path / "log.jsonl").open("a", encoding="utf-8")
         self._events = _tensorboard(folder.path, start_step)
-        self._progress = _Bar(num_steps, start_step) if sys.stdout.isatty() else None
+        self._progress = _progress_bar(num_steps, start_step) if sys.stdout.isatty() else None
 
     def write(self, entry: Entry) -> None:
         """Record one logged step; NaN and infinity become null, which JSON can hold."""
@@ -211,8 +194,8 @@ def draw_curves(entries: list[Entry], path: Path, say: Any = print) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        _once(say, "no curves.png: matplotlib is not installed")
+    except Exception as error:
+        _say_missing(say, "curves.png", "matplotlib", error)
         return
     figure = Figure(figsize=(10, 6))
     # by hand: an automatic layout draws everything twice
@@ -272,11 +255,19 @@ class _Bar:
         self._bar.stop()
 
 
+def _progress_bar(num_steps: int, start_step: int) -> _Bar | None:
+    try:
+        return _Bar(num_steps, start_step)
+    except Exception as error:
+        _say_missing(print, "progress bar", "rich", error)
+        return None
+
+
 def _tensorboard(folder: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        _once(print, "no TensorBoard events: tensorboard is not installed")
+    except Exception as error:
+        _say_missing(print, "TensorBoard events", "tensorboard", error)
         return None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
@@ -284,7 +275,14 @@ def _tensorboard(folder: Path, start_step: int) -> Any:
 _said: set[str] = set()
 
 
-def _once(say: Any, text: str) -> None:
+def _say_missing(say: Any, what: str, package: str, error: Exception) -> None:
+    """Say once that a report is left out. A package that does not fit the others can raise anything when imported."""
+    if isinstance(error, ModuleNotFoundError):
+        reason = "is not installed"
+    else:
+        lines = str(error).splitlines() or [""]
+        reason = f"cannot be imported ({type(error).__name__}: {lines[0]})"
+    text = f"no {what}: {package} {reason}"
     if text not in _said:
         _said.add(text)
         say(text)

@@ -13,6 +13,10 @@ from typing import IO, Any
 from d2v_fast.config import RunConfig
 from d2v_fast.world import RunError, World
 
+# environment variable that `--supervise` sets: the mark of its run, kept in a file of this name in the run folder
+SUPERVISION = "D2V_SUPERVISION"
+_MARK = "supervision"
+
 
 class RunFolder:
     """An open run folder, locked until the process ends.
@@ -20,30 +24,42 @@ class RunFolder:
     Attributes:
         path: the folder.
         name: its last part.
+        reopened: whether it belongs to a run that was started before.
     """
 
-    def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None = None, reopened: bool = False) -> None:
         self.path = path
         self.name = path.name
+        self.reopened = reopened
         self._lock = lock
 
     @classmethod
     def open(cls, config: RunConfig, world: World, *, resume: bool, stem: str) -> RunFolder:
         """The folder that `config` names, made or found by the first process.
 
+        Under `--supervise` it is found by its mark once an attempt has made it, whatever `resume` says.
+
         Raises:
             RunError: see `create` and `reopen`; in every process.
         """
         run = config.d2v.run
         held: list[RunFolder] = []
+        mark = os.environ.get(SUPERVISION)
 
-        def claim() -> str:
-            found = cls.reopen(Path(run.dir), str(run.name)) if resume else cls.create(Path(run.dir), run.name, stem)
+        def claim() -> tuple[str, bool]:
+            before = find_supervised(Path(run.dir), mark) if mark else None
+            if resume or before is not None:
+                name = str(run.name) if before is None else before.name
+                found = cls.reopen(Path(run.dir), name)
+            else:
+                found = cls.create(Path(run.dir), run.name, stem)
             held.append(found)
-            return str(found.path)
+            if mark and before is None:
+                found.write_text(_MARK, mark)
+            return str(found.path), found.reopened
 
-        path = Path(world.decide(claim))
-        return held[0] if held else cls(path)
+        path, reopened = world.decide(claim)
+        return held[0] if held else cls(Path(path), reopened=reopened)
 
     @classmethod
     def create(cls, root: Path, name: str | None, stem: str) -> RunFolder:
@@ -67,16 +83,20 @@ class RunFolder:
         """The folder of a run that was started before.
 
         Raises:
-            RunError: there is none of this name, or another process trains in it.
+            RunError: there is none of this name, it cannot be written, or another process trains in it.
         """
         if not (root / name).is_dir():
             there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
             known = f"Runs there: {', '.join(there)}." if there else "There are no runs there."
             raise RunError(f"there is no run {name} in {root} to resume. {known}")
-        return cls._open(root / name)
+        return cls._open(root / name, reopened=True)
 
     @classmethod
-    def _open(cls, path: Path) -> RunFolder:
+    def _open(cls, path: Path, reopened: bool = False) -> RunFolder:
+        for place in (path, path / "checkpoints"):
+            # found out now, and not when hours of training are to be saved
+            if os.path.lexists(place) and not os.access(place, os.W_OK | os.X_OK):
+                raise RunError(f"{place} cannot be written: is it on a file system that is mounted read-only, or gone?")
         lock = (path / "lock").open("a+")
         try:
             # a record lock belongs to this process alone: data loading workers that outlive it do not hold it
@@ -89,7 +109,7 @@ class RunFolder:
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
         lock.flush()
-        return cls(path, lock)
+        return cls(path, lock, reopened)
 
     def close(self) -> None:
         """Give the folder free for another process."""
@@ -117,8 +137,30 @@ class RunFolder:
         before = json.loads(path.read_text()) if path.exists() else []
         self.write_json(name, [*(old for old in before if old["step"] < entry["step"]), entry])
 
+    def add_line(self, name: str, line: str) -> None:
+        """Append a line to a text file unless it is there already. Any process of the run may."""
+        # a file's name may hold a line break
+        line = line.translate({ord("\n"): "\\n", ord("\r"): "\\r"})
+        if line not in self.lines(name):
+            # in one write, so that the lines of several processes do not mix
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def lines(self, name: str) -> list[str]:
+        """The lines of a text file; none where there is no such file."""
+        path = self.path / name
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path / name)
+
+
+def find_supervised(root: Path, mark: str) -> Path | None:
+    """The run folder in `root` that the supervision with this mark has begun; None before it has."""
+    for path in root.glob(f"*/{_MARK}"):
+        if path.read_text(encoding="utf-8") == mark:
+            return path.parent
+    return None

@@ -64,20 +64,6 @@ class RunState:
         elif applied:
             self._teacher.update(step)
 
-    def check_finite(self, step: int) -> None:
-        """RunError after too many steps in a row that changed nothing. Waits for the device."""
-        patience = self._config.d2v.guard.nonfinite_patience
-        fp16 = self._config.deepspeed.fp16
-        if fp16.enabled:
-            # a loss scale that is too large at first is halved until it fits
-            patience += fp16.initial_scale_power + fp16.hysteresis
-        if int(self.longest_streak) >= patience:
-            raise RunError(
-                f"loss or gradient was not finite in {int(self.longest_streak)} steps in a row, up to step {step}: "
-                "nothing was changed in these steps. Look at the data of these steps, lower `optimizer.params.lr`, "
-                "or set `gradient_clipping`. The checkpoints before are as they were."
-            )
-
     def save(self, step: int, *, wait: bool = True) -> None:
         """Write the checkpoint of `step`; every process calls it.
 

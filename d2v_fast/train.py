@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from d2v_fast.data import StepLoader
     from d2v_fast.data2vec import Data2Vec
     from d2v_fast.engine import Engine
+    from d2v_fast.guard import Guard
     from d2v_fast.metrics import Log
+    from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
     from d2v_fast.schedules import LearningRate
@@ -42,17 +44,26 @@ if TYPE_CHECKING:
     from d2v_fast.teacher import Teacher
     from d2v_fast.world import World
 
+# of the run folder: the unreadable files of the data set, as `path: reason`
+BAD_FILES = "bad_files.txt"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 done or stopped on request, 1 failed, 2 wrong configuration."""
     options = read_options(arguments)
     try:
         config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
+        if options.supervise is not None and not options.dry_run:
+            from d2v_fast.supervise import supervise
+
+            status = supervise(config, sys.argv[1:] if arguments is None else arguments, options.supervise)
+            if status is not None:
+                return status
         # the slow imports, only now: a wrong file has been refused by here
         import torch
 
-        from d2v_fast.data import DataError
-        from d2v_fast.world import RunError
+        from d2v_fast.data import DataError, worker_died
+        from d2v_fast.world import RunError, lost_connection
 
         try:
             train(config, resume=options.resume, dry_run=options.dry_run, stem=config_stem(options))
@@ -64,6 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except torch.OutOfMemoryError as error:
             advice = "lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set "
             print(f"error: {error}\n{advice}`d2v.model.gradient_checkpointing`.", file=sys.stderr)
+            return 1
+        except RuntimeError as error:
+            told = lost_connection(error) or worker_died(error)
+            if told is None:
+                raise
+            print(f"error: {told}", file=sys.stderr)
             return 1
     except ConfigError as error:
         if is_first_process():
@@ -80,6 +97,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
     Raises:
         ConfigError, DataError, RunError: with a message for the user.
     """
+    from d2v_fast.peak_memory import format_bytes
     from d2v_fast.world import RunError
 
     # from here on a signal is a request: one that comes while things are being built stops after the first step
@@ -94,6 +112,10 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
             run.state.finish_save()
             raise
         run.log.close()
+        if bad := run.folder.lines(BAD_FILES):
+            run.log.say(f"{len(bad)} unreadable files were replaced by others: {run.folder.path / BAD_FILES}")
+        peak = format_bytes(max(run.world.collect(run.memory.bytes())))
+        run.log.say(f"peak memory per process: {peak} (of the process with most, since its model was built)")
         if step < run.schedule.num_steps:
             name = run.folder.name
             run.log.say(f"stopped on request and saved after step {step}; to continue: --resume --run {name}")
@@ -117,7 +139,9 @@ class Run:
     start_step: int
     loader: StepLoader
     log: Log
+    guard: Guard
     clock: StepClock
+    memory: PeakMemory
 
 
 def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: ExitStack) -> Run | None:
@@ -131,8 +155,10 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.checkpoints import Checkpoints
     from d2v_fast.data import StepLoader, build_dataset
     from d2v_fast.data2vec import build_model
-    from d2v_fast.engine import check_engine_available, compute_dtype, make_engine
+    from d2v_fast.engine import check_engine_available, compute_dtype, import_engine, make_engine
+    from d2v_fast.guard import Guard
     from d2v_fast.metrics import NoLog, RunLog
+    from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState
     from d2v_fast.schedules import LearningRate
@@ -155,10 +181,12 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
 
         if is_first_process():
             device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")
-            print(describe(config, split, schedule, len(dataset), compute_dtype(config, device)))
+            print(describe(config, split, schedule, len(dataset), compute_dtype(config, device), device.type))
         return None
 
-    world = World(d2v.run.device, grouped=config.deepspeed.needs_deepspeed(split.world_size))
+    world = World(
+        d2v.run.device, config.deepspeed.needs_deepspeed(split.world_size), timeout_minutes=d2v.run.timeout_minutes
+    )
     opened.callback(world.close)
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
@@ -170,6 +198,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         say("this run is finished, there is nothing left to do")
         return None
 
+    import_engine(config, world)
+    memory = PeakMemory(world.device)
     torch.manual_seed(d2v.run.seed)
     model = build_model(d2v).to(world.device)
     # copied before an engine shards the student
@@ -184,7 +214,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     )
     checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
     state = RunState(config, world, model, teacher, engine, checkpoints)
-    start_step = state.restore(say) if resume else 0
+    start_step = state.restore(say) if folder.reopened else 0
     if world.is_first:
         folder.write_config(config)
     loader = StepLoader(
@@ -196,12 +226,30 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         rank=world.rank,
         start_step=start_step,
         num_steps=schedule.num_steps,
+        on_bad=lambda file: folder.add_line(BAD_FILES, file),
     )
     log = RunLog(folder, schedule.num_steps, start_step) if world.is_first else NoLog()
     opened.callback(log.close)
+    guard = Guard(config, world, state, folder, model, steps_per_epoch=steps_per_epoch, say=log.say)
     clock = StepClock(world.device, enabled=d2v.run.profile)
     clock.watch(model)
-    return Run(config, split, world, folder, schedule, model, teacher, engine, state, start_step, loader, log, clock)
+    return Run(
+        config,
+        split,
+        world,
+        folder,
+        schedule,
+        model,
+        teacher,
+        engine,
+        state,
+        start_step,
+        loader,
+        log,
+        guard,
+        clock,
+        memory,
+    )
 
 
 def loop(run: Run, stop: StopRequest) -> int:
@@ -209,7 +257,8 @@ def loop(run: Run, stop: StopRequest) -> int:
     import torch
 
     from d2v_fast.faults import fault_point
-    from d2v_fast.metrics import Speed, check_collapse, loss_and_deviations
+    from d2v_fast.guard import check_collapse
+    from d2v_fast.metrics import Speed, loss_and_deviations
 
     section, width = run.config.d2v.run, run.config.d2v.model.width
     probe_every = run.config.d2v.probe.every_epochs * run.loader.steps_per_epoch
@@ -223,8 +272,10 @@ def loop(run: Run, stop: StopRequest) -> int:
 
         for micro_step, batch in enumerate(micro_batches):
             batch = batch.to(run.world.device, non_blocking=True)
+            run.world.arrive()
             torch.manual_seed(dropout_seed(section.seed, step, micro_step, run.world.rank))
             output = run.engine.forward(batch, run.teacher.module)
+            run.guard.see_loss(output.loss_sum)
             # the engine averages over micro-steps and processes; what is wanted is the mean over all masked
             # rows of the global batch, however it is split
             share = run.split.accumulation * run.world.size / (num_rows * width)
@@ -237,6 +288,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             applied = run.engine.step(run.schedule.at(step - 1))
         with run.clock.part("EMA"):
             run.state.follow(step, applied)
+        run.guard.end_step(step, micro_batches, applied)
         run.clock.end_step()
         run.log.advance(step)
 
@@ -253,11 +305,13 @@ def loop(run: Run, stop: StopRequest) -> int:
                 "skipped": int(run.state.skipped),
                 "samples": step * run.split.global_batch,
                 **speed.since_last(step * run.split.global_batch),
+                "peak_memory_bytes": max(run.world.collect(run.memory.bytes())),
             }
+            run.guard.mark_spike(entry)
             run.log.write(entry)
             check_collapse(entry, run.config.d2v.guard)
         if is_logged or run.world.device.type == "cpu":
-            run.state.check_finite(step)
+            run.guard.check(step)
         asked_to_stop = run.world.any(stop.requested)
         if probe_every and step % probe_every == 0 and not is_last:
             with speed.paused():

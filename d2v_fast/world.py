@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from d2v_fast.watch import Watch
+
+# what gloo says when a process at the other end, or the network to it, is gone
+_BROKEN = re.compile(r"gloo/(transport|rendezvous)|[Cc]onnection (closed|reset|refused)|connectFullMesh failed")
 
 
 class RunError(RuntimeError):
@@ -29,6 +37,8 @@ class World:
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
         grouped: whether a process group is needed even for one process, as DeepSpeed does.
+        timeout_minutes: how long this process waits for the others, at the start and at every later point. Then it
+            ends with an error that names who is missing.
 
     Attributes:
         rank: 0 to `size` - 1; only rank 0 prints and writes.
@@ -36,7 +46,7 @@ class World:
         device: where this process computes.
     """
 
-    def __init__(self, device: str = "auto", grouped: bool = False) -> None:
+    def __init__(self, device: str = "auto", grouped: bool = False, timeout_minutes: float = 10.0) -> None:
         self.rank, self.size = int(os.environ.get("RANK", "0")), world_size()
         has_gpu = torch.cuda.is_available()
         if device == "cuda" and not has_gpu:
@@ -47,8 +57,9 @@ class World:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         self._hosts: dist.ProcessGroup | None = None
+        self._watch: Watch | None = None
         if self.size > 1 or grouped:
-            self._connect()
+            self._connect(timeout_minutes)
 
     @property
     def is_first(self) -> bool:
@@ -58,6 +69,7 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, on its device."""
         if self.size > 1:
+            self.arrive()
             dist.all_reduce(tensor)
         return tensor
 
@@ -66,12 +78,21 @@ class World:
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
+        self.arrive()
         dist.all_reduce(flags, group=self._hosts)
         return bool(flags.item())
 
     def barrier(self) -> None:
         """Wait for the other processes."""
         self.any(False)
+
+    def arrive(self) -> None:
+        """Say that this process has come to a collective, of its own or of DeepSpeed's, and may have to wait there.
+
+        The more often, the better can be told who keeps the others waiting when that takes too long.
+        """
+        if self._watch is not None:
+            self._watch.arrived()
 
     def decide(self, make: Callable[[], Any]) -> Any:
         """Run `make` in the first process and hand its result, which JSON can express, to all of them.
@@ -98,6 +119,7 @@ class World:
         """What every process passes, which JSON can express, in the order of their ranks; in every process."""
         if self.size == 1:
             return [value]
+        self.arrive()
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), group=self._hosts)
@@ -110,20 +132,36 @@ class World:
 
     def close(self) -> None:
         """Take the process group down; torch warns about one that is left."""
+        if self._watch is not None:
+            self._watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _connect(self) -> None:
+    def _connect(self, timeout_minutes: float) -> None:
         if self.size == 1:
             _describe_single_process()
-        # the variable, in minutes, is DeepSpeed's; a rank that is stuck costs the others this long
-        timeout = timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+        limit = timedelta(minutes=timeout_minutes)
         backend = "gloo" if self.device.type == "cpu" else "nccl"
-        dist.init_process_group(backend, timeout=timeout, device_id=None if backend == "gloo" else self.device)
-        self._hosts = dist.new_group(backend="gloo", timeout=timeout)
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=limit))
+            if self.size > 1:
+                self._watch = Watch(PrefixStore(_attempt(), store), self.rank, self.size, limit.total_seconds())
+            dist.init_process_group(
+                backend,
+                store=PrefixStore(_attempt(), store),
+                rank=self.rank,
+                world_size=self.size,
+                # longer than the watch waits, which can say who is missing
+                timeout=2 * limit,
+                device_id=None if backend == "gloo" else self.device,
+            )
+            self._hosts = dist.new_group(backend="gloo", timeout=2 * limit)
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise ConnectionError(_why_not_connected(error, self.rank, self.size, timeout_minutes)) from error
 
     def _tell(self, message: bytes) -> bytes:
         """Broadcast bytes of the first process; what the others pass is ignored."""
+        self.arrive()
         length = torch.tensor([len(message)])
         dist.broadcast(length, 0, group=self._hosts)
         payload = torch.zeros(int(length), dtype=torch.uint8)
@@ -136,6 +174,40 @@ class World:
 def world_size() -> int:
     """Number of processes that the launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def lost_connection(error: RuntimeError) -> str | None:
+    """What to tell where another process of the run is gone; None where `error` is about something else."""
+    if not isinstance(error, dist.DistError) and not _BROKEN.search(str(error)):
+        return None
+    return (
+        f"rank {os.environ.get('RANK', '0')} has lost the connection to another process of the run, which has ended or "
+        "is cut off; its own message, or the launcher's, says why. Continue with --resume. "
+        f"({str(error).splitlines()[0]})"
+    )
+
+
+def _attempt() -> str:
+    """Prefix in the store. torchrun keeps its store over its restarts, with the addresses of the processes that have
+    died; on several machines every agent counts restarts for itself, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps."""
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if is_shared and alone else "attempt"
+
+
+def _why_not_connected(error: Exception, rank: int, size: int, timeout_minutes: float) -> str:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    reason = str(error).splitlines()[0]
+    if "EADDRINUSE" in str(error):
+        return (
+            f"the port {os.environ['MASTER_PORT']} is in use, by another run or another program: give the launcher a "
+            f"free one (`--master_port`, or `--standalone` with torchrun). ({reason})"
+        )
+    return (
+        f"rank {rank} could not meet the other {size - 1} at {address} within {timeout_minutes:g} minutes. Are all "
+        f"started, and does this machine reach that address? With several network interfaces name the right one in "
+        f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. ({reason})"
+    )
 
 
 def _describe_single_process() -> None:

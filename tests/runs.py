@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from d2v_fast import engine
+from d2v_fast import engine, evaluation, metrics
 from d2v_fast.train import main
 from d2v_fast.world import World
 
@@ -55,7 +55,7 @@ TINY: dict[str, Any] = {
             "shift_pixels": 1.0,
         },
         "probe": {"num_draws": 1, "labels_per_class": 2},
-        "run": {"log_every": 1, "save_every": 3, "keep": 2, "device": "cpu"},
+        "run": {"log_every": 1, "save_every": 3, "keep": 2, "device": "cpu", "timeout_minutes": 1},
     },
 }
 
@@ -76,6 +76,14 @@ def tiny_file(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.json"
     path.write_text(json.dumps(raw))
     return path
+
+
+def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> None:
+    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
+    patch(metrics, "draw_curves", lambda *arguments: None)
+    patch(metrics, "_tensorboard", lambda *arguments: None)
+    patch(evaluation, "has_labels", lambda config: False)
+    patch(evaluation, "export", lambda *arguments: "no export")
 
 
 def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:
@@ -150,15 +158,21 @@ def run_forked(
     *arguments: object, output: Path, num_processes: int = 1, before: Callable[[], None] = lambda: None
 ) -> list[int]:
     """Run the command line in forked processes, as a launcher would describe them; returns their exit statuses."""
-    if num_processes > 1:
-        import_deepspeed()
+    return wait(*start_ranks(list(arguments), output, num_processes, before))
+
+
+def start_ranks(
+    arguments: list[object], output: Path, num_processes: int, before: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Fork the processes of one run, as a launcher would describe them; returns their ids by rank."""
+    if num_processes == 1:
+        return [start(arguments, output, before=before)]
+    import_deepspeed()
     common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = []
-    for rank in range(num_processes):
-        described = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DEEPSPEED_TIMEOUT": "1"}
-        environment = described if num_processes > 1 else {}
-        children.append(start(list(arguments), output, environment, before))
-    return wait(*children)
+    return [
+        start(arguments, output, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, before)
+        for rank in range(num_processes)
+    ]
 
 
 def in_processes(count: int, folder: Path, work: Callable[[World, Path], Any], timeout_s: float = 120) -> list[Any]:
@@ -193,6 +207,34 @@ def import_deepspeed() -> None:
         warnings.simplefilter("ignore")
         engine._import_deepspeed(torch.device("cpu"))
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+def processes(*words: str) -> dict[int, dict[str, str]]:
+    """Running processes whose command line holds all these words: their ids, and their environments."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        # any of them may end while it is looked at
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if folder.name.isdecimal() and all(word in line for word in words):
+                entries = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                found[int(folder.name)] = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    return found
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"did not happen in {timeout_s} s")
+        time.sleep(0.02)
+
+
+def logged_steps(folder: Path, name: str) -> int:
+    """How many steps the log of a run holds so far."""
+    path = folder / "runs" / name / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -176,6 +177,15 @@ def test_manifest_cannot_point_outside(name: str, checkpoints: Checkpoints) -> N
     assert "not a file in the folder" in problem or "missing" in problem
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"step": ' + "[" * 40 + "]" * 40 + "}", "[]", '{"step": 5}'])
+def test_manifest_that_is_none(content: str, checkpoints: Checkpoints) -> None:
+    folder = save(checkpoints, 5)
+    (folder / "manifest.json").write_text(content)
+    problem = verify(folder, 5)
+    assert problem is not None
+    assert problem.startswith("manifest.json cannot be read: ")
+
+
 def test_symbolic_link_is_no_file(checkpoints: Checkpoints, tmp_path: Path) -> None:
     folder = save(checkpoints, 5)
     path = folder / "shard-00000.safetensors"
@@ -215,6 +225,30 @@ def test_full_disk(point: str, checkpoints: Checkpoints, monkeypatch: pytest.Mon
         save(checkpoints, 2)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
     assert checkpoints.newest(pytest.fail) is not None
+
+
+def test_room_is_asked_for_first(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(checkpoints, 1)
+    usage = shutil.disk_usage(checkpoints.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(RunError, match=r"step-2 takes 4 MB, and .* has 1 MB left"):
+        checkpoints.save(2, {}, [kept("student", "a", torch.zeros(1_000_000))])
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_is_not_finite_is_not_saved(in_background: bool, checkpoints: Checkpoints) -> None:
+    save(checkpoints, 1)
+    bad = torch.ones(3, 5)
+    bad[1, 2] = torch.inf
+
+    def save_bad() -> None:
+        checkpoints.save(2, {}, [kept("student", "a", bad)], in_background=in_background)
+        checkpoints.finish()
+
+    with pytest.raises(RunError, match=r"step-2 could not be written .*student/a holds values that are not finite"):
+        save_bad()
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
 
 
 class Evil:

@@ -45,6 +45,12 @@ def problems(world_size: int = 1, **changes: Any) -> tuple[str, ...]:
     return caught.value.problems
 
 
+def problems_of(overrides: list[str]) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(apply_overrides(MINIMAL, overrides))
+    return caught.value.problems
+
+
 def test_import_is_light() -> None:
     code = "import sys, d2v_fast.config; print(sorted({'torch', 'numpy', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
@@ -137,19 +143,28 @@ def test_every_problem_is_listed_at_once() -> None:
         ("d2v__schedule", {"steps": 5, "kind": "tri_stage"}, "must be > 0 with `kind` tri_stage"),
         ("d2v__run__name", "../x", "must be letters, digits"),
         ("d2v__run__name", "..", "must be letters, digits"),
+        ("d2v__run__name", "/tmp/x", "must be letters, digits"),
+        ("d2v__run__name", "a\n", "must be letters, digits"),
+        ("d2v__run__name", "", "must be letters, digits"),
+        ("d2v__run__dir", "a\0", "`d2v.run.dir` must be a path that the system can hold"),
+        ("d2v__data__path", "a\0", "`d2v.data.path` must be a path that the system can hold"),
+        ("d2v__data__max_image_pixels", 10**9, "must be in [1, 178956970], but is 1000000000 instead"),
+        ("d2v__data__min_image_side", 0, "must be >= 1, but is 0 instead"),
+        ("d2v__model__width", 10**12, "must be in [1, 65536], but is 1000000000000 instead"),
         ("d2v__run", 3, "`d2v.run` must be a section {...}, but is 3 instead"),
         ("d2v", [], "`d2v` must be a section {...}, but is [] instead"),
-        ("optimizer__type", "Lamb", "must be 'AdamW', but is \"Lamb\" instead"),
+        ("optimizer__type", "Lamb", "'ApexFusedAdam', but is \"Lamb\" instead"),
         ("optimizer__params__betas", [0.9, 1.0], "`optimizer.params.betas.1` must"),
         ("optimizer__params", {}, "`optimizer.params.lr` is required, but missing"),
         ("bf16__enabled", "maybe", 'must be true, false or "auto", but is "maybe" instead'),
-        ("zero_optimization__stage", 3, "must be 0, 1 or 2, but is 3 instead. The sharded teacher is not available"),
+        ("zero_optimization__offload_param", {"device": "nvme"}, 'must be "cpu" or "none", but is "nvme" instead'),
+        ("zero_optimization__offload_param", {"device": "cpu"}, "must be 3 with `offload_param`, but is 0 instead"),
         ("zero_optimization__stage", 5, "must be in [0, 3], but is 5 instead"),
         ("scheduler", {"type": "WarmupLR"}, "The learning-rate schedule is `d2v.schedule`"),
         ("fp16__enabled", True, "must be false without DeepSpeed"),
         ("train_batch_size", 0, "must be >= 1, but is 0 instead"),
         ("bf16__check_grad_overflow", False, "`bf16.check_grad_overflow` must be true, but is false instead"),
-        ("optimizer__params__torch_adam", False, "must be true without ZeRO, but is false instead"),
+        ("optimizer__type", "FusedAdam", 'must be "AdamW" without ZeRO, but is "FusedAdam" instead'),
     ],
 )
 def test_impossible_values(key: str, value: Any, sentence: str) -> None:
@@ -160,7 +175,7 @@ def test_impossible_values(key: str, value: Any, sentence: str) -> None:
 def test_offload_needs_a_stage_that_shards() -> None:
     offload = {"device": "cpu"}
     [found] = problems(zero_optimization__offload_optimizer=offload)
-    assert "`zero_optimization.stage` must be 1 or 2 with `offload_optimizer`" in found
+    assert "`zero_optimization.stage` must be 1, 2 or 3 with `offload_optimizer`" in found
     accepted = parse(zero_optimization={"stage": 2, "offload_optimizer": offload, "reduce_bucket_size": 5e8})
     assert accepted.deepspeed.zero_optimization.reduce_bucket_size == 500_000_000
     assert accepted.deepspeed.needs_deepspeed(1)
@@ -227,6 +242,11 @@ def test_overrides_are_json(tmp_path: Path) -> None:
         ("{\n  'a': 1}", "not valid JSON: Expecting property name enclosed in double quotes at line 2, column 3"),
         ("[1]", "must hold one section {...}, but holds [1] instead"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"d2v": ' + "[" * 40 + "]" * 40 + "}", "nested too deeply: more than 32 levels"),
+        ('{"train_batch_size": ' + "9" * 5000 + "}", "holds 999999999999999999..., an integer of more than 18 digits"),
+        ('{"d2v": {}}' + " " * 1_000_000, "longer than 1,000,000 bytes"),
+        ('{"\\ud800": 1, "d2v": {}}', "`\\ud800` is not a known key"),
+        ('{"\\u001b[2Jx": 1, "d2v": {}}', "`\\x1b[2Jx` is not a known key"),
         ("{}", "`d2v` is required, but missing"),
     ],
 )
@@ -244,6 +264,12 @@ def test_missing_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="must be a readable JSON file"):
         load_config(tmp_path)
+
+
+def test_override_beyond_the_limits_is_text() -> None:
+    for value in ("9" * 5000, "[" * 100_000):
+        [found] = problems_of([f"d2v.model.depth={value}"])
+        assert "`d2v.model.depth` must be an integer, but is" in found
 
 
 def test_nan_in_an_override_is_refused() -> None:

@@ -289,13 +289,14 @@ def test_no_bad_file_allowed(folder: Path) -> None:
 
 
 def test_one_bad_batch_early_is_no_reason_to_stop() -> None:
-    bad = loader_module._BadFiles(0.01, 100_000)
+    config = make_config(max_bad_fraction=0.01).data
+    bad = loader_module._BadFiles(config, 100_000, lambda file: None)
     ids = torch.arange(10)
     for i in range(10):
         bad.add(Batch(torch.empty(0), ids, ids, (f"{i}.jpg: junk",)))
     with pytest.raises(DataError, match="11 of 110 images"):
         bad.add(Batch(torch.empty(0), ids, ids, ("x.jpg: junk",)))
-    later = loader_module._BadFiles(0.01, 100_000)
+    later = loader_module._BadFiles(config, 100_000, lambda file: None)
     for i in range(200):
         later.add(Batch(torch.empty(0), ids, torch.arange(100), (f"{i}.jpg: junk",)))
 

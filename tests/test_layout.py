@@ -16,13 +16,21 @@ THIRD_PARTY = {"deepspeed", "transformers", "matplotlib", "tensorboard", "sklear
 
 # module, or folder with everything below it -> what of this package it may import; config and the small leaves below
 # it are free to all
-LEAVES = {"d2v_fast.config", "d2v_fast.config_errors", "d2v_fast.deepspeed_keys", "d2v_fast.streams", "d2v_fast.faults"}
+LEAVES = {
+    "d2v_fast.config",
+    "d2v_fast.config_errors",
+    "d2v_fast.deepspeed_keys",
+    "d2v_fast.faults",
+    "d2v_fast.streams",
+    "d2v_fast.untrusted",
+}
 MODEL = {"d2v_fast.modalities", "d2v_fast.encoder"}
 ARROWS = {
     "d2v_fast.config": set(),
     "d2v_fast.config_errors": set(),
     "d2v_fast.deepspeed_keys": set(),
     "d2v_fast.streams": set(),
+    "d2v_fast.untrusted": set(),
     "d2v_fast.kernels": set(),
     "d2v_fast.ops": {"d2v_fast.kernels"},
     "d2v_fast.masking": set(),
@@ -30,13 +38,17 @@ ARROWS = {
     "d2v_fast.modalities": {"d2v_fast.encoder"},
     "d2v_fast.encoder": set(),
     "d2v_fast.data2vec": {*MODEL, "d2v_fast.ops"},
-    "d2v_fast.teacher": {"d2v_fast.ops"},
+    "d2v_fast.world": {"d2v_fast.watch"},
+    "d2v_fast.shards": {"d2v_fast.world"},
+    "d2v_fast.shard_files": {"d2v_fast.shards", "d2v_fast.world"},
+    "d2v_fast.zero_teacher": {"d2v_fast.shards"},
+    "d2v_fast.teacher": {"d2v_fast.ops", "d2v_fast.shards", "d2v_fast.zero_teacher"},
     "d2v_fast.probe": {"d2v_fast.data"},
     "d2v_fast.interop": {"d2v_fast.data2vec"},
 }
 # only these may import a heavy package, and only inside a function
 LAZY = {
-    "deepspeed": {"d2v_fast.engine", "d2v_fast.deepspeed_engine"},
+    "deepspeed": {"d2v_fast.engine", "d2v_fast.zero_teacher"},
     "transformers": set(),
     "matplotlib": {"d2v_fast.metrics", "d2v_fast.pictures"},
     "sklearn": {"d2v_fast.probe", "d2v_fast.data.digits"},

@@ -1,4 +1,4 @@
-"""Deviations, the collapse guard, the log and its pictures."""
+"""Deviations, the log and its pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from d2v_fast import metrics
-from d2v_fast.config import GuardConfig
-from d2v_fast.metrics import RunLog, check_collapse, deviations, draw_curves, duration, loss_and_deviations, read_log
+from d2v_fast.metrics import RunLog, deviations, draw_curves, duration, loss_and_deviations, read_log
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.stepclock import StepClock
-from d2v_fast.world import RunError
 
 
 def moments_of(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -43,18 +41,6 @@ def test_loss_is_per_value() -> None:
 def entry(step: int, **changes: float) -> dict[str, float]:
     usual = {"loss": 0.5, "target_std": 0.9, "prediction_std": 0.4, "lr": 1e-3, "grad_norm": 1.0, "samples_per_s": 9.0}
     return {"step": step, **usual, **changes}
-
-
-def test_collapse_guard() -> None:
-    guard = GuardConfig(after_steps=10, min_target_std=0.1, min_prediction_std=0.01)
-    check_collapse(entry(9, target_std=0.0, prediction_std=0.0), guard)
-    check_collapse(entry(10), guard)
-    # a step that was skipped for a NaN says nothing about a collapse
-    check_collapse(entry(10, target_std=math.nan, prediction_std=math.nan), guard)
-    with pytest.raises(RunError, match=r"targets over the masked positions is 0\.0500"):
-        check_collapse(entry(10, target_std=0.05), guard)
-    with pytest.raises(RunError, match="min_prediction_std"):
-        check_collapse(entry(11, prediction_std=0.005), guard)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from d2v_fast.data.batch import Batch, DataError, Dataset
 from d2v_fast.data.digits import DigitsDataset, ProbeData, digits_for_probe
 from d2v_fast.data.images import ImagesDataset
-from d2v_fast.data.loader import StepLoader
+from d2v_fast.data.loader import StepLoader, worker_died
 
 if TYPE_CHECKING:
     from d2v_fast.config import DataConfig, VisionModelConfig
@@ -22,6 +22,7 @@ __all__ = [
     "StepLoader",
     "build_dataset",
     "digits_for_probe",
+    "worker_died",
 ]
 
 

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import re
+import stat
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["Box", "UnreadableImage", "centre_box", "read_square"]
+__all__ = ["Box", "Limits", "UnreadableImage", "centre_box", "read_square"]
 
 # only these decoders run, whatever the file is called
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 64_000_000
-MIN_SIDE = 2
+# a progressive JPEG has about ten, but a scan of all pixels can be written in 15 bytes and takes as long as any other
+MAX_SCANS = 200
 
 Box = tuple[int, int, int, int]
 
@@ -32,18 +37,39 @@ _TURNS = {
 }
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a file may ask for.
+
+    Attributes:
+        max_pixels: width times height. The header is asked, before anything is decoded.
+        max_bytes: size of the file.
+        min_side: width and height, in pixels.
+        root: absolute folder without links in it, which no file may lie outside of; None for any place.
+    """
+
+    max_pixels: int
+    max_bytes: int
+    min_side: int
+    root: str | None = None
+
+
 class UnreadableImage(ValueError):
     """A file that cannot be used as an image; the message is the reason in a few words."""
 
 
-def read_square(path: str, size: int, channels: int, choose_box: Callable[[int, int], Box]) -> Image.Image:
+def read_square(
+    path: str, size: int, channels: int, choose_box: Callable[[int, int], Box], limits: Limits
+) -> Image.Image:
     """Decode a file, crop it, and resize the crop (cubic, antialiased).
 
     Args:
-        path: a JPEG, PNG or WebP file of any mode: grey, colour, palette, CMYK, 16 bit, with alpha (laid on
-        white). size: width and height of the result in pixels. channels: 1 (grey) or 3 (RGB). choose_box:
-        from width and height of the file's image to the crop, (left, top, width, height). The camera's
+        path: a JPEG, PNG or WebP file of any mode: grey, colour, palette, CMYK, 16 bit, with alpha (laid on white).
+        size: width and height of the result in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        choose_box: from width and height of the file's image to the crop, (left, top, width, height). The camera's
             orientation tag is obeyed after the crop.
+        limits: what goes beyond them is not decoded.
     Returns:
         An image of mode "L" or "RGB".
     Raises:
@@ -53,12 +79,12 @@ def read_square(path: str, size: int, channels: int, choose_box: Callable[[int, 
         with warnings.catch_warnings():
             # Pillow warns of much that is harmless here
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _read_square(path, size, channels, choose_box)
+            return _read_square(path, size, channels, choose_box, limits)
     except UnreadableImage:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnreadableImage(f"more than {MAX_PIXELS // 1_000_000} million pixels") from None
+    except Image.DecompressionBombError:
+        # Pillow's own limit, on the way to ours
+        raise UnreadableImage(f"more than {limits.max_pixels:,} pixels") from None
     except UnidentifiedImageError:
         raise UnreadableImage("not a JPEG, PNG or WebP image") from None
     except Exception as error:
@@ -72,16 +98,20 @@ def centre_box(width: int, height: int) -> Box:
     return (width - side) // 2, (height - side) // 2, side, side
 
 
-def _read_square(path: str, size: int, channels: int, choose_box: Callable[[int, int], Box]) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as image:
+def _read_square(
+    path: str, size: int, channels: int, choose_box: Callable[[int, int], Box], limits: Limits
+) -> Image.Image:
+    content = _read_file(path, limits)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UnreadableImage(f"{width}x{height} is more than {MAX_PIXELS // 1_000_000} million pixels")
-        if min(width, height) < MIN_SIDE:
-            raise UnreadableImage(f"{width}x{height} is smaller than {MIN_SIDE} pixels")
+        if width * height > limits.max_pixels:
+            raise UnreadableImage(f"{width}x{height} is more than {limits.max_pixels:,} pixels")
+        if min(width, height) < limits.min_side:
+            raise UnreadableImage(f"{width}x{height} is smaller than {limits.min_side} pixels")
+        if image.format in ("JPEG", "MPO") and _has_too_many_scans(content):
+            raise UnreadableImage(f"more than {MAX_SCANS} scans")
         left, top, crop_width, crop_height = choose_box(width, height)
-        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as leaves the crop no smaller than
-        # wanted
+        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as leaves the crop no smaller than wanted
         wanted = math.ceil(width * size / crop_width), math.ceil(height * size / crop_height)
         image.draft("L" if channels == 1 else "RGB", wanted)
         image.load()
@@ -91,6 +121,40 @@ def _read_square(path: str, size: int, channels: int, choose_box: Callable[[int,
         square = _plain_mode(image, channels).resize((size, size), Image.Resampling.BICUBIC, box)
         turn = _TURNS.get(_orientation(image))
     return square if turn is None else square.transpose(turn)
+
+
+def _read_file(path: str, limits: Limits) -> bytes:
+    """All of a regular file inside the root."""
+    real = os.path.realpath(path)
+    if limits.root is not None and not real.startswith(os.path.join(limits.root, "")):
+        raise UnreadableImage(f"a link out of the folder, to {real} (`d2v.data.follow_outside` would allow it)")
+    # looked at before it is opened: that alone may do something to a device
+    status = os.stat(real)
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableImage("not a regular file")
+    if status.st_size > limits.max_bytes:
+        raise UnreadableImage(f"{status.st_size:,} bytes are more than {limits.max_bytes:,}")
+    # whoever puts a link or a pipe in its place meanwhile is neither followed nor waited for
+    handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        return file.read(status.st_size)
+
+
+# a marker that begins a segment, or the end: neither a stuffed byte nor a fill byte nor one that has no content
+_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+
+
+def _has_too_many_scans(content: bytes) -> bool:
+    """Looks at the first image of a JPEG file: cameras append thumbnails and films to it."""
+    scans, position = 0, 2
+    while scans <= MAX_SCANS and (match := _MARKER.search(content, position)):
+        marker = match[1][0]
+        if marker == _END_OF_IMAGE:
+            break
+        scans += marker == _START_OF_SCAN
+        position = match.end() + int.from_bytes(content[match.end() : match.end() + 2], "big")
+    return scans > MAX_SCANS
 
 
 def _plain_mode(image: Image.Image, channels: int) -> Image.Image:

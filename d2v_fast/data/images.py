@@ -16,8 +16,9 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.decode import Box, UnreadableImage, centre_box, read_square
+from d2v_fast.data.decode import Box, Limits, UnreadableImage, centre_box, read_square
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
+from d2v_fast.untrusted import printable
 
 if TYPE_CHECKING:
     from d2v_fast.config import DataConfig, VisionModelConfig
@@ -31,6 +32,7 @@ NUM_CROP_TRIES = 10
 # files looked at before training starts, and neighbours tried in place of an unreadable file
 NUM_CHECKED = 16
 NUM_NEIGHBOURS = 64
+NUM_NAMED = 10
 
 # what the numbers of an image's stream decide
 _CROP = slice(0, 4 * NUM_CROP_TRIES)
@@ -41,11 +43,13 @@ _log = logging.getLogger(__name__)
 
 
 class ImagesDataset:
-    """All images below `data.path`, ordered by path; links are followed, hidden files and folders left out.
+    """All images below `data.path`, ordered by path; hidden files and folders are left out.
+
+    Links are followed where they stay below `data.path`, and everywhere if `data.follow_outside`.
 
     Augmented images are random resized crops (`crop_scale` of the area, aspect 3/4 to 4/3, cubic), flipped left to
-    right, and changed in brightness, contrast and saturation if `color_jitter` > 0. An unreadable file is replaced by
-    the next readable one in the order.
+    right, and changed in brightness, contrast and saturation if `color_jitter` > 0. A file that cannot be read, or is
+    beyond the limits of `data`, is replaced by the next readable one in the order.
 
     Raises:
         DataError: at once, if there is no such folder, no image in it, or none that can be read.
@@ -59,7 +63,13 @@ class ImagesDataset:
         self.image_size = model.image_size
         self.channels = model.channels
         self.root = os.path.abspath(os.path.expanduser(data.path))
-        self._paths = _PathList(_find_images(self.root))
+        self._limits = Limits(
+            max_pixels=data.max_image_pixels,
+            max_bytes=data.max_image_bytes,
+            min_side=data.min_image_side,
+            root=None if data.follow_outside else os.path.realpath(self.root),
+        )
+        self._paths = _PathList(_find_images(self.root, self._limits.root))
         self._crop_scale = data.crop_scale
         self._flip_prob = data.flip_prob
         self._jitter = data.color_jitter
@@ -111,12 +121,15 @@ class ImagesDataset:
         for distance in range(min(len(self), NUM_NEIGHBOURS)):
             path = self.path((sample_id + distance) % len(self))
             try:
-                return read_square(path, self.image_size, self.channels, choose_box), failures
+                return self._read(path, choose_box), failures
             except UnreadableImage as error:
-                failures.append(f"{printable(path)}: {error}")
+                failures.append(printable(f"{path}: {error}"))
         raise DataError(
             f"{len(failures)} files in a row are unreadable. Remove or repair them:\n  " + "\n  ".join(failures)
         )
+
+    def _read(self, path: str, choose_box: Callable[[int, int], Box]) -> Image.Image:
+        return read_square(path, self.image_size, self.channels, choose_box, self._limits)
 
     def _change(self, square: Image.Image, numbers: npt.NDArray[np.float64]) -> Image.Image:
         if numbers[_FLIP] < self._flip_prob:
@@ -140,12 +153,12 @@ class ImagesDataset:
         failures = []
         for sample_id in np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED, dtype=np.int64)).tolist():
             try:
-                read_square(self.path(sample_id), self.image_size, self.channels, centre_box)
+                self._read(self.path(sample_id), centre_box)
                 return
             except UnreadableImage as error:
-                failures.append(f"{printable(self.path(sample_id))}: {error}")
+                failures.append(printable(f"{self.path(sample_id)}: {error}"))
         raise DataError(
-            f"`d2v.data.path` must hold readable images, but of {len(self)} in {printable(self.root)!r} "
+            f"`d2v.data.path` must hold readable images, but of {len(self)} in '{printable(self.root)}' "
             f"{len(failures)} were tried and none can be read:\n  " + "\n  ".join(failures)
         )
 
@@ -173,11 +186,6 @@ def random_box(numbers: npt.NDArray[np.float64], scale: tuple[float, float], wid
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 
-def printable(path: str) -> str:
-    """A path as text that every terminal and log can hold, whatever bytes it is made of."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def _jittered(square: Image.Image, order: float, strengths: list[float]) -> Image.Image:
     """Scale brightness, contrast and saturation; `order` in [0, 1) picks one of their six orders."""
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
@@ -193,27 +201,37 @@ def _jittered(square: Image.Image, order: float, strengths: list[float]) -> Imag
     return square
 
 
-def _find_images(root: str) -> list[str]:
-    """Paths of all images below `root`, relative to it and sorted."""
+def _find_images(root: str, inside: str | None) -> list[str]:
+    """Paths of all images below `root`, relative to it and sorted, without links to folders outside of `inside`."""
     if not os.path.isdir(root):
         what = "is a file" if os.path.exists(root) else "does not exist"
-        raise DataError(f"`d2v.data.path` must be a folder, but {printable(root)!r} {what}.")
-    images, others = [], 0
-    for path in _walk(root):
-        if path.lower().endswith(SUFFIXES):
-            images.append(os.path.relpath(path, root))
-        else:
-            others += 1
+        raise DataError(f"`d2v.data.path` must be a folder, but '{printable(root)}' {what}.")
+    images: list[str] = []
+    others: list[str] = []
+    outside: list[str] = []
+    for path in _walk(root, inside, outside):
+        (images if path.lower().endswith(SUFFIXES) else others).append(os.path.relpath(path, root))
+    if outside:
+        named = printable(", ".join(sorted(outside)[:NUM_NAMED]))
+        _log.warning(
+            "left out %d links to folders outside of '%s' (%s); `d2v.data.follow_outside` would follow them",
+            len(outside),
+            printable(root),
+            named + (", ..." if len(outside) > NUM_NAMED else ""),
+        )
     if not images:
         raise DataError(
-            f"`d2v.data.path` must hold images ({', '.join(SUFFIXES)}), but {printable(root)!r} has none "
-            f"({others} other files)."
+            f"`d2v.data.path` must hold images ({', '.join(SUFFIXES)}), but '{printable(root)}' has none "
+            f"({len(others)} other files, {len(outside)} links to folders outside)."
         )
     return sorted(images)
 
 
-def _walk(root: str) -> Iterator[str]:
-    """All files below `root`; each folder once, also where links lead in circles."""
+def _walk(root: str, inside: str | None, outside: list[str]) -> Iterator[str]:
+    """Everything below `root` that is no folder; each folder once, also where links lead in circles.
+
+    Links to folders that lie outside of `inside` are added to `outside` instead.
+    """
     seen = set()
     folders = [root]
     while folders:
@@ -231,13 +249,17 @@ def _walk(root: str) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            if not entry.is_symlink():
+                is_folder = entry.is_dir()
+            elif is_folder := os.path.isdir(entry.path):
+                real = os.path.realpath(entry.path)
+                if inside is not None and real != inside and not real.startswith(os.path.join(inside, "")):
+                    outside.append(entry.path)
+                    continue
+            if is_folder:
                 folders.append(entry.path)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
-                # a dead link: reading it fails, and the file is named
-                yield entry.path
-            elif entry.is_file():
-                # pipes and devices are left out: reading them may never end
+            else:
+                # also what cannot be read, such as dead links and pipes: whoever reads it says why, and it is counted
                 yield entry.path
 
 

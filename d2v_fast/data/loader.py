@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +25,9 @@ from d2v_fast.data.order import MicroStep, StepOrder
 from d2v_fast.masking import block_mask_rows
 
 if TYPE_CHECKING:
-    from d2v_fast.config import BlockMaskConfig, D2VConfig
+    from d2v_fast.config import BlockMaskConfig, D2VConfig, DataConfig
 
-__all__ = ["StepLoader"]
+__all__ = ["StepLoader", "worker_died"]
 
 # small batches are made in no time, and wait in the queue so that a step never waits for a worker
 SMALL_BATCH_BYTES = 1 << 20
@@ -54,10 +54,13 @@ class StepLoader:
         start_step: optimizer steps already made; iteration begins after them.
         num_steps: optimizer steps of the whole run; None yields without end.
         pin_memory: page-locked batches; None pins if there is a CUDA device and `config.run.device` allows it.
-        timeout_s: seconds to wait for a batch before a worker counts as hung; 0 waits for ever.
+        on_bad: is told of every unreadable file when this process first meets it, as `path: reason`.
+        timeout_s: seconds to wait for a batch before a worker counts as hung, 0 waits for ever; None takes
+            `config.run.timeout_minutes`.
     Raises:
         DataError: if the data set is smaller than one optimizer step, or shared memory is too small for the workers;
-            while iterating, if more than `max_bad_fraction` of the files are unreadable, or a worker dies or hangs.
+            while iterating, if more than `max_bad_fraction` of the files are unreadable (with `strict`: the first), or
+            a worker dies or hangs.
     """
 
     def __init__(
@@ -73,7 +76,8 @@ class StepLoader:
         start_step: int = 0,
         num_steps: int | None = None,
         pin_memory: bool | None = None,
-        timeout_s: float = 600.0,
+        on_bad: Callable[[str], None] = lambda file: None,
+        timeout_s: float | None = None,
     ) -> None:
         seed = config.run.seed if seed is None else seed
         self._order = StepOrder(
@@ -91,10 +95,10 @@ class StepLoader:
         if pin_memory is None:
             pin_memory = config.run.device != "cpu" and torch.cuda.is_available()
         self._pin_memory = pin_memory
-        self._timeout_s = timeout_s
+        self._timeout_s = 60 * config.run.timeout_minutes if timeout_s is None else timeout_s
         self._bytes = 4 * micro_batch * dataset.channels * dataset.image_size**2
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
-        self._bad = _BadFiles(config.data.max_bad_fraction, len(dataset))
+        self._bad = _BadFiles(config.data, len(dataset), on_bad)
         if self._num_workers > 0:
             _check_shared_memory(self._num_workers * self._prefetch * self._bytes, self._num_workers)
         # compiles the sampler here, once, and not in every worker
@@ -193,10 +197,11 @@ class _BatchMaker(TorchDataset):
 class _BadFiles:
     """Counts and names unreadable files, and stops the run when there are too many."""
 
-    def __init__(self, max_fraction: float, num_samples: int) -> None:
+    def __init__(self, config: DataConfig, num_samples: int, on_bad: Callable[[str], None]) -> None:
         self.files: dict[str, None] = {}
-        self._max_fraction = max_fraction
+        self._max_fraction, self._strict = config.max_bad_fraction, config.strict
         self._num_samples = num_samples
+        self._on_bad = on_bad
         self._num_seen = 0
 
     def add(self, batch: Batch) -> None:
@@ -207,6 +212,9 @@ class _BadFiles:
         for file in new:
             self.files[file] = None
             _log.warning("skipped unreadable image number %d: %s", len(self.files), file)
+            self._on_bad(file)
+        if self._strict:
+            raise DataError("an image is unreadable, and `d2v.data.strict` is true:\n  " + "\n  ".join(new))
         seen = min(self._num_seen, self._num_samples)
         judged = max(seen, min(self._num_samples, MIN_JUDGED))
         if len(self.files) > math.ceil(self._max_fraction * judged):
@@ -230,20 +238,31 @@ def _init_worker(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
+def worker_died(error: RuntimeError) -> str | None:
+    """What to tell where a data loading worker was killed; None where `error` is about something else.
+
+    torch raises that error out of a signal handler, so wherever the main process happens to be.
+    """
+    text = str(error)
+    if "killed by signal" not in text and "exited unexpectedly" not in text:
+        return None
+    return (
+        "A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0. "
+        f"({text.strip()})"
+    )
+
+
 def _readable_errors(iterator: Iterable[Any], timeout_s: float) -> Iterator[Any]:
     try:
         yield from iterator
     except RuntimeError as error:
-        text = str(error)
-        if "timed out" in text:
-            advice = f"A data loader worker gave no batch for {timeout_s:g} s: a slow or hung disk, or a damaged file."
-        elif "killed by signal" in text or "exited unexpectedly" in text:
-            advice = (
-                "A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0."
-            )
-        else:
+        if died := worker_died(error):
+            raise DataError(died) from error
+        if "timed out" not in str(error):
             raise
-        raise DataError(f"{advice} ({text})") from error
+        raise DataError(
+            f"A data loader worker gave no batch for {timeout_s:g} s: a slow or hung disk, or a damaged file. ({error})"
+        ) from error
 
 
 def _stop_workers(iterator: object) -> None:

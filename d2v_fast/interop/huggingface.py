@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2v_fast.config import D2VConfig, VisionModelConfig
+from d2v_fast.config import MAX_FILE_BYTES, D2VConfig, VisionModelConfig
 from d2v_fast.data2vec import VisionModel
+from d2v_fast.untrusted import read_json
 
 # norms of the published models use 1e-6; configurations made by Transformers' own converter say 1e-12 instead
 PUBLISHED_NORM_EPS = 1e-6
@@ -34,7 +35,9 @@ BASE_PREFIX = "data2vec_vision."
 
 RESAMPLE_BICUBIC = 3
 
-MAX_FILE_BYTES = 5 * 10**9
+# of one file of weights, as Transformers divides them
+MAX_WEIGHTS_BYTES = 5 * 10**9
+MAX_INDEX_BYTES = 2**24
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -44,7 +47,7 @@ def export_vision(
     folder: str | os.PathLike[str],
     *,
     info: Mapping[str, object] | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: int = MAX_WEIGHTS_BYTES,
 ) -> None:
     """Write `config.json`, the weights (fp32), `preprocessor_config.json` and a model card.
 
@@ -121,8 +124,11 @@ def import_vision(
     config = _own_config(_read_config(source), norm_eps, str(source / "config.json"))
     foreign: dict[str, Tensor] = {}
     for weights_path in _weight_files(source):
-        with safe_open(weights_path, framework="pt") as file:
-            foreign |= {name.removeprefix(BASE_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(weights_path, framework="pt") as file:
+                foreign |= {name.removeprefix(BASE_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"`{weights_path}` must be a safetensors file, but: {error}.") from None
     model = VisionModel(config)
     model.load_state_dict(_own_state(foreign, model, config, str(weights_path)))
     return model, config
@@ -137,7 +143,11 @@ def _weight_files(source: Path) -> list[Path]:
             f"`{source}` must hold `model.safetensors`, but does not. Save the model again with Transformers: "
             "`save_pretrained(folder)` writes it."
         )
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    listed = read_json(index, MAX_INDEX_BYTES)
+    names = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"`{index}` must hold a `weight_map`, but does not.")
+    names = sorted({str(name) for name in names.values()})
     if strange := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
         raise ValueError(f"`{index}` must name files beside it, but names {strange[0]!r}.")
     return [source / name for name in names]
@@ -391,9 +401,13 @@ def _as_json(value: Mapping[str, Any]) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`{folder}` must be a Transformers model folder, but: {error}") from None
+        raise ValueError(f"`{folder}` must be a Transformers model folder, but: {path.name}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(
+            f"`{folder}` must be a Transformers model folder, but its {path.name} holds no section {{...}}."
+        )
     return raw
 
 

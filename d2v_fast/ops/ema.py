@@ -76,7 +76,8 @@ def ema_update_(
 
     Raises:
         ValueError: Lists of different lengths, different shapes or devices, a dtype not listed above, a decay
-            outside [0, 1], or a teacher that shares memory with the student or the working copy.
+            outside [0, 1], a teacher that shares memory with the student or the working copy, or a teacher or working
+            copy with several elements in one place of memory (an expanded tensor).
 
     Example:
         >>> teacher, student = [torch.zeros(3)], [torch.ones(3)]
@@ -139,12 +140,31 @@ def _check(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) 
         _check_overlap(teacher, student, working)
 
 
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements may share memory: where a dimension does not step over all that the smaller ones reach."""
+    if x.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
 def _check_overlap(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) -> None:
     """Refuse memory that is written through one name and read or written through another one."""
     spans = []
     for kind, tensors in (("teacher", teacher), ("student", student), ("working", working)):
         for i, x in enumerate(tensors):
-            if x.numel():
+            # meta tensors have no memory
+            if x.numel() and not x.is_meta:
+                if kind != "student" and _overlaps_itself(x):
+                    raise ValueError(
+                        f"`{kind}[{i}]` must have a place in memory for each of its elements, but has strides "
+                        f"{x.stride()} for shape {tuple(x.shape)} instead (use `.clone()`)."
+                    )
                 start = x.data_ptr()
                 # the last element that the strides reach
                 reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -1,0 +1,168 @@
+"""Peak memory per process, predicted and measured on a CPU: short runs, one after the other, as a Markdown table.
+
+    python bench/memory_per_rank.py                      # ViT-B in 1, 2 and 4 processes, stages 0 to 3, fp32
+    python bench/memory_per_rank.py --dtypes bf16 --processes 2
+    python bench/memory_per_rank.py --stages 2 3 --offload optimizer
+    python bench/memory_per_rank.py --largest            # nothing is run: which model fits on how many GPUs
+
+The runs have `MALLOC_MMAP_THRESHOLD_` set, so that the C library returns what is freed and the resident memory is that
+of the tensors; `--malloc default` leaves it to keep what it likes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from d2v_fast.config import RunConfig, load_config
+from d2v_fast.memory import Prediction, predict
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 3
+# name, width, depth, heads: ViT-B, ViT-L, and two larger ones of the same make
+MODELS = (
+    ("86 M", 768, 12, 12),
+    ("304 M", 1024, 24, 16),
+    ("1 B", 1536, 36, 24),
+    ("3 B", 2560, 40, 32),
+    ("10 B", 4096, 50, 32),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--offload", choices=["none", "optimizer", "all"], default="none")
+    parser.add_argument("--malloc", choices=["returns", "default"], default="returns")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "vision_base.json")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--largest", action="store_true")
+    options = parser.parse_args()
+    if options.largest:
+        for line in sizes_table():
+            print(line, flush=True)
+        return
+    print("| processes | stage | dtype | offload | predicted MB | measured MB | difference |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder) / "images")
+        for dtype in options.dtypes:
+            for processes in options.processes:
+                for stage in options.stages:
+                    overrides = [
+                        f"d2v.data.path={folder}/images",
+                        *settings(processes, stage, dtype, options.offload),
+                        *options.overrides,
+                    ]
+                    config = load_config(options.config, overrides, processes)
+                    predicted = predict(config, processes, DTYPES[dtype], "cpu").device_peak
+                    measured = run(options.config, overrides, processes, Path(folder), options.malloc)
+                    difference = 100 * (predicted / measured - 1)
+                    print(
+                        f"| {processes} | {stage} | {dtype} | {options.offload} | {predicted / 1e6:.0f} "
+                        f"| {measured / 1e6:.0f} | {difference:+.1f} % |",
+                        flush=True,
+                    )
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def settings(processes: int, stage: int, dtype: str, offload: str) -> list[str]:
+    """Overrides of a short run, one sample per process."""
+    zero: dict[str, Any] = {"stage": stage}
+    if offload != "none" and stage > 0:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if offload == "all" and stage == 3:
+        zero["offload_param"] = {"device": "cpu"}
+    return [
+        f"train_batch_size={processes}",
+        "train_micro_batch_size_per_gpu=1",
+        f"zero_optimization={json.dumps(zero)}",
+        f"bf16.enabled={json.dumps(dtype == 'bf16')}",
+        "d2v.data.num_workers=0",
+        "d2v.model.drop_path=0",
+        "d2v.schedule.epochs=null",
+        "d2v.schedule.warmup_epochs=null",
+        f"d2v.schedule.steps={STEPS}",
+        "d2v.run.device=cpu",
+        "d2v.run.log_every=1",
+    ]
+
+
+def make_images(folder: Path) -> None:
+    """A few small images of noise."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(16):
+        Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+
+
+def run(config: Path, overrides: list[str], processes: int, folder: Path, malloc: str) -> int:
+    """Train for a few steps; the peak that the run's log ends with."""
+    name = "run"
+    script = [str(ROOT / "d2v_fast" / "train.py"), "--ds_config", str(config), "--run-name", name]
+    for override in [*overrides, f"d2v.run.dir={folder}"]:
+        script += ["--set", override]
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if malloc == "returns":
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    done = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(done.stdout + done.stderr)
+    entries = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    shutil.rmtree(folder / name)
+    return max(entry["peak_memory_bytes"] for entry in entries)
+
+
+def sizes_table() -> Iterator[str]:
+    """Lines of a table: bytes per GPU in bf16, predicted."""
+    yield "| model | stage | offload | 1 GPU | 8 | 64 | 1,024 |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, width, depth, heads in MODELS:
+        for stage in (0, 1, 2, 3):
+            for offload in ("none", "optimizer", "all"):
+                if (offload != "none" and stage == 0) or (offload == "all" and stage < 3):
+                    continue
+                cells = [size_cell(width, depth, heads, stage, offload, processes) for processes in (1, 8, 64, 1024)]
+                yield f"| {name} | {stage} | {offload} | {' | '.join(cells)} |"
+
+
+def size_cell(width: int, depth: int, heads: int, stage: int, offload: str, processes: int) -> str:
+    """What stays on the GPU (and on the host), and the peak with a micro-batch of 1."""
+    overrides = [
+        "d2v.data.path=/none",
+        f"d2v.model.width={width}",
+        f"d2v.model.depth={depth}",
+        f"d2v.model.heads={heads}",
+        *settings(processes, stage, "bf16", offload),
+    ]
+    config = load_config(ROOT / "configs" / "vision_base.json", overrides, processes)
+    found = _predicted(config, processes)
+    host = f" + {found.host_state / 1e9:.3g} host" if found.host_state else ""
+    return f"{found.device_state / 1e9:.3g}{host}, peak {found.device_peak / 1e9:.3g}"
+
+
+def _predicted(config: RunConfig, processes: int) -> Prediction:
+    return predict(config, processes, torch.bfloat16, "cuda")
+
+
+if __name__ == "__main__":
+    main()

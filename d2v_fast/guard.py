@@ -1,0 +1,197 @@
+"""When a run stops itself: steps that are not finite, a collapse; and what it tells of a loss that jumps.
+
+A step whose loss or gradient is not finite on any process changes nothing on all of them (`engine.py`). What is decided
+here is how many of them a run bears, and what it leaves behind for whoever looks for the cause.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2v_fast.config import GuardConfig, RunConfig
+from d2v_fast.data import Batch
+from d2v_fast.data2vec import Data2Vec
+from d2v_fast.metrics import Entry, read_log
+from d2v_fast.run_folder import RunFolder
+from d2v_fast.run_state import RunState
+from d2v_fast.world import RunError, World
+
+DUMP = "nonfinite.json"
+
+# logged losses that a spike is measured against: at most, and at least
+SPIKE_WINDOW, SPIKE_HISTORY = 100, 10
+
+
+class _Step(NamedTuple):
+    """What is kept of a step until it is known to have been finite; the flags are 0-d bool on the device."""
+
+    step: int
+    sample_ids: list[Tensor]
+    applied: Tensor
+    loss_finite: Tensor
+    gradient_finite: Tensor
+
+
+class Guard:
+    """Follows the steps of a run, and stops it when too many in a row were not finite.
+
+    Nothing is read from the device before `check`, which the loop calls where it waits for the device anyway.
+
+    Args:
+        say: prints a line.
+        steps_per_epoch: optimizer steps.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        state: RunState,
+        folder: RunFolder,
+        model: Data2Vec,
+        *,
+        steps_per_epoch: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._world, self._state, self._folder = config, world, state, folder
+        self._steps_per_epoch, self._say = steps_per_epoch, say
+        self._patience = _patience(config)
+        # as many as can pass between two looks at the device
+        self._steps: deque[_Step] = deque(maxlen=self._patience + config.d2v.run.log_every)
+        self._loss_finite = torch.ones((), dtype=torch.bool, device=world.device)
+        self._gradient_finite = self._loss_finite.clone()
+        self._model = model
+        self._watched: set[Tensor] = set()
+        if world.size > 1:
+            # where every gradient that went wrong on its way through the layers ends up
+            self._watch(model.student.embedding.parameters())
+        # from the log, so that a resumed run finds the same spikes; the first process alone writes and reads it
+        logged = read_log(folder.path) if world.is_first else []
+        losses = (entry["loss"] for entry in logged if entry["loss"] is not None)
+        self._losses: deque[float] = deque(losses, maxlen=SPIKE_WINDOW)
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Take note of the loss of one micro-step of this process, 0-d."""
+        self._loss_finite &= loss.detach().isfinite()
+
+    def end_step(self, step: int, micro_batches: Sequence[Batch], applied: Tensor) -> None:
+        """Take note of a whole step: number, samples of this process, and whether it changed anything (0-d bool)."""
+        ids = [batch.sample_ids for batch in micro_batches]
+        self._steps.append(_Step(step, ids, applied, self._loss_finite, self._gradient_finite))
+        self._loss_finite = torch.ones_like(self._loss_finite)
+        self._gradient_finite = torch.ones_like(self._gradient_finite)
+
+    def check(self, step: int) -> None:
+        """Waits for the device; every process calls it.
+
+        Raises:
+            RunError: more steps in a row than `d2v.guard` allows changed nothing. `nonfinite.json` tells of them.
+        """
+        longest = int(self._state.longest_streak)
+        if longest >= self._patience:
+            self._dump(step)
+            raise RunError(
+                f"loss or gradient was not finite in {longest} steps in a row, up to step {step}: "
+                f"nothing was changed in these steps. {self._folder.path / DUMP} names processes and samples. Look at "
+                "the data of these steps, lower `optimizer.params.lr`, or set `gradient_clipping`. The checkpoints "
+                "before are as they were."
+            )
+        if longest > 0 and self._world.size > 1:
+            # something is wrong: from now on one look at every gradient, to name the process it comes from
+            self._watch(self._model.parameters())
+
+    def mark_spike(self, entry: Entry) -> None:
+        """Add `loss_spike`, the ratio to the running median of the logged losses, to an entry above the limit."""
+        loss, limit = entry["loss"], self._config.d2v.guard.loss_spike
+        if not math.isfinite(loss):
+            return
+        if limit is not None and len(self._losses) >= SPIKE_HISTORY:
+            median = statistics.median(self._losses)
+            if loss > limit * median > 0:
+                entry["loss_spike"] = round(loss / median, 3)
+                self._say(f"step {entry['step']}: the loss {loss:.4g} is above {limit:g} times its median {median:.4g}")
+        self._losses.append(loss)
+
+    def _watch(self, parameters: Iterable[Tensor]) -> None:
+        """Look at the gradients of this process before they are averaged over all."""
+        for parameter in parameters:
+            # not at those that ZeRO-3 has taken apart, which have no gradient of this process alone
+            if parameter not in self._watched and not hasattr(parameter, "ds_id"):
+                self._watched.add(parameter)
+                parameter.register_hook(self._see_gradient)
+
+    def _see_gradient(self, gradient: Tensor) -> None:
+        self._gradient_finite &= gradient.isfinite().all()
+
+    def _dump(self, step: int) -> None:
+        """Write what is needed to make the steps again, as the first process, with what all of them know."""
+        steps = [one for one in self._steps if not bool(one.applied)]
+        flags = torch.zeros(self._world.size, len(steps), 2, dtype=torch.int64, device=self._world.device)
+        ids = torch.stack([torch.stack(one.sample_ids) for one in steps]).to(self._world.device)
+        all_ids = torch.zeros(self._world.size, *ids.shape, dtype=torch.int64, device=self._world.device)
+        all_ids[self._world.rank] = ids
+        for i, one in enumerate(steps):
+            # one process needs no hook to know whose gradient it was
+            wrong_gradient = ~one.gradient_finite if self._world.size > 1 else torch.tensor(True)
+            flags[self._world.rank, i] = torch.stack(
+                [~one.loss_finite, wrong_gradient.to(one.loss_finite.device)]
+            ).long()
+        self._world.sum(flags)
+        self._world.sum(all_ids)
+        if self._world.is_first:
+            split = self._config.deepspeed.batch_split(self._world.size)
+            self._folder.write_json(
+                DUMP,
+                {
+                    "stopped_at_step": step,
+                    "seed": self._config.d2v.run.seed,
+                    "configuration": self._config.digest(),
+                    "processes": split.world_size,
+                    "micro_batch": split.micro_batch,
+                    "accumulation": split.accumulation,
+                    "steps": [self._describe(one.step, flags[:, i], all_ids[:, i]) for i, one in enumerate(steps)],
+                },
+            )
+
+    def _describe(self, step: int, flags: Tensor, ids: Tensor) -> dict[str, Any]:
+        """One step: flags int64 `[processes, 2]`, sample ids int64 `[processes, micro-steps, B]`."""
+        loss, gradient = (flags[:, i].nonzero()[:, 0].tolist() for i in (0, 1))
+        return {
+            "step": step,
+            "epoch": (step - 1) // self._steps_per_epoch,
+            "ranks_with_loss_not_finite": loss,
+            "ranks_with_gradient_not_finite": gradient,
+            "sample_ids_by_rank_and_micro_step": ids.tolist(),
+        }
+
+
+def check_collapse(entry: Entry, guard: GuardConfig) -> None:
+    """RunError where targets or predictions have become the same everywhere."""
+    limits = {"target": guard.min_target_std, "prediction": guard.min_prediction_std}
+    for what, limit in limits.items():
+        if entry["step"] >= guard.after_steps and entry[f"{what}_std"] < limit:
+            raise RunError(
+                f"the run has collapsed: at step {entry['step']} the standard deviation of the {what}s over the masked "
+                f"positions is {entry[f'{what}_std']:.4f}, under `d2v.guard.min_{what}_std` ({limit}) (targets "
+                f"{entry['target_std']:.4f}, predictions {entry['prediction_std']:.4f}, loss {entry['loss']:.4f}). "
+                "What helps: a lower `optimizer.params.lr` or a longer warm-up, a teacher that follows more slowly "
+                "(`d2v.teacher.decay_start`, `decay_end` nearer to 1), `d2v.target.layer_norm` layer or instance. "
+                "The checkpoints before this step are as they were."
+            )
+
+
+def _patience(config: RunConfig) -> int:
+    """Steps in a row that are not finite, and end a run."""
+    guard, fp16 = config.d2v.guard, config.deepspeed.fp16
+    patience = 1 if guard.nonfinite == "stop" else guard.nonfinite_patience
+    if fp16.enabled:
+        # a loss scale that is too large at first is halved until it fits
+        patience += fp16.initial_scale_power + fp16.hysteresis
+    return patience
