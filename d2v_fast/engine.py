@@ -354,7 +354,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     # ZeRO calls two collectives by names that torch 2.13 deprecates
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
-        # every compiled extension counts as unavailable: a shared-memory collective would be compiled otherwise
+        # only a shared-memory collective asks this table, and would be compiled; the optimizers do not ask
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
 

@@ -40,11 +40,17 @@ def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.opt
     try:
         optimizer: torch.optim.Optimizer = make(groups, **common, **options[kind])
     except (RuntimeError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RunError(
-            f'`optimizer.type` "{kind}" cannot be built here: {reason[-1]}. "AdamW" needs nothing.'
+            f'`optimizer.type` "{kind}" cannot be built here: {_reason(error)}. "AdamW" needs nothing.'
         ) from error
     return optimizer
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, in one line: DeepSpeed wraps the error of the compiler in its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
 
 
 def _optimizer_class(config: RunConfig) -> Any:
@@ -56,14 +62,15 @@ def _optimizer_class(config: RunConfig) -> Any:
     module, name, package = {
         "FusedAdam": ("deepspeed.ops.adam", "FusedAdam", "deepspeed"),
         "CPUAdam": ("deepspeed.ops.adam", "DeepSpeedCPUAdam", "deepspeed"),
-        # the exact symbol: another project is called `apex` on PyPI
-        "ApexFusedAdam": ("apex.optimizers", "FusedAdam", "NVIDIA's apex"),
+        # the exact symbol, which only NVIDIA's has
+        "ApexFusedAdam": ("apex.optimizers", "FusedAdam", "NVIDIA's apex (that of PyPI is another project)"),
     }[kind]
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except Exception as error:
+        # a package that is broken, or another one of that name, raises what it likes
         raise RunError(
-            f'`optimizer.type` "{kind}" needs {package}, which cannot be imported: {error}. Use "AdamW".'
+            f'`optimizer.type` "{kind}" needs {package}, which cannot be imported: {_reason(error)}. Use "AdamW".'
         ) from error
 
 
@@ -81,6 +88,7 @@ def optimizer_step(optimizer: Any, stepped: Iterable[Tensor]) -> int:
 
 def restore_optimizer(optimizer: Any, stepped: Iterable[Tensor], step: int) -> None:
     """Give the optimizer the state that it has after `step` applied steps, moments left for the caller to fill."""
+    stepped = list(stepped)
     for value in stepped:
         if step == 0:
             optimizer.state.pop(value, None)
@@ -94,6 +102,25 @@ def restore_optimizer(optimizer: Any, stepped: Iterable[Tensor], step: int) -> N
         # NVIDIA's counts per group
         if "step" in group or type(optimizer).__module__.startswith("apex."):
             group["step"] = step
+    if stepped and not stepped[0].is_cuda:
+        _replay_bias_correction(optimizer, step)
+
+
+def _replay_bias_correction(optimizer: Any, step: int) -> None:
+    """DeepSpeed's optimizers for the CPU keep `beta ** step` as a product that is rounded at every step, in an object
+    of C++ that nothing saves. Counting from 1 again, on one element, gives the same bits."""
+    group = optimizer.param_groups[0]
+    hyper = (0.0, *group["betas"], group["eps"])
+    value, grad, exp_avg, exp_avg_sq = (torch.ones(1) for _ in range(4))
+    for count in range(1, step + 1):
+        if hasattr(optimizer, "ds_opt_adam"):
+            optimizer.ds_opt_adam.adam_update(
+                optimizer.opt_id, count, *hyper, 0.0, True, value, grad, exp_avg, exp_avg_sq
+            )
+        elif hasattr(optimizer, "multi_tensor_adam"):
+            lists = [[grad], [value], [exp_avg], [exp_avg_sq]]
+            unused = torch.zeros(1, dtype=torch.int)
+            optimizer.multi_tensor_adam(1, unused, lists, *hyper, count, 1, 1, 0.0)
 
 
 def _count(optimizer: Any, value: Tensor) -> int:

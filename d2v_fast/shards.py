@@ -135,10 +135,10 @@ def gather_whole(shards: Iterable[Shard], shapes: Mapping[str, torch.Size], worl
 def _trained(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Any) -> list[tuple[str, nn.Parameter]]:
     """Those that require a gradient and that ZeRO's optimizer steps, by their bare names."""
     trainable = [(bare_name(name), parameter) for name, parameter in parameters if parameter.requires_grad]
-    if hasattr(optimizer, "grad_position"):
-        stepped = {id(parameter) for group in optimizer.fp16_groups for parameter in group}
-    elif hasattr(optimizer, "round_robin_bit16_offsets"):
+    if hasattr(optimizer, "round_robin_bit16_offsets"):
         stepped = set(zero12_layout(optimizer))
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        stepped = {id(parameter) for group in optimizer.fp16_groups for parameter in group}
     else:
         return trainable
     trained = [(name, parameter) for name, parameter in trainable if id(parameter) in stepped]

@@ -151,7 +151,11 @@ def test_fsdp2(processes: int, tmp_path: Path, unsharded: dict[str, Any]) -> Non
     assert_same_as(unsharded, in_processes(processes, tmp_path, work))
 
 
-def initialize(model: nn.Module, stage: int, **changes: Any) -> Any:
+# the default is a buffer of 2 GB
+SMALL_BUCKETS = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
+
+
+def initialize(model: nn.Module, stage: int, optimizer: torch.optim.Optimizer | None = None, **changes: Any) -> Any:
     """A DeepSpeed engine as its users make one; its defaults let ZeRO-3 keep parameters as small as these whole."""
     import deepspeed
 
@@ -159,15 +163,14 @@ def initialize(model: nn.Module, stage: int, **changes: Any) -> Any:
         "train_micro_batch_size_per_gpu": 4,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **SMALL_BUCKETS},
         **changes,
     }
-    trained = [p for p in model.parameters() if p.requires_grad]
+    if optimizer is None and any(p.requires_grad for p in model.parameters()):
+        optimizer = adamw(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if not trained:
-            return deepspeed.initialize(model=model, config=settings)[0]
-        return deepspeed.initialize(model=model, optimizer=adamw(model), config=settings)[0]
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
 def engine_step(engine: Any, x: Tensor) -> bool:
@@ -301,13 +304,8 @@ def test_parameters_that_nobody_trains(tmp_path: Path) -> None:
             net = Net()
             net.frozen.requires_grad_(True)
             copied = copy.deepcopy(net)
-            import deepspeed
-
-            settings = {"train_micro_batch_size_per_gpu": 4, "zero_allow_untested_optimizer": True}
             optimizer = torch.optim.AdamW([*net.first.parameters(), *net.norm.parameters()], lr=0.01)
-            engine, *_ = deepspeed.initialize(
-                model=net, optimizer=optimizer, config={**settings, "zero_optimization": {"stage": stage}}
-            )
+            engine = initialize(net, stage, optimizer)
             teacher = Teacher(engine.module, SCHEDULE, module=copied, engine=engine)
             start = seen(teacher.module)
             for step in range(1, 4):
