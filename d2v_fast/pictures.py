@@ -26,6 +26,7 @@ from d2v_fast.data2vec import VisionModel, build_model
 from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_run_config
 from d2v_fast.masking import block_masks
 from d2v_fast.probe import patch_features
+from d2v_fast.world import RunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             weights=options.weights,
             out=options.out,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(path)

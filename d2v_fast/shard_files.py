@@ -118,9 +118,12 @@ class ShardReader:
             self._open(self._unopened.pop(0))
 
     def _open(self, path: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        file = safe_open(path, framework="pt")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise RunError(f"{path} is damaged ({error}). Resume the run: it passes over what is damaged.") from None
         for key in file.keys():  # noqa: SIM118 - it is no dictionary
             name, _, start = key.partition("@")
             begin, count = int(start or 0), 1

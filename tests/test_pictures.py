@@ -141,10 +141,18 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
     write_weights(newest, {"student": state})
     assert "does not fit the run's config.json: norm.weight is missing or misshapen" in complaint(run_folder)
     assert "is missing or misshapen" in complaint(run_folder, "--weights", "teacher")
+    shard = newest / "shard-00000.safetensors"
+    content = shard.read_bytes()
+    for damaged in (content[:1000], b"", b"\xff" * 8 + b"{}"):
+        shard.write_bytes(damaged)
+        assert "shard-00000.safetensors is damaged (" in complaint(run_folder)
 
     for checkpoint in (run_folder / "checkpoints").iterdir():
         checkpoint.rename(checkpoint.with_name(checkpoint.name + ".tmp-1"))
     assert "must hold a checkpoint, but has none yet" in complaint(run_folder)
 
+    for content, reason in (("[" * 100_000, "nested too deeply"), ("[]", "`d2v` must be a section")):
+        (run_folder / "config.json").write_text(content)
+        assert reason in complaint(run_folder)
     (run_folder / "config.json").write_text('{"d2v": {"model": {"widht": 3}}}')
     assert "d2v.model.widht" in complaint(run_folder)
