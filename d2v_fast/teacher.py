@@ -251,6 +251,9 @@ class Teacher:
                 "its mixed-precision policy casts in the forward pass."
             )
         self._module.float()
+        if self._sources and not sharded:
+            # the copy may have been made on the host
+            self._module.to(self._sources[0].master.device)
         average = [_local(self._module.get_parameter(name)) for name in self._names()]
         if compute_dtype == torch.float32:
             return average, average

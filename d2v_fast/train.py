@@ -201,7 +201,10 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     import_engine(config, world)
     memory = PeakMemory(world.device)
     torch.manual_seed(d2v.run.seed)
-    model = build_model(d2v).to(world.device)
+    model = build_model(d2v)
+    if not config.deepspeed.needs_deepspeed(world.size):
+        # DeepSpeed takes to the device what stays there, in its dtype
+        model.to(world.device)
     # copied before an engine shards the student
     copied = copy.deepcopy(model.student)
     engine = make_engine(model, config, world)

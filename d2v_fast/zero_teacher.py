@@ -45,7 +45,7 @@ def place(
     """Give the parameters of a whole module the memory that the student's ZeRO stage asks for.
 
     Args:
-        module: a whole copy of the student, on its device; changed in place.
+        module: a whole copy of the student, on its device or on the host; changed in place.
         student: the averaged parameters by name.
         shards: of these parameters, see `find_shards`.
         engine: the student's DeepSpeed engine, ZeRO stage 1 to 3.
@@ -73,12 +73,14 @@ def _gathered(
         index, offset = layout[id(parameter)]
         if index not in memories:
             flat = optimizer.bit16_groups_flat[index]
-            memories[index] = torch.zeros(flat.numel(), dtype=dtype, device=mine[name].device)
+            memories[index] = torch.zeros(flat.numel(), dtype=dtype, device=flat.device)
         memory = memories[index]
         place = memory.narrow(0, offset, mine[name].numel()).view(mine[name].shape)
         place.copy_(mine[name].data)
         mine[name].data = place
         begins[name] = (memory, offset)
+    # what nobody trains; the copy may have been made on the host
+    module.to(next(iter(memories.values())).device)
     groups = [(memory, optimizer.real_dp_process_group[index]) for index, memory in memories.items()]
     exchanged = [(memory, group) for memory, group in groups if dist.get_world_size(group) > 1]
     slices = []
