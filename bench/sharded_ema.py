@@ -165,8 +165,8 @@ def table(rows: list[dict[str, Any]], device: dict[str, Any], rounds: int) -> st
         f"# EMA of a sharded model: {where}",
         "",
         f"`python bench/sharded_ema.py`: {millions:.0f} M parameters as a vision Transformer holds them, {rounds} "
-        "rounds in which every way runs once. Times are medians (20th to 80th percentile) of the slower process, until the "
-        "teacher's module could run. A ratio is the other's time over ours, median of the rounds: above 1 ours is "
+        "rounds in which every way runs once. Times are medians (20th to 80th percentile) of the slower process, until "
+        "the teacher's module could run. A ratio is the other's time over ours, median of the rounds: above 1 ours is "
         "faster.",
         "",
         "- *loop*: `lerp_` per parameter on the shards and a copy into the module, then what is sent as ours sends it.",
