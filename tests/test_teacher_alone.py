@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.sharded_ema import Collectives
 from d2v_fast.config import TeacherConfig
 from d2v_fast.shards import gather_whole
 from d2v_fast.teacher import Teacher
@@ -227,6 +228,36 @@ class Truth:
         found = seen(module)
         off = [f"{n} is off" for n, v in self.values.items() if (found[n] - v).norm() > 1e-6 * v.norm()]
         return off + [f"{n} is still" for n, v in self.start.items() if (found[n] - v).norm() <= 1e-3 * v.norm()]
+
+
+@needs_deepspeed
+def test_what_an_update_sends(tmp_path: Path) -> None:
+    """One all-gather per parameter group in stages 1 and 2; nothing without ZeRO, in stage 3 and with FSDP2."""
+
+    def work(world: World, folder: Path) -> Any:
+        sent = {}
+        for stage in range(4):
+            net = Net()
+            copied = copy.deepcopy(net)
+            optimizer = torch.optim.AdamW([{"params": [p]} for p in (net.first.weight, net.last.weight)])
+            engine = initialize(net, stage, optimizer)
+            teacher = Teacher(net, SCHEDULE, module=copied, engine=engine)
+            with Collectives() as sent[stage]:
+                teacher.update(1)
+                assert teacher.module is copied
+        net, copied = shard_net(Net()), shard_net(Net())
+        teacher = Teacher(net, SCHEDULE, module=copied)
+        with Collectives() as sent["FSDP2"]:
+            teacher.update(1)
+        with Collectives() as sent["FSDP2, forward"], torch.no_grad():
+            teacher.module(inputs(0))
+        return {str(name): collectives.count for name, collectives in sent.items()}
+
+    for report in in_processes(2, tmp_path, work):
+        # that what is counted can be seen
+        assert sum(report.pop("FSDP2, forward").values()) > 0
+        two = {"_allgather_base_": 2}
+        assert report == {"0": {}, "1": two, "2": two, "3": {}, "FSDP2": {}}
 
 
 def move(engine: Any, stage: int) -> None:
