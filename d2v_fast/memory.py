@@ -425,22 +425,37 @@ class _Stage3(_ZeRO):
 
     def moments(self) -> Iterator[Moment]:
         step, gathered = self.step, 0
-        prefetch = min(self.zero.stage3_prefetch_bucket_size, self.trained)
         if self.processes > 1 or self.offloads_parameters:
             # what is used again soon enough, on the way back, stays
             reuse = min(self.zero.stage3_max_reuse_distance // 2, self.zero.stage3_max_live_parameters)
-            gathered = min(self.trained, reuse + prefetch)
+            gathered = min(self.trained, reuse + self.zero.stage3_prefetch_bucket_size)
         # gloo reduces in a copy of its own
         copies = (2 if self.on_cpu else 1) if self.zero.reduce_scatter else 0
         arriving, reducing = self._exchange(step.arrivals, buffers=0, copies=copies, gathered=gathered)
-        # what is fetched together arrives in one flat tensor and is copied out of it
-        forward = step.forward + self.low * (gathered + (prefetch if gathered else 0))
+        forward = max(step.forward + self.low * gathered, self._fetching(gathered))
         yield Moment("forward and backward", max(forward, arriving), 0, "activations, and parameters that are gathered")
         yield Moment("gradient exchange", reducing, 0, "copies of a bucket of gradients, and activations at that time")
         if not self.offloads_optimizer:
             part = min(self._shard(self.shapes.groups), self.zero.sub_group_size)
             flat = (self.low + (0 if self.is_fp32 else 4)) * part
             yield Moment("optimizer step", flat, 0, "a flat copy of the gradients in fp32")
+
+    def _fetching(self, gathered: int) -> int:
+        """Largest bytes of the forward pass while parameters are fetched: together they arrive in one flat tensor, and
+        each is copied out of it."""
+        if not gathered:
+            return 0
+        # gloo gathers into memory of its own, from a copy
+        copies = 2 + 1 / self.processes if self.on_cpu else 1
+        most, there = 0.0, 0
+        while there < self.trained:
+            fetched = min(max(self.zero.stage3_prefetch_bucket_size, self.shapes.largest), self.trained - there)
+            # activations pile up as parameters are used
+            saved = self.step.saved * there / self.trained
+            kept = max(0, min(there, gathered - fetched))
+            most = max(most, saved + self.low * (kept + (1 + copies) * fetched))
+            there += fetched
+        return int(most)
 
     def build(self) -> int:
         # the whole model and the copy of the student; then shards, a flat copy of them, fp32 values, gradients

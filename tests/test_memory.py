@@ -143,8 +143,13 @@ def test_stage_3() -> None:
     bf16 = found(2, zero, BF16)
     assert device(bf16)["teacher"] == 2 * 5
     assert device(bf16)["teacher's average"] == 4 * 5
-    # everything is gathered (19, and the same again as it is fetched) when the backward pass begins
-    assert on_top(fp32)["forward and backward"] == 120 + 4 * 19 * 2
+    # everything is fetched at once: gloo copies the shards, gathers into memory of its own, then into a flat tensor
+    assert on_top(fp32)["forward and backward"] == int(4 * 19 * 3.5)
+    # in two parts the second comes while 12 elements and their share of the activations are there
+    halves = found(2, {**zero, "stage3_prefetch_bucket_size": 12}, FP32)
+    assert on_top(halves)["forward and backward"] == max(int(100 * 12 / 19 + 4 * (12 + 3.5 * 7)), 120 + 4 * 19)
+    # NCCL needs the flat tensor only, and the backward pass begins with everything gathered
+    assert on_top(found(2, zero, FP32, "cuda"))["forward and backward"] == 130 + 4 * 19
     # the bucket's copy, and that of gloo; NCCL makes none
     assert on_top(fp32)["gradient exchange"] == 4 * 19 * 2
     assert on_top(found(2, zero, FP32, "cuda"))["gradient exchange"] == 4 * 19
