@@ -278,6 +278,24 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         import_vision(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", b"[" * 100_000, "config.json: nested too deeply"),
+        ("config.json", b"[]", r"its config.json holds no section"),
+        ("config.json", b"{}" + b" " * 1_000_000, "config.json: longer than 1,000,000 bytes"),
+        ("model.safetensors", b"", "must be a safetensors file, but: "),
+        ("model.safetensors", b"\xff" * 8 + b"{}", "must be a safetensors file, but: .*[Hh]eader"),
+        ("model.safetensors", b"\x80\x04]", "must be a safetensors file, but: "),
+    ],
+)
+def test_hostile_files_are_refused(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+    folder = edited(tmp_path)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        import_vision(folder)
+
+
 def test_every_wrong_tensor_is_listed(tmp_path: Path) -> None:
     folder = edited(tmp_path)
     tensors = load_file(folder / "model.safetensors")

@@ -133,6 +133,10 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
     del tensors["student.norm.weight"]
     save_file(tensors, newest / "student.safetensors")
     assert "does not fit the run's config.json: norm.weight is missing or misshapen" in complaint(run_folder)
+    weights = (newest / "student.safetensors").read_bytes()
+    for content in (weights[:1000], b"", b"\xff" * 8 + b"{}"):
+        (newest / "student.safetensors").write_bytes(content)
+        assert "student.safetensors is damaged (" in complaint(run_folder)
     (newest / "teacher.safetensors").unlink()
     assert "must hold teacher.safetensors, but does not" in complaint(run_folder, "--weights", "teacher")
 
@@ -140,5 +144,8 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
         checkpoint.rename(checkpoint.with_name(checkpoint.name + ".tmp-1"))
     assert "must hold a checkpoint, but has none yet" in complaint(run_folder)
 
+    for content, reason in (("[" * 100_000, "nested too deeply"), ("[]", "`d2v` must be a section")):
+        (run_folder / "config.json").write_text(content)
+        assert reason in complaint(run_folder)
     (run_folder / "config.json").write_text('{"d2v": {"model": {"widht": 3}}}')
     assert "d2v.model.widht" in complaint(run_folder)

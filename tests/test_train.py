@@ -229,6 +229,15 @@ def test_names_of_runs(tmp_path: Path, capsys) -> None:
     assert "Runs there: tiny-1, tiny-2" in capsys.readouterr().err
     assert run_here("--ds_config", file, "--resume") == 2
     assert "--run NAME" in capsys.readouterr().err
+    # no name leads out of the folder of runs, also not to what could be resumed there
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "config.json").write_text(file.read_text())
+    for name in ("../outside", str(outside)):
+        assert run_here("--run", name, "--resume", "--set", f"d2v.run.dir={tmp_path / 'runs'}") == 2
+        assert "`d2v.run.name` must be letters, digits" in capsys.readouterr().err
+        assert run_here("--ds_config", file, "--run", name) == 2
+    assert [path.name for path in outside.iterdir()] == ["config.json"]
 
 
 def test_lock_keeps_a_second_process_out(tmp_path: Path, capsys) -> None:
