@@ -64,7 +64,7 @@ def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_ty
     lines.append(line("stays from step to step", found.device_state, found.host_state, ""))
     lines += [line(f"+ {m.name}", m.device, m.host, m.meaning) for m in found.moments]
     lines.append(line("activations", found.activations, 0, "of which: saved for the backward pass"))
-    lines.append(line("while it is built, in all", found.build, 0, "every process builds the whole model in fp32"))
+    lines.append(line("while it is built, in all", found.build, 0, "of every process, whatever the number"))
     if found.save:
         meaning = "host memory of the copy that a checkpoint is written from"
         sizes = (0, found.save) if on_host else (found.save, 0)

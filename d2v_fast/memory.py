@@ -196,7 +196,7 @@ class _Plain:
         return 12 * self.trained + 4 * self.averaged
 
     def _whole_copies(self) -> int:
-        # every process builds the whole model in fp32 on its device, and copies the student
+        # every process builds the whole model in fp32, and copies the student
         return 4 * self.trained + 4 * self.averaged
 
     def _whole_teacher(self) -> Iterator[Part]:
@@ -236,7 +236,11 @@ class _Stage0(_Plain):
         if self.is_fp32:
             return self._whole_copies()
         # DeepSpeed makes moments and gradients of both kinds at once, for a step of zeros
-        return 4 * self.averaged + (2 * self.low + 16) * self.trained
+        return self._waiting_teacher() + (2 * self.low + 16) * self.trained
+
+    def _waiting_teacher(self) -> int:
+        """The copy of the student in fp32, on the host until the engine is made; that is the same memory on a CPU."""
+        return 4 * self.averaged if self.on_cpu else 0
 
 
 class _ZeRO(_Stage0):
@@ -335,7 +339,8 @@ class _Stage1(_ZeRO):
         in_flattening = self.low * (self.trained + flat)
         in_sharding = self.low * flat + 4 * shard + (0 if self.is_fp32 else self.low * shard) + 4 * shard
         on_host = 8 * shard if self.offloads_optimizer and not self.on_cpu else 0
-        return max(self._whole_copies(), 4 * self.averaged + max(in_flattening, in_sharding - on_host))
+        whole = self._whole_copies() if self.on_cpu else 0
+        return max(whole, self._waiting_teacher() + max(in_flattening, in_sharding - on_host))
 
     def saved(self) -> int:
         return 12 * sum(self._shards()) + 4 * min(sum(self._shards()), self.averaged)
@@ -461,8 +466,12 @@ class _Stage3(_ZeRO):
         # the whole model and the copy of the student; then shards, a flat copy of them, fp32 values, gradients
         shard = self._shard(self.shapes.groups)
         on_host = self.offloads_optimizer and not self.on_cpu
-        in_sharding = 4 * self.averaged + (2 * self.low + (0 if on_host else 8 + self.low)) * shard
-        return max(self._whole_copies(), in_sharding)
+        in_sharding = self._waiting_teacher() + (2 * self.low + (0 if on_host else 8 + self.low)) * shard
+        if self.on_cpu:
+            return max(self._whole_copies(), in_sharding)
+        # DeepSpeed takes a module to the device, in the dtype that it computes in, before it divides it
+        teacher = self.low * self.averaged + (self.low + (0 if on_host else 4)) * shard
+        return max(self.low * self.trained, in_sharding, teacher)
 
     def saved(self) -> int:
         return 12 * self._shard(self.shapes.groups) + 4 * self._shard(self.shapes.averaged)
