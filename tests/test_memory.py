@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from d2v_fast.config import RunConfig, load_config, parse_config
 from d2v_fast.data.batch import Batch
 from d2v_fast.data2vec import build_model
 from d2v_fast.memory import Prediction, Shapes, predict, predict_from, shapes_of
-from d2v_fast.peak_memory import PeakMemory, format_bytes
+from d2v_fast.peak_memory import format_bytes
 from d2v_fast.step_memory import Arrival, StepMemory, step_memory
-from tests.runs import TINY, run_forked, run_here, tiny_file
+from tests.common import run_python
+from tests.runs import TINY, free_port, run_here, tiny_file
+
+ROOT = Path(__file__).resolve().parent.parent
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # matrices of 6 and 10 elements, of which the first is averaged, and a bias of 3: P = 19, S = 9
@@ -264,14 +269,19 @@ def test_accumulation_keeps_the_gradients() -> None:
     assert on_top(second)["forward and backward"] == 130 + 4 * 19
 
 
-def test_peak_of_this_process() -> None:
-    memory = PeakMemory(torch.device("cpu"))
-    block = torch.ones(64 << 20, dtype=torch.uint8)
-    del block
-    grown = memory.bytes()
+def test_peak_of_a_process() -> None:
+    code = """
+import torch
+from d2v_fast.peak_memory import PeakMemory
+memory = PeakMemory(torch.device("cpu"))
+block = torch.ones(64 << 20, dtype=torch.uint8)
+del block
+print(memory.bytes(), memory.bytes())
+"""
+    grown, again = map(int, run_python(code).split())
     assert 63 << 20 < grown < 80 << 20
     # it is a peak: what was freed stays in it
-    assert memory.bytes() == grown
+    assert again == grown
 
 
 def test_sizes_are_readable() -> None:
@@ -307,10 +317,26 @@ LARGE: dict[str, Any] = {
 }
 
 
-def return_what_is_freed() -> None:
-    """Make the C library return freed memory at once, so that resident memory is that of tensors."""
-    m_mmap_threshold = -3
-    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16) == 1
+def run_fresh(arguments: list[str], processes: int) -> str:
+    """Run the command line in new interpreters, whose C library returns freed memory at once: what a forked process has
+    of its parent would be measured, too. Returns what the first one prints."""
+    common = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if processes > 1:
+        common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(ROOT / "d2v_fast" / "train.py"), *arguments]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **common, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, outputs
+    return outputs[0]
 
 
 def measured_and_predicted(folder: Path, processes: int, stage: int, bf16: bool) -> tuple[int, int]:
@@ -328,12 +354,8 @@ def measured_and_predicted(folder: Path, processes: int, stage: int, bf16: bool)
         "bf16": {"enabled": bf16},
     }
     path = tiny_file(folder, **changes)
-    output = folder / "out"
-    statuses = run_forked(
-        "--ds_config", path, "--run", "r", output=output, num_processes=processes, before=return_what_is_freed
-    )
-    assert statuses == [0] * processes, output.read_text()
-    assert "peak memory per process" in output.read_text()
+    output = run_fresh(["--ds_config", str(path), "--run-name", "r"], processes)
+    assert "peak memory per process" in output
     entries = [json.loads(line) for line in (folder / "runs" / "r" / "log.jsonl").read_text().splitlines()]
     config = load_config(path, world_size=processes)
     assert shapes_of(config).trained > 20e6

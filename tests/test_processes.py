@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -194,7 +195,8 @@ def test_odd_place_odd_clock(tmp_path: Path, undisturbed: list[tuple]) -> None:
     arguments = ["--ds_config", tiny_file(folder), "--run", "r"]
     assert run_forked(*arguments, output=output, before=make_odd_and_die) == [-signal.SIGKILL], output.read_text()
     assert run_forked(*arguments, "--resume", output=output, before=make_odd) == [0], output.read_text()
-    assert "resumed after step 6" in output.read_text()
+    # that of step 6 may still have been written in the background
+    assert re.search("resumed after step [36]", output.read_text())
     assert figures(folder, "r") == undisturbed
 
 
