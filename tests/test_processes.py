@@ -80,7 +80,7 @@ def test_killed_rank_ends_the_other_at_once(rank: int, tmp_path: Path) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_stopped_rank_is_named(rank: int, tmp_path: Path) -> None:
     output = tmp_path / "output"
     file = tiny_file(tmp_path, d2v__run__timeout_minutes=0.2)
@@ -100,6 +100,7 @@ def test_stopped_rank_is_named(rank: int, tmp_path: Path) -> None:
     assert wait(children[rank], timeout_s=60) == [1]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_rank_that_is_busy_for_too_long_is_named(tmp_path: Path) -> None:
     output = tmp_path / "output"

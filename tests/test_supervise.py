@@ -129,6 +129,7 @@ def test_a_worker_that_fails_while_it_stops_is_not_started_again(tmp_path: Path)
     assert len(attempts(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_request_to_stop_between_two_attempts(tmp_path: Path) -> None:
     child = start(tmp_path, "sys.exit(1)", limit=9)
     output = tmp_path / "output-0"
@@ -169,6 +170,7 @@ if attempt == 1:
     assert "restart 1 of 2 in 1 s" in (tmp_path / "output-0").read_text()
 
 
+@pytest.mark.slow
 def test_no_attempt_of_two_is_one_too_many(tmp_path: Path) -> None:
     children = start_two(tmp_path, "rank == '1' and sys.exit(1)\ntime.sleep(60)", limit=1)
     # the other one, which waits for another attempt, is told that there is none
