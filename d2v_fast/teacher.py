@@ -84,7 +84,7 @@ class Teacher:
         self.shapes = {bare_name(name): full_shape(p) for name, p in self._module.named_parameters()}
         self._student, self._sources = student, self._match(student)
         self._check_sharding(student)
-        if self._sources and not all(shard.replicated for shard in self._sources) and engine is not None:
+        if zero_teacher.is_sharded(engine):
             named = {bare_name(name): p for name, p in student.named_parameters()}
             placed = zero_teacher.place(self._module, named, self._sources, engine, compute_dtype)
             slices, self._exchanged, self._kept = placed

@@ -35,6 +35,13 @@ class Placed(NamedTuple):
     keep_alive: Any = None
 
 
+def is_sharded(engine: Any) -> bool:
+    """Whether a DeepSpeed engine trains with ZeRO: asked of the engine, since a process may hold nothing of the student
+    and must still take part in what is exchanged."""
+    optimizer = getattr(engine, "optimizer", None)
+    return hasattr(optimizer, "round_robin_bit16_offsets") or hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
 def place(
     module: nn.Module,
     student: Mapping[str, nn.Parameter],

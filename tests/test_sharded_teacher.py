@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2v_fast.config import RunConfig, parse_config
+from d2v_fast.config import RunConfig, TeacherConfig, parse_config
 from d2v_fast.data.batch import Batch
 from d2v_fast.data2vec import build_model
 from d2v_fast.engine import Engine, make_engine
@@ -238,3 +238,36 @@ def test_nan_of_one_process_reaches_nothing(processes: int, tmp_path: Path) -> N
     for report in in_processes(processes, tmp_path, work, timeout_s=280):
         for name, found in report.items():
             assert found == [True] * 4, name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_process_without_a_part_of_the_student(stage: int, tmp_path: Path) -> None:
+    """The averaged part is so small that the second process trains nothing of it: it takes part in the exchange all the
+    same, and sees the average."""
+
+    def work(world: World, folder: Path) -> Any:
+        import deepspeed
+
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 500))
+        copied = copy.deepcopy(model[0])
+        before = copied.weight.item()
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
+        }
+        adamw = torch.optim.AdamW(model.parameters(), lr=0.1)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
+        schedule = TeacherConfig(decay_start=0.5, decay_end=0.5)
+        teacher = Teacher(engine.module[0], schedule, module=copied, engine=engine)
+        for step in (1, 2):
+            engine.backward(engine(torch.ones(1, 1)).square().mean())
+            engine.step()
+            teacher.update(step)
+        return [len(teacher.shards), before, teacher.module(torch.ones(1, 1)).item()]
+
+    first, second = in_processes(2, tmp_path, work)
+    assert (first[0], second[0]) == (1, 0)
+    assert first[1:] == second[1:]
+    assert first[2] != first[1]
