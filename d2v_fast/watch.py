@@ -48,6 +48,9 @@ class Watch:
         self._changed: list[int] = []
         self._answered = 0
         self._closed = threading.Event()
+        # said before the first step: a process that is stopped during its first steps must be known by then, because
+        # the others wait for the word of each
+        self._say(0)
         for work in (self._count, self._talk):
             threading.Thread(target=work, name="d2v_fast watch", daemon=True).start()
 
@@ -70,11 +73,11 @@ class Watch:
                 return
 
     def _talk(self) -> None:
-        sign, about = 0, {"pid": os.getpid(), "host": socket.gethostname()}
+        sign = 0
         while not self._closed.wait(self._limit_s / _LOOKS):
             sign += 1
             try:
-                self._store.set(f"watch/{self._rank}", json.dumps({**about, "arrivals": self._arrivals, "sign": sign}))
+                self._say(sign)
                 # what the others say matters only when something is wrong: it is much to ask for in a large run
                 if self._looks_without_progress > _LOOKS // 2:
                     self._listen()
@@ -83,6 +86,10 @@ class Watch:
             except RuntimeError:
                 # the store has gone with the process that holds it; `_diagnosis` says so when nothing happens any more
                 continue
+
+    def _say(self, sign: int) -> None:
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "arrivals": self._arrivals, "sign": sign}
+        self._store.set(f"watch/{self._rank}", json.dumps(about))
 
     def _listen(self) -> None:
         keys = [f"watch/{rank}" for rank in range(self._size)]
