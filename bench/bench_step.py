@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.measure import compared, describe_device, peak_bytes, quantiles
 from bench.peers_vision import PeerStep
-from d2v_fast.config import D2VConfig, RunConfig, load_config
+from d2v_fast.config import RunConfig, VisionConfig, load_config
 from d2v_fast.data import Batch
 from d2v_fast.data2vec import build_model
 from d2v_fast.engine import make_engine
@@ -74,7 +74,7 @@ class OurStep:
         with self.clock.part("optimizer"):
             applied = self.engine.step(LR)
         with self.clock.part("EMA"):
-            self.teacher.update(self._step, applied if batch.pixels.is_cuda else None)
+            self.teacher.update(self._step, applied if batch.inputs.is_cuda else None)
         self.clock.end_step()
 
     def shares(self) -> dict[str, float]:
@@ -99,15 +99,15 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
 
     for _ in range(NUM_WARMUP):
         ours(batch)
-    peer(batch.pixels, masked)
+    peer(batch.inputs, masked)
     peak = peak_bytes(lambda: ours(batch), device)
-    peer_peak = peak_bytes(lambda: peer(batch.pixels, masked), device)
+    peer_peak = peak_bytes(lambda: peer(batch.inputs, masked), device)
     gemm_rates, peer_seconds = [], []
 
     def run_peer() -> None:
         gemm_rates.append(gemm_gflop_per_s(ours.engine.compute_dtype, device))
         started = now(device)
-        peer(batch.pixels, masked)
+        peer(batch.inputs, masked)
         peer_seconds.append(now(device) - started)
 
     def run_ours() -> None:
@@ -137,7 +137,7 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     )
 
 
-def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
+def random_batch(config: VisionConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
     """Noise with published masks, and the masks as bool `[B, P]`."""
     model, mask = config.model, config.mask
     options = (model.grid_size, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect)
@@ -149,10 +149,10 @@ def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tu
     return batch, masked.view(batch_size, -1).to(device)
 
 
-def assert_same_step(config: D2VConfig, ours: OurStep, peer: PeerStep, batch: Batch, masked: Tensor) -> None:
+def assert_same_step(config: VisionConfig, ours: OurStep, peer: PeerStep, batch: Batch, masked: Tensor) -> None:
     """Same loss, and the same gradient of every parameter of the encoder and the head."""
     tolerance = 1e-3 if ours.engine.compute_dtype == torch.float32 else 0.1
-    loss, peer_loss = ours.loss(batch), peer.loss(batch.pixels, masked)
+    loss, peer_loss = ours.loss(batch), peer.loss(batch.inputs, masked)
     torch.testing.assert_close(loss, peer_loss, rtol=tolerance / 10, atol=0)
     loss.backward()
     peer_loss.backward()
@@ -172,7 +172,7 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 
-def useful_flop(config: D2VConfig, batch_size: int, num_rows: int) -> float:
+def useful_flop(config: VisionConfig, batch_size: int, num_rows: int) -> float:
     """Floating-point operations of the matrix products that loss and gradients need, in expectation.
 
     That is without what nobody reads (the last MLP where no patch is masked) or multiplies by zero (residual branches

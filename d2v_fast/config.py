@@ -1,8 +1,8 @@
 """One JSON file per run: DeepSpeed's keys, and a `"d2v"` section that holds everything else.
 
 `load_config` reads it, applies `--set` overrides, and refuses every unknown key, wrong type and impossible
-value in one message. The defaults are the published ViT-B run (arXiv 2202.03555, section 4.1, and its released
-recipe). No torch is imported here, so a typing error costs no time.
+value in one message. What only one modality has is in `vision_config` and `speech_config`. No torch is imported here,
+so a typing error costs no time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing_extensions import Self
 
 from d2v_fast.config_errors import ConfigError, Problem, Section, check, known_keys, refuse_if, say, show
 from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
+from d2v_fast.speech_config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
 from d2v_fast.untrusted import is_path, parse_json, read_text
+from d2v_fast.vision_config import BlockMaskConfig, VisionDataConfig, VisionModelConfig
 
 __all__ = [
     "BatchSplit",
     "BlockMaskConfig",
     "ConfigError",
     "D2VConfig",
-    "DataConfig",
     "DeepSpeedConfig",
     "GuardConfig",
     "LossConfig",
@@ -34,88 +35,24 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "ScheduleConfig",
+    "SpanMaskConfig",
+    "SpeechConfig",
+    "SpeechDataConfig",
+    "SpeechModelConfig",
     "TargetConfig",
     "TeacherConfig",
+    "VisionConfig",
+    "VisionDataConfig",
     "VisionModelConfig",
+    "VisionProbeConfig",
     "apply_overrides",
     "changed_keys",
+    "check_d2v",
     "load_config",
     "parse_config",
 ]
 
 MAX_FILE_BYTES = 1_000_000
-# beyond any model, and small enough to be checked at once
-MAX_SIZE = 1 << 16
-
-
-class VisionModelConfig(Section):
-    """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and falls
-    linearly to 0 at the first. `absolute_position` adds learned position embeddings to the tokens, which the published
-    models do without: a small model on small images needs fewer steps with them."""
-
-    image_size: int = Field(default=224, ge=1, le=MAX_SIZE)
-    patch_size: int = Field(default=16, ge=1, le=MAX_SIZE)
-    channels: int = Field(default=3, ge=1, le=MAX_SIZE)
-    width: int = Field(default=768, ge=1, le=MAX_SIZE)
-    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
-    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
-    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
-    drop_path: float = Field(default=0.25, ge=0, lt=1)
-    attention_dropout: float = Field(default=0.05, ge=0, lt=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    layer_scale: float = Field(default=1e-4, gt=0)
-    norm_eps: float = Field(default=1e-6, gt=0)
-    absolute_position: bool = False
-    gradient_checkpointing: bool = False
-
-    @property
-    def grid_size(self) -> int:
-        """Patches along one side of the image."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        """Patches in the image, without the CLS token."""
-        return self.grid_size**2
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = []
-        if self.width % self.heads:
-            divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
-            near = min(divisors, key=lambda n: abs(n - self.heads))
-            hint = f"The nearest number of heads that does is {near}."
-            problems.append(Problem("heads", f"divide `width` ({self.width})", self.heads, hint))
-        if self.image_size % self.patch_size:
-            size = max(1, round(self.image_size / self.patch_size)) * self.patch_size
-            hint = f"The nearest image size that fits is {size}."
-            must = f"be a multiple of `patch_size` ({self.patch_size})"
-            problems.append(Problem("image_size", must, self.image_size, hint))
-        if int(self.width * self.mlp_ratio) < 1:
-            problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
-        refuse_if(problems)
-        return self
-
-
-class BlockMaskConfig(Section):
-    """Block-wise masks: rectangles of `min_patches` to `max_patches` (None: as many as are still to be
-    masked), aspect ratio in [`min_aspect`, 1/`min_aspect`], until `num_patches` patches are masked."""
-
-    kind: Literal["block"] = "block"
-    num_patches: int = Field(default=120, ge=1)
-    min_patches: int = Field(default=16, ge=1)
-    max_patches: int | None = Field(default=None, ge=1)
-    min_aspect: float = Field(default=0.3, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = []
-        if self.min_patches > self.num_patches:
-            problems.append(Problem("min_patches", f"be <= `num_patches` ({self.num_patches})", self.min_patches))
-        if self.max_patches is not None and self.max_patches < self.min_patches:
-            problems.append(Problem("max_patches", f"be >= `min_patches` ({self.min_patches})", self.max_patches))
-        refuse_if(problems)
-        return self
 
 
 class TargetConfig(Section):
@@ -129,9 +66,15 @@ class TargetConfig(Section):
 
 
 class LossConfig(Section):
-    """Smooth L1: quadratic below `beta`; 0 is the squared error."""
+    """Smooth L1: quadratic below `beta`; 0 is the squared error. A masked place's loss is the "sum" over the channels,
+    their "mean", or the sum over the root of their number ("rsqrt"); the loss is the mean over the masked places."""
 
     beta: float = Field(default=2.0, ge=0)
+    channel_reduction: Literal["mean", "rsqrt", "sum"] = "mean"
+
+    def divisor(self, width: int) -> float:
+        """What the sum over `width` channels is divided by."""
+        return {"mean": width, "rsqrt": width**0.5, "sum": 1}[self.channel_reduction]
 
 
 class TeacherConfig(Section):
@@ -189,55 +132,6 @@ class ScheduleConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """Where the images come from, and how they are changed at random.
-
-    `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of the area; `zoom` 0.1 is up to
-    10 % larger or smaller; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction`
-    unreadable files stop the run, or with `strict` the first one.
-
-    A file of more than `max_image_bytes`, an image of more than `max_image_pixels` (width times height) or with a side
-    under `min_image_side` pixels counts as unreadable, and so does a link that leads out of `path` unless
-    `follow_outside`. A decoder needs up to 16 bytes per pixel in each worker.
-    """
-
-    kind: Literal["digits", "images"] = "digits"
-    path: str | None = None
-    num_workers: int = Field(default=2, ge=0)
-    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
-    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
-    crop_scale: tuple[float, float] = Field(default=(0.08, 1.0), strict=False)
-    flip_prob: float = Field(default=0.5, ge=0, le=1)
-    color_jitter: float = Field(default=0.0, ge=0, le=1)
-    rotation_degrees: float = Field(default=0.0, ge=0, le=180)
-    zoom: float = Field(default=0.0, ge=0, lt=1)
-    shift_pixels: float = Field(default=0.0, ge=0)
-    test_fraction: float = Field(default=0.2, gt=0, lt=1)
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    strict: bool = False
-    # Pillow refuses twice its own limit, whatever is asked for
-    max_image_pixels: int = Field(default=64_000_000, ge=1, le=178_956_970)
-    max_image_bytes: int = Field(default=256_000_000, ge=1)
-    min_image_side: int = Field(default=2, ge=1)
-    follow_outside: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = []
-        if self.kind == "images" and not self.path:
-            hint = "Name the folder that holds the images: `--set d2v.data.path=/my/images`."
-            problems.append(Problem("path", 'be a folder with `kind` "images"', self.path, hint))
-        if self.path is not None and not is_path(self.path):
-            problems.append(Problem("path", "be a path that the system can hold", self.path))
-        if any(value <= 0 for value in self.std):
-            problems.append(Problem("std", "be > 0 in every channel", self.std))
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            problems.append(Problem("crop_scale", "be [low, high] with 0 < low <= high <= 1", self.crop_scale))
-        refuse_if(problems)
-        return self
-
-
 class GuardConfig(Section):
     """When a run stops itself: a standard deviation under its limit after `after_steps` optimizer steps
     (collapse); a NaN or infinite loss or gradient, at once with `nonfinite` "stop", after `nonfinite_patience` such
@@ -253,14 +147,19 @@ class GuardConfig(Section):
 
 
 class ProbeConfig(Section):
-    """k-nearest-neighbour and linear probe on labelled data; `every_epochs` 0 means only at the end. Features are
-    averages over the patches of each cell of a `grid` x `grid` division of the image; 1 averages over all patches."""
+    """k-nearest-neighbour and linear probe on labelled data; `every_epochs` 0 means only at the end."""
 
     every_epochs: int = Field(default=0, ge=0)
-    grid: int = Field(default=1, ge=1)
     labels_per_class: int = Field(default=10, ge=1)
     num_draws: int = Field(default=5, ge=1)
     neighbours: int = Field(default=20, ge=1)
+
+
+class VisionProbeConfig(ProbeConfig):
+    """Features are averages over the patches of each cell of a `grid` x `grid` division of the image; 1 averages over
+    all patches."""
+
+    grid: int = Field(default=1, ge=1)
 
 
 class RunSection(Section):
@@ -292,7 +191,40 @@ class RunSection(Section):
 
 
 class D2VConfig(Section):
-    """The `"d2v"` section."""
+    """The `"d2v"` section: what all modalities have. Each has a class of its own, with its sections and defaults."""
+
+    modality: str
+    model: VisionModelConfig | SpeechModelConfig
+    mask: BlockMaskConfig | SpanMaskConfig
+    target: TargetConfig
+    loss: LossConfig
+    teacher: TeacherConfig
+    schedule: ScheduleConfig
+    data: VisionDataConfig | SpeechDataConfig
+    guard: GuardConfig = GuardConfig()
+    probe: ProbeConfig = ProbeConfig()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse_if(self.problems_across({name: getattr(self, name) for name in type(self).model_fields}))
+        return self
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        """What no section can see alone. Sections that are themselves wrong are left out by the caller."""
+        model, target = sections.get("model"), sections.get("target")
+        if model and target and target.top_k > model.depth:
+            hint = "There are no more blocks to average: lower it or raise `d2v.model.depth`."
+            yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
+
+    def problems_of_a_run(self) -> list[Problem]:
+        """What is wrong only where the section is to be trained with."""
+        return []
+
+
+class VisionConfig(D2VConfig):
+    """Images. The defaults are the published ViT-B run."""
 
     modality: Literal["vision"] = "vision"
     model: VisionModelConfig = VisionModelConfig()
@@ -301,15 +233,69 @@ class D2VConfig(Section):
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig = TeacherConfig()
     schedule: ScheduleConfig = ScheduleConfig(epochs=800, warmup_epochs=10, final_lr_ratio=0.005)
-    data: DataConfig = DataConfig()
-    guard: GuardConfig = GuardConfig()
-    probe: ProbeConfig = ProbeConfig()
-    run: RunSection = RunSection()
+    data: VisionDataConfig = VisionDataConfig()
+    probe: VisionProbeConfig = VisionProbeConfig()
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        refuse_if(_problems_across({name: getattr(self, name) for name in type(self).model_fields}))
-        return self
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        model, mask = sections.get("model"), sections.get("mask")
+        data, probe = sections.get("data"), sections.get("probe")
+        if model and mask and mask.num_patches >= model.num_patches:
+            must = f"be in [1, {model.num_patches - 1}]"
+            hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
+            yield Problem("mask.num_patches", must, mask.num_patches, hint)
+        yield from super().problems_across(sections)
+        if model and probe and probe.grid > model.grid_size:
+            must = f"be in [1, {model.grid_size}]"
+            hint = f"An image has {model.grid_size} x {model.grid_size} patches."
+            yield Problem("probe.grid", must, probe.grid, hint)
+        for name in ("mean", "std"):
+            if model and data and len(getattr(data, name)) not in (1, model.channels):
+                hint = f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
+                yield Problem(f"data.{name}", f"hold {model.channels} values", getattr(data, name), hint)
+
+    def problems_of_a_run(self) -> list[Problem]:
+        if self.data.kind != "digits" or self.model.channels == 1:
+            return []
+        must = 'be 1 with `d2v.data.kind` "digits"'
+        return [Problem("model.channels", must, self.model.channels, "The digits are grey.")]
+
+
+class SpeechConfig(D2VConfig):
+    """Recordings. The defaults are the published Base run on LibriSpeech."""
+
+    modality: Literal["speech"] = "speech"
+    model: SpeechModelConfig = SpeechModelConfig()
+    mask: SpanMaskConfig = SpanMaskConfig()
+    target: TargetConfig = TargetConfig(top_k=8, layer_norm="instance", final_norm="none")
+    loss: LossConfig = LossConfig(beta=0.0, channel_reduction="rsqrt")
+    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=30_000)
+    schedule: ScheduleConfig = ScheduleConfig(
+        kind="tri_stage", steps=400_000, warmup_steps=12_000, initial_lr_ratio=0.01, final_lr_ratio=0.01
+    )
+    data: SpeechDataConfig = SpeechDataConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        yield from super().problems_across(sections)
+        model, data = sections.get("model"), sections.get("data")
+        if model and data and model.num_frames(int(data.min_seconds * model.sample_rate)) < 2:
+            fewest = model.num_samples(2) / model.sample_rate
+            hint = "A recording needs a frame to mask and one to stay visible."
+            yield Problem("data.min_seconds", f"be >= {fewest:.4g}, two frames", data.min_seconds, hint)
+
+
+MODALITIES: dict[str, type[D2VConfig]] = {"vision": VisionConfig, "speech": SpeechConfig}
+
+
+def check_d2v(raw: Any, also: Iterable[str] = ()) -> tuple[D2VConfig | None, list[str]]:
+    """The `"d2v"` section of a file, or None, and every problem as a sentence; `also` as for `check`."""
+    name = raw.get("modality", "vision") if isinstance(raw, dict) else "vision"
+    if not isinstance(name, str) or name not in MODALITIES:
+        names = " or ".join(f'"{known}"' for known in MODALITIES)
+        return None, [say(Problem("d2v.modality", f"be {names}", name))]
+    config, problems = check(MODALITIES[name], raw, "d2v", also=also)
+    return config, problems + (_more_problems(MODALITIES[name], raw) if config is None else [])
 
 
 class RunConfig(Section):
@@ -355,7 +341,7 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
     outside = {key: value for key, value in raw.items() if key != "d2v"}
     problems = refused(outside)
     outside = {key: value for key, value in outside.items() if key not in REFUSED_KEYS}
-    deepspeed, found = check(DeepSpeedConfig, outside, also=["d2v", *known_keys(D2VConfig, "d2v")])
+    deepspeed, found = check(DeepSpeedConfig, outside, also=["d2v", *_all_known_keys()])
     problems += found
     if deepspeed is not None:
         try:
@@ -366,11 +352,10 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
     if "d2v" not in raw:
         problems.append("`d2v` is required, but missing. It holds model, mask, target, schedule, data and run.")
     else:
-        d2v, found = check(D2VConfig, raw["d2v"], "d2v", also=known_keys(DeepSpeedConfig))
-        problems += found + (_more_problems(raw["d2v"]) if d2v is None else [])
-    if d2v is not None and d2v.data.kind == "digits" and d2v.model.channels != 1:
-        must = 'be 1 with `d2v.data.kind` "digits"'
-        problems.append(say(Problem("d2v.model.channels", must, d2v.model.channels, "The digits are grey.")))
+        d2v, found = check_d2v(raw["d2v"], also=known_keys(DeepSpeedConfig))
+        problems += found
+    if d2v is not None:
+        problems += [say(problem, "d2v") for problem in d2v.problems_of_a_run()]
     if deepspeed is not None and deepspeed.fp16.enabled and not deepspeed.needs_deepspeed(world_size):
         hint = "One process without ZeRO runs on plain torch: use bf16, or `zero_optimization.stage` 1."
         problems.append(say(Problem("fp16.enabled", "be false without DeepSpeed", True, hint)))
@@ -408,36 +393,20 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     return lines
 
 
-def _problems_across(sections: Mapping[str, Any]) -> Iterator[Problem]:
-    """What no section can see alone. Sections that are themselves wrong are left out by the caller."""
-    model, mask = sections.get("model"), sections.get("mask")
-    target, data, probe = sections.get("target"), sections.get("data"), sections.get("probe")
-    if model and mask and mask.num_patches >= model.num_patches:
-        must = f"be in [1, {model.num_patches - 1}]"
-        hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
-        yield Problem("mask.num_patches", must, mask.num_patches, hint)
-    if model and target and target.top_k > model.depth:
-        hint = "There are no more blocks to average: lower it or raise `d2v.model.depth`."
-        yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
-    if model and probe and probe.grid > model.grid_size:
-        must = f"be in [1, {model.grid_size}]"
-        yield Problem("probe.grid", must, probe.grid, f"An image has {model.grid_size} x {model.grid_size} patches.")
-    for name in ("mean", "std"):
-        if model and data and len(getattr(data, name)) not in (1, model.channels):
-            hint = f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
-            yield Problem(f"data.{name}", f"hold {model.channels} values", getattr(data, name), hint)
+def _all_known_keys() -> list[str]:
+    return list(dict.fromkeys(key for section in MODALITIES.values() for key in known_keys(section, "d2v")))
 
 
-def _more_problems(raw: Any) -> list[str]:
+def _more_problems(config: type[D2VConfig], raw: Any) -> list[str]:
     """Problems between those sections that are right in themselves."""
     sections: dict[str, Any] = {}
-    for name, field in D2VConfig.model_fields.items():
+    for name, field in config.model_fields.items():
         if isinstance(field.default, Section) and isinstance(raw, dict):
             # a wrong section is left out: what it holds says nothing about the others
             with contextlib.suppress(ValidationError):
                 given = name in raw
                 sections[name] = type(field.default).model_validate(raw[name]) if given else field.default
-    return [say(problem, "d2v") for problem in _problems_across(sections)]
+    return [say(problem, "d2v") for problem in config.problems_across(sections)]
 
 
 def _read_json(text: str, source: str) -> dict[str, Any]:

@@ -29,6 +29,9 @@ _EXPECTED = {
 }
 
 
+# beyond any model, and small enough to be checked at once
+MAX_SIZE = 1 << 16
+
 AnySection = TypeVar("AnySection", bound="Section")
 
 
@@ -69,6 +72,16 @@ def say(problem: Problem, prefix: str = "") -> str:
     key = ".".join(part for part in (prefix, problem.key) if part)
     text = f"`{key}` must {problem.must}, but is {show(problem.value)} instead."
     return f"{text} {problem.hint}".rstrip()
+
+
+def problem_of_heads(width: int, heads: int) -> list[Problem]:
+    """The problem of attention heads that do not divide the width, if there is one."""
+    if width % heads == 0:
+        return []
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    near = min(divisors, key=lambda n: abs(n - heads))
+    hint = f"The nearest number of heads that does is {near}."
+    return [Problem("heads", f"divide `width` ({width})", heads, hint)]
 
 
 def check(

@@ -1,6 +1,7 @@
 """data2vec: the student regresses what the teacher makes of the unmasked input (arXiv 2202.03555, section 3).
 
-Shape letters: B batch, C channels, P patches, T = 1 + P tokens, D width, N masked rows, K averaged layers.
+Shape letters: B batch, P places (patches, frames), T tokens: the places and what stands before them, D width, N masked
+rows, K averaged layers.
 
 The teacher is an average of the student's encoder over time. It is handed in at every step and is no
 submodule, so neither the optimizer nor DeepSpeed takes it for a part of the model.
@@ -9,29 +10,15 @@ submodule, so neither the optimizer nor DeepSpeed takes it for a part of the mod
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from d2v_fast import ops
-from d2v_fast.config import D2VConfig, VisionModelConfig
-from d2v_fast.encoder import Encoder, EncoderOutput, RelativePositionBias, init_linear_
-from d2v_fast.modalities.vision import VisionEmbedding
-
-
-class MaskedImages(Protocol):
-    """What a step needs of a batch.
-
-    Attributes:
-        pixels: `[B, C, H, W]`, normalised.
-        rows: int64 `[N]`, flat indices `b * P + p` of the masked patches, without repeats.
-    """
-
-    @property
-    def pixels(self) -> Tensor: ...
-    @property
-    def rows(self) -> Tensor: ...
+from d2v_fast.config import D2VConfig
+from d2v_fast.modalities import build_student
+from d2v_fast.modalities.student import MaskedBatch
 
 
 class StepOutput(NamedTuple):
@@ -49,45 +36,6 @@ class StepOutput(NamedTuple):
     moments: Tensor
 
 
-class VisionModel(nn.Module):
-    """The image encoder: what is averaged into the teacher, and what is exported.
-
-    Args:
-        config: sizes and rates. The parameters are drawn from torch's global generator.
-    """
-
-    def __init__(self, config: VisionModelConfig) -> None:
-        super().__init__()
-        self.num_patches = config.num_patches
-        self.embedding = VisionEmbedding(config)
-        self.position_bias = RelativePositionBias(config.grid_size, config.heads)
-        self.encoder = Encoder(config)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-
-    def forward(
-        self, pixels: Tensor, rows: Tensor | None = None, top_k: int = 0, output_rows: Tensor | None = None
-    ) -> EncoderOutput:
-        """Encode a batch of images. `norm` is left to the caller, who may want it on some rows only.
-
-        Args:
-            pixels: `[B, C, H, W]`, normalised.
-            rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; None masks nothing.
-            top_k: K, how many of the last blocks' outputs to return.
-            output_rows: int64 `[M]`, flat indices `b * P + p`: the only patches at which the last block's output is
-                wanted; None: the whole output.
-        Returns:
-            `last_hidden` `[B, 1 + P, D]`, class token first, and K features of that shape. With `output_rows`,
-            `last_hidden` and the last feature are `[M, D]`.
-        """
-        token_rows = None if output_rows is None else self.token_rows(output_rows)
-        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), self.position_bias(), top_k, token_rows)
-        return output
-
-    def token_rows(self, rows: Tensor) -> Tensor:
-        """From rows of patches `b * P + p` to rows of tokens: a class token precedes the patches of every image."""
-        return rows + rows // self.num_patches + 1
-
-
 class Data2Vec(nn.Module):
     """Student encoder, regression head, and the objective.
 
@@ -98,19 +46,17 @@ class Data2Vec(nn.Module):
     def __init__(self, config: D2VConfig) -> None:
         super().__init__()
         self.target = config.target
-        self.num_patches = config.model.num_patches
         # statistics over positions need the last layer at all of them
         self.target_is_per_row = {config.target.layer_norm, config.target.final_norm} <= {"none", "layer"}
         self.beta = config.loss.beta
-        self.student = VisionModel(config.model)
-        self.head = nn.Linear(config.model.width, config.model.width)
-        init_linear_(self.head)
+        self.student = build_student(config)
+        self.head = self.student.make_head()
 
-    def forward(self, batch: MaskedImages, teacher: nn.Module) -> StepOutput:
-        """Loss of one batch against a teacher: a `VisionModel` in eval mode, of any floating dtype.
+    def forward(self, batch: MaskedBatch, teacher: nn.Module) -> StepOutput:
+        """Loss of one batch against a teacher: of the class of `student.averaged`, in eval mode, of any floating dtype.
 
         Raises:
-            ValueError: `batch` is not as `MaskedImages` describes it. Rows out of range are torch's IndexError or
+            ValueError: `batch` is not as `MaskedBatch` describes it. Rows out of range are torch's IndexError or
                 RuntimeError on a CPU; a GPU is not waited for.
         """
         rows = batch.rows
@@ -119,51 +65,65 @@ class Data2Vec(nn.Module):
                 f"`rows` must be a 1-d int64 tensor, but is {rows.dtype} of shape {list(rows.shape)} instead. "
                 "A mask `[B, P]`, True where masked, has the rows `mask.flatten().nonzero()[:, 0]`."
             )
-        if rows.device != batch.pixels.device:
+        if rows.device != batch.inputs.device:
             raise ValueError(
-                f"`rows` must be on {batch.pixels.device} as `pixels` are, but is on {rows.device} instead."
+                f"`rows` must be on {batch.inputs.device} as `inputs` are, but is on {rows.device} instead."
             )
+        masked, unmasked = self.embed(batch)
         # the teacher goes first: its working memory is free again when the student's activations pile up
-        features = self.teacher_features(batch, teacher)
-        return self.objective(self.student_forward(batch), features, batch.rows)
+        features = self.teacher_features(unmasked, teacher, rows)
+        return self.objective(self.student_forward(masked, rows), features, rows, batch.lengths)
 
-    def student_forward(self, batch: MaskedImages) -> Tensor:
-        """Predictions `[N, D]` at the masked patches of the masked images; norm and head see no other row."""
-        hidden = self.student(batch.pixels, batch.rows, output_rows=batch.rows).last_hidden
-        prediction: Tensor = self.head(self.student.norm(hidden))
+    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What student and teacher share, computed once: see `Student.embed`."""
+        return self.student.embed(batch)
+
+    def student_forward(self, masked: tuple[Any, ...], rows: Tensor) -> Tensor:
+        """Predictions `[N, D]` at the masked places of the masked samples; norm and head see no other row."""
+        hidden = self.student.encode(masked, output_rows=rows)
+        prediction: Tensor = self.head(self.student.finish(hidden))
         return prediction
 
     @torch.no_grad()
-    def teacher_features(self, batch: MaskedImages, teacher: nn.Module) -> list[Tensor]:
-        """Outputs `[B, P, D]` of the teacher's last K blocks at the patches of the unmasked images.
+    def teacher_features(self, unmasked: tuple[Any, ...], teacher: nn.Module, rows: Tensor) -> list[Tensor]:
+        """Features `[B, P, D]` of the teacher's last K blocks at the places of the unmasked samples.
 
-        Where the target is a function of each row alone, the last of them is computed at `batch.rows` only: its other
-        rows are uninitialised.
+        Where the target is a function of each row alone, the last of them is computed at `rows` only: its other rows
+        are uninitialised.
+
+        Args:
+            unmasked: of `student.embed`.
+            rows: int64 `[N]`, the masked places.
         """
         if teacher.training:
             raise ValueError("`teacher` must be in eval mode, but is in training mode instead: `teacher.eval()`.")
         # a working copy in the compute dtype needs no autocast, which would only run its norms in fp32
         is_working_copy = next(teacher.parameters()).dtype != torch.float32
-        device_type = batch.pixels.device.type
+        device_type = rows.device.type
         without_autocast = is_working_copy and torch.amp.is_autocast_available(device_type)
         with torch.autocast(device_type, enabled=False) if without_autocast else nullcontext():
-            output_rows = batch.rows if self.target_is_per_row else None
-            *features, last = teacher(batch.pixels, top_k=self.target.top_k, output_rows=output_rows).features
-        features = [feature[:, 1:] for feature in features]
+            output_rows = rows if self.target_is_per_row else None
+            *features, last = teacher(*unmasked, top_k=self.target.top_k, output_rows=output_rows).features
+        skipped = self.student.num_prefix_tokens
+        features = [feature[:, skipped:] for feature in features]
         if output_rows is None:
-            return [*features, last[:, 1:]]
-        # laid out as the other layers are, class token and all: layers with different strides would be copied
-        scattered = last.new_empty(len(batch.pixels), 1 + self.num_patches, last.shape[1])
-        scattered.flatten(0, 1).index_copy_(0, self.student.token_rows(output_rows), last)
-        return [*features, scattered[:, 1:]]
+            return [*features, last[:, skipped:]]
+        # laid out as the other layers are, prefix and all: layers with different strides would be copied
+        num_samples, num_places = self.student.num_places(unmasked)
+        scattered = last.new_empty(num_samples, skipped + num_places, last.shape[1])
+        scattered.flatten(0, 1).index_copy_(0, self.student.token_rows(output_rows, num_places), last)
+        return [*features, scattered[:, skipped:]]
 
-    def objective(self, prediction: Tensor, features: list[Tensor], rows: Tensor) -> StepOutput:
-        """Regress the normalised average of the features at the masked rows.
+    def objective(
+        self, prediction: Tensor, features: list[Tensor], rows: Tensor, lengths: Tensor | None = None
+    ) -> StepOutput:
+        """Regress the normalised average of the features at the masked places.
 
         Args:
             prediction: `[N, D]`, of `student_forward`.
             features: K tensors `[B, P, D]`, of `teacher_features`.
             rows: int64 `[N]`.
+            lengths: int64 `[B]`, for statistics over places; None: all are full.
         """
         loss, moments = ops.data2vec_loss(
             prediction,
@@ -171,6 +131,7 @@ class Data2Vec(nn.Module):
             layer_norm=self.target.layer_norm,
             final_norm=self.target.final_norm,
             rows=rows,
+            lengths=lengths,
             eps=self.target.eps,
             beta=self.beta,
             reduction="sum",

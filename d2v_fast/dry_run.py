@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.data import BatchMaker, steps_per_epoch
 from d2v_fast.data2vec import build_model
 from d2v_fast.memory import predict
 from d2v_fast.peak_memory import format_bytes
@@ -16,29 +17,29 @@ def describe(
     config: RunConfig,
     split: BatchSplit,
     schedule: LearningRate,
-    num_samples: int,
+    maker: BatchMaker,
     dtype: torch.dtype,
     device_type: str = "cpu",
 ) -> str:
     """The lines that `--dry-run` prints.
 
     Args:
-        num_samples: images in the data set.
+        maker: of the data set.
         dtype: of the forward pass.
         device_type: "cpu" or "cuda", where it would run.
     """
     with torch.device("meta"):
         model = build_model(config.d2v)
     student, head = _count(model.student), _count(model.head)
-    steps_per_epoch = num_samples // split.global_batch
+    epoch_steps = steps_per_epoch(maker, split)
     lines = [
         f"parameters      student {student:,}, head {head:,}, teacher {student:,}",
         *_memory(config, split.world_size, dtype, device_type),
-        f"data            {num_samples:,} images",
+        f"data            {maker.num_samples:,} {maker.what}s",
         f"global batch    {split.global_batch:,} = {split.micro_batch} per micro-step x {split.accumulation} "
         f"micro-steps x {split.world_size} processes",
-        f"length          {schedule.num_steps:,} optimizer steps, {steps_per_epoch:,} per epoch, "
-        f"{schedule.num_steps / steps_per_epoch:.1f} epochs",
+        f"length          {schedule.num_steps:,} optimizer steps, {epoch_steps:,} per epoch, "
+        f"{schedule.num_steps / epoch_steps:.1f} epochs",
         f"learning rate   {schedule.peak:g} after {schedule.warmup_steps:,} steps of warm-up, then "
         f"{config.d2v.schedule.kind} to {schedule.at(schedule.num_steps - 1):.3g}",
     ]

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import D2VConfig, VisionConfig
 from d2v_fast.data2vec import build_model
+from d2v_fast.modalities import Student
 from d2v_fast.run_folder import RunFolder
 
 
 def has_labels(config: D2VConfig) -> bool:
     """True where the data set comes with labels, for the probe only."""
-    return config.data.kind == "digits"
+    return config.data.kind in ("digits", "speech")
 
 
-def probe(config: D2VConfig, student: nn.Module, teacher: nn.Module) -> Any:
+def probe(config: D2VConfig, student: Student, teacher: Student) -> Any:
     """Probe student and teacher encoder beside the untrained network; returns a report that prints as a table."""
     # scikit-learn is slow to import, and needed here only
     from d2v_fast.data import digits_for_probe
@@ -27,6 +26,7 @@ def probe(config: D2VConfig, student: nn.Module, teacher: nn.Module) -> Any:
         torch.manual_seed(config.run.seed)
         untrained = build_model(config).student
     models = {"untrained": untrained, "student": student, "teacher": teacher}
+    assert isinstance(config, VisionConfig)
     return run_probe(models, digits_for_probe(config), config.probe)
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
-from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig
-from d2v_fast.config_errors import check
+from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, VisionConfig, check_d2v
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
 
@@ -63,7 +62,7 @@ def read_run_config(run_folder: Path) -> D2VConfig:
         raw = read_json(path, MAX_FILE_BYTES)
     except ValueError as error:
         raise ConfigError([f"not a configuration: {error}"], str(path)) from None
-    config, problems = check(D2VConfig, raw.get("d2v") if isinstance(raw, dict) else None, "d2v")
+    config, problems = check_d2v(raw.get("d2v") if isinstance(raw, dict) else None)
     if config is None:
         raise ConfigError(problems, str(path))
     return config
@@ -113,6 +112,8 @@ def export_run(
     from d2v_fast.interop.huggingface import export_vision
 
     config = read_run_config(run_folder)
+    if not isinstance(config, VisionConfig):
+        raise ValueError(f"`{run_folder}` must be of a run on images, but is of one on {config.modality}.")
     folder, newest = newest_checkpoint(run_folder)
     if step is not None and step != newest:
         folder = folder.with_name(f"step-{step}")

@@ -71,7 +71,7 @@ class Guard:
         self._watched: set[Tensor] = set()
         if world.size > 1:
             # where every gradient that went wrong on its way through the layers ends up
-            self._watch(model.student.embedding.parameters())
+            self._watch(model.student.get_submodule(model.student.entrance_name).parameters())
         # from the log, so that a resumed run finds the same spikes; the first process alone writes and reads it
         logged = read_log(folder.path) if world.is_first else []
         losses = (entry["loss"] for entry in logged if entry["loss"] is not None)

@@ -112,7 +112,7 @@ def shapes_of(config: RunConfig) -> Shapes:
     for name, parameter in model.named_parameters():
         index = int(parameter.ndim <= 1)
         groups[index].append(parameter.numel())
-        if name.startswith("student."):
+        if name.startswith("student." + model.student.averaged_prefix()):
             averaged[index].append(parameter.numel())
     return Shapes(tuple(map(tuple, groups)), tuple(map(tuple, averaged)))
 

@@ -55,17 +55,18 @@ def deviations(moments: Tensor, num_rows: int) -> Deviations:
     return Deviations(target=deviation(total[2], total[3]), prediction=deviation(total[0], total[1]))
 
 
-def loss_and_deviations(sums: Tensor, num_rows: int, width: int) -> Entry:
-    """The figures of a step: `loss` per masked value, `target_std`, `prediction_std`.
+def loss_and_deviations(sums: Tensor, num_rows: int, width: int, divisor: float) -> Entry:
+    """The figures of a step: `loss` per masked place, `target_std`, `prediction_std`.
 
     Args:
         sums: `[1 + 4 * D]`, the loss and the flattened moments, summed over all processes.
         num_rows: N, over all processes.
         width: D.
+        divisor: of the sum over channels, D for the loss per masked value.
     """
     spread = deviations(sums[1:].view(4, width), num_rows)
     return {
-        "loss": sums[0].item() / (num_rows * width),
+        "loss": sums[0].item() / (num_rows * divisor),
         "target_std": spread.target,
         "prediction_std": spread.prediction,
     }

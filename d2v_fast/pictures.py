@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_fast.config import D2VConfig
-from d2v_fast.data import build_dataset
-from d2v_fast.data2vec import VisionModel, build_model
+from d2v_fast.config import VisionConfig
+from d2v_fast.data import image_dataset
+from d2v_fast.data2vec import build_model
 from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_run_config
 from d2v_fast.masking import block_masks
+from d2v_fast.modalities import Student
 from d2v_fast.probe import patch_features
 from d2v_fast.world import RunError
 
@@ -41,7 +42,7 @@ LOWEST_SHARE, HIGHEST_SHARE = 0.01, 0.99
 class Weights(NamedTuple):
     """An encoder out of a checkpoint, and where it came from."""
 
-    model: VisionModel
+    model: Student
     name: str
     step: int
 
@@ -81,6 +82,8 @@ def draw(
     if not 1 <= count <= MAX_COUNT:
         raise ValueError(f"`--count` must be in [1, {MAX_COUNT}], but is {count} instead.")
     config = read_run_config(run_folder)
+    if not isinstance(config, VisionConfig):
+        raise ValueError(f"`{run_folder}` must be of a run on images, but is of one on {config.modality}.")
     trained = newest_weights(run_folder, config, weights)
     torch.manual_seed(config.run.seed)
     untrained = build_model(config).student
@@ -99,7 +102,7 @@ def draw(
     return out
 
 
-def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
+def newest_weights(run_folder: Path, config: VisionConfig, name: str) -> Weights:
     """The encoder `name` ("student" or "teacher") of the newest checkpoint."""
     folder, step = newest_checkpoint(run_folder)
     model = build_model(config).student
@@ -127,17 +130,18 @@ def principal_colours(features: Tensor) -> NDArray[np.float32]:
     return colours.view(*features.shape[:2], 3).float().numpy()
 
 
-def _choose_images(config: D2VConfig, folder: Path | None, count: int) -> tuple[Tensor, NDArray[np.int64]]:
+def _choose_images(config: VisionConfig, folder: Path | None, count: int) -> tuple[Tensor, NDArray[np.int64]]:
     """Normalised pixels `[B, C, H, W]` of samples spread evenly over the data set, and their ids."""
     data = config.data
     if folder is not None:
         data = data.model_copy(update={"kind": "images", "path": str(folder)})
-    dataset = build_dataset(data, config.model, split="test" if data.kind == "digits" else "train")
+    config = config.model_copy(update={"data": data})
+    dataset = image_dataset(config, split="test" if data.kind == "digits" else "train")
     sample_ids = np.unique(np.linspace(0, len(dataset) - 1, count, dtype=np.int64))
     return dataset.plain(sample_ids), sample_ids
 
 
-def _draw_masks(config: D2VConfig, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _draw_masks(config: VisionConfig, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Bool `[B, G, G]`, as the first epoch of the run would draw them."""
     mask = config.mask
     return block_masks(
@@ -152,7 +156,7 @@ def _draw_masks(config: D2VConfig, sample_ids: NDArray[np.int64]) -> NDArray[np.
     )
 
 
-def _displayable(pixels: Tensor, config: D2VConfig) -> NDArray[np.float32]:
+def _displayable(pixels: Tensor, config: VisionConfig) -> NDArray[np.float32]:
     """Undo the normalisation: `[B, H, W, 3]` in [0, 1]."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.data.mean, config.data.std))
     shown = (pixels * std + mean).clamp(0, 1).permute(0, 2, 3, 1)

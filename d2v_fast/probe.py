@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2v_fast.config import ProbeConfig
+from d2v_fast.config import ProbeConfig, VisionProbeConfig
 from d2v_fast.data import ProbeData
+from d2v_fast.modalities import Student
 
 PIXELS = "raw pixels"
 _BATCH = 256
@@ -66,19 +67,19 @@ class ProbeReport:
 
 
 @torch.no_grad()
-def patch_features(model: nn.Module, images: Tensor, top_k: int) -> Tensor:
+def patch_features(model: Student, images: Tensor, top_k: int) -> Tensor:
     """`[B, P, D]`, fp32: the mean of the last K blocks' outputs, each layer-normalised, as in the target of training.
 
     The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
     """
     was_training, parameter = model.training, next(model.parameters())
-    features = model.eval()(images.to(parameter.device, parameter.dtype), top_k=top_k).features
+    features = model.eval().features(images.to(parameter.device, parameter.dtype), top_k=top_k)
     model.train(was_training)
-    patches_KBPD = torch.stack([feature[:, 1:].float() for feature in features])
+    patches_KBPD = torch.stack([feature.float() for feature in features])
     return F.layer_norm(patches_KBPD, patches_KBPD.shape[-1:]).mean(0)
 
 
-def image_features(model: nn.Module, images: Tensor, grid: int = 1) -> NDArray[np.float32]:
+def image_features(model: Student, images: Tensor, grid: int = 1) -> NDArray[np.float32]:
     """Features of `images` `[S, C, H, W]`: the last block's `patch_features`, averaged over the patches of each cell.
 
     Args:
@@ -119,11 +120,11 @@ def score(features: NDArray[np.float32], data: ProbeData, config: ProbeConfig) -
     )
 
 
-def run_probe(models: Mapping[str, nn.Module], data: ProbeData, config: ProbeConfig) -> ProbeReport:
+def run_probe(models: Mapping[str, Student], data: ProbeData, config: VisionProbeConfig) -> ProbeReport:
     """Score every model's features, and the raw pixels.
 
     Args:
-        models: Networks with the call of `VisionModel`, by the name they get in the table.
+        models: Networks as `Student` describes them, by the name they get in the table.
         data: Images as the network takes them, labels, and the split.
         config: Cells of the features, labels per class, draws, neighbours.
     """

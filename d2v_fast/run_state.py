@@ -15,6 +15,7 @@ from d2v_fast.checkpoints import Checkpoints, require_same_shapes
 from d2v_fast.config import RunConfig, changed_keys
 from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.engine import Engine
+from d2v_fast.modalities import Student
 from d2v_fast.shard_files import Kept
 from d2v_fast.shards import full_shape, gather_whole
 from d2v_fast.teacher import Teacher
@@ -71,7 +72,7 @@ class RunState:
             wait: for the disk, too, and not for the copy to host memory only.
         """
         state = {
-            "samples": step * self._global_batch,
+            "global_batch": self._global_batch,
             "skipped": int(self.skipped),
             "streak": int(self.streak),
             "teacher_step": self._teacher.last_step,
@@ -103,9 +104,9 @@ class RunState:
             tell("nothing has been saved yet: starting from the beginning")
             return 0
         state = checkpoint.state
-        if state["samples"] != state["step"] * self._global_batch:
+        if state["global_batch"] != self._global_batch:
             raise RunError(
-                f"`train_batch_size` must be {state['samples'] // state['step']} as in the checkpoint, but is "
+                f"`train_batch_size` must be {state['global_batch']} as in the checkpoint, but is "
                 f"{self._global_batch} instead: other samples would be seen twice or not at all in this epoch."
             )
         expected = {f"student/{name}": full_shape(p) for name, p in self._model.named_parameters()}
@@ -123,19 +124,22 @@ class RunState:
         tell(f"resumed after step {state['step']}")
         return int(state["step"])
 
-    def whole_encoders(self) -> tuple[nn.Module, nn.Module] | None:
+    def whole_encoders(self) -> tuple[Student, Student] | None:
         """Student and teacher as modules that the first process can run alone, None in the others. Every process
         calls it. They are those that are trained, or copies of them where ZeRO-3 has partitioned these."""
         teacher = self._teacher.module
         if not any(hasattr(p, "ds_id") for p in self._model.parameters()):
-            return (self._model.student, teacher) if self._world.is_first else None
-        names = {f"student.{name}": shape for name, shape in self._teacher.shapes.items()}
+            student = self._model.student
+            return (student, student.with_averaged(teacher)) if self._world.is_first else None
+        names = {n: full_shape(p) for n, p in self._model.named_parameters() if n.startswith("student.")}
         weights = gather_whole(self._engine.shards(), names, self._world)
         average = gather_whole(self._teacher.shards, self._teacher.shapes, self._world)
         if not self._world.is_first:
             return None
+        prefix = self._model.student.averaged_prefix()
+        shared = {name.removeprefix("student."): value for name, value in weights.items()}
         encoders = []
-        for state in ({name.removeprefix("student."): value for name, value in weights.items()}, average):
+        for state in (shared, shared | {prefix + name: value for name, value in average.items()}):
             encoder = build_model(self._config.d2v).student.to(self._world.device)
             encoder.load_state_dict(state)
             encoders.append(encoder)

@@ -7,11 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import Problem, Section, refuse_if
+from d2v_fast.config_errors import MAX_SIZE, Problem, Section, problem_of_heads, refuse_if
 from d2v_fast.untrusted import is_path
-
-# beyond any model, and small enough to be checked at once
-_MAX_SIZE = 1 << 16
 
 
 class SpeechModelConfig(Section):
@@ -27,17 +24,17 @@ class SpeechModelConfig(Section):
     """
 
     sample_rate: int = Field(default=16_000, ge=1_000, le=192_000)
-    conv_width: int = Field(default=512, ge=1, le=_MAX_SIZE)
+    conv_width: int = Field(default=512, ge=1, le=MAX_SIZE)
     conv_kernels: tuple[int, ...] = Field(default=(10, 3, 3, 3, 3, 2, 2), strict=False)
     conv_strides: tuple[int, ...] = Field(default=(5, 2, 2, 2, 2, 2, 2), strict=False)
     position_depth: int = Field(default=5, ge=1, le=64)
     position_kernel: int = Field(default=19, ge=1, le=1024)
-    position_groups: int = Field(default=16, ge=1, le=_MAX_SIZE)
+    position_groups: int = Field(default=16, ge=1, le=MAX_SIZE)
     position_in_teacher: Literal["averaged", "shared"] = "shared"
-    width: int = Field(default=768, ge=1, le=_MAX_SIZE)
-    depth: int = Field(default=12, ge=1, le=_MAX_SIZE)
-    heads: int = Field(default=12, ge=1, le=_MAX_SIZE)
-    mlp_ratio: float = Field(default=4.0, gt=0, le=_MAX_SIZE)
+    width: int = Field(default=768, ge=1, le=MAX_SIZE)
+    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
+    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     attention_dropout: float = Field(default=0.1, ge=0, lt=1)
     activation_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -77,11 +74,7 @@ class SpeechModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems = []
-        if self.width % self.heads:
-            near = min((n for n in range(1, self.width + 1) if self.width % n == 0), key=lambda n: abs(n - self.heads))
-            hint = f"The nearest number of heads that does is {near}."
-            problems.append(Problem("heads", f"divide `width` ({self.width})", self.heads, hint))
+        problems = problem_of_heads(self.width, self.heads)
         if self.width % self.position_groups:
             problems.append(Problem("position_groups", f"divide `width` ({self.width})", self.position_groups))
         if self.position_kernel % 2 == 0:
@@ -107,8 +100,8 @@ class SpanMaskConfig(Section):
 
     kind: Literal["span"] = "span"
     prob: float = Field(default=0.65, gt=0, le=1)
-    length: int = Field(default=10, ge=1, le=_MAX_SIZE)
-    min_masks: int = Field(default=1, ge=1, le=_MAX_SIZE)
+    length: int = Field(default=10, ge=1, le=MAX_SIZE)
+    min_masks: int = Field(default=1, ge=1, le=MAX_SIZE)
     equal_counts: bool = True
 
 

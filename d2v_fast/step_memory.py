@@ -7,6 +7,7 @@ pass needs for a moment, gradients. What an operation allocates inside itself is
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,9 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
 from d2v_fast.data2vec import build_model
-from d2v_fast.encoder import attention_with_bias_gradient
+from d2v_fast.encoder import Encoder
+from d2v_fast.modalities.student import MaskedBatch
+from d2v_fast.pre_norm import attention_with_bias_gradient
 
 # what none of the samples loses to stochastic depth has the size of all of them: the most that a step can need
 _RARE = 1e-12
@@ -73,22 +76,21 @@ def step_memory(
         autocast: the student's parameters are fp32 and cast in the forward pass; else they are of `dtype`.
         device_type: "cpu" or "cuda": they attend in different ways.
     """
-    model_config = config.model
-    if model_config.drop_path > 0:
-        model_config = model_config.model_copy(update={"drop_path": _RARE})
-    config = config.model_copy(update={"model": model_config})
     with torch.device("meta"):
-        model, teacher = build_model(config), build_model(config).student.eval().requires_grad_(False).to(dtype)
+        model = build_model(_without_rare_savings(config))
+        teacher = build_model(config).student.averaged.eval().requires_grad_(False).to(dtype)
         if not autocast:
             model.to(dtype)
-        batch = _Batch(config, micro_batch)
+        batch = largest_batch(config, micro_batch)
     as_on = _AsOn(device_type, dtype if autocast else None)
-    for block in model.student.encoder.blocks:
-        # the backward pass takes modes of this kind off: recomputed blocks put them on again
-        block.forward = _within(as_on, block.forward)
+    for encoder in model.modules():
+        if isinstance(encoder, Encoder):
+            for block in encoder.blocks:
+                # the backward pass takes modes of this kind off: recomputed blocks put them on again
+                block.forward = _within(as_on, block.forward)
     live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])
     with torch.device("meta"), live, as_on:
-        live.add((batch.pixels, batch.rows))
+        live.add((batch.inputs, batch.rows))
         in_batch = live.bytes
         loss = model(batch, teacher).loss_sum
         saved, forward = live.bytes, live.peak
@@ -108,13 +110,35 @@ def _within(mode: TorchFunctionMode, call: Callable[..., Tensor]) -> Callable[..
     return called
 
 
-class _Batch:
-    """Of the size of a batch of the loader."""
+def _without_rare_savings(config: D2VConfig) -> D2VConfig:
+    """The configuration with stochastic depth that keeps everything, in the form that it has in training."""
+    if isinstance(config, VisionConfig) and config.model.drop_path > 0:
+        return config.model_copy(update={"model": config.model.model_copy(update={"drop_path": _RARE})})
+    if isinstance(config, SpeechConfig):
+        return config.model_copy(update={"model": config.model.model_copy(update={"layer_drop": 0.0})})
+    return config
 
-    def __init__(self, config: D2VConfig, size: int) -> None:
+
+class _Batch(NamedTuple):
+    inputs: Tensor
+    rows: Tensor
+    lengths: Tensor | None = None
+    kept: Tensor | None = None
+
+
+def largest_batch(config: D2VConfig, size: int) -> MaskedBatch:
+    """Of the size of the largest batch of the loader, on torch's current device."""
+    if isinstance(config, VisionConfig):
         model = config.model
-        self.pixels = torch.empty(size, model.channels, model.image_size, model.image_size)
-        self.rows = torch.empty(size * min(config.mask.num_patches, model.num_patches), dtype=torch.int64)
+        pixels = torch.empty(size, model.channels, model.image_size, model.image_size)
+        return _Batch(pixels, torch.empty(size * min(config.mask.num_patches, model.num_patches), dtype=torch.int64))
+    assert isinstance(config, SpeechConfig)
+    num_samples = int(config.data.max_seconds * config.model.sample_rate)
+    num_frames = config.model.num_frames(num_samples)
+    # the share that is masked where spans overlap at random
+    masked = 1 - math.exp(-config.mask.prob)
+    waveforms = torch.empty(size, num_samples)
+    return _Batch(waveforms, torch.empty(int(size * num_frames * masked), dtype=torch.int64))
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -219,12 +243,14 @@ class _AsOn(TorchFunctionMode):
             self._cast[id(x)] = x.to(self._dtype)
         return self._cast[id(x)]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float = 0.0) -> Tensor:
-        bias = attn_mask.to(q.dtype)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+    ) -> Tensor:
+        bias = q.new_empty(1, 1, 1, 1) if attn_mask is None else attn_mask.to(q.dtype)
         if not torch.is_grad_enabled() or not q.requires_grad:
             # a kernel in tiles writes nothing but its result, laid out as `[B, T, H, D / H]`
             return torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
-        if self._device_type == "cpu" and bias.requires_grad:
+        if self._device_type == "cpu" and (bias.requires_grad or dropout_p > 0):
             return attention_with_bias_gradient(q, k, v, bias, dropout_p)
         return _TiledAttention.apply(q, k, v, bias)
 

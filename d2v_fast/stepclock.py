@@ -60,9 +60,10 @@ class StepClock:
             yield item
 
     def watch(self, model: Data2Vec) -> None:
-        """Count the three parts of the model's forward pass."""
+        """Count the parts of the model's forward pass."""
         if self.enabled:
             for method, part in (
+                ("embed", "student forward"),
                 ("teacher_features", "teacher forward"),
                 ("student_forward", "student forward"),
                 ("objective", "target + loss"),

@@ -153,7 +153,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     import torch
 
     from d2v_fast.checkpoints import Checkpoints
-    from d2v_fast.data import StepLoader, build_dataset
+    from d2v_fast.data import StepLoader, batch_maker, steps_per_epoch
     from d2v_fast.data2vec import build_model
     from d2v_fast.engine import check_engine_available, compute_dtype, import_engine, make_engine
     from d2v_fast.guard import Guard
@@ -164,24 +164,19 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.schedules import LearningRate
     from d2v_fast.stepclock import StepClock
     from d2v_fast.teacher import Teacher
-    from d2v_fast.world import RunError, World, world_size
+    from d2v_fast.world import World, world_size
 
     d2v, split = config.d2v, config.deepspeed.batch_split(world_size())
     check_engine_available(config, split.world_size)
-    dataset = build_dataset(d2v.data, d2v.model)
-    steps_per_epoch = len(dataset) // split.global_batch
-    if steps_per_epoch == 0:
-        raise RunError(
-            f"`train_batch_size` must be at most the number of images ({len(dataset)}), "
-            f"but is {split.global_batch} instead."
-        )
-    schedule = LearningRate(d2v.schedule, config.deepspeed.optimizer.params.lr, steps_per_epoch)
+    maker = batch_maker(d2v)
+    epoch_steps = steps_per_epoch(maker, split)
+    schedule = LearningRate(d2v.schedule, config.deepspeed.optimizer.params.lr, epoch_steps)
     if dry_run:
         from d2v_fast.dry_run import describe
 
         if is_first_process():
             device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")
-            print(describe(config, split, schedule, len(dataset), compute_dtype(config, device), device.type))
+            print(describe(config, split, schedule, maker, compute_dtype(config, device), device.type))
         return None
 
     world = World(
@@ -206,10 +201,10 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         # DeepSpeed takes to the device what stays there, in its dtype
         model.to(world.device)
     # copied before an engine shards the student
-    copied = copy.deepcopy(model.student)
+    copied = copy.deepcopy(model.student.averaged)
     engine = make_engine(model, config, world)
     teacher = Teacher(
-        model.student,
+        model.student.averaged,
         d2v.teacher,
         compute_dtype=engine.compute_dtype,
         module=copied,
@@ -221,7 +216,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     if world.is_first:
         folder.write_config(config)
     loader = StepLoader(
-        dataset,
+        maker,
         d2v,
         micro_batch=split.micro_batch,
         accumulation=split.accumulation,
@@ -233,7 +228,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     )
     log = RunLog(folder, schedule.num_steps, start_step) if world.is_first else NoLog()
     opened.callback(log.close)
-    guard = Guard(config, world, state, folder, model, steps_per_epoch=steps_per_epoch, say=log.say)
+    guard = Guard(config, world, state, folder, model, steps_per_epoch=epoch_steps, say=log.say)
     clock = StepClock(world.device, enabled=d2v.run.profile)
     clock.watch(model)
     return Run(
@@ -264,8 +259,9 @@ def loop(run: Run, stop: StopRequest) -> int:
     from d2v_fast.metrics import Speed, loss_and_deviations
 
     section, width = run.config.d2v.run, run.config.d2v.model.width
+    divisor = run.config.d2v.loss.divisor(width)
     probe_every = run.config.d2v.probe.every_epochs * run.loader.steps_per_epoch
-    speed = Speed(run.start_step * run.split.global_batch)
+    speed = Speed(run.loader.samples_after(run.start_step))
     step = run.start_step
     for step, micro_batches in enumerate(run.clock.each(run.loader, "data"), start=run.start_step + 1):
         is_last = step == run.schedule.num_steps
@@ -281,7 +277,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             run.guard.see_loss(output.loss_sum)
             # the engine averages over micro-steps and processes; what is wanted is the mean over all masked
             # rows of the global batch, however it is split
-            share = run.split.accumulation * run.world.size / (num_rows * width)
+            share = run.split.accumulation * run.world.size / (num_rows * divisor)
             with run.clock.part("backward"):
                 run.engine.backward(output.loss_sum * share)
             if is_logged:
@@ -301,13 +297,13 @@ def loop(run: Run, stop: StopRequest) -> int:
             entry = {
                 "step": step,
                 "epoch": round(step / run.loader.steps_per_epoch, 3),
-                **loss_and_deviations(summed, num_rows, width),
+                **loss_and_deviations(summed, num_rows, width, divisor),
                 "lr": run.schedule.at(step - 1),
                 "decay": run.teacher.decay(step),
                 "grad_norm": run.engine.grad_norm.item(),
                 "skipped": int(run.state.skipped),
-                "samples": step * run.split.global_batch,
-                **speed.since_last(step * run.split.global_batch),
+                "samples": run.loader.samples_after(step),
+                **speed.since_last(run.loader.samples_after(step)),
                 "peak_memory_bytes": max(run.world.collect(run.memory.bytes())),
             }
             run.guard.mark_spike(entry)

@@ -56,7 +56,7 @@ def inputs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, list[int]]]:
     forward = Data2Vec.forward
 
     def forward_and_see(self: Data2Vec, batch: Any, teacher: Any) -> Any:
-        seen.append((batch.pixels.numpy().tobytes(), batch.rows.tolist()))
+        seen.append((batch.inputs.numpy().tobytes(), batch.rows.tolist()))
         return forward(self, batch, teacher)
 
     monkeypatch.setattr(Data2Vec, "forward", forward_and_see)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from d2v_fast.config import (
     ConfigError,
-    D2VConfig,
     RunConfig,
+    VisionConfig,
     VisionModelConfig,
     apply_overrides,
     changed_keys,
@@ -58,7 +58,7 @@ def test_import_is_light() -> None:
 
 def test_defaults_are_the_published_base_run() -> None:
     shipped = load_config(CONFIGS / "vision_base.json", ["d2v.data.path=/images"])
-    d2v, published = shipped.d2v, D2VConfig()
+    d2v, published = shipped.d2v, VisionConfig()
     assert d2v.model == published.model
     assert (d2v.target, d2v.loss, d2v.teacher) == (published.target, published.loss, published.teacher)
     assert d2v.mask.num_patches == published.mask.num_patches == 120

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2v_fast.config import BlockMaskConfig, D2VConfig, LossConfig, TargetConfig, VisionModelConfig
-from d2v_fast.data2vec import Data2Vec, VisionModel, build_model
+from d2v_fast.config import BlockMaskConfig, LossConfig, TargetConfig, VisionConfig, VisionModelConfig
+from d2v_fast.data2vec import Data2Vec, build_model
+from d2v_fast.modalities.vision import VisionModel
 from tests import vision_reference as reference
 
-CONFIG = D2VConfig(
+CONFIG = VisionConfig(
     model=VisionModelConfig(
         image_size=12, patch_size=3, width=24, depth=4, heads=3, drop_path=0.0, attention_dropout=0.0
     ),
@@ -39,7 +40,7 @@ def images(pixels: Tensor, masked: Tensor) -> Images:
     return Images(pixels, masked.flatten().nonzero()[:, 0], masked)
 
 
-def random_images(batch_size: int = 5, config: D2VConfig = CONFIG) -> Images:
+def random_images(batch_size: int = 5, config: VisionConfig = CONFIG) -> Images:
     """Another number of masked patches in every image."""
     model = config.model
     masked = torch.rand(batch_size, model.num_patches) < torch.linspace(0.2, 0.8, batch_size)[:, None]
@@ -52,7 +53,7 @@ def pixel_mask(batch: Images, config: VisionModelConfig = CONFIG.model) -> Tenso
     return grid.repeat_interleave(config.patch_size, 2).repeat_interleave(config.patch_size, 3)
 
 
-def random_pair(config: D2VConfig = CONFIG) -> tuple[Data2Vec, VisionModel]:
+def random_pair(config: VisionConfig = CONFIG) -> tuple[Data2Vec, VisionModel]:
     """A model and a teacher of other weights."""
     model = Data2Vec(config)
     teacher = VisionModel(config.model).eval().requires_grad_(False)
@@ -72,7 +73,7 @@ def double_weights(module: torch.nn.Module) -> dict[str, Tensor]:
 )
 def test_published_parameter_counts(sizes: dict[str, int], count: int) -> None:
     with torch.device("meta"):
-        model = build_model(D2VConfig(model=VisionModelConfig(**sizes)))
+        model = build_model(VisionConfig(model=VisionModelConfig(**sizes)))
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
@@ -81,7 +82,7 @@ def test_step_matches_fp64_formulas() -> None:
     batch = random_images()
     weights = double_weights(model)
     expected_loss, prediction, target = reference.step(
-        weights, double_weights(teacher), CONFIG, batch.pixels.double(), batch.masked
+        weights, double_weights(teacher), CONFIG, batch.inputs.double(), batch.masked
     )
     expected_grads = torch.autograd.grad(expected_loss, list(weights.values()))
 
@@ -144,7 +145,7 @@ def test_head_and_norm_see_masked_rows_only() -> None:
 def test_teacher_sees_what_the_student_does_not() -> None:
     model, teacher = random_pair()
     batch = random_images()
-    other = images(batch.pixels.masked_fill(pixel_mask(batch), 3.0), batch.masked)
+    other = images(batch.inputs.masked_fill(pixel_mask(batch), 3.0), batch.masked)
     assert torch.equal(model.student_forward(batch), model.student_forward(other))
     for one, two in zip(model.teacher_features(batch, teacher), model.teacher_features(other, teacher), strict=True):
         assert not torch.equal(one, two)
@@ -157,7 +158,7 @@ def test_teacher_features_are_the_last_layers(layer_norm: str, final_norm: str) 
     model, teacher = random_pair(CONFIG.model_copy(update={"target": target}))
     batch = random_images()
     features = model.teacher_features(batch, teacher)
-    outputs = reference.encode(double_weights(teacher), CONFIG.model, batch.pixels.double())
+    outputs = reference.encode(double_weights(teacher), CONFIG.model, batch.inputs.double())
     assert len(features) == 3
     per_row = layer_norm in ("none", "layer") and final_norm in ("none", "layer")
     for index, (feature, output) in enumerate(zip(features, outputs[1:], strict=True)):
@@ -172,8 +173,8 @@ def test_teacher_features_are_the_last_layers(layer_norm: str, final_norm: str) 
 def test_output_rows_are_those_of_the_whole_output() -> None:
     model, _ = random_pair()
     batch = random_images()
-    whole, (first, last) = model.student(batch.pixels, batch.rows, top_k=2)
-    picked, (same, also_picked) = model.student(batch.pixels, batch.rows, top_k=2, output_rows=batch.rows)
+    whole, (first, last) = model.student(batch.inputs, batch.rows, top_k=2)
+    picked, (same, also_picked) = model.student(batch.inputs, batch.rows, top_k=2, output_rows=batch.rows)
     assert also_picked is picked
     torch.testing.assert_close(same, first)
     torch.testing.assert_close(picked, whole[:, 1:][batch.masked])
@@ -193,7 +194,7 @@ def test_loss_does_not_depend_on_the_split() -> None:
 def test_no_masked_row_gives_zero() -> None:
     model, teacher = random_pair()
     batch = random_images()
-    output = model(images(batch.pixels, torch.zeros_like(batch.masked)), teacher)
+    output = model(images(batch.inputs, torch.zeros_like(batch.masked)), teacher)
     output.loss_sum.backward()
     assert output.num_rows == 0
     assert output.loss_sum.item() == 0.0

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import VisionConfig
 from d2v_fast.data import DataError, DigitsDataset, build_dataset, digits_for_probe
 from d2v_fast.data.affine import warp
 
 
-def make_config(image_size: int = 8, **data: object) -> D2VConfig:
-    return D2VConfig.model_validate(
+def make_config(image_size: int = 8, **data: object) -> VisionConfig:
+    return VisionConfig.model_validate(
         {
             "model": {"image_size": image_size, "patch_size": image_size // 4, "channels": 1, "depth": 6},
             "mask": {"num_patches": 10, "min_patches": 4},

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import VisionConfig
 from d2v_fast.data import DataError, ImagesDataset, build_dataset
 from d2v_fast.data.decode import Limits, UnreadableImage, centre_box, read_square
 from d2v_fast.data.images import random_box
@@ -22,10 +22,10 @@ from d2v_fast.data.images import random_box
 LIMITS = Limits(max_pixels=64_000_000, max_bytes=256_000_000, min_side=2)
 
 
-def make_config(folder: Path, channels: int = 3, image_size: int = 16, **data: object) -> D2VConfig:
+def make_config(folder: Path, channels: int = 3, image_size: int = 16, **data: object) -> VisionConfig:
     data = {"kind": "images", "path": str(folder), "num_workers": 0, "mean": [0.5], "std": [0.25], **data}
     model = {"image_size": image_size, "patch_size": image_size // 4, "channels": channels}
-    return D2VConfig.model_validate({"model": model, "mask": {"num_patches": 10, "min_patches": 4}, "data": data})
+    return VisionConfig.model_validate({"model": model, "mask": {"num_patches": 10, "min_patches": 4}, "data": data})
 
 
 def make_dataset(folder: Path, channels: int = 3, image_size: int = 16, **data: object) -> ImagesDataset:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import VisionConfig
 from d2v_fast.data import Batch, DataError, Dataset, StepLoader, build_dataset
 from d2v_fast.data import loader as loader_module
 from d2v_fast.masking import block_mask_rows
@@ -26,9 +26,9 @@ NUM_PATCHES = 16
 more_workers_than_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-def make_config(num_workers: int = 0, **data: object) -> D2VConfig:
+def make_config(num_workers: int = 0, **data: object) -> VisionConfig:
     moving = {"kind": "digits", "rotation_degrees": 10.0, "zoom": 0.1, "shift_pixels": 1.0}
-    return D2VConfig.model_validate(
+    return VisionConfig.model_validate(
         {
             "model": {"image_size": 8, "patch_size": 2, "channels": 1 if "path" not in data else 3},
             "mask": {"num_patches": 10, "min_patches": 4},
@@ -82,11 +82,11 @@ def by_sample(batches: list[Batch]) -> dict[int, tuple[bytes, tuple[int, ...]]]:
         for b, sample_id in enumerate(batch.sample_ids.tolist()):
             rows = batch.rows[batch.rows // NUM_PATCHES == b] % NUM_PATCHES
             assert sample_id not in seen
-            seen[sample_id] = (batch.pixels[b].numpy().tobytes(), tuple(rows.tolist()))
+            seen[sample_id] = (batch.inputs[b].numpy().tobytes(), tuple(rows.tolist()))
     return seen
 
 
-def all_steps(dataset: Dataset, config: D2VConfig, split: tuple[int, int, int], num_steps: int) -> list[dict]:
+def all_steps(dataset: Dataset, config: VisionConfig, split: tuple[int, int, int], num_steps: int) -> list[dict]:
     """For each optimizer step what all processes see together."""
     micro_batch, accumulation, world_size = split
     ranks = [
@@ -181,12 +181,12 @@ def test_batch_contents() -> None:
     dataset = build_dataset(config.data, config.model)
     step = next(iter(StepLoader(dataset, config, micro_batch=16, accumulation=2)))
     batch = step[0]
-    assert batch.pixels.shape == (16, 1, 8, 8)
-    assert batch.pixels.dtype == torch.float32
+    assert batch.inputs.shape == (16, 1, 8, 8)
+    assert batch.inputs.dtype == torch.float32
     assert batch.rows.dtype == batch.sample_ids.dtype == torch.int64
     rows = block_mask_rows(9, 0, batch.sample_ids.numpy(), 4, 10, 4, None, 0.3)
     np.testing.assert_array_equal(batch.rows, rows)
-    assert torch.equal(batch.pixels, dataset.augmented(batch.sample_ids.numpy(), 9, 0)[0])
+    assert torch.equal(batch.inputs, dataset.augmented(batch.sample_ids.numpy(), 9, 0)[0])
     assert batch.bad == ()
     assert batch.global_rows == len(step[0].rows) + len(step[1].rows)
     moved = batch.to("meta", non_blocking=True)
@@ -200,9 +200,9 @@ def test_pinned_memory(device: torch.device) -> None:
         config = make_config(num_workers)
         dataset = build_dataset(config.data, config.model)
         (batch,) = next(iter(StepLoader(dataset, config, micro_batch=16, pin_memory=True)))
-        assert batch.pixels.is_pinned()
+        assert batch.inputs.is_pinned()
         assert batch.rows.is_pinned()
-        assert torch.equal(batch.to(device, non_blocking=True).pixels.cpu(), batch.pixels)
+        assert torch.equal(batch.to(device, non_blocking=True).pixels.cpu(), batch.inputs)
 
 
 def test_seed_is_the_runs_unless_given() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from d2v_fast.config import VisionModelConfig
 from d2v_fast.encoder import (
     Encoder,
+    PreNormBlock,
     RelativePositionBias,
-    TransformerBlock,
     attention_with_bias_gradient,
     drop,
     relative_position_index,
@@ -73,7 +73,7 @@ def test_position_bias_is_in_the_dtype_of_attention() -> None:
 
 
 def test_block_matches_formula() -> None:
-    block = TransformerBlock(SMALL, index=2).double()
+    block = PreNormBlock(SMALL, index=2).double()
     reference.randomise_(block)
     x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL))
     weights = {f"block.{name}": parameter for name, parameter in block.named_parameters()}
@@ -129,7 +129,7 @@ def test_drop_is_dropout(prob: float) -> None:
 
 
 def test_drop_path_keeps_or_drops_whole_samples() -> None:
-    block = TransformerBlock(small(drop_path=0.5, depth=2), index=1).double()
+    block = PreNormBlock(small(drop_path=0.5, depth=2), index=1).double()
     reference.randomise_(block)
     torch.nn.init.zeros_(block.gamma2)  # one branch, so that its factor can be read off
     x, bias = (tensor.double() for tensor in inputs(SMALL, batch_size=64))
@@ -145,7 +145,7 @@ def test_drop_path_keeps_or_drops_whole_samples() -> None:
 @pytest.mark.parametrize("with_rows", [False, True], ids=["all_tokens", "rows"])
 def test_dropped_samples_are_multiplied_by_zero(with_rows: bool) -> None:
     """Values and gradients are those of a branch that is computed for every sample and then scaled by 0 or 1 / keep."""
-    block = TransformerBlock(small(drop_path=0.4, depth=2), index=1).double()
+    block = PreNormBlock(small(drop_path=0.4, depth=2), index=1).double()
     reference.randomise_(block)
     x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL, batch_size=7))
     rows = random_rows(x) if with_rows else None
@@ -170,7 +170,7 @@ def test_dropped_samples_are_multiplied_by_zero(with_rows: bool) -> None:
 
 
 def test_dropped_samples_are_not_computed() -> None:
-    block = TransformerBlock(small(drop_path=0.5, depth=2), index=1)
+    block = PreNormBlock(small(drop_path=0.5, depth=2), index=1)
     seen = []
     for module in (block.attention, block.mlp):
         module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -180,7 +180,7 @@ def test_dropped_samples_are_not_computed() -> None:
 
 
 def test_every_sample_dropped() -> None:
-    block = TransformerBlock(small(drop_path=0.999999, depth=2), index=1)
+    block = PreNormBlock(small(drop_path=0.999999, depth=2), index=1)
     x, bias = inputs(SMALL, batch_size=3)
     bias.requires_grad_()
     output = block(x, bias)

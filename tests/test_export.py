@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2v_fast.config import BlockMaskConfig, D2VConfig, DataConfig, RunSection, TargetConfig, VisionModelConfig
+from d2v_fast.config import BlockMaskConfig, RunSection, TargetConfig, VisionConfig, VisionDataConfig, VisionModelConfig
 from d2v_fast.console import main
 from d2v_fast.data2vec import build_model
 from d2v_fast.export import export_run
@@ -21,16 +21,16 @@ from d2v_fast.shard_files import Kept, copy_to_host, write_shards
 from d2v_fast.shards import Shard
 from tests.common import run_python
 
-CONFIG = D2VConfig(
+CONFIG = VisionConfig(
     model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=16, depth=2, heads=2),
     mask=BlockMaskConfig(num_patches=9, min_patches=2),
     target=TargetConfig(top_k=2),
-    data=DataConfig(mean=(0.3,), std=(0.4,)),
+    data=VisionDataConfig(mean=(0.3,), std=(0.4,)),
     run=RunSection(seed=5),
 )
 
 
-def write_run(folder: Path, config: D2VConfig, processes: int) -> torch.nn.Module:
+def write_run(folder: Path, config: VisionConfig, processes: int) -> torch.nn.Module:
     """A run with one checkpoint that so many processes have written; returns its model, the teacher is 2 x it."""
     import hashlib
 

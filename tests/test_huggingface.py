@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2v_fast.config import BlockMaskConfig, D2VConfig, DataConfig, TargetConfig, VisionModelConfig
-from d2v_fast.data2vec import VisionModel
+from d2v_fast.config import BlockMaskConfig, TargetConfig, VisionConfig, VisionDataConfig, VisionModelConfig
 from d2v_fast.interop.huggingface import export_vision, import_vision
+from d2v_fast.modalities.vision import VisionModel
 from tests.common import run_python
 from tests.vision_reference import randomise_
 
@@ -29,15 +29,15 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(**sizes: Any) -> tuple[VisionModel, D2VConfig]:
+def build(**sizes: Any) -> tuple[VisionModel, VisionConfig]:
     """A random encoder, not one parameter at its initial value, in a run configuration."""
     model_config = VisionModelConfig(**sizes)
     channels = model_config.channels
-    config = D2VConfig.model_construct(
+    config = VisionConfig.model_construct(
         model=model_config,
         target=TargetConfig(top_k=1),
         mask=BlockMaskConfig(num_patches=1, min_patches=1),
-        data=DataConfig(mean=(0.3,) * channels, std=(0.2, 0.3, 0.4)[:channels]),
+        data=VisionDataConfig(mean=(0.3,) * channels, std=(0.2, 0.3, 0.4)[:channels]),
     )
     model = VisionModel(model_config).eval()
     randomise_(model)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from d2v_fast.config import BlockMaskConfig, D2VConfig, TargetConfig, VisionModelConfig
+from d2v_fast.config import BlockMaskConfig, TargetConfig, VisionConfig, VisionModelConfig
 from d2v_fast.engine import PlainEngine
 from d2v_fast.masking import block_mask_rows
 from d2v_fast.world import World
@@ -39,7 +39,7 @@ def test_every_mask_of_every_configuration(grid_size, patch_size, shares, has_mo
     largest = fewest + round(shares[2] * num_patches) if has_most else None
     mask = BlockMaskConfig(num_patches=most, min_patches=fewest, max_patches=largest, min_aspect=min_aspect)
     model = VisionModelConfig(image_size=grid_size * patch_size, patch_size=patch_size)
-    D2VConfig(model=model, mask=mask)
+    VisionConfig(model=model, mask=mask)
     ids = np.array([0, 1, 2**62, seed], dtype=np.int64)
     rows = block_mask_rows(
         seed, epoch, ids, model.grid_size, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect
@@ -56,7 +56,7 @@ def test_every_mask_of_every_configuration(grid_size, patch_size, shares, has_mo
 def test_configuration_leaves_a_patch_visible(grid_size: int, num_patches: int) -> None:
     assume(num_patches >= grid_size**2)
     with pytest.raises(ValueError, match="num_patches"):
-        D2VConfig(
+        VisionConfig(
             model=VisionModelConfig(image_size=grid_size, patch_size=1),
             mask=BlockMaskConfig(num_patches=num_patches, min_patches=1),
         )
@@ -70,7 +70,7 @@ def masked_as(kind: str) -> Images:
         masked[1], masked[3] = False, True
     else:
         masked[:] = kind == "all masked"
-    return images(batch.pixels, masked)
+    return images(batch.inputs, masked)
 
 
 @pytest.mark.parametrize(("layer_norm", "final_norm"), NORMS)
@@ -93,7 +93,7 @@ def test_loss_is_finite_whatever_is_masked(layer_norm: str, final_norm: str) -> 
         if kind == "one empty, one full" and {layer_norm, final_norm} <= {"none", "layer"}:
             # without the image that has nothing masked
             kept = torch.arange(5) != 1
-            without = model(images(batch.pixels[kept], batch.masked[kept]), teacher)
+            without = model(images(batch.inputs[kept], batch.masked[kept]), teacher)
             torch.testing.assert_close(without.loss_sum, output.loss_sum)
 
 
@@ -126,7 +126,7 @@ def test_step_without_a_masked_patch_is_one_without_gradient() -> None:
 def test_wrong_masks_are_refused(change: dict[str, Any], message: str) -> None:
     model, teacher = random_pair()
     batch = random_images()
-    wrong = Images(**{"pixels": batch.pixels, "rows": batch.rows, "masked": batch.masked} | change)
+    wrong = Images(**{"pixels": batch.inputs, "rows": batch.rows, "masked": batch.masked} | change)
     with pytest.raises(ValueError, match=message):
         model(wrong, teacher)
 
@@ -136,7 +136,7 @@ def test_rows_out_of_range_are_refused(bad: int) -> None:
     model, teacher = random_pair()
     batch = random_images()
     with pytest.raises((IndexError, RuntimeError), match="index"):
-        model(Images(batch.pixels, torch.tensor([0, bad]), batch.masked), teacher)
+        model(Images(batch.inputs, torch.tensor([0, bad]), batch.masked), teacher)
 
 
 def test_rows_with_gaps_in_memory_and_in_any_order() -> None:
@@ -145,6 +145,6 @@ def test_rows_with_gaps_in_memory_and_in_any_order() -> None:
     order = torch.randperm(len(batch.rows))
     stretched = torch.stack((batch.rows[order], batch.rows + 1000), 1)[:, 0]
     assert not stretched.is_contiguous()
-    want, got = model(batch, teacher), model(Images(batch.pixels, stretched, batch.masked), teacher)
+    want, got = model(batch, teacher), model(Images(batch.inputs, stretched, batch.masked), teacher)
     torch.testing.assert_close(got.loss_sum, want.loss_sum)
     torch.testing.assert_close(got.moments, want.moments, rtol=1e-4, atol=1e-4)

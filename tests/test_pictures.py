@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from d2v_fast import pictures
-from d2v_fast.config import BlockMaskConfig, D2VConfig, DataConfig, RunSection, TargetConfig, VisionModelConfig
+from d2v_fast.config import BlockMaskConfig, RunSection, TargetConfig, VisionConfig, VisionDataConfig, VisionModelConfig
 from d2v_fast.data2vec import build_model
 
-CONFIG = D2VConfig(
+CONFIG = VisionConfig(
     model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=24, depth=3, heads=2),
     mask=BlockMaskConfig(num_patches=9, min_patches=2),
     target=TargetConfig(top_k=2),
-    data=DataConfig(mean=(0.3,), std=(0.4,)),
+    data=VisionDataConfig(mean=(0.3,), std=(0.4,)),
     run=RunSection(seed=5),
 )
 

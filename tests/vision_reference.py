@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.config import D2VConfig, VisionModelConfig
+from d2v_fast.config import VisionConfig, VisionModelConfig
 
 Weights = dict[str, Tensor]
 
@@ -106,7 +106,7 @@ def layer_norm(x: Tensor, eps: float, weight: Tensor | float = 1.0, bias: Tensor
 
 
 def step(
-    weights: Weights, teacher_weights: Weights, config: D2VConfig, pixels: Tensor, masked: Tensor
+    weights: Weights, teacher_weights: Weights, config: VisionConfig, pixels: Tensor, masked: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, predictions `[N, D]` and targets `[N, D]` of one batch; layer norm before and after averaging."""
     assert (config.target.layer_norm, config.target.final_norm) == ("layer", "layer")

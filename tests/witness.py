@@ -110,7 +110,7 @@ class Witness:
 
     def _spoil(self, kind: str, batch: Any) -> Any:
         if kind in ("nan pixel", "inf pixel"):
-            pixels = batch.pixels.clone()
+            pixels = batch.inputs.clone()
             pixels[-1, 0, 1, 2] = float(kind[:3])
             return replace(batch, pixels=pixels)
         if kind in ("weights", "teacher"):

@@ -1,43 +1,81 @@
-"""Data: which images there are, how they are read and changed at random, and in which order they are seen."""
+"""Data: which samples there are, how they are read and changed at random, and in which order they are seen."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from d2v_fast.data.batch import Batch, DataError, Dataset
+from d2v_fast.config import BatchSplit, D2VConfig, SpeechConfig, VisionConfig
+from d2v_fast.data.batch import Batch, DataError, ImageDataset
 from d2v_fast.data.digits import DigitsDataset, ProbeData, digits_for_probe
 from d2v_fast.data.images import ImagesDataset
 from d2v_fast.data.loader import StepLoader, worker_died
-
-if TYPE_CHECKING:
-    from d2v_fast.config import DataConfig, VisionModelConfig
+from d2v_fast.data.makers import BatchMaker, ImageBatches, SpeechBatches
+from d2v_fast.data.order import StepOrder
 
 __all__ = [
     "Batch",
+    "BatchMaker",
     "DataError",
-    "Dataset",
     "DigitsDataset",
+    "ImageDataset",
     "ImagesDataset",
     "ProbeData",
     "StepLoader",
-    "build_dataset",
+    "batch_maker",
     "digits_for_probe",
+    "image_dataset",
+    "steps_per_epoch",
     "worker_died",
 ]
 
 
-def build_dataset(
-    data: DataConfig, model: VisionModelConfig, split: Literal["train", "test"] = "train"
-) -> DigitsDataset | ImagesDataset:
-    """The data set that `data.kind` names, with images of the size that the model reads.
+def image_dataset(config: VisionConfig, split: Literal["train", "test"] = "train") -> DigitsDataset | ImagesDataset:
+    """The images that `data.kind` names, of the size that the model reads.
 
     Args:
         split: "test" is the held-out part of the digits; a folder of images has none.
     Raises:
         DataError: if there is nothing to read, or the model does not fit it.
     """
-    if data.kind == "digits":
-        return DigitsDataset(data, model, split)
+    if config.data.kind == "digits":
+        return DigitsDataset(config.data, config.model, split)
     if split != "train":
         raise DataError(f'`split` must be "train" for a folder of images, but is "{split}" instead.')
-    return ImagesDataset(data, model)
+    return ImagesDataset(config.data, config.model)
+
+
+def batch_maker(config: D2VConfig) -> BatchMaker:
+    """What makes the training batches of a run.
+
+    Raises:
+        DataError: if there is nothing to read, or the model does not fit it.
+    """
+    if isinstance(config, VisionConfig):
+        return ImageBatches(image_dataset(config), config)
+    assert isinstance(config, SpeechConfig)
+    from d2v_fast.data.audio import AudioDataset
+    from d2v_fast.data.speech import SpeechSamples
+
+    kind = SpeechSamples if config.data.kind == "speech" else AudioDataset
+    return SpeechBatches(kind(config.data, config.model), config)
+
+
+def steps_per_epoch(maker: BatchMaker, split: BatchSplit) -> int:
+    """Optimizer steps of one pass over the data.
+
+    Raises:
+        DataError: the data set is smaller than a step.
+    """
+    order = StepOrder(
+        maker.num_samples,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        world_size=split.world_size,
+        rank=0,
+        seed=0,
+        start_step=0,
+        num_steps=None,
+        lengths=maker.lengths,
+        max_step_length=maker.max_step_length,
+    )
+    return order.steps_per_epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "DataError", "Dataset"]
+__all__ = ["Batch", "DataError", "ImageDataset"]
 
 
 class DataError(ValueError):
@@ -22,41 +23,38 @@ class Batch:
     """One micro batch of one process. It holds no labels.
 
     Attributes:
-        pixels: fp32 `[B, C, H, W]`, normalised.
-        rows: int64 `[N]`, flat indices `b * P + p` of the masked patches, ascending.
+        inputs: fp32: pixels `[B, C, H, W]`, normalised; waveforms `[B, N]`, normalised, zero after their end.
+        rows: int64 `[N]`, flat indices `b * P + p` of the masked places (patches, frames), ascending.
         sample_ids: int64 `[B]`, positions in the data set.
+        lengths: int64 `[B]`, places of each sample that are not padding; None: all.
+        kept: int64 `[M]`, flat indices of the places that are not padding, ascending; None: all.
         bad: the unreadable files that were replaced by a neighbour, as `path: reason`.
-        global_rows: masked patches of the whole optimizer step, over all its micro steps and processes; None
-        when the
+        global_rows: masked places of the whole optimizer step, over all its micro steps and processes; None when the
             batch was not made by a `StepLoader`.
     """
 
-    pixels: Tensor
+    inputs: Tensor
     rows: Tensor
     sample_ids: Tensor
+    lengths: Tensor | None = None
+    kept: Tensor | None = None
     bad: tuple[str, ...] = ()
     global_rows: int | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with its tensors on `device`."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, non_blocking=non_blocking),
-            rows=self.rows.to(device, non_blocking=non_blocking),
-            sample_ids=self.sample_ids.to(device, non_blocking=non_blocking),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, for copies to the GPU that do not block."""
-        return replace(
-            self,
-            pixels=self.pixels.pin_memory(),
-            rows=self.rows.pin_memory(),
-            sample_ids=self.sample_ids.pin_memory(),
-        )
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
-class Dataset(Protocol):
+class ImageDataset(Protocol):
     """Images that are addressed by their position, 0 to `len(dataset)` - 1."""
 
     image_size: int

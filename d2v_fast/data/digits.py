@@ -20,7 +20,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.streams import AUGMENT, SPLIT, permutation, stream_keys, uniforms
 
 if TYPE_CHECKING:
-    from d2v_fast.config import D2VConfig, DataConfig, VisionModelConfig
+    from d2v_fast.config import VisionConfig, VisionDataConfig, VisionModelConfig
 
 __all__ = ["DigitsDataset", "ProbeData", "digits_for_probe"]
 
@@ -50,13 +50,15 @@ class DigitsDataset:
     """The digits of one split, without labels.
 
     Augmented digits are rotated, enlarged or shrunk, and shifted, in one cubic resampling; outside of the
-    scan is paper. The other options of `DataConfig` (crop, flip, colour) are for photographs and have no
+    scan is paper. The other options of `VisionDataConfig` (crop, flip, colour) are for photographs and have no
     effect here.
     """
 
     channels = 1
 
-    def __init__(self, data: DataConfig, model: VisionModelConfig, split: Literal["train", "test"] = "train") -> None:
+    def __init__(
+        self, data: VisionDataConfig, model: VisionModelConfig, split: Literal["train", "test"] = "train"
+    ) -> None:
         if model.channels != 1:
             raise DataError(f"`d2v.model.channels` must be 1 for digits, but is {model.channels} instead.")
         scans, labels = _load_scans()
@@ -96,7 +98,7 @@ class DigitsDataset:
         return torch.from_numpy(pixels).sub_(self._mean).div_(self._std)
 
 
-def digits_for_probe(config: D2VConfig) -> ProbeData:
+def digits_for_probe(config: VisionConfig) -> ProbeData:
     """All digits with their labels, prepared as `config` says, and the split that pre-training respects."""
     _, labels = _load_scans()
     train, test = _split(labels, config.data.test_fraction)

@@ -21,7 +21,7 @@ from d2v_fast.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.untrusted import printable
 
 if TYPE_CHECKING:
-    from d2v_fast.config import DataConfig, VisionModelConfig
+    from d2v_fast.config import VisionDataConfig, VisionModelConfig
 
 __all__ = ["ImagesDataset", "random_box"]
 
@@ -55,7 +55,7 @@ class ImagesDataset:
         DataError: at once, if there is no such folder, no image in it, or none that can be read.
     """
 
-    def __init__(self, data: DataConfig, model: VisionModelConfig) -> None:
+    def __init__(self, data: VisionDataConfig, model: VisionModelConfig) -> None:
         if model.channels not in (1, 3):
             raise DataError(f"`d2v.model.channels` must be 1 or 3, but is {model.channels} instead.")
         if data.path is None:

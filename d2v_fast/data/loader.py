@@ -15,17 +15,16 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from d2v_fast.data.batch import Batch, DataError, Dataset
+from d2v_fast.data.batch import Batch, DataError
+from d2v_fast.data.makers import BatchMaker
 from d2v_fast.data.order import MicroStep, StepOrder
-from d2v_fast.masking import block_mask_rows
 
 if TYPE_CHECKING:
-    from d2v_fast.config import BlockMaskConfig, D2VConfig, DataConfig
+    from d2v_fast.config import D2VConfig, SpeechDataConfig, VisionDataConfig
 
 __all__ = ["StepLoader", "worker_died"]
 
@@ -47,8 +46,8 @@ class StepLoader:
     """Yields, for every optimizer step, the list of its micro batches for this process.
 
     Args:
-        dataset: what `build_dataset` returns.
-        config: the `"d2v"` section; masks, number of workers and the limit for unreadable files are read from it.
+        maker: what `batch_maker` returns.
+        config: the `"d2v"` section; number of workers and the limit for unreadable files are read from it.
         micro_batch, accumulation, world_size, rank: see `StepOrder`.
         seed: of order, augmentation and masks; None takes `config.run.seed`.
         start_step: optimizer steps already made; iteration begins after them.
@@ -65,7 +64,7 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        maker: BatchMaker,
         config: D2VConfig,
         *,
         micro_batch: int,
@@ -81,7 +80,7 @@ class StepLoader:
     ) -> None:
         seed = config.run.seed if seed is None else seed
         self._order = StepOrder(
-            len(dataset),
+            maker.num_samples,
             micro_batch=micro_batch,
             accumulation=accumulation,
             world_size=world_size,
@@ -89,20 +88,22 @@ class StepLoader:
             seed=seed,
             start_step=start_step,
             num_steps=num_steps,
+            lengths=maker.lengths,
+            max_step_length=maker.max_step_length,
         )
-        self._maker = _BatchMaker(dataset, config.mask, config.model.grid_size, seed)
+        self._maker = _Micro(maker, seed)
         self._num_workers = config.data.num_workers
         if pin_memory is None:
             pin_memory = config.run.device != "cpu" and torch.cuda.is_available()
         self._pin_memory = pin_memory
         self._timeout_s = 60 * config.run.timeout_minutes if timeout_s is None else timeout_s
-        self._bytes = 4 * micro_batch * dataset.channels * dataset.image_size**2
+        self._bytes = micro_batch * maker.sample_bytes
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
-        self._bad = _BadFiles(config.data, len(dataset), on_bad)
+        self._bad = _BadFiles(config.data, maker, on_bad)
         if self._num_workers > 0:
             _check_shared_memory(self._num_workers * self._prefetch * self._bytes, self._num_workers)
         # compiles the sampler here, once, and not in every worker
-        self._maker.rows(0, np.zeros(1, dtype=np.int64))
+        maker.warm_up()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,6 +114,10 @@ class StepLoader:
     def global_batch(self) -> int:
         """Samples in one optimizer step, over all micro steps and processes."""
         return self._order.global_batch
+
+    def samples_after(self, step: int) -> int:
+        """Samples used after so many optimizer steps."""
+        return self._order.samples_after(step)
 
     @property
     def bad_files(self) -> tuple[str, ...]:
@@ -159,48 +164,29 @@ class StepLoader:
         )
 
 
-class _BatchMaker(TorchDataset):
+class _Micro(TorchDataset):
     """Makes one micro batch; runs in the workers."""
 
-    def __init__(self, dataset: Dataset, mask: BlockMaskConfig, grid_size: int, seed: int) -> None:
-        self._dataset = dataset
-        self._mask = mask
-        self._grid_size = grid_size
-        self._seed = seed
-
-    def rows(self, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
-        mask = self._mask
-        return block_mask_rows(
-            self._seed,
-            epoch,
-            sample_ids,
-            self._grid_size,
-            mask.num_patches,
-            mask.min_patches,
-            mask.max_patches,
-            mask.min_aspect,
-        )
+    def __init__(self, maker: BatchMaker, seed: int) -> None:
+        self._maker, self._seed = maker, seed
 
     def __getitem__(self, micro: MicroStep) -> Batch | DataError:
         try:
-            pixels, bad = self._dataset.augmented(micro.sample_ids, self._seed, micro.epoch)
+            return self._maker.make(micro, self._seed)
         except DataError as error:
             # raised by the main process: a worker's exception would arrive as the text of a traceback
             return error
-        rows = self.rows(micro.epoch, micro.sample_ids)
-        # cheaper than asking the other processes: a mask is a millionth of a second
-        alone = len(micro.sample_ids) == len(micro.step_sample_ids)
-        global_rows = len(rows) if alone else len(self.rows(micro.epoch, micro.step_sample_ids))
-        return Batch(pixels, torch.from_numpy(rows), torch.from_numpy(micro.sample_ids), bad, global_rows)
 
 
 class _BadFiles:
     """Counts and names unreadable files, and stops the run when there are too many."""
 
-    def __init__(self, config: DataConfig, num_samples: int, on_bad: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: VisionDataConfig | SpeechDataConfig, maker: BatchMaker, on_bad: Callable[[str], None]
+    ) -> None:
         self.files: dict[str, None] = {}
         self._max_fraction, self._strict = config.max_bad_fraction, config.strict
-        self._num_samples = num_samples
+        self._num_samples, self._what = maker.num_samples, maker.what
         self._on_bad = on_bad
         self._num_seen = 0
 
@@ -211,17 +197,17 @@ class _BadFiles:
             return
         for file in new:
             self.files[file] = None
-            _log.warning("skipped unreadable image number %d: %s", len(self.files), file)
+            _log.warning("skipped unreadable %s number %d: %s", self._what, len(self.files), file)
             self._on_bad(file)
         if self._strict:
-            raise DataError("an image is unreadable, and `d2v.data.strict` is true:\n  " + "\n  ".join(new))
+            raise DataError(f"an unreadable {self._what}, and `d2v.data.strict` is true:\n  " + "\n  ".join(new))
         seen = min(self._num_seen, self._num_samples)
         judged = max(seen, min(self._num_samples, MIN_JUDGED))
         if len(self.files) > math.ceil(self._max_fraction * judged):
             named = list(self.files)[:NUM_NAMED]
             more = len(self.files) - len(named)
             raise DataError(
-                f"{len(self.files)} of {seen} images are unreadable, and `d2v.data.max_bad_fraction` is "
+                f"{len(self.files)} of {seen} {self._what}s are unreadable, and `d2v.data.max_bad_fraction` is "
                 f"{self._max_fraction}. Repair or remove them, or raise that limit:\n  "
                 + "\n  ".join(named)
                 + (f"\n  and {more} more" if more else "")

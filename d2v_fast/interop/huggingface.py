@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2v_fast.config import MAX_FILE_BYTES, D2VConfig, VisionModelConfig
-from d2v_fast.data2vec import VisionModel
+from d2v_fast.config import MAX_FILE_BYTES, VisionConfig, VisionModelConfig
+from d2v_fast.modalities.vision import VisionModel
 from d2v_fast.untrusted import read_json
 
 # norms of the published models use 1e-6; configurations made by Transformers' own converter say 1e-12 instead
@@ -43,7 +43,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 def export_vision(
     model: VisionModel | Mapping[str, Tensor],
-    config: D2VConfig,
+    config: VisionConfig,
     folder: str | os.PathLike[str],
     *,
     info: Mapping[str, object] | None = None,
@@ -319,7 +319,7 @@ def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
     return int(value)
 
 
-def _preprocessor_config(config: D2VConfig) -> dict[str, Any]:
+def _preprocessor_config(config: VisionConfig) -> dict[str, Any]:
     """Image preparation as in this library's own evaluation: the largest square in the middle, at input size."""
     data, model = config.data, config.model
     size = model.image_size
@@ -347,7 +347,7 @@ def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
     return list(values) * channels if len(values) == 1 else list(values)
 
 
-def _model_card(config: D2VConfig, info: Mapping[str, object]) -> str:
+def _model_card(config: VisionConfig, info: Mapping[str, object]) -> str:
     facts = "\n".join(f"| {name} | {value} |" for name, value in info.items())
     table = f"\n| these weights | |\n|---|---|\n{facts}\n" if facts else ""
     model = config.model

@@ -1,15 +1,20 @@
-"""Vision front end: pixels to patch embeddings, the mask token at masked patches, the class token in front.
+"""The image encoder: patch embeddings, the mask token at masked patches, the class token in front, pre-norm blocks.
 
 Shape letters: B batch, C channels, P patches, D width, N masked rows, G patches along one side of the grid.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from d2v_fast.config import VisionModelConfig
-from d2v_fast.encoder import init_linear_, truncated_normal_
+from d2v_fast.encoder import Encoder, EncoderOutput
+from d2v_fast.layers import init_linear_, truncated_normal_
+from d2v_fast.modalities.student import MaskedBatch, Student
+from d2v_fast.pre_norm import PreNormBlock, RelativePositionBias
 
 
 class VisionEmbedding(nn.Module):
@@ -72,3 +77,69 @@ class VisionEmbedding(nn.Module):
         if self.position is not None:
             tokens = tokens + self.position
         return self.dropout(tokens)
+
+
+class VisionModel(Student):
+    """The image encoder, averaged into the teacher as a whole.
+
+    Args:
+        config: sizes and rates. The parameters are drawn from torch's global generator.
+    """
+
+    num_prefix_tokens = 1
+    entrance_name = "embedding"
+
+    def __init__(self, config: VisionModelConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.num_patches = config.num_patches
+        self.embedding = VisionEmbedding(config)
+        self.position_bias = RelativePositionBias(config.grid_size, config.heads)
+        self.encoder = Encoder(
+            (PreNormBlock(config, index) for index in range(config.depth)),
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(
+        self, pixels: Tensor, rows: Tensor | None = None, top_k: int = 0, output_rows: Tensor | None = None
+    ) -> EncoderOutput:
+        """Encode a batch of images. `norm` is left to the caller, who may want it on some rows only.
+
+        Args:
+            pixels: `[B, C, H, W]`, normalised.
+            rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; None masks nothing.
+            top_k: K, how many of the last blocks' outputs to return.
+            output_rows: int64 `[M]`, flat indices `b * P + p`: the only patches at which the last block's output is
+                wanted; None: the whole output.
+        Returns:
+            `last_hidden` `[B, 1 + P, D]`, class token first, and K features of that shape. With `output_rows`,
+            `last_hidden` and the last feature are `[M, D]`.
+        """
+        token_rows = None if output_rows is None else self.token_rows(output_rows, self.num_patches)
+        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), self.position_bias(), top_k, token_rows)
+        return output
+
+    def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
+        """See `Student`; images have no `lengths`."""
+        output: EncoderOutput = self(inputs, top_k=top_k)
+        return [feature[:, 1:] for feature in output.features]
+
+    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """See `Student`: nothing is shared."""
+        return (batch.inputs, batch.rows), (batch.inputs,)
+
+    def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
+        """See `Student`."""
+        return len(embedded[0]), self.num_patches
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """See `Student`: the last norm."""
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def make_head(self) -> nn.Linear:
+        """See `Student`."""
+        head = nn.Linear(self.width, self.width)
+        init_linear_(head)
+        return head

@@ -1,0 +1,146 @@
+"""Post-norm blocks, and attention within utterances or documents of unlike length: the speech and the text encoder's.
+
+Shape letters: B batch, T tokens, D width, H heads, N rows, S segments.
+
+    x = norm_1(x + dropout(attention(x)))
+    f = mlp(x)
+    x = norm_2(x + dropout(f))
+
+The targets of data2vec are made of f, before dropout and residual (arXiv 2202.03555, section 3.3 and table 5).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.layers import INIT_STD, drop, dropout
+
+
+class Segments(NamedTuple):
+    """Which tokens attend to each other, where not all of a row do.
+
+    Attributes:
+        offsets: int32 `[S + 1]`, where the segments start in the row of all tokens, and its length.
+        longest: no segment is longer; known without asking the device.
+    """
+
+    offsets: Tensor
+    longest: int
+
+
+# None: every token of a row attends to all of them. Tensor: bool `[B, 1, 1 or T, T]`, True where the key counts.
+Attendable = Tensor | Segments | None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attendable: Attendable, prob: float = 0.0) -> Tensor:
+    """Scaled dot-product attention, `[B, H, T, D / H]` each.
+
+    Args:
+        attendable: see `Attendable`; with `Segments`, B is 1 and T the number of all tokens.
+        prob: of dropping an attention weight.
+    Returns:
+        `[B, H, T, D / H]`. Where the mask lets a query see nothing, numbers without meaning.
+    """
+    if isinstance(attendable, Segments):
+        return _attend_in_segments(q, k, v, attendable, prob)
+    if q.device.type == "cpu" and prob > 0.0:
+        # the kernel in tiles has no dropout on a CPU, and what torch falls back to draws 32 bits per weight
+        logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
+        if attendable is not None:
+            logits.masked_fill_(~attendable, torch.finfo(logits.dtype).min)
+        return torch.matmul(drop(logits.softmax(dim=-1), prob), v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attendable, dropout_p=prob)
+
+
+def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, prob: float) -> Tensor:
+    on_packed = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and prob == 0.0
+    if on_packed:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # [1, H, N, D / H] to [N, H, D / H] and back
+        packed = (x[0].transpose(0, 1) for x in (q, k, v))
+        offsets, longest = segments.offsets, segments.longest
+        attended: Tensor = varlen_attn(*packed, offsets, offsets, longest, longest)
+        return attended.transpose(0, 1)[None]
+    # without such a kernel: one after the other, and on a GPU the host waits for the lengths
+    sizes = segments.offsets.diff().tolist()
+    parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*part, None, prob) for part in parts], dim=2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, queries, keys and values from one linear map with bias."""
+
+    def __init__(self, width: int, heads: int, attention_dropout: float) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attendable: Attendable, rows: Tensor | None = None) -> Tensor:
+        """`[B, T, D]` to `[B, T, D]`, or to `[N, D]` with `rows`."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        attended = attend(q, k, v, attendable, self.attention_dropout if self.training else 0.0)
+        attended = attended.transpose(1, 2).reshape(B, T, D)
+        if rows is not None:
+            attended = attended.flatten(0, 1).index_select(0, rows)
+        projected: Tensor = self.proj(attended)
+        return projected
+
+
+class PostNormBlock(nn.Module):
+    """One post-norm block.
+
+    Args:
+        width, heads: D and H.
+        hidden_width: of the MLP.
+        dropout, attention_dropout, activation_dropout: on the branches, the attention weights, inside the MLP.
+        norm_eps: of both norms.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden_width: int,
+        *,
+        dropout: float,
+        attention_dropout: float,
+        activation_dropout: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.dropout, self.activation_dropout = dropout, activation_dropout
+        self.attention = SelfAttention(width, heads, attention_dropout)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initialisation: N(0, 0.02), zero bias."""
+        for linear in (self.attention.qkv, self.attention.proj, self.fc1, self.fc2):
+            nn.init.normal_(linear.weight, std=INIT_STD)
+            nn.init.zeros_(linear.bias)
+        for norm in (self.norm1, self.norm2):
+            norm.reset_parameters()
+
+    def forward(self, x: Tensor, attendable: Attendable, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `encoder.Block`; with `rows`, nothing after the attention weights is computed for other tokens."""
+        attended = self._drop(self.attention(x, attendable, rows))
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)
+        x = self.norm1(x + attended)
+        hidden = dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)
+        feature = self.fc2(hidden)
+        return self.norm2(x + self._drop(feature)), feature
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.dropout, self.training)
