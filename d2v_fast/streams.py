@@ -11,10 +11,21 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["AUGMENT", "GOLDEN", "MASK", "ORDER", "SPLIT", "clone_keys", "permutation", "stream_keys", "uniforms"]
+__all__ = [
+    "AUGMENT",
+    "GOLDEN",
+    "MASK",
+    "ORDER",
+    "SPLIT",
+    "STEP_ORDER",
+    "clone_keys",
+    "permutation",
+    "stream_keys",
+    "uniforms",
+]
 
 # what a stream is for: each purpose has streams of its own
-MASK, AUGMENT, ORDER, SPLIT = 1, 2, 3, 4
+MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER = 1, 2, 3, 4, 5
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
-import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+
+from d2v_fast.data.files import UnreadableFile, open_regular
 
 __all__ = ["Box", "Limits", "UnreadableImage", "centre_box", "read_square"]
 
@@ -54,7 +54,7 @@ class Limits:
     root: str | None = None
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(UnreadableFile):
     """A file that cannot be used as an image; the message is the reason in a few words."""
 
 
@@ -82,6 +82,8 @@ def read_square(
             return _read_square(path, size, channels, choose_box, limits)
     except UnreadableImage:
         raise
+    except UnreadableFile as error:
+        raise UnreadableImage(str(error)) from None
     except Image.DecompressionBombError:
         # Pillow's own limit, on the way to ours
         raise UnreadableImage(f"more than {limits.max_pixels:,} pixels") from None
@@ -101,7 +103,9 @@ def centre_box(width: int, height: int) -> Box:
 def _read_square(
     path: str, size: int, channels: int, choose_box: Callable[[int, int], Box], limits: Limits
 ) -> Image.Image:
-    content = _read_file(path, limits)
+    handle, size_in_bytes = open_regular(path, limits.root, limits.max_bytes)
+    with open(handle, "rb") as file:
+        content = file.read(size_in_bytes)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         width, height = image.size
         if width * height > limits.max_pixels:
@@ -121,23 +125,6 @@ def _read_square(
         square = _plain_mode(image, channels).resize((size, size), Image.Resampling.BICUBIC, box)
         turn = _TURNS.get(_orientation(image))
     return square if turn is None else square.transpose(turn)
-
-
-def _read_file(path: str, limits: Limits) -> bytes:
-    """All of a regular file inside the root."""
-    real = os.path.realpath(path)
-    if limits.root is not None and not real.startswith(os.path.join(limits.root, "")):
-        raise UnreadableImage(f"a link out of the folder, to {real} (`d2v.data.follow_outside` would allow it)")
-    # looked at before it is opened: that alone may do something to a device
-    status = os.stat(real)
-    if not stat.S_ISREG(status.st_mode):
-        raise UnreadableImage("not a regular file")
-    if status.st_size > limits.max_bytes:
-        raise UnreadableImage(f"{status.st_size:,} bytes are more than {limits.max_bytes:,}")
-    # whoever puts a link or a pipe in its place meanwhile is neither followed nor waited for
-    handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(handle, "rb") as file:
-        return file.read(status.st_size)
 
 
 # a marker that begins a segment, or the end: neither a stuffed byte nor a fill byte nor one that has no content

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.decode import Box, Limits, UnreadableImage, centre_box, read_square
+from d2v_fast.data.files import NUM_CHECKED, NUM_NEIGHBOURS, PathList, find_files
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.untrusted import printable
 
@@ -28,11 +29,6 @@ __all__ = ["ImagesDataset", "random_box"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 NUM_CROP_TRIES = 10
-
-# files looked at before training starts, and neighbours tried in place of an unreadable file
-NUM_CHECKED = 16
-NUM_NEIGHBOURS = 64
-NUM_NAMED = 10
 
 # what the numbers of an image's stream decide
 _CROP = slice(0, 4 * NUM_CROP_TRIES)
@@ -69,7 +65,7 @@ class ImagesDataset:
             min_side=data.min_image_side,
             root=None if data.follow_outside else os.path.realpath(self.root),
         )
-        self._paths = _PathList(_find_images(self.root, self._limits.root))
+        self._paths = PathList(find_files(self.root, self._limits.root, SUFFIXES, "images"))
         self._crop_scale = data.crop_scale
         self._flip_prob = data.flip_prob
         self._jitter = data.color_jitter
@@ -199,81 +195,3 @@ def _jittered(square: Image.Image, order: float, strengths: list[float]) -> Imag
         enhancer, strength = steps.pop(int(index))
         square = enhancer(square).enhance(strength)
     return square
-
-
-def _find_images(root: str, inside: str | None) -> list[str]:
-    """Paths of all images below `root`, relative to it and sorted, without links to folders outside of `inside`."""
-    if not os.path.isdir(root):
-        what = "is a file" if os.path.exists(root) else "does not exist"
-        raise DataError(f"`d2v.data.path` must be a folder, but '{printable(root)}' {what}.")
-    images: list[str] = []
-    others: list[str] = []
-    outside: list[str] = []
-    for path in _walk(root, inside, outside):
-        (images if path.lower().endswith(SUFFIXES) else others).append(os.path.relpath(path, root))
-    if outside:
-        named = printable(", ".join(sorted(outside)[:NUM_NAMED]))
-        _log.warning(
-            "left out %d links to folders outside of '%s' (%s); `d2v.data.follow_outside` would follow them",
-            len(outside),
-            printable(root),
-            named + (", ..." if len(outside) > NUM_NAMED else ""),
-        )
-    if not images:
-        raise DataError(
-            f"`d2v.data.path` must hold images ({', '.join(SUFFIXES)}), but '{printable(root)}' has none "
-            f"({len(others)} other files, {len(outside)} links to folders outside)."
-        )
-    return sorted(images)
-
-
-def _walk(root: str, inside: str | None, outside: list[str]) -> Iterator[str]:
-    """Everything below `root` that is no folder; each folder once, also where links lead in circles.
-
-    Links to folders that lie outside of `inside` are added to `outside` instead.
-    """
-    seen = set()
-    folders = [root]
-    while folders:
-        folder = folders.pop()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
-        except OSError as error:
-            _log.warning("skipped a folder of images that cannot be listed: %s", error)
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if not entry.is_symlink():
-                is_folder = entry.is_dir()
-            elif is_folder := os.path.isdir(entry.path):
-                real = os.path.realpath(entry.path)
-                if inside is not None and real != inside and not real.startswith(os.path.join(inside, "")):
-                    outside.append(entry.path)
-                    continue
-            if is_folder:
-                folders.append(entry.path)
-            else:
-                # also what cannot be read, such as dead links and pipes: whoever reads it says why, and it is counted
-                yield entry.path
-
-
-class _PathList:
-    """Texts in two arrays. A list of a million strings would be copied into every worker as it is touched."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded])
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
