@@ -85,25 +85,26 @@ class Encoder(nn.Module):
         features = []
         for index, block in enumerate(self.blocks):
             wanted = rows if index == depth - 1 else None
-            dropped = self._drops_layer()
-            if dropped and not torch.distributed.is_initialized():
-                x = feature = _at_rows(x, wanted)
+            if self._drops_layer():
+                x = feature = self._skip(block, x, context, wanted)
+            elif recompute:
+                x, feature = checkpoint(block, x, context, wanted, use_reentrant=False)
             else:
-                before = x
-                if recompute:
-                    x, feature = checkpoint(block, x, context, wanted, use_reentrant=False)
-                else:
-                    x, feature = block(x, context, wanted)
-                if dropped:
-                    x = feature = torch.where(x.new_zeros((), dtype=torch.bool), x, _at_rows(before, wanted))
+                x, feature = block(x, context, wanted)
             if index >= depth - top_k:
                 features.append(feature)
+            # or it would live on while the next block works
+            del feature
         return EncoderOutput(x, features)
 
     def _drops_layer(self) -> bool:
         # drawn on the host, which decides what runs
         return self.training and self.layer_drop > 0 and torch.rand((), device="cpu").item() < self.layer_drop
 
-
-def _at_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.flatten(0, 1).index_select(0, rows)
+    @staticmethod
+    def _skip(block: nn.Module, x: Tensor, context: Any, rows: Tensor | None) -> Tensor:
+        skipped = x if rows is None else x.flatten(0, 1).index_select(0, rows)
+        if not torch.distributed.is_initialized():
+            return skipped
+        discarded, _ = block(x, context, rows)
+        return torch.where(discarded.new_zeros((), dtype=torch.bool), discarded, skipped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from d2v_fast.config import D2VConfig, VisionConfig
 from d2v_fast.data2vec import build_model
 from d2v_fast.modalities import Student

@@ -62,13 +62,14 @@ def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, pro
         from torch.nn.attention.varlen import varlen_attn
 
         # [1, H, N, D / H] to [N, H, D / H] and back
-        packed = (x[0].transpose(0, 1) for x in (q, k, v))
+        queries, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
         offsets, longest = segments.offsets, segments.longest
-        attended: Tensor = varlen_attn(*packed, offsets, offsets, longest, longest)
+        attended = varlen_attn(queries, keys, values, offsets, offsets, longest, longest)
+        assert isinstance(attended, Tensor)
         return attended.transpose(0, 1)[None]
     # without such a kernel: one after the other, and on a GPU the host waits for the lengths
     sizes = segments.offsets.diff().tolist()
-    parts = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+    parts = zip(q.split(sizes, dim=2), k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True)
     return torch.cat([attend(*part, None, prob) for part in parts], dim=2)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import d2v_fast
 from d2v_fast.checkpoints import Checkpoints, require_same_shapes

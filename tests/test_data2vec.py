@@ -28,12 +28,14 @@ CONFIG = VisionConfig(
 class Images:
     """A masked batch, and the mask as bool `[B, P]`."""
 
-    pixels: Tensor
+    inputs: Tensor
     rows: Tensor
     masked: Tensor
+    lengths: None = None
+    kept: None = None
 
     def __getitem__(self, samples: slice) -> Images:
-        return images(self.pixels[samples], self.masked[samples])
+        return images(self.inputs[samples], self.masked[samples])
 
 
 def images(pixels: Tensor, masked: Tensor) -> Images:
@@ -60,6 +62,10 @@ def random_pair(config: VisionConfig = CONFIG) -> tuple[Data2Vec, VisionModel]:
     reference.randomise_(model)
     reference.randomise_(teacher)
     return model, teacher
+
+
+def features_of(model: Data2Vec, batch: Images, teacher: torch.nn.Module) -> list[Tensor]:
+    return model.teacher_features(model.embed(batch)[1], teacher, batch.rows)
 
 
 def double_weights(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -105,7 +111,7 @@ def test_teacher_is_read_only() -> None:
     teacher.requires_grad_(True)  # even then
     before = copy.deepcopy(teacher.state_dict())
     batch = random_images()
-    assert not any(feature.requires_grad for feature in model.teacher_features(batch, teacher))
+    assert not any(feature.requires_grad for feature in features_of(model, batch, teacher))
     model(batch, teacher).loss_sum.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
@@ -122,8 +128,8 @@ def test_teacher_in_training_mode_is_refused() -> None:
 def test_unmasked_positions_contribute_nothing() -> None:
     model, teacher = random_pair()
     batch = random_images()
-    features = model.teacher_features(batch, teacher)
-    prediction = model.student_forward(batch)
+    features = features_of(model, batch, teacher)
+    prediction = model.student_forward(model.embed(batch)[0], batch.rows)
     expected = model.objective(prediction, features, batch.rows)
 
     spoilt = [feature.masked_fill(~batch.masked[..., None], float("nan")) for feature in features]
@@ -146,8 +152,11 @@ def test_teacher_sees_what_the_student_does_not() -> None:
     model, teacher = random_pair()
     batch = random_images()
     other = images(batch.inputs.masked_fill(pixel_mask(batch), 3.0), batch.masked)
-    assert torch.equal(model.student_forward(batch), model.student_forward(other))
-    for one, two in zip(model.teacher_features(batch, teacher), model.teacher_features(other, teacher), strict=True):
+    assert torch.equal(
+        model.student_forward(model.embed(batch)[0], batch.rows),
+        model.student_forward(model.embed(other)[0], other.rows),
+    )
+    for one, two in zip(features_of(model, batch, teacher), features_of(model, other, teacher), strict=True):
         assert not torch.equal(one, two)
 
 
@@ -157,7 +166,7 @@ def test_teacher_features_are_the_last_layers(layer_norm: str, final_norm: str) 
     target = TargetConfig(top_k=3, layer_norm=layer_norm, final_norm=final_norm)
     model, teacher = random_pair(CONFIG.model_copy(update={"target": target}))
     batch = random_images()
-    features = model.teacher_features(batch, teacher)
+    features = features_of(model, batch, teacher)
     outputs = reference.encode(double_weights(teacher), CONFIG.model, batch.inputs.double())
     assert len(features) == 3
     per_row = layer_norm in ("none", "layer") and final_norm in ("none", "layer")
@@ -213,7 +222,7 @@ def test_bf16_autocast(working_copy: bool) -> None:
     teacher.encoder.register_forward_pre_hook(lambda *_: autocast_in_teacher.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         output = model(batch, teacher)
-        features = model.teacher_features(batch, teacher)
+        features = features_of(model, batch, teacher)
     assert {feature.dtype for feature in features} == {torch.bfloat16 if working_copy else torch.float32}
     # a working copy is in the compute dtype already
     assert autocast_in_teacher == [not working_copy] * 2
@@ -279,6 +288,6 @@ def test_a_few_steps_lower_the_loss() -> None:
 def test_features_of_the_teacher_lie_alike() -> None:
     """Layers of different strides would be copied, K times the size of a batch, before the loss reads them."""
     model, teacher = random_pair()
-    features = model.teacher_features(random_images(), teacher)
+    features = features_of(model, random_images(), teacher)
     assert len({feature.stride() for feature in features}) == 1
     assert features[0].stride(-1) == 1

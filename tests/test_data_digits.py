@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from d2v_fast.config import VisionConfig
-from d2v_fast.data import DataError, DigitsDataset, build_dataset, digits_for_probe
+from d2v_fast.data import DataError, DigitsDataset, digits_for_probe, image_dataset
 from d2v_fast.data.affine import warp
 
 
@@ -55,11 +55,11 @@ def test_split_is_fixed_stratified_and_complete() -> None:
 def test_training_sees_the_train_part_and_no_label() -> None:
     config = make_config()
     probe = digits_for_probe(config)
-    dataset = build_dataset(config.data, config.model)
+    dataset = image_dataset(config)
     assert len(dataset) == len(probe.train_indices)
     every = np.arange(len(dataset))
     assert torch.equal(dataset.plain(every), probe.images[probe.train_indices])
-    held_out = build_dataset(config.data, config.model, "test")
+    held_out = image_dataset(config, "test")
     assert torch.equal(held_out.plain(np.arange(len(held_out))), probe.images[probe.test_indices])
     assert torch.equal(dataset[17], dataset.plain(np.array([17]))[0])
     arrays = [value for value in vars(dataset).values() if isinstance(value, (np.ndarray, torch.Tensor))]
@@ -70,7 +70,7 @@ def test_training_sees_the_train_part_and_no_label() -> None:
 
 def test_augmentation_moves_every_digit_differently() -> None:
     config = make_config(**MOVING)
-    dataset = build_dataset(config.data, config.model)
+    dataset = image_dataset(config)
     ids = np.arange(200)
     pixels, bad = dataset.augmented(ids, seed=1, epoch=2)
     assert bad == ()
@@ -91,7 +91,7 @@ def test_augmentation_moves_every_digit_differently() -> None:
 
 def test_a_digit_does_not_depend_on_its_batch() -> None:
     config = make_config(16, **MOVING)
-    dataset = build_dataset(config.data, config.model)
+    dataset = image_dataset(config)
     ids = np.random.default_rng(0).permutation(len(dataset))[:37]
     together, _ = dataset.augmented(ids, 5, 6)
     alone = torch.cat([dataset.augmented(ids[i : i + 1], 5, 6)[0] for i in range(37)])
@@ -100,7 +100,7 @@ def test_a_digit_does_not_depend_on_its_batch() -> None:
 
 def test_without_options_nothing_moves() -> None:
     config = make_config()
-    dataset = build_dataset(config.data, config.model)
+    dataset = image_dataset(config)
     ids = np.arange(50)
     assert torch.equal(dataset.augmented(ids, 0, 0)[0], dataset.plain(ids))
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from d2v_fast.config import VisionConfig
-from d2v_fast.data import DataError, ImagesDataset, build_dataset
+from d2v_fast.data import DataError, ImagesDataset, image_dataset
 from d2v_fast.data.decode import Limits, UnreadableImage, centre_box, read_square
 from d2v_fast.data.images import random_box
 
@@ -30,7 +30,7 @@ def make_config(folder: Path, channels: int = 3, image_size: int = 16, **data: o
 
 def make_dataset(folder: Path, channels: int = 3, image_size: int = 16, **data: object) -> ImagesDataset:
     config = make_config(folder, channels, image_size, **data)
-    dataset = build_dataset(config.data, config.model)
+    dataset = image_dataset(config)
     assert isinstance(dataset, ImagesDataset)
     return dataset
 
@@ -365,8 +365,8 @@ def test_only_unreadable_files(tmp_path: Path) -> None:
 def test_other_refusals(tree: Path) -> None:
     config = make_config(tree)
     with pytest.raises(DataError, match=r"`d2v.model.channels` must be 1 or 3, but is 4"):
-        build_dataset(config.data, config.model.model_copy(update={"channels": 4}))
+        image_dataset(config.model_copy(update={"model": config.model.model_copy(update={"channels": 4})}))
     with pytest.raises(DataError, match='must be "train" for a folder of images'):
-        build_dataset(config.data, config.model, "test")
+        image_dataset(config, "test")
     with pytest.raises(IndexError):
-        build_dataset(config.data, config.model)[12]
+        image_dataset(config)[12]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 from d2v_fast.config import VisionConfig
-from d2v_fast.data import Batch, DataError, Dataset, StepLoader, build_dataset
+from d2v_fast.data import Batch, DataError, ImageBatches, ImageDataset, StepLoader, image_dataset
 from d2v_fast.data import loader as loader_module
 from d2v_fast.masking import block_mask_rows
 
@@ -75,6 +76,10 @@ class Squares:
         raise NotImplementedError
 
 
+def make_loader(dataset: ImageDataset, config: VisionConfig, **options: object) -> StepLoader:
+    return StepLoader(ImageBatches(dataset, config), config, **options)
+
+
 def by_sample(batches: list[Batch]) -> dict[int, tuple[bytes, tuple[int, ...]]]:
     """Pixels and masked patches of each sample, bit for bit."""
     seen = {}
@@ -86,12 +91,12 @@ def by_sample(batches: list[Batch]) -> dict[int, tuple[bytes, tuple[int, ...]]]:
     return seen
 
 
-def all_steps(dataset: Dataset, config: VisionConfig, split: tuple[int, int, int], num_steps: int) -> list[dict]:
+def all_steps(dataset: ImageDataset, config: VisionConfig, split: tuple[int, int, int], num_steps: int) -> list[dict]:
     """For each optimizer step what all processes see together."""
     micro_batch, accumulation, world_size = split
     ranks = [
         list(
-            StepLoader(
+            make_loader(
                 dataset,
                 config,
                 micro_batch=micro_batch,
@@ -120,7 +125,7 @@ SPLITS = [(12, 1, 1), (4, 3, 1), (6, 1, 2), (2, 2, 3), (1, 12, 1)]
 def test_any_workers_and_any_split_give_the_same_samples(kind: str, folder: Path) -> None:
     options = {} if kind == "digits" else {"kind": "images", "path": str(folder), "color_jitter": 0.3}
     config = make_config(**options)
-    dataset = build_dataset(config.data, config.model)
+    dataset = image_dataset(config)
     # 30 images are two steps an epoch, so five steps cross its edge twice
     expected = all_steps(dataset, config, SPLITS[0], 5)
     for split in SPLITS[1:]:
@@ -133,18 +138,18 @@ def test_any_workers_and_any_split_give_the_same_samples(kind: str, folder: Path
 def test_batches_in_their_order_with_workers() -> None:
     def batches(num_workers: int) -> Iterator[Batch]:
         config = make_config(num_workers)
-        dataset = build_dataset(config.data, config.model)
-        for step in StepLoader(dataset, config, micro_batch=8, accumulation=2, num_steps=6):
+        dataset = image_dataset(config)
+        for step in make_loader(dataset, config, micro_batch=8, accumulation=2, num_steps=6):
             yield from step
 
     for one, other in zip(batches(0), batches(3), strict=True):
-        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.inputs, other.inputs)
         assert torch.equal(one.rows, other.rows)
         assert torch.equal(one.sample_ids, other.sample_ids)
 
 
 def test_an_epoch_sees_every_sample_at_most_once_and_the_next_in_another_order() -> None:
-    loader = StepLoader(Squares(), make_config(), micro_batch=8, accumulation=4, num_steps=6)
+    loader = make_loader(Squares(), make_config(), micro_batch=8, accumulation=4, num_steps=6)
     assert loader.steps_per_epoch == 3
     assert loader.global_batch == 32
     ids = [torch.cat([batch.sample_ids for batch in step]) for step in loader]
@@ -158,8 +163,8 @@ def test_an_epoch_sees_every_sample_at_most_once_and_the_next_in_another_order()
 
 def test_augmentation_and_masks_change_with_the_epoch() -> None:
     config = make_config()
-    dataset = build_dataset(config.data, config.model)
-    loader = StepLoader(dataset, config, micro_batch=len(dataset), num_steps=2)
+    dataset = image_dataset(config)
+    loader = make_loader(dataset, config, micro_batch=len(dataset), num_steps=2)
     first, second = (by_sample(step) for step in loader)
     assert all(first[i][0] != second[i][0] for i in first)
     assert np.mean([first[i][1] == second[i][1] for i in first]) < 0.05
@@ -168,18 +173,18 @@ def test_augmentation_and_masks_change_with_the_epoch() -> None:
 @pytest.mark.parametrize("start_step", [1, 11, 12, 13, 24, 27, 30])
 def test_resume_continues_exactly(start_step: int) -> None:
     config = make_config()
-    dataset = build_dataset(config.data, config.model)
+    dataset = image_dataset(config)
     options = {"micro_batch": 59, "accumulation": 2, "num_steps": 30}
-    whole = list(StepLoader(dataset, config, **options))
-    rest = list(StepLoader(dataset, config, start_step=start_step, **options))
+    whole = list(make_loader(dataset, config, **options))
+    rest = list(make_loader(dataset, config, start_step=start_step, **options))
     assert len(whole) == 30
     assert [by_sample(step) for step in rest] == [by_sample(step) for step in whole[start_step:]]
 
 
 def test_batch_contents() -> None:
     config = make_config()
-    dataset = build_dataset(config.data, config.model)
-    step = next(iter(StepLoader(dataset, config, micro_batch=16, accumulation=2)))
+    dataset = image_dataset(config)
+    step = next(iter(make_loader(dataset, config, micro_batch=16, accumulation=2)))
     batch = step[0]
     assert batch.inputs.shape == (16, 1, 8, 8)
     assert batch.inputs.dtype == torch.float32
@@ -190,7 +195,7 @@ def test_batch_contents() -> None:
     assert batch.bad == ()
     assert batch.global_rows == len(step[0].rows) + len(step[1].rows)
     moved = batch.to("meta", non_blocking=True)
-    assert {moved.pixels.device.type, moved.rows.device.type, moved.sample_ids.device.type} == {"meta"}
+    assert {moved.inputs.device.type, moved.rows.device.type, moved.sample_ids.device.type} == {"meta"}
     assert moved.global_rows == batch.global_rows
 
 
@@ -198,16 +203,16 @@ def test_batch_contents() -> None:
 def test_pinned_memory(device: torch.device) -> None:
     for num_workers in (0, 1):
         config = make_config(num_workers)
-        dataset = build_dataset(config.data, config.model)
-        (batch,) = next(iter(StepLoader(dataset, config, micro_batch=16, pin_memory=True)))
+        dataset = image_dataset(config)
+        (batch,) = next(iter(make_loader(dataset, config, micro_batch=16, pin_memory=True)))
         assert batch.inputs.is_pinned()
         assert batch.rows.is_pinned()
-        assert torch.equal(batch.to(device, non_blocking=True).pixels.cpu(), batch.inputs)
+        assert torch.equal(batch.to(device, non_blocking=True).inputs.cpu(), batch.inputs)
 
 
 def test_seed_is_the_runs_unless_given() -> None:
     def first(**options: int) -> list[int]:
-        return next(iter(StepLoader(Squares(), make_config(), micro_batch=8, **options)))[0].sample_ids.tolist()
+        return next(iter(make_loader(Squares(), make_config(), micro_batch=8, **options)))[0].sample_ids.tolist()
 
     assert first() == first(seed=9) != first(seed=10)
 
@@ -215,12 +220,12 @@ def test_seed_is_the_runs_unless_given() -> None:
 def test_torch_generator_stays_untouched() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    list(StepLoader(Squares(), make_config(1), micro_batch=8, num_steps=2))
+    list(make_loader(Squares(), make_config(1), micro_batch=8, num_steps=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_workers_start_once_and_end_with_the_iteration() -> None:
-    steps = iter(StepLoader(Squares(), make_config(2), micro_batch=30))
+    steps = iter(make_loader(Squares(), make_config(2), micro_batch=30))
     next(steps)
     workers = {process.pid for process in multiprocessing.active_children()}
     assert len(workers) == 2
@@ -238,8 +243,8 @@ def test_data_set_smaller_than_a_step() -> None:
         "Lower `train_batch_size` to 100"
     )
     with pytest.raises(DataError, match=message):
-        StepLoader(Squares(), make_config(), micro_batch=20, accumulation=2, world_size=3)
-    assert StepLoader(Squares(), make_config(), micro_batch=20, accumulation=5).steps_per_epoch == 1
+        make_loader(Squares(), make_config(), micro_batch=20, accumulation=2, world_size=3)
+    assert make_loader(Squares(), make_config(), micro_batch=20, accumulation=5).steps_per_epoch == 1
 
 
 def spoil(folder: Path, num: int) -> list[str]:
@@ -253,7 +258,7 @@ def spoil(folder: Path, num: int) -> list[str]:
 def test_bad_files_are_named_once(num_workers: int, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     spoilt = spoil(folder, 3)
     config = make_config(num_workers, kind="images", path=str(folder), max_bad_fraction=0.1)
-    loader = StepLoader(build_dataset(config.data, config.model), config, micro_batch=15, num_steps=6)
+    loader = make_loader(image_dataset(config), config, micro_batch=15, num_steps=6)
     with caplog.at_level(logging.WARNING):
         steps = list(loader)
     assert len(steps) == 6
@@ -267,7 +272,7 @@ def test_bad_files_are_named_once(num_workers: int, folder: Path, caplog: pytest
 def test_too_many_bad_files_stop_the_run(num_workers: int, folder: Path) -> None:
     spoilt = spoil(folder, 4)
     config = make_config(num_workers, kind="images", path=str(folder), max_bad_fraction=0.1)
-    loader = StepLoader(build_dataset(config.data, config.model), config, micro_batch=15, num_steps=4)
+    loader = make_loader(image_dataset(config), config, micro_batch=15, num_steps=4)
     with pytest.raises(
         DataError, match=r"4 of \d+ images are unreadable, and `d2v.data.max_bad_fraction` is 0.1"
     ) as info:
@@ -280,7 +285,7 @@ def test_no_bad_file_allowed(folder: Path) -> None:
     spoil(folder, 1)
     for max_bad_fraction, num_steps in ((0.0, 0), (0.01, 4)):
         config = make_config(kind="images", path=str(folder), max_bad_fraction=max_bad_fraction)
-        loader = StepLoader(build_dataset(config.data, config.model), config, micro_batch=30, num_steps=4)
+        loader = make_loader(image_dataset(config), config, micro_batch=30, num_steps=4)
         if num_steps:
             assert len(list(loader)) == num_steps
         else:
@@ -290,15 +295,16 @@ def test_no_bad_file_allowed(folder: Path) -> None:
 
 def test_one_bad_batch_early_is_no_reason_to_stop() -> None:
     config = make_config(max_bad_fraction=0.01).data
-    bad = loader_module._BadFiles(config, 100_000, lambda file: None)
+    maker = SimpleNamespace(num_samples=100_000, what="image")
+    bad = loader_module._BadFiles(config, maker, lambda file: None)
     ids = torch.arange(10)
     for i in range(10):
-        bad.add(Batch(torch.empty(0), ids, ids, (f"{i}.jpg: junk",)))
+        bad.add(Batch(torch.empty(0), ids, ids, bad=(f"{i}.jpg: junk",)))
     with pytest.raises(DataError, match="11 of 110 images"):
-        bad.add(Batch(torch.empty(0), ids, ids, ("x.jpg: junk",)))
-    later = loader_module._BadFiles(config, 100_000, lambda file: None)
+        bad.add(Batch(torch.empty(0), ids, ids, bad=("x.jpg: junk",)))
+    later = loader_module._BadFiles(config, maker, lambda file: None)
     for i in range(200):
-        later.add(Batch(torch.empty(0), ids, torch.arange(100), (f"{i}.jpg: junk",)))
+        later.add(Batch(torch.empty(0), ids, torch.arange(100), bad=(f"{i}.jpg: junk",)))
 
 
 @pytest.fixture
@@ -319,7 +325,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_worker_in_trouble(trouble: str, error: type[Exception], message: str) -> None:
     timeout_s = 1 if trouble == "hangs" else 60
-    loader = StepLoader(Squares(trouble), make_config(1), micro_batch=10, num_steps=10, timeout_s=timeout_s)
+    loader = make_loader(Squares(trouble), make_config(1), micro_batch=10, num_steps=10, timeout_s=timeout_s)
     start = time.monotonic()
     with pytest.raises(error, match=message):
         list(loader)
@@ -332,11 +338,11 @@ def test_worker_in_trouble(trouble: str, error: type[Exception], message: str) -
 
 def test_error_without_workers_is_the_error_itself() -> None:
     with pytest.raises(KeyError, match=r"^'no such square'$"):
-        list(StepLoader(Squares("raises"), make_config(), micro_batch=10, num_steps=10))
+        list(make_loader(Squares("raises"), make_config(), micro_batch=10, num_steps=10))
 
 
 def test_workers_leave_ctrl_c_and_sigterm_to_the_main_process() -> None:
-    steps = iter(StepLoader(Squares(), make_config(2), micro_batch=30))
+    steps = iter(make_loader(Squares(), make_config(2), micro_batch=30))
     next(steps)
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGINT)
@@ -350,9 +356,8 @@ def test_workers_leave_ctrl_c_and_sigterm_to_the_main_process() -> None:
 def test_workers_do_not_hold_up_the_end_of_the_process() -> None:
     script = """
 import sys, time
-from tests.test_data_loader import Squares, make_config
-from d2v_fast.data import StepLoader
-steps = iter(StepLoader(Squares(), make_config(2), micro_batch=30))
+from tests.test_data_loader import Squares, make_config, make_loader
+steps = iter(make_loader(Squares(), make_config(2), micro_batch=30))
 next(steps)
 print(time.time(), flush=True)
 raise SystemExit(7)
@@ -369,5 +374,5 @@ def test_shared_memory_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     full = os.statvfs_result((4096, 4096, 100, 1, 1, 0, 0, 0, 0, 255))
     monkeypatch.setattr(loader_module.os, "statvfs", lambda path: full)
     with pytest.raises(DataError, match=re.escape("2 workers need up to 0 MB of it and 0 MB are free")):
-        StepLoader(Squares(), make_config(2), micro_batch=30)
-    StepLoader(Squares(), make_config(0), micro_batch=30)
+        make_loader(Squares(), make_config(2), micro_batch=30)
+    make_loader(Squares(), make_config(0), micro_batch=30)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.config import VisionModelConfig
-from d2v_fast.encoder import (
-    Encoder,
+from d2v_fast.encoder import Encoder
+from d2v_fast.layers import drop
+from d2v_fast.pre_norm import (
     PreNormBlock,
     RelativePositionBias,
     attention_with_bias_gradient,
-    drop,
     relative_position_index,
 )
 from tests import vision_reference as reference
@@ -28,6 +28,11 @@ SMALL = VisionModelConfig(
 
 def small(**changes: object) -> VisionModelConfig:
     return SMALL.model_copy(update=changes)
+
+
+def make_encoder(config: VisionModelConfig) -> Encoder:
+    blocks = (PreNormBlock(config, index) for index in range(config.depth))
+    return Encoder(blocks, gradient_checkpointing=config.gradient_checkpointing)
 
 
 def inputs(config: VisionModelConfig, batch_size: int = 5) -> tuple[Tensor, Tensor]:
@@ -79,7 +84,8 @@ def test_block_matches_formula() -> None:
     weights = {f"block.{name}": parameter for name, parameter in block.named_parameters()}
     leaves = {"x": x, "bias": bias, **weights}
 
-    actual = block(x, bias)
+    actual, feature = block(x, bias)
+    assert feature is actual
     expected = reference.block(weights, "block", SMALL, x, bias[0])
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
@@ -133,8 +139,8 @@ def test_drop_path_keeps_or_drops_whole_samples() -> None:
     reference.randomise_(block)
     torch.nn.init.zeros_(block.gamma2)  # one branch, so that its factor can be read off
     x, bias = (tensor.double() for tensor in inputs(SMALL, batch_size=64))
-    branch = block.eval()(x, bias) - x
-    factor = (block.train()(x, bias) - x) / branch
+    branch = block.eval()(x, bias)[0] - x
+    factor = (block.train()(x, bias)[0] - x) / branch
     per_sample = factor.flatten(1).mean(1)
     torch.testing.assert_close(factor, per_sample[:, None, None].expand_as(factor), rtol=1e-6, atol=1e-6)
     kept = per_sample > 1
@@ -152,7 +158,7 @@ def test_dropped_samples_are_multiplied_by_zero(with_rows: bool) -> None:
     leaves = [x, bias, *block.parameters()]
 
     torch.manual_seed(11)
-    actual = block(x, bias, rows)
+    actual, _ = block(x, bias, rows)
     torch.manual_seed(11)
     scale1, scale2 = ((torch.rand(len(x)) >= 0.4).double()[:, None, None] / 0.6 for _ in range(2))
     assert 0 < scale1.count_nonzero() < len(x)
@@ -183,22 +189,22 @@ def test_every_sample_dropped() -> None:
     block = PreNormBlock(small(drop_path=0.999999, depth=2), index=1)
     x, bias = inputs(SMALL, batch_size=3)
     bias.requires_grad_()
-    output = block(x, bias)
+    output, _ = block(x, bias)
     assert torch.equal(output, x)
     output.sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
 
 
 def test_drop_path_rises_linearly() -> None:
-    encoder = Encoder(small(drop_path=0.3, depth=4))
+    encoder = make_encoder(small(drop_path=0.3, depth=4))
     assert [block.drop_path for block in encoder.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    assert [block.drop_path for block in Encoder(small(drop_path=0.3, depth=1)).blocks] == [0.0]
+    assert [block.drop_path for block in make_encoder(small(drop_path=0.3, depth=1)).blocks] == [0.0]
 
 
 def test_dropouts_act_in_training_only() -> None:
     x, bias = inputs(SMALL)
     for rate in ("drop_path", "attention_dropout", "dropout"):
-        encoder = Encoder(small(**{rate: 0.5}))
+        encoder = make_encoder(small(**{rate: 0.5}))
         reference.randomise_(encoder)
         assert not torch.equal(encoder(x, bias).last_hidden, encoder(x, bias).last_hidden), rate
         encoder.eval()
@@ -206,12 +212,12 @@ def test_dropouts_act_in_training_only() -> None:
 
 
 def test_features_are_the_last_block_outputs() -> None:
-    encoder = Encoder(SMALL).eval()
+    encoder = make_encoder(SMALL).eval()
     reference.randomise_(encoder)
     x, bias = inputs(SMALL)
     outputs = [x]
     for block in encoder.blocks:
-        outputs.append(block(outputs[-1], bias))
+        outputs.append(block(outputs[-1], bias)[0])
     for top_k in range(SMALL.depth + 1):
         last_hidden, features = encoder(x, bias, top_k)
         assert torch.equal(last_hidden, outputs[-1])
@@ -221,7 +227,7 @@ def test_features_are_the_last_block_outputs() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_rows_are_those_of_the_whole_output(checkpointing: bool) -> None:
-    encoder = Encoder(small(drop_path=0.3, gradient_checkpointing=checkpointing)).double()
+    encoder = make_encoder(small(drop_path=0.3, gradient_checkpointing=checkpointing)).double()
     reference.randomise_(encoder)
     x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL))
     rows = random_rows(x)
@@ -242,7 +248,7 @@ def test_rows_are_those_of_the_whole_output(checkpointing: bool) -> None:
 
 
 def test_last_mlp_sees_the_rows_only() -> None:
-    encoder = Encoder(SMALL)
+    encoder = make_encoder(SMALL)
     x, bias = inputs(SMALL)
     rows = random_rows(x)
     seen = []
@@ -256,14 +262,14 @@ def test_last_mlp_sees_the_rows_only() -> None:
 @pytest.mark.parametrize("top_k", [-1, 5])
 def test_top_k_out_of_range_is_refused(top_k: int) -> None:
     with pytest.raises(ValueError, match=r"`top_k` must be in \[0, 4\].* but is -?\d instead"):
-        Encoder(SMALL)(*inputs(SMALL), top_k)
+        make_encoder(SMALL)(*inputs(SMALL), top_k)
 
 
 def test_only_kept_layers_stay_alive() -> None:
-    encoder = Encoder(SMALL).eval()
+    encoder = make_encoder(SMALL).eval()
     alive: list[weakref.ref[Tensor]] = []
     for block in encoder.blocks:
-        block.register_forward_hook(lambda block, args, output: alive.append(weakref.ref(output)))
+        block.register_forward_hook(lambda block, args, output: alive.append(weakref.ref(output[0])))
     with torch.no_grad():
         output = encoder(*inputs(SMALL), top_k=2)
     assert [ref() is not None for ref in alive] == [False, False, True, True]
@@ -272,7 +278,7 @@ def test_only_kept_layers_stay_alive() -> None:
 
 def test_gradient_checkpointing_changes_memory_only() -> None:
     config = small(drop_path=0.5, attention_dropout=0.3, dropout=0.2)
-    plain, checkpointed = Encoder(config), Encoder(config.model_copy(update={"gradient_checkpointing": True}))
+    plain, checkpointed = make_encoder(config), make_encoder(config.model_copy(update={"gradient_checkpointing": True}))
     reference.randomise_(plain)
     checkpointed.load_state_dict(plain.state_dict())
     x, bias = inputs(config)
@@ -300,7 +306,7 @@ def test_gradient_checkpointing_changes_memory_only() -> None:
 
 def test_published_initialisation() -> None:
     config = VisionModelConfig(depth=3, layer_scale=1e-5)
-    encoder = Encoder(config)
+    encoder = make_encoder(config)
     deviation = 0.02 * 0.5396  # of a unit normal cut off at one deviation
     for index, block in enumerate(encoder.blocks):
         shrunk = 1 / math.sqrt(2 * (index + 1))
@@ -322,7 +328,7 @@ def test_published_initialisation() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
-    encoder = Encoder(small(drop_path=0.2))
+    encoder = make_encoder(small(drop_path=0.2))
     compiled = torch.compile(encoder.eval(), fullgraph=True, backend="aot_eager")
     x, bias = inputs(SMALL)
     torch.testing.assert_close(compiled(x, bias, 2).features, encoder(x, bias, 2).features)

@@ -109,7 +109,7 @@ def test_stop_at_the_first(tmp_path: Path, monkeypatch, capsys) -> None:
 
 def test_dumped_step_can_be_made_again(tmp_path: Path, monkeypatch) -> None:
     """Seed, step and sample ids of the dump give the batches of the step, bit for bit."""
-    from d2v_fast.data import build_dataset
+    from d2v_fast.data import image_dataset
 
     seen = {}
     forward = Data2Vec.forward
@@ -126,9 +126,9 @@ def test_dumped_step_can_be_made_again(tmp_path: Path, monkeypatch) -> None:
     assert dump["configuration"] == config.digest()
     [step] = dump["steps"]
     [[ids]] = step["sample_ids_by_rank_and_micro_step"]
-    dataset = build_dataset(config.d2v.data, config.d2v.model)
+    dataset = image_dataset(config.d2v)
     pixels, _ = dataset.augmented(torch.tensor(ids).numpy(), dump["seed"], step["epoch"])
-    assert torch.equal(pixels, seen[6].pixels)
+    assert torch.equal(pixels, seen[6].inputs)
 
 
 @needs_deepspeed

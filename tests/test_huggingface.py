@@ -160,14 +160,14 @@ def test_writing_and_reading_need_no_transformers() -> None:
 def test_digits_are_prepared_as_in_training(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    from d2v_fast.data import build_dataset
+    from d2v_fast.data import image_dataset
 
     model, config = build(**SIZES["digits"])
     export_vision(model, config, tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     scans = load_digits().images
     theirs = processor([Image.fromarray(scan.astype(np.uint8)) for scan in scans], return_tensors="pt")["pixel_values"]
-    dataset = build_dataset(config.data, config.model, split="train")
+    dataset = image_dataset(config, "train")
     for sample_id in range(3):
         distance = (theirs - dataset[sample_id]).abs().amax((1, 2, 3))
         assert distance.min() < 1e-5
@@ -176,7 +176,7 @@ def test_digits_are_prepared_as_in_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(40, 30), (35, 91), (35, 35)], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_prepared_as_in_training(size: tuple[int, int], channels: int, tmp_path: Path) -> None:
-    from d2v_fast.data import build_dataset
+    from d2v_fast.data import image_dataset
 
     coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
@@ -189,7 +189,7 @@ def test_images_are_prepared_as_in_training(size: tuple[int, int], channels: int
     export_vision(model, config, tmp_path / "export")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "export")
     theirs = processor(image if channels == 3 else image.convert("L"), return_tensors="pt")["pixel_values"][0]
-    ours = build_dataset(data, config.model, split="train")[0]
+    ours = image_dataset(config.model_copy(update={"data": data}))[0]
     assert theirs.shape == ours.shape
     # the cut may differ by a pixel before or after resizing, nothing else
     assert (theirs - ours).abs().mean() < 0.1

@@ -26,7 +26,7 @@ LEAVES = {
 }
 MODEL = {"d2v_fast.modalities", "d2v_fast.encoder"}
 ARROWS = {
-    "d2v_fast.config": set(),
+    "d2v_fast.config": {"d2v_fast.speech_config", "d2v_fast.vision_config"},
     "d2v_fast.config_errors": set(),
     "d2v_fast.deepspeed_keys": set(),
     "d2v_fast.streams": set(),
@@ -35,16 +35,25 @@ ARROWS = {
     "d2v_fast.ops": {"d2v_fast.kernels"},
     "d2v_fast.masking": set(),
     "d2v_fast.data": {"d2v_fast.masking"},
-    "d2v_fast.modalities": {"d2v_fast.encoder"},
+    "d2v_fast.modalities": {
+        "d2v_fast.encoder",
+        "d2v_fast.layers",
+        "d2v_fast.ops",
+        "d2v_fast.post_norm",
+        "d2v_fast.pre_norm",
+    },
     "d2v_fast.encoder": set(),
+    "d2v_fast.layers": set(),
+    "d2v_fast.pre_norm": {"d2v_fast.layers"},
+    "d2v_fast.post_norm": {"d2v_fast.layers"},
     "d2v_fast.data2vec": {*MODEL, "d2v_fast.ops"},
     "d2v_fast.world": {"d2v_fast.watch"},
     "d2v_fast.shards": {"d2v_fast.world"},
     "d2v_fast.shard_files": {"d2v_fast.shards", "d2v_fast.world"},
     "d2v_fast.zero_teacher": {"d2v_fast.shards"},
     "d2v_fast.teacher": {"d2v_fast.ops", "d2v_fast.shards", "d2v_fast.zero_teacher"},
-    "d2v_fast.probe": {"d2v_fast.data"},
-    "d2v_fast.interop": {"d2v_fast.data2vec"},
+    "d2v_fast.probe": {"d2v_fast.data", "d2v_fast.modalities"},
+    "d2v_fast.interop": {"d2v_fast.modalities"},
 }
 # only these may import a heavy package, and only inside a function
 LAZY = {

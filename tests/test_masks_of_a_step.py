@@ -118,15 +118,15 @@ def test_step_without_a_masked_patch_is_one_without_gradient() -> None:
         ({"rows": torch.ones(5, 16, dtype=torch.bool)}, r"1-d int64 tensor, but is torch.bool of shape \[5, 16\]"),
         ({"rows": torch.arange(4, dtype=torch.int32)}, "1-d int64 tensor, but is torch.int32"),
         ({"rows": torch.zeros(2, 2, dtype=torch.int64)}, r"of shape \[2, 2\]"),
-        ({"rows": torch.zeros(2, dtype=torch.int64, device="meta")}, "must be on cpu as `pixels` are, but is on meta"),
-        ({"pixels": torch.zeros(5, 3, 12, 9)}, r"`pixels` must be \[B, 3, 12, 12\]"),
-        ({"pixels": torch.zeros(3, 12, 12)}, "`pixels` must be"),
+        ({"rows": torch.zeros(2, dtype=torch.int64, device="meta")}, "must be on cpu as `inputs` are, but is on meta"),
+        ({"inputs": torch.zeros(5, 3, 12, 9)}, r"`pixels` must be \[B, 3, 12, 12\]"),
+        ({"inputs": torch.zeros(3, 12, 12)}, "`pixels` must be"),
     ],
 )
 def test_wrong_masks_are_refused(change: dict[str, Any], message: str) -> None:
     model, teacher = random_pair()
     batch = random_images()
-    wrong = Images(**{"pixels": batch.inputs, "rows": batch.rows, "masked": batch.masked} | change)
+    wrong = Images(**{"inputs": batch.inputs, "rows": batch.rows, "masked": batch.masked} | change)
     with pytest.raises(ValueError, match=message):
         model(wrong, teacher)
 

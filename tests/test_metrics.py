@@ -35,7 +35,7 @@ def test_deviations_of_a_collapse() -> None:
 
 def test_loss_is_per_value() -> None:
     sums = torch.cat((torch.tensor([12.0]), torch.zeros(4 * 3)))
-    assert loss_and_deviations(sums, num_rows=2, width=3)["loss"] == 2.0
+    assert loss_and_deviations(sums, num_rows=2, width=3, divisor=3)["loss"] == 2.0
 
 
 def entry(step: int, **changes: float) -> dict[str, float]:

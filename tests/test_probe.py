@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2v_fast.config import ProbeConfig
+from d2v_fast.config import VisionProbeConfig
 from d2v_fast.probe import PIXELS, image_features, run_probe, score
 
 
@@ -27,22 +27,22 @@ def make_data(informative: bool, strength: float = 2.0, seed: int = 0) -> Simple
 
 
 class Network(nn.Module):
-    """Patches as tokens with a class token, mapped linearly; the call of VisionModel."""
+    """Patches as places, mapped linearly; features as of a `Student`."""
 
     def __init__(self, keep: bool) -> None:
         super().__init__()
         self.keep = keep
         self.map = nn.Linear(64, 12)
 
-    def forward(self, pixels, rows=None, top_k=0):
+    def features(self, pixels, lengths=None, top_k=1):
         assert not self.training
         tokens = self.map(pixels.flatten(1) if self.keep else torch.zeros_like(pixels).flatten(1))
-        features = torch.stack([torch.full_like(tokens, 100.0), tokens, tokens + 0.1], 1)
-        return SimpleNamespace(features=[features * (k + 1) for k in range(top_k)])
+        features = torch.stack([tokens, tokens + 0.1], 1)
+        return [features * (k + 1) for k in range(top_k)]
 
 
 def test_finds_what_is_there():
-    data, config = make_data(True), ProbeConfig(neighbours=5)
+    data, config = make_data(True), VisionProbeConfig(neighbours=5)
     report = run_probe({"good": Network(True).train(), "blind": Network(False)}, data, config)
     assert list(report.scores) == ["good", "blind", PIXELS]
     assert report.scores["good"].few_labels > 70
@@ -57,7 +57,7 @@ def test_finds_what_is_there():
 
 def test_scores_only_held_out_images():
     """Random labels can be learnt by heart, and still nothing is found."""
-    scores = score(make_data(False).images.reshape(400, -1), make_data(False), ProbeConfig())
+    scores = score(make_data(False).images.reshape(400, -1), make_data(False), VisionProbeConfig())
     assert scores.linear < 45
     assert scores.knn < 45
 
@@ -83,7 +83,7 @@ def test_features():
 @pytest.mark.parametrize("per_class", [1, 10, 10_000])
 def test_number_of_labels(per_class):
     data = make_data(True, strength=0.5)
-    scores = score(data.images.reshape(400, -1), data, ProbeConfig(labels_per_class=per_class, num_draws=3))
+    scores = score(data.images.reshape(400, -1), data, VisionProbeConfig(labels_per_class=per_class, num_draws=3))
     if per_class == 10_000:
         assert scores.few_labels == scores.linear
         assert scores.few_labels_std == 0
@@ -92,15 +92,14 @@ def test_number_of_labels(per_class):
 
 
 class Patches(nn.Module):
-    """The pixels themselves as tokens of one channel and a constant; the call of VisionModel."""
+    """The pixels themselves as tokens of one channel and a constant; features as of a `Student`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(1))
 
-    def forward(self, pixels, rows=None, top_k=0):
-        tokens = torch.stack([pixels.flatten(1), -pixels.flatten(1)], -1)
-        return SimpleNamespace(features=[torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1)])
+    def features(self, pixels, lengths=None, top_k=1):
+        return [torch.stack([pixels.flatten(1), -pixels.flatten(1)], -1)]
 
 
 def test_features_of_a_grid():

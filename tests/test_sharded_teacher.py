@@ -92,7 +92,7 @@ class Trial:
             first = (micro_step * self.world.size + self.world.rank) * split.micro_batch
             mine = (rows >= first * num_patches) & (rows < (first + split.micro_batch) * num_patches)
             part = slice(first, first + split.micro_batch)
-            batch = Batch(pixels[part], rows[mine] - first * num_patches, ids[part], (), len(rows))
+            batch = Batch(pixels[part], rows[mine] - first * num_patches, ids[part], global_rows=len(rows))
             output = self.engine.forward(batch, self.teacher.module)
             share = split.accumulation * self.world.size / (len(rows) * width)
             self.engine.backward(output.loss_sum * share)

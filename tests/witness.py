@@ -112,7 +112,7 @@ class Witness:
         if kind in ("nan pixel", "inf pixel"):
             pixels = batch.inputs.clone()
             pixels[-1, 0, 1, 2] = float(kind[:3])
-            return replace(batch, pixels=pixels)
+            return replace(batch, inputs=pixels)
         if kind in ("weights", "teacher"):
             module = self.model.student if kind == "weights" else self.teacher.module
             with torch.no_grad():
