@@ -19,9 +19,6 @@ struct LossRows {
   const float* next_target[4];
 };
 
-// Gradients larger than this are stored around the caches.
-constexpr int64_t kStreamBytes = 8 << 20;
-
 // What all rows share. beta 0 is the squared error. The slopes include `slope_factor`; `slope` is [N, D], or
 // empty without a gradient.
 struct LossSettings {

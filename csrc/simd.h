@@ -17,6 +17,35 @@ typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 // everything here is inlined: no vector is ever passed between functions
 #pragma GCC diagnostic ignored "-Wpsabi"
 
+typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
+typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
+
+// fp16 to fp32 and back in integers, since not every instruction set converts: exact, and rounded to the
+// nearest, ties to even.
+D2V_INLINE Lanes from_half(Narrow half) {
+  const Wide bits = __builtin_convertvector(half, Wide);
+  const Wide shifted = (bits & 0x7fffu) << 13, exponent = shifted & 0x0f800000u;
+  const Wide normal = shifted + (112u << 23);
+  const Wide special = shifted + (224u << 23);
+  // below the least normal number the exponent is read as that of 2^-14, whose leading 1 is taken off again
+  const Lanes small = reinterpret_cast<Lanes>(shifted + (113u << 23)) - 0x1p-14f;
+  const Wide magnitude = exponent == 0x0f800000u ? special : normal;
+  return reinterpret_cast<Lanes>((exponent == 0u ? reinterpret_cast<Wide>(small) : magnitude) |
+                                 (bits & 0x8000u) << 16);
+}
+
+D2V_INLINE Narrow to_half(Lanes v) {
+  const Wide bits = reinterpret_cast<Wide>(v), size = bits & 0x7fffffffu;
+  const Wide normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  // adding 1/2 leaves multiples of 2^-24 in the low bits, rounded
+  const Wide small = reinterpret_cast<Wide>(reinterpret_cast<Lanes>(size) + 0.5f) - 0x3f000000u;
+  const Wide infinite = Wide{} + 0x7c00u, nan = Wide{} + 0x7e00u;
+  Wide half = size < (113u << 23) ? small : normal;
+  half = size >= (143u << 23) ? infinite : half;
+  half = size > 0x7f800000u ? nan : half;
+  return __builtin_convertvector(half | (bits & 0x80000000u) >> 16, Narrow);
+}
+
 // One body serves whole vectors and the single elements that are left over.
 template <typename V>
 D2V_INLINE V load(const float* x) {
@@ -32,17 +61,11 @@ D2V_INLINE V load_as(const T* x) {
     return load<V>(x);
   } else if constexpr (std::is_same_v<V, float>) {
     return static_cast<float>(*x);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
-    typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
+  } else {
     Narrow bits;
     __builtin_memcpy(&bits, x, sizeof bits);
-    const Wide wide = __builtin_convertvector(bits, Wide) << 16;
-    return reinterpret_cast<V>(wide);
-  } else {
-    float values[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) values[i] = static_cast<float>(x[i]);
-    return load<V>(values);
+    if constexpr (std::is_same_v<T, Half>) return from_half(bits);
+    return reinterpret_cast<V>(__builtin_convertvector(bits, Wide) << 16);
   }
 }
 
@@ -59,18 +82,18 @@ D2V_INLINE void store_as(T* x, V v) {
   } else if constexpr (std::is_same_v<V, float>) {
     *x = static_cast<T>(v);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
-    typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
     const Wide bits = reinterpret_cast<Wide>(v), nan = Wide{} + 0x7fc0u;
     const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Narrow narrow = __builtin_convertvector(v == v ? rounded : nan, Narrow);
     __builtin_memcpy(x, &narrow, sizeof narrow);
   } else {
-    float values[kLanes];
-    store<V>(values, v);
-    for (int64_t i = 0; i < kLanes; ++i) x[i] = static_cast<T>(values[i]);
+    const Narrow narrow = to_half(v);
+    __builtin_memcpy(x, &narrow, sizeof narrow);
   }
 }
+
+// Results larger than this are stored around the caches.
+constexpr int64_t kStreamBytes = 8 << 20;
 
 // A store that goes around the caches, for results that are larger than they are; `x` aligned to 16 bytes.
 // Before another thread reads them, `finish_streams`.

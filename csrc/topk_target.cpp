@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "moments.h"
 #include "ops.h"
 #include "simd.h"
 #include "target.h"
@@ -16,56 +17,6 @@ constexpr int64_t kRows = 8;
 constexpr int64_t kPart = 64;
 // Channels that one task of the layers' statistics works on: long to stream, short to share out.
 constexpr int64_t kTile = 1024;
-
-struct Moments {
-  float mean, rstd;
-};
-
-// Sum of the lanes, halves first.
-D2V_INLINE float add_lanes(Lanes v) {
-  float x[kLanes];
-  store<Lanes>(x, v);
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
-}
-
-// Corrected two-pass moments of n numbers that the first pass brings into the cache: the second takes the
-// first mean's rounding back out. `next`, as long, is fetched meanwhile.
-template <typename T>
-D2V_INLINE Moments row_moments(const T* x, const T* next, int64_t n, double eps) {
-  constexpr int64_t kStep = 4 * kLanes;
-  Lanes a{}, b{}, c{}, d{};
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    __builtin_prefetch(next + i);
-    if (sizeof(T) == 4) __builtin_prefetch(next + i + kStep / 2);
-    a += load_as<Lanes>(x + i);
-    b += load_as<Lanes>(x + i + kLanes);
-    c += load_as<Lanes>(x + i + 2 * kLanes);
-    d += load_as<Lanes>(x + i + 3 * kLanes);
-  }
-  float sum = add_lanes((a + b) + (c + d));
-  for (; i < n; ++i) sum += load_as<float>(x + i);
-  const float first_mean = sum / static_cast<float>(n);
-
-  Lanes sums[2]{}, squares[2]{};
-  i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    for (int64_t j = 0; j < 2; ++j) {
-      const Lanes e = load_as<Lanes>(x + i + j * kLanes) - first_mean;
-      sums[j] += e;
-      squares[j] += e * e;
-    }
-  }
-  float rest = add_lanes(sums[0] + sums[1]), square = add_lanes(squares[0] + squares[1]);
-  for (; i < n; ++i) {
-    const float e = load_as<float>(x + i) - first_mean;
-    rest += e;
-    square += e * e;
-  }
-  const double share = 1.0 / static_cast<double>(n), correction = rest * share;
-  const double variance = std::max(square * share - correction * correction, 0.0);
-  return {static_cast<float>(first_mean + correction), static_cast<float>(1.0 / std::sqrt(variance + eps))};
-}
 
 // One row of a layer, and what its norm takes off and multiplies with: a number, or one for each channel.
 struct LayerRow {

@@ -5,6 +5,7 @@
 ``topk_target``           normalise K layers, average them, normalise the average, keep some rows
 ``masked_smooth_l1``      Smooth L1 (or squared error) over rows, with the moments of both sides
 ``data2vec_loss``         the two above in one pass, the target is never written to memory
+``layer_norm_gelu``       layer norm over channels and exact GELU, as after every convolution of speech
 ========================  =========================================================================
 """
 
@@ -13,9 +14,19 @@ from d2v_fast.ops._library import backends
 from d2v_fast.ops.data2vec_loss import data2vec_loss
 from d2v_fast.ops.ema import ema_update_
 from d2v_fast.ops.masked_loss import MaskedLoss, masked_smooth_l1
+from d2v_fast.ops.norm_gelu import layer_norm_gelu
 from d2v_fast.ops.topk_target import topk_target
 
 _library.load_cpp()
 HAS_CPP: bool = _library.HAS_CPP
 
-__all__ = ["ema_update_", "topk_target", "masked_smooth_l1", "data2vec_loss", "MaskedLoss", "backends", "HAS_CPP"]
+__all__ = [
+    "ema_update_",
+    "topk_target",
+    "masked_smooth_l1",
+    "data2vec_loss",
+    "layer_norm_gelu",
+    "MaskedLoss",
+    "backends",
+    "HAS_CPP",
+]

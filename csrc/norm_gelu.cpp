@@ -1,0 +1,430 @@
+#include <algorithm>
+#include <vector>
+
+#include "moments.h"
+#include "ops.h"
+#include "simd.h"
+
+namespace d2v {
+namespace {
+
+// Rows of one block of sums: few enough that fp32 sums stay exact, and a partition that depends on the number
+// of rows only.
+constexpr int64_t kMinRows = 32, kMaxRows = 256, kBlocks = 128;
+// Vectors that are computed side by side.
+constexpr int kVectors = 4;
+
+template <typename V>
+struct BitsOf {
+  typedef uint32_t type __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct BitsOf<float> {
+  typedef uint32_t type;
+};
+
+template <typename To, typename From>
+D2V_INLINE To same_bits(From x) {
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// p <- p * x + c: a step of several polynomials side by side, since one alone waits for itself.
+template <typename V, int n>
+D2V_INLINE void step(V (&p)[n], const V (&x)[n], float c) {
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) p[j] = p[j] * x[j] + c;
+}
+
+// v <- 2^v for -126 <= v <= 0, to 2e-9 and the rounding; NaN stays NaN.
+template <typename V, int n>
+D2V_INLINE void exp2_of(V (&v)[n]) {
+  using Bits = typename BitsOf<V>::type;
+  // adding it leaves the nearest integer in the low bits
+  constexpr float kRound = 12582912.0f;
+  V shifted[n], p[n];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    shifted[j] = v[j] + kRound;
+    v[j] -= shifted[j] - kRound;
+    p[j] = v[j] * 1.5353362e-4f + 1.3398875e-3f;
+  }
+  step(p, v, 9.6184374e-3f);
+  step(p, v, 5.5503325e-2f);
+  step(p, v, 2.4022648e-1f);
+  step(p, v, 6.9314720e-1f);
+  step(p, v, 1.0f);
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j)
+    v[j] = same_bits<V>(same_bits<Bits>(p[j]) + (same_bits<Bits>(shifted[j]) << 23));
+}
+
+// What the GELU of z and its slope are made of: with Phi the normal distribution, Phi(-|z|) = bell * ratio.
+template <typename V, int n>
+struct Tails {
+  V size[n];   // |z|, or 13, past which Phi(-|z|) is below 1e-37
+  V bell[n];   // exp(-z^2 / 2)
+  V ratio[n];  // Mills' ratio over sqrt(2 pi): smooth, and free of the cancellation that 1 - erf has
+};
+
+template <typename V, int n>
+D2V_INLINE void tails_of(const V (&z)[n], Tails<V, n>& out) {
+  using Bits = typename BitsOf<V>::type;
+  V t[n];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    const V largest = V{} + 13.0f, size = same_bits<V>(same_bits<Bits>(z[j]) & 0x7fffffffu);
+    // written so that NaN stays NaN
+    out.size[j] = largest < size ? largest : size;
+    t[j] = 1.0f / (out.size[j] * 0.3f + 1.0f);
+    out.bell[j] = out.size[j] * out.size[j] * -0.72134752f;
+  }
+  exp2_of(out.bell);
+  // minimax: 4e-9
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) out.ratio[j] = t[j] * 3.3477828e-2f - 1.4626683e-1f;
+  step(out.ratio, t, 1.8386865e-1f);
+  step(out.ratio, t, -2.9031936e-2f);
+  step(out.ratio, t, 1.1307819e-1f);
+  step(out.ratio, t, 1.0544711e-1f);
+  step(out.ratio, t, 1.1972055e-1f);
+  step(out.ratio, t, 1.1970644e-1f);
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) out.ratio[j] *= t[j];
+}
+
+// z <- its GELU
+template <typename V, int n>
+D2V_INLINE void gelu(V (&z)[n]) {
+  Tails<V, n> tails;
+  tails_of(z, tails);
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    const V linear = z[j] > 0.0f ? z[j] : V{};
+    z[j] = linear - tails.size[j] * (tails.bell[j] * tails.ratio[j]);
+  }
+}
+
+// z <- the slope of the GELU there
+template <typename V, int n>
+D2V_INLINE void gelu_slope(V (&z)[n]) {
+  Tails<V, n> tails;
+  tails_of(z, tails);
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    // Phi(-a) - a phi(a)
+    const V low = tails.bell[j] * (tails.ratio[j] - tails.size[j] * 0.39894228f);
+    z[j] = z[j] > 0.0f ? 1.0f - low : low;
+  }
+}
+
+// The rows of a tensor [..., C] whose channels lie together: those of x[:, :T] lie in groups.
+struct Rows {
+  const char* data;
+  int64_t per_group, group_bytes, row_bytes;
+
+  template <typename T>
+  __attribute__((always_inline)) const T* at(int64_t i) const {
+    return reinterpret_cast<const T*>(data + i / per_group * group_bytes + i % per_group * row_bytes);
+  }
+};
+
+// What every row of one call needs.
+struct Plan {
+  Rows x, grad;
+  const float *weight, *bias;
+  float *mean, *rstd;
+  char* out;  // y or grad_x
+  int64_t num_rows, width;
+  double eps;
+  bool stream;
+};
+
+template <typename V, typename T>
+D2V_INLINE void put(T* out, V v, bool around_caches) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (around_caches) return stream<V>(out, v);
+  }
+  store_as<V>(out, v);
+}
+
+// What follows works on n vectors V of channels from i on; V is Lanes, or float for a single channel.
+template <typename V>
+constexpr int64_t kStep = sizeof(V) / sizeof(float);
+
+template <typename V, int n, typename T>
+D2V_INLINE void forward_channels(const Plan& plan, const T* x, Moments moments, int64_t i, T* y) {
+  V z[n];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    const int64_t c = i + j * kStep<V>;
+    const V normal = (load_as<V>(x + c) - moments.mean) * moments.rstd;
+    z[j] = normal * load<V>(plan.weight + c) + load<V>(plan.bias + c);
+  }
+  gelu(z);
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) put<V>(y + i + j * kStep<V>, z[j], plan.stream);
+}
+
+template <typename T>
+D2V_INLINE void forward_rows(const Plan& plan, int64_t begin, int64_t end) {
+  const int64_t width = plan.width;
+  for (int64_t row = begin; row < end; ++row) {
+    const T *x = plan.x.at<T>(row), *next = plan.x.at<T>(std::min(row + 1, end - 1));
+    T* y = reinterpret_cast<T*>(plan.out) + row * width;
+    const Moments moments = row_moments<T>(x, next, width, plan.eps);
+    plan.mean[row] = moments.mean;
+    plan.rstd[row] = moments.rstd;
+    int64_t i = 0;
+    for (; i + kVectors * kLanes <= width; i += kVectors * kLanes) {
+      forward_channels<Lanes, kVectors, T>(plan, x, moments, i, y);
+    }
+    for (; i + kLanes <= width; i += kLanes) forward_channels<Lanes, 1, T>(plan, x, moments, i, y);
+    for (; i < width; ++i) forward_channels<float, 1, T>(plan, x, moments, i, y);
+  }
+  if (plan.stream) finish_streams();
+}
+
+// Sums over the channels of a row, for the two ways in which the norm's statistics carry gradient.
+template <typename V>
+struct RowSums {
+  V slope{}, slope_normal{};
+};
+
+// sums [2, width]: gradients of weight and bias; slope [width]: gradient of the normalised row.
+template <typename V, int n, typename T>
+D2V_INLINE void backward_channels(const Plan& plan, const T* x, const T* grad, Moments moments, int64_t i,
+                                  float* sums, float* slope, RowSums<V>& row) {
+  V normal[n], d[n];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    const int64_t c = i + j * kStep<V>;
+    normal[j] = (load_as<V>(x + c) - moments.mean) * moments.rstd;
+    d[j] = normal[j] * load<V>(plan.weight + c) + load<V>(plan.bias + c);
+  }
+  gelu_slope(d);
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    const int64_t c = i + j * kStep<V>;
+    d[j] *= load_as<V>(grad + c);
+    add_to<V>(sums + c, d[j] * normal[j]);
+    add_to<V>(sums + plan.width + c, d[j]);
+    const V s = d[j] * load<V>(plan.weight + c);
+    store<V>(slope + c, s);
+    row.slope += s;
+    row.slope_normal += s * normal[j];
+  }
+}
+
+template <typename V, typename T>
+D2V_INLINE void grad_x_channels(const T* x, const float* slope, Moments moments, float shift, float tilt,
+                                int64_t i, T* out, bool around_caches) {
+  const V normal = (load_as<V>(x + i) - moments.mean) * moments.rstd;
+  put<V>(out + i, (load<V>(slope + i) - shift - normal * tilt) * moments.rstd, around_caches);
+}
+
+template <typename T>
+D2V_INLINE void backward_rows(const Plan& plan, int64_t begin, int64_t end, float* sums, float* slope) {
+  const int64_t width = plan.width;
+  const float share = 1.0f / static_cast<float>(width);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t next = std::min(row + 1, end - 1);
+    const T *x = plan.x.at<T>(row), *next_x = plan.x.at<T>(next);
+    const T *grad = plan.grad.at<T>(row), *next_grad = plan.grad.at<T>(next);
+    T* out = reinterpret_cast<T*>(plan.out) + row * width;
+    const Moments moments{plan.mean[row], plan.rstd[row]};
+    RowSums<Lanes> lanes;
+    RowSums<float> rest;
+    int64_t i = 0;
+    for (; i + kVectors * kLanes <= width; i += kVectors * kLanes) {
+      for (int64_t j = 0; j < kVectors * kLanes; j += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(next_x + i + j);
+        __builtin_prefetch(next_grad + i + j);
+      }
+      backward_channels<Lanes, kVectors, T>(plan, x, grad, moments, i, sums, slope, lanes);
+    }
+    for (; i + kLanes <= width; i += kLanes) {
+      backward_channels<Lanes, 1, T>(plan, x, grad, moments, i, sums, slope, lanes);
+    }
+    for (; i < width; ++i) backward_channels<float, 1, T>(plan, x, grad, moments, i, sums, slope, rest);
+    const float shift = (add_lanes(lanes.slope) + rest.slope) * share;
+    const float tilt = (add_lanes(lanes.slope_normal) + rest.slope_normal) * share;
+    i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+      grad_x_channels<Lanes, T>(x, slope, moments, shift, tilt, i, out, plan.stream);
+    }
+    for (; i < width; ++i) grad_x_channels<float, T>(x, slope, moments, shift, tilt, i, out, plan.stream);
+  }
+  if (plan.stream) finish_streams();
+}
+
+#define D2V_NORM_GELU(suffix, T)                                                                      \
+  D2V_INLINE void forward_##suffix##_body(const Plan& plan, int64_t begin, int64_t end) {             \
+    forward_rows<T>(plan, begin, end);                                                                \
+  }                                                                                                   \
+  D2V_MULTIARCH(forward_##suffix, (const Plan& plan, int64_t begin, int64_t end), (plan, begin, end)) \
+  D2V_INLINE void backward_##suffix##_body(const Plan& plan, int64_t begin, int64_t end, float* sums, \
+                                           float* slope) {                                            \
+    backward_rows<T>(plan, begin, end, sums, slope);                                                  \
+  }                                                                                                   \
+  D2V_MULTIARCH(backward_##suffix,                                                                    \
+                (const Plan& plan, int64_t begin, int64_t end, float* sums, float* slope),            \
+                (plan, begin, end, sums, slope))
+
+D2V_NORM_GELU(f32, float)
+D2V_NORM_GELU(bf16, BFloat16)
+D2V_NORM_GELU(f16, Half)
+
+constexpr decltype(&forward_f32) kForward[3] = {forward_f32, forward_bf16, forward_f16};
+constexpr decltype(&backward_f32) kBackward[3] = {backward_f32, backward_bf16, backward_f16};
+
+// The rows where they lie, if their channels lie together and two strides lead to all of them; a copy
+// otherwise, which `x` then holds.
+Rows rows_of(Tensor& x) {
+  const int64_t last = x.dim() - 1, bytes = x.element_size();
+  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};
+  int level = 0;
+  bool plain = x.size(last) <= 1 || x.stride(last) == 1;
+  for (int64_t i = last - 1; i >= 0 && plain; --i) {
+    if (x.size(i) == 1) continue;
+    if (sizes[level] > 1 && x.stride(i) != sizes[level] * strides[level]) {
+      plain = ++level < 2;
+      if (!plain) break;
+    }
+    if (sizes[level] == 1) strides[level] = x.stride(i);
+    sizes[level] *= x.size(i);
+  }
+  if (!plain) {
+    x = torch::stable::contiguous(x);
+    return {static_cast<const char*>(x.const_data_ptr()), std::max<int64_t>(x.numel(), 1), 0,
+            x.size(last) * bytes};
+  }
+  return {static_cast<const char*>(x.const_data_ptr()), std::max<int64_t>(sizes[0], 1), strides[1] * bytes,
+          strides[0] * bytes};
+}
+
+std::vector<float> widened(Tensor x) {
+  x = torch::stable::contiguous(x);
+  std::vector<float> out(x.numel());
+  const int type = storage_index(x.scalar_type());
+  const void* data = x.const_data_ptr();
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = type == 0   ? static_cast<const float*>(data)[i]
+             : type == 1 ? static_cast<float>(static_cast<const BFloat16*>(data)[i])
+                         : static_cast<float>(static_cast<const Half*>(data)[i]);
+  }
+  return out;
+}
+
+std::vector<int64_t> sizes_of(const Tensor& x, int64_t num_dims) {
+  std::vector<int64_t> sizes(num_dims);
+  for (int64_t i = 0; i < num_dims; ++i) sizes[i] = x.size(i);
+  return sizes;
+}
+
+void check_channels(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && bias.dim() == 1 &&
+                      weight.size(0) == x.size(x.dim() - 1) && bias.size(0) == weight.size(0),
+                  "layer_norm_gelu: weight and bias must be [C] for an x of [..., C]");
+}
+
+bool goes_around_caches(const Tensor& out, int64_t width) {
+  return out.scalar_type() == ScalarType::Float && out.numel() * 4 > kStreamBytes && width % 4 == 0;
+}
+
+// like[channel] <- the sum over all blocks of the partial sums [num_blocks, 2, width], in the type of `like`.
+Tensor sum_blocks(const Tensor& like, const float* sums, int64_t num_blocks, int64_t width) {
+  Tensor out = torch::stable::new_empty(like, {width});
+  const int type = storage_index(out.scalar_type());
+  void* data = out.mutable_data_ptr();
+  constexpr int64_t kStrip = 64;
+  torch::stable::parallel_for(0, (width + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t first = strip * kStrip, count = std::min(kStrip, width - first);
+      double total[kStrip] = {};
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        const float* __restrict part = sums + b * 2 * width + first;
+        for (int64_t d = 0; d < count; ++d) total[d] += part[d];
+      }
+      for (int64_t d = 0; d < count; ++d) {
+        const float value = static_cast<float>(total[d]);
+        if (type == 0) static_cast<float*>(data)[first + d] = value;
+        if (type == 1) static_cast<BFloat16*>(data)[first + d] = static_cast<BFloat16>(value);
+        if (type == 2) static_cast<Half*>(data)[first + d] = static_cast<Half>(value);
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, double eps) {
+  check_channels(x, weight, bias);
+  const int64_t last = x.dim() - 1, width = x.size(last);
+  const int type = storage_index(x.scalar_type());
+  Tensor y = torch::stable::new_empty(x, sizes_of(x, last + 1));
+  Tensor mean = torch::stable::new_empty(x, sizes_of(x, last), ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, sizes_of(x, last), ScalarType::Float);
+  prefer_huge_pages(y);
+  const std::vector<float> w = widened(weight), b = widened(bias);
+  Plan plan{};
+  plan.x = rows_of(x);
+  plan.weight = w.data();
+  plan.bias = b.data();
+  plan.mean = static_cast<float*>(mean.mutable_data_ptr());
+  plan.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  plan.out = static_cast<char*>(y.mutable_data_ptr());
+  plan.num_rows = mean.numel();
+  plan.width = width;
+  plan.eps = eps;
+  plan.stream = goes_around_caches(y, width);
+  const int64_t rows_per_task = std::max<int64_t>(kChunk / std::max<int64_t>(width, 1), 1);
+  torch::stable::parallel_for(0, plan.num_rows, rows_per_task,
+                              [&](int64_t begin, int64_t end) { kForward[type](plan, begin, end); });
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias,
+                                                            Tensor mean, Tensor rstd) {
+  check_channels(x, weight, bias);
+  const int64_t last = x.dim() - 1, width = x.size(last);
+  const int type = storage_index(x.scalar_type());
+  mean = torch::stable::contiguous(mean);
+  rstd = torch::stable::contiguous(rstd);
+  STD_TORCH_CHECK(sizes_of(grad, grad.dim()) == sizes_of(x, x.dim()) && grad.scalar_type() == x.scalar_type(),
+                  "layer_norm_gelu_backward: grad must have the shape and dtype of x");
+  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float &&
+                      mean.numel() * width == x.numel() && rstd.numel() == mean.numel(),
+                  "layer_norm_gelu_backward: mean and rstd must be fp32, one for every row of x");
+  Tensor grad_x = torch::stable::new_empty(x, sizes_of(x, last + 1));
+  prefer_huge_pages(grad_x);
+  const std::vector<float> w = widened(weight), b = widened(bias);
+  Plan plan{};
+  plan.x = rows_of(x);
+  plan.grad = rows_of(grad);
+  plan.weight = w.data();
+  plan.bias = b.data();
+  plan.mean = static_cast<float*>(mean.mutable_data_ptr());
+  plan.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  plan.out = static_cast<char*>(grad_x.mutable_data_ptr());
+  plan.num_rows = mean.numel();
+  plan.width = width;
+  plan.stream = goes_around_caches(grad_x, width);
+  const int64_t n = plan.num_rows,
+                rows_per_block = std::clamp((n + kBlocks - 1) / kBlocks, kMinRows, kMaxRows);
+  const int64_t num_blocks = (n + rows_per_block - 1) / rows_per_block;
+  std::vector<float> sums(num_blocks * 2 * width);
+  torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> slope(width);
+    for (int64_t i = begin; i < end; ++i) {
+      kBackward[type](plan, i * rows_per_block, std::min(n, (i + 1) * rows_per_block),
+                      sums.data() + i * 2 * width, slope.data());
+    }
+  });
+  return {grad_x, sum_blocks(weight, sums.data(), num_blocks, width),
+          sum_blocks(bias, sums.data() + width, num_blocks, width)};
+}
+
+}  // namespace d2v

@@ -1,0 +1,167 @@
+"""Layer norm over channels and GELU in one pass, as the convolutional front end of wav2vec 2.0 and data2vec wants."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_fast.ops._library import FLOAT_DTYPES, define
+
+
+def layer_norm_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``gelu(layer_norm(x))`` in the dtype of `x` `[..., C]`, and the rows' mean and 1 / deviation, fp32 `[...]`."""
+    shape = x.shape[-1:]
+    normal, mean, rstd = torch.native_layer_norm(x.float(), shape, weight.float(), bias.float(), eps)
+    y = torch.nn.functional.gelu(normal).to(x.dtype).contiguous()
+    return y, mean.reshape(x.shape[:-1]), rstd.reshape(x.shape[:-1])
+
+
+def layer_norm_gelu_backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `x`, `weight` and `bias`, each in its dtype."""
+    wide, w, b = x.float(), weight.float(), bias.float()
+    mean, rstd = mean[..., None], rstd[..., None]
+    slope = torch.ops.aten.gelu_backward(grad.float(), (wide - mean) * rstd * w + b)
+    grads = torch.ops.aten.native_layer_norm_backward(slope, wide, x.shape[-1:], mean, rstd, w, b, [True] * 3)
+    return grads[0].to(x.dtype).contiguous(), grads[1].to(weight.dtype), grads[2].to(bias.dtype)
+
+
+define(
+    "layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    layer_norm_gelu_reference,
+    "norm_gelu.layer_norm_gelu",
+)
+define(
+    "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) -> "
+    "(Tensor, Tensor, Tensor)",
+    layer_norm_gelu_backward_reference,
+    "norm_gelu.layer_norm_gelu_backward",
+)
+
+
+@torch.library.register_fake("d2v::layer_norm_gelu")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("d2v::layer_norm_gelu_backward")
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, _ = inputs
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, output[1], output[2])
+
+
+def _backward(ctx: Any, grad: Tensor | None, _mean: Tensor, _rstd: Tensor) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    return (*torch.ops.d2v.layer_norm_gelu_backward(grad, *ctx.saved_tensors), None)
+
+
+def _setup_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    pass
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("`layer_norm_gelu` has no second derivative; `torch.nn.functional.layer_norm` and `gelu` do.")
+
+
+torch.library.register_autograd("d2v::layer_norm_gelu", _backward, setup_context=_setup_context)
+torch.library.register_autograd("d2v::layer_norm_gelu_backward", _no_double_backward, setup_context=_setup_backward)
+
+
+def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """GELU of the layer norm over the last dimension, in one pass over memory.
+
+    What follows each convolution in the front end of wav2vec 2.0 and data2vec (arXiv 2006.11477, section 2):
+    ``F.gelu(F.layer_norm(x.float(), (C,), weight.float(), bias.float(), eps)).to(x.dtype)``, the exact GELU and not
+    the one with tanh. Arithmetic is fp32, and the result does not depend on the number of threads.
+
+    Args:
+        x: `[..., C]`, fp32, bf16 or fp16. Rows whose channels do not lie together are copied first.
+        weight, bias: `[C]`, fp32 or of the dtype of ``x``, on the same device.
+        eps: Added to the variance, >= 0.
+
+    Returns:
+        `[..., C]` in the dtype of ``x``, contiguous.
+
+    Backward:
+        Gradients to all three, each in its dtype. Saved are ``x`` itself and two fp32 numbers a row; normalised values
+        and GELU are computed again. There is no second derivative.
+
+    Raises:
+        ValueError: What is not as described above.
+
+    Example:
+        >>> layer_norm_gelu(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2))
+        tensor([[-0.1587,  0.8413]])
+    """
+    return layer_norm_gelu_forward(x, weight, bias, eps=eps)[0]
+
+
+def layer_norm_gelu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``layer_norm_gelu`` for hand-written backward passes: also what ``layer_norm_gelu_backward`` needs.
+
+    Returns:
+        ``y``, and per row the mean and 1 / deviation, fp32 `[...]` without gradient. The same call computes ``y``
+        again, bit for bit.
+    """
+    if x.ndim == 0:
+        raise ValueError("`x` must have shape [..., C], but has () instead.")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"`x` must be fp32, bf16 or fp16, but is {x.dtype} instead.")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value.shape != x.shape[-1:]:
+            raise ValueError(
+                f"`{name}` must have shape [{x.shape[-1]}] as the channels of `x`, "
+                f"but has {tuple(value.shape)} instead."
+            )
+        if value.dtype not in (torch.float32, x.dtype):
+            raise ValueError(f"`{name}` must be fp32 or {x.dtype} as `x` is, but is {value.dtype} instead.")
+        if value.device != x.device:
+            raise ValueError(f"`{name}` must be on {x.device} as `x` is, but is on {value.device} instead.")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"`eps` must be finite and >= 0, but is {eps} instead.")
+    y, mean, rstd = torch.ops.d2v.layer_norm_gelu(x, weight, bias, float(eps))
+    return y, mean, rstd
+
+
+def layer_norm_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``weight`` and ``bias`` in one pass, each in its dtype; deterministic.
+
+    Args:
+        grad: `[..., C]`, gradient of ``y``, of the shape and dtype of ``x``.
+        x, weight, bias: As ``layer_norm_gelu_forward`` got them.
+        mean, rstd: fp32 `[...]`, as it returned them.
+
+    Raises:
+        ValueError: A gradient or statistics of another shape or dtype.
+    """
+    if grad.shape != x.shape or grad.dtype != x.dtype:
+        raise ValueError(
+            f"`grad` must be {x.dtype} of shape {tuple(x.shape)} as `x` is, "
+            f"but is {grad.dtype} of shape {tuple(grad.shape)} instead."
+        )
+    for name, value in (("mean", mean), ("rstd", rstd)):
+        if value.shape != x.shape[:-1] or value.dtype != torch.float32:
+            raise ValueError(
+                f"`{name}` must be fp32 of shape {tuple(x.shape[:-1])}, one number for each row of `x`, "
+                f"but is {value.dtype} of shape {tuple(value.shape)} instead."
+            )
+    grad_x, grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
+    return grad_x, grad_weight, grad_bias

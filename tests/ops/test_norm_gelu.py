@@ -1,0 +1,419 @@
+"""layer_norm_gelu: values and gradients against fp64, in every form: reference, C++, Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from d2v_fast.ops import HAS_CPP, layer_norm_gelu
+from d2v_fast.ops.norm_gelu import (
+    layer_norm_gelu_backward,
+    layer_norm_gelu_backward_reference,
+    layer_norm_gelu_forward,
+    layer_norm_gelu_reference,
+)
+from tests.common import (
+    DTYPES,
+    assert_within_twice,
+    compile_facts,
+    every_capability,
+    non_contiguous,
+    run_python,
+    width_bytes,
+)
+
+WIDTHS = [1, 7, 96, 512, 1000]
+
+
+def launchers():
+    """The Triton launchers of both passes: interpreted on CPU, compiled on CUDA."""
+    pytest.importorskip("triton")
+    from d2v_fast.kernels import norm_gelu
+
+    return norm_gelu.layer_norm_gelu, norm_gelu.layer_norm_gelu_backward
+
+
+def make(device, shape, dtype, weight_dtype=torch.float32, scale=2.0):
+    """Input, weight and bias that want gradients, and an incoming gradient."""
+    x = (torch.randn(shape, device=device) * scale + 0.5).to(dtype).requires_grad_()
+    weight = (torch.randn(shape[-1], device=device) * 0.5 + 1.0).to(weight_dtype).requires_grad_()
+    bias = torch.randn(shape[-1], device=device).to(weight_dtype).requires_grad_()
+    return x, weight, bias, torch.randn(shape, device=device).to(dtype)
+
+
+def composition(x, weight, bias, eps=1e-5, dtype=torch.float32):
+    """What the operation means, in `dtype`."""
+    return F.gelu(F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps))
+
+
+def truth(x, weight, bias, grad, eps=1e-5):
+    """Value and gradients in fp64."""
+    wide = [value.detach().double().requires_grad_() for value in (x, weight, bias)]
+    y = composition(*wide, eps, torch.float64)
+    return y, *torch.autograd.grad(y, wide, grad.double())
+
+
+def check(x, weight, bias, grad, eps=1e-5):
+    """Value and gradients are as close to fp64 as PyTorch's own two operations in fp32."""
+    y = layer_norm_gelu(x, weight, bias, eps=eps)
+    assert y.dtype == x.dtype
+    assert y.is_contiguous()
+    got = y, *torch.autograd.grad(y, (x, weight, bias), grad)
+    plain = composition(x, weight, bias, eps).to(x.dtype)
+    eager = plain, *torch.autograd.grad(plain, (x, weight, bias), grad)
+    names = ("y", "grad_x", "grad_weight", "grad_bias")
+    for name, one, other, right in zip(names, got, eager, truth(x, weight, bias, grad, eps), strict=True):
+        assert one.dtype == other.dtype, name
+        if x.shape[-1] == 1 and name in ("grad_x", "grad_weight"):
+            # nothing is left of one channel: zero and no more
+            torch.testing.assert_close(one.double(), right, rtol=0, atol=1e-6)
+        else:
+            assert_within_twice(one, other, right, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_matches_fp64(device, dtype, width):
+    for weight_dtype in {torch.float32, dtype}:
+        check(*make(device, (3, 41, width), dtype, weight_dtype))
+
+
+@pytest.mark.parametrize("shape", [(512,), (1, 512), (700, 40), (2, 3, 4, 5, 6), (1, 1, 16)], ids=str)
+def test_shapes(device, shape):
+    for eps in (1e-5, 0.1):
+        check(*make(device, shape, torch.float32), eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(device, dtype):
+    """Rows in groups, rows with gaps, channels that lie apart, and gradients that are stretched."""
+    x, weight, bias, grad = make(device, (4, 6, 24), dtype)
+    plain = x.detach()
+    padded = torch.full((4, 9, 24), float("nan"), device=device, dtype=dtype)
+    padded[:, :6] = plain
+    wide = torch.full((4, 6, 40), float("nan"), device=device, dtype=dtype)
+    wide[..., 8:32] = plain
+    forms = [
+        padded[:, :6],
+        wide[..., 8:32],
+        non_contiguous(plain),
+        plain.transpose(0, 1).contiguous().transpose(0, 1),
+        plain.transpose(1, 2).contiguous().transpose(1, 2),
+        plain.unsqueeze(1).expand(4, 1, 6, 24).squeeze(1),
+    ]
+    want = layer_norm_gelu(x, weight, bias)
+    want_grads = torch.autograd.grad(want, (x, weight, bias), grad)
+    gappy = torch.stack((weight.detach(), bias.detach()), 1)
+    for form in forms:
+        odd = form.detach().requires_grad_()
+        y = layer_norm_gelu(odd, gappy[:, 0].requires_grad_(), gappy[:, 1].requires_grad_())
+        assert y.is_contiguous()
+        assert torch.equal(y, want)
+        for strange in (grad, padded.clone()[:, :6].copy_(grad), grad.mT.contiguous().mT):
+            got = layer_norm_gelu_backward(strange, odd, weight, bias, *layer_norm_gelu_forward(odd, weight, bias)[1:])
+            assert all(torch.equal(a, b) for a, b in zip(got, want_grads, strict=True))
+    y = layer_norm_gelu(x, weight, bias)
+    stretched = torch.autograd.grad(y.sum(), (x, weight, bias))
+    same = torch.autograd.grad(layer_norm_gelu(x, weight, bias), (x, weight, bias), torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(stretched, same, strict=True))
+
+
+def test_gelu_alone(device):
+    """A weight of 0 leaves the GELU of the bias, whose gradient is the slope: both to the rounding of fp32."""
+    z = torch.cat([torch.linspace(-12, 12, 20001), torch.tensor([0.0, -0.0, 1e-30, 40.0, -40.0, 1e30, -1e30])])
+    z = z.to(device)
+    x, weight = torch.randn(1, len(z), device=device), torch.zeros(len(z), device=device)
+    bias = z.clone().requires_grad_()
+    y = layer_norm_gelu(x, weight, bias)
+    (slope,) = torch.autograd.grad(y, bias, torch.ones_like(y))
+    wide = z.double().requires_grad_()
+    right = F.gelu(wide)
+    (right_slope,) = torch.autograd.grad(right.sum(), wide)
+    assert ((y[0].double() - right).abs() <= 2e-7 * right.abs().clamp_min(1.0)).all()
+    # PyTorch's own slope of -1e30 is NaN
+    assert ((slope.double() - right_slope.nan_to_num()).abs() <= 2e-7).all()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+def test_far_from_zero(device, scale):
+    x, weight, bias, grad = make(device, (31, 96), torch.float32, scale=scale)
+    check(x, weight, bias, grad)
+    check((x.detach() + 30 * scale).requires_grad_(), weight, bias, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_constant_rows(device, dtype):
+    """No deviation: the bias alone is left, and gradients stay finite."""
+    _, weight, bias, grad = make(device, (5, 70), dtype)
+    for value in (0.0, 7.0, -6e4):
+        x = torch.full((5, 70), value, dtype=dtype, device=device, requires_grad=True)
+        y = layer_norm_gelu(x, weight, bias)
+        want = F.gelu(bias).to(dtype).expand(5, 70)
+        torch.testing.assert_close(y, want, **({} if dtype != torch.float32 else {"rtol": 1e-5, "atol": 1e-6}))
+        for got in torch.autograd.grad(y, (x, weight, bias), grad):
+            assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("width", [24, 7])
+def test_nan_is_seen(device, width):
+    x, weight, bias, grad = make(device, (6, width), torch.float32)
+    with torch.no_grad():
+        x[2, 3] = float("nan")
+    y = layer_norm_gelu(x, weight, bias)
+    assert y.isnan().any(1).tolist() == y.isnan().all(1).tolist() == [row == 2 for row in range(6)]
+    grad_x, grad_weight, grad_bias = torch.autograd.grad(y, (x, weight, bias), grad)
+    assert grad_x.isnan().all(1).nonzero().tolist() == [[2]]
+    assert grad_weight.isnan().all()
+    assert grad_bias.isnan().all()
+    x, weight, bias, grad = make(device, (6, width), torch.float32)
+    with torch.no_grad():
+        bias[4] = float("nan")
+    y = layer_norm_gelu(x, weight, bias)
+    assert y.isnan().all(0).nonzero().tolist() == [[4]]
+    assert torch.autograd.grad(y, bias, grad)[0].isnan().nonzero().tolist() == [[4]]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 8), (4, 0), (0, 0)], ids=str)
+def test_nothing(device, shape):
+    x, weight, bias, grad = make(device, shape, torch.float32)
+    y = layer_norm_gelu(x, weight, bias)
+    assert y.shape == shape
+    grads = torch.autograd.grad(y, (x, weight, bias), grad)
+    assert [value.shape for value in grads] == [x.shape, weight.shape, bias.shape]
+    assert not any(value.any() for value in grads)
+
+
+@pytest.mark.parametrize("width", [512, 771])
+def test_large(device, width):
+    """Large enough to be stored around the caches, or not, where rows are not aligned; several hundred blocks."""
+    check(*make(device, (5003, width), torch.float32))
+
+
+def test_forward_and_backward_by_hand(device):
+    """The parts that a hand-written stack calls give what autograd gives, and the same call gives y again."""
+    x, weight, bias, grad = make(device, (2, 9, 33), torch.bfloat16)
+    y, mean, rstd = layer_norm_gelu_forward(x, weight, bias)
+    assert mean.shape == rstd.shape == (2, 9)
+    assert not mean.requires_grad
+    torch.testing.assert_close(mean, x.detach().float().mean(-1))
+    torch.testing.assert_close(rstd, (x.detach().float().var(-1, correction=0) + 1e-5).rsqrt())
+    want = torch.autograd.grad(y, (x, weight, bias), grad)
+    with torch.no_grad():
+        got = layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
+        assert torch.equal(layer_norm_gelu_forward(x, weight, bias)[0], y)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_needs_no_gradient(device):
+    x, weight, bias, grad = make(device, (4, 6), torch.float32)
+    want = torch.autograd.grad(layer_norm_gelu(x, weight, bias), (x, weight, bias), grad)
+    for i in range(3):
+        inputs = [value if i == j else value.detach() for j, value in enumerate((x, weight, bias))]
+        (got,) = torch.autograd.grad(layer_norm_gelu(*inputs), inputs[i], grad)
+        assert torch.equal(got, want[i])
+    assert not layer_norm_gelu(x.detach(), weight.detach(), bias.detach()).requires_grad
+    (first,) = torch.autograd.grad((layer_norm_gelu(x, weight, bias) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_reference_agrees(device):
+    for dtype in DTYPES:
+        x, weight, bias, grad = (value.detach() for value in make(device, (70, 33), dtype, dtype))
+        y, mean, rstd = torch.ops.d2v.layer_norm_gelu(x, weight, bias, 1e-3)
+        want = layer_norm_gelu_reference(x, weight, bias, 1e-3)
+        grads = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
+        want_grads = layer_norm_gelu_backward_reference(grad, x, weight, bias, *want[1:])
+        for a, b in zip((y, mean, rstd, *grads), (*want, *want_grads), strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 2**-6, atol=2e-5)
+
+
+def test_thread_count_does_not_matter():
+    x, weight, bias, grad = make(torch.device("cpu"), (3001, 130), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = layer_norm_gelu(x, weight, bias)
+            results.append((y, *torch.autograd.grad(y, (x, weight, bias), grad)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+EVERY_DTYPE = """
+import torch
+from d2v_fast.ops import backends, layer_norm_gelu
+torch.manual_seed(6)
+results = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x = torch.randn(70, 157).to(dtype).requires_grad_()
+    weight, bias = torch.randn(157, requires_grad=True), torch.randn(157, requires_grad=True)
+    y = layer_norm_gelu(x, weight, bias)
+    results += [y.detach(), *torch.autograd.grad(y, (x, weight, bias), torch.randn(70, 157).to(dtype))]
+"""
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(capability, tmp_path):
+    """Each path in its own process, since the choice is made once; with FMA they give the same bits."""
+    saved = tmp_path / "out.pt"
+    run_python(
+        EVERY_DTYPE + f"torch.save(results, {str(saved)!r}); print(backends()['cpu'])", D2V_CPU_CAPABILITY=capability
+    )
+    here: dict = {}
+    exec(EVERY_DTYPE, here)
+    for i, (there, mine) in enumerate(zip(torch.load(saved), here["results"], strict=True)):
+        if capability == "baseline":
+            # a last bit of fp32 may tip the rounding to 16 bits
+            tolerance = {} if mine.dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}
+            torch.testing.assert_close(there, mine, **tolerance, msg=f"result {i}")
+        else:
+            assert torch.equal(there, mine), f"result {i}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(device, dtype):
+    x, weight, bias, grad = make(device, (2, 5, 6), dtype)
+    torch.library.opcheck(torch.ops.d2v.layer_norm_gelu.default, (x, weight, bias, 1e-5))
+    _, mean, rstd = layer_norm_gelu_forward(x, weight, bias)
+    inputs = (grad, x.detach().mT.contiguous().mT, weight.detach(), bias.detach(), mean, rstd)
+    torch.library.opcheck(torch.ops.d2v.layer_norm_gelu_backward.default, inputs)
+
+
+def test_compile_fullgraph(device):
+    def step(x, weight, bias):
+        return layer_norm_gelu(x * 2, weight, bias).sum(-1)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_rows in (4, 9, 31):
+        x, weight, bias, _ = make(device, (num_rows, 6), torch.float32)
+        got, want = compiled(x, weight, bias), step(x, weight, bias)
+        torch.testing.assert_close(got, want)
+        ones = torch.ones_like(want)
+        for a, b in zip(*(torch.autograd.grad(y, (x, weight, bias), ones) for y in (got, want)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (63, 7), (300, 96), (2, 37, 512), (5, 1000)], ids=str)
+def test_triton_launcher(device, dtype, shape):
+    forward, backward = launchers()
+    x, weight, bias, grad = (value.detach() for value in make(device, shape, dtype))
+    y, mean, rstd = forward(x, weight, bias, 1e-5)
+    want, want_mean, want_rstd = layer_norm_gelu_reference(x, weight, bias, 1e-5)
+    # the interpreter truncates to bf16 where the compiled kernel rounds to nearest
+    tolerance = {"rtol": 2e-5, "atol": 5e-6}
+    if dtype != torch.float32:
+        tolerance = {"rtol": 2**-7 if dtype == torch.bfloat16 else 2e-3, "atol": 1e-4}
+    torch.testing.assert_close(y, want, **tolerance)
+    torch.testing.assert_close(mean, want_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rstd, want_rstd, rtol=1e-5, atol=1e-6)
+    got = backward(grad, x, weight, bias, mean, rstd)
+    right = truth(x, weight, bias, grad)[1:]
+    torch.testing.assert_close(got[0], right[0].to(dtype), **tolerance)
+    for a, b in zip(got[1:], right[1:], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_odd_inputs(device):
+    forward, backward = launchers()
+    x, weight, bias, grad = (value.detach() for value in make(device, (3, 5, 6), torch.float32))
+    want = forward(x, weight, bias, 1e-5)
+    want_grads = backward(grad, x, weight, bias, *want[1:])
+    padded = torch.full((3, 9, 6), float("nan"), device=device)
+    padded[:, :5] = x
+    for odd in (padded[:, :5], non_contiguous(x), x.mT.contiguous().mT):
+        assert torch.equal(forward(odd, weight, bias, 1e-5)[0], want[0])
+        strange = torch.empty_strided(odd.shape, odd.stride(), device=device).copy_(grad)
+        for a, b in zip(backward(strange, odd, weight, bias, *want[1:]), want_grads, strict=True):
+            torch.testing.assert_close(a, b)
+    for shape in ((0, 6), (4, 0)):
+        empty, none = torch.zeros(shape, device=device), torch.ones(shape[1], device=device)
+        y, mean, rstd = forward(empty, none, none, 1e-5)
+        assert (y.shape, mean.shape) == (shape, shape[:1])
+        grads = backward(empty, empty, none, none, mean, rstd)
+        assert not any(value.any() for value in grads)
+    x[1, 2, 3] = float("nan")
+    y, mean, rstd = forward(x, weight, bias, 1e-5)
+    assert y.isnan().all(-1).nonzero().tolist() == [[1, 2]]
+    grad_x, grad_weight, _ = backward(grad, x, weight, bias, mean, rstd)
+    assert grad_x.isnan().all(-1).nonzero().tolist() == [[1, 2]]
+    assert grad_weight.isnan().all()
+
+
+@every_capability
+def test_triton_is_wide_and_does_not_spill(every_capability):
+    pytest.importorskip("triton")
+    code = """
+from d2v_fast.kernels import norm_gelu as m
+rows = []
+integers = ("rows_per_group", "rows_per_program", "num_programs")
+for dtype, width, capabilities in (("bf16", 512, (80, 90, 100)), ("fp32", 512, (90,)), ("bf16", 4096, (90,))):
+    types = {name: "*" + dtype for name in ("x", "y", "grad", "grad_x")} | {"eps": "fp32"}
+    def run(kernel, warps, **constexprs):
+        signature = {}
+        for name in kernel.arg_names:
+            integer = "i32" if name in integers or name.startswith("stride") else "*fp32"
+            signature[name] = "constexpr" if name in constexprs else types.get(name, integer)
+        aligned = [name for name in signature if signature[name][0] == "*" or name.startswith("stride")]
+        for row in facts(kernel, signature, constexprs, aligned, warps, capabilities):
+            rows.append(row | {"kernel": kernel.__name__, "dtype": dtype, "width": width})
+    tile = m.tile_of(width)
+    warps = tile.pop("num_warps")
+    run(m._norm_gelu_fwd_kernel, warps, C=width, **tile)
+    run(m._norm_gelu_bwd_kernel, warps, C=width, **tile)
+    run(m._sum_programs_kernel, 8, C=width, BLOCK_N=128, BLOCK_C=32)
+print(json.dumps(rows))
+"""
+    for row in compile_facts(code, every_capability):
+        assert row["spills"] == 0, row
+        loads, stores = width_bytes(row["loads"]), width_bytes(row["stores"])
+        assert loads.count(2) == stores.count(2) == 0, row
+        if row["kernel"] == "_sum_programs_kernel":
+            assert loads.count(16) >= 1, row
+            continue
+        # weight and bias; the rows of one or two tensors; statistics are one number a row
+        assert loads.count(16) >= (6 if row["kernel"] == "_norm_gelu_fwd_kernel" else 8), row
+        assert loads.count(4) <= 8, row
+        assert stores.count(16) >= 2, row
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.tensor(1.0)}, r"`x` must have shape \[..., C\], but has \(\) instead"),
+        ({"x": torch.zeros(4, 3, dtype=torch.float64)}, "`x` must be fp32, bf16 or fp16, but is torch.float64 instead"),
+        ({"weight": torch.zeros(4)}, r"`weight` must have shape \[3\] as the channels of `x`, but has \(4,\) instead"),
+        ({"bias": torch.zeros(1, 3)}, r"`bias` must have shape \[3\]"),
+        ({"weight": torch.zeros(3, dtype=torch.float16)}, "`weight` must be fp32 or torch.float32 as `x` is, but is"),
+        ({"bias": torch.zeros(3, device="meta")}, "`bias` must be on cpu as `x` is, but is on meta instead"),
+        ({"eps": -1.0}, "`eps` must be finite and >= 0, but is -1.0 instead"),
+        ({"eps": float("nan")}, "`eps`"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {"x": torch.zeros(4, 3), "weight": torch.ones(3), "bias": torch.zeros(3)} | change
+    with pytest.raises(ValueError, match=message):
+        layer_norm_gelu(arguments["x"], arguments["weight"], arguments["bias"], eps=arguments.get("eps", 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.zeros(4, 2)}, r"`grad` must be torch.float32 of shape \(4, 3\) as `x` is"),
+        ({"grad": torch.zeros(4, 3, dtype=torch.bfloat16)}, "`grad` must be torch.float32 of shape"),
+        ({"mean": torch.zeros(3)}, r"`mean` must be fp32 of shape \(4,\), one number for each row of `x`, but is"),
+        ({"rstd": torch.zeros(4, dtype=torch.float64)}, "`rstd` must be fp32 of shape"),
+    ],
+)
+def test_bad_input_of_backward(change, message):
+    arguments = {"grad": torch.zeros(4, 3), "x": torch.zeros(4, 3), "weight": torch.ones(3), "bias": torch.zeros(3)}
+    arguments |= {"mean": torch.zeros(4), "rstd": torch.ones(4)} | change
+    with pytest.raises(ValueError, match=message):
+        layer_norm_gelu_backward(**arguments)
