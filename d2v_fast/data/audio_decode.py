@@ -33,6 +33,8 @@ MAX_PEAK = 1e12
 MAX_CHUNKS = 256
 # what programs that write into a pipe put where the number of bytes should be
 UNKNOWN_SIZES = (0, 0xFFFFFFFF)
+# MP3 frames take bits of those before them; without these, the first ones behind a seek are silent or wrong
+MP3_REACH = 32 * 576
 # the resampling filter sees less of its surroundings, counted at the lower of both rates
 FILTER_REACH = 256
 
@@ -222,11 +224,14 @@ def _samples(file: Any, start: int, num_samples: int, sample_rate: int) -> npt.N
 
 def _mono(file: Any, start: int, num_samples: int) -> npt.NDArray[np.float32]:
     """Samples at the file's own rate, averaged over its channels."""
-    file.seek(start)
     mono = np.empty(num_samples, dtype=np.float32)
     done = 0
     while done < num_samples:
-        block = file.read(min(BLOCK // file.channels, num_samples - done), dtype="float32", always_2d=True)
+        # soundfile seeks behind every read as well, so that each block has to begin early
+        before = min(start + done, MP3_REACH) if file.format == "MP3" else 0
+        file.seek(start + done - before)
+        wanted = min(BLOCK // file.channels, num_samples - done)
+        block = file.read(before + wanted, dtype="float32", always_2d=True)[before:]
         if len(block) == 0:
             raise UnreadableAudio(f"ends after {start + done:,} of {file.frames:,} samples")
         peak = float(np.abs(block).max())
