@@ -12,7 +12,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "d2v_fast"
-THIRD_PARTY = {"deepspeed", "transformers", "matplotlib", "tensorboard", "sklearn", "numba", "triton", "rich", "PIL"}
+THIRD_PARTY = {
+    "deepspeed",
+    "transformers",
+    "matplotlib",
+    "tensorboard",
+    "sklearn",
+    "numba",
+    "triton",
+    "rich",
+    "PIL",
+    "soundfile",
+    "soxr",
+}
 
 # module, or folder with everything below it -> what of this package it may import; config and the small leaves below
 # it are free to all
@@ -21,6 +33,7 @@ LEAVES = {
     "d2v_fast.config_errors",
     "d2v_fast.deepspeed_keys",
     "d2v_fast.faults",
+    "d2v_fast.speech_config",
     "d2v_fast.streams",
     "d2v_fast.untrusted",
 }
@@ -61,6 +74,8 @@ LAZY = {
     "transformers": set(),
     "matplotlib": {"d2v_fast.metrics", "d2v_fast.pictures"},
     "sklearn": {"d2v_fast.probe", "d2v_fast.data.digits"},
+    "soundfile": {"d2v_fast.data.audio_decode"},
+    "soxr": {"d2v_fast.data.audio_decode"},
 }
 TOP_LEVEL_ALLOWED = {"numba": {"d2v_fast.masking"}, "triton": {"d2v_fast.kernels"}, "PIL": {"d2v_fast.data"}}
 
