@@ -235,7 +235,7 @@ def test_activations_are_what_autograd_saves(mode: str) -> None:
     if mode == "bf16":
         model.to(BF16)
     num_rows = 8 * config.mask.num_patches
-    batch = Batch(torch.randn(8, 1, 8, 8), torch.arange(num_rows), torch.arange(8), (), num_rows)
+    batch = Batch(torch.randn(8, 1, 8, 8), torch.arange(num_rows), torch.arange(8), global_rows=num_rows)
     saved = Saved(model)
     enabled = mode == "autocast"
     with (

@@ -376,7 +376,7 @@ def test_wrong_file_is_refused_in_words(tmp_path: Path, capsys) -> None:
     assert run_here("--ds_config", tmp_path / "no.json") == 2
     assert run_here() == 2
     assert run_here("--ds_config", tiny_file(tmp_path), "--set", "train_batch_size=100000") == 1
-    assert "number of images (1438)" in capsys.readouterr().err
+    assert "it has 1438 samples" in capsys.readouterr().err
 
 
 def damage(path: Path) -> None:

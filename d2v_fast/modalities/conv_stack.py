@@ -105,7 +105,7 @@ class _NormGeluConvolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, stride: int, eps: float, lean: bool
     ) -> Tensor:
-        activated, mean, rstd = layer_norm_gelu_forward(x, norm_weight, norm_bias, eps)
+        activated, mean, rstd = layer_norm_gelu_forward(x, norm_weight, norm_bias, eps=eps)
         ctx.stride, ctx.eps = stride, eps
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, rstd, None if lean else activated)
         return _convolve(activated, weight, stride)
@@ -114,7 +114,7 @@ class _NormGeluConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, mean, rstd, activated = ctx.saved_tensors
         if activated is None:
-            activated, _, _ = layer_norm_gelu_forward(x, norm_weight, norm_bias, ctx.eps)
+            activated, _, _ = layer_norm_gelu_forward(x, norm_weight, norm_bias, eps=ctx.eps)
         grad_activated, grad_weight = _convolve_backward(grad.contiguous(), activated, weight, ctx.stride, True)
         del activated
         assert grad_activated is not None
