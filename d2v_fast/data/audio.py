@@ -31,7 +31,7 @@ from d2v_fast.untrusted import is_path, printable
 if TYPE_CHECKING:
     from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
 
-__all__ = ["AudioDataset"]
+__all__ = ["AudioDataset", "normalised"]
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 NORM_EPS = 1e-5
@@ -156,7 +156,7 @@ class AudioDataset:
             waves, sample_ids.tolist(), sizes.tolist(), places.tolist(), strict=True
         ):
             samples, failures = self._read_or_replace(sample_id, size, place)
-            wave[:size] = _normalised(samples)
+            wave[:size] = normalised(samples)
             bad += failures
         return waves, tuple(bad)
 
@@ -169,7 +169,7 @@ class AudioDataset:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         try:
-            return _normalised(read_whole(self.path(sample_id), self._limits))
+            return normalised(read_whole(self.path(sample_id), self._limits))
         except UnreadableAudio as error:
             raise DataError(printable(f"{self.path(sample_id)}: {error}")) from None
 
@@ -273,7 +273,8 @@ class AudioDataset:
         )
 
 
-def _normalised(samples: npt.NDArray[np.float32]) -> Tensor:
+def normalised(samples: npt.NDArray[np.float32]) -> Tensor:
+    """Samples fp32 `[N]` as the model takes them: of zero mean and unit variance."""
     wave = torch.from_numpy(samples)
     return F.layer_norm(wave, wave.shape, eps=NORM_EPS)
 
