@@ -19,8 +19,9 @@ import torch
 
 from d2v_fast.data import DataError
 from d2v_fast.data import audio as audio_module
-from d2v_fast.data.audio import AudioDataset
+from d2v_fast.data.audio import AudioDataset, normalised
 from d2v_fast.data.audio_decode import AudioLimits, UnreadableAudio, read_header, read_part, read_whole
+from d2v_fast.streams import AUGMENT, stream_keys, uniforms
 from tests.test_data_audio import RATE, make_dataset, tone, write_manifest
 
 sf = pytest.importorskip("soundfile")
@@ -327,6 +328,35 @@ def test_piped_wav_has_no_length_in_its_header(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(wav(NOISE, size=0xFFFFFFFF))
     assert read_header(str(tmp_path / "a.wav"), LIMITS).num_samples == LENGTH
     np.testing.assert_array_equal(read_whole(str(tmp_path / "a.wav"), LIMITS), NOISE)
+
+
+def test_of_ten_hours_only_a_part_is_read(folder: Path) -> None:
+    length = 10 * 3600 * RATE
+    place = uniforms(stream_keys(0, AUGMENT, 0, np.array([2])), 1).item()
+    start = int(place * (length - LENGTH + 1))
+    content = wav(NOISE, size=4 * length)
+    with (folder / "a.wav").open("wb") as file:
+        file.write(content[:44])
+        file.seek(44 + 4 * start)
+        file.write(content[44:])
+        file.truncate(44 + 4 * length)
+    dataset = make_dataset(folder)
+    assert dataset.lengths[2] == 2 * RATE
+    began = time.process_time()
+    waves, bad = dataset.read(np.array([2]), np.array([LENGTH]), 0, 0)
+    assert time.process_time() - began < 1
+    assert bad == ()
+    assert torch.equal(waves[0], normalised(NOISE))
+    with pytest.raises(DataError, match="576,000,000 samples are more than 268,435,456"):
+        dataset.whole(2)
+
+
+@pytest.mark.parametrize("num_samples", [1, 399])
+def test_less_than_a_frame_is_left_out(folder: Path, num_samples: int) -> None:
+    (folder / "a.wav").write_bytes(wav(NOISE[:num_samples]))
+    dataset = make_dataset(folder, min_seconds=1e-6)
+    assert len(dataset) == 4
+    assert dataset.bad_files == ()
 
 
 def test_damaged_files_never_escape(tmp_path: Path) -> None:
