@@ -149,7 +149,7 @@ def test_no_module_hides_another():
     assert not names & (THIRD_PARTY | {"torch", "numpy", "pydantic", "safetensors", "pytest"})
 
 
-@pytest.mark.parametrize("op", ["ema", "topk_target", "masked_loss", "data2vec_loss"])
+@pytest.mark.parametrize("op", ["ema", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu"])
 def test_one_stem_per_op(op):
     places = ("csrc/{}.cpp", "kernels/{}.py", "d2v_fast/ops/{}.py", "tests/ops/test_{}.py", "bench/bench_{}.py")
     for place in places:
