@@ -29,6 +29,7 @@ from d2v_fast.interop.folders import (
     write_weights,
 )
 from d2v_fast.interop.layout import Layout
+from d2v_fast.modalities import Student
 from d2v_fast.modalities.vision import VisionModel
 
 # norms of the published models use 1e-6; configurations made by Transformers' own converter say 1e-12 instead
@@ -44,7 +45,7 @@ RESAMPLE_BICUBIC = 3
 
 
 def export_vision(
-    model: VisionModel | Mapping[str, Tensor],
+    model: Student | Mapping[str, Tensor],
     config: VisionConfig,
     folder: str | os.PathLike[str],
     *,
