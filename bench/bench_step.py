@@ -28,7 +28,7 @@ from d2v_fast.config import RunConfig, VisionConfig, load_config
 from d2v_fast.data import Batch
 from d2v_fast.data2vec import build_model
 from d2v_fast.engine import make_engine
-from d2v_fast.interop.huggingface import key_map
+from d2v_fast.interop.huggingface_vision import key_map
 from d2v_fast.masking import block_mask_rows
 from d2v_fast.stepclock import StepClock
 from d2v_fast.teacher import Teacher

@@ -18,7 +18,7 @@ from transformers import Data2VecVisionModel
 
 from d2v_fast.config import RunConfig
 from d2v_fast.data2vec import Data2Vec
-from d2v_fast.interop.huggingface import export_vision
+from d2v_fast.interop.huggingface_vision import export_vision
 
 
 class PeerModel(nn.Module):

@@ -16,7 +16,7 @@ from d2v_fast.config import BlockMaskConfig, RunSection, TargetConfig, VisionCon
 from d2v_fast.console import main
 from d2v_fast.data2vec import build_model
 from d2v_fast.export import export_run
-from d2v_fast.interop.huggingface import export_vision, import_vision
+from d2v_fast.interop.huggingface_vision import export_vision, import_vision
 from d2v_fast.shard_files import Kept, copy_to_host, write_shards
 from d2v_fast.shards import Shard
 from tests.common import run_python
