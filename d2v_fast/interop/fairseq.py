@@ -69,16 +69,19 @@ RECIPE = """\
 PUBLISHED = SpeechModelConfig()
 # one layer of convolutions, such as `[(512, 3, 2)] * 4`
 _TERM = re.compile(r"\[([\d\s,()]*)\](?:\s*\*\s*(\d{1,2}))?")
+# what torch names when a file needs more than tensors and plain values
+_GLOBAL = re.compile(r"(?:GLOBAL|[Ff]unction|[Cc]lass) ([A-Za-z_][\w.]*)")
 _LAYER = re.compile(r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
 
 
 class FairseqSpeech(NamedTuple):
-    """What a checkpoint holds, by our names: fp32.
+    """What a checkpoint holds, fp32 on the CPU, models in training mode.
 
     Attributes:
-        student: state of a `SpeechModel`.
-        teacher: state of a whole one with the average in it; None where the checkpoint has no average.
-        head: state of the regression head, `weight` and `bias`; None where there is none.
+        student: the student, or the encoder of a fine-tuned model.
+        teacher: a whole one with the average in it, which has the rest in common with the student, memory included;
+            None where the checkpoint has no average.
+        head: `weight` and `bias` of the regression head; None where there is none.
         config: of the model.
     """
 
@@ -209,7 +212,7 @@ def _state(module: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _average(layout: Layout, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    average = {}
+    average: dict[str, Tensor] = {}
     for name, their_names in layout.names.items():
         if their_names[0].startswith(AVERAGED):
             parts = layout.theirs(name, teacher[name])
@@ -228,25 +231,24 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # what torch raises depends on where in the file the damage is
-        text = printable(str(error))
-        found = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", text)
-        if "weights_only" in text and found is not None:
+        # its type depends on where in the file the damage is, and its advice is how to read the file all the same
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
+        found = _GLOBAL.search(reason)
+        if found is not None:
             stripped = path.with_name(f"{path.stem}-weights.pt")
             raise ValueError(
-                f"`{path}` must hold tensors and plain values only, but needs {found[1]}, and reading that could execute "
-                f"code. If you trust whoever made it, strip it where that library is installed:\n"
+                f"`{path}` must hold tensors and plain values only, but needs {found[1]}, and reading that could "
+                f"execute code. If you trust whoever made it, strip it where that library is installed:\n"
                 f"{RECIPE.format(path=str(path), stripped=str(stripped))}"
             ) from None
+        damage = printable(f"{type(error).__name__} {reason.split('. ')[0][:200]}".strip())
         raise ValueError(
-            f"`{path}` must be a checkpoint of fairseq, but cannot be read: {text[:200] or type(error).__name__}. "
-            "Was it copied completely?"
+            f"`{path}` must be a checkpoint of fairseq, but cannot be read: {damage}. Was it copied completely?"
         ) from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
-        keys = (
-            ", ".join(printable(str(key)) for key in list(state)[:10]) if isinstance(state, dict) else "no dictionary"
-        )
-        raise ValueError(f"`{path}` must be a checkpoint of fairseq with a `model`, but holds: {keys}.")
+        keys = list(state)[:10] if isinstance(state, dict) else [type(state).__name__]
+        named = ", ".join(printable(str(key)) for key in keys) or "nothing"
+        raise ValueError(f"`{path}` must be a checkpoint of fairseq with a `model`, but holds {named} instead.")
     return state
 
 
@@ -320,8 +322,8 @@ def _config_of(
     if strides is None:
         if kernels != PUBLISHED.conv_kernels:
             raise ValueError(
-                f"`config` must be given for `{path}`: its convolutions have the kernels {list(kernels)}, which are not "
-                "the published ones, and without a `cfg` nothing tells their strides."
+                f"`config` must be given for `{path}`: its convolutions have the kernels {list(kernels)}, which are "
+                "not the published ones, and without a `cfg` nothing tells their strides."
             )
         strides = PUBLISHED.conv_strides
     if heads is None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2v_fast.config import MAX_FILE_BYTES, D2VConfig
+from d2v_fast.config_errors import show
 from d2v_fast.interop.layout import Layout
 from d2v_fast.untrusted import read_json
 
@@ -102,8 +103,8 @@ def require_values(raw: Mapping[str, Any], required: Mapping[str, Any], defaults
     """
     for key, value in required.items():
         found = raw.get(key, defaults.get(key))
-        if found != value:
-            raise ValueError(f"`{key}` in {path} must be {json.dumps(value)}, but is {json.dumps(found)} instead.")
+        if type(found) is not type(value) or found != value:
+            raise ValueError(f"`{key}` in {path} must be {show(value)}, but is {show(found)} instead.")
 
 
 def whole_number(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
@@ -114,7 +115,7 @@ def whole_number(raw: Mapping[str, Any], key: str, default: int, path: str) -> i
     """
     value = raw.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{key}` in {path} must be a whole number >= 1, but is {json.dumps(value)} instead.")
+        raise ValueError(f"`{key}` in {path} must be a whole number >= 1, but is {show(value)} instead.")
     return value
 
 
