@@ -145,7 +145,7 @@ def test_probe_and_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "300 recordings" in text
     assert "memory" in text
     assert run_here("--ds_config", file, "--run", "r") == 0
-    found = json.loads((tmp_path / "runs" / "r" / "probe.json").read_text().splitlines()[-1])
+    found = json.loads((tmp_path / "runs" / "r" / "probe.json").read_text())[-1]
     for question in ("word", "voice"):
         assert list(found[question]) == ["untrained", "student", "teacher", "log-mel average"]
         assert all(0 <= scores["linear"] <= 100 for scores in found[question].values())
