@@ -329,7 +329,7 @@ def _config_of(
     if heads is None:
         heads = recipe.get("heads", max(1, width // 64))
     raw = {
-        "conv_width": size(first.format(0), 0, PUBLISHED.conv_width),
+        "conv_width": size("layer_norm.weight", 0, PUBLISHED.conv_width),
         "conv_kernels": kernels,
         "conv_strides": strides,
         "position_depth": count(r"encoder\.pos_conv\.(\d+)\.\d") or PUBLISHED.position_depth,
@@ -365,9 +365,9 @@ def _recipe(cfg: Any, path: str) -> dict[str, Any]:
     Raises:
         ValueError: it tells of another architecture.
     """
-    model = _section(cfg, "model")
     # of a fine-tuned model: the pre-trained one's
-    model = _section(_section(model, "w2v_args"), "model") or model
+    cfg = _section(_section(cfg, "model"), "w2v_args") or cfg
+    model = _section(cfg, "model")
     required = {"layer_norm_first": False, "extractor_mode": "layer_norm", "conv_bias": False, "activation_fn": "gelu"}
     require_values(model, {key: value for key, value in required.items() if key in model}, {}, f"the `cfg` of {path}")
     keys = {
@@ -379,6 +379,8 @@ def _recipe(cfg: Any, path: str) -> dict[str, Any]:
         "encoder_layerdrop": "layer_drop",
     }
     recipe = {own: model[key] for key, own in keys.items() if isinstance(model.get(key), (int, float))}
+    if "sample_rate" in _section(cfg, "task"):
+        recipe["sample_rate"] = cfg["task"]["sample_rate"]
     layers = model.get("conv_feature_layers")
     if isinstance(layers, str):
         recipe["conv_strides"] = [stride for _, _, stride in parse_layers(layers)]
