@@ -146,7 +146,8 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     row = compared(peer_seconds, seconds) | {"peak_bytes": peer_peak}
     info["peers"] = {f"Transformers ({peer.attention})": row}
     info["note"] = (
-        f"{info['case']}: {info['units_per_s']:.2f} {what} per s, {info['gflop_per_s']:.0f} GFLOP/s of useful arithmetic, "
+        f"{info['case']}: {info['units_per_s']:.2f} {what} per s, "
+        f"{info['gflop_per_s']:.0f} GFLOP/s of useful arithmetic, "
         f"{info['percent_of_gemm']:.0f} % of a large matrix product's {gemm:.0f}; "
         + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items())
         + "."
@@ -183,9 +184,8 @@ def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, 
     interop: Any = huggingface_speech if isinstance(config, SpeechConfig) else huggingface_vision
     layout = interop.layout(config.model)
     pairs = {"head": (gradients(ours.model.head)["weight"], gradients(peer.student.head)["weight"])}
-    pairs |= {
-        name: (value, theirs[name].cpu()) for own in mine for name, value in layout.theirs(own, mine[own]).items()
-    }
+    for own, gradient in mine.items():
+        pairs |= {name: (value, theirs[name].cpu()) for name, value in layout.theirs(own, gradient).items()}
     for name, (actual, expected) in pairs.items():
         error = (actual - expected).norm() / expected.norm()
         assert error < tolerance, f"{name}: relative error of the gradient {error:.1e}"

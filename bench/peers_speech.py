@@ -1,8 +1,8 @@
 """The peer of a whole step on speech: data2vec around Transformers' own model, as the published code trains it.
 
 Plain parts only: convolutions channels first with transposes around their norms, the FFN outputs of all of the
-teacher's blocks are kept, targets are normalised over time and averaged at every frame and the masked ones picked at the
-end by a boolean mask, the average follows tensor by tensor, masks are drawn within the step, and AdamW is torch's
+teacher's blocks are kept, targets are normalised over time and averaged at every frame, the masked ones are picked at
+the end by a boolean mask, the average follows tensor by tensor, masks are drawn within the step, and AdamW is torch's
 default.
 """
 
