@@ -4,8 +4,8 @@
     python -m d2v_fast.pictures runs/base --data /data/birds --count 12 --weights teacher --out birds.png
 
 Of an image, a patch gets the colour of its feature on the first three principal components of all patches shown:
-patches that the encoder takes for similar have similar colours. Of a recording, a square shows which moments have similar
-features. The untrained network goes through the same procedure.
+patches that the encoder takes for similar have similar colours. Of a recording, a square shows which moments have
+similar features. The untrained network goes through the same procedure.
 """
 
 from __future__ import annotations
