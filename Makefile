@@ -10,10 +10,10 @@ PROCESSES ?= 1
 OUT ?= build/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock build train test sanitize lint format bench bench-check gpu clean
+.PHONY: help setup lock build train train-speech train-text test sanitize lint format bench bench-check gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 setup: $(INSTALLED) ## virtual environment, pinned packages, C++ kernels
 
@@ -48,6 +48,12 @@ $(LIBRARY): CMakeLists.txt $(wildcard csrc/*) | $(INSTALLED)
 
 train: build ## pre-train on CONFIG (configs/digits.json) with PROCESSES (1) processes
 	$(BIN)/deepspeed --num_accelerators $(PROCESSES) d2v_fast/train.py --ds_config $(CONFIG)
+
+train-speech: CONFIG = configs/speech.json
+train-speech: train ## pre-train on 300 spoken words
+
+train-text: CONFIG = configs/text.json
+train-text: train ## pre-train on the reference pages that Python carries
 
 test: build ## run the tests
 	$(BIN)/python -m pytest

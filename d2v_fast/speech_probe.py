@@ -1,8 +1,7 @@
 """Is speech being learned? Which word was said, by voices never heard, and which voice said it, in other words.
 
-Features of a recording are averages over its frames of what the last K blocks make of it, each layer-normalised, as in
-the target of training. Beside the network before training stands the plainest description of a sound: the average of
-its log-mel spectrum. The classifiers are those of `probe`.
+Features of a recording are averages over its frames of the encoder's output. Beside the network before training stands
+the plainest description of a sound: the average of its log-mel spectrum. The classifiers are those of `probe`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -44,7 +42,7 @@ class SpeechReport:
 
 @torch.no_grad()
 def frame_features(model: Student, waveforms: Sequence[Tensor], config: SpeechConfig) -> list[Tensor]:
-    """`[T, D]` of each recording, fp32: the mean of the last K blocks' features, each layer-normalised.
+    """The encoder's output `[T, D]` for each recording, fp32.
 
     The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
 
@@ -60,14 +58,10 @@ def frame_features(model: Student, waveforms: Sequence[Tensor], config: SpeechCo
         chosen = order[start : start + _BATCH]
         lengths = [config.model.num_frames(len(waveforms[index])) for index in chosen]
         batch = pad_sequence([waveforms[index] for index in chosen], batch_first=True)
-        layers = model.features(
-            batch.to(parameter.device, parameter.dtype),
-            torch.tensor(lengths, device=parameter.device),
-            top_k=config.target.top_k,
-        )
-        mean = torch.stack([F.layer_norm(layer.float(), layer.shape[-1:]) for layer in layers]).mean(0).cpu()
+        on_device = torch.tensor(lengths, device=parameter.device)
+        output = model(batch.to(parameter.device, parameter.dtype), on_device).last_hidden.float().cpu()
         found |= {
-            index: mean[place, :length] for place, (index, length) in enumerate(zip(chosen, lengths, strict=True))
+            index: output[place, :length] for place, (index, length) in enumerate(zip(chosen, lengths, strict=True))
         }
     model.train(was_training)
     return [found[index] for index in range(len(waveforms))]
