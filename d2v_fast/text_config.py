@@ -135,7 +135,7 @@ class TextDataConfig(Section):
     separate_documents: bool = False
     min_tokens: int = Field(default=2, ge=1, le=MAX_SIZE)
     num_workers: int = Field(default=2, ge=0)
-    test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     strict: bool = False
     follow_outside: bool = False

@@ -172,10 +172,6 @@ class TextFiles:
         if self.num_empty:
             _log.info("left out %d empty documents", self.num_empty)
 
-    def texts(self) -> Iterator[str]:
-        """The same, for those who do not care where documents end."""
-        return (piece.text for piece in self.pieces())
-
     def _listing(self) -> Iterator[tuple[str, int, int]]:
         for name in self._names:
             try:

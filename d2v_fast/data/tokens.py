@@ -143,7 +143,9 @@ class Tokens:
         self.folder = folder
         try:
             self.manifest = read_json(folder / MANIFEST, MAX_MANIFEST_BYTES)
-            entries = [_Entry(folder, name, entry["bytes"], entry["sha256"]) for name, entry in self._files().items()]
+            entries = [
+                _Entry(folder, name, entry["bytes"], entry["sha256"]) for name, entry in sorted(self._files().items())
+            ]
             self._dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[self.manifest["dtype"]])
             self.num_tokens, self.num_documents = self.manifest["num_tokens"], self.manifest["num_documents"]
             wrong = settings is not None and {key: self.manifest.get(key) for key in settings} != settings
@@ -160,7 +162,11 @@ class Tokens:
         self._ends = np.cumsum(np.array(counts, dtype=np.int64))
         self._paths = [str(folder / entry.name) for entry in entries if entry.name.startswith("tokens-")]
         self._maps: list[_Ids | None] = [None] * len(self._paths)
-        if int(self._ends[-1]) != self.num_tokens or int(self.document_lengths().sum()) != self.num_tokens:
+        if (
+            not counts
+            or int(self._ends[-1]) != self.num_tokens
+            or int(self.document_lengths().sum()) != self.num_tokens
+        ):
             raise self._damaged(MANIFEST, "its counts do not agree")
 
     def __getstate__(self) -> dict[str, Any]:
