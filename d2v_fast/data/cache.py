@@ -22,7 +22,7 @@ __all__ = ["made_once"]
 _log = logging.getLogger(__name__)
 
 
-def made_once(root: str | None, name: str, make: Callable[[Path], None]) -> Path:
+def made_once(root: str | None, name: str, make: Callable[[Path], None], key: str = "`d2v.data.tokens_path`") -> Path:
     """The folder `name` below `root`, made if there is none yet.
 
     It is written under another name, flushed to the disk, and renamed last. A second process that wants the same one
@@ -33,6 +33,7 @@ def made_once(root: str | None, name: str, make: Callable[[Path], None]) -> Path
             folder, or else one of the user's own in the folder for temporary files.
         name: a single part of a path, which stands for the content.
         make: fills an empty folder; what it raises is handed on, and nothing is left behind.
+        key: what says where, for messages.
     Raises:
         DataError: the folder cannot be written.
     """
@@ -54,14 +55,12 @@ def made_once(root: str | None, name: str, make: Callable[[Path], None]) -> Path
                 _make(place, name, make, is_locked)
         except OSError as error:
             raise DataError(
-                f"`d2v.data.tokens_path` must leave room to write, but '{printable(str(place))}' does not: "
+                f"{key} must leave room to write, but '{printable(str(place))}' does not: "
                 f"{printable(str(error))}. Set it to another folder, or make room."
             ) from error
         return place / name
     raise DataError(
-        "`d2v.data.tokens_path` must be a folder that can be written, but there is no writing to "
-        + ", nor to ".join(failures)
-        + "."
+        f"{key} must be a folder that can be written, but there is no writing to " + ", nor to ".join(failures) + "."
     )
 
 

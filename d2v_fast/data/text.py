@@ -147,5 +147,5 @@ def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_le
             progress.close(f"{tokenizer.vocab_size:,} tokens")
         tokenizer.save(folder, max_length)
 
-    made_once(str(target.parent), target.name, make)
+    made_once(str(target.parent), target.name, make, "the folder of a new tokenizer")
     return load_tokenizer(target)

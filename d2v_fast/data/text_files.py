@@ -243,7 +243,7 @@ class TextFiles:
         if first and line.startswith(codecs.BOM_UTF8):
             line = line[len(codecs.BOM_UTF8) :]
         try:
-            content = line.decode("utf-8", "replace" if self._replaces else "strict")
+            content = line.rstrip(b"\r\n").decode("utf-8", "replace" if self._replaces else "strict")
         except UnicodeDecodeError as error:
             raise UnreadableFile(_not_utf8(line, error.start)) from None
         if not content.strip():

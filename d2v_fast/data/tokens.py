@@ -84,7 +84,7 @@ def tokenised(
     """
     inputs = source.digest()
     settings = {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer.digest, "min_tokens": min_tokens}
-    name = "tokens-" + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+    name = f"tokens-{_digest(settings)[:24]}"
 
     def make(folder: Path) -> None:
         writer = _Writer(folder, tokenizer, min_tokens)
@@ -115,6 +115,7 @@ def tokenised(
             "files": writer.files,
         }
         fault_point("tokens.manifest")
+        manifest["sha256"] = _digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     tokens = Tokens(made_once(root, name, make), settings, verify=verify)
@@ -148,9 +149,13 @@ class Tokens:
             ]
             self._dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[self.manifest["dtype"]])
             self.num_tokens, self.num_documents = self.manifest["num_tokens"], self.manifest["num_documents"]
+            if self.manifest.pop("sha256") != _digest(self.manifest):
+                raise ValueError("its SHA-256 is another one")
             wrong = settings is not None and {key: self.manifest.get(key) for key in settings} != settings
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(MANIFEST, f"{type(error).__name__}: {error}") from None
+        except OSError as error:
+            raise self._damaged(MANIFEST, error.strerror or str(error)) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(MANIFEST, str(error)) from None
         if wrong:
             raise self._damaged(MANIFEST, "it is of other inputs")
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -203,6 +208,10 @@ class Tokens:
             f"the tokens in '{folder}' must be as they were written, but {printable(file)} is not: "
             f"{printable(reason)}. Remove that folder; it will be made again."
         )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Entry(NamedTuple):
