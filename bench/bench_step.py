@@ -1,13 +1,14 @@
-"""A whole pre-training step on images, beside the same step made of Transformers' model and plain parts.
+"""A whole pre-training step, beside the same step made of Transformers' model and plain parts.
 
 Both start from the same weights and must agree on loss and gradients before anything is timed. They then take turns,
 so that whatever slows the machine down slows both. Data is made beforehand. Besides what every benchmark reports,
-`extra_info` holds the share of each part in percent; images per second; and `gflop_per_s`, the arithmetic that the
-objective needs (`useful_flop`) over the time taken, beside `gemm_gflop_per_s`, the rate of a large matrix product in
-the same process and precision, before every pair.
+`extra_info` holds the share of each part in percent; images, or seconds of sound, per second; and `gflop_per_s`, the
+arithmetic that the objective needs (`useful_flop`) over the time taken, beside `gemm_gflop_per_s`, the rate of a large
+matrix product in the same process and precision, before every pair.
 
 `base` has the published sizes, `base published` the published rates of dropout and stochastic depth as well: the peer
-computes the residual branches that it then multiplies by zero, ours leaves them out.
+computes the residual branches that it then multiplies by zero, ours leaves them out. `speech` is the published Base
+model without dropout; `speech lean` computes norms and GELUs of the convolutions again in the backward pass.
 """
 
 from __future__ import annotations
@@ -15,36 +16,49 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from bench import peers_speech, peers_vision
 from bench.measure import compared, describe_device, peak_bytes, quantiles
-from bench.peers_vision import PeerStep
-from d2v_fast.config import RunConfig, VisionConfig, load_config
+from d2v_fast.config import D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
 from d2v_fast.data import Batch
 from d2v_fast.data2vec import build_model
 from d2v_fast.engine import make_engine
-from d2v_fast.interop.huggingface import key_map
-from d2v_fast.masking import block_mask_rows
+from d2v_fast.interop import huggingface_speech, huggingface_vision
+from d2v_fast.masking import block_mask_rows, span_mask_rows
 from d2v_fast.stepclock import StepClock
 from d2v_fast.teacher import Teacher
 from d2v_fast.world import World
 
-PUBLISHED = Path(__file__).parent.parent / "configs" / "vision_base.json"
+CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["d2v.model.width=384", "d2v.model.heads=6"]
 WITHOUT_DROPOUT = ["d2v.model.drop_path=0.0", "d2v.model.attention_dropout=0.0"]
+SPEECH = [f"d2v.model.{rate}=0.0" for rate in ("dropout", "attention_dropout", "layer_drop")]
+SECONDS = 10
 # the clock ignores the first steps
 NUM_WARMUP, NUM_ROUNDS = 3, 5
 LR = 1e-4
 
+
+class Case(NamedTuple):
+    """A configuration file, samples in a batch, and overrides."""
+
+    file: str
+    batch_size: int
+    changes: list[str]
+
+
 CASES = {
-    "small": (8, [*SMALL, *WITHOUT_DROPOUT]),
-    "base": (4, WITHOUT_DROPOUT),
-    "base published": (4, []),
+    "small": Case("vision_base", 8, [*SMALL, *WITHOUT_DROPOUT]),
+    "base": Case("vision_base", 4, WITHOUT_DROPOUT),
+    "base published": Case("vision_base", 4, []),
+    "speech": Case("speech_base", 2, SPEECH),
+    "speech lean": Case("speech_base", 2, [*SPEECH, "d2v.model.front_end_checkpointing=true"]),
 }
 
 
@@ -55,15 +69,15 @@ class OurStep:
         world = World(device.type)
         self.model = build_model(config.d2v).to(device)
         self.engine = make_engine(self.model, config, world)
-        self.teacher = Teacher(self.model.student, config.d2v.teacher, compute_dtype=self.engine.compute_dtype)
+        self.teacher = Teacher(self.model.student.averaged, config.d2v.teacher, compute_dtype=self.engine.compute_dtype)
         self.clock = StepClock(device, enabled=True)
         self.clock.watch(self.model)
-        self._width, self._step = config.d2v.model.width, 0
+        self._divisor, self._step = config.d2v.loss.divisor(config.d2v.model.width), 0
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean over masked patches and channels."""
+        """As it is trained: the mean over masked places."""
         output = self.engine.forward(batch, self.teacher.module)
-        return output.loss_sum / (output.num_rows * self._width)
+        return output.loss_sum / (output.num_rows * self._divisor)
 
     def __call__(self, batch: Batch) -> None:
         """A whole step."""
@@ -88,26 +102,27 @@ class OurStep:
 @pytest.mark.timeout(600)
 def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) -> None:
     torch.manual_seed(0)
-    batch_size, changes = CASES[case]
+    file, batch_size, changes = CASES[case]
     changes = [*changes, f"train_batch_size={batch_size}", f"train_micro_batch_size_per_gpu={batch_size}"]
-    config = load_config(PUBLISHED, [*changes, f"d2v.data.path={tmp_path}"])
+    config = load_config(CONFIGS / f"{file}.json", [*changes, f"d2v.data.path={tmp_path}"])
     ours = OurStep(config, device)
-    peer = PeerStep(ours.model, config, tmp_path, device, LR)
+    peers = peers_speech if isinstance(config.d2v, SpeechConfig) else peers_vision
+    peer = peers.PeerStep(ours.model, config, tmp_path, device, LR)
     batch, masked = random_batch(config.d2v, batch_size, device)
-    if config.d2v.model.drop_path == 0:
+    if case != "base published":
         assert_same_step(config.d2v, ours, peer, batch, masked)
 
     for _ in range(NUM_WARMUP):
         ours(batch)
-    peer(batch.inputs, masked)
+    peer(batch, masked)
     peak = peak_bytes(lambda: ours(batch), device)
-    peer_peak = peak_bytes(lambda: peer(batch.inputs, masked), device)
+    peer_peak = peak_bytes(lambda: peer(batch, masked), device)
     gemm_rates, peer_seconds = [], []
 
     def run_peer() -> None:
         gemm_rates.append(gemm_gflop_per_s(ours.engine.compute_dtype, device))
         started = now(device)
-        peer(batch.inputs, masked)
+        peer(batch, masked)
         peer_seconds.append(now(device) - started)
 
     def run_ours() -> None:
@@ -124,32 +139,41 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     info = benchmark.extra_info
     info |= {"op": "step", "case": f"{case}, batch {batch_size}", **describe_device(device), **quantiles(seconds)}
     info |= {"peak_bytes": peak, "shares": shares, "dtype": str(ours.engine.compute_dtype)}
-    info |= {"images_per_s": batch_size / info["p50_s"], "gflop_per_s": gflop / info["p50_s"], "gemm_gflop_per_s": gemm}
+    what, amount = ("seconds of sound", batch_size * SECONDS) if file.startswith("speech") else ("images", batch_size)
+    info |= {"units_per_s": amount / info["p50_s"], "gflop_per_s": gflop / info["p50_s"], "gemm_gflop_per_s": gemm}
     info["percent_of_gemm"] = 100 * info["gflop_per_s"] / gemm
     info["share_of_operations"] = shares["EMA"] + shares["target + loss"]
     row = compared(peer_seconds, seconds) | {"peak_bytes": peer_peak}
     info["peers"] = {f"Transformers ({peer.attention})": row}
     info["note"] = (
-        f"{info['case']}: {info['images_per_s']:.2f} images/s, {info['gflop_per_s']:.0f} GFLOP/s of useful arithmetic, "
+        f"{info['case']}: {info['units_per_s']:.2f} {what} per s, "
+        f"{info['gflop_per_s']:.0f} GFLOP/s of useful arithmetic, "
         f"{info['percent_of_gemm']:.0f} % of a large matrix product's {gemm:.0f}; "
         + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items())
         + "."
     )
 
 
-def random_batch(config: VisionConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
+def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
     """Noise with published masks, and the masks as bool `[B, P]`."""
-    model, mask = config.model, config.mask
-    options = (model.grid_size, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect)
     ids = np.arange(batch_size)
-    rows = torch.from_numpy(block_mask_rows(0, 0, ids, *options))
-    masked = torch.zeros(batch_size * model.num_patches, dtype=torch.bool).index_fill(0, rows, True)
-    pixels = torch.randn(batch_size, model.channels, model.image_size, model.image_size)
-    batch = Batch(pixels, rows, torch.from_numpy(ids)).to(device)
+    if isinstance(config, SpeechConfig):
+        num_places = config.model.num_frames(SECONDS * config.model.sample_rate) // 8 * 8
+        inputs = torch.randn(batch_size, config.model.num_samples(num_places))
+        rows = span_mask_rows(0, 0, ids, num_places, config.mask.prob, config.mask.length)
+    else:
+        assert isinstance(config, VisionConfig)
+        model, mask = config.model, config.mask
+        num_places = model.num_patches
+        inputs = torch.randn(batch_size, model.channels, model.image_size, model.image_size)
+        options = (model.grid_size, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect)
+        rows = block_mask_rows(0, 0, ids, *options)
+    masked = torch.zeros(batch_size * num_places, dtype=torch.bool).index_fill(0, torch.from_numpy(rows), True)
+    batch = Batch(inputs, torch.from_numpy(rows), torch.from_numpy(ids)).to(device)
     return batch, masked.view(batch_size, -1).to(device)
 
 
-def assert_same_step(config: VisionConfig, ours: OurStep, peer: PeerStep, batch: Batch, masked: Tensor) -> None:
+def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, masked: Tensor) -> None:
     """Same loss, and the same gradient of every parameter of the encoder and the head."""
     tolerance = 1e-3 if ours.engine.compute_dtype == torch.float32 else 0.1
     loss, peer_loss = ours.loss(batch), peer.loss(batch.inputs, masked)
@@ -157,10 +181,11 @@ def assert_same_step(config: VisionConfig, ours: OurStep, peer: PeerStep, batch:
     loss.backward()
     peer_loss.backward()
     mine, theirs = gradients(ours.model.student), gradients(peer.student.encoder)
+    interop: Any = huggingface_speech if isinstance(config, SpeechConfig) else huggingface_vision
+    layout = interop.layout(config.model)
     pairs = {"head": (gradients(ours.model.head)["weight"], gradients(peer.student.head)["weight"])}
-    for name, foreign_names in key_map(config.model).items():
-        foreign = torch.cat([theirs[foreign_name] for foreign_name in foreign_names])
-        pairs[name] = (mine[name], foreign.reshape(mine[name].shape))
+    for own, gradient in mine.items():
+        pairs |= {name: (value, theirs[name].cpu()) for name, value in layout.theirs(own, gradient).items()}
     for name, (actual, expected) in pairs.items():
         error = (actual - expected).norm() / expected.norm()
         assert error < tolerance, f"{name}: relative error of the gradient {error:.1e}"
@@ -172,21 +197,41 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 
-def useful_flop(config: VisionConfig, batch_size: int, num_rows: int) -> float:
+def useful_flop(config: D2VConfig, batch_size: int, num_rows: int) -> float:
     """Floating-point operations of the matrix products that loss and gradients need, in expectation.
 
-    That is without what nobody reads (the last MLP where no patch is masked) or multiplies by zero (residual branches
+    That is without what nobody reads (the last MLP where no place is masked) or multiplies by zero (residual branches
     that stochastic depth drops).
     """
-    model = config.model
-    D, P = model.width, model.num_patches
-    T, N = 1 + P, num_rows / batch_size
-    attention, mlp = 8 * T * D * D + 4 * T * T * D, 4 * D * int(D * model.mlp_ratio)
-    embedding, head = 2 * P * model.channels * model.patch_size**2 * D, 2 * N * D * D
+    model, N = config.model, num_rows / batch_size
+    D = model.width
+    mlp, head = 4 * D * int(D * model.mlp_ratio), 2 * N * D * D
+    if isinstance(config, SpeechConfig):
+        T = config.model.num_frames(SECONDS * config.model.sample_rate) // 8 * 8
+        convolutions, length, C = 0.0, config.model.num_samples(T), 1
+        first = 0.0
+        for kernel, stride in zip(config.model.conv_kernels, config.model.conv_strides, strict=True):
+            length = (length - kernel) // stride + 1
+            convolutions += 2 * length * kernel * C * config.model.conv_width
+            first = first or convolutions
+            C = config.model.conv_width
+        convolutions += 2 * T * C * D
+        positions = config.model.position_depth * 2 * T * D * (D // config.model.position_groups)
+        positions *= config.model.position_kernel
+        attention = 8 * T * D * D + 4 * T * T * D
+        # instance norm reads the teacher's last block at all frames
+        teacher = positions + model.depth * (attention + T * mlp)
+        student = positions + model.depth * attention + ((model.depth - 1) * T + N) * mlp + head
+        # the backward pass is two products for each one; none is needed for the waveform
+        return batch_size * (teacher + 3 * (student + convolutions) - first)
+    assert isinstance(config, VisionConfig)
+    P = config.model.num_patches
+    T = 1 + P
+    attention = 8 * T * D * D + 4 * T * T * D
+    embedding = 2 * P * config.model.channels * config.model.patch_size**2 * D
     teacher = embedding + model.depth * attention + ((model.depth - 1) * T + N) * mlp
-    kept = [1 - model.drop_path * index / max(1, model.depth - 1) for index in range(model.depth)]
+    kept = [1 - config.model.drop_path * index / max(1, model.depth - 1) for index in range(model.depth)]
     student = sum(kept) * attention + (sum(kept[:-1]) * T + kept[-1] * N) * mlp + head
-    # the backward pass is two products for each one; none is needed for the pixels
     return batch_size * (teacher + 3 * student + 2 * embedding)
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import Data2VecVisionModel
 
 from d2v_fast.config import RunConfig
+from d2v_fast.data import Batch
 from d2v_fast.data2vec import Data2Vec
-from d2v_fast.interop.huggingface import export_vision
+from d2v_fast.interop.huggingface_vision import export_vision
 
 
 class PeerModel(nn.Module):
@@ -82,9 +83,9 @@ class PeerStep:
             prediction = self.student(pixels, masked)
         return F.smooth_l1_loss(prediction.float(), target, beta=self._config.d2v.loss.beta)
 
-    def __call__(self, pixels: Tensor, masked: Tensor) -> None:
+    def __call__(self, batch: Batch, masked: Tensor) -> None:
         """A whole step."""
-        self.loss(pixels, masked).backward()
+        self.loss(batch.inputs, masked).backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), self._config.deepspeed.gradient_clipping)
         self._optimizer.step()
         self._optimizer.zero_grad()

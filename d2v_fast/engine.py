@@ -166,6 +166,10 @@ class PlainEngine(Engine):
 
     def step(self, lr: float) -> Tensor:
         _set_lr(self._optimizer, lr)
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                # of a block that was skipped: its moments and its decay go on, as they do in several processes
+                parameter.grad = torch.zeros_like(parameter)
         self.grad_norm, applied = _clip(self.model, self._optimizer, self._clipping)
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from d2v_fast.config import D2VConfig, VisionConfig
+from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
 from d2v_fast.data2vec import build_model
 from d2v_fast.modalities import Student
 from d2v_fast.run_folder import RunFolder
@@ -19,15 +19,20 @@ def has_labels(config: D2VConfig) -> bool:
 
 def probe(config: D2VConfig, student: Student, teacher: Student) -> Any:
     """Probe student and teacher encoder beside the untrained network; returns a report that prints as a table."""
-    # scikit-learn is slow to import, and needed here only
-    from d2v_fast.data import digits_for_probe
-    from d2v_fast.probe import run_probe
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         untrained = build_model(config).student
     models = {"untrained": untrained, "student": student, "teacher": teacher}
+    # scikit-learn is slow to import, and needed here only
+    if isinstance(config, SpeechConfig):
+        from d2v_fast.data.speech import speech_for_probe
+        from d2v_fast.speech_probe import run_speech_probe
+
+        return run_speech_probe(models, speech_for_probe(config), config)
     assert isinstance(config, VisionConfig)
+    from d2v_fast.data import digits_for_probe
+    from d2v_fast.probe import run_probe
+
     return run_probe(models, digits_for_probe(config), config.probe)
 
 

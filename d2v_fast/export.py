@@ -2,6 +2,7 @@
 
     d2v-fast export runs/NAME                 # the student of the newest good checkpoint -> runs/NAME/export
     d2v-fast export runs/NAME --weights teacher --to FOLDER
+    d2v-fast export runs/NAME --format fairseq           # student, head and teacher -> runs/NAME/export.pt
 
 No GPU and none of the processes of the run are needed, and no more than one file of weights is in memory at a time.
 """
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
-from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, VisionConfig, check_d2v
+from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, SpeechConfig, check_d2v
+from d2v_fast.modalities import encoder_class
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
 
@@ -24,29 +26,47 @@ WEIGHTS = ("student", "teacher")
 
 
 class SavedWeights(Mapping[str, Tensor]):
-    """Student or teacher encoder of a checkpoint: fp32 tensors by name, each read when it is asked for.
+    """The whole encoder of student or teacher in a checkpoint: fp32 tensors by name, each read when it is asked for.
 
     Args:
         folder: `checkpoints/step-N`, verified.
         weights: "student" or "teacher".
+        averaged_prefix: of the encoder's class, see `Student.averaged_prefix`: what the teacher's names lack. The rest
+            of the teacher is the student's.
+    Raises:
+        ValueError: `weights` is something else.
     """
 
-    def __init__(self, folder: Path, weights: str) -> None:
+    def __init__(self, folder: Path, weights: str, averaged_prefix: str = "") -> None:
+        if weights not in WEIGHTS:
+            raise ValueError(f"`weights` must be student or teacher, but is {weights} instead.")
         shapes = read_json(folder / STATE, MAX_STATE_BYTES)["shapes"]
         self._reader = ShardReader(folder, shapes)
         # a student is saved together with its head, as parts of one model
-        self._prefix = "student/student." if weights == "student" else "teacher/"
+        self._saved = {
+            name.removeprefix("student/student."): name for name in shapes if name.startswith("student/student.")
+        }
+        if weights == "teacher":
+            averages = [name for name in shapes if name.startswith("teacher/")]
+            self._saved |= {averaged_prefix + name.removeprefix("teacher/"): name for name in averages}
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._prefix + name not in self._reader.shapes:
-            raise KeyError(name)
-        return self._reader.whole(self._prefix + name)
+        return self._reader.whole(self._saved[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._saved
 
     def __iter__(self) -> Iterator[str]:
-        return (n.removeprefix(self._prefix) for n in self._reader.shapes if n.startswith(self._prefix))
+        return iter(self._saved)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._saved)
+
+    def head(self) -> dict[str, Tensor]:
+        """The regression head, by its own names."""
+        prefix = "student/head."
+        names = [name for name in self._reader.shapes if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self._reader.whole(name) for name in names}
 
 
 def read_run_config(run_folder: Path) -> D2VConfig:
@@ -96,24 +116,32 @@ def load_weights(model: torch.nn.Module, saved: SavedWeights, source: Path) -> N
 
 
 def export_run(
-    run_folder: Path, *, to: Path | None = None, weights: str = "student", step: int | None = None, **options: Any
+    run_folder: Path,
+    *,
+    to: Path | None = None,
+    weights: str = "student",
+    step: int | None = None,
+    form: str = "transformers",
+    **options: Any,
 ) -> str:
-    """Write a Transformers folder from a checkpoint of a run; returns a line for the user.
+    """Write a checkpoint's weights for another library; returns a line for the user.
 
     Args:
-        run_folder: of a run on images.
-        to: the folder to write; None is `export` in the run folder.
-        weights: "student" or "teacher".
+        run_folder: `runs/NAME`.
+        to: the folder to write, or for fairseq the file; None is `export` or `export.pt` in the run folder.
+        weights: "student" or "teacher"; a file for fairseq holds both.
         step: of the checkpoint; None takes the newest.
-        options: of `export_vision`.
+        form: "transformers" or "fairseq".
+        options: of `export_model`.
     Raises:
-        ValueError: no run, no such checkpoint, or it is damaged.
+        ValueError: no run, no such checkpoint, or it is damaged; or fairseq has no such encoder.
     """
-    from d2v_fast.interop.huggingface import export_vision
-
     config = read_run_config(run_folder)
-    if not isinstance(config, VisionConfig):
-        raise ValueError(f"`{run_folder}` must be of a run on images, but is of one on {config.modality}.")
+    if form == "fairseq":
+        if not isinstance(config, SpeechConfig):
+            raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
+        if weights == "teacher":
+            raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
     folder, newest = newest_checkpoint(run_folder)
     if step is not None and step != newest:
         folder = folder.with_name(f"step-{step}")
@@ -124,6 +152,18 @@ def export_run(
     problem = verify(folder, step)
     if problem is not None:
         raise ValueError(f"the checkpoint {folder} is damaged ({problem}): choose another one with `--step`.")
+    prefix = encoder_class(config).averaged_prefix()
+    saved = SavedWeights(folder, weights, prefix)
+    if form == "fairseq":
+        from d2v_fast.interop.fairseq import save_fairseq_speech
+
+        assert isinstance(config, SpeechConfig)
+        target = run_folder / "export.pt" if to is None else to
+        teacher = SavedWeights(folder, "teacher", prefix)
+        save_fairseq_speech(saved, saved.head(), teacher, config, target, num_updates=step)
+        return f"export: {target} (student and teacher, step {step}, for fairseq)"
+    from d2v_fast.interop.huggingface import export_model
+
     target = run_folder / "export" if to is None else to
-    export_vision(SavedWeights(folder, weights), config, target, info={"weights": weights, "step": step}, **options)
+    export_model(saved, config, target, info={"weights": weights, "step": step}, **options)
     return f"export: {target} ({weights}, step {step}, for Transformers)"

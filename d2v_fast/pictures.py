@@ -1,10 +1,11 @@
-"""What an encoder sees: images, their masks, and patch features as colours, before and after pre-training.
+"""What an encoder makes of its input: images or recordings, masks, and features, before and after pre-training.
 
     python -m d2v_fast.pictures runs/digits-1
-    python -m d2v_fast.pictures runs/base --images /data/birds --count 12 --weights teacher --out birds.png
+    python -m d2v_fast.pictures runs/base --data /data/birds --count 12 --weights teacher --out birds.png
 
-A patch gets the colour of its feature on the first three principal components of all patches shown. Patches that the
-encoder takes for similar have similar colours. The untrained network goes through the same procedure.
+Of an image, a patch gets the colour of its feature on the first three principal components of all patches shown:
+patches that the encoder takes for similar have similar colours. Of a recording, a square shows which moments have
+similar features. The untrained network goes through the same procedure.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_fast.config import VisionConfig
+from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
 from d2v_fast.data import image_dataset
 from d2v_fast.data2vec import build_model
 from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_run_config
 from d2v_fast.masking import block_masks
-from d2v_fast.modalities import Student
+from d2v_fast.modalities import Student, encoder_class
 from d2v_fast.probe import patch_features
 from d2v_fast.world import RunError
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         path = draw(
             options.run_folder,
-            images=options.images,
+            data=options.data,
             count=options.count,
             weights=options.weights,
             out=options.out,
@@ -66,47 +67,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(
-    run_folder: Path, *, images: Path | None = None, count: int = 8, weights: str = "student", out: Path | None = None
+    run_folder: Path, *, data: Path | None = None, count: int = 8, weights: str = "student", out: Path | None = None
 ) -> Path:
     """Draw one picture; returns its path.
 
     Args:
         run_folder: of a run that has saved a checkpoint.
-        images: a folder of images to show; None shows the run's own data, held-out digits for a run on digits.
-        count: how many images.
+        data: a folder of images or recordings to show; None shows the run's own data, held-out ones where there are.
+        count: how many of them.
         weights: "student" or "teacher".
         out: where to write; None writes `features.png` into the run folder.
     Raises:
-        ValueError: no run, no checkpoint, no images, or an impossible count.
+        ValueError: no run, no checkpoint, no data, or an impossible count.
     """
     if not 1 <= count <= MAX_COUNT:
         raise ValueError(f"`--count` must be in [1, {MAX_COUNT}], but is {count} instead.")
     config = read_run_config(run_folder)
-    if not isinstance(config, VisionConfig):
-        raise ValueError(f"`{run_folder}` must be of a run on images, but is of one on {config.modality}.")
     trained = newest_weights(run_folder, config, weights)
     torch.manual_seed(config.run.seed)
-    untrained = build_model(config).student
+    models = {"untrained": build_model(config).student, f"{trained.name},\nstep {trained.step:,}": trained.model}
+    out = run_folder / "features.png" if out is None else out
+    title = run_folder.resolve().name
+    if isinstance(config, SpeechConfig):
+        from d2v_fast.speech_pictures import choose_recordings, draw_speech
 
-    pixels, sample_ids = _choose_images(config, images, count)
+        draw_speech(models, choose_recordings(config, data, count), config, title, out)
+        return out
+    assert isinstance(config, VisionConfig)
+    pixels, sample_ids = _choose_images(config, data, count)
     masks = _draw_masks(config, sample_ids)
     colours = {
-        "untrained": principal_colours(patch_features(untrained, pixels, config.target.top_k)),
-        f"{trained.name},\nstep {trained.step:,}": principal_colours(
-            patch_features(trained.model, pixels, config.target.top_k)
-        ),
+        name: principal_colours(patch_features(model, pixels, config.target.top_k)) for name, model in models.items()
     }
-    out = run_folder / "features.png" if out is None else out
-    figure = _figure(_displayable(pixels, config), masks, colours, run_folder.resolve().name)
+    figure = _figure(_displayable(pixels, config), masks, colours, title)
     figure.savefig(out, dpi=150, bbox_inches="tight", pad_inches=0.1)
     return out
 
 
-def newest_weights(run_folder: Path, config: VisionConfig, name: str) -> Weights:
+def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
     """The encoder `name` ("student" or "teacher") of the newest checkpoint."""
     folder, step = newest_checkpoint(run_folder)
     model = build_model(config).student
-    load_weights(model, SavedWeights(folder, name), folder)
+    load_weights(model, SavedWeights(folder, name, encoder_class(config).averaged_prefix()), folder)
     return Weights(model, name, step)
 
 
@@ -195,12 +197,12 @@ def _figure(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m d2v_fast.pictures",
-        description="Draw images, masks, and patch features as colours, before and after pre-training.",
+        description="Draw images or recordings, masks, and features, before and after pre-training.",
         allow_abbrev=False,
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="such as runs/digits-1")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to show instead of the run's own data")
-    parser.add_argument("--count", type=int, default=8, help=f"how many images, at most {MAX_COUNT} (default: 8)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="what to show instead of the run's own data")
+    parser.add_argument("--count", type=int, default=8, help=f"how many samples, at most {MAX_COUNT} (default: 8)")
     parser.add_argument("--weights", choices=["student", "teacher"], default="student", help="(default: student)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN_FOLDER/features.png)")
     return parser

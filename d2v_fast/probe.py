@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,10 +47,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Scores by name of the features, in the order in which they were asked for, raw pixels last."""
+    """Scores by name of the features, in the order in which they were asked for, the baseline last."""
 
     scores: dict[str, Scores]
     config: ProbeConfig
+    what: str = "held-out images"
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """For logs: `{name: {few_labels, few_labels_std, linear, knn}}`."""
@@ -58,7 +60,7 @@ class ProbeReport:
     def __str__(self) -> str:
         few = f"linear, {self.config.labels_per_class}/class"
         lines = [
-            f"{'accuracy in % on held-out images':34} {few:>17} {'linear, all':>12} {f'{self.config.neighbours}-NN':>7}"
+            f"{f'accuracy in % on {self.what}':34} {few:>17} {'linear, all':>12} {f'{self.config.neighbours}-NN':>7}"
         ]
         for name, s in self.scores.items():
             spread = f"{s.few_labels:.1f} ± {s.few_labels_std:.1f}"
@@ -91,7 +93,20 @@ def image_features(model: Student, images: Tensor, grid: int = 1) -> NDArray[np.
     return torch.cat(pooled).numpy()
 
 
-def score(features: NDArray[np.float32], data: ProbeData, config: ProbeConfig) -> Scores:
+class Task(NamedTuple):
+    """What a probe is to tell.
+
+    Attributes:
+        labels: int64 `[S]`.
+        train, test: int64, positions in `labels`.
+    """
+
+    labels: NDArray[np.int64]
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def score(features: NDArray[np.float32], task: Task, config: ProbeConfig) -> Scores:
     """Fit both classifiers on the training part of `features` `[S, F]` and score them on the held-out part.
 
     Standardisation uses the whole training part, for it needs no labels. The label draws are the same for whatever
@@ -101,8 +116,7 @@ def score(features: NDArray[np.float32], data: ProbeData, config: ProbeConfig) -
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.preprocessing import StandardScaler
 
-    labels = np.asarray(data.labels)
-    train, test = np.asarray(data.train_indices), np.asarray(data.test_indices)
+    labels, train, test = task
     scaled = StandardScaler().fit(features[train]).transform(features)
 
     def linear(chosen: NDArray[np.int64]) -> float:
@@ -129,8 +143,9 @@ def run_probe(models: Mapping[str, Student], data: ProbeData, config: VisionProb
         config: Cells of the features, labels per class, draws, neighbours.
     """
     images = torch.as_tensor(data.images)
-    scores = {name: score(image_features(model, images, config.grid), data, config) for name, model in models.items()}
-    scores[PIXELS] = score(images.flatten(1).numpy(), data, config)
+    task = Task(*(np.asarray(part) for part in (data.labels, data.train_indices, data.test_indices)))
+    scores = {name: score(image_features(model, images, config.grid), task, config) for name, model in models.items()}
+    scores[PIXELS] = score(images.flatten(1).numpy(), task, config)
     return ProbeReport(scores, config)
 
 

@@ -59,13 +59,38 @@ TINY: dict[str, Any] = {
     },
 }
 
+# on the recordings that ship with the library
+TINY_SPEECH: dict[str, Any] = {
+    **TINY,
+    "d2v": {
+        **{key: TINY["d2v"][key] for key in ("teacher", "schedule", "probe", "run")},
+        "modality": "speech",
+        "model": {
+            "sample_rate": 8000,
+            "conv_width": 8,
+            "conv_kernels": [10, 3, 3, 2],
+            "conv_strides": [5, 2, 4, 4],
+            "position_depth": 2,
+            "position_kernel": 5,
+            "position_groups": 4,
+            "width": 16,
+            "depth": 3,
+            "heads": 2,
+            "layer_drop": 0.3,
+        },
+        "mask": {"length": 3, "equal_counts": False},
+        "target": {"top_k": 2, "layer_norm": "instance", "final_norm": "none"},
+        "data": {"num_workers": 0, "min_seconds": 0.3, "max_seconds": 0.6, "max_batch_seconds": 12, "lengths": "pad"},
+    },
+}
+
 # what must be equal, bit for bit, in a resumed run
 FIGURES = ("step", "epoch", "loss", "target_std", "prediction_std", "lr", "decay", "grad_norm", "skipped", "samples")
 
 
-def tiny_file(folder: Path, **changes: Any) -> Path:
-    """The tiny configuration as a file; `changes` are dotted keys with `__` for the dot."""
-    raw = copy.deepcopy(TINY)
+def tiny_file(folder: Path, base: dict[str, Any] = TINY, **changes: Any) -> Path:
+    """A tiny configuration as a file; `changes` are dotted keys with `__` for the dot."""
+    raw = copy.deepcopy(base)
     raw["d2v"]["run"]["dir"] = str(folder / "runs")
     for key, value in changes.items():
         *sections, last = key.split("__")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from d2v_fast.config import (
     ConfigError,
     RunConfig,
+    SpeechConfig,
     VisionConfig,
     VisionModelConfig,
     apply_overrides,
@@ -68,10 +69,49 @@ def test_defaults_are_the_published_base_run() -> None:
     assert shipped.deepspeed.batch_split(1) == (2048, 128, 16, 1)
 
 
+def test_speech_defaults_are_the_published_base_run() -> None:
+    shipped = load_config(CONFIGS / "speech_base.json", ["d2v.data.path=/recordings"])
+    d2v, published = shipped.d2v, SpeechConfig()
+    for section in ("model", "mask", "target", "loss", "teacher", "schedule"):
+        assert getattr(d2v, section) == getattr(published, section), section
+    assert shipped.deepspeed.batch_split(16) == (512, 32, 1, 16)
+
+
+def test_sections_of_another_modality_are_refused() -> None:
+    [found] = problems(d2v__modality="speach")
+    assert found == '`d2v.modality` must be "vision" or "speech", but is "speach" instead.'
+    found = problems(d2v__modality="speech", d2v__data={"kind": "audio", "path": "/x"}, d2v__model={"patch_size": 4})
+    assert any("`d2v.model.patch_size` (value 4) is not a known key" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": {"heads": 7}}, "`d2v.model.heads` must divide `width` (768), but is 7 instead"),
+        ({"model": {"position_groups": 5}}, "`d2v.model.position_groups` must divide `width` (768), but is 5"),
+        ({"model": {"position_kernel": 8}}, "`d2v.model.position_kernel` must be odd, but is 8 instead"),
+        (
+            {"model": {"conv_strides": [5, 2]}},
+            "`d2v.model.conv_strides` must hold as many values as `conv_kernels`",
+        ),
+        ({"target": {"top_k": 13}}, "`d2v.target.top_k` must be in [1, 12], but is 13 instead"),
+        ({"data": {"min_seconds": 30.0}}, "`d2v.data.max_seconds` must be >= `min_seconds` (30.0), but is 20.0"),
+        ({"data": {"min_seconds": 0.04}}, "`d2v.data.min_seconds` must be >= 0.045, two frames, but is 0.04 instead"),
+        ({"data": {"max_batch_seconds": 5}}, "`d2v.data.max_batch_seconds` must be >= `max_seconds` (20.0), but is 5"),
+        ({"data": {"kind": "audio"}}, '`d2v.data.path` must be a folder or a .tsv manifest with `kind` "audio"'),
+    ],
+)
+def test_speech_sections(changes: dict[str, Any], sentence: str) -> None:
+    raw = {**MINIMAL, "d2v": {"modality": "speech", **changes}}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    assert any(sentence in problem for problem in caught.value.problems), caught.value.problems
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_files_are_valid(path: Path) -> None:
     raw = json.loads(path.read_text())
-    needs_path = raw["d2v"]["data"]["kind"] == "images"
+    needs_path = raw["d2v"]["data"]["kind"] in ("images", "audio")
     config = load_config(path, ["d2v.data.path=/images"] if needs_path else [])
     # what is written to the run folder means the same
     again = parse_config(json.loads(json.dumps(config.to_dict())))

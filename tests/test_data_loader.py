@@ -295,7 +295,7 @@ def test_no_bad_file_allowed(folder: Path) -> None:
 
 def test_one_bad_batch_early_is_no_reason_to_stop() -> None:
     config = make_config(max_bad_fraction=0.01).data
-    maker = SimpleNamespace(num_samples=100_000, what="image")
+    maker = SimpleNamespace(num_samples=100_000, what="image", bad_files=())
     bad = loader_module._BadFiles(config, maker, lambda file: None)
     ids = torch.arange(10)
     for i in range(10):

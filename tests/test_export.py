@@ -12,14 +12,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2v_fast.config import BlockMaskConfig, RunSection, TargetConfig, VisionConfig, VisionDataConfig, VisionModelConfig
+from d2v_fast.config import (
+    BlockMaskConfig,
+    D2VConfig,
+    RunSection,
+    TargetConfig,
+    VisionConfig,
+    VisionDataConfig,
+    VisionModelConfig,
+)
 from d2v_fast.console import main
-from d2v_fast.data2vec import build_model
+from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.export import export_run
-from d2v_fast.interop.huggingface import export_vision, import_vision
+from d2v_fast.interop.fairseq import read_fairseq_speech
+from d2v_fast.interop.huggingface_speech import import_speech
+from d2v_fast.interop.huggingface_vision import export_vision, import_vision
 from d2v_fast.shard_files import Kept, copy_to_host, write_shards
 from d2v_fast.shards import Shard
 from tests.common import run_python
+from tests.test_speech import make_config
 
 CONFIG = VisionConfig(
     model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=16, depth=2, heads=2),
@@ -30,8 +41,8 @@ CONFIG = VisionConfig(
 )
 
 
-def write_run(folder: Path, config: VisionConfig, processes: int) -> torch.nn.Module:
-    """A run with one checkpoint that so many processes have written; returns its model, the teacher is 2 x it."""
+def write_run(folder: Path, config: D2VConfig, processes: int) -> Data2Vec:
+    """A run with one checkpoint that so many processes have written; returns its model, the average is 2 x it."""
     import hashlib
 
     torch.manual_seed(1)
@@ -40,7 +51,7 @@ def write_run(folder: Path, config: VisionConfig, processes: int) -> torch.nn.Mo
     checkpoint.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"train_batch_size": 64, "d2v": config.model_dump(mode="json")}))
     kinds = {"student": dict(model.named_parameters())}
-    kinds["teacher"] = {name: 2 * p.detach() for name, p in model.student.named_parameters()}
+    kinds["teacher"] = {name: 2 * p.detach() for name, p in model.student.averaged.named_parameters()}
     shapes = {f"{kind}/{name}": list(value.shape) for kind, state in kinds.items() for name, value in state.items()}
     for rank in range(processes):
         kept = []
@@ -73,6 +84,43 @@ def test_export_is_exact(processes: int, weights: str, tmp_path: Path, capsys: p
     state = imported.state_dict()
     for name, p in model.student.named_parameters():
         assert torch.equal(state[name], factor * p), name
+
+
+@pytest.mark.parametrize("positions", ["shared", "averaged"])
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_export_of_speech_holds_the_whole_encoder(positions: str, weights: str, tmp_path: Path) -> None:
+    """What is not averaged is the student's in the teacher as well."""
+    config = make_config(position_in_teacher=positions)
+    model = write_run(tmp_path / "r", config, 2)
+    assert "export (" in export_run(tmp_path / "r", weights=weights)
+    imported, found = import_speech(tmp_path / "r" / "export")
+    assert found == config.model.model_copy(update={"position_in_teacher": "shared"})
+    expected = {name: p.detach() for name, p in model.student.named_parameters()}
+    if weights == "teacher":
+        expected |= {name: 2 * value for name, value in expected.items() if name.startswith("context.")}
+    for name, value in imported.state_dict().items():
+        other = f"context.{name}" if name.startswith("positions.") and positions == "averaged" else name
+        assert torch.equal(value, expected[other]), name
+
+
+@pytest.mark.parametrize("positions", ["shared", "averaged"])
+def test_export_for_fairseq_holds_student_head_and_teacher(
+    positions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(position_in_teacher=positions)
+    model = write_run(tmp_path / "r", config, 2)
+    assert main(["export", str(tmp_path / "r"), "--format", "fairseq"]) == 0
+    assert "(student and teacher, step 7, for fairseq)" in capsys.readouterr().out
+    found = read_fairseq_speech(tmp_path / "r" / "export.pt")
+    assert found.config == config.model
+    assert found.teacher is not None
+    assert found.head is not None
+    for name, p in model.student.named_parameters():
+        assert torch.equal(found.student.state_dict()[name], p), name
+        factor = 2 if name.startswith("context.") else 1
+        assert torch.equal(found.teacher.state_dict()[name], factor * p), name
+    for name, p in model.head.named_parameters():
+        assert torch.equal(found.head[name], p), name
 
 
 def test_large_weights_become_several_files(tmp_path: Path) -> None:
@@ -134,6 +182,9 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     assert "must be the folder of a run, but holds no config.json" in complaint(tmp_path)
     write_run(tmp_path / "r", CONFIG, 2)
+    assert "`--format` must be transformers for vision" in complaint(tmp_path / "r", "--format", "fairseq")
+    write_run(tmp_path / "s", make_config(), 1)
+    assert "holds both" in complaint(tmp_path / "s", "--format", "fairseq", "--weights", "teacher")
     assert "`--step` must be of a checkpoint in" in complaint(tmp_path / "r", "--step", 3)
     path = tmp_path / "r" / "checkpoints" / "step-7" / "shard-00001.safetensors"
     content = bytearray(path.read_bytes())
@@ -148,3 +199,4 @@ def test_help_is_quick() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("False\n")
     assert "export" in done.stdout
+    assert "import" in done.stdout

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2v_fast.config import BlockMaskConfig, TargetConfig, VisionConfig, VisionDataConfig, VisionModelConfig
-from d2v_fast.interop.huggingface import export_vision, import_vision
+from d2v_fast.interop.huggingface_vision import export_vision, import_vision
 from d2v_fast.modalities.vision import VisionModel
 from tests.common import run_python
 from tests.vision_reference import randomise_

@@ -75,7 +75,7 @@ ARROWS = {
 LAZY = {
     "deepspeed": {"d2v_fast.engine", "d2v_fast.zero_teacher"},
     "transformers": set(),
-    "matplotlib": {"d2v_fast.metrics", "d2v_fast.pictures"},
+    "matplotlib": {"d2v_fast.metrics", "d2v_fast.pictures", "d2v_fast.speech_pictures"},
     "sklearn": {"d2v_fast.probe", "d2v_fast.data.digits"},
     "soundfile": {"d2v_fast.data.audio_decode"},
     "soxr": {"d2v_fast.data.audio_decode"},
@@ -154,7 +154,7 @@ def test_no_module_hides_another():
     assert not names & (THIRD_PARTY | {"torch", "numpy", "pydantic", "safetensors", "pytest"})
 
 
-@pytest.mark.parametrize("op", ["ema", "topk_target", "masked_loss", "data2vec_loss"])
+@pytest.mark.parametrize("op", ["ema", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu"])
 def test_one_stem_per_op(op):
     places = ("csrc/{}.cpp", "kernels/{}.py", "d2v_fast/ops/{}.py", "tests/ops/test_{}.py", "bench/bench_{}.py")
     for place in places:

@@ -110,9 +110,7 @@ def test_draws_a_folder_of_images(run_folder: Path, tmp_path: Path) -> None:
     for index in range(2):
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(photographs / f"{index}.png")
     out = tmp_path / "out.png"
-    assert (
-        pictures.main([str(run_folder), "--images", str(photographs), "--weights", "teacher", "--out", str(out)]) == 0
-    )
+    assert pictures.main([str(run_folder), "--data", str(photographs), "--weights", "teacher", "--out", str(out)]) == 0
     assert out.is_file()
     assert not (run_folder / "features.png").exists()
 
@@ -131,9 +129,7 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
 
     assert "must be the folder of a run, but holds no config.json" in complaint(tmp_path)
     assert "`--count` must be in [1, 24], but is 0 instead" in complaint(run_folder, "--count", 0)
-    assert "'" + str(tmp_path / "nowhere") + "' does not exist" in complaint(
-        run_folder, "--images", tmp_path / "nowhere"
-    )
+    assert "'" + str(tmp_path / "nowhere") + "' does not exist" in complaint(run_folder, "--data", tmp_path / "nowhere")
 
     newest = run_folder / "checkpoints" / "step-10"
     state = build_model(CONFIG).state_dict()
@@ -156,3 +152,36 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
         assert reason in complaint(run_folder)
     (run_folder / "config.json").write_text('{"d2v": {"model": {"widht": 3}}}')
     assert "d2v.model.widht" in complaint(run_folder)
+
+
+def test_self_similarity() -> None:
+    """Two kinds of frames that take turns: alike within a kind, opposite between them, whatever they share."""
+    from d2v_fast.speech_pictures import self_similarity
+
+    kinds = torch.tensor([1.0, -1.0]).repeat(4)[:, None] * torch.randn(1, 6) + 100 * torch.randn(1, 6)
+    expected = torch.tensor([1.0, -1.0]).repeat(4)
+    np.testing.assert_allclose(self_similarity(kinds), torch.outer(expected, expected), atol=1e-3)
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_recordings_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a run on the sample set, and of a folder of one's own; more masked frames than none are marked."""
+    from tests.runs import TINY_SPEECH, leave_out_reports, run_here, tiny_file
+
+    leave_out_reports(monkeypatch.setattr)
+    file = tiny_file(tmp_path, TINY_SPEECH, d2v__schedule={"steps": 1}, d2v__model__layer_drop=0.0)
+    assert run_here("--ds_config", file, "--run", "r") == 0
+    folder = tmp_path / "runs" / "r"
+    path = pictures.draw(folder, count=2, weights="teacher")
+    assert path == folder / "features.png"
+    image = pixels_of(path)
+    # both colours of the similarities, and the marks of the mask
+    assert ((image[..., 0] > 150) & (image[..., 2] < 100)).sum() > 100
+    assert ((image[..., 2] > 150) & (image[..., 0] < 100)).sum() > 100
+    samples = Path(pictures.__file__).parent / "data" / "speech_samples" / "en-us+f2"
+    other = pictures.draw(folder, data=samples, count=3, out=tmp_path / "other.png")
+    assert pixels_of(other).shape[1] > image.shape[1]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from d2v_fast.config import VisionProbeConfig
-from d2v_fast.probe import PIXELS, image_features, run_probe, score
+from d2v_fast.probe import PIXELS, Task, image_features, run_probe, score
 
 
 def make_data(informative: bool, strength: float = 2.0, seed: int = 0) -> SimpleNamespace:
@@ -24,6 +24,10 @@ def make_data(informative: bool, strength: float = 2.0, seed: int = 0) -> Simple
             image[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += strength
     order = rng.permutation(400)
     return SimpleNamespace(images=images, labels=labels, train_indices=order[:300], test_indices=order[300:])
+
+
+def task_of(data):
+    return Task(data.labels, data.train_indices, data.test_indices)
 
 
 class Network(nn.Module):
@@ -57,7 +61,7 @@ def test_finds_what_is_there():
 
 def test_scores_only_held_out_images():
     """Random labels can be learnt by heart, and still nothing is found."""
-    scores = score(make_data(False).images.reshape(400, -1), make_data(False), VisionProbeConfig())
+    scores = score(make_data(False).images.reshape(400, -1), task_of(make_data(False)), VisionProbeConfig())
     assert scores.linear < 45
     assert scores.knn < 45
 
@@ -83,7 +87,9 @@ def test_features():
 @pytest.mark.parametrize("per_class", [1, 10, 10_000])
 def test_number_of_labels(per_class):
     data = make_data(True, strength=0.5)
-    scores = score(data.images.reshape(400, -1), data, VisionProbeConfig(labels_per_class=per_class, num_draws=3))
+    scores = score(
+        data.images.reshape(400, -1), task_of(data), VisionProbeConfig(labels_per_class=per_class, num_draws=3)
+    )
     if per_class == 10_000:
         assert scores.few_labels == scores.linear
         assert scores.few_labels_std == 0

@@ -100,6 +100,7 @@ class StepLoader:
         self._bytes = micro_batch * maker.sample_bytes
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
         self._bad = _BadFiles(config.data, maker, on_bad)
+        self._bad.note(maker.bad_files)
         if self._num_workers > 0:
             _check_shared_memory(self._num_workers * self._prefetch * self._bytes, self._num_workers)
         # compiles the sampler here, once, and not in every worker
@@ -186,13 +187,21 @@ class _BadFiles:
     ) -> None:
         self.files: dict[str, None] = {}
         self._max_fraction, self._strict = config.max_bad_fraction, config.strict
-        self._num_samples, self._what = maker.num_samples, maker.what
+        self._num_samples, self._what = maker.num_samples + len(maker.bad_files), maker.what
         self._on_bad = on_bad
         self._num_seen = 0
 
     def add(self, batch: Batch) -> None:
         self._num_seen += len(batch.sample_ids)
-        new = [file for file in dict.fromkeys(batch.bad) if file not in self.files]
+        self.note(batch.bad)
+
+    def note(self, bad: Iterable[str]) -> None:
+        """Count and name those that are new.
+
+        Raises:
+            DataError: there are too many.
+        """
+        new = [file for file in dict.fromkeys(bad) if file not in self.files]
         if not new:
             return
         for file in new:
@@ -201,7 +210,7 @@ class _BadFiles:
             self._on_bad(file)
         if self._strict:
             raise DataError(f"an unreadable {self._what}, and `d2v.data.strict` is true:\n  " + "\n  ".join(new))
-        seen = min(self._num_seen, self._num_samples)
+        seen = min(max(self._num_seen, len(self.files)), self._num_samples)
         judged = max(seen, min(self._num_samples, MIN_JUDGED))
         if len(self.files) > math.ceil(self._max_fraction * judged):
             named = list(self.files)[:NUM_NAMED]

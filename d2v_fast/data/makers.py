@@ -31,6 +31,7 @@ class BatchMaker(Protocol):
         sample_bytes: of the largest sample in a batch.
         lengths: int64 `[S]`, where samples are not of the same length, and `max_step_length` the largest sum of the
             lengths in a step; both None otherwise.
+        bad_files: files that were found unreadable when the data set was listed, as `path: reason`.
     """
 
     what: str
@@ -38,6 +39,7 @@ class BatchMaker(Protocol):
     sample_bytes: int
     lengths: npt.NDArray[np.int64] | None
     max_step_length: int | None
+    bad_files: tuple[str, ...]
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
         """The batch of a micro step: a function of it and the seed.
@@ -58,6 +60,7 @@ class ImageBatches:
     what = "image"
     lengths: npt.NDArray[np.int64] | None = None
     max_step_length: int | None = None
+    bad_files: tuple[str, ...] = ()
 
     def __init__(self, dataset: ImageDataset, config: VisionConfig) -> None:
         self._dataset, self._mask, self._grid_size = dataset, config.mask, config.model.grid_size
@@ -107,6 +110,7 @@ class SpeechBatches:
         seconds = config.data.max_batch_seconds
         self.max_step_length = None if seconds is None else int(seconds * config.model.sample_rate)
         self.sample_bytes = 4 * int(dataset.lengths.max())
+        self.bad_files = dataset.bad_files
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
         """See `BatchMaker`."""

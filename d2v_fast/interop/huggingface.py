@@ -1,418 +1,56 @@
-"""Vision encoders as Hugging Face Transformers folders, in both directions, without importing Transformers.
-
-`export_vision` writes what `Data2VecVisionModel.from_pretrained` reads; `import_vision` reads it back. The two
-libraries compute the same features: `hidden_states[-1]` there is `last_hidden` here, `last_hidden_state` there is
-`last_hidden` after `norm`.
-"""
+"""Encoders of any modality as Hugging Face Transformers folders, in both directions, without importing Transformers."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from d2v_fast.config import MAX_FILE_BYTES, VisionConfig, VisionModelConfig
-from d2v_fast.modalities.vision import VisionModel
-from d2v_fast.untrusted import read_json
-
-# norms of the published models use 1e-6; configurations made by Transformers' own converter say 1e-12 instead
-PUBLISHED_NORM_EPS = 1e-6
-CONVERTER_NORM_EPS = 1e-12
-
-# what a folder may hold beside the encoder: parts of a classifier, and tables of indices in old folders
-IGNORED_PREFIXES = ("classifier.", "pooler.")
-IGNORED_SUFFIX = "relative_position_index"
-BASE_PREFIX = "data2vec_vision."
-
-RESAMPLE_BICUBIC = 3
-
-# of one file of weights, as Transformers divides them
-MAX_WEIGHTS_BYTES = 5 * 10**9
-MAX_INDEX_BYTES = 2**24
-INDEX_NAME = "model.safetensors.index.json"
+from d2v_fast.config import D2VConfig, SpeechConfig, SpeechModelConfig, VisionConfig, VisionModelConfig
+from d2v_fast.interop.folders import read_model_config
+from d2v_fast.interop.huggingface_speech import export_speech, import_speech
+from d2v_fast.interop.huggingface_vision import export_vision, import_vision
+from d2v_fast.modalities import Student
 
 
-def export_vision(
-    model: VisionModel | Mapping[str, Tensor],
-    config: VisionConfig,
-    folder: str | os.PathLike[str],
-    *,
-    info: Mapping[str, object] | None = None,
-    max_file_bytes: int = MAX_WEIGHTS_BYTES,
+def export_model(
+    model: Student | Mapping[str, Tensor], config: D2VConfig, folder: str | os.PathLike[str], **options: Any
 ) -> None:
-    """Write `config.json`, the weights (fp32), `preprocessor_config.json` and a model card.
+    """Write a model folder, as the modality of the run has it.
 
     Args:
-        model: student or teacher, on any device and in any dtype, or its state by name: a mapping that reads each
-            tensor when it is asked for keeps no more than one file of them in memory.
-        config: of the run: sizes from `config.model`, image preparation from `config.data`.
-        max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
-        folder: made if missing; files of an earlier export in it are replaced.
-        info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
+        model, config, folder, options: of `export_vision` or `export_speech`.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    state = model if isinstance(model, Mapping) else model.state_dict()
-    _write_weights(target, state, config.model, max_file_bytes)
-    _write(target / "README.md", _model_card(config, info or {}))
-    _write(target / "preprocessor_config.json", _as_json(_preprocessor_config(config)))
-    # last: a folder without it is no model, so a first export that is cut short cannot be mistaken for one
-    _write(target / "config.json", _as_json(_foreign_config(config.model)))
+    if isinstance(config, VisionConfig):
+        export_vision(model, config, folder, **options)
+    elif isinstance(config, SpeechConfig):
+        export_speech(model, config, folder, **options)
+    else:
+        raise TypeError(f"no folder for {type(config).__name__}")
 
 
-def _write_weights(target: Path, state: Mapping[str, Tensor], config: VisionModelConfig, max_file_bytes: int) -> None:
-    shapes = _foreign_shapes(config)
-    files: list[Path] = []
-    tensors: dict[str, Tensor] = {}
-    names: list[list[str]] = []
-
-    def write() -> None:
-        files.append(target / f"weights-{len(files)}.part")
-        names.append(list(tensors))
-        save_file(tensors, files[-1], metadata={"format": "pt"})
-        tensors.clear()
-
-    for name, foreign_names in key_map(config).items():
-        value = state[name].detach().to("cpu", torch.float32)
-        if tensors and sum(map(_num_bytes, tensors.values())) + _num_bytes(value) > max_file_bytes:
-            write()
-        for foreign_name, part in zip(foreign_names, value.chunk(len(foreign_names)), strict=True):
-            part = part.reshape(shapes.get(foreign_name, part.shape))
-            # safetensors refuses views of one storage
-            tensors[foreign_name] = part if len(foreign_names) == 1 else part.clone()
-    write()
-    for old in target.glob("model*.safetensors*"):
-        old.unlink()
-    if len(files) == 1:
-        os.replace(files[0], target / "model.safetensors")
-        return
-    index: dict[str, str] = {}
-    for number, (path, held) in enumerate(zip(files, names, strict=True), start=1):
-        final = target / f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        os.replace(path, final)
-        index |= dict.fromkeys(held, final.name)
-    _write(target / INDEX_NAME, _as_json({"metadata": {}, "weight_map": index}))
-
-
-def _num_bytes(value: Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
-def import_vision(
-    folder: str | os.PathLike[str], *, norm_eps: float | None = None
-) -> tuple[VisionModel, VisionModelConfig]:
-    """Read a folder that holds a `Data2VecVisionModel`, or a model around one.
+def import_model(
+    folder: str | os.PathLike[str], **options: Any
+) -> tuple[Student, VisionModelConfig | SpeechModelConfig]:
+    """Read a model folder of whatever modality its `config.json` names.
 
     Args:
-        folder: with `config.json` and `model.safetensors`, or several files of weights and their index.
-        norm_eps: of all norms, instead of the folder's `layer_norm_eps`.
+        folder, options: of `import_vision` or `import_speech`.
     Returns:
-        The model, fp32 on the CPU, in training mode, and its configuration.
+        The encoder, fp32 on the CPU, in training mode, and its configuration.
     Raises:
-        ValueError: for an architecture that this encoder is not, and for missing, unknown or misshapen tensors.
+        ValueError: see `import_vision` and `import_speech`; or it is of another modality.
     """
-    source = Path(folder)
-    config = _own_config(_read_config(source), norm_eps, str(source / "config.json"))
-    foreign: dict[str, Tensor] = {}
-    for weights_path in _weight_files(source):
-        try:
-            with safe_open(weights_path, framework="pt") as file:
-                foreign |= {name.removeprefix(BASE_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"`{weights_path}` must be a safetensors file, but: {error}.") from None
-    model = VisionModel(config)
-    model.load_state_dict(_own_state(foreign, model, config, str(weights_path)))
-    return model, config
-
-
-def _weight_files(source: Path) -> list[Path]:
-    if (source / "model.safetensors").is_file():
-        return [source / "model.safetensors"]
-    index = source / INDEX_NAME
-    if not index.is_file():
-        raise ValueError(
-            f"`{source}` must hold `model.safetensors`, but does not. Save the model again with Transformers: "
-            "`save_pretrained(folder)` writes it."
-        )
-    listed = read_json(index, MAX_INDEX_BYTES)
-    names = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"`{index}` must hold a `weight_map`, but does not.")
-    names = sorted({str(name) for name in names.values()})
-    if strange := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
-        raise ValueError(f"`{index}` must name files beside it, but names {strange[0]!r}.")
-    return [source / name for name in names]
-
-
-def key_map(config: VisionModelConfig) -> dict[str, tuple[str, ...]]:
-    """Own key to Transformers' keys; of several, ours is their concatenation along the first dimension."""
-    pairs: dict[str, tuple[str, ...]] = {
-        "embedding.cls_token": ("embeddings.cls_token",),
-        "embedding.mask_token": ("embeddings.mask_token",),
-        "embedding.projection.weight": ("embeddings.patch_embeddings.projection.weight",),
-        "embedding.projection.bias": ("embeddings.patch_embeddings.projection.bias",),
-        "position_bias.table": ("encoder.relative_position_bias.relative_position_bias_table",),
-        "norm.weight": ("layernorm.weight",),
-        "norm.bias": ("layernorm.bias",),
-    }
-    if config.absolute_position:
-        pairs["embedding.position"] = ("embeddings.position_embeddings",)
-    for index in range(config.depth):
-        own, foreign = f"encoder.blocks.{index}", f"encoder.layer.{index}"
-        attention = f"{foreign}.attention.attention"
-        pairs[f"{own}.attention.qkv.weight"] = tuple(
-            f"{attention}.{projection}.weight" for projection in ("query", "key", "value")
-        )
-        pairs[f"{own}.attention.qkv.q_bias"] = (f"{attention}.query.bias",)
-        pairs[f"{own}.attention.qkv.v_bias"] = (f"{attention}.value.bias",)
-        pairs[f"{own}.gamma1"] = (f"{foreign}.lambda_1",)
-        pairs[f"{own}.gamma2"] = (f"{foreign}.lambda_2",)
-        modules = {
-            "norm1": "layernorm_before",
-            "attention.proj": "attention.output.dense",
-            "norm2": "layernorm_after",
-            "mlp.fc1": "intermediate.dense",
-            "mlp.fc2": "output.dense",
-        }
-        for own_module, foreign_module in modules.items():
-            for parameter in ("weight", "bias"):
-                pairs[f"{own}.{own_module}.{parameter}"] = (f"{foreign}.{foreign_module}.{parameter}",)
-    return pairs
-
-
-def _foreign_shapes(config: VisionModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that Transformers keeps in another shape than this library does."""
-    size = config.patch_size
-    return {
-        "embeddings.cls_token": (1, 1, config.width),
-        "embeddings.mask_token": (1, 1, config.width),
-        "embeddings.position_embeddings": (1, 1 + config.num_patches, config.width),
-        "embeddings.patch_embeddings.projection.weight": (config.width, config.channels, size, size),
-    }
-
-
-def _own_state(
-    foreign: Mapping[str, Tensor], model: VisionModel, config: VisionModelConfig, path: str
-) -> dict[str, Tensor]:
-    """State for `model`; every problem in one error."""
-    own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    foreign_shapes = _foreign_shapes(config)
-    keys = key_map(config)
-    state, problems = {}, []
-    for name, foreign_names in keys.items():
-        parts = []
-        for foreign_name in foreign_names:
-            if foreign_name not in foreign:
-                problems.append(f"`{foreign_name}` is missing")
-                continue
-            part = foreign[foreign_name]
-            shape = list(own_shapes[name])
-            shape[0] //= len(foreign_names)
-            shape = list(foreign_shapes.get(foreign_name, shape))
-            if list(part.shape) != shape:
-                problems.append(f"`{foreign_name}` must be {shape}, but is {list(part.shape)} instead")
-                continue
-            parts.append(part.to(torch.float32))
-        if len(parts) == len(foreign_names):
-            state[name] = torch.cat(parts).reshape(own_shapes[name])
-    known = {foreign_name for foreign_names in keys.values() for foreign_name in foreign_names}
-    problems += [
-        f"`{name}` has no place in this encoder"
-        for name in foreign
-        if name not in known and not name.startswith(IGNORED_PREFIXES) and not name.endswith(IGNORED_SUFFIX)
-    ]
-    if problems:
-        shown = problems[:10] + ([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])
-        raise ValueError(f"`{path}` does not fit its `config.json`:\n  " + "\n  ".join(shown))
-    return state
-
-
-def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["Data2VecVisionModel"],
-        "model_type": "data2vec-vision",
-        "dtype": "float32",
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.channels,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": int(config.width * config.mlp_ratio),
-        "hidden_act": "gelu",
-        "layer_norm_eps": config.norm_eps,
-        "layer_scale_init_value": config.layer_scale,
-        "drop_path_rate": config.drop_path,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.attention_dropout,
-        "initializer_range": 0.02,
-        "use_mask_token": True,
-        "use_absolute_position_embeddings": config.absolute_position,
-        "use_relative_position_bias": False,
-        "use_shared_relative_position_bias": True,
-        # true would drop the final norm from the base model
-        "use_mean_pooling": False,
-    }
-
-
-def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> VisionModelConfig:
-    """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
-    required = {
-        "model_type": "data2vec-vision",
-        "hidden_act": "gelu",
-        "use_mask_token": True,
-        "use_relative_position_bias": False,
-        "use_shared_relative_position_bias": True,
-    }
-    defaults = {"hidden_act": "gelu", "use_relative_position_bias": False}
-    for key, value in required.items():
-        found = raw.get(key, defaults.get(key))
-        if found != value:
-            raise ValueError(f"`{key}` in {path} must be {json.dumps(value)}, but is {json.dumps(found)} instead.")
-    if norm_eps is None:
-        norm_eps = raw.get("layer_norm_eps", CONVERTER_NORM_EPS)
-        if norm_eps == CONVERTER_NORM_EPS:
-            warnings.warn(
-                f"`layer_norm_eps` in {path} is {CONVERTER_NORM_EPS} and is kept, so that features agree with "
-                f"Transformers. The published models were trained with {PUBLISHED_NORM_EPS}: if this is one of "
-                f"them, pass `norm_eps={PUBLISHED_NORM_EPS}`.",
-                stacklevel=3,
-            )
-    width, hidden_width = raw.get("hidden_size", 768), raw.get("intermediate_size", 3072)
-    mlp_ratio = hidden_width / width
-    if int(width * mlp_ratio) < hidden_width:
-        # the quotient was rounded down
-        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
-    return VisionModelConfig(
-        image_size=_side(raw, "image_size", 224, path),
-        patch_size=_side(raw, "patch_size", 16, path),
-        channels=raw.get("num_channels", 3),
-        width=width,
-        depth=raw.get("num_hidden_layers", 12),
-        heads=raw.get("num_attention_heads", 12),
-        mlp_ratio=mlp_ratio,
-        drop_path=raw.get("drop_path_rate", 0.1),
-        attention_dropout=raw.get("attention_probs_dropout_prob", 0.0),
-        dropout=raw.get("hidden_dropout_prob", 0.0),
-        layer_scale=raw.get("layer_scale_init_value", 0.1),
-        norm_eps=norm_eps,
-        absolute_position=raw.get("use_absolute_position_embeddings", False),
+    kind = read_model_config(Path(folder)).get("model_type")
+    if kind == "data2vec-vision":
+        return import_vision(folder, **options)
+    if kind == "data2vec-audio":
+        return import_speech(folder, **options)
+    known = '"data2vec-vision" or "data2vec-audio"'
+    raise ValueError(
+        f"`model_type` in {Path(folder) / 'config.json'} must be {known}, but is {json.dumps(kind)} instead."
     )
-
-
-def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
-    """One side of a square that is given as a number or as two equal ones."""
-    value = raw.get(key, default)
-    if isinstance(value, list):
-        if len(value) != 2 or value[0] != value[1]:
-            raise ValueError(f"`{key}` in {path} must be square, but is {value} instead.")
-        return int(value[0])
-    return int(value)
-
-
-def _preprocessor_config(config: VisionConfig) -> dict[str, Any]:
-    """Image preparation as in this library's own evaluation: the largest square in the middle, at input size."""
-    data, model = config.data, config.model
-    size = model.image_size
-    scans = data.kind == "digits"
-    return {
-        "image_processor_type": "BeitImageProcessor",
-        # grey images stay grey
-        "do_convert_rgb": model.channels == 3,
-        # digits come at the size of the scan, 8x8, in grey levels from 0 to 16
-        "do_resize": not (scans and size == 8),
-        "size": {"shortest_edge": size},
-        "resample": RESAMPLE_BICUBIC,
-        "do_center_crop": not scans,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 16 if scans else 1 / 255,
-        "do_normalize": True,
-        "image_mean": _per_channel(data.mean, model.channels),
-        "image_std": _per_channel(data.std, model.channels),
-        "do_reduce_labels": False,
-    }
-
-
-def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
-    return list(values) * channels if len(values) == 1 else list(values)
-
-
-def _model_card(config: VisionConfig, info: Mapping[str, object]) -> str:
-    facts = "\n".join(f"| {name} | {value} |" for name, value in info.items())
-    table = f"\n| these weights | |\n|---|---|\n{facts}\n" if facts else ""
-    model = config.model
-    # what made the weights, and nothing of the machine that did
-    recipe = config.model_dump(
-        mode="json", exclude={"data": {"path", "num_workers"}, "guard": True, "probe": True, "run": True}
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: image-feature-extraction
-tags: [data2vec, self-supervised, vision]
----
-
-# data2vec vision encoder, {model.depth} blocks of width {model.width}
-
-Pre-trained without labels by d2v_fast: a student predicts, at masked patches, the averaged upper layers of a
-teacher that is a moving average of the student and sees the whole image (data2vec, arXiv 2202.03555).
-{table}
-Input: {model.channels} x {model.image_size} x {model.image_size} pixels, prepared by the image processor in this
-folder; patches of {model.patch_size} x {model.patch_size}.
-
-```python
-from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained(".")
-encoder = AutoModel.from_pretrained(".")
-features = encoder(**processor(image, return_tensors="pt")).last_hidden_state  # class token first
-```
-
-To fine-tune a classifier on the mean of the patch features, as is usual for this family of models (the final norm,
-`layernorm`, then gives way to a new one behind the mean, and is reported as unexpected):
-
-```python
-from transformers import Data2VecVisionForImageClassification
-
-model = Data2VecVisionForImageClassification.from_pretrained(".", num_labels=10, use_mean_pooling=True)
-```
-
-## How it was pre-trained
-
-```json
-{_as_json(recipe).rstrip()}
-```
-"""
-
-
-def _as_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = read_json(path, MAX_FILE_BYTES)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{folder}` must be a Transformers model folder, but: {path.name}: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(
-            f"`{folder}` must be a Transformers model folder, but its {path.name} holds no section {{...}}."
-        )
-    return raw
-
-
-def _write(path: Path, text: str) -> None:
-    """All of the file or none of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

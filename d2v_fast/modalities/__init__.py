@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
 from d2v_fast.modalities.student import Student
 
-__all__ = ["Student", "build_student"]
+__all__ = ["Student", "build_student", "encoder_class"]
 
 
 def build_student(config: D2VConfig) -> Student:
     """The encoder of the modality, with the published initialisation drawn from torch's global generator."""
+    make: Any = encoder_class(config)
+    student: Student = make(config.model)
+    return student
+
+
+def encoder_class(config: D2VConfig) -> type[Student]:
+    """The encoder of the modality; it is built from `config.model`."""
     if isinstance(config, VisionConfig):
         from d2v_fast.modalities.vision import VisionModel
 
-        return VisionModel(config.model)
+        return VisionModel
     if isinstance(config, SpeechConfig):
         from d2v_fast.modalities.speech import SpeechModel
 
-        return SpeechModel(config.model)
+        return SpeechModel
     raise TypeError(f"no encoder for {type(config).__name__}")

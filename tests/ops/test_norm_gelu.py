@@ -379,7 +379,7 @@ print(json.dumps(rows))
             assert loads.count(16) >= 1, row
             continue
         # weight and bias; the rows of one or two tensors; statistics are one number a row
-        assert loads.count(16) >= (6 if row["kernel"] == "_norm_gelu_fwd_kernel" else 8), row
+        assert loads.count(16) >= (4 if row["kernel"] == "_norm_gelu_fwd_kernel" else 6), row
         assert loads.count(4) <= 8, row
         assert stores.count(16) >= 2, row
 

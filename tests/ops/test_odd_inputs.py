@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_fast.ops import data2vec_loss, ema_update_, masked_smooth_l1, topk_target
+from d2v_fast.ops import data2vec_loss, ema_update_, layer_norm_gelu, masked_smooth_l1, topk_target
 from d2v_fast.ops.data2vec_loss import data2vec_loss_reference
 from d2v_fast.ops.masked_loss import masked_smooth_l1_reference, scale_gradient_reference
 from d2v_fast.ops.topk_target import FINAL_NORMS, LAYER_NORMS
@@ -125,6 +125,22 @@ def test_ema_of_any_layout(shape, dtype, working, kinds) -> None:
     assert torch.equal(odd_copy, odd.to(working))
 
 
+def test_every_fp16_number() -> None:
+    """Read as what it is, and written by rounding to the nearest: every number, every middle of two, and their
+    neighbours in fp32."""
+    half = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    read = topk_target([half.view(1, 128, 512)], layer_norm="none", final_norm="none").flatten()
+    assert torch.equal(read.nan_to_num(1.5), half.float().nan_to_num(1.5))
+    finite = half[half.isfinite()].float().sort().values
+    middle = (finite[1:] + finite[:-1]) / 2
+    values = torch.cat([finite, middle, middle.nextafter(finite[1:]), middle.nextafter(finite[:-1])])
+    values = torch.cat([values, torch.tensor([65519.0, 65520.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])])
+    # the slope of half a squared error is the error
+    zeros = torch.zeros(1, len(values), dtype=torch.float16)
+    slope = torch.ops.d2v.masked_smooth_l1(zeros, -values[None], None, 0.0, 0.5, False, True)[2]
+    assert torch.equal(slope[0].nan_to_num(1.5), values.half().nan_to_num(1.5))
+
+
 def test_teacher_that_lies_on_itself_is_refused() -> None:
     student = [torch.ones(3, 2)]
     overlapping = [torch.zeros(1).expand(3, 2), torch.zeros(6).as_strided((3, 2), (1, 1)), torch.zeros(2).expand(3, 2)]
@@ -156,6 +172,8 @@ def test_more_than_two_billion_elements_have_shapes() -> None:
     parts = masked_smooth_l1(pred, meta(num_rows, width))
     assert torch.autograd.grad(parts.loss, pred)[0].shape == pred.shape
     ema_update_([meta(2**32)], [meta(2**32)], 0.5, working=[meta(2**32, dtype=torch.bfloat16)])
+    y = layer_norm_gelu(pred, meta(width), meta(width))
+    assert torch.autograd.grad(y, pred, torch.empty_like(y))[0].shape == y.shape == pred.shape
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""Transformers' model folders: what is common to all modalities of reading and writing them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d2v_fast.config import MAX_FILE_BYTES, D2VConfig
+from d2v_fast.config_errors import show
+from d2v_fast.interop.layout import Layout
+from d2v_fast.untrusted import read_json
+
+# of one file of weights, as Transformers divides them
+MAX_WEIGHTS_BYTES = 5 * 10**9
+MAX_INDEX_BYTES = 2**24
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def write_weights(target: Path, layout: Layout, state: Mapping[str, Tensor], max_file_bytes: int) -> None:
+    """Write fp32 weights in their layout, in place of those that the folder holds.
+
+    Args:
+        state: each tensor is asked for once, and kept no longer than one file of them.
+        max_file_bytes: weights beyond it are divided into several files with an index.
+    """
+    files: list[Path] = []
+    tensors: dict[str, Tensor] = {}
+    names: list[list[str]] = []
+
+    def write() -> None:
+        files.append(target / f"weights-{len(files)}.part")
+        names.append(list(tensors))
+        save_file(tensors, files[-1], metadata={"format": "pt"})
+        tensors.clear()
+
+    for name in layout.names:
+        parts = layout.theirs(name, state[name])
+        if tensors and _num_bytes(tensors) + _num_bytes(parts) > max_file_bytes:
+            write()
+        tensors |= parts
+        del parts
+    write()
+    for old in target.glob("model*.safetensors*"):
+        old.unlink()
+    if len(files) == 1:
+        os.replace(files[0], target / "model.safetensors")
+        return
+    index: dict[str, str] = {}
+    for number, (path, held) in enumerate(zip(files, names, strict=True), start=1):
+        final = target / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        os.replace(path, final)
+        index |= dict.fromkeys(held, final.name)
+    write_text(target / INDEX_NAME, as_json({"metadata": {}, "weight_map": index}))
+
+
+def read_weights(source: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a folder by name, and the last of its files.
+
+    Raises:
+        ValueError: there are none, or a file is no safetensors file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(source):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"`{path}` must be a safetensors file, but: {error}.") from None
+    return tensors, path
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model folder.
+
+    Raises:
+        ValueError: there is none, or it is no section.
+    """
+    path = folder / "config.json"
+    try:
+        raw = read_json(path, MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{folder}` must be a Transformers model folder, but: {path.name}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(
+            f"`{folder}` must be a Transformers model folder, but its {path.name} holds no section {{...}}."
+        )
+    return raw
+
+
+def require_values(raw: Mapping[str, Any], required: Mapping[str, Any], defaults: Mapping[str, Any], path: str) -> None:
+    """ValueError where a configuration asks for another architecture than ours.
+
+    Args:
+        defaults: Transformers' own, for what the configuration leaves out.
+    """
+    for key, value in required.items():
+        found = raw.get(key, defaults.get(key))
+        if type(found) is not type(value) or found != value:
+            raise ValueError(f"`{key}` in {path} must be {show(value)}, but is {show(found)} instead.")
+
+
+def whole_number(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
+    """A size of a configuration.
+
+    Raises:
+        ValueError: it is no whole number from 1 on.
+    """
+    value = raw.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{key}` in {path} must be a whole number >= 1, but is {show(value)} instead.")
+    return value
+
+
+def mlp_ratio(width: int, hidden_width: int) -> float:
+    """The ratio of which `int(width * ratio)` is `hidden_width`."""
+    ratio = hidden_width / width
+    # the quotient may have been rounded down
+    return math.nextafter(ratio, math.inf) if int(width * ratio) < hidden_width else ratio
+
+
+def model_card(
+    *, title: str, task: str, tags: Sequence[str], text: str, use: str, info: Mapping[str, object], config: Any
+) -> str:
+    """The `README.md` of a model folder.
+
+    Args:
+        title, task, tags: for readers, and for those who search.
+        text: what was learnt, and how, in a paragraph.
+        use: how to use it.
+        info: what is known of these weights, as a table.
+        config: of the run: its recipe is told in full; None where it is not known.
+    """
+    facts = "\n".join(f"| {name} | {value} |" for name, value in info.items())
+    table = f"\n| these weights | |\n|---|---|\n{facts}\n" if facts else ""
+    card = f"""---
+library_name: transformers
+pipeline_tag: {task}
+tags: [{", ".join(tags)}]
+---
+
+# {title}
+
+{text}
+{table}
+{use}
+"""
+    if not isinstance(config, D2VConfig):
+        return card
+    # what made the weights, and nothing of the machine that did
+    recipe = config.model_dump(
+        mode="json", exclude={"data": {"path", "num_workers"}, "guard": True, "probe": True, "run": True}
+    )
+    return f"""{card}
+## How it was pre-trained
+
+```json
+{as_json(recipe).rstrip()}
+```
+"""
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """The text of a JSON file."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of the file or none of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _weight_files(source: Path) -> list[Path]:
+    if (source / "model.safetensors").is_file():
+        return [source / "model.safetensors"]
+    index = source / INDEX_NAME
+    if not index.is_file():
+        raise ValueError(
+            f"`{source}` must hold `model.safetensors`, but does not. Save the model again with Transformers: "
+            "`save_pretrained(folder)` writes it."
+        )
+    listed = read_json(index, MAX_INDEX_BYTES)
+    names = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"`{index}` must hold a `weight_map`, but does not.")
+    names = sorted({str(name) for name in names.values()})
+    if strange := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
+        raise ValueError(f"`{index}` must name files beside it, but names {strange[0]!r}.")
+    return [source / name for name in names]

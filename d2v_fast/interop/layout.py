@@ -1,0 +1,109 @@
+"""Where another library keeps the tensors of an encoder, and in which shape; what does not fit is told in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from d2v_fast.untrusted import printable
+
+MAX_SHOWN = 10
+
+
+class Misfit(ValueError):
+    """Tensors that an encoder has no place for, or lacks.
+
+    Attributes:
+        problems: one phrase for each.
+    """
+
+    def __init__(self, what: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        shown = list(self.problems[:MAX_SHOWN])
+        if len(self.problems) > MAX_SHOWN:
+            shown.append(f"and {len(self.problems) - MAX_SHOWN} more")
+        super().__init__(f"{what}:\n  " + "\n  ".join(shown))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of another library's tensors.
+
+    Attributes:
+        names: own name to theirs; of several, ours is their concatenation along the first dimension.
+        shapes: by their name, where theirs are the same numbers in the same order in another shape.
+        swapped: their names of tensors `[a, b, c]` that are `[a, c, b]` here.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    swapped: frozenset[str] = frozenset()
+
+    def theirs(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """One of our tensors as they hold it: fp32, in host memory, without shared storage."""
+        their_names = self.names[name]
+        value = value.detach().to("cpu", torch.float32)
+        parts = {}
+        for their_name, part in zip(their_names, value.chunk(len(their_names)), strict=True):
+            part = part.transpose(1, 2) if their_name in self.swapped else part
+            part = part.reshape(self.shapes.get(their_name, part.shape))
+            parts[their_name] = part.contiguous() if len(their_names) == 1 else part.clone()
+        return parts
+
+    def all_theirs(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Their names and tensors of a whole state, of which one of our tensors is asked for at a time."""
+        for name in self.names:
+            yield from self.theirs(name, state[name]).items()
+
+    def ours(
+        self,
+        theirs: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        what: str,
+        ignored: Callable[[str], bool] = lambda name: False,
+    ) -> dict[str, Tensor]:
+        """Our state, fp32.
+
+        Args:
+            theirs: by their name.
+            shapes: of ours, by our name.
+            what: the beginning of the error, such as "`x` does not fit".
+            ignored: their names that may be there, and are not used.
+        Raises:
+            Misfit: names every missing, unknown and misshapen tensor.
+        """
+        state, problems = {}, []
+        for name, their_names in self.names.items():
+            parts = []
+            for their_name in their_names:
+                if their_name not in theirs:
+                    problems.append(f"`{their_name}` is missing")
+                    continue
+                part = theirs[their_name]
+                shape = self._their_shape(their_name, list(shapes[name]), len(their_names))
+                if list(part.shape) != shape:
+                    problems.append(f"`{their_name}` must be {shape}, but is {list(part.shape)} instead")
+                    continue
+                part = part.to(torch.float32)
+                parts.append(part.transpose(1, 2) if their_name in self.swapped else part)
+            if len(parts) == len(their_names):
+                joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+                state[name] = joined.reshape(list(shapes[name])).contiguous()
+        known = {their_name for their_names in self.names.values() for their_name in their_names}
+        problems += [
+            f"`{printable(name)}` has no place in this encoder"
+            for name in theirs
+            if name not in known and not ignored(name)
+        ]
+        if problems:
+            raise Misfit(what, problems)
+        return state
+
+    def _their_shape(self, their_name: str, shape: list[int], num_parts: int) -> list[int]:
+        shape[0] //= num_parts
+        if their_name in self.swapped:
+            shape[1], shape[2] = shape[2], shape[1]
+        return list(self.shapes.get(their_name, shape))

@@ -1,0 +1,48 @@
+"""Log-mel spectrograms: what speech features are held against, and what pictures show of a waveform."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+WINDOW_SECONDS, HOP_SECONDS, NUM_BANDS = 0.025, 0.01, 40
+_FLOOR = 1e-6
+
+
+def log_mel(waveform: Tensor, sample_rate: int, num_bands: int = NUM_BANDS) -> Tensor:
+    """Logarithm of the power in bands of the mel scale (O'Shaughnessy 1987), Hann windows of 25 ms every 10 ms.
+
+    Args:
+        waveform: `[N]`, fp32, of at least one window; shorter ones are filled up with zeros.
+        sample_rate: in Hz.
+        num_bands: from 0 to half the sample rate, triangular, equally wide in mel.
+    Returns:
+        fp32 `[frames, num_bands]`.
+    """
+    window = round(WINDOW_SECONDS * sample_rate)
+    waveform = torch.nn.functional.pad(waveform, (0, max(0, window - len(waveform))))
+    size = 1 << (window - 1).bit_length()
+    spectrum = torch.stft(
+        waveform,
+        size,
+        hop_length=round(HOP_SECONDS * sample_rate),
+        win_length=window,
+        window=torch.hann_window(window),
+        center=len(waveform) < size,
+        return_complex=True,
+        pad_mode="constant",
+    )
+    power = spectrum.abs().square()
+    return (power.T @ _filters(num_bands, size, sample_rate) + _FLOOR).log()
+
+
+def _filters(num_bands: int, size: int, sample_rate: int) -> Tensor:
+    """Triangles `[size // 2 + 1, num_bands]`."""
+    highest = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    edges = 700 * (10 ** (torch.linspace(0, highest, num_bands + 2) / 2595) - 1)
+    frequencies = torch.linspace(0, sample_rate / 2, size // 2 + 1)[:, None]
+    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0)

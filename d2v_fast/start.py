@@ -1,0 +1,176 @@
+"""Weights of other libraries: as a Transformers folder, or as the beginning of a run.
+
+    d2v-fast import audio_base_ls.pt --to exported                    # fairseq -> Transformers
+    d2v-fast import audio_base_ls.pt --to runs/more --ds_config configs/speech_base.json
+    python d2v_fast/train.py --run more --resume                      # pre-training goes on from these weights
+
+A run that begins with given weights is one that was saved before its first step: student, head and teacher are there,
+the optimizer has no moments yet, and the schedules are at their beginning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_fast.checkpoints import Checkpoints
+from d2v_fast.config import D2VConfig, SpeechModelConfig, load_config
+from d2v_fast.config_errors import Section
+from d2v_fast.data2vec import Data2Vec, build_model
+from d2v_fast.interop.huggingface import import_model
+from d2v_fast.modalities import Student
+from d2v_fast.run_folder import RunFolder
+from d2v_fast.run_state import RunState
+from d2v_fast.shard_files import Kept
+from d2v_fast.shards import find_shards
+from d2v_fast.teacher import Teacher
+from d2v_fast.world import World
+
+# of a model's configuration: how it is trained, in which it may differ from what its weights were trained with
+_FREE = {
+    "activation_dropout",
+    "attention",
+    "attention_dropout",
+    "drop_path",
+    "dropout",
+    "front_end_checkpointing",
+    "gradient_checkpointing",
+    "input_dropout",
+    "layer_drop",
+    "layer_scale",
+    "position_in_teacher",
+}
+
+
+def import_folder(source: Path, to: Path, *, weights: str = "student", heads: int | None = None) -> str:
+    """Write a Transformers folder from a fairseq speech checkpoint; returns a line for the user.
+
+    Args:
+        source: the `.pt` file.
+        to: the folder to write.
+        weights, heads: as of `load_fairseq_speech`.
+    Raises:
+        ValueError: see `load_fairseq_speech`; or the source is a folder.
+    """
+    from d2v_fast.interop.fairseq import load_fairseq_speech
+    from d2v_fast.interop.huggingface_speech import export_speech
+
+    if source.is_dir():
+        raise ValueError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
+    model, _, config = load_fairseq_speech(source, weights=weights, heads=heads)
+    export_speech(model, config, to, info={"weights": weights, "from": "a fairseq checkpoint"})
+    return f"import: {to} ({weights} of {source.name}, for Transformers)"
+
+
+def start_run(
+    source: Path, to: Path, ds_config: Path, *, overrides: Iterable[str] = (), heads: int | None = None
+) -> str:
+    """Make the folder of a run whose first checkpoint, `step-0`, holds given weights; returns a line for the user.
+
+    Args:
+        source: a fairseq `.pt`, whose head and average go along; or a Transformers folder, which has neither: then the
+            head is new, and the teacher begins as the student.
+        to: the folder of the run, `DIR/NAME`; it must not exist.
+        ds_config, overrides: the configuration of the run.
+        heads: of attention, where a `.pt` does not tell.
+    Raises:
+        ValueError: the source cannot be read, or is of another encoder than the configuration says.
+        RunError: there is such a run.
+    """
+    named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
+    config = load_config(ds_config, [*overrides, *named])
+    student, teacher, head, found = _read(source, config.d2v, heads)
+    _require_same(config.d2v.model, found, source, ds_config)
+    torch.manual_seed(config.d2v.run.seed)
+    model = build_model(config.d2v)
+    model.student.load_state_dict(_arranged(student.state_dict(), model.student))
+    if head is not None:
+        model.head.load_state_dict(head)
+    average = Teacher(model.student.averaged, config.d2v.teacher)
+    if teacher is not None:
+        whole = _arranged(teacher.state_dict(), model.student)
+        prefix = model.student.averaged_prefix()
+        for shard in average.shards:
+            shard.master.copy_(whole[prefix + shard.name].view(-1))
+        average.refresh(0)
+    world = World("cpu", False)
+    try:
+        folder = RunFolder.create(to.parent, to.name, to.name)
+        try:
+            checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world)
+            unstarted: Any = _Unstarted(model)
+            RunState(config, world, model, average, unstarted, checkpoints).save(0)
+            folder.write_config(config)
+        finally:
+            folder.close()
+    finally:
+        world.close()
+    beside = "its own teacher" if teacher is not None else "the student as teacher"
+    return f"import: {to} begins with {source.name} ({beside}); to train: --run {to.name} --resume"
+
+
+class _Unstarted:
+    """In the place of an engine: what a checkpoint keeps of a model that no optimizer has stepped."""
+
+    def __init__(self, model: Data2Vec) -> None:
+        self._model = model
+
+    def kept(self) -> list[Kept]:
+        return [Kept("student", shard) for shard in find_shards(self._model.named_parameters(), None)]
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer_step": 0}
+
+    def signature(self) -> dict[str, Any]:
+        return {"engine": None, "processes": None, "zero_stage": None, "optimizer": None}
+
+
+def _read(
+    source: Path, config: D2VConfig, heads: int | None
+) -> tuple[Student, Student | None, dict[str, Tensor] | None, Section]:
+    """Student, teacher, head, and the model's configuration."""
+    if source.is_dir():
+        model, found = import_model(source)
+        return model, None, None, found
+    from d2v_fast.interop.fairseq import read_fairseq_speech
+
+    if config.modality != "speech":
+        raise ValueError(f"`{source}` must be a Transformers folder for a run on {config.modality}, but is a file.")
+    checkpoint = read_fairseq_speech(source, heads=heads)
+    return checkpoint.student, checkpoint.teacher, checkpoint.head, checkpoint.config
+
+
+def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path) -> None:
+    """ValueError that lists every size in which the run's encoder is another one."""
+    if type(wanted) is not type(found):
+        kind = "speech" if isinstance(found, SpeechModelConfig) else "vision"
+        raise ValueError(f'`d2v.modality` in {ds_config} must be "{kind}" as in {source}, but is another.')
+    lines = []
+    for key, value in found:
+        mine = getattr(wanted, key)
+        if key == "mlp_ratio":
+            # of which only the product with the width counts
+            same = int(wanted.width * mine) == int(found.width * value)  # type: ignore[attr-defined]
+        else:
+            same = mine == value or key in _FREE
+        if not same:
+            shown, own = (json.dumps(list(v) if isinstance(v, tuple) else v) for v in (value, mine))
+            lines.append(f"`d2v.model.{key}` must be {shown}, but is {own} instead")
+    if lines:
+        raise ValueError(f"{source} is of another encoder than {ds_config} says:\n  " + "\n  ".join(lines))
+
+
+def _arranged(state: Mapping[str, Tensor], model: Student) -> dict[str, Tensor]:
+    """The state with the positional convolutions where this model has them: in the averaged part, or before it."""
+    expected = model.state_dict().keys()
+    prefix = model.averaged_prefix()
+    arranged = {}
+    for name, value in state.items():
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        arranged[name if name in expected else other] = value
+    return arranged
