@@ -43,12 +43,12 @@ def parse_json(text: str, **hooks: Any) -> Any:
     """What `json.loads` returns, for at most `MAX_DEPTH` levels and integers of at most `MAX_DIGITS` digits.
 
     Args:
-        hooks: handed to `json.loads`.
+        hooks: handed to `json.loads`; `parse_int` replaces the limit on digits.
     Raises:
         ValueError: what is wrong, in one sentence.
     """
     try:
-        value = json.loads(text, parse_int=_integer, **hooks)
+        value = json.loads(text, **{"parse_int": _integer, **hooks})
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from None
     except RecursionError:

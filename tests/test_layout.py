@@ -24,6 +24,8 @@ THIRD_PARTY = {
     "PIL",
     "soundfile",
     "soxr",
+    "tokenizers",
+    "pyarrow",
 }
 
 # module, or folder with everything below it -> what of this package it may import; config and the small leaves below
@@ -35,11 +37,12 @@ LEAVES = {
     "d2v_fast.faults",
     "d2v_fast.speech_config",
     "d2v_fast.streams",
+    "d2v_fast.text_config",
     "d2v_fast.untrusted",
 }
 MODEL = {"d2v_fast.modalities", "d2v_fast.encoder"}
 ARROWS = {
-    "d2v_fast.config": {"d2v_fast.speech_config", "d2v_fast.vision_config"},
+    "d2v_fast.config": {"d2v_fast.speech_config", "d2v_fast.text_config", "d2v_fast.vision_config"},
     "d2v_fast.config_errors": set(),
     "d2v_fast.deepspeed_keys": set(),
     "d2v_fast.streams": set(),
@@ -76,6 +79,8 @@ LAZY = {
     "sklearn": {"d2v_fast.probe", "d2v_fast.data.digits"},
     "soundfile": {"d2v_fast.data.audio_decode"},
     "soxr": {"d2v_fast.data.audio_decode"},
+    "tokenizers": {"d2v_fast.data.tokenizer"},
+    "pyarrow": {"d2v_fast.data.text_files"},
 }
 TOP_LEVEL_ALLOWED = {"numba": {"d2v_fast.masking"}, "triton": {"d2v_fast.kernels"}, "PIL": {"d2v_fast.data"}}
 

@@ -17,8 +17,10 @@ from d2v_fast.masking.fixed_blocks import (
     inverse_block_mask_rows,
 )
 from d2v_fast.masking.spans import span_mask_reference, span_mask_rows
+from d2v_fast.masking.tokens import TokenMasks, token_mask_reference, token_mask_rows
 
 __all__ = [
+    "TokenMasks",
     "block_mask_1d_reference",
     "block_mask_1d_rows",
     "block_mask_reference",
@@ -29,4 +31,6 @@ __all__ = [
     "inverse_block_mask_rows",
     "span_mask_reference",
     "span_mask_rows",
+    "token_mask_reference",
+    "token_mask_rows",
 ]

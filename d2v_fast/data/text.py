@@ -1,0 +1,151 @@
+"""Text for pre-training: blocks of tokens, from files or from the sample set, tokenised once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.cache import made_once
+from d2v_fast.data.docs import DocsSource, Split, docs_tokenizer
+from d2v_fast.data.packing import pack
+from d2v_fast.data.progress import Progress
+from d2v_fast.data.text_files import TextFiles
+from d2v_fast.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from d2v_fast.data.tokens import TextSource, tokenised
+from d2v_fast.untrusted import printable
+
+if TYPE_CHECKING:
+    from d2v_fast.text_config import TextDataConfig, TextModelConfig
+
+__all__ = ["TextDataset", "TokenBlocks", "make_tokenizer"]
+
+
+class TokenBlocks(NamedTuple):
+    """Blocks, padded to one length.
+
+    Attributes:
+        tokens: int64 `[B, T]`, padding tokens behind the end of each.
+        lengths: int64 `[B]`.
+        offsets: int32 `[segments + 1]`, where the documents start in the row of all tokens that are not padding, and
+            its length; None where documents of a block attend to each other.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int32] | None
+
+
+class TextDataset:
+    """The blocks of all documents, in the order of files and of documents in them.
+
+    At the first use the text is tokenised, with all cores and a progress bar, and written below `data.tokens_path`;
+    later uses, of other processes too, read what is there. What is mapped into memory is shared by the workers.
+
+    Attributes:
+        lengths: int64 `[S]`, tokens of every block, special ones included.
+        tokenizer: see `Tokenizer`; also its `specials` and `vocab_size`.
+        tokens: see `Tokens`; its manifest says what was left out.
+
+    Args:
+        split: "test" is the held-out part of the sample set; files have none.
+        verify: compare everything that is read with its checksum, once, now.
+    Raises:
+        DataError: there is no text or no tokenizer, too much is unreadable, the tokenizer does not fit the model, the
+            tokens cannot be written or are not what was written.
+    """
+
+    def __init__(
+        self, data: TextDataConfig, model: TextModelConfig, split: Split = "train", *, verify: bool = True
+    ) -> None:
+        if data.block_size > model.max_positions:
+            raise DataError(
+                f"`d2v.data.block_size` must be <= `d2v.model.max_positions` ({model.max_positions}), but is "
+                f"{data.block_size} instead."
+            )
+        source: TextSource
+        if data.kind == "docs":
+            self.tokenizer = docs_tokenizer(data, model)
+            source = DocsSource(data, split)
+        elif split != "train":
+            raise DataError(f'`split` must be "train" for files, but is "{split}" instead.')
+        elif data.tokenizer is None:
+            raise DataError("`d2v.data.tokenizer` must be a file or a folder, but is null instead.")
+        else:
+            self.tokenizer = load_tokenizer(data.tokenizer)
+            source = TextFiles(data)
+        self.tokenizer.fit(model.vocab_size)
+        self.specials, self.vocab_size = self.tokenizer.specials, self.tokenizer.vocab_size
+        self.tokens = tokenised(source, self.tokenizer, data.tokens_path, min_tokens=data.min_tokens, verify=verify)
+        self._separate = data.separate_documents
+        self._blocks = pack(
+            self.tokens.document_lengths(),
+            data.block_size,
+            whole=data.packing == "document",
+            separate=self._separate,
+        )
+        self.lengths = self._blocks.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, sample_ids: npt.NDArray[np.int64]) -> TokenBlocks:
+        """The blocks of the given ids, int64 `[B]`, padded to the longest of them.
+
+        Raises:
+            IndexError: there is no such block.
+            DataError: the tokens were changed since they were checked, to some that the tokenizer does not have.
+        """
+        if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < len(self):
+            raise IndexError(f"`sample_ids` must be in [0, {len(self)}), but some are not.")
+        lengths = self.lengths[sample_ids]
+        rows = np.full((len(sample_ids), int(lengths.max(initial=0))), self.specials.pad, dtype=np.int64)
+        segments = [np.zeros(1, dtype=np.int64)]
+        for row, sample_id in zip(rows, sample_ids.tolist(), strict=True):
+            part = self._blocks.part(sample_id)
+            tokens = self.tokens.read(part.start, part.stop)
+            if tokens.size and tokens.max() >= self.vocab_size:
+                raise DataError(
+                    f"the tokens in '{self.tokens.folder}' must be < {self.vocab_size}, but one is {tokens.max()}. "
+                    f"Remove that folder; it will be made again."
+                )
+            segments.append(self._blocks.fill(row, part, tokens, self.specials.bos, self.specials.eos, self._separate))
+        offsets = np.cumsum(np.concatenate(segments)).astype(np.int32) if self._separate else None
+        return TokenBlocks(rows, lengths, offsets)
+
+
+def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_length: int = 512) -> Tokenizer:
+    """Train a byte-level BPE on all text of `data.path`, and write it into a new folder, complete or not at all.
+
+    Args:
+        data: `path`, `field`, `documents`, `encoding_errors` and the limits for what is unreadable are used.
+        vocab_size: see `train_tokenizer`.
+        to: the folder; `data.tokenizer` of a run may name it, and so may `transformers.AutoTokenizer`.
+        max_length: longest sequence of the model, in tokens.
+    Raises:
+        DataError: the folder exists or cannot be written; there is no text, or too much is unreadable.
+        ValueError: `vocab_size` is too small.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(to)))
+    if os.path.lexists(target):
+        raise DataError(f"the folder of a new tokenizer must not exist, but '{printable(str(target))}' does.")
+    source = TextFiles(data)
+
+    def texts(progress: Progress) -> Iterator[str]:
+        for piece in source.pieces():
+            yield piece.text
+            progress.show(source.num_read, "read")
+
+    def make(folder: Path) -> None:
+        with Progress("training the tokenizer", source.num_bytes) as progress:
+            tokenizer = train_tokenizer(texts(progress), vocab_size, f"'{printable(str(target))}'")
+            progress.close(f"{tokenizer.vocab_size:,} tokens")
+        tokenizer.save(folder, max_length)
+
+    made_once(str(target.parent), target.name, make, "the folder of a new tokenizer")
+    return load_tokenizer(target)

@@ -1,0 +1,424 @@
+"""Text that others wrote: .txt, .jsonl and .parquet files of any size, read in pieces; what is wrong is counted."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files, open_regular
+from d2v_fast.untrusted import parse_json, printable
+
+if TYPE_CHECKING:
+    from d2v_fast.text_config import TextDataConfig
+
+__all__ = ["PIECE", "BadText", "Piece", "TextFiles", "pieces_of"]
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+# characters of a piece; longer documents are divided, at white space where there is any
+PIECE = 1 << 16
+# bytes that are looked at together, and the longest line of a .jsonl file
+CHUNK = 1 << 20
+MAX_LINE = 1 << 26
+ROWS_AT_A_TIME = 256
+# the share of what is unreadable is judged over at least so much, but for what is unreadable from the beginning
+MIN_JUDGED = 1000
+MAX_SIZE = 1 << 62
+
+_log = logging.getLogger(__name__)
+
+
+class Piece(NamedTuple):
+    """A part of a document, and whether it is the last."""
+
+    text: str
+    ends: bool
+
+
+class BadText:
+    """Counts and names what cannot be read, and stops when it is too much.
+
+    Attributes:
+        named: the first of them, as `path: reason`; there are `num_bad` of `num_entries` in all.
+        what: what is counted, in the plural.
+    """
+
+    def __init__(self, max_fraction: float, strict: bool, what: str) -> None:
+        self.named: list[str] = []
+        self.num_bad = self.num_entries = 0
+        self.what = what
+        self._max_fraction, self._strict = max_fraction, strict
+
+    def add(self, where: str, reason: str) -> None:
+        """Count an entry that cannot be read.
+
+        Raises:
+            DataError: with `strict`; or all so far are unreadable; or too many are.
+        """
+        self.num_entries += 1
+        self.num_bad += 1
+        text = printable(f"{where}: {reason}")
+        if len(self.named) < NUM_NAMED:
+            self.named.append(text)
+            _log.warning("skipped unreadable text: %s", text)
+        if self._strict:
+            self.judge()
+        if self.num_bad == self.num_entries == NUM_NEIGHBOURS and self._max_fraction < 1:
+            self._stop()
+        if self.num_entries >= MIN_JUDGED:
+            self.judge()
+
+    def judge(self) -> None:
+        """Raise DataError if too many of the entries so far are unreadable."""
+        if self._strict and self.num_bad:
+            raise DataError(f"unreadable text, and `d2v.data.strict` is true:\n  {self.named[0]}")
+        if self.num_bad > math.ceil(self._max_fraction * self.num_entries):
+            self._stop()
+
+    def _stop(self) -> None:
+        more = self.num_bad - len(self.named)
+        raise DataError(
+            f"{self.num_bad} of {self.num_entries} {self.what} are unreadable, and `d2v.data.max_bad_fraction` is "
+            f"{self._max_fraction}. Repair or remove them, or raise that limit:\n  "
+            + "\n  ".join(self.named)
+            + (f"\n  and {more} more" if more > 0 else "")
+        )
+
+
+class TextFiles:
+    """The .txt, .jsonl and .parquet files that `data.path` names or holds, ordered by path.
+
+    Attributes:
+        bad: what could not be read, after `pieces`.
+        num_empty: documents without text, after `pieces`.
+        num_bytes: of all files.
+        num_read: bytes read so far, while `pieces` goes on.
+    Raises:
+        DataError: at once, if there is no such file or folder, or no such file in the folder.
+    """
+
+    def __init__(self, data: TextDataConfig) -> None:
+        if data.path is None:
+            raise DataError("`d2v.data.path` must be a file or a folder that holds text, but is null instead.")
+        path = os.path.abspath(os.path.expanduser(data.path))
+        if os.path.isfile(path):
+            self.root, name = os.path.split(path)
+            self._names, self._inside = [name], None
+            if not path.lower().endswith(SUFFIXES):
+                raise DataError(
+                    f"`d2v.data.path` must be a folder, or a file that ends with {', '.join(SUFFIXES)}, but is "
+                    f"'{printable(path)}' instead."
+                )
+        else:
+            self.root = path
+            self._inside = None if data.follow_outside else os.path.realpath(path)
+            self._names = find_files(path, self._inside, SUFFIXES, "text")
+        self._data = data
+        self._replaces = data.encoding_errors == "replace"
+        self._reset()
+        self.num_bytes = sum(size for _, size, _ in self._listing())
+
+    def _reset(self) -> None:
+        self.bad = BadText(self._data.max_bad_fraction, self._data.strict, "files, lines and rows")
+        self.num_empty = self.num_read = 0
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def digest(self) -> str:
+        """SHA-256 over names, sizes and times of change of all files, and over how they are read."""
+        data = self._data
+        settings = (data.field, data.documents, data.encoding_errors)
+        state = hashlib.sha256(repr(settings).encode())
+        for name, size, changed in self._listing():
+            state.update(os.fsencode(name) + f"\0{size}\0{changed}\n".encode())
+        return state.hexdigest()
+
+    def pieces(self) -> Iterator[Piece]:
+        """All documents, one after the other, in pieces of at most `PIECE` characters.
+
+        Raises:
+            DataError: too much is unreadable, or there is no text at all.
+        """
+        self._reset()
+        num_documents = before = 0
+        for name in self._names:
+            path = os.path.join(self.root, name)
+            suffix = os.path.splitext(name)[1].lower()
+            parts = {".txt": self._txt, ".jsonl": self._jsonl, ".parquet": self._parquet}[suffix](path)
+            for piece in pieces_of(parts):
+                if piece.ends and not piece.text:
+                    self.num_empty += 1
+                    continue
+                num_documents += piece.ends
+                yield piece
+            before += _size(path)
+            self.num_read = before
+        self.bad.judge()
+        if num_documents == 0:
+            first = "".join(f"\n  {text}" for text in self.bad.named)
+            raise DataError(
+                f"`d2v.data.path` must hold text, but none of {len(self)} files in '{printable(self.root)}' has any "
+                f"({self.num_empty} empty documents, {self.bad.num_bad} unreadable).{first}"
+            )
+        if self.num_empty:
+            _log.info("left out %d empty documents", self.num_empty)
+
+    def _listing(self) -> Iterator[tuple[str, int, int]]:
+        for name in self._names:
+            try:
+                status = os.stat(os.path.join(self.root, name))
+                yield name, status.st_size, status.st_mtime_ns
+            except OSError:
+                # whoever reads it says why it cannot be read
+                yield name, 0, 0
+
+    @contextmanager
+    def _open(self, path: str) -> Iterator[IO[bytes]]:
+        handle, _ = open_regular(path, self._inside, MAX_SIZE)
+        with os.fdopen(handle, "rb", buffering=CHUNK) as file:
+            yield file
+
+    def _txt(self, path: str) -> Iterator[str | None]:
+        try:
+            with self._open(path) as file:
+                _check_text(file, self._replaces)
+                file.seek(0)
+                self.bad.num_entries += 1
+                errors = "replace" if self._replaces else "strict"
+                lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors)
+                yield from self._documents(iter(lambda: lines.readline(PIECE), ""), file)
+                lines.detach()
+        except UnicodeDecodeError:
+            raise DataError(f"'{printable(path)}' was changed while it was read: begin again.") from None
+        except (OSError, UnreadableFile) as error:
+            self.bad.add(path, _reason(error))
+
+    def _documents(self, lines: Iterable[str], file: IO[bytes]) -> Iterator[str | None]:
+        """The lines with None where a document ends. A line of more than `PIECE` characters comes in parts."""
+        before = self.num_read
+        kind, starts, is_open = self._data.documents, True, False
+        for line in lines:
+            is_empty = starts and line.isspace()
+            starts = line.endswith("\n")
+            if kind == "file" or not is_empty:
+                yield line
+                is_open = True
+            if is_open and ((kind == "line" and starts) or (kind == "paragraph" and is_empty)):
+                yield None
+                is_open = False
+            self.num_read = before + file.tell()
+        if is_open or kind == "file":
+            yield None
+
+    def _jsonl(self, path: str) -> Iterator[str | None]:
+        number, before = 0, self.num_read
+        try:
+            with self._open(path) as file:
+                while line := file.readline(MAX_LINE + 1):
+                    number += 1
+                    try:
+                        text = self._field(_whole_line(line, file), first=number == 1)
+                    except UnreadableFile as error:
+                        self.bad.add(f"{path}, line {number}", _reason(error))
+                        continue
+                    if text is not None:
+                        self.bad.num_entries += 1
+                        yield text
+                        yield None
+                    self.num_read = before + file.tell()
+        except (OSError, UnreadableFile) as error:
+            self.bad.add(path, _reason(error))
+
+    def _field(self, line: bytes, first: bool) -> str | None:
+        """The text of a line of JSON; None for an empty line."""
+        if first and line.startswith(codecs.BOM_UTF8):
+            line = line[len(codecs.BOM_UTF8) :]
+        try:
+            content = line.rstrip(b"\r\n").decode("utf-8", "replace" if self._replaces else "strict")
+        except UnicodeDecodeError as error:
+            raise UnreadableFile(_not_utf8(line, error.start)) from None
+        if not content.strip():
+            return None
+        try:
+            # no other field is of interest, and some hold numbers of twenty digits
+            entry = parse_json(content, parse_int=_no_number)
+        except ValueError as error:
+            raise UnreadableFile(str(error)) from None
+        field = self._data.field
+        if not isinstance(entry, dict):
+            raise UnreadableFile("no JSON object {...}")
+        if field not in entry:
+            raise UnreadableFile(f"no field '{field}' (`d2v.data.field`); it has {_listed(entry)}")
+        return self._checked(entry[field], f"field '{field}'")
+
+    def _parquet(self, path: str) -> Iterator[str | None]:
+        parquet = _import_parquet()
+        field, number, before = self._data.field, 0, self.num_read
+        try:
+            with self._open(path) as file, parquet.ParquetFile(file) as table:
+                columns = table.schema_arrow.names
+                if field not in columns:
+                    raise UnreadableFile(f"no column '{field}' (`d2v.data.field`); it has {_listed(columns)}")
+                for batch in table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[field], use_threads=False):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        try:
+                            text = self._checked(value, f"column '{field}'")
+                        except UnreadableFile as error:
+                            self.bad.add(f"{path}, row {number}", _reason(error))
+                            continue
+                        self.bad.num_entries += 1
+                        yield text
+                        yield None
+                    done = number / max(1, table.metadata.num_rows)
+                    self.num_read = before + int(done * _size(path))
+        except (OSError, ValueError) as error:
+            # Arrow's own errors are ValueErrors, and so is ours
+            self.bad.add(path if number == 0 else f"{path}, after row {number}", _reason(error))
+
+    def _checked(self, value: Any, where: str) -> str:
+        if not isinstance(value, str):
+            what = "null" if value is None else type(value).__name__
+            raise UnreadableFile(f"{where} holds {what} instead of text")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            if not self._replaces:
+                raise UnreadableFile(f"{where} holds half a surrogate pair at character {error.start}") from None
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+
+
+def pieces_of(parts: Iterable[str | None]) -> Iterator[Piece]:
+    """Documents in pieces of at most `PIECE` characters, without white space at their ends.
+
+    A document without text is a single empty piece.
+
+    Args:
+        parts: of documents, of any length; None ends one.
+    """
+    held: list[str] = []
+    size, starts = 0, True
+    for part in _ended(parts):
+        if part is not None:
+            held.append(part.lstrip() if starts and not held else part)
+            size += len(held[-1])
+            if size < 2 * PIECE:
+                continue
+        text = "".join(held)
+        if starts:
+            text = text.lstrip()
+        while len(text) >= 2 * PIECE or (part is None and len(text) > PIECE):
+            cut = _cut(text)
+            yield Piece(text[:cut], ends=False)
+            text, starts = text[cut:], False
+        held, size = [text], len(text)
+        if part is None:
+            # what follows a piece is not empty
+            yield Piece(text.rstrip() or text, ends=True)
+            held, size, starts = [], 0, True
+
+
+def _ended(parts: Iterable[str | None]) -> Iterator[str | None]:
+    """The parts, and None behind a document that breaks off."""
+    part: str | None = None
+    for part in parts:
+        yield part
+    if part is not None:
+        yield None
+
+
+def _cut(text: str) -> int:
+    """Where to divide a text, at most `PIECE` from its start, so that tokenizers do not notice."""
+    # a single line break or blank between words; the break goes with what is before, the blank with what follows
+    for mark, before in (("\n", 1), (" ", 0)):
+        position = PIECE - 1
+        for _ in range(64):
+            position = text.rfind(mark, PIECE // 2, position)
+            if position < 0:
+                break
+            if not text[position - 1].isspace() and not text[position + 1].isspace():
+                return position + before
+    return PIECE
+
+
+def _check_text(file: IO[bytes], replaces: bool) -> None:
+    """Raise UnreadableFile if it is not text in UTF-8; `replaces`: if it is no text at all."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    start = file.read(4)
+    for mark, name in ((codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
+        if start.startswith(mark):
+            raise UnreadableFile(f"{name} instead of UTF-8: convert it")
+    file.seek(0)
+    position = 0
+    while chunk := file.read(CHUNK):
+        zero = chunk.find(0)
+        if zero >= 0:
+            raise UnreadableFile(f"a binary file: byte {position + zero:,} is zero")
+        if not replaces:
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                raise UnreadableFile(_not_utf8(chunk, error.start, position - held)) from None
+        position += len(chunk)
+    if not replaces:
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            raise UnreadableFile("cut off within a letter of UTF-8 at its end") from None
+
+
+def _not_utf8(chunk: bytes, start: int, offset: int = 0) -> str:
+    return f'not UTF-8 at byte {offset + start:,} (`d2v.data.encoding_errors` "replace" would go on)'
+
+
+def _whole_line(line: bytes, file: IO[bytes]) -> bytes:
+    if len(line) <= MAX_LINE:
+        return line
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE)
+    raise UnreadableFile(f"a line of more than {MAX_LINE:,} bytes")
+
+
+def _no_number(digits: str) -> int:
+    return 0
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = ", ..." if len(names) > NUM_NAMED else ""
+    return ", ".join(f"'{name[:80]}'" for name in names[:NUM_NAMED]) + more if names else "none"
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+
+
+def _import_parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except Exception as error:
+        raise DataError(
+            f".parquet files are read with pyarrow, which cannot be imported ({type(error).__name__}: {error}): "
+            f"pip install 'd2v_fast[parquet]'"
+        ) from None
+    return pyarrow.parquet
