@@ -1,8 +1,8 @@
 """One JSON file per run: DeepSpeed's keys, and a `"d2v"` section that holds everything else.
 
 `load_config` reads it, applies `--set` overrides, and refuses every unknown key, wrong type and impossible
-value in one message. What only one modality has is in `vision_config` and `speech_config`. No torch is imported here,
-so a typing error costs no time.
+value in one message. What only one modality has is in `vision_config`, `speech_config` and `text_config`. No torch is
+imported here, so a typing error costs no time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing_extensions import Self
 from d2v_fast.config_errors import ConfigError, Problem, Section, check, known_keys, refuse_if, say, show
 from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
 from d2v_fast.speech_config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
+from d2v_fast.text_config import TextDataConfig, TextModelConfig, TokenMaskConfig
 from d2v_fast.untrusted import is_path, parse_json, read_text
 from d2v_fast.vision_config import BlockMaskConfig, VisionDataConfig, VisionModelConfig
 
@@ -41,6 +42,10 @@ __all__ = [
     "SpeechModelConfig",
     "TargetConfig",
     "TeacherConfig",
+    "TextConfig",
+    "TextDataConfig",
+    "TextModelConfig",
+    "TokenMaskConfig",
     "VisionConfig",
     "VisionDataConfig",
     "VisionModelConfig",
@@ -194,13 +199,13 @@ class D2VConfig(Section):
     """The `"d2v"` section: what all modalities have. Each has a class of its own, with its sections and defaults."""
 
     modality: str
-    model: VisionModelConfig | SpeechModelConfig
-    mask: BlockMaskConfig | SpanMaskConfig
+    model: VisionModelConfig | SpeechModelConfig | TextModelConfig
+    mask: BlockMaskConfig | SpanMaskConfig | TokenMaskConfig
     target: TargetConfig
     loss: LossConfig
     teacher: TeacherConfig
     schedule: ScheduleConfig
-    data: VisionDataConfig | SpeechDataConfig
+    data: VisionDataConfig | SpeechDataConfig | TextDataConfig
     guard: GuardConfig = GuardConfig()
     probe: ProbeConfig = ProbeConfig()
     run: RunSection = RunSection()
@@ -285,7 +290,28 @@ class SpeechConfig(D2VConfig):
             yield Problem("data.min_seconds", f"be >= {fewest:.4g}, two frames", data.min_seconds, hint)
 
 
-MODALITIES: dict[str, type[D2VConfig]] = {"vision": VisionConfig, "speech": SpeechConfig}
+class TextConfig(D2VConfig):
+    """Text. The defaults are the published Base run, with its released recipe's masks."""
+
+    modality: Literal["text"] = "text"
+    model: TextModelConfig = TextModelConfig()
+    mask: TokenMaskConfig = TokenMaskConfig()
+    target: TargetConfig = TargetConfig(top_k=10, layer_norm="layer", final_norm="none")
+    loss: LossConfig = LossConfig(beta=4.0, channel_reduction="sum")
+    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=100_000)
+    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", steps=1_000_000, warmup_steps=10_000)
+    data: TextDataConfig = TextDataConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        yield from super().problems_across(sections)
+        model, data = sections.get("model"), sections.get("data")
+        if model and data and data.block_size > model.max_positions:
+            must = f"be <= `d2v.model.max_positions` ({model.max_positions})"
+            yield Problem("data.block_size", must, data.block_size)
+
+
+MODALITIES: dict[str, type[D2VConfig]] = {"vision": VisionConfig, "speech": SpeechConfig, "text": TextConfig}
 
 
 def check_d2v(raw: Any, also: Iterable[str] = ()) -> tuple[D2VConfig | None, list[str]]:

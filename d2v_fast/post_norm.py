@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.encoder import Encoder, EncoderOutput
 from d2v_fast.layers import INIT_STD, drop, dropout
 
 
@@ -145,3 +146,37 @@ class PostNormBlock(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training)
+
+
+def encode_packed(
+    encoder: Encoder, x: Tensor, segments: Segments, kept: Tensor | None, top_k: int, rows: Tensor | None
+) -> EncoderOutput:
+    """Run blocks on the tokens that are not padding, and lay their output out again.
+
+    Args:
+        encoder: of `PostNormBlock`.
+        x: `[B, T, D]`.
+        segments: of the kept tokens.
+        kept: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending; None: all.
+        top_k, rows: as for `Encoder`.
+    Returns:
+        As of `Encoder`, zero at padding.
+    """
+    B, T, D = x.shape
+    if kept is None:
+        output = encoder(x.reshape(1, B * T, D), segments, top_k, rows)
+    else:
+        if rows is not None:
+            # where a token is among those that are kept
+            places = kept.new_empty(B * T).index_copy_(0, kept, torch.arange(len(kept), device=kept.device))
+            rows = places.index_select(0, rows)
+        output = encoder(x.flatten(0, 1).index_select(0, kept)[None], segments, top_k, rows)
+
+    def unpack(y: Tensor) -> Tensor:
+        if y.dim() == 2:
+            return y
+        if kept is None:
+            return y.view(B, T, D)
+        return y.new_zeros(B * T, D).index_copy(0, kept, y[0]).view(B, T, D)
+
+    return EncoderOutput(unpack(output.last_hidden), [unpack(feature) for feature in output.features])

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
+from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
 from d2v_fast.data2vec import build_model
 from d2v_fast.encoder import Encoder
 from d2v_fast.modalities.student import MaskedBatch
@@ -124,6 +124,8 @@ class _Batch(NamedTuple):
     rows: Tensor
     lengths: Tensor | None = None
     kept: Tensor | None = None
+    masked_inputs: Tensor | None = None
+    offsets: Tensor | None = None
 
 
 def largest_batch(config: D2VConfig, size: int) -> MaskedBatch:
@@ -132,6 +134,11 @@ def largest_batch(config: D2VConfig, size: int) -> MaskedBatch:
         model = config.model
         pixels = torch.empty(size, model.channels, model.image_size, model.image_size)
         return _Batch(pixels, torch.empty(size * min(config.mask.num_patches, model.num_patches), dtype=torch.int64))
+    if isinstance(config, TextConfig):
+        tokens = torch.empty(size, config.data.block_size, dtype=torch.int64)
+        masked = 1 - math.exp(-config.mask.prob)
+        rows = torch.empty(int(size * config.data.block_size * masked), dtype=torch.int64)
+        return _Batch(tokens, rows, masked_inputs=torch.empty_like(tokens))
     assert isinstance(config, SpeechConfig)
     num_samples = int(config.data.max_seconds * config.model.sample_rate)
     num_frames = config.model.num_frames(num_samples)

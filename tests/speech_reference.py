@@ -60,9 +60,9 @@ def positions(w: Weights, config: SpeechModelConfig, frames: Tensor) -> Tensor:
     return x
 
 
-def blocks(w: Weights, config: SpeechModelConfig, frames: Tensor) -> tuple[Tensor, list[Tensor]]:
+def blocks(w: Weights, config: SpeechModelConfig, frames: Tensor, normed: bool = False) -> tuple[Tensor, list[Tensor]]:
     """`[T, D]`, positions added, to the output and the FFN outputs of every block; `w` holds `norm.*`, `encoder.*`."""
-    x = layer_norm(frames, config.norm_eps, w["norm.weight"], w["norm.bias"])
+    x = frames if normed else layer_norm(frames, config.norm_eps, w["norm.weight"], w["norm.bias"])
     head_width, features = config.width // config.heads, []
     for index in range(config.depth):
         b = sub(w, f"encoder.blocks.{index}")

@@ -79,7 +79,7 @@ def test_speech_defaults_are_the_published_base_run() -> None:
 
 def test_sections_of_another_modality_are_refused() -> None:
     [found] = problems(d2v__modality="speach")
-    assert found == '`d2v.modality` must be "vision" or "speech", but is "speach" instead.'
+    assert found == '`d2v.modality` must be "vision" or "speech" or "text", but is "speach" instead.'
     found = problems(d2v__modality="speech", d2v__data={"kind": "audio", "path": "/x"}, d2v__model={"patch_size": 4})
     assert any("`d2v.model.patch_size` (value 4) is not a known key" in text for text in found)
 
@@ -111,8 +111,9 @@ def test_speech_sections(changes: dict[str, Any], sentence: str) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_files_are_valid(path: Path) -> None:
     raw = json.loads(path.read_text())
-    needs_path = raw["d2v"]["data"]["kind"] in ("images", "audio")
-    config = load_config(path, ["d2v.data.path=/images"] if needs_path else [])
+    kind = raw["d2v"]["data"]["kind"]
+    overrides = ["d2v.data.path=/data"] if kind in ("images", "audio", "text") else []
+    config = load_config(path, overrides + (["d2v.data.tokenizer=/tokenizer"] if kind == "text" else []))
     # what is written to the run folder means the same
     again = parse_config(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()

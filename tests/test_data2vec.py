@@ -33,6 +33,8 @@ class Images:
     masked: Tensor
     lengths: None = None
     kept: None = None
+    masked_inputs: None = None
+    offsets: None = None
 
     def __getitem__(self, samples: slice) -> Images:
         return images(self.inputs[samples], self.masked[samples])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from d2v_fast.config import BatchSplit, D2VConfig, SpeechConfig, VisionConfig
+from d2v_fast.config import BatchSplit, D2VConfig, SpeechConfig, TextConfig, VisionConfig
 from d2v_fast.data.batch import Batch, DataError, ImageDataset
 from d2v_fast.data.digits import DigitsDataset, ProbeData, digits_for_probe
 from d2v_fast.data.images import ImagesDataset
 from d2v_fast.data.loader import StepLoader, worker_died
-from d2v_fast.data.makers import BatchMaker, ImageBatches, SpeechBatches
+from d2v_fast.data.makers import BatchMaker, ImageBatches, SpeechBatches, TextBatches
 from d2v_fast.data.order import StepOrder
 
 __all__ = [
@@ -52,6 +52,10 @@ def batch_maker(config: D2VConfig) -> BatchMaker:
     """
     if isinstance(config, VisionConfig):
         return ImageBatches(image_dataset(config), config)
+    if isinstance(config, TextConfig):
+        from d2v_fast.data.text import TextDataset
+
+        return TextBatches(TextDataset(config.data, config.model), config)
     assert isinstance(config, SpeechConfig)
     from d2v_fast.data.audio import AudioDataset
     from d2v_fast.data.speech import SpeechSamples

@@ -23,11 +23,16 @@ class Batch:
     """One micro batch of one process. It holds no labels.
 
     Attributes:
-        inputs: fp32: pixels `[B, C, H, W]`, normalised; waveforms `[B, N]`, normalised, zero after their end.
-        rows: int64 `[N]`, flat indices `b * P + p` of the masked places (patches, frames), ascending.
+        inputs: pixels fp32 `[B, C, H, W]`, normalised; waveforms fp32 `[B, N]`, normalised, zero after their end;
+            tokens int64 `[B, T]`, padding tokens after their end.
+        rows: int64 `[N]`, flat indices `b * P + p` of the places in the loss (patches, frames, tokens), ascending.
         sample_ids: int64 `[B]`, positions in the data set.
         lengths: int64 `[B]`, places of each sample that are not padding; None: all.
         kept: int64 `[M]`, flat indices of the places that are not padding, ascending; None: all.
+        masked_inputs: what the student sees, of the form of `inputs`, where masks are a part of the input; None: where
+            the encoder puts its mask token at `rows`.
+        offsets: int32 `[S + 1]`, where the documents start in the row of all places that are not padding, and its
+            length; None: a sample is one document.
         bad: the unreadable files that were replaced by a neighbour, as `path: reason`.
         global_rows: masked places of the whole optimizer step, over all its micro steps and processes; None when the
             batch was not made by a `StepLoader`.
@@ -38,6 +43,8 @@ class Batch:
     sample_ids: Tensor
     lengths: Tensor | None = None
     kept: Tensor | None = None
+    masked_inputs: Tensor | None = None
+    offsets: Tensor | None = None
     bad: tuple[str, ...] = ()
     global_rows: int | None = None
 

@@ -24,7 +24,7 @@ from d2v_fast.data.makers import BatchMaker
 from d2v_fast.data.order import MicroStep, StepOrder
 
 if TYPE_CHECKING:
-    from d2v_fast.config import D2VConfig, SpeechDataConfig, VisionDataConfig
+    from d2v_fast.config import D2VConfig, SpeechDataConfig, TextDataConfig, VisionDataConfig
 
 __all__ = ["StepLoader", "worker_died"]
 
@@ -183,7 +183,10 @@ class _BadFiles:
     """Counts and names unreadable files, and stops the run when there are too many."""
 
     def __init__(
-        self, config: VisionDataConfig | SpeechDataConfig, maker: BatchMaker, on_bad: Callable[[str], None]
+        self,
+        config: VisionDataConfig | SpeechDataConfig | TextDataConfig,
+        maker: BatchMaker,
+        on_bad: Callable[[str], None],
     ) -> None:
         self.files: dict[str, None] = {}
         self._max_fraction, self._strict = config.max_bad_fraction, config.strict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
+from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
 from d2v_fast.modalities.student import Student
 
 __all__ = ["Student", "build_student", "encoder_class"]
@@ -27,4 +27,8 @@ def encoder_class(config: D2VConfig) -> type[Student]:
         from d2v_fast.modalities.speech import SpeechModel
 
         return SpeechModel
+    if isinstance(config, TextConfig):
+        from d2v_fast.modalities.text import TextModel
+
+        return TextModel
     raise TypeError(f"no encoder for {type(config).__name__}")

@@ -19,7 +19,7 @@ from d2v_fast.encoder import Encoder, EncoderOutput
 from d2v_fast.layers import dropout
 from d2v_fast.modalities.conv_stack import ConvStack
 from d2v_fast.modalities.student import MaskedBatch, Student
-from d2v_fast.post_norm import Attendable, PostNormBlock, Segments
+from d2v_fast.post_norm import Attendable, PostNormBlock, Segments, encode_packed
 
 
 class FrontEnd(nn.Module):
@@ -128,7 +128,7 @@ class SpeechContext(nn.Module):
             `last_hidden` `[B, T, D]` and K features of that shape; with `output_rows`, `last_hidden` and the last
             feature are `[N, D]`. At padding they are without meaning.
         """
-        B, T, D = frames.shape
+        T = frames.shape[1]
         # the frames may come from a student that keeps other precision than its teacher
         x = frames = frames.to(self.norm.weight.dtype)
         is_padding = None
@@ -142,20 +142,7 @@ class SpeechContext(nn.Module):
             padded: EncoderOutput = self.encoder(x, attendable, top_k, output_rows)
             return padded
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        packed = x.flatten(0, 1).index_select(0, kept)[None]
-        rows = None
-        if output_rows is not None:
-            # where a frame is among those that are kept
-            places = kept.new_empty(B * T).index_copy_(0, kept, torch.arange(len(kept), device=kept.device))
-            rows = places.index_select(0, output_rows)
-        output = self.encoder(packed, Segments(offsets, T), top_k, rows)
-
-        def unpack(y: Tensor) -> Tensor:
-            if y.dim() == 2:
-                return y
-            return y.new_zeros(B * T, D).index_copy(0, kept, y[0]).view(B, T, D)
-
-        return EncoderOutput(unpack(output.last_hidden), [unpack(feature) for feature in output.features])
+        return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows)
 
 
 class SpeechModel(Student):

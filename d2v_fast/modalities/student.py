@@ -14,10 +14,8 @@ class MaskedBatch(Protocol):
     """What a step needs of a batch.
 
     Attributes:
-        inputs: of B samples: pixels `[B, C, H, W]`, normalised; waveforms `[B, N]`, normalised, zero after their end.
+        inputs, lengths, kept, masked_inputs, offsets: as of `data.Batch`.
         rows: int64 `[N]`, flat indices `b * P + p` of the masked places, without repeats, ascending.
-        lengths: int64 `[B]`, places of each sample that are not padding; None: all.
-        kept: int64 `[M]`, flat indices `b * P + p` of the places that are not padding, ascending; None: all.
     """
 
     @property
@@ -28,6 +26,10 @@ class MaskedBatch(Protocol):
     def lengths(self) -> Tensor | None: ...
     @property
     def kept(self) -> Tensor | None: ...
+    @property
+    def masked_inputs(self) -> Tensor | None: ...
+    @property
+    def offsets(self) -> Tensor | None: ...
 
 
 class Student(nn.Module):
