@@ -224,6 +224,15 @@ def test_what_does_not_fit(folder: Path) -> None:
         TextDataset(data, MODEL, "test")
 
 
+def test_ids_out_of_the_vocabulary(folder: Path) -> None:
+    found = dataset(folder)
+    (path,) = found.tokens.folder.glob("tokens-*.bin")
+    # after it was checked
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"the tokens in '.*' must be < 360, but one is 65535\. Remove that folder"):
+        found.read(np.arange(3))
+
+
 def test_sample_set(root: str) -> None:
     train = TextDataset(docs_config(root), MODEL)
     test = TextDataset(docs_config(root), MODEL, "test")
