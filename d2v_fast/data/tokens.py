@@ -72,7 +72,7 @@ def tokenised(
 ) -> Tokens:
     """The tokens of all documents: those that were written before, if nothing has changed, or newly written ones.
 
-    Memory does not grow with the text: some 200 bytes per character that is on its way, `MIN_BATCH` characters or more.
+    Memory does not grow with the text, but with the cores, which work on up to `MAX_BATCH` characters at a time.
 
     Args:
         root: see `made_once`.
@@ -91,7 +91,7 @@ def tokenised(
         with Progress("tokenising", source.num_bytes) as progress:
             for batch in _encoded(source, tokenizer):
                 writer.add(*batch)
-                progress.show(source.num_read, f"{writer.num_tokens:,} tokens")
+                progress.show(source.num_read, f"{writer.num_taken:,} tokens")
             writer.finish()
             progress.close(f"{writer.num_tokens:,} tokens, {writer.num_documents:,} documents")
         if source.digest() != inputs:
@@ -279,6 +279,11 @@ class _Writer:
         if self._length >= self._min_tokens:
             self._write(self._held)
             self._held = self._held[:0]
+
+    @property
+    def num_taken(self) -> int:
+        """Tokens so far, also of the document that is on its way."""
+        return self.num_tokens + self._length
 
     def finish(self) -> None:
         """End the current shard."""
