@@ -86,8 +86,6 @@ def draw(
     if not isinstance(config, VisionConfig | SpeechConfig):
         kind = config.modality
         raise ValueError(f"`{run_folder}` must be of a run on images or recordings, but is of one on {kind}.")
-            f"`{run_folder}` must be of a run on images or recordings, but is of one on {config.modality}."
-        )
     trained = newest_weights(run_folder, config, weights)
     torch.manual_seed(config.run.seed)
     models = {"untrained": build_model(config).student, f"{trained.name},\nstep {trained.step:,}": trained.model}
