@@ -26,7 +26,12 @@ def _export(options: argparse.Namespace) -> str:
     from d2v_fast.export import export_run
 
     return export_run(
-        options.run_folder, to=options.to, weights=options.weights, step=options.step, form=options.format
+        options.run_folder,
+        to=options.to,
+        weights=options.weights,
+        step=options.step,
+        form=options.format,
+        tokenizer=options.tokenizer,
     )
 
 
@@ -34,7 +39,11 @@ def _import(options: argparse.Namespace) -> str:
     from d2v_fast.start import import_folder, start_run
 
     if options.ds_config is None:
-        return import_folder(options.source, options.to, weights=options.weights, heads=options.heads)
+        return import_folder(
+            options.source, options.to, weights=options.weights, heads=options.heads, tokenizer=options.tokenizer
+        )
+    if options.tokenizer is not None:
+        raise ValueError("`--tokenizer` is for a Transformers folder: a run names its own as `d2v.data.tokenizer`.")
     return start_run(options.source, options.to, options.ds_config, overrides=options.overrides, heads=options.heads)
 
 
@@ -58,14 +67,22 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("transformers", "fairseq"),
         default="transformers",
-        help="a folder for Transformers (default), or of speech a .pt for fairseq, with student, head and teacher",
+        help="a folder for Transformers (default), or of speech and text a .pt for fairseq, with student, head and "
+        "teacher",
+    )
+    export.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=None,
+        metavar="PATH",
+        help="of a text run, for Transformers (default: what its config.json names)",
     )
     bring = commands.add_parser(
         "import",
         help="make a Transformers folder, or a run that begins with them, of other libraries' weights",
-        description="Read a fairseq data2vec speech checkpoint (.pt) or a Transformers folder. Without --ds_config the "
-        "checkpoint becomes a Transformers folder. With it, --to becomes the folder of a run that begins with these "
-        "weights: d2v_fast/train.py --run NAME --resume trains it.",
+        description="Read a fairseq data2vec checkpoint (.pt, of speech or text) or a Transformers folder. Without "
+        "--ds_config the checkpoint becomes a Transformers folder. With it, --to becomes the folder of a run that "
+        "begins with these weights: d2v_fast/train.py --run NAME --resume trains it.",
         epilog="example: d2v-fast import audio_base_ls.pt --to exported",
         allow_abbrev=False,
     )
@@ -83,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         metavar="N",
         help="of attention, where a .pt does not tell (default: width / 64)",
+    )
+    bring.add_argument(
+        "--tokenizer", type=Path, default=None, metavar="PATH", help="of text, to put into a Transformers folder"
     )
     bring.add_argument("--ds_config", type=Path, default=None, metavar="FILE", help="of the run that is to begin")
     bring.add_argument(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
-from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, SpeechConfig, check_d2v
+from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
 from d2v_fast.modalities import encoder_class
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
@@ -122,6 +122,7 @@ def export_run(
     weights: str = "student",
     step: int | None = None,
     form: str = "transformers",
+    tokenizer: Path | None = None,
     **options: Any,
 ) -> str:
     """Write a checkpoint's weights for another library; returns a line for the user.
@@ -132,13 +133,17 @@ def export_run(
         weights: "student" or "teacher"; a file for fairseq holds both.
         step: of the checkpoint; None takes the newest.
         form: "transformers" or "fairseq".
+        tokenizer: of a text run, for Transformers; None is the one that the run's configuration names.
         options: of `export_model`.
     Raises:
-        ValueError: no run, no such checkpoint, or it is damaged; or fairseq has no such encoder.
+        ValueError: no run, no such checkpoint, or it is damaged; fairseq has no such encoder; or a text run's tokenizer
+            cannot be read, or is not the model's.
     """
     config = read_run_config(run_folder)
+    if tokenizer is not None and (form == "fairseq" or not isinstance(config, TextConfig)):
+        raise ValueError("`--tokenizer` is for text runs, and for Transformers: nothing else holds one.")
     if form == "fairseq":
-        if not isinstance(config, SpeechConfig):
+        if isinstance(config, VisionConfig):
             raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
         if weights == "teacher":
             raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
@@ -155,15 +160,27 @@ def export_run(
     prefix = encoder_class(config).averaged_prefix()
     saved = SavedWeights(folder, weights, prefix)
     if form == "fairseq":
-        from d2v_fast.interop.fairseq import save_fairseq_speech
+        from d2v_fast.interop.fairseq import save_fairseq
 
-        assert isinstance(config, SpeechConfig)
         target = run_folder / "export.pt" if to is None else to
         teacher = SavedWeights(folder, "teacher", prefix)
-        save_fairseq_speech(saved, saved.head(), teacher, config, target, num_updates=step)
+        save_fairseq(saved, saved.head(), teacher, config, target, num_updates=step)
         return f"export: {target} (student and teacher, step {step}, for fairseq)"
     from d2v_fast.interop.huggingface import export_model
 
+    if isinstance(config, TextConfig):
+        options["tokenizer"] = _tokenizer(config, tokenizer)
     target = run_folder / "export" if to is None else to
     export_model(saved, config, target, info={"weights": weights, "step": step}, **options)
     return f"export: {target} ({weights}, step {step}, for Transformers)"
+
+
+def _tokenizer(config: TextConfig, path: Path | None) -> Any:
+    """Of a text run: the one at `path`, or None for the one that its configuration names."""
+    from d2v_fast.data.text import tokenizer_of
+    from d2v_fast.data.tokenizer import load_tokenizer
+
+    try:
+        return tokenizer_of(config.data, config.model) if path is None else load_tokenizer(path)
+    except ValueError as error:
+        raise ValueError(f"{error} `--tokenizer` names the run's tokenizer where it is now.") from None

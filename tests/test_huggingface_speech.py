@@ -270,7 +270,7 @@ def edited(tmp_path: Path, **changes: Any) -> Path:
     [
         (
             {"model_type": "wav2vec2"},
-            r'`model_type` in .* must be "data2vec-vision" or "data2vec-audio", but is "wav2vec2"',
+            r'`model_type` in .* must be "data2vec-vision", "data2vec-audio" or "data2vec-text", but is "wav2vec2"',
         ),
         ({"conv_bias": True}, r"`conv_bias` in .* must be false, but is true instead"),
         ({"add_adapter": True}, r"`add_adapter` in .* must be false"),
