@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import TextConfig, TextModelConfig, load_config
 from d2v_fast.console import main
+from d2v_fast.data.tokenizer import load_tokenizer
 from d2v_fast.data2vec import build_model
 from d2v_fast.export import SavedWeights
 from d2v_fast.interop import fairseq_text
@@ -24,7 +25,7 @@ from d2v_fast.interop.fairseq_text import load_fairseq_text, read_fairseq_text, 
 from d2v_fast.interop.huggingface_text import export_text, import_text
 from d2v_fast.interop.text_layout import text_layout
 from d2v_fast.modalities.text import TextModel
-from tests.runs import TINY, figures, leave_out_reports, run_here, tiny_file
+from tests.runs import TINY_TEXT, figures, leave_out_reports, run_here, tiny_file
 from tests.speech_reference import randomise_
 from tests.test_export import write_run
 from tests.test_fairseq import pretrained as pretrained_speech
@@ -88,6 +89,12 @@ def pretrained(head: str = "regression", width: int = 32) -> dict[str, Any]:
         "encoder": {"attention_heads": 4, "layerdrop": 0.1, "normalize_before": False, "learned_pos": True},
     }
     return {"args": None, "cfg": {"model": {"transformer": transformer, "head_layers": 2}}, "model": model}
+
+
+def saved_tokenizer(folder: Path) -> Path:
+    folder.mkdir()
+    small_tokenizer().save(folder)
+    return folder
 
 
 def saved(content: dict[str, Any], folder: Path) -> Path:
@@ -402,9 +409,7 @@ def test_import_to_transformers(weights: str, tmp_path: Path, capsys: pytest.Cap
     )
     assert "The tokenizer is not in this folder" in (out / "README.md").read_text()
 
-    (tmp_path / "tokenizer").mkdir()
-    small_tokenizer().save(tmp_path / "tokenizer")
-    given = ["--tokenizer", str(tmp_path / "tokenizer")]
+    given = ["--tokenizer", str(saved_tokenizer(tmp_path / "tokenizer"))]
     assert main(["import", str(path), "--to", str(tmp_path / "none"), *given]) == 1
     assert "`d2v.model.vocab_size` must be >= 360" in capsys.readouterr().err
     content["model"][f"{PREFIX}embed_tokens.weight"] = torch.randn(360, 32)
@@ -415,28 +420,13 @@ def test_import_to_transformers(weights: str, tmp_path: Path, capsys: pytest.Cap
     assert "`--tokenizer` is for text" in capsys.readouterr().err
 
 
-def tiny_text(folder: Path) -> Path:
-    """A run on the sample set."""
-    raw = {
-        **TINY,
-        "d2v": {
-            **{key: TINY["d2v"][key] for key in ("teacher", "probe", "run")},
-            "modality": "text",
-            "schedule": {"steps": 1},
-            "model": {"vocab_size": 300, "max_positions": 32, "width": 16, "depth": 2, "heads": 2},
-            "target": {"top_k": 2},
-            "data": {"kind": "docs", "num_workers": 0, "block_size": 32, "tokens_path": str(folder / "tokens")},
-        },
-    }
-    return tiny_file(folder, raw)
-
-
 @pytest.mark.parametrize("kind", ["fairseq", "transformers"])
 def test_run_begins_with_given_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave_out_reports(monkeypatch.setattr)
-    file = tiny_text(tmp_path)
+    tokens = str(tmp_path / "tokens")
+    file = tiny_file(tmp_path, TINY_TEXT, d2v__schedule={"steps": 1}, d2v__data__tokens_path=tokens)
     config = load_config(file).d2v
     assert isinstance(config, TextConfig)
     model, other = build_model(config), build_model(config)
@@ -447,7 +437,7 @@ def test_run_begins_with_given_weights(
     if kind == "fairseq":
         save_fairseq_text(model.student, model.head, teacher, config, source)
     else:
-        export_text(model.student, config, source)
+        export_text(model.student, config, source, tokenizer=small_tokenizer())
     run = tmp_path / "runs" / "more"
     arguments = ["import", str(source), "--to", str(run), "--ds_config", str(file)]
     assert main([*arguments, "--set", "d2v.model.max_positions=64"]) == 1
@@ -463,9 +453,20 @@ def test_run_begins_with_given_weights(
     if kind == "fairseq":
         head = SavedWeights(run / "checkpoints" / "step-0", "student").head()
         assert all(torch.equal(head[name], value) for name, value in model.head.state_dict().items())
-        # not forked: the threads that have tokenised do not live on in a fork
-        assert run_here("--run", "more", "--resume", "--set", f"d2v.run.dir={run.parent}") == 0
-        assert len(figures(tmp_path, "more")) == 1
+    # not forked: the threads that have tokenised do not live on in a fork
+    resume = ["--run", "more", "--resume", "--set", f"d2v.run.dir={run.parent}"]
+    if kind == "transformers":
+        # whose tokenizer is not the one of the sample set
+        assert run_here(*resume) == 1
+        assert "`d2v.data.tokenizer` must be the tokenizer that the checkpoint" in capsys.readouterr().err
+        resume += ["--set", f"d2v.data.tokenizer={source}"]
+    assert run_here(*resume) == 0
+    assert len(figures(tmp_path, "more")) == 1
+    assert main(["export", str(run)]) == 0
+    assert (load_tokenizer(run / "export").digest == small_tokenizer().digest) == (kind == "transformers")
+    if kind == "fairseq":
+        assert main(["export", str(run), "--tokenizer", str(saved_tokenizer(tmp_path / "other"))]) == 1
+        assert f"must be the tokenizer that {run} was trained with" in capsys.readouterr().err
 
 
 def test_a_text_model_is_no_model_of_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
