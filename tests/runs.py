@@ -145,7 +145,8 @@ def start(
     """Fork a process that runs the command line, after `before`; its output goes to a file. Returns its id."""
 
     def work() -> int:
-        os.environ.update(environment or {})
+        # the threads with which this process may have tokenised do not live on in a fork
+        os.environ.update({"TOKENIZERS_PARALLELISM": "false", **(environment or {})})
         torch.set_num_threads(1)
         before()
         return run_here(*arguments)

@@ -453,7 +453,6 @@ def test_run_begins_with_given_weights(
     if kind == "fairseq":
         head = SavedWeights(run / "checkpoints" / "step-0", "student").head()
         assert all(torch.equal(head[name], value) for name, value in model.head.state_dict().items())
-    # not forked: the threads that have tokenised do not live on in a fork
     resume = ["--run", "more", "--resume", "--set", f"d2v.run.dir={run.parent}"]
     if kind == "transformers":
         # whose tokenizer is not the one of the sample set

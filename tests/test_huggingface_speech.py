@@ -252,7 +252,9 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
 
 def test_writing_and_reading_need_no_transformers() -> None:
     modules = "d2v_fast.interop.huggingface, d2v_fast.interop.fairseq, d2v_fast.start"
-    printed = run_python(f"import sys, {modules}; print({{'transformers', 'fairseq'}} & set(sys.modules))")
+    printed = run_python(
+        f"import sys, {modules}; print({{'transformers', 'fairseq', 'tokenizers'}} & set(sys.modules))"
+    )
     assert printed.strip() == "set()"
 
 

@@ -18,7 +18,6 @@ from d2v_fast.data.tokenizer import Tokenizer, load_tokenizer
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.huggingface_text import export_text, import_text
 from d2v_fast.modalities.text import TextModel
-from tests.common import run_python
 from tests.speech_reference import randomise_
 from tests.test_export import write_run
 from tests.test_text import make_config
@@ -230,14 +229,6 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert "The tokenizer is not in this folder" in card
     assert '"modality": "text"' in card
-
-
-def test_writing_and_reading_need_no_transformers() -> None:
-    modules = "d2v_fast.interop.huggingface, d2v_fast.interop.fairseq, d2v_fast.start"
-    printed = run_python(
-        f"import sys, {modules}; print({{'transformers', 'fairseq', 'tokenizers'}} & set(sys.modules))"
-    )
-    assert printed.strip() == "set()"
 
 
 def run_of(folder: Path, **data: Any) -> tuple[TextConfig, nn.Module]:
