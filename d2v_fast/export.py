@@ -33,6 +33,9 @@ class SavedWeights(Mapping[str, Tensor]):
         weights: "student" or "teacher".
         averaged_prefix: of the encoder's class, see `Student.averaged_prefix`: what the teacher's names lack. The rest
             of the teacher is the student's.
+    Attributes:
+        vocabulary: digest of the tokenizer whose ids the model was trained with; None where there is none, or where
+            it is not known.
     Raises:
         ValueError: `weights` is something else.
     """
@@ -40,7 +43,8 @@ class SavedWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path, weights: str, averaged_prefix: str = "") -> None:
         if weights not in WEIGHTS:
             raise ValueError(f"`weights` must be student or teacher, but is {weights} instead.")
-        shapes = read_json(folder / STATE, MAX_STATE_BYTES)["shapes"]
+        state = read_json(folder / STATE, MAX_STATE_BYTES)
+        shapes, self.vocabulary = state["shapes"], state.get("vocabulary")
         self._reader = ShardReader(folder, shapes)
         # a student is saved together with its head, as parts of one model
         self._saved = {
@@ -169,18 +173,25 @@ def export_run(
     from d2v_fast.interop.huggingface import export_model
 
     if isinstance(config, TextConfig):
-        options["tokenizer"] = _tokenizer(config, tokenizer)
+        options["tokenizer"] = _tokenizer(config, tokenizer, saved.vocabulary, str(run_folder))
     target = run_folder / "export" if to is None else to
     export_model(saved, config, target, info={"weights": weights, "step": step}, **options)
     return f"export: {target} ({weights}, step {step}, for Transformers)"
 
 
-def _tokenizer(config: TextConfig, path: Path | None) -> Any:
-    """Of a text run: the one at `path`, or None for the one that its configuration names."""
+def _tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Any:
+    """Of a text run: the one at `path`, or with None the one that its configuration names.
+
+    Raises:
+        ValueError: it cannot be read, or its digest is another one than the run's, where that is known.
+    """
     from d2v_fast.data.text import tokenizer_of
     from d2v_fast.data.tokenizer import load_tokenizer
 
     try:
-        return tokenizer_of(config.data, config.model) if path is None else load_tokenizer(path)
+        found = tokenizer_of(config.data, config.model) if path is None else load_tokenizer(path)
+        if digest is not None:
+            found.require(digest, where)
+        return found
     except ValueError as error:
         raise ValueError(f"{error} `--tokenizer` names the run's tokenizer where it is now.") from None

@@ -115,7 +115,7 @@ class RunState:
                 f"`train_batch_size` must be {state['global_batch']} as in the checkpoint, but is "
                 f"{self._global_batch} instead: other samples would be seen twice or not at all in this epoch."
             )
-        # weights from elsewhere do not say which they need
+        # weights from elsewhere may not say which they need
         if state["vocabulary"] not in (None, self._vocabulary):
             raise RunError(
                 "`d2v.data.tokenizer` must be the tokenizer that the checkpoint was trained with, but is another one: "

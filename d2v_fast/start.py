@@ -85,8 +85,9 @@ def start_run(
 
     Args:
         source: a fairseq `.pt`, whose head and average go along; or a Transformers folder, which has neither: then the
-            head is new, and the teacher begins as the student. A teacher shares with the student what the run's
-            configuration says, whatever else the average of a `.pt` holds.
+            head is new, and the teacher begins as the student. With a `tokenizer.json` in it, the run does not go on
+            with another tokenizer. A teacher shares with the student what the run's configuration says, whatever else
+            the average of a `.pt` holds.
         to: the folder of the run, `DIR/NAME`; it must not exist.
         ds_config, overrides: the configuration of the run.
         heads: of attention, where a `.pt` does not tell.
@@ -116,7 +117,7 @@ def start_run(
         try:
             checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world)
             unstarted: Any = _Unstarted(model)
-            RunState(config, world, model, average, unstarted, checkpoints).save(0)
+            RunState(config, world, model, average, unstarted, checkpoints, _vocabulary(source, found)).save(0)
             folder.write_config(config)
         finally:
             folder.close()
@@ -155,6 +156,15 @@ def _read(
         raise ValueError(f"`{source}` must be a Transformers folder for a run on {config.modality}, but is a file.")
     checkpoint = read_fairseq(source, heads=heads)
     return checkpoint.student, checkpoint.teacher, checkpoint.head, checkpoint.config
+
+
+def _vocabulary(source: Path, config: Section) -> str | None:
+    """Digest of the tokenizer that lies beside a text model; None where there is none."""
+    if not isinstance(config, TextModelConfig) or not (source / "tokenizer.json").is_file():
+        return None
+    from d2v_fast.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(source).digest
 
 
 def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path) -> None:
