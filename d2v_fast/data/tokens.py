@@ -185,7 +185,10 @@ class Tokens:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens `start` to `stop` of all, int64."""
-        first, last = np.searchsorted(self._ends, [start, max(start, stop - 1)], side="right").tolist()
+        if start >= stop:
+            # of a block that holds nothing but the end of a document
+            return np.empty(0, dtype=np.int64)
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
         parts = []
         for shard in range(first, last + 1):
             begin = int(self._ends[shard - 1]) if shard else 0
