@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
 from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, SpeechConfig, check_d2v
-from d2v_fast.modalities import encoder_class
+from d2v_fast.modalities import Student, build_student, encoder_class
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
 
@@ -100,6 +100,40 @@ def newest_checkpoint(run_folder: Path) -> tuple[Path, int]:
     return run_folder / "checkpoints" / f"step-{steps[0]}", steps[0]
 
 
+def choose_checkpoint(run_folder: Path, step: int | None) -> tuple[Path, int]:
+    """Folder and step of a checkpoint of a run, every byte of which is checked; None takes the newest.
+
+    Raises:
+        ValueError: there is none, none of this step, or it is damaged.
+    """
+    folder, newest = newest_checkpoint(run_folder)
+    if step is not None and step != newest:
+        folder = folder.with_name(f"step-{step}")
+        if not folder.is_dir():
+            there = ", ".join(map(str, complete_steps(run_folder / "checkpoints")))
+            raise ValueError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
+    step = newest if step is None else step
+    problem = verify(folder, step)
+    if problem is not None:
+        raise ValueError(f"the checkpoint {folder} is damaged ({problem}): choose another one with `--step`.")
+    return folder, step
+
+
+def load_encoder(checkpoint: Path, config: D2VConfig, weights: str) -> Student:
+    """The encoder of a verified checkpoint, fp32 on the CPU, in training mode.
+
+    Args:
+        checkpoint: `checkpoints/step-N`.
+        config: of the run.
+        weights: "student" or "teacher".
+    Raises:
+        ValueError: see `load_weights`.
+    """
+    model = build_student(config)
+    load_weights(model, SavedWeights(checkpoint, weights, encoder_class(config).averaged_prefix()), checkpoint)
+    return model
+
+
 def load_weights(model: torch.nn.Module, saved: SavedWeights, source: Path) -> None:
     """Copy saved weights into a model.
 
@@ -142,16 +176,7 @@ def export_run(
             raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
         if weights == "teacher":
             raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
-    folder, newest = newest_checkpoint(run_folder)
-    if step is not None and step != newest:
-        folder = folder.with_name(f"step-{step}")
-        if not folder.is_dir():
-            there = ", ".join(map(str, complete_steps(run_folder / "checkpoints")))
-            raise ValueError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
-    step = newest if step is None else step
-    problem = verify(folder, step)
-    if problem is not None:
-        raise ValueError(f"the checkpoint {folder} is damaged ({problem}): choose another one with `--step`.")
+    folder, step = choose_checkpoint(run_folder, step)
     prefix = encoder_class(config).averaged_prefix()
     saved = SavedWeights(folder, weights, prefix)
     if form == "fairseq":
