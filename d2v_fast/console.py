@@ -43,7 +43,9 @@ def _in_words(error: Exception) -> tuple[int, str | None]:
     """Exit status, and what to tell; None where `error` is a fault of this library."""
     if isinstance(error, ImportError):
         name = (error.name or "a package").partition(".")[0]
-        advice = "" if name == "d2v_fast" else f" `{_TRAIN}` installs what is needed, and `d2v-fast doctor` looks at it."
+        advice = (
+            "" if name == "d2v_fast" else f" `{_TRAIN}` installs what is needed, and `d2v-fast doctor` looks at it."
+        )
         return 1, f"{name} cannot be imported: {error}.{advice}"
     if isinstance(error, (ValueError, OSError)):
         # whoever raised it has imported pydantic
@@ -125,9 +127,7 @@ def _tokenize(options: argparse.Namespace) -> int:
 def _draw(options: argparse.Namespace) -> int:
     from d2v_fast.pictures import draw
 
-    print(
-        draw(options.run_folder, data=options.data, count=options.count, weights=options.weights, out=options.out)
-    )
+    print(draw(options.run_folder, data=options.data, count=options.count, weights=options.weights, out=options.out))
     return 0
 
 
@@ -274,7 +274,7 @@ def _add_models(add: _Add) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help=".npy (fp32, one row per sample; the paths beside it in a .txt file) or .parquet (columns path, feature)",
+        help=".npy (fp32 rows; the paths beside it in a .paths.txt) or .parquet (columns path, feature)",
     )
     embed.add_argument(
         "--frames", action="store_true", help="no mean: an .npz with one array per sample, a row per patch or frame"
@@ -350,7 +350,7 @@ def _add_data(add: _Add) -> None:
         "tokenize",
         "train a tokenizer, or tokenise the text of a configuration now",
         "Without --train, SOURCE is a configuration, and its text is tokenised into the cache that training reads. "
-        "With --train, SOURCE is a file or a folder of .txt, .jsonl and .parquet, and a byte-level BPE is trained on it.",
+        "With --train, SOURCE is a file or a folder of .txt, .jsonl and .parquet, to train a byte-level BPE on.",
         "tokenize /my/text --train --vocab-size 32000 --to my_tokenizer",
     )
     tokenize.add_argument("source", type=Path, metavar="SOURCE", help="a configuration; with --train, text")
