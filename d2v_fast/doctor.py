@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -399,8 +400,7 @@ def _affinity() -> int:
 
 def numbers(version: str) -> tuple[int, ...]:
     """(2, 13) of "2.13.0+cpu"."""
-    parts = version.partition("+")[0].split(".")[:2]
-    return tuple(int("".join(digit for digit in part if digit.isdecimal()) or 0) for part in parts)
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def _age(seconds: float) -> str:

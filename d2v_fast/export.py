@@ -3,6 +3,7 @@
     d2v-fast export runs/NAME                 # the student of the newest good checkpoint -> runs/NAME/export
     d2v-fast export runs/NAME --weights teacher --to FOLDER
     d2v-fast export runs/NAME --format fairseq           # student, head and teacher -> runs/NAME/export.pt
+    d2v-fast export runs/NAME --format onnx              # of images -> runs/NAME/export.onnx
 
 No GPU and none of the processes of the run are needed, and no more than one file of weights is in memory at a time.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
-from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, SpeechConfig, check_d2v
+from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, SpeechConfig, VisionConfig, check_d2v
 from d2v_fast.modalities import Student, build_student, encoder_class
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
@@ -162,13 +163,14 @@ def export_run(
 
     Args:
         run_folder: `runs/NAME`.
-        to: the folder to write, or for fairseq the file; None is `export` or `export.pt` in the run folder.
+        to: the folder to write, or for fairseq and ONNX the file; None is `export`, `export.pt` or `export.onnx` in the
+            run folder.
         weights: "student" or "teacher"; a file for fairseq holds both.
         step: of the checkpoint; None takes the newest.
-        form: "transformers" or "fairseq".
+        form: "transformers", "fairseq" or "onnx".
         options: of `export_model`.
     Raises:
-        ValueError: no run, no such checkpoint, or it is damaged; or fairseq has no such encoder.
+        ValueError: no run, no such checkpoint, or it is damaged; or there is no such encoder in this form.
     """
     config = read_run_config(run_folder)
     if form == "fairseq":
@@ -176,7 +178,16 @@ def export_run(
             raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
         if weights == "teacher":
             raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
+    if form == "onnx" and not isinstance(config, VisionConfig):
+        raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
     folder, step = choose_checkpoint(run_folder, step)
+    if form == "onnx":
+        from d2v_fast.interop.onnx import export_onnx
+
+        assert isinstance(config, VisionConfig)
+        target = run_folder / "export.onnx" if to is None else to
+        export_onnx(load_encoder(folder, config, weights), config, target)
+        return f"export: {target} ({weights}, step {step}, as ONNX)"
     prefix = encoder_class(config).averaged_prefix()
     saved = SavedWeights(folder, weights, prefix)
     if form == "fairseq":
