@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _TRAIN = "pip install 'd2v_fast[train]'"
+# a wrong configuration is a wrong option of these; to the others it is a damaged run folder
+_TAKE_CONFIG = ("check", "import", "tokenize")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,33 +34,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        status, told = _in_words(error)
+        told = _in_words(error)
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)
-        return status
+        is_config = type(error).__name__ == "ConfigError"
+        return 2 if is_config and options.command in _TAKE_CONFIG else 1
 
 
-def _in_words(error: Exception) -> tuple[int, str | None]:
-    """Exit status, and what to tell; None where `error` is a fault of this library."""
+def _in_words(error: Exception) -> str | None:
+    """What to tell; None where `error` is a fault of this library."""
     if isinstance(error, ImportError):
         name = (error.name or "a package").partition(".")[0]
-        advice = (
-            "" if name == "d2v_fast" else f" `{_TRAIN}` installs what is needed, and `d2v-fast doctor` looks at it."
-        )
-        return 1, f"{name} cannot be imported: {error}.{advice}"
+        advice = "" if name == "d2v_fast" else f" `{_TRAIN}` installs what is needed, and `d2v-fast doctor` looks at it."
+        return f"{name} cannot be imported: {error}.{advice}"
     if isinstance(error, (ValueError, OSError)):
-        # whoever raised it has imported pydantic
-        is_config = type(error).__module__ == "d2v_fast.config_errors"
-        return 2 if is_config else 1, str(error)
+        return str(error)
     if isinstance(error, RuntimeError):
         import torch
 
         from d2v_fast.world import RunError
 
         if isinstance(error, (RunError, torch.OutOfMemoryError)):
-            return 1, str(error)
-    return 1, None
+            return str(error)
+    return None
 
 
 def _check(options: argparse.Namespace) -> int:
