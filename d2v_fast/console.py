@@ -46,7 +46,9 @@ def _in_words(error: Exception) -> str | None:
     """What to tell; None where `error` is a fault of this library."""
     if isinstance(error, ImportError):
         name = (error.name or "a package").partition(".")[0]
-        advice = "" if name == "d2v_fast" else f" `{_TRAIN}` installs what is needed, and `d2v-fast doctor` looks at it."
+        advice = (
+            "" if name == "d2v_fast" else f" `{_TRAIN}` installs what is needed, and `d2v-fast doctor` looks at it."
+        )
         return f"{name} cannot be imported: {error}.{advice}"
     if isinstance(error, (ValueError, OSError)):
         return str(error)
@@ -204,7 +206,7 @@ def _parser(with_training: bool) -> argparse.ArgumentParser:
         "bench --check",
     )
     bench.add_argument("--check", action="store_true", help="fail where a ratio is below what bench/goals.json expects")
-    bench.add_argument("--only", metavar="WORDS", help="those benchmarks whose names match, as of pytest's -k")
+    bench.add_argument("--only", metavar="WORDS", help="those whose names match, as of pytest's -k; to build/bench")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     presets = add(
         "presets",

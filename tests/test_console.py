@@ -147,7 +147,9 @@ def test_check_tells_problems(
     assert "must be a readable JSON file" in complaint(capsys, "check", tmp_path / "none.json", status=2)
     missing = ["--set", "d2v.data.kind=images", "--set", f"d2v.data.path={tmp_path / 'none'}"]
     assert "does not exist" in complaint(capsys, "check", file, *missing)
-    assert "must hold at least one optimizer step" in complaint(capsys, "check", file, "--set", "train_batch_size=100000")
+    assert "must hold at least one optimizer step" in complaint(
+        capsys, "check", file, "--set", "train_batch_size=100000"
+    )
     monkeypatch.setattr(check, "_available", lambda: 1000)
     assert "a step cannot be tried here" in complaint(capsys, "check", file)
     monkeypatch.undo()
@@ -216,7 +218,7 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with pytest.raises(ValueError, match="clone the repository"):
         benchmarks.run_benchmarks(root=tmp_path)
     called: list[list[str]] = []
-    statuses = [0, 0, 0, 1, 1, 5]
+    statuses = [0, 0, 0, 0, 0, 0, 1, 1, 5]
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         called.append([Path(part).name for part in command[1:]])
@@ -224,12 +226,17 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr(benchmarks.subprocess, "run", run)
     assert main(["bench"]) == 0
-    assert main(["bench", "--check", "--only", "ema"]) == 1
+    assert main(["bench", "--only", "ema"]) == 0
+    assert main(["bench", "--check"]) == 1
     assert main(["bench"]) == 1
     assert "must match the name of a benchmark" in complaint(capsys, "bench", "--only", "nothing")
+    assert "leave out `--only`" in complaint(capsys, "bench", "--check", "--only", "ema")
     assert called[1] == ["report.py", "bench.json"]
-    assert called[2][-3:] == ["bench-check.json", "-k", "ema"]
-    assert called[3] == ["report.py", "bench-check.json", "--check"]
+    assert called[2][-3:] == ["-k", "ema", "--collect-only"]
+    assert called[3][-4:] == ["-k", "ema", "--benchmark-json", "bench.json"]
+    assert called[4] == ["report.py", "bench.json", "--out", "bench"]
+    assert called[6] == ["report.py", "bench-check.json", "--check"]
+    assert not statuses
 
 
 def test_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
