@@ -23,14 +23,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import peers_speech, peers_vision
+from bench import peers_speech, peers_text, peers_vision
 from bench.measure import compared, describe_device, peak_bytes, quantiles
-from d2v_fast.config import D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
+from d2v_fast.config import D2VConfig, RunConfig, SpeechConfig, TextConfig, VisionConfig, load_config
 from d2v_fast.data import Batch
 from d2v_fast.data2vec import build_model
 from d2v_fast.engine import make_engine
-from d2v_fast.interop import huggingface_speech, huggingface_vision
-from d2v_fast.masking import block_mask_rows, span_mask_rows
+from d2v_fast.interop import huggingface_speech, huggingface_text, huggingface_vision
+from d2v_fast.masking import block_mask_rows, span_mask_rows, token_mask_rows
 from d2v_fast.stepclock import StepClock
 from d2v_fast.teacher import Teacher
 from d2v_fast.world import World
@@ -39,7 +39,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["d2v.model.width=384", "d2v.model.heads=6"]
 WITHOUT_DROPOUT = ["d2v.model.drop_path=0.0", "d2v.model.attention_dropout=0.0"]
 SPEECH = [f"d2v.model.{rate}=0.0" for rate in ("dropout", "attention_dropout", "layer_drop")]
-SECONDS = 10
+TEXT = ["d2v.model.dropout=0.0", "d2v.model.attention_dropout=0.0", "d2v.data.tokenizer=/none"]
+SECONDS = 5
 # the clock ignores the first steps
 NUM_WARMUP, NUM_ROUNDS = 3, 5
 LR = 1e-4
@@ -58,6 +59,7 @@ CASES = {
     "base": Case("vision_base", 4, WITHOUT_DROPOUT),
     "base published": Case("vision_base", 4, []),
     "speech": Case("speech_base", 2, SPEECH),
+    "text": Case("text_base", 2, TEXT),
     "speech lean": Case("speech_base", 2, [*SPEECH, "d2v.model.front_end_checkpointing=true"]),
 }
 
@@ -106,7 +108,7 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     changes = [*changes, f"train_batch_size={batch_size}", f"train_micro_batch_size_per_gpu={batch_size}"]
     config = load_config(CONFIGS / f"{file}.json", [*changes, f"d2v.data.path={tmp_path}"])
     ours = OurStep(config, device)
-    peers = peers_speech if isinstance(config.d2v, SpeechConfig) else peers_vision
+    peers: Any = {"speech": peers_speech, "text": peers_text, "vision": peers_vision}[config.d2v.modality]
     peer = peers.PeerStep(ours.model, config, tmp_path, device, LR)
     batch, masked = random_batch(config.d2v, batch_size, device)
     if case != "base published":
@@ -139,7 +141,9 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     info = benchmark.extra_info
     info |= {"op": "step", "case": f"{case}, batch {batch_size}", **describe_device(device), **quantiles(seconds)}
     info |= {"peak_bytes": peak, "shares": shares, "dtype": str(ours.engine.compute_dtype)}
-    what, amount = ("seconds of sound", batch_size * SECONDS) if file.startswith("speech") else ("images", batch_size)
+    units = {"speech": ("seconds of sound", SECONDS), "text": ("tokens", masked.shape[1]), "vision": ("images", 1)}
+    what, per_sample = units[config.d2v.modality]
+    amount = batch_size * per_sample
     info |= {"units_per_s": amount / info["p50_s"], "gflop_per_s": gflop / info["p50_s"], "gemm_gflop_per_s": gemm}
     info["percent_of_gemm"] = 100 * info["gflop_per_s"] / gemm
     info["share_of_operations"] = shares["EMA"] + shares["target + loss"]
@@ -157,10 +161,18 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
 def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
     """Noise with published masks, and the masks as bool `[B, P]`."""
     ids = np.arange(batch_size)
+    masked_inputs = None
     if isinstance(config, SpeechConfig):
         num_places = config.model.num_frames(SECONDS * config.model.sample_rate) // 8 * 8
         inputs = torch.randn(batch_size, config.model.num_samples(num_places))
         rows = span_mask_rows(0, 0, ids, num_places, config.mask.prob, config.mask.length)
+    elif isinstance(config, TextConfig):
+        num_places, vocab_size = config.data.block_size, config.model.vocab_size
+        inputs = torch.randint(4, vocab_size - 1, (batch_size, num_places))
+        lengths = np.full(batch_size, num_places)
+        masks = token_mask_rows(0, 0, ids, inputs.numpy(), lengths, **peers_text.mask_options(config))
+        rows = masks.rows
+        masked_inputs = torch.from_numpy(masks.tokens)
     else:
         assert isinstance(config, VisionConfig)
         model, mask = config.model, config.mask
@@ -169,23 +181,28 @@ def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tu
         options = (model.grid_size, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect)
         rows = block_mask_rows(0, 0, ids, *options)
     masked = torch.zeros(batch_size * num_places, dtype=torch.bool).index_fill(0, torch.from_numpy(rows), True)
-    batch = Batch(inputs, torch.from_numpy(rows), torch.from_numpy(ids)).to(device)
+    batch = Batch(inputs, torch.from_numpy(rows), torch.from_numpy(ids), masked_inputs=masked_inputs).to(device)
     return batch, masked.view(batch_size, -1).to(device)
 
 
 def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, masked: Tensor) -> None:
     """Same loss, and the same gradient of every parameter of the encoder and the head."""
     tolerance = 1e-3 if ours.engine.compute_dtype == torch.float32 else 0.1
-    loss, peer_loss = ours.loss(batch), peer.loss(batch.inputs, masked)
+    loss, peer_loss = ours.loss(batch), peer.loss(batch, masked)
     torch.testing.assert_close(loss, peer_loss, rtol=tolerance / 10, atol=0)
     loss.backward()
     peer_loss.backward()
     mine, theirs = gradients(ours.model.student), gradients(peer.student.encoder)
-    interop: Any = huggingface_speech if isinstance(config, SpeechConfig) else huggingface_vision
-    layout = interop.layout(config.model)
-    pairs = {"head": (gradients(ours.model.head)["weight"], gradients(peer.student.head)["weight"])}
+    interop: Any = {"speech": huggingface_speech, "text": huggingface_text, "vision": huggingface_vision}
+    layout = interop[config.modality].layout(config.model)
+    heads = gradients(peer.student.head)
+    pairs = {f"head.{name}": (gradient, heads[name]) for name, gradient in gradients(ours.model.head).items()}
     for own, gradient in mine.items():
-        pairs |= {name: (value, theirs[name].cpu()) for name, value in layout.theirs(own, gradient).items()}
+        # whole, as ours: the bias of the keys alone has a gradient of zero, and rounding
+        parts = {
+            name: (part.flatten(), theirs[name].cpu().flatten()) for name, part in layout.theirs(own, gradient).items()
+        }
+        pairs[own] = tuple(torch.cat(side) for side in zip(*parts.values(), strict=True))
     for name, (actual, expected) in pairs.items():
         error = (actual - expected).norm() / expected.norm()
         assert error < tolerance, f"{name}: relative error of the gradient {error:.1e}"
@@ -224,6 +241,12 @@ def useful_flop(config: D2VConfig, batch_size: int, num_rows: int) -> float:
         student = positions + model.depth * attention + ((model.depth - 1) * T + N) * mlp + head
         # the backward pass is two products for each one; none is needed for the waveform
         return batch_size * (teacher + 3 * (student + convolutions) - first)
+    if isinstance(config, TextConfig):
+        T = config.data.block_size
+        attention = 8 * T * D * D + 4 * T * T * D
+        # layer norm reads the teacher's last MLP at the masked tokens only
+        each = model.depth * attention + ((model.depth - 1) * T + N) * mlp
+        return batch_size * (4 * each + 3 * 8 * N * D * D)
     assert isinstance(config, VisionConfig)
     P = config.model.num_patches
     T = 1 + P

@@ -81,10 +81,10 @@ class PeerStep:
         normed = [F.instance_norm(layer.transpose(1, 2)).transpose(1, 2) for layer in layers]
         return (sum(normed) / len(normed))[masked]
 
-    def loss(self, waveforms: Tensor, masked: Tensor) -> Tensor:
+    def loss(self, batch: Batch, masked: Tensor) -> Tensor:
         """The mean over masked frames of the squared error, summed over the channels and divided by their root."""
         with self._autocast():
-            frames = self.student.frames(waveforms)
+            frames = self.student.frames(batch.inputs)
         target = self.target(frames.detach(), masked)
         with self._autocast():
             prediction = self.student(frames, masked)
@@ -95,7 +95,7 @@ class PeerStep:
         """A whole step. The masks are drawn as published, and then those of `masked` are used."""
         mask = self._config.d2v.mask
         published_spans(np.random.default_rng(0), *masked.shape, mask.prob, mask.length)
-        self.loss(batch.inputs, masked).backward()
+        self.loss(batch, masked).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._average()

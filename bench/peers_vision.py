@@ -76,16 +76,16 @@ class PeerStep:
         average = sum(normed) / len(normed)
         return F.layer_norm(average, average.shape[-1:])[masked]
 
-    def loss(self, pixels: Tensor, masked: Tensor) -> Tensor:
+    def loss(self, batch: Batch, masked: Tensor) -> Tensor:
         """The mean over masked patches and channels."""
-        target = self.target(pixels, masked)
+        target = self.target(batch.inputs, masked)
         with self._autocast():
-            prediction = self.student(pixels, masked)
+            prediction = self.student(batch.inputs, masked)
         return F.smooth_l1_loss(prediction.float(), target, beta=self._config.d2v.loss.beta)
 
     def __call__(self, batch: Batch, masked: Tensor) -> None:
         """A whole step."""
-        self.loss(batch.inputs, masked).backward()
+        self.loss(batch, masked).backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), self._config.deepspeed.gradient_clipping)
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -86,6 +86,7 @@ def _embed(options: argparse.Namespace) -> int:
             frames=options.frames,
             weights=options.weights,
             step=options.step,
+            tokenizer=options.tokenizer,
             batch_size=options.batch_size,
             device=options.device,
         )
@@ -97,7 +98,14 @@ def _export(options: argparse.Namespace) -> int:
     from d2v_fast.export import export_run
 
     print(
-        export_run(options.run_folder, to=options.to, weights=options.weights, step=options.step, form=options.format)
+        export_run(
+            options.run_folder,
+            to=options.to,
+            weights=options.weights,
+            step=options.step,
+            form=options.format,
+            tokenizer=options.tokenizer,
+        )
     )
     return 0
 
@@ -106,10 +114,13 @@ def _import(options: argparse.Namespace) -> int:
     from d2v_fast.start import import_folder, start_run
 
     if options.ds_config is None:
-        print(import_folder(options.source, options.to, weights=options.weights, heads=options.heads))
-    else:
-        more = {"overrides": options.overrides, "heads": options.heads}
-        print(start_run(options.source, options.to, options.ds_config, **more))
+        own = {"weights": options.weights, "heads": options.heads, "tokenizer": options.tokenizer}
+        print(import_folder(options.source, options.to, **own))
+        return 0
+    if options.tokenizer is not None:
+        raise ValueError("`--tokenizer` is for a Transformers folder: a run names its own as `d2v.data.tokenizer`.")
+    more = {"overrides": options.overrides, "heads": options.heads}
+    print(start_run(options.source, options.to, options.ds_config, **more))
     return 0
 
 
@@ -284,6 +295,9 @@ def _add_models(add: _Add) -> None:
         "--weights", choices=("student", "teacher"), default=None, help="of a run folder (default: student)"
     )
     _add_step(embed)
+    embed.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="of text (default: what the run names, or the folder holds)"
+    )
     embed.add_argument("--batch-size", type=_positive, metavar="N", help="(default: 64 images, 8 recordings, 32 lines)")
     embed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is)")
     export = add(
@@ -302,8 +316,15 @@ def _add_models(add: _Add) -> None:
         "--format",
         choices=("transformers", "fairseq", "onnx"),
         default="transformers",
-        help="a folder for Transformers with a model card (default); of speech a .pt for fairseq, with student, head "
-        "and teacher; of images an .onnx file",
+        help="a folder for Transformers with a model card (default); of speech and text a .pt for fairseq, with "
+        "student, head and teacher; of images an .onnx file",
+    )
+    export.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=None,
+        metavar="PATH",
+        help="of a text run, for Transformers (default: what its config.json names)",
     )
     draw = add(
         "draw",
@@ -322,7 +343,7 @@ def _add_import(add: _Add) -> None:
     bring = add(
         "import",
         "make a Transformers folder, or a run that begins with them, of other libraries' weights",
-        "Read a fairseq data2vec speech checkpoint (.pt) or a Transformers folder. Without --ds_config the "
+        "Read a fairseq data2vec checkpoint (.pt, of speech or text) or a Transformers folder. Without --ds_config the "
         "checkpoint becomes a Transformers folder. With it, --to becomes the folder of a run that begins with these "
         "weights: d2v-fast train --run NAME --resume trains it.",
         "import audio_base_ls.pt --to exported",
@@ -341,6 +362,9 @@ def _add_import(add: _Add) -> None:
         default=None,
         metavar="N",
         help="of attention, where a .pt does not tell (default: width / 64)",
+    )
+    bring.add_argument(
+        "--tokenizer", type=Path, default=None, metavar="PATH", help="of text, to put into a Transformers folder"
     )
     bring.add_argument("--ds_config", type=Path, default=None, metavar="FILE", help="of the run that is to begin")
     _add_overrides(bring)

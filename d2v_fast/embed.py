@@ -40,6 +40,7 @@ def embed(
     frames: bool = False,
     weights: str | None = None,
     step: int | None = None,
+    tokenizer: Path | None = None,
     batch_size: int | None = None,
     device: str = "auto",
 ) -> str:
@@ -56,6 +57,7 @@ def embed(
             `.parquet` (columns `path` and `feature`); with `frames` an `.npz`, where `[P, D]` has the sample's name.
         weights: "student" or "teacher", of a run folder; None is the student.
         step: of the checkpoint of a run folder; None takes the newest.
+        tokenizer: of a text model; None is what the run names, or the folder holds.
         batch_size: samples that are encoded together; None is 64 images, 8 recordings or 32 lines.
         device: "auto", "cpu" or "cuda".
     Raises:
@@ -63,7 +65,7 @@ def embed(
         RunError: there is no such device.
     """
     write = _writer(to, frames)
-    source = open_source(model, inputs, weights, step)
+    source = open_source(model, inputs, weights, step, tokenizer)
     size = _BATCH[source.what] if batch_size is None else batch_size
     encoder = source.model.to(World(device).device).eval()
     bad: list[str] = []

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_fast.config import MAX_FILE_BYTES, D2VConfig, SpeechConfig, TextConfig, VisionConfig
+from d2v_fast.config import MAX_FILE_BYTES, TextConfig
 from d2v_fast.config_errors import check
 from d2v_fast.data import DataError
 from d2v_fast.data.files import UnreadableFile, find_files, open_regular
-from d2v_fast.export import choose_checkpoint, load_encoder, read_run_config
+from d2v_fast.export import SavedWeights, choose_checkpoint, load_encoder, read_run_config, run_tokenizer
 from d2v_fast.interop.huggingface import import_model
 from d2v_fast.modalities import Student
 from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
@@ -227,33 +227,47 @@ class Lines(Source):
         return torch.tensor([specials.bos, *ids[: self._most].tolist(), specials.eos])
 
 
-def open_source(model: Path, inputs: Path, weights: str | None = None, step: int | None = None) -> Source:
+def open_source(
+    model: Path, inputs: Path, weights: str | None = None, step: int | None = None, tokenizer: Path | None = None
+) -> Source:
     """An encoder, and what it is to read.
 
     Args:
         model: a run folder, or a Transformers folder.
         inputs: see `embed`.
         weights, step: of a run folder.
+        tokenizer: of a text model; None is what the run names, or the folder holds.
     Raises:
-        ValueError: `model` is neither, or cannot be read; `inputs` holds nothing; an option is for run folders.
+        ValueError: `model` is neither, or cannot be read; `inputs` holds nothing; an option does not apply.
     """
+    config: Any
+    data: Any
     if _is_run(model):
-        config = read_run_config(model)
+        run = read_run_config(model)
         checkpoint, step = choose_checkpoint(model, step)
         chosen = weights or "student"
-        student = load_encoder(checkpoint, config, chosen)
-        return _of_run(student, f"{chosen} of {model}, step {step}", inputs, config)
-    if weights is not None or step is not None:
-        raise ValueError(f"`--weights` and `--step` are for run folders, and {model} is a Transformers folder.")
-    student, sizes = import_model(model)
-    origin = f"model in {model}"
-    if isinstance(sizes, VisionModelConfig):
-        return Images(student, origin, inputs, sizes, _image_preparation(model, sizes))
-    if isinstance(sizes, SpeechModelConfig):
-        return Recordings(student, origin, inputs, sizes, SpeechDataConfig())
-    from d2v_fast.data.tokenizer import load_tokenizer
+        student, config, data = load_encoder(checkpoint, run, chosen), run.model, run.data
+        origin = f"{chosen} of {model}, step {step}"
+    else:
+        if weights is not None or step is not None:
+            raise ValueError(f"`--weights` and `--step` are for run folders, and {model} is a Transformers folder.")
+        run, data = None, None
+        student, config = import_model(model)
+        origin = f"model in {model}"
+    if tokenizer is not None and not isinstance(config, TextModelConfig):
+        raise ValueError(f"`--tokenizer` is for models of text, and that in {model} is none.")
+    if isinstance(config, VisionModelConfig):
+        return Images(student, origin, inputs, config, data or _image_preparation(model, config))
+    if isinstance(config, SpeechModelConfig):
+        return Recordings(student, origin, inputs, config, data or SpeechDataConfig())
+    if isinstance(run, TextConfig):
+        digest = SavedWeights(checkpoint, chosen).vocabulary
+        found = run_tokenizer(run, tokenizer, digest, str(model))
+    else:
+        from d2v_fast.data.tokenizer import load_tokenizer
 
-    return Lines(student, origin, inputs, sizes, TextDataConfig(), load_tokenizer(model))
+        found = load_tokenizer(tokenizer or model)
+    return Lines(student, origin, inputs, config, data or TextDataConfig(), found)
 
 
 def _is_run(folder: Path) -> bool:
@@ -265,20 +279,6 @@ def _is_run(folder: Path) -> bool:
     except ValueError as error:
         raise ValueError(f"`MODEL` must be a run folder or a Transformers folder, but {path}: {error}") from None
     return isinstance(raw, dict) and "d2v" in raw
-
-
-def _of_run(student: Student, origin: str, inputs: Path, config: D2VConfig) -> Source:
-    if isinstance(config, VisionConfig):
-        return Images(student, origin, inputs, config.model, config.data)
-    if isinstance(config, SpeechConfig):
-        return Recordings(student, origin, inputs, config.model, config.data)
-    assert isinstance(config, TextConfig)
-    from d2v_fast.data.docs import docs_tokenizer
-    from d2v_fast.data.tokenizer import load_tokenizer
-
-    given = config.data.tokenizer
-    tokenizer = docs_tokenizer(config.data, config.model) if given is None else load_tokenizer(given)
-    return Lines(student, origin, inputs, config.model, config.data, tokenizer)
 
 
 def _image_preparation(folder: Path, model: VisionModelConfig) -> VisionDataConfig:

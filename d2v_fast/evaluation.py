@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
+from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
 from d2v_fast.data2vec import build_model
 from d2v_fast.modalities import Student
 from d2v_fast.run_folder import RunFolder
@@ -14,7 +14,7 @@ from d2v_fast.run_folder import RunFolder
 
 def has_labels(config: D2VConfig) -> bool:
     """True where the data set comes with labels, for the probe only."""
-    return config.data.kind in ("digits", "speech")
+    return config.data.kind in ("digits", "speech", "docs")
 
 
 def probe(config: D2VConfig, student: Student, teacher: Student) -> Any:
@@ -29,6 +29,11 @@ def probe(config: D2VConfig, student: Student, teacher: Student) -> Any:
         from d2v_fast.speech_probe import run_speech_probe
 
         return run_speech_probe(models, speech_for_probe(config), config)
+    if isinstance(config, TextConfig):
+        from d2v_fast.data.docs import docs_for_probe
+        from d2v_fast.text_probe import run_text_probe
+
+        return run_text_probe(models, docs_for_probe(config), config)
     assert isinstance(config, VisionConfig)
     from d2v_fast.data import digits_for_probe
     from d2v_fast.probe import run_probe

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
-from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, SpeechConfig, VisionConfig, check_d2v
+from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
 from d2v_fast.modalities import Student, build_student, encoder_class
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
@@ -34,6 +34,9 @@ class SavedWeights(Mapping[str, Tensor]):
         weights: "student" or "teacher".
         averaged_prefix: of the encoder's class, see `Student.averaged_prefix`: what the teacher's names lack. The rest
             of the teacher is the student's.
+    Attributes:
+        vocabulary: digest of the tokenizer whose ids the model was trained with; None where there is none, or where
+            it is not known.
     Raises:
         ValueError: `weights` is something else.
     """
@@ -41,7 +44,8 @@ class SavedWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path, weights: str, averaged_prefix: str = "") -> None:
         if weights not in WEIGHTS:
             raise ValueError(f"`weights` must be student or teacher, but is {weights} instead.")
-        shapes = read_json(folder / STATE, MAX_STATE_BYTES)["shapes"]
+        state = read_json(folder / STATE, MAX_STATE_BYTES)
+        shapes, self.vocabulary = state["shapes"], state.get("vocabulary")
         self._reader = ShardReader(folder, shapes)
         # a student is saved together with its head, as parts of one model
         self._saved = {
@@ -157,6 +161,7 @@ def export_run(
     weights: str = "student",
     step: int | None = None,
     form: str = "transformers",
+    tokenizer: Path | None = None,
     **options: Any,
 ) -> str:
     """Write a checkpoint's weights for another library; returns a line for the user.
@@ -168,13 +173,17 @@ def export_run(
         weights: "student" or "teacher"; a file for fairseq holds both.
         step: of the checkpoint; None takes the newest.
         form: "transformers", "fairseq" or "onnx".
+        tokenizer: of a text run, for Transformers; None is the one that the run's configuration names.
         options: of `export_model`.
     Raises:
-        ValueError: no run, no such checkpoint, or it is damaged; or there is no such encoder in this form.
+        ValueError: no run, no such checkpoint, or it is damaged; there is no such encoder in this form; or a text run's
+            tokenizer cannot be read, or is not the model's.
     """
     config = read_run_config(run_folder)
+    if tokenizer is not None and (form != "transformers" or not isinstance(config, TextConfig)):
+        raise ValueError("`--tokenizer` is for text runs, and for Transformers: nothing else holds one.")
     if form == "fairseq":
-        if not isinstance(config, SpeechConfig):
+        if isinstance(config, VisionConfig):
             raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
         if weights == "teacher":
             raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
@@ -191,15 +200,34 @@ def export_run(
     prefix = encoder_class(config).averaged_prefix()
     saved = SavedWeights(folder, weights, prefix)
     if form == "fairseq":
-        from d2v_fast.interop.fairseq import save_fairseq_speech
+        from d2v_fast.interop.fairseq import save_fairseq
 
-        assert isinstance(config, SpeechConfig)
         target = run_folder / "export.pt" if to is None else to
         teacher = SavedWeights(folder, "teacher", prefix)
-        save_fairseq_speech(saved, saved.head(), teacher, config, target, num_updates=step)
+        save_fairseq(saved, saved.head(), teacher, config, target, num_updates=step)
         return f"export: {target} (student and teacher, step {step}, for fairseq)"
     from d2v_fast.interop.huggingface import export_model
 
+    if isinstance(config, TextConfig):
+        options["tokenizer"] = run_tokenizer(config, tokenizer, saved.vocabulary, str(run_folder))
     target = run_folder / "export" if to is None else to
     export_model(saved, config, target, info={"weights": weights, "step": step}, **options)
     return f"export: {target} ({weights}, step {step}, for Transformers)"
+
+
+def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Any:
+    """Of a text run: the one at `path`, or with None the one that its configuration names.
+
+    Raises:
+        ValueError: it cannot be read, or its digest is another one than the run's, where that is known.
+    """
+    from d2v_fast.data.text import tokenizer_of
+    from d2v_fast.data.tokenizer import load_tokenizer
+
+    try:
+        found = tokenizer_of(config.data, config.model) if path is None else load_tokenizer(path)
+        if digest is not None:
+            found.require(digest, where)
+        return found
+    except ValueError as error:
+        raise ValueError(f"{error} `--tokenizer` names the run's tokenizer where it is now.") from None

@@ -70,6 +70,9 @@ def draw(
     if not 1 <= count <= MAX_COUNT:
         raise ValueError(f"`--count` must be in [1, {MAX_COUNT}], but is {count} instead.")
     config = read_run_config(run_folder)
+    if not isinstance(config, VisionConfig | SpeechConfig):
+        kind = config.modality
+        raise ValueError(f"`{run_folder}` must be of a run on images or recordings, but is of one on {kind}.")
     trained = newest_weights(run_folder, config, weights)
     torch.manual_seed(config.run.seed)
     models = {"untrained": build_model(config).student, f"{trained.name},\nstep {trained.step:,}": trained.model}
@@ -80,7 +83,6 @@ def draw(
 
         draw_speech(models, choose_recordings(config, data, count), config, title, out)
         return out
-    assert isinstance(config, VisionConfig)
     pixels, sample_ids = _choose_images(config, data, count)
     masks = _draw_masks(config, sample_ids)
     colours = {

@@ -68,6 +68,20 @@ class ProbeReport:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class ProbeReports:
+    """One report per question."""
+
+    reports: dict[str, ProbeReport]
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """For logs: `{question: {name: {few_labels, few_labels_std, linear, knn}}}`."""
+        return {question: report.to_dict() for question, report in self.reports.items()}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.reports.values()))
+
+
 @torch.no_grad()
 def patch_features(model: Student, images: Tensor, top_k: int) -> Tensor:
     """`[B, P, D]`, fp32: the mean of the last K blocks' outputs, each layer-normalised, as in the target of training.

@@ -27,6 +27,9 @@ class RunState:
 
     The order of the data, masks, augmentation, dropout and schedules follow from the seed and the step number.
 
+    Args:
+        vocabulary: of the `BatchMaker`: a checkpoint of another one is refused.
+
     Attributes:
         skipped: 0-d int64 on the device, steps that changed nothing because something was not finite.
         streak: the same, of those in a row up to now.
@@ -41,7 +44,9 @@ class RunState:
         teacher: Teacher,
         engine: Engine,
         checkpoints: Checkpoints,
+        vocabulary: str | None = None,
     ) -> None:
+        self._vocabulary = vocabulary
         self._config, self._world = config, world
         self._model, self._teacher, self._engine = model, teacher, engine
         self._checkpoints = checkpoints
@@ -73,6 +78,7 @@ class RunState:
         """
         state = {
             "global_batch": self._global_batch,
+            "vocabulary": self._vocabulary,
             "skipped": int(self.skipped),
             "streak": int(self.streak),
             "teacher_step": self._teacher.last_step,
@@ -108,6 +114,12 @@ class RunState:
             raise RunError(
                 f"`train_batch_size` must be {state['global_batch']} as in the checkpoint, but is "
                 f"{self._global_batch} instead: other samples would be seen twice or not at all in this epoch."
+            )
+        # weights from elsewhere may not say which they need
+        if state["vocabulary"] not in (None, self._vocabulary):
+            raise RunError(
+                "`d2v.data.tokenizer` must be the tokenizer that the checkpoint was trained with, but is another one: "
+                "its tokens have other meanings. Name that one, or start a new run."
             )
         expected = {f"student/{name}": full_shape(p) for name, p in self._model.named_parameters()}
         expected |= {f"teacher/{name}": shape for name, shape in self._teacher.shapes.items()}

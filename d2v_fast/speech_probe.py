@@ -7,8 +7,6 @@ the plainest description of a sound: the average of its log-mel spectrum. The cl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,24 +18,10 @@ from d2v_fast.config import SpeechConfig
 from d2v_fast.data.speech import SpeechProbeData
 from d2v_fast.log_mel import log_mel
 from d2v_fast.modalities import Student
-from d2v_fast.probe import ProbeReport, Task, score
+from d2v_fast.probe import ProbeReport, ProbeReports, Task, score
 
 LOG_MEL = "log-mel average"
 _BATCH = 64
-
-
-@dataclass(frozen=True)
-class SpeechReport:
-    """One report per question."""
-
-    reports: dict[str, ProbeReport]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For logs: `{question: {name: {few_labels, few_labels_std, linear, knn}}}`."""
-        return {question: report.to_dict() for question, report in self.reports.items()}
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.reports.values()))
 
 
 @torch.no_grad()
@@ -67,7 +51,7 @@ def frame_features(model: Student, waveforms: Sequence[Tensor], config: SpeechCo
     return [found[index] for index in range(len(waveforms))]
 
 
-def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, config: SpeechConfig) -> SpeechReport:
+def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, config: SpeechConfig) -> ProbeReports:
     """Score every model's features, and log-mel averages, on both questions.
 
     Args:
@@ -82,7 +66,7 @@ def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, confi
         "voice": Task(*map(np.asarray, (data.voices, data.voice_train_indices, data.voice_test_indices))),
     }
     titles = {"word": "words, new voices", "voice": "voices, new words"}
-    return SpeechReport(
+    return ProbeReports(
         {
             question: ProbeReport(
                 {name: score(values, task, config.probe) for name, values in features.items()},

@@ -1,6 +1,7 @@
 """Weights of other libraries: as a Transformers folder, or as the beginning of a run.
 
     d2v-fast import audio_base_ls.pt --to exported                    # fairseq -> Transformers
+    d2v-fast import nlp_base.pt --tokenizer roberta --to exported     # of text, with its tokenizer
     d2v-fast import audio_base_ls.pt --to runs/more --ds_config configs/speech_base.json
     python d2v_fast/train.py --run more --resume                      # pre-training goes on from these weights
 
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import Checkpoints
-from d2v_fast.config import D2VConfig, SpeechModelConfig, load_config
+from d2v_fast.config import D2VConfig, SpeechModelConfig, TextModelConfig, load_config
 from d2v_fast.config_errors import Section
 from d2v_fast.data2vec import Data2Vec, build_model
-from d2v_fast.interop.huggingface import import_model
+from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.modalities import Student
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.run_state import RunState
@@ -47,23 +48,33 @@ _FREE = {
 }
 
 
-def import_folder(source: Path, to: Path, *, weights: str = "student", heads: int | None = None) -> str:
-    """Write a Transformers folder from a fairseq speech checkpoint; returns a line for the user.
+def import_folder(
+    source: Path, to: Path, *, weights: str = "student", heads: int | None = None, tokenizer: Path | None = None
+) -> str:
+    """Write a Transformers folder from a fairseq checkpoint of speech or text; returns a line for the user.
 
     Args:
         source: the `.pt` file.
         to: the folder to write.
-        weights, heads: as of `load_fairseq_speech`.
+        weights, heads: as of `load_fairseq_speech` and `load_fairseq_text`.
+        tokenizer: of text, to put into the folder, since a `.pt` has none; as of `load_tokenizer`.
     Raises:
-        ValueError: see `load_fairseq_speech`; or the source is a folder.
+        ValueError: see `load_fairseq_speech` and `load_fairseq_text`; the source is a folder; or the tokenizer cannot
+            be read, or is not the model's.
     """
-    from d2v_fast.interop.fairseq import load_fairseq_speech
-    from d2v_fast.interop.huggingface_speech import export_speech
+    from d2v_fast.interop.fairseq import load_fairseq
 
     if source.is_dir():
         raise ValueError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
-    model, _, config = load_fairseq_speech(source, weights=weights, heads=heads)
-    export_speech(model, config, to, info={"weights": weights, "from": "a fairseq checkpoint"})
+    model, _, config = load_fairseq(source, weights=weights, heads=heads)
+    options: dict[str, Any] = {}
+    if tokenizer is not None:
+        if not isinstance(config, TextModelConfig):
+            raise ValueError(f"`--tokenizer` is for text, but `{source}` holds a speech model.")
+        from d2v_fast.data.tokenizer import load_tokenizer
+
+        options["tokenizer"] = load_tokenizer(tokenizer)
+    export_model(model, config, to, info={"weights": weights, "from": "a fairseq checkpoint"}, **options)
     return f"import: {to} ({weights} of {source.name}, for Transformers)"
 
 
@@ -74,7 +85,9 @@ def start_run(
 
     Args:
         source: a fairseq `.pt`, whose head and average go along; or a Transformers folder, which has neither: then the
-            head is new, and the teacher begins as the student.
+            head is new, and the teacher begins as the student. With a `tokenizer.json` in it, the run does not go on
+            with another tokenizer. A teacher shares with the student what the run's configuration says, whatever else
+            the average of a `.pt` holds.
         to: the folder of the run, `DIR/NAME`; it must not exist.
         ds_config, overrides: the configuration of the run.
         heads: of attention, where a `.pt` does not tell.
@@ -104,7 +117,7 @@ def start_run(
         try:
             checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world)
             unstarted: Any = _Unstarted(model)
-            RunState(config, world, model, average, unstarted, checkpoints).save(0)
+            RunState(config, world, model, average, unstarted, checkpoints, _vocabulary(source, found)).save(0)
             folder.write_config(config)
         finally:
             folder.close()
@@ -137,18 +150,28 @@ def _read(
     if source.is_dir():
         model, found = import_model(source)
         return model, None, None, found
-    from d2v_fast.interop.fairseq import read_fairseq_speech
+    from d2v_fast.interop.fairseq import read_fairseq
 
-    if config.modality != "speech":
+    if config.modality == "vision":
         raise ValueError(f"`{source}` must be a Transformers folder for a run on {config.modality}, but is a file.")
-    checkpoint = read_fairseq_speech(source, heads=heads)
+    checkpoint = read_fairseq(source, heads=heads)
     return checkpoint.student, checkpoint.teacher, checkpoint.head, checkpoint.config
+
+
+def _vocabulary(source: Path, config: Section) -> str | None:
+    """Digest of the tokenizer that lies beside a text model; None where there is none."""
+    if not isinstance(config, TextModelConfig) or not (source / "tokenizer.json").is_file():
+        return None
+    from d2v_fast.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(source).digest
 
 
 def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path) -> None:
     """ValueError that lists every size in which the run's encoder is another one."""
     if type(wanted) is not type(found):
-        kind = "speech" if isinstance(found, SpeechModelConfig) else "vision"
+        kinds = {SpeechModelConfig: "speech", TextModelConfig: "text"}
+        kind = kinds.get(type(found), "vision")
         raise ValueError(f'`d2v.modality` in {ds_config} must be "{kind}" as in {source}, but is another.')
     lines = []
     for key, value in found:

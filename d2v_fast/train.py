@@ -211,7 +211,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         engine=engine.deepspeed,
     )
     checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
-    state = RunState(config, world, model, teacher, engine, checkpoints)
+    state = RunState(config, world, model, teacher, engine, checkpoints, maker.vocabulary)
     start_step = state.restore(say) if folder.reopened else 0
     if world.is_first:
         folder.write_config(config)

@@ -84,6 +84,20 @@ TINY_SPEECH: dict[str, Any] = {
     },
 }
 
+# on the reference pages that Python carries
+TINY_TEXT: dict[str, Any] = {
+    **TINY,
+    "d2v": {
+        **{key: TINY["d2v"][key] for key in ("teacher", "schedule", "probe", "run")},
+        "modality": "text",
+        "model": {"vocab_size": 400, "max_positions": 32, "width": 16, "depth": 3, "heads": 2, "layer_drop": 0.3},
+        "mask": {"mode": "bert"},
+        "target": {"top_k": 2, "layer_norm": "layer", "final_norm": "none"},
+        "loss": {"beta": 4.0, "channel_reduction": "sum"},
+        "data": {"num_workers": 0, "block_size": 32},
+    },
+}
+
 # what must be equal, bit for bit, in a resumed run
 FIGURES = ("step", "epoch", "loss", "target_std", "prediction_std", "lr", "decay", "grad_norm", "skipped", "samples")
 
@@ -131,7 +145,8 @@ def start(
     """Fork a process that runs the command line, after `before`; its output goes to a file. Returns its id."""
 
     def work() -> int:
-        os.environ.update(environment or {})
+        # the threads with which this process may have tokenised do not live on in a fork
+        os.environ.update({"TOKENIZERS_PARALLELISM": "false", **(environment or {})})
         torch.set_num_threads(1)
         before()
         return run_here(*arguments)

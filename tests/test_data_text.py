@@ -224,6 +224,15 @@ def test_what_does_not_fit(folder: Path) -> None:
         TextDataset(data, MODEL, "test")
 
 
+def test_ids_out_of_the_vocabulary(folder: Path) -> None:
+    found = dataset(folder)
+    (path,) = found.tokens.folder.glob("tokens-*.bin")
+    # after it was checked
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"the tokens in '.*' must be < 360, but one is 65535\. Remove that folder"):
+        found.read(np.arange(3))
+
+
 def test_sample_set(root: str) -> None:
     train = TextDataset(docs_config(root), MODEL)
     test = TextDataset(docs_config(root), MODEL, "test")
@@ -249,11 +258,19 @@ def test_nothing_of_the_test_part_is_trained_on() -> None:
     held_out = [" ".join(paragraph.split()) for paragraph in test.split("\n\n")]
     assert len(held_out) > 200
     assert not [paragraph for paragraph in held_out if paragraph in seen]
-    # not another part with another Python process
-    code = "from tests.test_data_text import *; print(DocsSource(TextDataConfig(), 'test').digest())"
-    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+
+
+def test_another_process_makes_the_same() -> None:
+    code = """
+from tests.text_files import small_tokenizer
+from d2v_fast.data.docs import DocsSource
+from d2v_fast.text_config import TextDataConfig
+print(small_tokenizer().digest, DocsSource(TextDataConfig(), "test").digest())
+"""
+    root = str(Path(__file__).resolve().parent.parent)
+    env = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout.strip() == DocsSource(data, "test").digest()
+    assert done.stdout.split() == [small_tokenizer().digest, DocsSource(TextDataConfig(), "test").digest()]
 
 
 def test_probe_of_the_sample_set(root: str) -> None:

@@ -188,6 +188,10 @@ def test_lines_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     with torch.no_grad():
         expected = [student(tokens(small_tokenizer(), text)).last_hidden[0].mean(0) for text in texts]
     torch.testing.assert_close(torch.from_numpy(np.load(to)), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    # exported, it is the same
+    assert main(["export", str(tmp_path / "r"), "--to", str(tmp_path / "exported")]) == 0
+    embed(tmp_path / "exported", folder, "--to", tmp_path / "again.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "again.npy"), np.load(to), atol=1e-4)
     # a file by itself, and it stays what it is
     embed(tmp_path / "r", folder / "b.txt", "--to", folder / "b.npy")
     np.testing.assert_allclose(np.load(folder / "b.npy"), np.load(to)[2:], atol=1e-4)
@@ -210,6 +214,7 @@ def test_mistakes_are_named(photographs: Path, tmp_path: Path, capsys: pytest.Ca
     assert "`INPUTS` must hold images (.jpg" in said(tmp_path / "r", tmp_path / "exported", *to)
     assert "must be of a checkpoint in" in said(tmp_path / "r", photographs, *to, "--step", 3)
     assert "are for run folders" in said(tmp_path / "exported", photographs, *to, "--weights", "teacher")
+    assert "is for models of text" in said(tmp_path / "r", photographs, *to, "--tokenizer", tmp_path)
     (tmp_path / "exported/preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2]}')
     assert "must hold 1 values, but holds 2" in said(tmp_path / "exported", photographs, *to)
     (tmp_path / "exported/preprocessor_config.json").write_text('{"image_mean": "grey"}')

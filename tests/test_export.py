@@ -24,7 +24,7 @@ from d2v_fast.config import (
 from d2v_fast.console import main
 from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.export import export_run
-from d2v_fast.interop.fairseq import read_fairseq_speech
+from d2v_fast.interop.fairseq_speech import read_fairseq_speech
 from d2v_fast.interop.huggingface_speech import import_speech
 from d2v_fast.interop.huggingface_vision import export_vision, import_vision
 from d2v_fast.shard_files import Kept, copy_to_host, write_shards

@@ -14,8 +14,13 @@ from torch import Tensor
 from d2v_fast.config import SpeechConfig, SpeechModelConfig
 from d2v_fast.console import main
 from d2v_fast.data2vec import build_model
-from d2v_fast.interop import fairseq
-from d2v_fast.interop.fairseq import load_fairseq_speech, parse_layers, read_fairseq_speech, save_fairseq_speech
+from d2v_fast.interop import fairseq_speech
+from d2v_fast.interop.fairseq_speech import (
+    load_fairseq_speech,
+    parse_layers,
+    read_fairseq_speech,
+    save_fairseq_speech,
+)
 from d2v_fast.interop.huggingface_speech import import_speech
 from d2v_fast.interop.speech_layout import speech_layout
 from d2v_fast.modalities.speech import SpeechModel
@@ -151,7 +156,7 @@ def test_names_and_shapes_of_the_base_size() -> None:
     config = SpeechModelConfig()
     with torch.device("meta"):
         model = SpeechModel(config)
-    layout = speech_layout(config, fairseq.NAMES)
+    layout = speech_layout(config, fairseq_speech.NAMES)
     state = {name: value.shape for name, value in model.state_dict().items()}
     found = {}
     for name, their_names in layout.names.items():

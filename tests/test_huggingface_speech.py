@@ -252,7 +252,9 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
 
 def test_writing_and_reading_need_no_transformers() -> None:
     modules = "d2v_fast.interop.huggingface, d2v_fast.interop.fairseq, d2v_fast.start"
-    printed = run_python(f"import sys, {modules}; print({{'transformers', 'fairseq'}} & set(sys.modules))")
+    printed = run_python(
+        f"import sys, {modules}; print({{'transformers', 'fairseq', 'tokenizers'}} & set(sys.modules))"
+    )
     assert printed.strip() == "set()"
 
 
@@ -270,7 +272,7 @@ def edited(tmp_path: Path, **changes: Any) -> Path:
     [
         (
             {"model_type": "wav2vec2"},
-            r'`model_type` in .* must be "data2vec-vision" or "data2vec-audio", but is "wav2vec2"',
+            r'`model_type` in .* must be "data2vec-vision", "data2vec-audio" or "data2vec-text", but is "wav2vec2"',
         ),
         ({"conv_bias": True}, r"`conv_bias` in .* must be false, but is true instead"),
         ({"add_adapter": True}, r"`add_adapter` in .* must be false"),

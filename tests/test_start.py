@@ -14,7 +14,7 @@ from d2v_fast.config import D2VConfig, load_config
 from d2v_fast.console import main
 from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.export import SavedWeights
-from d2v_fast.interop.fairseq import save_fairseq_speech
+from d2v_fast.interop.fairseq_speech import save_fairseq_speech
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.speech_config import SpeechModelConfig
 from tests.runs import TINY_SPEECH, figures, leave_out_reports, run_forked, tiny_file

@@ -34,6 +34,7 @@ class BatchMaker(Protocol):
         lengths: int64 `[S]`, where samples are not of the same length, and `max_step_length` the largest sum of the
             lengths in a step; both None otherwise.
         bad_files: files that were found unreadable when the data set was listed, as `path: reason`.
+        vocabulary: digest of what gives the numbers in a batch their meaning; None: they have one of their own.
     """
 
     what: str
@@ -42,6 +43,7 @@ class BatchMaker(Protocol):
     lengths: npt.NDArray[np.int64] | None
     max_step_length: int | None
     bad_files: tuple[str, ...]
+    vocabulary: str | None
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
         """The batch of a micro step: a function of it and the seed.
@@ -63,6 +65,7 @@ class ImageBatches:
     lengths: npt.NDArray[np.int64] | None = None
     max_step_length: int | None = None
     bad_files: tuple[str, ...] = ()
+    vocabulary: str | None = None
 
     def __init__(self, dataset: ImageDataset, config: VisionConfig) -> None:
         self._dataset, self._mask, self._grid_size = dataset, config.mask, config.model.grid_size
@@ -111,6 +114,7 @@ class TextBatches:
         self.num_samples = len(dataset)
         self.lengths: npt.NDArray[np.int64] | None = dataset.lengths
         self.sample_bytes = 16 * int(dataset.lengths.max())
+        self.vocabulary: str | None = dataset.tokenizer.digest
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
         """See `BatchMaker`."""
@@ -168,6 +172,7 @@ class SpeechBatches:
     batch."""
 
     what = "recording"
+    vocabulary: str | None = None
 
     def __init__(self, dataset: AudioDataset, config: SpeechConfig) -> None:
         self._dataset, self._mask, self._model = dataset, config.mask, config.model

@@ -23,7 +23,7 @@ from d2v_fast.untrusted import printable
 if TYPE_CHECKING:
     from d2v_fast.text_config import TextDataConfig, TextModelConfig
 
-__all__ = ["TextDataset", "TokenBlocks", "make_tokenizer"]
+__all__ = ["TextDataset", "TokenBlocks", "make_tokenizer", "tokenizer_of"]
 
 
 class TokenBlocks(NamedTuple):
@@ -68,18 +68,10 @@ class TextDataset:
                 f"`d2v.data.block_size` must be <= `d2v.model.max_positions` ({model.max_positions}), but is "
                 f"{data.block_size} instead."
             )
-        source: TextSource
-        if data.kind == "docs":
-            self.tokenizer = docs_tokenizer(data, model)
-            source = DocsSource(data, split)
-        elif split != "train":
+        if data.kind != "docs" and split != "train":
             raise DataError(f'`split` must be "train" for files, but is "{split}" instead.')
-        elif data.tokenizer is None:
-            raise DataError("`d2v.data.tokenizer` must be a file or a folder, but is null instead.")
-        else:
-            self.tokenizer = load_tokenizer(data.tokenizer)
-            source = TextFiles(data)
-        self.tokenizer.fit(model.vocab_size)
+        self.tokenizer = tokenizer_of(data, model)
+        source: TextSource = DocsSource(data, split) if data.kind == "docs" else TextFiles(data)
         self.specials, self.vocab_size = self.tokenizer.specials, self.tokenizer.vocab_size
         self.tokens = tokenised(source, self.tokenizer, data.tokens_path, min_tokens=data.min_tokens, verify=verify)
         self._separate = data.separate_documents
@@ -117,6 +109,22 @@ class TextDataset:
             segments.append(self._blocks.fill(row, part, tokens, self.specials.bos, self.specials.eos, self._separate))
         offsets = np.cumsum(np.concatenate(segments)).astype(np.int32) if self._separate else None
         return TokenBlocks(rows, lengths, offsets)
+
+
+def tokenizer_of(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
+    """The tokenizer of a run: what `data.tokenizer` names, or that of the sample set (`docs_tokenizer`).
+
+    Raises:
+        DataError: there is none, it cannot be read, or it has more tokens than the model.
+    """
+    if data.kind == "docs":
+        tokenizer = docs_tokenizer(data, model)
+    elif data.tokenizer is None:
+        raise DataError("`d2v.data.tokenizer` must be a file or a folder, but is null instead.")
+    else:
+        tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer.fit(model.vocab_size)
+    return tokenizer
 
 
 def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_length: int = 512) -> Tokenizer:

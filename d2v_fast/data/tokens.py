@@ -72,7 +72,7 @@ def tokenised(
 ) -> Tokens:
     """The tokens of all documents: those that were written before, if nothing has changed, or newly written ones.
 
-    Memory does not grow with the text: some 200 bytes per character that is on its way, `MIN_BATCH` characters or more.
+    Memory does not grow with the text, but with the cores, which work on up to `MAX_BATCH` characters at a time.
 
     Args:
         root: see `made_once`.
@@ -91,7 +91,7 @@ def tokenised(
         with Progress("tokenising", source.num_bytes) as progress:
             for batch in _encoded(source, tokenizer):
                 writer.add(*batch)
-                progress.show(source.num_read, f"{writer.num_tokens:,} tokens")
+                progress.show(source.num_read, f"{writer.num_taken:,} tokens")
             writer.finish()
             progress.close(f"{writer.num_tokens:,} tokens, {writer.num_documents:,} documents")
         if source.digest() != inputs:
@@ -185,7 +185,10 @@ class Tokens:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens `start` to `stop` of all, int64."""
-        first, last = np.searchsorted(self._ends, [start, max(start, stop - 1)], side="right").tolist()
+        if start >= stop:
+            # of a block that holds nothing but the end of a document
+            return np.empty(0, dtype=np.int64)
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
         parts = []
         for shard in range(first, last + 1):
             begin = int(self._ends[shard - 1]) if shard else 0
@@ -279,6 +282,11 @@ class _Writer:
         if self._length >= self._min_tokens:
             self._write(self._held)
             self._held = self._held[:0]
+
+    @property
+    def num_taken(self) -> int:
+        """Tokens so far, also of the document that is on its way."""
+        return self.num_tokens + self._length
 
     def finish(self) -> None:
         """End the current shard."""

@@ -156,7 +156,13 @@ tags: [{", ".join(tags)}]
         return card
     # what made the weights, and nothing of the machine that did
     recipe = config.model_dump(
-        mode="json", exclude={"data": {"path", "num_workers"}, "guard": True, "probe": True, "run": True}
+        mode="json",
+        exclude={
+            "data": {"path", "num_workers", "tokenizer", "tokens_path"},
+            "guard": True,
+            "probe": True,
+            "run": True,
+        },
     )
     return f"""{card}
 ## How it was pre-trained

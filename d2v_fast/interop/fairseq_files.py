@@ -1,0 +1,190 @@
+"""fairseq's checkpoints: what is common to all modalities of reading and writing them, without importing fairseq.
+
+A checkpoint is a pickle. It is read with `weights_only=True`, so that nothing in it is executed; one that needs classes
+of Python is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.interop.layout import Layout, Misfit
+from d2v_fast.untrusted import printable
+
+# names that tell models of this family apart
+TEXT_PREFIX = "encoder.sentence_encoder."
+KINDS = {
+    TEXT_PREFIX: "a text model",
+    "feature_extractor.": "a speech model",
+    "w2v_encoder.": "a speech model",
+    "modality_encoders.": "a model of data2vec 2.0",
+    "patch_embed.": "an image model",
+    "model.patch_embed.": "an image model",
+    "cls_token": "an image model",
+    "quantizer.": "a model of wav2vec 2.0",
+}
+
+RECIPE = """\
+    state = torch.load({path!r}, map_location="cpu", weights_only=False)
+    torch.save({{"model": state["model"]}}, {stripped!r})"""
+
+# what torch names when a file needs more than tensors and plain values
+_GLOBAL = re.compile(r"(?:GLOBAL|[Ff]unction|[Cc]lass) ([A-Za-z_][\w.]*)")
+
+Model = TypeVar("Model")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The outermost dictionary of a checkpoint, with a mapping as its `model`.
+
+    Raises:
+        ValueError: it is none, damaged, or would execute code.
+    """
+    if not path.is_file():
+        raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is no file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # its type depends on where in the file the damage is, and its advice is how to read the file all the same
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
+        found = _GLOBAL.search(reason)
+        if found is not None:
+            stripped = path.with_name(f"{path.stem}-weights.pt")
+            raise ValueError(
+                f"`{path}` must hold tensors and plain values only, but needs {found[1]}, and reading that could "
+                f"execute code. If you trust whoever made it, strip it where that library is installed:\n"
+                f"{RECIPE.format(path=str(path), stripped=str(stripped))}"
+            ) from None
+        damage = printable(f"{type(error).__name__} {reason.split('. ')[0][:200]}".strip())
+        raise ValueError(
+            f"`{path}` must be a checkpoint of fairseq, but cannot be read: {damage}. Was it copied completely?"
+        ) from None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
+        keys = list(state)[:10] if isinstance(state, dict) else [type(state).__name__]
+        named = ", ".join(printable(str(key)) for key in keys) or "nothing"
+        raise ValueError(f"`{path}` must be a checkpoint of fairseq with a `model`, but holds {named} instead.")
+    return state
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], weights: Mapping[str, Any], cfg: Mapping[str, Any], num_updates: int
+) -> None:
+    """Write a checkpoint, all of it or none.
+
+    Args:
+        weights, cfg: fp32 tensors by fairseq's names, and its configuration.
+        num_updates: optimizer steps that the student has made.
+    """
+    content = {
+        "args": None,
+        "cfg": cfg,
+        "model": weights,
+        "criterion": None,
+        "optimizer_history": [{"optimizer_name": "", "lr_scheduler_state": {}, "num_updates": num_updates}],
+        "task_state": {},
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save(content, part)
+    os.replace(part, path)
+
+
+def refuse_others(model: Mapping[Any, Any], wanted: str, path: Path) -> None:
+    """ValueError if a name tells another kind of model than the wanted one, such as "a text model"."""
+    for prefix, kind in KINDS.items():
+        named = next((name for name in map(str, model) if name.startswith(prefix)), None)
+        if named is not None and kind != wanted:
+            data2vec = wanted.replace("a ", "a data2vec ", 1)
+            raise ValueError(f"`{path}` must hold {data2vec}, but holds {kind}: `{printable(named)}`.")
+
+
+def require_tensors(parts: Sequence[Mapping[str, Any] | None], what: str) -> None:
+    """Misfit that names every value that is no tensor."""
+    wrong = [name for part in parts for name, value in (part or {}).items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise Misfit(what, [f"`{printable(name)}` is no tensor" for name in wrong])
+
+
+def require_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], prefix: str, what: str) -> None:
+    """Misfit that names every misshapen tensor of a head, whose names lack `prefix`."""
+    problems = [
+        f"`{prefix}{name}` must be {shape}, but is {list(tensors[name].shape)} instead"
+        for name, shape in shapes.items()
+        if list(tensors[name].shape) != shape
+    ]
+    if problems:
+        raise Misfit(what, problems)
+
+
+def require_average(
+    average: Mapping[str, Tensor], known: Mapping[str, Tensor], needed: set[str], averaged: str, key: str, what: str
+) -> None:
+    """Misfit that names what an average lacks, or has more than its model.
+
+    Args:
+        average, known, needed: by fairseq's names in the model.
+        averaged: what the names of the part that is averaged begin with there.
+        key: the name of the average.
+    """
+    unknown = sorted(average.keys() - known.keys())
+    if unknown:
+        raise Misfit(what, [f"`{key}.{printable(name)}` has no place in this encoder" for name in unknown])
+    missing = sorted(needed - average.keys())
+    if missing:
+        raise Misfit(what, [f"`{key}.{name.removeprefix(averaged)}` is missing" for name in missing])
+
+
+def average_of(layout: Layout, teacher: Mapping[str, Tensor], averaged: str) -> dict[str, Tensor]:
+    """What of a teacher's state has fairseq names that begin with `averaged`, by the rest of these names."""
+    average: dict[str, Tensor] = {}
+    for name, their_names in layout.names.items():
+        if their_names[0].startswith(averaged):
+            parts = layout.theirs(name, teacher[name])
+            average |= {their_name.removeprefix(averaged): part for their_name, part in parts.items()}
+    return average
+
+
+def chosen(student: Model, teacher: Model | None, weights: str, path: object, key: str) -> Model:
+    """The one of both that `weights` names.
+
+    Args:
+        key: the name of the average.
+    Raises:
+        ValueError: there is no teacher.
+    """
+    if weights == "student":
+        return student
+    if teacher is None:
+        raise ValueError(f"`weights` must be student with `{path}`, which holds no average `{key}`: it has no teacher.")
+    return teacher
+
+
+def check_weights(weights: str) -> None:
+    """ValueError unless it is "student" or "teacher"."""
+    if weights not in ("student", "teacher"):
+        raise ValueError(f"`weights` must be student or teacher, but is {weights} instead.")
+
+
+def state_of(module: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors by name, of a module or as they are."""
+    return module if isinstance(module, Mapping) else module.state_dict()
+
+
+def as_fp32(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """fp32 tensors in host memory, by names that begin with `prefix`."""
+    return {f"{prefix}{name}": value.detach().to("cpu", torch.float32) for name, value in tensors.items()}
+
+
+def section(holder: Any, key: str) -> dict[str, Any]:
+    """A part of a configuration, empty where there is none."""
+    value = holder.get(key) if isinstance(holder, dict) else None
+    return value if isinstance(value, dict) else {}

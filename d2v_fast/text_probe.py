@@ -1,0 +1,147 @@
+"""Is text being learned? Which word stood at a masked place, and what a paragraph is about.
+
+For words, single tokens of held-out blocks are masked, and the encoder's output there is to tell which of the most
+frequent words it was: only the words around it can. Beside the network before training stands the guess that needs no
+context, the most frequent word. For topics, features are averaged over a paragraph, beside a bag of words: counts of
+tokens, weighted by how rare they are. The classifiers are those of `probe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from d2v_fast.config import TextConfig
+from d2v_fast.data.docs import TextProbeData
+from d2v_fast.data.text import TextDataset
+from d2v_fast.modalities import Student
+from d2v_fast.probe import ProbeReport, ProbeReports, Scores, Task, score
+
+NUM_WORDS = 200
+MASKED_SHARE = 0.15
+UNIGRAM, BAG_OF_WORDS = "most frequent word", "bag of words"
+# masked places of each part
+MAX_TRAIN, MAX_TEST = 8000, 4000
+_BATCH = 32
+
+
+class MaskedWords(NamedTuple):
+    """Blocks in which frequent words are masked.
+
+    Attributes:
+        tokens: int64 `[T]` each.
+        places: int64, the masked positions of each block.
+        words: int64 `[S]`, which word stood there, over all blocks.
+        num_train: how many of them are of the blocks that pre-training saw.
+    """
+
+    tokens: list[Tensor]
+    places: list[Tensor]
+    words: NDArray[np.int64]
+    num_train: int
+
+
+@torch.no_grad()
+def token_features(model: Student, tokens: Sequence[Tensor], padding: int) -> list[Tensor]:
+    """The encoder's output `[T, D]` for each sequence of tokens, fp32.
+
+    The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    found: dict[int, Tensor] = {}
+    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
+        lengths = torch.tensor([len(tokens[index]) for index in chosen], device=device)
+        batch = pad_sequence([tokens[index] for index in chosen], batch_first=True, padding_value=padding)
+        output = model(batch.to(device), lengths).last_hidden.float().cpu()
+        found |= {index: output[place, : len(tokens[index])] for place, index in enumerate(chosen)}
+    model.train(was_training)
+    return [found[index] for index in range(len(tokens))]
+
+
+def masked_words(config: TextConfig) -> MaskedWords:
+    """Mask `MASKED_SHARE` of the tokens, among the places of the most frequent words, the same in every run."""
+    parts = [TextDataset(config.data, config.model, split) for split in ("train", "test")]
+    blocks = []
+    for part in parts:
+        read = part.read(np.arange(len(part), dtype=np.int64))
+        blocks.append([row[:length] for row, length in zip(read.tokens, read.lengths, strict=True)])
+    counts = np.bincount(np.concatenate(blocks[0]), minlength=parts[0].vocab_size)
+    is_word = np.zeros(len(counts), dtype=np.bool_)
+    for token in np.argsort(-counts, kind="stable").tolist():
+        text = parts[0].tokenizer.decode([token])
+        is_word[token] = text[:1] == " " and text[1:].isalpha() and counts[token] > 0
+        if is_word.sum() == NUM_WORDS:
+            break
+    number = np.cumsum(is_word) - 1
+    rng = np.random.default_rng(0)
+    tokens, places, words, totals = [], [], [], []
+    for rows, most in zip(blocks, (MAX_TRAIN, MAX_TEST), strict=True):
+        total = 0
+        for index in rng.permutation(len(rows)).tolist():
+            row = rows[index].copy()
+            candidates = np.flatnonzero(is_word[row])
+            size = min(len(candidates), int(MASKED_SHARE * len(row)), most - total)
+            if size == 0:
+                continue
+            chosen = np.sort(rng.choice(candidates, size, replace=False))
+            words.append(number[row[chosen]])
+            row[chosen] = parts[0].specials.mask
+            tokens.append(torch.from_numpy(row))
+            places.append(torch.from_numpy(chosen))
+            total += size
+        totals.append(total)
+    return MaskedWords(tokens, places, np.concatenate(words), totals[0])
+
+
+def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: TextConfig) -> ProbeReports:
+    """Score every model's features on both questions.
+
+    Args:
+        models: encoders, by the name they get in the tables.
+        data: labelled paragraphs.
+        config: of the run.
+    """
+    masked, padding = masked_words(config), data.specials.pad
+    order = np.arange(len(masked.words))
+    word = Task(masked.words, order[: masked.num_train], order[masked.num_train :])
+    topic = Task(*map(np.asarray, (data.labels, data.train_indices, data.test_indices)))
+    of_words, of_topics = {}, {}
+    for name, model in models.items():
+        outputs = token_features(model, masked.tokens, padding)
+        at_masks = [output[place] for output, place in zip(outputs, masked.places, strict=True)]
+        of_words[name] = score(torch.cat(at_masks).numpy(), word, config.probe)
+        paragraphs = torch.stack([output.mean(0) for output in token_features(model, data.tokens, padding)])
+        of_topics[name] = score(paragraphs.numpy(), topic, config.probe)
+    of_words[UNIGRAM] = _most_frequent(word)
+    of_topics[BAG_OF_WORDS] = score(_bag_of_words(data.tokens, topic), topic, config.probe)
+    return ProbeReports(
+        {
+            "word": ProbeReport(of_words, config.probe, "masked words"),
+            "topic": ProbeReport(of_topics, config.probe, "topics"),
+        }
+    )
+
+
+def _most_frequent(task: Task) -> Scores:
+    guess = np.bincount(task.labels[task.train]).argmax()
+    accuracy = 100 * float((task.labels[task.test] == guess).mean())
+    return Scores(few_labels=accuracy, few_labels_std=0.0, linear=accuracy, knn=accuracy)
+
+
+def _bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
+    """Counts of tokens times the logarithm of how rare they are among the training part, of length 1."""
+    vocabulary = 1 + max(int(row.max()) for row in tokens)
+    counts = np.stack([np.bincount(row.numpy(), minlength=vocabulary) for row in tokens]).astype(np.float32)
+    held = (counts[task.train] > 0).sum(0)
+    weighted = counts[:, held > 0] * np.log(len(task.train) / held[held > 0]).astype(np.float32)
+    lengths = np.linalg.norm(weighted, axis=1, keepdims=True)
+    return np.asarray(weighted / np.maximum(lengths, 1e-12), dtype=np.float32)
