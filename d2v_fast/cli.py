@@ -10,9 +10,10 @@ from pathlib import Path
 
 from d2v_fast.config import ConfigError, RunConfig, apply_overrides, load_config
 
+DESCRIPTION = "Pre-train a data2vec encoder from one JSON file."
 _EXAMPLES = """\
 examples:
-  python d2v_fast/train.py --ds_config configs/digits.json
+  python d2v_fast/train.py configs/digits.json
   deepspeed d2v_fast/train.py --ds_config configs/vision_base.json --set d2v.data.path=/data/images
   torchrun --nproc_per_node 8 d2v_fast/train.py --ds_config configs/vision_base.json --run-name base
   python d2v_fast/train.py --run digits-1 --resume
@@ -23,15 +24,25 @@ def parser() -> argparse.ArgumentParser:
     """The options of `d2v_fast/train.py`."""
     result = argparse.ArgumentParser(
         prog="d2v_fast/train.py",
-        description="Pre-train a data2vec encoder from one JSON file.",
+        description=DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument(
-        "--ds_config", metavar="FILE", help="the run: DeepSpeed's keys and a d2v section (with --resume: the run's own)"
+    add_options(result)
+    return result
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of training to a parser; `d2v-fast train` has them, too."""
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="?",
+        help="the run: DeepSpeed's keys and a d2v section (with --resume: the run's own)",
     )
-    result.add_argument(
+    parser.add_argument("--ds_config", metavar="FILE", help="the same, as DeepSpeed's launcher knows it")
+    parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
         action="append",
@@ -40,14 +51,14 @@ def parser() -> argparse.ArgumentParser:
         help="override one key of the file, such as d2v.model.depth=6 or optimizer.params.lr=1e-3; repeatable",
     )
     # torchrun takes every --run for the beginning of its own --run-path, before and after the script
-    result.add_argument(
+    parser.add_argument(
         "--run",
         "--run-name",
         metavar="NAME",
         help="name of the run folder (default: the file's name and a number); under torchrun write --run-name",
     )
-    result.add_argument("--resume", action="store_true", help="continue the run of that name where it was saved last")
-    result.add_argument(
+    parser.add_argument("--resume", action="store_true", help="continue the run of that name where it was saved last")
+    parser.add_argument(
         "--supervise",
         metavar="N",
         nargs="?",
@@ -55,12 +66,11 @@ def parser() -> argparse.ArgumentParser:
         const=3,
         help="restart after a fault, from the newest good checkpoint; N (3) restarts in a row without a new one end it",
     )
-    result.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, then stop")
-    result.add_argument(
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, then stop")
+    parser.add_argument(
         "--profile", action="store_true", help="measure the parts of a step (waits for the device between them)"
     )
-    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return result
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
@@ -82,7 +92,7 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
             raise ConfigError([f"`--run {options.run}` must name a run to resume, but there is no {path}."], "--resume")
         config = load_config(path, overrides, num_processes)
     else:
-        raise ConfigError(["`--ds_config FILE` is required (or `--resume --run NAME` to continue a run)."], "options")
+        raise ConfigError(["`FILE` is required (or `--resume --run NAME` to continue a run)."], "options")
     if options.resume and config.d2v.run.name is None:
         raise ConfigError(["`--resume` needs the name of a run: add `--run NAME`."], "options")
     return config
@@ -95,7 +105,13 @@ def config_stem(options: argparse.Namespace) -> str:
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; argparse prints and exits where it is wrong."""
-    return parser().parse_args(arguments)
+    reader = parser()
+    options = reader.parse_args(arguments)
+    if options.file is not None:
+        if options.ds_config is not None:
+            reader.error("FILE and --ds_config name the same thing: give one of them")
+        options.ds_config = options.file
+    return options
 
 
 def is_first_process() -> bool:

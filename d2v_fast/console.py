@@ -1,74 +1,323 @@
-"""The `d2v-fast` command."""
+"""The `d2v-fast` command: its options, and nothing of its work. What a command needs is imported once it is known which
+one it is, so that every `--help` answers at once."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+_TRAIN = "pip install 'd2v_fast[train]'"
+# a wrong configuration is a wrong option of these; to the others it is a damaged run folder
+_TAKE_CONFIG = ("check", "import", "tokenize")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 failed, 2 wrong options."""
-    options = _parser().parse_args(arguments)
-    # the slow imports, only now: --help has answered by here
-    from d2v_fast.world import RunError
+    """Run the command line; returns the exit status: 0 done, 1 failed, 2 wrong options or configuration."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    completes = "_ARGCOMPLETE" in os.environ
+    parser = _parser(with_training=completes or arguments[:1] == ["train"])
+    if completes:
+        import argcomplete
 
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
+    if options.command == "train":
+        from d2v_fast.train import main as train
+
+        return train(arguments[1:])
     try:
-        print(_import(options) if options.command == "import" else _export(options))
-    except (ValueError, OSError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _WORK[options.command](options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        told = _in_words(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        is_config = type(error).__name__ == "ConfigError"
+        return 2 if is_config and options.command in _TAKE_CONFIG else 1
+
+
+def _in_words(error: Exception) -> str | None:
+    """What to tell; None where `error` is a fault of this library."""
+    if isinstance(error, ImportError):
+        name = (error.name or "a package").partition(".")[0]
+        advice = (
+            "" if name == "d2v_fast" else f" `{_TRAIN}` installs what is needed, and `d2v-fast doctor` looks at it."
+        )
+        return f"{name} cannot be imported: {error}.{advice}"
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    if isinstance(error, RuntimeError):
+        import torch
+
+        from d2v_fast.world import RunError
+
+        if isinstance(error, (RunError, torch.OutOfMemoryError)):
+            return str(error)
+    return None
+
+
+def _check(options: argparse.Namespace) -> int:
+    from d2v_fast.check import check
+
+    return 0 if check(options.file, options.overrides, num_processes=options.processes) else 1
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from d2v_fast.saved_probe import probe_checkpoint
+
+    print(probe_checkpoint(options.run_folder, step=options.step))
     return 0
 
 
-def _export(options: argparse.Namespace) -> str:
+def _embed(options: argparse.Namespace) -> int:
+    from d2v_fast.embed import embed
+
+    print(
+        embed(
+            options.model,
+            options.inputs,
+            options.to,
+            frames=options.frames,
+            weights=options.weights,
+            step=options.step,
+            tokenizer=options.tokenizer,
+            batch_size=options.batch_size,
+            device=options.device,
+        )
+    )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
     from d2v_fast.export import export_run
 
-    return export_run(
-        options.run_folder,
-        to=options.to,
-        weights=options.weights,
-        step=options.step,
-        form=options.format,
-        tokenizer=options.tokenizer,
+    print(
+        export_run(
+            options.run_folder,
+            to=options.to,
+            weights=options.weights,
+            step=options.step,
+            form=options.format,
+            tokenizer=options.tokenizer,
+        )
     )
+    return 0
 
 
-def _import(options: argparse.Namespace) -> str:
+def _import(options: argparse.Namespace) -> int:
     from d2v_fast.start import import_folder, start_run
 
     if options.ds_config is None:
-        return import_folder(
-            options.source, options.to, weights=options.weights, heads=options.heads, tokenizer=options.tokenizer
-        )
+        own = {"weights": options.weights, "heads": options.heads, "tokenizer": options.tokenizer}
+        print(import_folder(options.source, options.to, **own))
+        return 0
     if options.tokenizer is not None:
         raise ValueError("`--tokenizer` is for a Transformers folder: a run names its own as `d2v.data.tokenizer`.")
-    return start_run(options.source, options.to, options.ds_config, overrides=options.overrides, heads=options.heads)
+    more = {"overrides": options.overrides, "heads": options.heads}
+    print(start_run(options.source, options.to, options.ds_config, **more))
+    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _tokenize(options: argparse.Namespace) -> int:
+    from d2v_fast.tokenising import new_tokenizer, tokenise
+
+    if options.train:
+        print(new_tokenizer(options.source, options.vocab_size, options.to, options.overrides))
+    elif options.to is not None or options.vocab_size is not None:
+        raise ValueError("`--to` and `--vocab-size` are for `--train`: a data set is tokenised into its cache folder.")
+    else:
+        print(tokenise(options.source, options.overrides))
+    return 0
+
+
+def _draw(options: argparse.Namespace) -> int:
+    from d2v_fast.pictures import draw
+
+    print(draw(options.run_folder, data=options.data, count=options.count, weights=options.weights, out=options.out))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from d2v_fast.benchmarks import run_benchmarks
+
+    return run_benchmarks(check=options.check, only=options.only, device=options.device)
+
+
+def _presets(options: argparse.Namespace) -> int:
+    from d2v_fast.presets import list_presets, preset_text, write_preset
+
+    if options.to is not None:
+        print(write_preset(options.name, options.to))
+    elif options.name is not None:
+        sys.stdout.write(preset_text(options.name))
+    else:
+        print(list_presets())
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from d2v_fast.doctor import examine
+
+    return examine(timeout_s=options.timeout)
+
+
+_WORK: dict[str, Callable[[argparse.Namespace], int]] = {
+    "check": _check,
+    "probe": _probe,
+    "embed": _embed,
+    "export": _export,
+    "import": _import,
+    "tokenize": _tokenize,
+    "draw": _draw,
+    "bench": _bench,
+    "presets": _presets,
+    "doctor": _doctor,
+}
+
+
+def _parser(with_training: bool) -> argparse.ArgumentParser:
+    """The options of all commands; those of `train` only on demand, for they take longer to import than all others."""
     parser = argparse.ArgumentParser(
-        prog="d2v-fast", description="Carry weights into pre-training runs and out of them."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    export = commands.add_parser(
-        "export",
-        help="write a checkpoint's weights for Transformers or fairseq",
-        description="Write full-precision weights from a checkpoint, sharded or not. Needs no GPU.",
-        epilog="example: d2v-fast export runs/mine --weights teacher --to exported",
+        prog="d2v-fast",
+        description="Pre-train data2vec, look at what was learnt, and carry weights in and out.",
+        epilog="example: d2v-fast presets; d2v-fast COMMAND --help shows one for each command",
         allow_abbrev=False,
     )
-    export.add_argument("run_folder", type=Path, help="runs/NAME")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, what: str, description: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=what, description=description, epilog=f"example: d2v-fast {example}", allow_abbrev=False
+        )
+
+    train = add(
+        "train",
+        "pre-train from one JSON file",
+        "Pre-train a data2vec encoder from one JSON file, in one process; docs/launch.md says how to start several.",
+        "train configs/digits.json --set d2v.schedule.steps=500 --run mine",
+    )
+    if with_training:
+        from d2v_fast.cli import add_options
+
+        add_options(train)
+    _add_check(add)
+    _add_models(add)
+    _add_import(add)
+    _add_data(add)
+    bench = add(
+        "bench",
+        "measure the operations, the masks and a training step on this machine",
+        "Run the benchmarks of the source tree; table and plots go to bench/results, and with --check nowhere.",
+        "bench --check",
+    )
+    bench.add_argument("--check", action="store_true", help="fail where a ratio is below what bench/goals.json expects")
+    bench.add_argument("--only", metavar="WORDS", help="those whose names match, as of pytest's -k; to build/bench")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    presets = add(
+        "presets",
+        "list the configurations that come with this library, or write one",
+        "List the configurations that come with this library; with a name, print that one, or write it with --to.",
+        "presets digits --to mine.json",
+    )
+    presets.add_argument("name", nargs="?", metavar="NAME", help="as in the list, such as digits")
+    presets.add_argument("--to", type=Path, metavar="FILE", help="write it there; the file must not exist")
+    doctor = add(
+        "doctor",
+        "look for what is missing or broken on this machine, each with its fix",
+        "Look at versions, compiler, packages, locks and limits, and say of everything that is wrong how to mend it. "
+        "Every package is imported in a process of its own. Exit status 1 where training cannot work.",
+        "doctor",
+    )
+    doctor.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="for each package to import (default: 120)"
+    )
+    return parser
+
+
+_Add = Callable[[str, str, str, str], argparse.ArgumentParser]
+
+
+def _add_check(add: _Add) -> None:
+    check = add(
+        "check",
+        "validate a configuration and try one step of it; starts no run",
+        "Validate a configuration, read one batch, run one forward and backward pass, and tell parameters, memory, "
+        "seconds per step and the time of the whole schedule. Writes nothing but the cached tokens of text.",
+        "check configs/digits.json --set train_batch_size=128",
+    )
+    check.add_argument("file", metavar="FILE", help="the configuration, as for train")
+    _add_overrides(check)
+    check.add_argument(
+        "--processes", type=_positive, metavar="N", help="of the run that is planned (default: as launched, or 1)"
+    )
+
+
+def _add_models(add: _Add) -> None:
+    probe = add(
+        "probe",
+        "what the features of a checkpoint tell about labels",
+        "Probe student and teacher of a saved checkpoint beside the untrained network, and print the table.",
+        "probe runs/digits-1 --step 900",
+    )
+    _add_run(probe)
+    _add_step(probe)
+    embed = add(
+        "embed",
+        "features of a folder of images, recordings or lines of text",
+        "Write the features of files, in the order of their sorted paths: of each, the mean over the encoder's output "
+        "at its patches, frames or tokens. Files that cannot be read are left out, named and counted.",
+        "embed runs/mine /my/images --to features.npy",
+    )
+    embed.add_argument("model", type=Path, metavar="MODEL", help="a run folder, or a Transformers folder")
+    embed.add_argument(
+        "inputs",
+        type=Path,
+        metavar="INPUTS",
+        help="a folder of images or of recordings; for text a folder of .txt files or one, a sample per line",
+    )
+    embed.add_argument(
+        "--to",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".npy (fp32 rows; the paths beside it in a .paths.txt) or .parquet (columns path, feature)",
+    )
+    embed.add_argument(
+        "--frames", action="store_true", help="no mean: an .npz with one array per sample, a row per patch or frame"
+    )
+    embed.add_argument(
+        "--weights", choices=("student", "teacher"), default=None, help="of a run folder (default: student)"
+    )
+    _add_step(embed)
+    embed.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="of text (default: what the run names, or the folder holds)"
+    )
+    embed.add_argument("--batch-size", type=_positive, metavar="N", help="(default: 64 images, 8 recordings, 32 lines)")
+    embed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is)")
+    export = add(
+        "export",
+        "write a checkpoint's weights for Transformers, fairseq or ONNX",
+        "Write full-precision weights from a checkpoint, sharded or not. Needs no GPU.",
+        "export runs/mine --weights teacher --to exported",
+    )
+    _add_run(export)
     export.add_argument("--weights", choices=("student", "teacher"), default="student", help="whose (default: student)")
-    export.add_argument("--to", type=Path, default=None, metavar="PATH", help="default: runs/NAME/export, or export.pt")
-    export.add_argument("--step", type=int, default=None, metavar="N", help="of the checkpoint (default: the newest)")
+    export.add_argument(
+        "--to", type=Path, default=None, metavar="PATH", help="default: runs/NAME/export, export.pt or export.onnx"
+    )
+    _add_step(export)
     export.add_argument(
         "--format",
-        choices=("transformers", "fairseq"),
+        choices=("transformers", "fairseq", "onnx"),
         default="transformers",
-        help="a folder for Transformers (default), or of speech and text a .pt for fairseq, with student, head and "
-        "teacher",
+        help="a folder for Transformers with a model card (default); of speech and text a .pt for fairseq, with "
+        "student, head and teacher; of images an .onnx file",
     )
     export.add_argument(
         "--tokenizer",
@@ -77,14 +326,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="of a text run, for Transformers (default: what its config.json names)",
     )
-    bring = commands.add_parser(
+    draw = add(
+        "draw",
+        "a picture of inputs, masks and features, before and after pre-training",
+        "Draw images or recordings, masks, and features, before and after pre-training.",
+        "draw runs/base --data /data/birds --count 12 --weights teacher --out birds.png",
+    )
+    _add_run(draw)
+    draw.add_argument("--data", type=Path, metavar="FOLDER", help="what to show instead of the run's own data")
+    draw.add_argument("--count", type=int, default=8, help="how many samples, at most 24 (default: 8)")
+    draw.add_argument("--weights", choices=("student", "teacher"), default="student", help="(default: student)")
+    draw.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN_FOLDER/features.png)")
+
+
+def _add_import(add: _Add) -> None:
+    bring = add(
         "import",
-        help="make a Transformers folder, or a run that begins with them, of other libraries' weights",
-        description="Read a fairseq data2vec checkpoint (.pt, of speech or text) or a Transformers folder. Without "
-        "--ds_config the checkpoint becomes a Transformers folder. With it, --to becomes the folder of a run that "
-        "begins with these weights: d2v_fast/train.py --run NAME --resume trains it.",
-        epilog="example: d2v-fast import audio_base_ls.pt --to exported",
-        allow_abbrev=False,
+        "make a Transformers folder, or a run that begins with them, of other libraries' weights",
+        "Read a fairseq data2vec checkpoint (.pt, of speech or text) or a Transformers folder. Without --ds_config the "
+        "checkpoint becomes a Transformers folder. With it, --to becomes the folder of a run that begins with these "
+        "weights: d2v-fast train --run NAME --resume trains it.",
+        "import audio_base_ls.pt --to exported",
     )
     bring.add_argument("source", type=Path, help="a .pt file, or a folder with config.json and model.safetensors")
     bring.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder to write")
@@ -105,15 +367,47 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", type=Path, default=None, metavar="PATH", help="of text, to put into a Transformers folder"
     )
     bring.add_argument("--ds_config", type=Path, default=None, metavar="FILE", help="of the run that is to begin")
-    bring.add_argument(
+    _add_overrides(bring)
+
+
+def _add_data(add: _Add) -> None:
+    tokenize = add(
+        "tokenize",
+        "train a tokenizer, or tokenise the text of a configuration now",
+        "Without --train, SOURCE is a configuration, and its text is tokenised into the cache that training reads. "
+        "With --train, SOURCE is a file or a folder of .txt, .jsonl and .parquet, to train a byte-level BPE on.",
+        "tokenize /my/text --train --vocab-size 32000 --to my_tokenizer",
+    )
+    tokenize.add_argument("source", type=Path, metavar="SOURCE", help="a configuration; with --train, text")
+    tokenize.add_argument("--train", action="store_true", help="train a tokenizer")
+    tokenize.add_argument("--vocab-size", type=_positive, metavar="N", help="its tokens, at least 261")
+    tokenize.add_argument("--to", type=Path, metavar="FOLDER", help="its folder, which Transformers reads, too")
+    _add_overrides(tokenize)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="such as runs/digits-1")
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, default=None, metavar="N", help="of the checkpoint (default: the newest)")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
         action="append",
         default=[],
         dest="overrides",
-        help="override one key of that file",
+        help="override one key of the configuration, such as d2v.model.depth=6; repeatable",
     )
-    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text} instead")
+    return int(text)
 
 
 if __name__ == "__main__":

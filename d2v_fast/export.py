@@ -3,6 +3,7 @@
     d2v-fast export runs/NAME                 # the student of the newest good checkpoint -> runs/NAME/export
     d2v-fast export runs/NAME --weights teacher --to FOLDER
     d2v-fast export runs/NAME --format fairseq           # student, head and teacher -> runs/NAME/export.pt
+    d2v-fast export runs/NAME --format onnx              # of images -> runs/NAME/export.onnx
 
 No GPU and none of the processes of the run are needed, and no more than one file of weights is in memory at a time.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
 from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
-from d2v_fast.modalities import encoder_class
+from d2v_fast.modalities import Student, build_student, encoder_class
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
 
@@ -104,6 +105,40 @@ def newest_checkpoint(run_folder: Path) -> tuple[Path, int]:
     return run_folder / "checkpoints" / f"step-{steps[0]}", steps[0]
 
 
+def choose_checkpoint(run_folder: Path, step: int | None) -> tuple[Path, int]:
+    """Folder and step of a checkpoint of a run, every byte of which is checked; None takes the newest.
+
+    Raises:
+        ValueError: there is none, none of this step, or it is damaged.
+    """
+    folder, newest = newest_checkpoint(run_folder)
+    if step is not None and step != newest:
+        folder = folder.with_name(f"step-{step}")
+        if not folder.is_dir():
+            there = ", ".join(map(str, complete_steps(run_folder / "checkpoints")))
+            raise ValueError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
+    step = newest if step is None else step
+    problem = verify(folder, step)
+    if problem is not None:
+        raise ValueError(f"the checkpoint {folder} is damaged ({problem}): choose another one with `--step`.")
+    return folder, step
+
+
+def load_encoder(checkpoint: Path, config: D2VConfig, weights: str) -> Student:
+    """The encoder of a verified checkpoint, fp32 on the CPU, in training mode.
+
+    Args:
+        checkpoint: `checkpoints/step-N`.
+        config: of the run.
+        weights: "student" or "teacher".
+    Raises:
+        ValueError: see `load_weights`.
+    """
+    model = build_student(config)
+    load_weights(model, SavedWeights(checkpoint, weights, encoder_class(config).averaged_prefix()), checkpoint)
+    return model
+
+
 def load_weights(model: torch.nn.Module, saved: SavedWeights, source: Path) -> None:
     """Copy saved weights into a model.
 
@@ -133,34 +168,35 @@ def export_run(
 
     Args:
         run_folder: `runs/NAME`.
-        to: the folder to write, or for fairseq the file; None is `export` or `export.pt` in the run folder.
+        to: the folder to write, or for fairseq and ONNX the file; None is `export`, `export.pt` or `export.onnx` in the
+            run folder.
         weights: "student" or "teacher"; a file for fairseq holds both.
         step: of the checkpoint; None takes the newest.
-        form: "transformers" or "fairseq".
+        form: "transformers", "fairseq" or "onnx".
         tokenizer: of a text run, for Transformers; None is the one that the run's configuration names.
         options: of `export_model`.
     Raises:
-        ValueError: no run, no such checkpoint, or it is damaged; fairseq has no such encoder; or a text run's tokenizer
-            cannot be read, or is not the model's.
+        ValueError: no run, no such checkpoint, or it is damaged; there is no such encoder in this form; or a text run's
+            tokenizer cannot be read, or is not the model's.
     """
     config = read_run_config(run_folder)
-    if tokenizer is not None and (form == "fairseq" or not isinstance(config, TextConfig)):
+    if tokenizer is not None and (form != "transformers" or not isinstance(config, TextConfig)):
         raise ValueError("`--tokenizer` is for text runs, and for Transformers: nothing else holds one.")
     if form == "fairseq":
         if isinstance(config, VisionConfig):
             raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
         if weights == "teacher":
             raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
-    folder, newest = newest_checkpoint(run_folder)
-    if step is not None and step != newest:
-        folder = folder.with_name(f"step-{step}")
-        if not folder.is_dir():
-            there = ", ".join(map(str, complete_steps(run_folder / "checkpoints")))
-            raise ValueError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
-    step = newest if step is None else step
-    problem = verify(folder, step)
-    if problem is not None:
-        raise ValueError(f"the checkpoint {folder} is damaged ({problem}): choose another one with `--step`.")
+    if form == "onnx" and not isinstance(config, VisionConfig):
+        raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
+    folder, step = choose_checkpoint(run_folder, step)
+    if form == "onnx":
+        from d2v_fast.interop.onnx import export_onnx
+
+        assert isinstance(config, VisionConfig)
+        target = run_folder / "export.onnx" if to is None else to
+        export_onnx(load_encoder(folder, config, weights), config, target)
+        return f"export: {target} ({weights}, step {step}, as ONNX)"
     prefix = encoder_class(config).averaged_prefix()
     saved = SavedWeights(folder, weights, prefix)
     if form == "fairseq":
@@ -173,13 +209,13 @@ def export_run(
     from d2v_fast.interop.huggingface import export_model
 
     if isinstance(config, TextConfig):
-        options["tokenizer"] = _tokenizer(config, tokenizer, saved.vocabulary, str(run_folder))
+        options["tokenizer"] = run_tokenizer(config, tokenizer, saved.vocabulary, str(run_folder))
     target = run_folder / "export" if to is None else to
     export_model(saved, config, target, info={"weights": weights, "step": step}, **options)
     return f"export: {target} ({weights}, step {step}, for Transformers)"
 
 
-def _tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Any:
+def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Any:
     """Of a text run: the one at `path`, or with None the one that its configuration names.
 
     Raises:

@@ -1,7 +1,7 @@
 """What an encoder makes of its input: images or recordings, masks, and features, before and after pre-training.
 
-    python -m d2v_fast.pictures runs/digits-1
-    python -m d2v_fast.pictures runs/base --data /data/birds --count 12 --weights teacher --out birds.png
+    d2v-fast draw runs/digits-1
+    d2v-fast draw runs/base --data /data/birds --count 12 --weights teacher --out birds.png
 
 Of an image, a patch gets the colour of its feature on the first three principal components of all patches shown:
 patches that the encoder takes for similar have similar colours. Of a recording, a square shows which moments have
@@ -10,7 +10,6 @@ similar features. The untrained network goes through the same procedure.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_
 from d2v_fast.masking import block_masks
 from d2v_fast.modalities import Student, encoder_class
 from d2v_fast.probe import patch_features
-from d2v_fast.world import RunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,21 +47,10 @@ class Weights(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        path = draw(
-            options.run_folder,
-            data=options.data,
-            count=options.count,
-            weights=options.weights,
-            out=options.out,
-        )
-    except (ValueError, OSError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(path)
-    return 0
+    """`d2v-fast draw`; returns the exit status."""
+    from d2v_fast.console import main as console
+
+    return console(["draw", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def draw(
@@ -194,20 +181,6 @@ def _figure(
     caption = "colours: first three principal components of the patch features"
     figure.text(0, 1 - 0.22 / height, caption, fontsize=8, color="0.4", va="top")
     return figure
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m d2v_fast.pictures",
-        description="Draw images or recordings, masks, and features, before and after pre-training.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="such as runs/digits-1")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="what to show instead of the run's own data")
-    parser.add_argument("--count", type=int, default=8, help=f"how many samples, at most {MAX_COUNT} (default: 8)")
-    parser.add_argument("--weights", choices=["student", "teacher"], default="student", help="(default: student)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN_FOLDER/features.png)")
-    return parser
 
 
 if __name__ == "__main__":

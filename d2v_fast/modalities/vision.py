@@ -64,7 +64,7 @@ class VisionEmbedding(nn.Module):
             raise ValueError(
                 f"`pixels` must be [B, {', '.join(map(str, expected))}], but is {list(pixels.shape)} instead."
             )
-        B, G, S = len(pixels), self.grid_size, self.patch_size
+        B, G, S = pixels.shape[0], self.grid_size, self.patch_size
         # a low-precision copy of the model takes the loader's fp32 pixels
         pixels = pixels.to(self.projection.weight.dtype)
         patches = pixels.view(B, self.channels, G, S, G, S).permute(0, 2, 4, 1, 3, 5)

@@ -1,0 +1,297 @@
+"""What `embed` reads: an encoder from a run or a Transformers folder, and images, recordings or lines of text as the
+encoder was trained on them."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v_fast.config import MAX_FILE_BYTES, TextConfig
+from d2v_fast.config_errors import check
+from d2v_fast.data import DataError
+from d2v_fast.data.files import UnreadableFile, find_files, open_regular
+from d2v_fast.export import SavedWeights, choose_checkpoint, load_encoder, read_run_config, run_tokenizer
+from d2v_fast.interop.huggingface import import_model
+from d2v_fast.modalities import Student
+from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
+from d2v_fast.text_config import TextDataConfig, TextModelConfig
+from d2v_fast.untrusted import printable, read_json
+from d2v_fast.vision_config import VisionDataConfig, VisionModelConfig
+
+PREPROCESSOR = "preprocessor_config.json"
+# bytes of a line, and of a file of lines
+MAX_LINE = 1 << 20
+MAX_TEXT_BYTES = 1 << 40
+# files that are decoded ahead
+READ_AHEAD = 32
+
+
+class Sample(NamedTuple):
+    """A sample that could be read.
+
+    Attributes:
+        name: its path below the inputs, and the number of the line for text; printable.
+        parts: what the encoder takes: pixels `[C, H, W]`, waveforms `[N]` or tokens `[T]`, mostly one.
+        num_bytes: of the file that it takes.
+    """
+
+    name: str
+    parts: list[Tensor]
+    num_bytes: int
+
+
+class Source(ABC):
+    """Samples, and the encoder that reads them.
+
+    Attributes:
+        what: a sample, in a word.
+        num_bytes: of all files.
+        num_cut: lines that were too long, so far.
+        padding: what stands behind the end of a shorter sample.
+        num_places: from the length of a part to the places that it becomes; None where all are alike.
+    """
+
+    what: str
+    num_bytes = 0
+    num_cut = 0
+    padding = 0.0
+    num_places: Callable[[int], int] | None = None
+
+    def __init__(self, model: Student, origin: str, inputs: Path, suffixes: tuple[str, ...], follow: bool) -> None:
+        self.model, self.origin = model, origin
+        root = os.path.abspath(os.path.expanduser(inputs))
+        self._inside = None if follow else os.path.realpath(root)
+        if os.path.isfile(root) and root.lower().endswith(suffixes):
+            self._root, name = os.path.split(root)
+            self._paths, self._inside = [name], None
+        elif not os.path.isdir(root):
+            raise DataError(f"`INPUTS` must be a folder of {self.what}s, but '{printable(str(inputs))}' is none.")
+        else:
+            self._root = root
+            try:
+                self._paths = find_files(root, self._inside, suffixes, f"{self.what}s")
+            except DataError:
+                kinds = ", ".join(suffixes)
+                raise DataError(
+                    f"`INPUTS` must hold {self.what}s ({kinds}), but '{printable(str(inputs))}' has none."
+                ) from None
+        self.num_bytes = sum(map(self._size, self._paths))
+
+    @abstractmethod
+    def samples(self) -> Iterator[Sample | str]:
+        """Samples in the order of sorted paths; what cannot be read as `path: reason`."""
+
+    def _absolute(self, path: str) -> str:
+        return os.path.join(self._root, path)
+
+    def _size(self, path: str) -> int:
+        try:
+            return os.stat(self._absolute(path)).st_size
+        except OSError:
+            # whoever reads it says why it cannot be read
+            return 0
+
+    def _decoded(self, decode: Callable[[str], list[Tensor]]) -> Iterator[Sample | str]:
+        """Files, some of them at a time, each by a thread of its own."""
+
+        def read(path: str) -> Sample | str:
+            try:
+                return Sample(printable(path), decode(self._absolute(path)), self._size(path))
+            except UnreadableFile as error:
+                return printable(f"{path}: {error}")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(self._paths), READ_AHEAD):
+                yield from pool.map(read, self._paths[start : start + READ_AHEAD])
+
+
+class Images(Source):
+    """Images as a run sees them when it is probed: the largest square in the middle."""
+
+    what = "image"
+
+    def __init__(
+        self, model: Student, origin: str, inputs: Path, config: VisionModelConfig, data: VisionDataConfig
+    ) -> None:
+        from d2v_fast.data.decode import Limits
+        from d2v_fast.data.images import SUFFIXES
+
+        super().__init__(model, origin, inputs, SUFFIXES, data.follow_outside)
+        self._limits = Limits(data.max_image_pixels, data.max_image_bytes, data.min_image_side, self._inside)
+        self._size_px, self._channels = config.image_size, config.channels
+        # per channel, in grey levels
+        self._mean, self._std = (np.array(v, np.float32)[:, None, None] * 255 for v in (data.mean, data.std))
+
+    def samples(self) -> Iterator[Sample | str]:
+        """See `Source`."""
+        yield from self._decoded(self._decode)
+
+    def _decode(self, path: str) -> list[Tensor]:
+        from d2v_fast.data.decode import centre_box, read_square
+
+        square = read_square(path, self._size_px, self._channels, centre_box, self._limits)
+        levels = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1).astype(np.float32)
+        return [torch.from_numpy((levels - self._mean) / self._std)]
+
+
+class Recordings(Source):
+    """Whole recordings; those that are longer than a step of training takes are encoded in parts of equal length."""
+
+    what = "recording"
+
+    def __init__(
+        self, model: Student, origin: str, inputs: Path, config: SpeechModelConfig, data: SpeechDataConfig
+    ) -> None:
+        from d2v_fast.data.audio import SUFFIXES
+        from d2v_fast.data.audio_decode import AudioLimits, import_audio
+
+        import_audio("soundfile")
+        super().__init__(model, origin, inputs, SUFFIXES, data.follow_outside)
+        self._limits = AudioLimits(config.sample_rate, data.max_file_bytes, data.silence, self._inside)
+        self._fewest = config.receptive_field
+        self._most = max(int(data.max_seconds * config.sample_rate), 2 * self._fewest)
+        self.num_places = config.num_frames
+
+    def samples(self) -> Iterator[Sample | str]:
+        """See `Source`."""
+        yield from self._decoded(self._decode)
+
+    def _decode(self, path: str) -> list[Tensor]:
+        from d2v_fast.data.audio import normalised
+        from d2v_fast.data.audio_decode import read_whole
+
+        wave = normalised(read_whole(path, self._limits))
+        if len(wave) < self._fewest:
+            raise UnreadableFile(f"{len(wave)} samples are fewer than make a frame ({self._fewest})")
+        return list(wave.tensor_split(-(-len(wave) // self._most)))
+
+
+class Lines(Source):
+    """Lines of .txt files that are not empty, between begin and end token."""
+
+    what = "line"
+
+    def __init__(
+        self,
+        model: Student,
+        origin: str,
+        inputs: Path,
+        config: TextModelConfig,
+        data: TextDataConfig,
+        tokenizer: Any,
+    ) -> None:
+        super().__init__(model, origin, inputs, (".txt",), data.follow_outside)
+        tokenizer.fit(config.vocab_size)
+        self._tokenizer = tokenizer
+        self._most = config.max_positions - 2
+        self.padding = float(tokenizer.specials.pad)
+        self.num_places = lambda length: length
+
+    def samples(self) -> Iterator[Sample | str]:
+        """See `Source`."""
+        for path in self._paths:
+            try:
+                yield from self._of_file(path)
+            except (OSError, UnreadableFile) as error:
+                yield printable(f"{path}: {error}")
+
+    def _of_file(self, path: str) -> Iterator[Sample | str]:
+        handle, _ = open_regular(self._absolute(path), self._inside, MAX_TEXT_BYTES)
+        with open(handle, "rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE):
+                number += 1
+                if len(line) == MAX_LINE:
+                    raise UnreadableFile(f"line {number} and what follows: longer than {MAX_LINE:,} bytes")
+                name = printable(f"{path}:{number}")
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError:
+                    yield f"{name}: not UTF-8"
+                    continue
+                if text:
+                    yield Sample(name, [self._tokens(text)], len(line))
+
+    def _tokens(self, text: str) -> Tensor:
+        ids, _ = self._tokenizer.encode([text])
+        self.num_cut += len(ids) > self._most
+        specials = self._tokenizer.specials
+        return torch.tensor([specials.bos, *ids[: self._most].tolist(), specials.eos])
+
+
+def open_source(
+    model: Path, inputs: Path, weights: str | None = None, step: int | None = None, tokenizer: Path | None = None
+) -> Source:
+    """An encoder, and what it is to read.
+
+    Args:
+        model: a run folder, or a Transformers folder.
+        inputs: see `embed`.
+        weights, step: of a run folder.
+        tokenizer: of a text model; None is what the run names, or the folder holds.
+    Raises:
+        ValueError: `model` is neither, or cannot be read; `inputs` holds nothing; an option does not apply.
+    """
+    config: Any
+    data: Any
+    if _is_run(model):
+        run = read_run_config(model)
+        checkpoint, step = choose_checkpoint(model, step)
+        chosen = weights or "student"
+        student, config, data = load_encoder(checkpoint, run, chosen), run.model, run.data
+        origin = f"{chosen} of {model}, step {step}"
+    else:
+        if weights is not None or step is not None:
+            raise ValueError(f"`--weights` and `--step` are for run folders, and {model} is a Transformers folder.")
+        run, data = None, None
+        student, config = import_model(model)
+        origin = f"model in {model}"
+    if tokenizer is not None and not isinstance(config, TextModelConfig):
+        raise ValueError(f"`--tokenizer` is for models of text, and that in {model} is none.")
+    if isinstance(config, VisionModelConfig):
+        return Images(student, origin, inputs, config, data or _image_preparation(model, config))
+    if isinstance(config, SpeechModelConfig):
+        return Recordings(student, origin, inputs, config, data or SpeechDataConfig())
+    if isinstance(run, TextConfig):
+        digest = SavedWeights(checkpoint, chosen).vocabulary
+        found = run_tokenizer(run, tokenizer, digest, str(model))
+    else:
+        from d2v_fast.data.tokenizer import load_tokenizer
+
+        found = load_tokenizer(tokenizer or model)
+    return Lines(student, origin, inputs, config, data or TextDataConfig(), found)
+
+
+def _is_run(folder: Path) -> bool:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"`MODEL` must be a run folder or a Transformers folder, but {folder} holds no config.json.")
+    try:
+        raw = read_json(path, MAX_FILE_BYTES)
+    except ValueError as error:
+        raise ValueError(f"`MODEL` must be a run folder or a Transformers folder, but {path}: {error}") from None
+    return isinstance(raw, dict) and "d2v" in raw
+
+
+def _image_preparation(folder: Path, model: VisionModelConfig) -> VisionDataConfig:
+    """Mean and deviation that a Transformers folder names; those of ImageNet where it names none."""
+    path = folder / PREPROCESSOR
+    raw = read_json(path, MAX_FILE_BYTES) if path.is_file() else {}
+    if not isinstance(raw, dict):
+        raise ValueError(f"`{path}` must hold one section {{...}}, but does not.")
+    named = {"mean": "image_mean", "std": "image_std"}
+    data, problems = check(VisionDataConfig, {ours: raw[theirs] for ours, theirs in named.items() if theirs in raw})
+    if data is None:
+        raise ValueError(f"`{path}` names no preparation of images: {problems[0]}")
+    for values, key in zip((data.mean, data.std), named.values(), strict=True):
+        if len(values) not in (1, model.channels):
+            raise ValueError(f"`{key}` in {path} must hold {model.channels} values, but holds {len(values)} instead.")
+    return data

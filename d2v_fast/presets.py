@@ -1,0 +1,98 @@
+"""The configurations that come with this library, in the source tree and in an installed package alike."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from d2v_fast.config import D2VConfig, check_d2v
+from d2v_fast.untrusted import read_json
+
+# a link to configs/ in the source tree, a folder of its own in a package
+FOLDER = Path(__file__).resolve().parent / "configs"
+_MAX_BYTES = 1_000_000
+
+# by name: parameters of the encoder, which a test counts (to build one takes longer than anybody waits for a list), and
+# what it is for
+_ABOUT = {
+    "digits": ("451 k", "handwritten digits that scikit-learn ships: a first run, in minutes"),
+    "digits_long": ("563 k", "the same for 20 minutes, beyond raw pixels"),
+    "images_small": ("2.75 M", "a folder of your own images, on one GPU or a patient CPU"),
+    "speech": ("1.92 M", "300 spoken words that this library ships"),
+    "speech_base": ("93.2 M", "the published Base run, for a folder of recordings"),
+    "speech_large": ("313 M", "the published Large run, for a folder of recordings"),
+    "text": ("2.59 M", "the reference pages that Python carries"),
+    "text_base": ("124 M", "the published Base run, for a folder of text and a tokenizer"),
+    "text_large": ("354 M", "the published Large run, for a folder of text and a tokenizer"),
+    "vision_base": ("85.7 M", "the published ViT-B run, for a folder of images"),
+    "vision_large": ("303 M", "the published ViT-L run, for a folder of images"),
+}
+_UNSAID = "?"
+
+
+def preset_names() -> list[str]:
+    """Of all configurations, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def list_presets() -> str:
+    """A table: name, modality, sizes of the encoder, its parameters, and what it is for."""
+    rows = [("name", "modality", "blocks x width", "parameters", "")]
+    for name in preset_names():
+        config = read_preset(name)
+        shape = f"{config.model.depth} x {config.model.width}"
+        rows.append((name, config.modality, shape, *_ABOUT.get(name, ("", ""))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, f"in {FOLDER}; to change one: d2v-fast presets NAME --to FILE"])
+
+
+def preset_text(name: str) -> str:
+    """The file of a configuration.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    known = preset_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise ValueError(
+            f"`NAME` must be one of {', '.join(known)}, but is {name} instead. The nearest is {near[0]}."
+            if near
+            else f"there are no configurations in {FOLDER}: install d2v_fast again."
+        )
+    return (FOLDER / f"{name}.json").read_text(encoding="utf-8")
+
+
+def write_preset(name: str | None, to: Path) -> str:
+    """Write a configuration to a file; returns a line for the user.
+
+    Raises:
+        ValueError: there is none of this name, or the file exists.
+    """
+    if name is None:
+        raise ValueError("`--to` needs the name of a configuration before it: `d2v-fast presets` lists them.")
+    text = preset_text(name)
+    try:
+        handle = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        raise ValueError(f"`--to` must be a new file, but {to} exists.") from None
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    config = read_preset(name)
+    missing = [key for key in ("path", "tokenizer") if config.data.model_dump().get(key) == _UNSAID]
+    needs = "".join(f" --set d2v.data.{key}=..." for key in missing)
+    return f"presets: {to}; to train: d2v-fast train {to}{needs}"
+
+
+def read_preset(name: str) -> D2VConfig:
+    """The `"d2v"` section of a configuration; what its user has to say (where the data is) is "?"."""
+    raw: Any = read_json(FOLDER / f"{name}.json", _MAX_BYTES)["d2v"]
+    unsaid = {key for key in ("path", "tokenizer") if key in raw["data"] and raw["data"][key] is None}
+    data = raw["data"] | dict.fromkeys(unsaid, _UNSAID)
+    config, problems = check_d2v({**raw, "data": data})
+    if config is None:
+        raise ValueError(f"{FOLDER / name}.json is not a configuration: {problems[0]}")
+    return config

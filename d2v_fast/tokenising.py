@@ -1,0 +1,67 @@
+"""`d2v-fast tokenize`: a tokenizer from text, and the tokens of a configuration before a run asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2v_fast.config import ConfigError, TextConfig, TextDataConfig, apply_overrides, load_config
+from d2v_fast.config_errors import check
+from d2v_fast.peak_memory import format_bytes
+
+
+def tokenise(file: Path, overrides: Sequence[str] = ()) -> str:
+    """Tokenise the text of a configuration into the cache that training reads; returns lines for the user.
+
+    Raises:
+        ConfigError: the configuration is refused, or is not of text.
+        DataError: see `TextDataset`.
+    """
+    config = load_config(file, overrides).d2v
+    if not isinstance(config, TextConfig):
+        raise ConfigError([f'`d2v.modality` must be "text", but is "{config.modality}" instead.'], str(file))
+    from d2v_fast.data.text import TextDataset
+
+    dataset = TextDataset(config.data, config.model)
+    tokens, found = dataset.tokens, dataset.tokens.manifest
+    size = sum(entry.stat().st_size for entry in tokens.folder.iterdir())
+    lines = [
+        f"tokenize: {tokens.num_tokens:,} tokens of {tokens.num_documents:,} documents, "
+        f"{len(dataset):,} blocks of at most {config.data.block_size} tokens",
+        f"cache: {tokens.folder} ({format_bytes(size)})",
+    ]
+    left_out = {"empty": found["num_empty"], "too short": found["num_short"], "unreadable": found["num_unreadable"]}
+    if any(left_out.values()):
+        lines.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count))
+    lines += [f"  {text}" for text in found["unreadable"]]
+    return "\n".join(lines)
+
+
+def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrides: Sequence[str] = ()) -> str:
+    """Train a byte-level BPE on text; returns a line for the user.
+
+    Args:
+        source: a file or a folder of .txt, .jsonl and .parquet.
+        vocab_size: its tokens.
+        to: the folder to write; it must not exist.
+        overrides: `d2v.data.KEY=VALUE`, how the text is read.
+    Raises:
+        ConfigError: an override is refused.
+        DataError: see `make_tokenizer`.
+        ValueError: `vocab_size` or `to` is missing, or `vocab_size` is too small.
+    """
+    if vocab_size is None or to is None:
+        raise ValueError("`--train` needs `--vocab-size N` and `--to FOLDER`.")
+    raw = apply_overrides({}, overrides)
+    given = raw.pop("d2v", {})
+    section = given.pop("data", {}) if isinstance(given, dict) else {}
+    problems = [f"`{key}` has no effect on a tokenizer: only `d2v.data.KEY` has." for key in [*raw, *given]]
+    # the tokenizer does not exist yet, and is not read
+    section = {**section, "kind": "text", "path": str(source), "tokenizer": str(to)}
+    data, found = check(TextDataConfig, section, "d2v.data")
+    if data is None or problems:
+        raise ConfigError([*problems, *found], "options")
+    from d2v_fast.data.text import make_tokenizer
+
+    tokenizer = make_tokenizer(data, vocab_size, to)
+    return f"tokenize: {to} ({tokenizer.vocab_size:,} tokens); for a run: --set d2v.data.tokenizer={to}"
