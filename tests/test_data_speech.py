@@ -113,6 +113,7 @@ def espeak_version() -> str:
     return subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(": 1.51 " not in espeak_version(), reason="needs eSpeak NG 1.51, as they were made with")
 def test_made_again_they_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import make_speech_samples

@@ -362,6 +362,7 @@ def measured_and_predicted(folder: Path, processes: int, stage: int, bf16: bool)
     return entries[-1]["peak_memory_bytes"], predict(config, processes, BF16 if bf16 else FP32, "cpu").device_peak
 
 
+@pytest.mark.slow
 def test_a_run_needs_what_was_predicted(tmp_path: Path) -> None:
     measured, predicted = measured_and_predicted(tmp_path, 1, 0, bf16=False)
     assert predicted == pytest.approx(measured, rel=0.15)

@@ -117,7 +117,7 @@ TROUBLES = {
 
 
 @several_tests_in_a_process
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("trouble", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_loader_worker_in_trouble_ends_the_run(trouble: str, tmp_path: Path, undisturbed: list[tuple]) -> None:
     act, message = TROUBLES[trouble]
     output = tmp_path / "output"

@@ -52,7 +52,7 @@ def fp16_is_supported() -> bool:
         (1, {}),
         (2, {"gradient_accumulation_steps": 2}),
         (3, {"gradient_accumulation_steps": 2}),
-        (3, {"bf16__enabled": True}),
+        pytest.param(3, {"bf16__enabled": True}, marks=pytest.mark.slow),
         (0, {"fp16": {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 3, "hysteresis": 1}}),
         (2, {"fp16": {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 3, "hysteresis": 1}}),
         (2, {"bf16__enabled": True, "zero_optimization__offload_optimizer": {"device": "cpu"}}),

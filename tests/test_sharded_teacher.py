@@ -143,7 +143,7 @@ def one_process() -> dict[str, dict[str, Tensor]]:
     return {"student": trial.student(), "average": trial.average()}
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_one_process(processes: int, tmp_path: Path, one_process) -> None:
     def work(world: World, folder: Path) -> Any:
         report = {}

@@ -74,6 +74,7 @@ def test_starts_again_until_it_works(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_gives_up_without_progress_and_waits_longer_each_time(tmp_path: Path) -> None:
     started = time.monotonic()
     child = start(tmp_path, "attempt == 1 and save(6)\nsys.exit(3)", limit=2)
