@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.config import SpeechModelConfig, TextModelConfig
 from d2v_fast.encoder import Encoder, EncoderOutput
 from d2v_fast.layers import INIT_STD, drop, dropout
 
@@ -146,6 +147,28 @@ class PostNormBlock(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training)
+
+
+def post_norm_encoder(config: SpeechModelConfig | TextModelConfig) -> Encoder:
+    """The stack of post-norm blocks that a configuration describes."""
+    blocks = (
+        PostNormBlock(
+            config.width,
+            config.heads,
+            int(config.width * config.mlp_ratio),
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            activation_dropout=config.activation_dropout,
+            norm_eps=config.norm_eps,
+        )
+        for _ in range(config.depth)
+    )
+    return Encoder(blocks, gradient_checkpointing=config.gradient_checkpointing, layer_drop=config.layer_drop)
+
+
+def padding_of(lengths: Tensor, num_tokens: int) -> Tensor:
+    """Bool `[B, T]`, True where a row of int64 `lengths` `[B]` has ended."""
+    return torch.arange(num_tokens, device=lengths.device) >= lengths[:, None]
 
 
 def encode_packed(

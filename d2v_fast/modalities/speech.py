@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.config import SpeechModelConfig
-from d2v_fast.encoder import Encoder, EncoderOutput
+from d2v_fast.encoder import EncoderOutput
 from d2v_fast.layers import dropout
 from d2v_fast.modalities.conv_stack import ConvStack
 from d2v_fast.modalities.student import MaskedBatch, Student
-from d2v_fast.post_norm import Attendable, PostNormBlock, Segments, encode_packed
+from d2v_fast.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
 
 
 class FrontEnd(nn.Module):
@@ -91,22 +91,7 @@ class SpeechContext(nn.Module):
         self.packs = config.attention == "packed"
         self.positions = ConvPositions(config) if own_positions else None
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.encoder = Encoder(
-            (
-                PostNormBlock(
-                    config.width,
-                    config.heads,
-                    int(config.width * config.mlp_ratio),
-                    dropout=config.dropout,
-                    attention_dropout=config.attention_dropout,
-                    activation_dropout=config.activation_dropout,
-                    norm_eps=config.norm_eps,
-                )
-                for _ in range(config.depth)
-            ),
-            gradient_checkpointing=config.gradient_checkpointing,
-            layer_drop=config.layer_drop,
-        )
+        self.encoder = post_norm_encoder(config)
 
     def forward(
         self,
@@ -131,9 +116,7 @@ class SpeechContext(nn.Module):
         T = frames.shape[1]
         # the frames may come from a student that keeps other precision than its teacher
         x = frames = frames.to(self.norm.weight.dtype)
-        is_padding = None
-        if lengths is not None:
-            is_padding = torch.arange(T, device=lengths.device) >= lengths[:, None]
+        is_padding = None if lengths is None else padding_of(lengths, T)
         if self.positions is not None:
             x = x + self.positions(frames, None if is_padding is None else is_padding[:, :, None])
         x = dropout(self.norm(x), self.dropout, self.training)
@@ -204,7 +187,5 @@ class SpeechModel(Student):
     def _with_positions(self, frames: Tensor, lengths: Tensor | None) -> Tensor:
         if self.positions is None:
             return frames
-        is_padding = None
-        if lengths is not None:
-            is_padding = (torch.arange(frames.shape[1], device=lengths.device) >= lengths[:, None])[:, :, None]
+        is_padding = None if lengths is None else padding_of(lengths, frames.shape[1])[:, :, None]
         return frames + self.positions(frames, is_padding)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.config import TextModelConfig
-from d2v_fast.encoder import Encoder, EncoderOutput
+from d2v_fast.encoder import EncoderOutput
 from d2v_fast.layers import INIT_STD, dropout
 from d2v_fast.modalities.student import MaskedBatch, Student
-from d2v_fast.post_norm import Attendable, PostNormBlock, Segments, encode_packed
+from d2v_fast.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
 from d2v_fast.text_config import POSITION_OFFSET
 
 PADDING_ID = 1
@@ -64,22 +64,7 @@ class TextContext(nn.Module):
     def __init__(self, config: TextModelConfig) -> None:
         super().__init__()
         self.packs = config.attention == "packed"
-        self.encoder = Encoder(
-            (
-                PostNormBlock(
-                    config.width,
-                    config.heads,
-                    int(config.width * config.mlp_ratio),
-                    dropout=config.dropout,
-                    attention_dropout=config.attention_dropout,
-                    activation_dropout=config.activation_dropout,
-                    norm_eps=config.norm_eps,
-                )
-                for _ in range(config.depth)
-            ),
-            gradient_checkpointing=config.gradient_checkpointing,
-            layer_drop=config.layer_drop,
-        )
+        self.encoder = post_norm_encoder(config)
 
     def forward(
         self,
@@ -116,7 +101,7 @@ class TextContext(nn.Module):
         if offsets is not None:
             attendable = _same_document(offsets, kept, B, T)
         elif lengths is not None:
-            attendable = (torch.arange(T, device=lengths.device) < lengths[:, None])[:, None, None, :]
+            attendable = ~padding_of(lengths, T)[:, None, None, :]
         output: EncoderOutput = self.encoder(x, attendable, top_k, output_rows)
         return output
 
