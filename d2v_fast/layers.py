@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.02
+
+# oneDNN's matrix product, which Inductor calls too; torch's own linear map goes to MKL
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# weights with fewer elements: what a product gains there, its set-up costs
+_LARGE = 2**18
 
 
 @torch.no_grad()
@@ -46,3 +52,61 @@ def drop(x: Tensor, prob: float) -> Tensor:
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = bits[: x.numel()].view(x.shape) >= num_dropped - 2**15
     return x * kept.to(x.dtype).mul_(2**16 / (2**16 - num_dropped))
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, where it pays by oneDNN: fp32 on a CPU, and a weight that is not small.
+
+    Args:
+        x: `[..., I]`.
+        weight: `[O, I]`.
+        bias: `[O]`.
+    Returns:
+        `[..., O]`; equal to `F.linear` but for the order of the sums.
+    """
+    fits = (
+        _ONEDNN_LINEAR is not None
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and weight.numel() >= _LARGE
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+    if not fits:
+        return F.linear(x, weight, bias)
+    y: Tensor = _OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight.contiguous(), bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """`[M, I]` to `[M, O]`. The gradient of the weight stays with MKL, which is as fast there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_x = _multiply(grad, weight.t(), None) if needs_x else None
+        grad_weight = grad.t() @ x if needs_weight else None
+        return grad_x, grad_weight, grad.sum(0) if needs_bias else None
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # rows with gaps between them would be multiplied by a loop that is a thousand times slower
+    y: Tensor = _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    return y

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import SpeechModelConfig, TextModelConfig
 from d2v_fast.encoder import Encoder, EncoderOutput
-from d2v_fast.layers import INIT_STD, drop, dropout
+from d2v_fast.layers import INIT_STD, Linear, drop, dropout
 
 
 class Segments(NamedTuple):
@@ -82,8 +82,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = heads
         self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, attendable: Attendable, rows: Tensor | None = None) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`, or to `[N, D]` with `rows`."""
@@ -122,8 +122,8 @@ class PostNormBlock(nn.Module):
         self.dropout, self.activation_dropout = dropout, activation_dropout
         self.attention = SelfAttention(width, heads, attention_dropout)
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.fc1 = nn.Linear(width, hidden_width)
-        self.fc2 = nn.Linear(hidden_width, width)
+        self.fc1 = Linear(width, hidden_width)
+        self.fc2 = Linear(hidden_width, width)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.reset_parameters()
 

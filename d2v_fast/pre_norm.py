@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.config import VisionModelConfig
-from d2v_fast.layers import drop, init_linear_, truncated_normal_
+from d2v_fast.layers import Linear, drop, init_linear_, linear, truncated_normal_
 
 
 class RelativePositionBias(nn.Module):
@@ -103,7 +103,7 @@ class QKVProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, D]` to `[B, T, 3 * D]`: queries, keys, values side by side."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        return F.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
 
 def attention_with_bias_gradient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.num_heads = config.heads
         self.attention_dropout = config.attention_dropout
         self.qkv = QKVProjection(config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, attention_bias: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ class MLP(nn.Module):
     def __init__(self, config: VisionModelConfig) -> None:
         super().__init__()
         hidden_width = int(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, hidden_width)
-        self.fc2 = nn.Linear(hidden_width, config.width)
+        self.fc1 = Linear(config.width, hidden_width)
+        self.fc2 = Linear(hidden_width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

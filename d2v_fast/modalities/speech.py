@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import SpeechModelConfig
 from d2v_fast.encoder import EncoderOutput
-from d2v_fast.layers import dropout
+from d2v_fast.layers import Linear, dropout
 from d2v_fast.modalities.conv_stack import ConvStack
 from d2v_fast.modalities.student import MaskedBatch, Student
 from d2v_fast.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
@@ -31,7 +31,7 @@ class FrontEnd(nn.Module):
             config.conv_width, config.conv_kernels, config.conv_strides, recompute=config.front_end_checkpointing
         )
         self.norm = nn.LayerNorm(config.conv_width, eps=config.norm_eps)
-        self.projection = nn.Linear(config.conv_width, config.width)
+        self.projection = Linear(config.conv_width, config.width)
         self.mask_token = nn.Parameter(torch.empty(config.width))
         self.reset_parameters()
 
@@ -180,9 +180,9 @@ class SpeechModel(Student):
         B, T, _ = embedded[0].shape
         return B, T
 
-    def make_head(self) -> nn.Linear:
+    def make_head(self) -> Linear:
         """See `Student`: with PyTorch's initialisation."""
-        return nn.Linear(self.width, self.width)
+        return Linear(self.width, self.width)
 
     def _with_positions(self, frames: Tensor, lengths: Tensor | None) -> Tensor:
         if self.positions is None:

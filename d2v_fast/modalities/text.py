@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import TextModelConfig
 from d2v_fast.encoder import EncoderOutput
-from d2v_fast.layers import INIT_STD, dropout
+from d2v_fast.layers import INIT_STD, Linear, dropout
 from d2v_fast.modalities.student import MaskedBatch, Student
 from d2v_fast.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
 from d2v_fast.text_config import POSITION_OFFSET
@@ -159,7 +159,7 @@ class TextModel(Student):
 
     def make_head(self) -> nn.Module:
         """See `Student`: two layers."""
-        wide, narrow = nn.Linear(self.width, 2 * self.width), nn.Linear(2 * self.width, self.width)
+        wide, narrow = Linear(self.width, 2 * self.width), Linear(2 * self.width, self.width)
         for linear in (wide, narrow):
             nn.init.normal_(linear.weight, std=INIT_STD)
             nn.init.zeros_(linear.bias)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import VisionModelConfig
 from d2v_fast.encoder import Encoder, EncoderOutput
-from d2v_fast.layers import init_linear_, truncated_normal_
+from d2v_fast.layers import Linear, init_linear_, truncated_normal_
 from d2v_fast.modalities.student import MaskedBatch, Student
 from d2v_fast.pre_norm import PreNormBlock, RelativePositionBias
 
@@ -32,7 +32,7 @@ class VisionEmbedding(nn.Module):
         self.channels = config.channels
         self.grid_size = config.grid_size
         patch_values = config.channels * config.patch_size * config.patch_size
-        self.projection = nn.Linear(patch_values, config.width)
+        self.projection = Linear(patch_values, config.width)
         # the published recipe decays the mask token but not the class token: the shapes tell them apart,
         # since 1-D parameters are not decayed
         self.cls_token = nn.Parameter(torch.empty(config.width))
@@ -138,8 +138,8 @@ class VisionModel(Student):
         normed: Tensor = self.norm(hidden)
         return normed
 
-    def make_head(self) -> nn.Linear:
+    def make_head(self) -> Linear:
         """See `Student`."""
-        head = nn.Linear(self.width, self.width)
+        head = Linear(self.width, self.width)
         init_linear_(head)
         return head
