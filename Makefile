@@ -55,8 +55,10 @@ train-speech: train ## pre-train on 300 spoken words
 train-text: CONFIG = configs/text.json
 train-text: train ## pre-train on the reference pages that Python carries
 
+# two at a time, then those that need the machine for themselves
 test: build ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 # beside a copy of the Python files, so that d2v_fast/_C.so stays what it is; with GCC, whose libraries are loaded first:
 # Python itself is not instrumented. Triton and torch.compile have none of our C++ in them.

@@ -16,6 +16,11 @@ import torch
 
 from d2v_fast import ops
 
+# tests that run beside each other share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # a GPU machine without network may lack some of these; the operations need torch only
 NEEDED_FOR_TRAINING = ("pydantic", "numba", "numpy", "safetensors", "sklearn", "PIL")
 MISSING = [name for name in NEEDED_FOR_TRAINING if find_spec(name) is None]

@@ -17,6 +17,7 @@ import torch
 from tests.runs import figures, free_port, leave_out_reports, logged_steps, processes, run_forked, tiny_file, until
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
 ]

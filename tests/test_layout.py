@@ -169,6 +169,7 @@ def test_one_stem_per_op(op):
         assert (ROOT / place.format(op)).exists(), place.format(op)
 
 
+@pytest.mark.alone
 def test_ops_import_is_light():
     """Neither DeepSpeed nor Transformers nor numba, and at most 0.3 s more than torch itself."""
     code = """
@@ -187,9 +188,12 @@ print(seconds, *heavy)
         ).stdout.split()
         assert not heavy
         best = min(best, float(seconds))
+        if best <= 0.3:
+            break
     assert best <= 0.3
 
 
+@pytest.mark.alone
 def test_help_is_quick():
     best = float("inf")
     for _ in range(3):

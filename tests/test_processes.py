@@ -18,6 +18,8 @@ from d2v_fast.data import DigitsDataset
 from d2v_fast.data import loader as loader_module
 from tests.runs import figures, leave_out_reports, run_forked, run_here, start, start_ranks, tiny_file, wait
 
+pytestmark = pytest.mark.alone
+
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 several_tests_in_a_process = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

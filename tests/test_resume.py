@@ -16,6 +16,8 @@ from d2v_fast.export import SavedWeights
 from d2v_fast.shard_files import ShardReader
 from tests.runs import figures, import_deepspeed, leave_out_reports, run_forked, run_here, tiny_file
 
+pytestmark = pytest.mark.alone
+
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 NO_DROPOUT = {"d2v__model__drop_path": 0.0, "d2v__model__attention_dropout": 0.0}

@@ -22,7 +22,10 @@ from d2v_fast.teacher import Teacher
 from d2v_fast.world import World
 from tests.runs import TINY, in_processes
 
-pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
+]
 
 STEPS, GLOBAL_BATCH = 20, 8
 # what is tried at every number of processes, as changes of the configuration
@@ -143,11 +146,21 @@ def one_process() -> dict[str, dict[str, Tensor]]:
     return {"student": trial.student(), "average": trial.average()}
 
 
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_equals_one_process(processes: int, tmp_path: Path, one_process) -> None:
+@pytest.mark.parametrize(
+    ("processes", "names"),
+    [
+        (1, list(RUNS)),
+        (2, list(RUNS)),
+        (4, ["0", "1", "2", "3"]),
+        pytest.param(4, [name for name in RUNS if len(name) > 1], marks=pytest.mark.slow),
+    ],
+    ids=["1", "2", "4", "4, the others"],
+)
+def test_equals_one_process(processes: int, names: list[str], tmp_path: Path, one_process) -> None:
     def work(world: World, folder: Path) -> Any:
         report = {}
-        for name, changes in RUNS.items():
+        for name in names:
+            changes = RUNS[name]
             trial = Trial(run_config(changes, world.size), world)
             before = trial.seen()
             for step in range(1, STEPS + 1):

@@ -18,6 +18,8 @@ from d2v_fast.log_mel import log_mel
 from d2v_fast.run_state import RunState
 from tests.runs import TINY_SPEECH, figures, leave_out_reports, run_forked, run_here, tiny_file
 
+pytestmark = pytest.mark.alone
+
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 

@@ -22,6 +22,8 @@ from d2v_fast.world import World
 from tests.common import run_python
 from tests.runs import in_processes
 
+pytestmark = pytest.mark.alone
+
 STEPS = 6
 SCHEDULE = TeacherConfig(decay_start=0.5, decay_end=0.9, decay_steps=10)
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")

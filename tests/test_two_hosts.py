@@ -18,6 +18,7 @@ import torch
 from tests.runs import figures, leave_out_reports, logged_steps, processes, run_forked, tiny_file, until
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),

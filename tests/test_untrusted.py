@@ -71,6 +71,7 @@ def test_file_size(tmp_path: Path) -> None:
         read_text(path, 7)
 
 
+@pytest.mark.alone
 def test_endless_file_is_not_read_to_its_end() -> None:
     start = time.perf_counter()
     with pytest.raises(ValueError, match="longer than 1,000,000 bytes"):

@@ -1,0 +1,107 @@
+"""Linear maps by oneDNN against formulas in fp64, and where they are left to torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2v_fast import layers
+from d2v_fast.layers import Linear, linear
+
+IN, OUT = 512, 640
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes that went to oneDNN."""
+    if layers._ONEDNN_LINEAR is None:
+        pytest.skip("torch has no oneDNN")
+    seen: list[tuple[int, ...]] = []
+    original = layers._ONEDNN_LINEAR
+
+    def count(x: Tensor, *rest: Any) -> Tensor:
+        assert x.is_contiguous()
+        seen.append(tuple(x.shape))
+        return original(x, *rest)
+
+    monkeypatch.setattr(layers, "_ONEDNN_LINEAR", count)
+    return seen
+
+
+def tensors(*shape: int, with_bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight = torch.randn(*shape, IN), torch.randn(OUT, IN)
+    return x.requires_grad_(), weight.requires_grad_(), torch.randn(OUT).requires_grad_() if with_bias else None
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (3, 33), (2, 3, 5), (1,)], ids=str)
+def test_values_and_gradients(shape: tuple[int, ...], with_bias: bool, calls: list[tuple[int, ...]]) -> None:
+    inputs = [tensor for tensor in tensors(*shape, with_bias=with_bias) if tensor is not None]
+    y = linear(*inputs, *([] if with_bias else [None]))
+    grad = torch.randn_like(y)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = F.linear(*exact)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    found = torch.autograd.grad(y, inputs, grad)
+    for actual, wanted in zip(found, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert len(calls) == 2, "forward, and the gradient of the input"
+
+
+def test_only_wanted_gradients_are_computed(calls: list[tuple[int, ...]]) -> None:
+    x, weight, bias = tensors(9)
+    assert bias is not None
+    linear(x.detach(), weight, bias).sum().backward()
+    assert len(calls) == 1
+    assert x.grad is None
+    torch.testing.assert_close(bias.grad, torch.full((OUT,), 9.0))
+    weight.grad = bias.grad = None
+    linear(x, weight.detach(), bias.detach()).sum().backward()
+    assert weight.grad is None
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("what", ["columns", "transposed", "expanded"])
+def test_strided_input_and_gradient(what: str, calls: list[tuple[int, ...]]) -> None:
+    _, weight, bias = tensors(1)
+    x, grad = {
+        "columns": (torch.randn(6, 2 * IN)[:, ::2], torch.randn(6, 2 * OUT)[:, 1::2]),
+        "transposed": (torch.randn(IN, 6).t(), torch.randn(OUT, 6).t()),
+        "expanded": (torch.randn(1, IN).expand(6, IN), torch.randn(()).expand(6, OUT)),
+    }[what]
+    x.requires_grad_()
+    found = torch.autograd.grad(linear(x, weight, bias), x, grad)[0]
+    torch.testing.assert_close(found, grad @ weight, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
+
+
+def test_left_to_torch(calls: list[tuple[int, ...]]) -> None:
+    x, weight, bias = tensors(4)
+    small = weight.detach()[: layers._LARGE // IN - 1]
+    torch.testing.assert_close(linear(x, small, None), F.linear(x, small), rtol=0, atol=0)
+    assert linear(x[:0], weight, bias).shape == (0, OUT)
+    assert linear(x.double(), weight.double(), None).dtype == torch.float64
+    assert linear(x.bfloat16(), weight.bfloat16(), None).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    assert linear(x.to("meta"), weight.to("meta"), None).shape == (4, OUT)
+    assert calls == []
+
+
+def test_compiles_to_one_graph() -> None:
+    module = Linear(IN, OUT)
+    graph = torch.export.export(module, (torch.randn(3, IN),))
+    x = torch.randn(3, IN)
+    torch.testing.assert_close(graph.module()(x), module(x))
+    assert "linear" in str(graph.graph)
+
+
+def test_twice_gives_the_same_bits() -> None:
+    x, weight, bias = tensors(100)
+    grads = [torch.autograd.grad(linear(x, weight, bias).square().sum(), (x, weight, bias)) for _ in range(2)]
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
