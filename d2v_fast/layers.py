@@ -12,7 +12,9 @@ from torch import Tensor, nn
 INIT_STD = 0.02
 
 # oneDNN's matrix product, which Inductor calls too; torch's own linear map goes to MKL
-_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN_LINEAR: Any = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
 # weights with fewer elements: what a product gains there, its set-up costs
 _LARGE = 2**18
 

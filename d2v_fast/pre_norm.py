@@ -191,11 +191,11 @@ class PreNormBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Published initialisation: the deeper the block, the less it writes into the residual stream."""
         self.attention.qkv.reset_parameters()
-        for linear in (self.attention.proj, self.mlp.fc1, self.mlp.fc2):
-            init_linear_(linear)
+        for layer in (self.attention.proj, self.mlp.fc1, self.mlp.fc2):
+            init_linear_(layer)
         with torch.no_grad():
-            for linear in (self.attention.proj, self.mlp.fc2):
-                linear.weight /= math.sqrt(2 * (self.index + 1))
+            for layer in (self.attention.proj, self.mlp.fc2):
+                layer.weight /= math.sqrt(2 * (self.index + 1))
         for norm in (self.norm1, self.norm2):
             norm.reset_parameters()
         for gamma in (self.gamma1, self.gamma2):
