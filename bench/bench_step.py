@@ -35,6 +35,7 @@ from d2v_fast.stepclock import StepClock
 from d2v_fast.teacher import Teacher
 from d2v_fast.world import World
 
+PEERS: Any = {"speech": peers_speech, "text": peers_text, "vision": peers_vision}
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["d2v.model.width=384", "d2v.model.heads=6"]
 WITHOUT_DROPOUT = ["d2v.model.drop_path=0.0", "d2v.model.attention_dropout=0.0"]
@@ -108,8 +109,7 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     changes = [*changes, f"train_batch_size={batch_size}", f"train_micro_batch_size_per_gpu={batch_size}"]
     config = load_config(CONFIGS / f"{file}.json", [*changes, f"d2v.data.path={tmp_path}"])
     ours = OurStep(config, device)
-    peers: Any = {"speech": peers_speech, "text": peers_text, "vision": peers_vision}[config.d2v.modality]
-    peer = peers.PeerStep(ours.model, config, tmp_path, device, LR)
+    peer = PEERS[config.d2v.modality].PeerStep(ours.model, config, tmp_path, device, LR)
     batch, masked = random_batch(config.d2v, batch_size, device)
     if case != "base published":
         assert_same_step(config.d2v, ours, peer, batch, masked)

@@ -1,15 +1,11 @@
 """The peer of a whole step on text: data2vec around Transformers' own model, as the published code trains it.
 
-Plain parts only: the FFN outputs of all of the teacher's blocks are kept, targets are normalised and averaged at every
-token and the masked ones picked at the end by a boolean mask, the head runs on these, the average follows tensor by
-tensor, masks are drawn within the step row by row in numpy, and AdamW is torch's default. The teacher reads the whole
-text.
+Beside what `peers` says: targets normalised and averaged at every token, the head runs on the masked ones, masks drawn
+within the step row by row in numpy. The teacher reads the whole text.
 """
 
 from __future__ import annotations
 
-import copy
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Data2VecTextModel
 
+from bench import peers
 from d2v_fast.config import RunConfig, TextConfig
 from d2v_fast.data import Batch
 from d2v_fast.data2vec import Data2Vec
@@ -56,73 +53,43 @@ class PeerModel(nn.Module):
         super().__init__()
         export_text(model.student, config.d2v, folder)
         self.encoder = Data2VecTextModel.from_pretrained(folder, add_pooling_layer=False)
-        self.head = copy.deepcopy(model.head).cpu()
+        self.head = peers.plain_head(model.head)
 
     def forward(self, tokens: Tensor, masked: Tensor) -> Tensor:
         """Predictions `[N, D]` at the masked tokens; `masked` is bool `[B, T]`."""
         return self.head(self.encoder(tokens).last_hidden_state[masked])
 
 
-class PeerStep:
-    """Student, teacher and AdamW on `device`, in bf16 autocast on a GPU.
+class PeerStep(peers.PeerStep):
+    """See `peers.PeerStep`.
 
     Args:
         model, config, folder: as for `PeerModel`.
         lr: learning rate.
-
-    Attributes:
-        attention: Transformers' name for the implementation of attention that it picked.
     """
 
     def __init__(self, model: Data2Vec, config: RunConfig, folder: Path, device: torch.device, lr: float) -> None:
-        self.student = PeerModel(model, config, folder).to(device).train()
-        self.teacher = copy.deepcopy(self.student.encoder.encoder).eval().requires_grad_(False)
-        self.attention = self.student.encoder.config._attn_implementation
-        self._outputs: list[Tensor] = []
-        for layer in self.teacher.layer:
-            layer.output.dense.register_forward_hook(self._keep)
-        self._config, self._device = config, device
-        params = config.deepspeed.optimizer.params
-        self._optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=lr, betas=params.betas, eps=params.eps, weight_decay=params.weight_decay
-        )
+        student = PeerModel(model, config, folder)
+        super().__init__(student, student.encoder.encoder, config, device, lr)
+        self.keep_outputs(layer.output.dense for layer in self.teacher.layer)
 
     @torch.no_grad()
     def target(self, tokens: Tensor, masked: Tensor) -> Tensor:
         """`[N, D]`."""
-        self._outputs.clear()
-        with self._autocast():
-            self.teacher(self.student.encoder.embeddings(tokens))
-        layers = [output.float() for output in self._outputs[-self._config.d2v.target.top_k :]]
-        normed = [F.layer_norm(layer, layer.shape[-1:]) for layer in layers]
+        with self.autocast():
+            embedded = self.student.encoder.embeddings(tokens)
+        normed = [F.layer_norm(layer, layer.shape[-1:]) for layer in self.layers(embedded)]
         return (sum(normed) / len(normed))[masked]
 
     def loss(self, batch: Batch, masked: Tensor) -> Tensor:
         """The mean over masked tokens of Smooth L1, summed over the channels."""
         target = self.target(batch.inputs, masked)
-        with self._autocast():
+        with self.autocast():
             prediction = self.student(batch.masked_inputs, masked)
         loss = F.smooth_l1_loss(prediction.float(), target, beta=self._config.d2v.loss.beta, reduction="none")
         return loss.sum(-1).mean()
 
-    def __call__(self, batch: Batch, masked: Tensor) -> None:
-        """A whole step. The masks are drawn as published, and then those of `batch` are used."""
+    def draw_masks(self, num_samples: int, num_places: int) -> None:
+        """See `peers.PeerStep`."""
         mask = self._config.d2v.mask
-        published_masks(np.random.default_rng(0), *masked.shape, mask.prob, mask.length)
-        self.loss(batch, masked).backward()
-        nn.utils.clip_grad_norm_(self.student.parameters(), self._config.deepspeed.gradient_clipping)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._average()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay, student = self._config.d2v.teacher.decay_end, self.student.encoder.encoder.state_dict()
-        for name, averaged in self.teacher.state_dict().items():
-            averaged.mul_(decay).add_(student[name].float(), alpha=1 - decay)
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._outputs.append(output)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda")
+        published_masks(np.random.default_rng(0), num_samples, num_places, mask.prob, mask.length)

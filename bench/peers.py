@@ -1,0 +1,103 @@
+"""What the peers of a whole step share: data2vec around Transformers' own models, as the published code trains it.
+
+Plain parts only: the teacher's layers are kept at every position, the targets are picked at the end by a boolean mask,
+the average follows tensor by tensor over the whole state dict, and AdamW is torch's default.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.config import RunConfig
+from d2v_fast.data import Batch
+from d2v_fast.layers import Linear
+
+
+def plain_head(head: nn.Module) -> nn.Module:
+    """A copy of our regression head on the host, of torch's own linear maps."""
+    if isinstance(head, Linear):
+        plain = nn.Linear(head.in_features, head.out_features)
+        plain.load_state_dict(head.state_dict())
+        return plain
+    if isinstance(head, nn.Sequential):
+        return nn.Sequential(*map(plain_head, head))
+    return copy.deepcopy(head)
+
+
+class PeerStep:
+    """Student, teacher and AdamW on `device`, in bf16 autocast on a GPU.
+
+    Args:
+        student: Transformers' model as `encoder`, and the `head`.
+        averaged: the part of it that the teacher has too.
+        config: of the run.
+        lr: learning rate.
+        groups: for AdamW; None: all parameters decay.
+
+    Attributes:
+        attention: Transformers' name for the implementation of attention that it picked.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        averaged: nn.Module,
+        config: RunConfig,
+        device: torch.device,
+        lr: float,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.student, self._averaged = student.to(device).train(), averaged
+        self.teacher: Any = copy.deepcopy(averaged).eval().requires_grad_(False)
+        self.attention = student.encoder.config._attn_implementation
+        self._config, self._device = config, device
+        self._outputs: list[Tensor] = []
+        params = config.deepspeed.optimizer.params
+        self._optimizer = torch.optim.AdamW(
+            groups or student.parameters(), lr=lr, betas=params.betas, eps=params.eps, weight_decay=params.weight_decay
+        )
+
+    def loss(self, batch: Batch, masked: Tensor) -> Tensor:
+        """As the configuration says; `masked` is bool `[B, P]`."""
+        raise NotImplementedError
+
+    def draw_masks(self, num_samples: int, num_places: int) -> None:
+        """What the published code draws within the step. The masks of the batch are used."""
+
+    def __call__(self, batch: Batch, masked: Tensor) -> None:
+        """A whole step."""
+        self.draw_masks(*masked.shape)
+        self.loss(batch, masked).backward()
+        if self._config.deepspeed.gradient_clipping:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self._config.deepspeed.gradient_clipping)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay, student = self._config.d2v.teacher.decay_end, self._averaged.state_dict()
+        for name, averaged in self.teacher.state_dict().items():
+            averaged.mul_(decay).add_(student[name].float(), alpha=1 - decay)
+
+    def keep_outputs(self, modules: Iterable[nn.Module]) -> None:
+        """Of the teacher, for `layers`."""
+        for module in modules:
+            module.register_forward_hook(lambda module, inputs, output: self._outputs.append(output))
+
+    def layers(self, embedded: Tensor) -> list[Tensor]:
+        """What the last K of the modules of `keep_outputs` give, fp32."""
+        self._outputs.clear()
+        with self.autocast():
+            self.teacher(embedded)
+        return [output.float() for output in self._outputs[-self._config.d2v.target.top_k :]]
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """On a GPU, bf16."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda")
