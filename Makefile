@@ -90,7 +90,7 @@ format: $(INSTALLED) ## let ruff and clang-format rewrite the files
 
 bench: build ## measure the operations, the masks and a step; table and plots in bench/results
 	mkdir -p build
-	$(BIN)/python -m pytest bench -q --benchmark-json build/bench.json
+	$(BIN)/python -m pytest bench -q --run-slow --benchmark-json build/bench.json
 	$(BIN)/python bench/report.py build/bench.json
 
 bench-check: build ## measure, and fail where a ratio is below what bench/goals.json expects

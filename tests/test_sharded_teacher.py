@@ -188,6 +188,22 @@ def test_equals_one_process(processes: int, names: list[str], tmp_path: Path, on
         assert found["average"][0] <= 1e-6, (name, found)
 
 
+@pytest.mark.parametrize("name", ["3, all partitioned", "3, checkpointing"])
+def test_linear_maps_by_onednn(name: str, tmp_path: Path, one_process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their backward pass reads weights that are partitioned between the passes."""
+    monkeypatch.setattr("d2v_fast.layers._LARGE", 1)
+
+    def work(world: World, folder: Path) -> Any:
+        trial = Trial(run_config(RUNS[name], world.size), world)
+        for step in range(1, STEPS + 1):
+            assert trial.step(step)
+        found = {"student": trial.student(), "average": trial.average()}
+        return {key: worst(found[key], one_process[key]) for key in found} if world.is_first else None
+
+    for error, where in in_processes(2, tmp_path, work)[0].values():
+        assert error <= 1e-6, where
+
+
 def test_half_precision_follows_the_fp32_values(tmp_path: Path) -> None:
     """In bf16 the average follows what the optimizer steps, not its rounded copy, and the module holds the nearest
     bf16 values of it, on every process."""
