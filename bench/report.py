@@ -205,9 +205,7 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylim(-0.6, len(labels) - 0.4)
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel(
-        "time of the peer / time of ours, median and 20th to 80th percentile (left of 1: the peer is faster)"
-    )
+    axis.set_xlabel("time of the peer / time of ours, median and\n20th to 80th percentile (left of 1: the peer is faster)")
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=colours[name], label=name) for name in peers]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(peers)), fontsize=8)
     return _save(figure, stem, "speedup")
@@ -258,21 +256,25 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
     bars = []
     for row in reversed(rows):
         for name, peer in row["peers"].items():
-            bars.append((f"{row['case']}\n{name}", {"the peer's whole step": 100.0}, peer["p50_s"]))
-        bars.append((f"{row['case']}\nours", row["shares"], row["p50_s"]))
-    parts = list(dict.fromkeys(part for _, shares, _ in bars for part in shares))
+            ratio = f"{peer['ratio']['p50']:.2f} times ours"
+            bars.append((f"{row['case']}\n{name}", {"the peer's whole step": 100.0}, peer["p50_s"], ratio))
+        bars.append((f"{row['case']}\nours", row["shares"], row["p50_s"], None))
+    parts = list(dict.fromkeys(part for _, shares, _, _ in bars for part in shares))
     figure, axis = plt.subplots(figsize=(10, 0.8 * len(bars) + 1.5), layout="constrained")
     colours = plt.get_cmap("tab20").colors
-    for y, (_, shares, seconds) in enumerate(bars):
+    for y, (_, shares, seconds, ratio) in enumerate(bars):
         left = 0.0
         for part, colour in zip(parts, colours, strict=False):
             width = shares.get(part, 0.0) * seconds / sum(shares.values())
             axis.barh(y, width, left=left, color=colour)
             if shares.get(part, 0.0) >= 4:
-                axis.text(left + width / 2, y, f"{shares[part]:.0f} %", ha="center", va="center", fontsize=8)
+                label = ratio or f"{shares[part]:.0f} %"
+                axis.text(left + width / 2, y, label, ha="center", va="center", fontsize=8)
             left += width
-    axis.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
+    axis.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
     axis.set_xlabel("seconds of one step")
+    axis.margins(y=0.02)
+    axis.set_xlim(0, 1.03 * max(seconds for _, _, seconds, _ in bars))
     handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=p) for p, c in zip(parts, colours, strict=False)]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(parts)), fontsize=8)
     return _save(figure, stem, "step")
