@@ -205,7 +205,9 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylim(-0.6, len(labels) - 0.4)
     axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel("time of the peer / time of ours, median and\n20th to 80th percentile (left of 1: the peer is faster)")
+    axis.set_xlabel(
+        "time of the peer / time of ours, median and\n20th to 80th percentile (left of 1: the peer is faster)"
+    )
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=colours[name], label=name) for name in peers]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(peers)), fontsize=8)
     return _save(figure, stem, "speedup")

@@ -75,6 +75,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     fits = (
         _ONEDNN_LINEAR is not None
+        # not those that are divided among devices, or that only pretend to hold numbers
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and weight.numel() >= _LARGE

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2v_fast import layers
 from d2v_fast.layers import Linear, linear
@@ -89,6 +90,8 @@ def test_left_to_torch(calls: list[tuple[int, ...]]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, bias).dtype == torch.bfloat16
     assert linear(x.to("meta"), weight.to("meta"), None).shape == (4, OUT)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert linear(mode.from_tensor(x), mode.from_tensor(weight), None).shape == (4, OUT)
     assert calls == []
 
 
