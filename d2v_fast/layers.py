@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ INIT_STD = 0.02
 
 # oneDNN's matrix product, which Inductor calls too; torch's own linear map goes to MKL
 _ONEDNN_LINEAR: Any = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+    else None
 )
 # weights with fewer elements: what a product gains there, its set-up costs
 _LARGE = 2**18
@@ -64,31 +67,37 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, where it pays by oneDNN: fp32 on a CPU, and a weight that is not small.
+    """`F.linear`, where it pays by oneDNN: fp32 on an x86 CPU, and a weight that is not small.
 
     Args:
         x: `[..., I]`.
         weight: `[O, I]`.
         bias: `[O]`.
     Returns:
-        `[..., O]`; equal to `F.linear` but for the order of the sums.
+        `[..., O]`; equal to `F.linear` but for the order of the sums. It has no second derivative where oneDNN is used.
     """
-    fits = (
-        _ONEDNN_LINEAR is not None
-        # not those that are divided among devices, or that only pretend to hold numbers
-        and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and weight.numel() >= _LARGE
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-    if not fits:
+    if not _fits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     y: Tensor = _OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight.contiguous(), bias)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    # a graph that is being made, or a transformed function, wants torch's own operation
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
+        return False
+    # not those that are divided among devices, or that only pretend to hold numbers
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+    if not plain or _ONEDNN_LINEAR is None or not torch._C._get_mkldnn_enabled():
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if weight.numel() < _LARGE or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
+        return False
+    # it would read a bias as if it had this shape, whatever its strides
+    if bias is not None and not (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.is_contiguous()):
+        return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -38,18 +38,22 @@ def tensors(*shape: int, with_bias: bool = True) -> tuple[Tensor, Tensor, Tensor
     return x.requires_grad_(), weight.requires_grad_(), torch.randn(OUT).requires_grad_() if with_bias else None
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("shape", [(7,), (3, 33), (2, 3, 5), (1,)], ids=str)
-def test_values_and_gradients(shape: tuple[int, ...], with_bias: bool, calls: list[tuple[int, ...]]) -> None:
-    inputs = [tensor for tensor in tensors(*shape, with_bias=with_bias) if tensor is not None]
-    y = linear(*inputs, *([] if with_bias else [None]))
-    grad = torch.randn_like(y)
+def assert_like_fp64(inputs: list[Any], grad: Tensor) -> None:
+    """Values and gradients of `linear`, against `F.linear` in fp64."""
+    y = linear(*inputs, *([] if len(inputs) == 3 else [None]))
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = F.linear(*exact)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
     found = torch.autograd.grad(y, inputs, grad)
     for actual, wanted in zip(found, torch.autograd.grad(expected, exact, grad.double()), strict=True):
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (3, 33), (2, 3, 5), (1,), ()], ids=str)
+def test_values_and_gradients(shape: tuple[int, ...], with_bias: bool, calls: list[tuple[int, ...]]) -> None:
+    inputs = [tensor for tensor in tensors(*shape, with_bias=with_bias) if tensor is not None]
+    assert_like_fp64(inputs, torch.randn(*shape, OUT))
     assert len(calls) == 2, "forward, and the gradient of the input"
 
 
@@ -69,15 +73,35 @@ def test_only_wanted_gradients_are_computed(calls: list[tuple[int, ...]]) -> Non
 @pytest.mark.parametrize("what", ["columns", "transposed", "expanded"])
 def test_strided_input_and_gradient(what: str, calls: list[tuple[int, ...]]) -> None:
     _, weight, bias = tensors(1)
+    assert bias is not None
     x, grad = {
         "columns": (torch.randn(6, 2 * IN)[:, ::2], torch.randn(6, 2 * OUT)[:, 1::2]),
         "transposed": (torch.randn(IN, 6).t(), torch.randn(OUT, 6).t()),
         "expanded": (torch.randn(1, IN).expand(6, IN), torch.randn(()).expand(6, OUT)),
     }[what]
-    x.requires_grad_()
-    found = torch.autograd.grad(linear(x, weight, bias), x, grad)[0]
-    torch.testing.assert_close(found, grad @ weight, rtol=1e-4, atol=1e-4)
+    weight = weight.detach().t().contiguous().t().requires_grad_()
+    assert_like_fp64([x.requires_grad_(), weight, bias], grad)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("what", ["strided", "expanded", "scalar", "one", "a row each"])
+def test_bias_of_other_layout_is_left_to_torch(what: str, calls: list[tuple[int, ...]]) -> None:
+    x, weight, _ = tensors(4)
+    bias = {
+        "strided": torch.randn(2 * OUT)[::2],
+        "expanded": torch.randn(1).expand(OUT),
+        "scalar": torch.randn(()),
+        "one": torch.randn(1),
+        "a row each": torch.randn(4, OUT),
+    }[what]
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=0)
+    assert calls == []
+
+
+def test_sizes_that_do_not_fit_are_told_by_torch() -> None:
+    x, weight, bias = tensors(4)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x[:, 1:], weight, bias)
 
 
 def test_left_to_torch(calls: list[tuple[int, ...]]) -> None:
@@ -96,15 +120,46 @@ def test_left_to_torch(calls: list[tuple[int, ...]]) -> None:
 
 
 def test_compiles_to_one_graph() -> None:
-    module = Linear(IN, OUT)
-    graph = torch.export.export(module, (torch.randn(3, IN),))
-    x = torch.randn(3, IN)
-    torch.testing.assert_close(graph.module()(x), module(x))
-    assert "linear" in str(graph.graph)
+    module, graphs = Linear(IN, OUT), []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x, chosen: module(x[chosen]), fullgraph=True, backend=keep)
+    x, chosen = torch.randn(5, IN), torch.tensor([True, False, True, True, False])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.testing.assert_close(compiled(x, chosen), module(x[chosen]))
+    assert len(graphs) == 1
+    called = str(graphs[0].graph)
+    assert "linear" in called
+    assert "mkldnn" not in called
 
 
-def test_twice_gives_the_same_bits() -> None:
-    x, weight, bias = tensors(100)
-    grads = [torch.autograd.grad(linear(x, weight, bias).square().sum(), (x, weight, bias)) for _ in range(2)]
-    for first, second in zip(*grads, strict=True):
-        assert torch.equal(first, second)
+def test_transformed_functions_are_left_to_torch(calls: list[tuple[int, ...]]) -> None:
+    x, weight, bias = tensors(2, 4)
+    expected = F.linear(x, weight, bias)
+    torch.testing.assert_close(torch.func.vmap(lambda row: linear(row, weight, bias))(x), expected)
+    grad = torch.func.grad(lambda w: linear(x, w, bias).sum())(weight)
+    torch.testing.assert_close(grad, x.detach().sum((0, 1)).expand(OUT, IN), rtol=1e-4, atol=1e-4)
+    assert calls == []
+
+
+def test_can_be_switched_off(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    linear(*tensors(2))
+    assert calls == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_twice_gives_the_same_bits(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, weight, bias = tensors(100)
+        grads = [torch.autograd.grad(linear(x, weight, bias).square().sum(), (x, weight, bias)) for _ in range(2)]
+        for first, second in zip(*grads, strict=True):
+            assert torch.equal(first, second)
+        assert_like_fp64([x, weight, bias], torch.randn(100, OUT))
+    finally:
+        torch.set_num_threads(before)
