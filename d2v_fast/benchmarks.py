@@ -36,9 +36,18 @@ def run_benchmarks(*, check: bool = False, only: str | None = None, device: str 
         raise ValueError(f"the benchmarks need {' and '.join(missing)}: `pip install 'd2v_fast[bench]'`.")
     (root / "build").mkdir(exist_ok=True)
     figures = root / "build" / ("bench-check.json" if check else "bench.json")
-    pytest = [sys.executable, "-m", "pytest", "bench", "-q", "--device", device, *(["-k", only] if only else [])]
-    if not check:
-        pytest.append("--run-slow")
+    which = ["-k", only] if only else []
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench",
+        "-q",
+        "--device",
+        device,
+        *([] if check else ["--run-slow"]),
+        *which,
+    ]
     if only:
         # asked first: without a benchmark there are no figures, which is an error of another kind
         found = subprocess.run([*pytest, "--collect-only"], cwd=root, check=False, capture_output=True)

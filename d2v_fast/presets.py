@@ -23,7 +23,7 @@ _ABOUT = {
     "speech": ("1.92 M", "300 spoken words that this library ships"),
     "speech_base": ("93.2 M", "the published Base run, for a folder of recordings"),
     "speech_large": ("313 M", "the published Large run, for a folder of recordings"),
-    "text": ("2.59 M", "the reference pages that Python carries"),
+    "text": ("735 k", "the reference pages that Python carries"),
     "text_base": ("124 M", "the published Base run, for a folder of text and a tokenizer"),
     "text_large": ("354 M", "the published Large run, for a folder of text and a tokenizer"),
     "vision_base": ("85.7 M", "the published ViT-B run, for a folder of images"),
