@@ -22,8 +22,6 @@ from d2v_fast.data import Batch, DataError, ImageBatches, ImageDataset, StepLoad
 from d2v_fast.data import loader as loader_module
 from d2v_fast.masking import block_mask_rows
 
-pytestmark = pytest.mark.alone
-
 NUM_PATCHES = 16
 
 more_workers_than_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -21,8 +21,6 @@ from d2v_fast.cli import parser
 from d2v_fast.data2vec import Data2Vec, StepOutput
 from tests.runs import figures, leave_out_reports, run_forked, run_here, start, tiny_file, wait
 
-pytestmark = pytest.mark.alone
-
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 SAVE_POINTS = ("begin", "copy", "tensors", "manifest", "rename", "retention", "delete")
