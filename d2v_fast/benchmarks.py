@@ -36,18 +36,8 @@ def run_benchmarks(*, check: bool = False, only: str | None = None, device: str 
         raise ValueError(f"the benchmarks need {' and '.join(missing)}: `pip install 'd2v_fast[bench]'`.")
     (root / "build").mkdir(exist_ok=True)
     figures = root / "build" / ("bench-check.json" if check else "bench.json")
-    which = ["-k", only] if only else []
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench",
-        "-q",
-        "--device",
-        device,
-        *([] if check else ["--run-slow"]),
-        *which,
-    ]
+    which = [*([] if check else ["--run-slow"]), *(["-k", only] if only else [])]
+    pytest = [sys.executable, "-m", "pytest", "bench", "-q", "--device", device, *which]
     if only:
         # asked first: without a benchmark there are no figures, which is an error of another kind
         found = subprocess.run([*pytest, "--collect-only"], cwd=root, check=False, capture_output=True)

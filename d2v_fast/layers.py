@@ -105,7 +105,6 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()
         ctx.save_for_backward(x, weight)
         return _multiply(x, weight, bias)
 
@@ -114,7 +113,6 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad = grad.contiguous()
         grad_x = _multiply(grad, weight.t(), None) if needs_x else None
         grad_weight = grad.t() @ x if needs_weight else None
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None
@@ -122,5 +120,5 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # rows with gaps between them would be multiplied by a loop that is a thousand times slower
-    y: Tensor = _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    y: Tensor = _ONEDNN_LINEAR(x.contiguous(), weight, bias, "none", [], "")
     return y
