@@ -95,27 +95,41 @@ def test_published_parameter_counts(sizes: dict[str, int], count: int, positions
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+# the second is too wide to copy windows out
+@pytest.mark.parametrize("width", [6, 40])
 @pytest.mark.parametrize(
-    ("kernels", "strides"), [((10, 3, 3, 2), (5, 2, 2, 2)), ((7, 4, 1), (3, 3, 1)), ((2, 3, 5), (4, 4, 2))]
+    ("kernels", "strides", "num_samples"),
+    [
+        ((10, 3, 3, 2), (5, 2, 2, 2), 333),
+        ((10, 3, 3, 2), (5, 2, 2, 2), 360),
+        ((7, 4, 1), (3, 3, 1), 333),
+        ((2, 3, 5), (4, 4, 2), 333),
+        ((10,), (5,), 10),
+        ((80, 3), (5, 2), 95),
+    ],
 )
-def test_convolutions(kernels: tuple[int, ...], strides: tuple[int, ...], recompute: bool) -> None:
-    stack = ConvStack(6, kernels, strides, recompute=recompute)
+def test_convolutions(
+    kernels: tuple[int, ...], strides: tuple[int, ...], num_samples: int, width: int, recompute: bool
+) -> None:
+    stack = ConvStack(width, kernels, strides, recompute=recompute)
     reference.randomise_(stack)
-    waveforms = torch.randn(3, 333)
+    waveforms = torch.randn(3, num_samples, requires_grad=True)
     actual = stack(waveforms)
     actual.square().sum().backward()
 
     weights = double_weights(stack)
-    x = waveforms.double()[:, None]
+    exact = waveforms.detach().double().requires_grad_()
+    x = exact[:, None]
     for i, stride in enumerate(strides):
         x = F.conv1d(x, weights[f"weights.{i}"].transpose(1, 2), stride=stride).transpose(1, 2)
-        x = F.gelu(F.layer_norm(x, (6,), weights[f"norm_weights.{i}"], weights[f"norm_biases.{i}"])).transpose(1, 2)
+        x = F.gelu(F.layer_norm(x, (width,), weights[f"norm_weights.{i}"], weights[f"norm_biases.{i}"])).transpose(1, 2)
     expected = x.transpose(1, 2)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     expected.square().sum().backward()
-    for name, parameter in stack.named_parameters():
-        assert parameter.grad is not None
-        error = (parameter.grad.double() - weights[name].grad).abs().max() / weights[name].grad.abs().max()
+    wanted = {name: weight.grad for name, weight in weights.items()} | {"waveforms": exact.grad}
+    for name, tensor in [*stack.named_parameters(), ("waveforms", waveforms)]:
+        assert tensor.grad is not None
+        error = (tensor.grad.double() - wanted[name]).abs().max() / wanted[name].abs().max()
         assert error < 1e-5, f"{name}: {error:.1e}"
 
 

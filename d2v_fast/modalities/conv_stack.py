@@ -1,20 +1,26 @@
 """The convolutions over a waveform, channels last from end to end: no transposes, no im2col.
 
-Shape letters: B batch, N samples, T frames of a layer, C channels.
+Shape letters: B batch, N samples, T frames of a layer, C channels, R rows: frames of a layer, of all utterances.
 
 A layer is a convolution without bias, layer norm over the channels and GELU (wav2vec 2.0, arXiv 2006.11477, section
 2, with layer norm in every layer). Channels last, a convolution of kernel k and stride s is k / s matrix products,
 rounded up: s neighbouring frames are one contiguous row of s * C numbers, and rows follow each other without a gap.
+The utterances follow each other without a gap, too: each layer has s times the rows of the next one. For that, the
+waveforms are filled up by less than one frame of the last layer; what comes of it, or of a window that reaches into the
+next utterance, is past the end of its utterance in every layer, and is cut off at last.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.layers import linear
 from d2v_fast.ops.norm_gelu import layer_norm_gelu, layer_norm_gelu_backward, layer_norm_gelu_forward
 
 # of a window: below, the few numbers are copied out, or every product would be too narrow
@@ -58,8 +64,8 @@ class ConvStack(nn.Module):
         Raises:
             ValueError: the waveforms are too short for one frame.
         """
-        x = waveforms[:, :, None].to(self._dtype())
-        frames = _Convolution.apply(x, self._cast(self.weights[0]), self.strides[0])
+        x, num_frames = self._fill_up(waveforms.to(self._dtype()))
+        frames = _Convolution.apply(x.reshape(-1, 1), self._cast(self.weights[0]), self.strides[0])
         for index in range(1, len(self.strides)):
             frames = _NormGeluConvolution.apply(
                 frames,
@@ -70,7 +76,22 @@ class ConvStack(nn.Module):
                 self.eps,
                 self.recompute,
             )
-        return layer_norm_gelu(frames, self.norm_weights[-1], self.norm_biases[-1], eps=self.eps)
+        y = layer_norm_gelu(frames, self.norm_weights[-1], self.norm_biases[-1], eps=self.eps)
+        return y.view(len(waveforms), -1, y.shape[-1])[:, :num_frames]
+
+    def _fill_up(self, waveforms: Tensor) -> tuple[Tensor, int]:
+        """Waveforms of as many samples as make whole rows in every layer, and the number of frames at the end."""
+        layers = [(weight.shape[1], stride) for weight, stride in zip(self.weights, self.strides, strict=True)]
+        num_frames = waveforms.shape[1]
+        for kernel, stride in layers:
+            num_frames = _num_frames(num_frames, kernel, stride)
+        # what the last layer's frames read, from layer to layer
+        num_read = num_rows = num_frames
+        samples = 1
+        for kernel, stride in reversed(layers):
+            num_read, samples = (num_read - 1) * stride + kernel, samples * stride
+            num_rows = max(num_rows, -(-num_read // samples))
+        return F.pad(waveforms, (0, num_rows * samples - waveforms.shape[1])), num_frames
 
     def _dtype(self) -> torch.dtype:
         device_type = self.weights[0].device.type
@@ -83,7 +104,7 @@ class ConvStack(nn.Module):
 
 
 class _Convolution(torch.autograd.Function):
-    """`[B, T, C]` and a weight `[O, k, C]` to `[B, T', O]`."""
+    """`[R * stride, C]` and a weight `[O, k, C]` to `[R, O]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -130,25 +151,34 @@ def _num_frames(num_inputs: int, kernel: int, stride: int) -> int:
     return (num_inputs - kernel) // stride + 1
 
 
-def _windows(x: Tensor, kernel: int, stride: int, num_frames: int) -> Iterator[tuple[int, int, Tensor]]:
-    """The taps of a convolution, a few at a time: first, number, and `[B, T', number * C]`, a view of `x`."""
-    B, T, C = x.shape
+def _windows(x: Tensor, kernel: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
+    """The taps of a convolution, as many at a time as the stride: their columns in a weight, and a view of `x`.
+
+    The view is `[R', number of them * C]`, R' being R less the last rows, whose windows end past the end of `x`.
+    """
+    num_inputs, C = x.shape
     for first in range(0, kernel, stride):
         num = min(stride, kernel - first)
-        offset = x.storage_offset() + first * C
-        yield first, num, x.as_strided((B, num_frames, num * C), (T * C, stride * C, 1), offset)
+        size = ((num_inputs - first - num) // stride + 1, num * C)
+        yield slice(first * C, (first + num) * C), x.as_strided(size, (stride * C, 1), x.storage_offset() + first * C)
+
+
+def _copied_windows(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """`[R, kernel * C]`."""
+    C = x.shape[1]
+    return F.pad(x.reshape(-1), (0, max(0, kernel - stride) * C)).unfold(0, kernel * C, stride * C)
 
 
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     out_width, kernel, C = weight.shape
-    num_frames = _num_frames(x.shape[1], kernel, stride)
-    x = x.contiguous()
     flat = weight.view(out_width, kernel * C)
     if kernel * C <= _COPIED_WINDOW:
-        return x.view(len(x), -1).unfold(1, kernel * C, stride * C) @ flat.t()
-    out = x.new_empty(len(x), num_frames, out_width)
-    for first, num, window in _windows(x, kernel, stride, num_frames):
-        _multiply(out, window, flat[:, first * C : (first + num) * C].t(), add=first > 0)
+        return F.linear(_copied_windows(x, kernel, stride), flat)
+    windows = _windows(x, kernel, stride)
+    columns, window = next(windows)
+    out = linear(window, flat[:, columns], None)
+    for columns, window in windows:
+        out[: len(window)].addmm_(window, flat[:, columns].t())
     return out
 
 
@@ -156,35 +186,26 @@ def _convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     out_width, kernel, C = weight.shape
-    num_frames = grad.shape[1]
-    x = x.contiguous()
     flat = weight.view(out_width, kernel * C)
-    grad_x = None
-    if needs_x:
-        grad_x = torch.empty_like(x)
-        # every input is in a window of the first taps, but for these
-        grad_x[:, num_frames * stride :] = 0
-        if kernel < stride:
-            grad_x.zero_()
-        for first, num, window in _windows(grad_x, kernel, stride, num_frames):
-            _multiply(window, grad, flat[:, first * C : (first + num) * C], add=first > 0)
+    grad_x = _input_gradient(grad, flat, x.shape, kernel, stride) if needs_x else None
     if kernel * C <= _COPIED_WINDOW:
-        copied = x.view(len(x), -1).unfold(1, kernel * C, stride * C).reshape(-1, kernel * C)
-        return grad_x, (grad.reshape(-1, out_width).t() @ copied).view_as(weight)
-    grad_weight = torch.empty_like(flat)
-    for first, num, window in _windows(x, kernel, stride, num_frames):
-        part = grad_weight[:, first * C : (first + num) * C]
-        for sample in range(len(x)):
-            part.addmm_(grad[sample].t(), window[sample], beta=0 if sample == 0 else 1)
-    return grad_x, grad_weight.view_as(weight)
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
-    """`out[i] = a[i] @ b`, or added to it. `out` may be a view with gaps between its rows."""
-    beta = 1 if add else 0
-    if out.device.type == "cpu":
-        # a batch of products with gaps would be computed by a slow loop
-        for sample in range(len(out)):
-            out[sample].addmm_(a[sample], b, beta=beta)
+        # this way round: a product with few columns is slower than one with few rows
+        grad_weight = (_copied_windows(x, kernel, stride).t() @ grad).t()
     else:
-        torch.baddbmm(out, a, b.expand(len(a), -1, -1), beta=beta, out=out)
+        grad_weight = torch.empty_like(flat)
+        for columns, window in _windows(x, kernel, stride):
+            torch.mm(grad[: len(window)].t(), window, out=grad_weight[:, columns])
+    return grad_x, grad_weight.reshape(weight.shape)
+
+
+def _input_gradient(grad: Tensor, flat: Tensor, shape: torch.Size, kernel: int, stride: int) -> Tensor:
+    C = shape[1]
+    if kernel < stride:
+        grad_x = grad.new_zeros(shape)
+    else:
+        # every input is in a window of the first taps
+        grad_x = linear(grad, flat[:, : stride * C].t(), None).view(shape)
+    for columns, window in _windows(grad_x, kernel, stride):
+        if columns.start > 0 or kernel < stride:
+            window.addmm_(grad[: len(window)], flat[:, columns])
+    return grad_x
