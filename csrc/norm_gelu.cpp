@@ -329,8 +329,9 @@ void check_channels(const Tensor& x, const Tensor& weight, const Tensor& bias) {
                   "layer_norm_gelu: weight and bias must be [C] for an x of [..., C]");
 }
 
-bool goes_around_caches(const Tensor& out, int64_t width) {
-  return out.scalar_type() == ScalarType::Float && out.numel() * 4 > kStreamBytes && width % 4 == 0;
+bool goes_around_caches(const Tensor& out) {
+  return out.scalar_type() == ScalarType::Float && out.numel() * 4 > kStreamBytes &&
+         out.size(out.dim() - 1) % 4 == 0;
 }
 
 // like[channel] <- the sum over all blocks of the partial sums [num_blocks, 2, width], in the type of `like`.
@@ -358,6 +359,47 @@ Tensor sum_blocks(const Tensor& like, const float* sums, int64_t num_blocks, int
   return out;
 }
 
+// out <- the gradient of x; it may be `grad`, of which a row is read before it is written. -> grad_weight,
+// grad_bias.
+std::tuple<Tensor, Tensor> backward_into(Tensor& out, bool stream, Tensor grad, Tensor x,
+                                         const Tensor& weight, const Tensor& bias, Tensor mean, Tensor rstd) {
+  check_channels(x, weight, bias);
+  const int64_t last = x.dim() - 1, width = x.size(last);
+  const int type = storage_index(x.scalar_type());
+  mean = torch::stable::contiguous(mean);
+  rstd = torch::stable::contiguous(rstd);
+  STD_TORCH_CHECK(sizes_of(grad, grad.dim()) == sizes_of(x, x.dim()) && grad.scalar_type() == x.scalar_type(),
+                  "layer_norm_gelu_backward: grad must have the shape and dtype of x");
+  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float &&
+                      mean.numel() * width == x.numel() && rstd.numel() == mean.numel(),
+                  "layer_norm_gelu_backward: mean and rstd must be fp32, one for every row of x");
+  const std::vector<float> w = widened(weight), b = widened(bias);
+  Plan plan{};
+  plan.x = rows_of(x);
+  plan.grad = rows_of(grad);
+  plan.weight = w.data();
+  plan.bias = b.data();
+  plan.mean = static_cast<float*>(mean.mutable_data_ptr());
+  plan.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  plan.out = static_cast<char*>(out.mutable_data_ptr());
+  plan.num_rows = mean.numel();
+  plan.width = width;
+  plan.stream = stream;
+  const int64_t n = plan.num_rows,
+                rows_per_block = std::clamp((n + kBlocks - 1) / kBlocks, kMinRows, kMaxRows);
+  const int64_t num_blocks = (n + rows_per_block - 1) / rows_per_block;
+  std::vector<float> sums(num_blocks * 2 * width);
+  torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> slope(width);
+    for (int64_t i = begin; i < end; ++i) {
+      kBackward[type](plan, i * rows_per_block, std::min(n, (i + 1) * rows_per_block),
+                      sums.data() + i * 2 * width, slope.data());
+    }
+  });
+  return {sum_blocks(weight, sums.data(), num_blocks, width),
+          sum_blocks(bias, sums.data() + width, num_blocks, width)};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, double eps) {
@@ -379,7 +421,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tens
   plan.num_rows = mean.numel();
   plan.width = width;
   plan.eps = eps;
-  plan.stream = goes_around_caches(y, width);
+  plan.stream = goes_around_caches(y);
   const int64_t rows_per_task = std::max<int64_t>(kChunk / std::max<int64_t>(width, 1), 1);
   torch::stable::parallel_for(0, plan.num_rows, rows_per_task,
                               [&](int64_t begin, int64_t end) { kForward[type](plan, begin, end); });
@@ -388,43 +430,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tens
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias,
                                                             Tensor mean, Tensor rstd) {
-  check_channels(x, weight, bias);
-  const int64_t last = x.dim() - 1, width = x.size(last);
-  const int type = storage_index(x.scalar_type());
-  mean = torch::stable::contiguous(mean);
-  rstd = torch::stable::contiguous(rstd);
-  STD_TORCH_CHECK(sizes_of(grad, grad.dim()) == sizes_of(x, x.dim()) && grad.scalar_type() == x.scalar_type(),
-                  "layer_norm_gelu_backward: grad must have the shape and dtype of x");
-  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float &&
-                      mean.numel() * width == x.numel() && rstd.numel() == mean.numel(),
-                  "layer_norm_gelu_backward: mean and rstd must be fp32, one for every row of x");
-  Tensor grad_x = torch::stable::new_empty(x, sizes_of(x, last + 1));
+  Tensor grad_x = torch::stable::new_empty(x, sizes_of(x, x.dim()));
   prefer_huge_pages(grad_x);
-  const std::vector<float> w = widened(weight), b = widened(bias);
-  Plan plan{};
-  plan.x = rows_of(x);
-  plan.grad = rows_of(grad);
-  plan.weight = w.data();
-  plan.bias = b.data();
-  plan.mean = static_cast<float*>(mean.mutable_data_ptr());
-  plan.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-  plan.out = static_cast<char*>(grad_x.mutable_data_ptr());
-  plan.num_rows = mean.numel();
-  plan.width = width;
-  plan.stream = goes_around_caches(grad_x, width);
-  const int64_t n = plan.num_rows,
-                rows_per_block = std::clamp((n + kBlocks - 1) / kBlocks, kMinRows, kMaxRows);
-  const int64_t num_blocks = (n + rows_per_block - 1) / rows_per_block;
-  std::vector<float> sums(num_blocks * 2 * width);
-  torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> slope(width);
-    for (int64_t i = begin; i < end; ++i) {
-      kBackward[type](plan, i * rows_per_block, std::min(n, (i + 1) * rows_per_block),
-                      sums.data() + i * 2 * width, slope.data());
-    }
-  });
-  return {grad_x, sum_blocks(weight, sums.data(), num_blocks, width),
-          sum_blocks(bias, sums.data() + width, num_blocks, width)};
+  const auto [grad_weight, grad_bias] =
+      backward_into(grad_x, goes_around_caches(grad_x), grad, x, weight, bias, mean, rstd);
+  return {grad_x, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor> layer_norm_gelu_backward_(Tensor grad, Tensor x, Tensor weight, Tensor bias,
+                                                     Tensor mean, Tensor rstd) {
+  STD_TORCH_CHECK(grad.is_contiguous(), "layer_norm_gelu_backward_: grad must be contiguous");
+  // a row of it has just been read, and is in the caches
+  return backward_into(grad, false, grad, x, weight, bias, mean, rstd);
 }
 
 }  // namespace d2v

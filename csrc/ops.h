@@ -48,5 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tens
 // grad [..., C] as x -> grad_x [..., C] as x, grad_weight [C] as weight, grad_bias [C] as bias.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias,
                                                             Tensor mean, Tensor rstd);
+// grad, contiguous, <- grad_x. -> grad_weight, grad_bias.
+std::tuple<Tensor, Tensor> layer_norm_gelu_backward_(Tensor grad, Tensor x, Tensor weight, Tensor bias,
+                                                     Tensor mean, Tensor rstd);
 
 }  // namespace d2v

@@ -101,7 +101,7 @@ def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """`[M, I]` to `[M, O]`. The gradient of the weight stays with MKL, which is as fast there."""
+    """`[M, I]` to `[M, O]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -114,8 +114,15 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = _multiply(grad, weight.t(), None) if needs_x else None
-        grad_weight = grad.t() @ x if needs_weight else None
+        grad_weight = _weight_gradient(grad, x) if needs_weight else None
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    # oneDNN wants `grad` transposed in memory: it pays where the output is much narrower than the input
+    if 2 * grad.shape[1] <= x.shape[1]:
+        return _multiply(grad.t(), x.contiguous().t(), None)
+    return grad.t() @ x
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -235,10 +235,23 @@ def layer_norm_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward pass and the sum over its programs: gradients of `x`, `weight` and `bias`."""
+    grad_x = x.new_empty(x.shape)
+    return grad_x, *_backward_into(grad_x, grad, x, weight, bias, mean, rstd)
+
+
+def layer_norm_gelu_backward_(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same with the gradient of `x` in place of `grad`: a program has read a tile before it writes it."""
+    return _backward_into(grad, grad, x, weight, bias, mean, rstd)
+
+
+def _backward_into(
+    grad_x: Tensor, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     if x.numel() == 0:
-        return x.new_empty(x.shape), torch.zeros_like(weight), torch.zeros_like(bias)
-    grad_x = x.new_empty(x.shape)
+        return torch.zeros_like(weight), torch.zeros_like(bias)
     grad_weight, grad_bias = weight.new_empty(width), bias.new_empty(width)
     grads, rows = as_groups(grad, x)
     num_groups, rows_per_group, _ = rows.shape
@@ -277,4 +290,4 @@ def layer_norm_gelu_backward(
         BLOCK_C=block_c,
         num_warps=8,
     )
-    return grad_x, grad_weight, grad_bias
+    return grad_weight, grad_bias

@@ -57,6 +57,16 @@ def test_values_and_gradients(shape: tuple[int, ...], with_bias: bool, calls: li
     assert len(calls) == 2, "forward, and the gradient of the input"
 
 
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 33, 700])
+def test_narrow_output(num_rows: int, strided: bool, calls: list[tuple[int, ...]]) -> None:
+    """There the gradient of the weight is a product of oneDNN, too."""
+    x, grad = torch.randn(num_rows, 2 * 1024), torch.randn(num_rows, 2 * 256)
+    x, grad = (x[:, ::2], grad[:, 1::2]) if strided else (x[:, :1024].contiguous(), grad[:, :256].contiguous())
+    assert_like_fp64([x.requires_grad_(), torch.randn(256, 1024).requires_grad_()], grad)
+    assert calls == [(num_rows, 1024), (num_rows, 256), (256, num_rows)]
+
+
 def test_only_wanted_gradients_are_computed(calls: list[tuple[int, ...]]) -> None:
     x, weight, bias = tensors(9)
     assert bias is not None

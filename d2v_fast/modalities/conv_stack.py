@@ -12,7 +12,6 @@ next utterance, is past the end of its utterance in every layer, and is cut off 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.layers import linear
-from d2v_fast.ops.norm_gelu import layer_norm_gelu, layer_norm_gelu_backward, layer_norm_gelu_forward
+from d2v_fast.ops.norm_gelu import layer_norm_gelu, layer_norm_gelu_backward_, layer_norm_gelu_forward
 
 # of a window: below, the few numbers are copied out, or every product would be too narrow
 _COPIED_WINDOW = 64
@@ -113,6 +112,7 @@ class _Convolution(torch.autograd.Function):
         return _convolve(x, weight, stride)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = _convolve_backward(grad.contiguous(), x, weight, ctx.stride, ctx.needs_input_grad[0])
@@ -132,6 +132,7 @@ class _NormGeluConvolution(torch.autograd.Function):
         return _convolve(activated, weight, stride)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, mean, rstd, activated = ctx.saved_tensors
         if activated is None:
@@ -139,8 +140,8 @@ class _NormGeluConvolution(torch.autograd.Function):
         grad_activated, grad_weight = _convolve_backward(grad.contiguous(), activated, weight, ctx.stride, True)
         del activated
         assert grad_activated is not None
-        grads = layer_norm_gelu_backward(grad_activated, x, norm_weight, norm_bias, mean, rstd)
-        return *grads, grad_weight, None, None, None
+        grads = layer_norm_gelu_backward_(grad_activated, x, norm_weight, norm_bias, mean, rstd)
+        return grad_activated, *grads, grad_weight, None, None, None
 
 
 def _num_frames(num_inputs: int, kernel: int, stride: int) -> int:

@@ -30,6 +30,15 @@ def layer_norm_gelu_backward_reference(
     return grads[0].to(x.dtype).contiguous(), grads[1].to(weight.dtype), grads[2].to(bias.dtype)
 
 
+def layer_norm_gelu_backward_inplace_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, the gradient of `x` in place of `grad`."""
+    grad_x, grad_weight, grad_bias = layer_norm_gelu_backward_reference(grad, x, weight, bias, mean, rstd)
+    grad.copy_(grad_x)
+    return grad_weight, grad_bias
+
+
 define(
     "layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
     layer_norm_gelu_reference,
@@ -40,6 +49,12 @@ define(
     "(Tensor, Tensor, Tensor)",
     layer_norm_gelu_backward_reference,
     "norm_gelu.layer_norm_gelu_backward",
+)
+define(
+    "layer_norm_gelu_backward_(Tensor(a!) grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) -> "
+    "(Tensor, Tensor)",
+    layer_norm_gelu_backward_inplace_reference,
+    "norm_gelu.layer_norm_gelu_backward_",
 )
 
 
@@ -54,6 +69,13 @@ def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+@torch.library.register_fake("d2v::layer_norm_gelu_backward_")
+def _fake_backward_inplace(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -152,6 +174,34 @@ def layer_norm_gelu_backward(
     Raises:
         ValueError: A gradient or statistics of another shape or dtype.
     """
+    _check_backward(grad, x, mean, rstd)
+    grad_x, grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
+    return grad_x, grad_weight, grad_bias
+
+
+def layer_norm_gelu_backward_(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm_gelu_backward`` that leaves the gradient of ``x`` in ``grad``: a large result is new memory.
+
+    Args:
+        grad: As there, and contiguous.
+        x, weight, bias, mean, rstd: As there.
+
+    Returns:
+        Gradients of ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: As there, or ``grad`` is not contiguous.
+    """
+    _check_backward(grad, x, mean, rstd)
+    if not grad.is_contiguous():
+        raise ValueError(f"`grad` must be contiguous to be overwritten, but has strides {grad.stride()} instead.")
+    grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
+    return grad_weight, grad_bias
+
+
+def _check_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
     if grad.shape != x.shape or grad.dtype != x.dtype:
         raise ValueError(
             f"`grad` must be {x.dtype} of shape {tuple(x.shape)} as `x` is, "
@@ -163,5 +213,3 @@ def layer_norm_gelu_backward(
                 f"`{name}` must be fp32 of shape {tuple(x.shape[:-1])}, one number for each row of `x`, "
                 f"but is {value.dtype} of shape {tuple(value.shape)} instead."
             )
-    grad_x, grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
-    return grad_x, grad_weight, grad_bias

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from d2v_fast.ops import HAS_CPP, layer_norm_gelu
 from d2v_fast.ops.norm_gelu import (
     layer_norm_gelu_backward,
+    layer_norm_gelu_backward_,
+    layer_norm_gelu_backward_inplace_reference,
     layer_norm_gelu_backward_reference,
     layer_norm_gelu_forward,
     layer_norm_gelu_reference,
@@ -205,6 +207,36 @@ def test_forward_and_backward_by_hand(device):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+# the last one is large enough to be stored around the caches
+@pytest.mark.parametrize("shape", [(0, 3), (2, 9, 33), (70, 5), (3001, 130), (17000, 129), (17000, 256)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_in_place(device, dtype, shape):
+    """The bits of the form that makes a new gradient, where the old one was."""
+    x, weight, bias, grad = (value.detach() for value in make(device, shape, dtype, dtype))
+    if len(shape) > 2:
+        x = F.pad(x, (0, 0, 0, 2))[:, : shape[1]]
+    _, mean, rstd = layer_norm_gelu_forward(x, weight, bias)
+    want = layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
+    by_reference = grad.clone()
+    reference = layer_norm_gelu_backward_inplace_reference(by_reference, x, weight, bias, mean, rstd)
+    got = grad, *layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for a, b in zip((by_reference, *reference), want, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).float().norm() <= 2e-2 * b.float().norm()
+
+
+def test_backward_in_place_by_triton(device):
+    pytest.importorskip("triton")
+    from d2v_fast.kernels import norm_gelu
+
+    x, weight, bias, grad = (value.detach() for value in make(device, (3, 50, 96), torch.float32))
+    _, mean, rstd = layer_norm_gelu_forward(x, weight, bias)
+    want = norm_gelu.layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
+    got = grad, *norm_gelu.layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_what_needs_no_gradient(device):
     x, weight, bias, grad = make(device, (4, 6), torch.float32)
     want = torch.autograd.grad(layer_norm_gelu(x, weight, bias), (x, weight, bias), grad)
@@ -284,6 +316,7 @@ def test_opcheck(device, dtype):
     _, mean, rstd = layer_norm_gelu_forward(x, weight, bias)
     inputs = (grad, x.detach().mT.contiguous().mT, weight.detach(), bias.detach(), mean, rstd)
     torch.library.opcheck(torch.ops.d2v.layer_norm_gelu_backward.default, inputs)
+    torch.library.opcheck(torch.ops.d2v.layer_norm_gelu_backward_.default, inputs)
 
 
 def test_compile_fullgraph(device):
@@ -417,3 +450,11 @@ def test_bad_input_of_backward(change, message):
     arguments |= {"mean": torch.zeros(4), "rstd": torch.ones(4)} | change
     with pytest.raises(ValueError, match=message):
         layer_norm_gelu_backward(**arguments)
+    with pytest.raises(ValueError, match=message):
+        layer_norm_gelu_backward_(**arguments)
+
+
+def test_overwritten_gradient_must_be_contiguous():
+    arguments = [torch.zeros(3, 4).t(), torch.zeros(4, 3), torch.ones(3), torch.zeros(3), torch.zeros(4), torch.ones(4)]
+    with pytest.raises(ValueError, match=r"`grad` must be contiguous to be overwritten, but has strides \(1, 4\)"):
+        layer_norm_gelu_backward_(*arguments)
