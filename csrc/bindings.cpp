@@ -60,6 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(d2v, CPU, m) {
   m.impl("scale_gradient_", TORCH_BOX(&d2v::scale_gradient_));
   m.impl("data2vec_loss", TORCH_BOX(&d2v::data2vec_loss));
   m.impl("layer_norm_gelu", TORCH_BOX(&d2v::layer_norm_gelu));
+  m.impl("layer_norm_gelu_", TORCH_BOX(&d2v::layer_norm_gelu_));
   m.impl("layer_norm_gelu_backward", TORCH_BOX(&d2v::layer_norm_gelu_backward));
   m.impl("layer_norm_gelu_backward_", TORCH_BOX(&d2v::layer_norm_gelu_backward_));
 }

@@ -359,6 +359,32 @@ Tensor sum_blocks(const Tensor& like, const float* sums, int64_t num_blocks, int
   return out;
 }
 
+// out <- the values; it may be `x`, of which a row is read before it is written. -> mean, rstd.
+std::tuple<Tensor, Tensor> forward_into(Tensor& out, bool stream, Tensor x, const Tensor& weight,
+                                        const Tensor& bias, double eps) {
+  check_channels(x, weight, bias);
+  const int64_t last = x.dim() - 1, width = x.size(last);
+  const int type = storage_index(x.scalar_type());
+  Tensor mean = torch::stable::new_empty(x, sizes_of(x, last), ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, sizes_of(x, last), ScalarType::Float);
+  const std::vector<float> w = widened(weight), b = widened(bias);
+  Plan plan{};
+  plan.x = rows_of(x);
+  plan.weight = w.data();
+  plan.bias = b.data();
+  plan.mean = static_cast<float*>(mean.mutable_data_ptr());
+  plan.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  plan.out = static_cast<char*>(out.mutable_data_ptr());
+  plan.num_rows = mean.numel();
+  plan.width = width;
+  plan.eps = eps;
+  plan.stream = stream;
+  const int64_t rows_per_task = std::max<int64_t>(kChunk / std::max<int64_t>(width, 1), 1);
+  torch::stable::parallel_for(0, plan.num_rows, rows_per_task,
+                              [&](int64_t begin, int64_t end) { kForward[type](plan, begin, end); });
+  return {mean, rstd};
+}
+
 // out <- the gradient of x; it may be `grad`, of which a row is read before it is written. -> grad_weight,
 // grad_bias.
 std::tuple<Tensor, Tensor> backward_into(Tensor& out, bool stream, Tensor grad, Tensor x,
@@ -403,29 +429,16 @@ std::tuple<Tensor, Tensor> backward_into(Tensor& out, bool stream, Tensor grad, 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, double eps) {
-  check_channels(x, weight, bias);
-  const int64_t last = x.dim() - 1, width = x.size(last);
-  const int type = storage_index(x.scalar_type());
-  Tensor y = torch::stable::new_empty(x, sizes_of(x, last + 1));
-  Tensor mean = torch::stable::new_empty(x, sizes_of(x, last), ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x, sizes_of(x, last), ScalarType::Float);
+  Tensor y = torch::stable::new_empty(x, sizes_of(x, x.dim()));
   prefer_huge_pages(y);
-  const std::vector<float> w = widened(weight), b = widened(bias);
-  Plan plan{};
-  plan.x = rows_of(x);
-  plan.weight = w.data();
-  plan.bias = b.data();
-  plan.mean = static_cast<float*>(mean.mutable_data_ptr());
-  plan.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-  plan.out = static_cast<char*>(y.mutable_data_ptr());
-  plan.num_rows = mean.numel();
-  plan.width = width;
-  plan.eps = eps;
-  plan.stream = goes_around_caches(y);
-  const int64_t rows_per_task = std::max<int64_t>(kChunk / std::max<int64_t>(width, 1), 1);
-  torch::stable::parallel_for(0, plan.num_rows, rows_per_task,
-                              [&](int64_t begin, int64_t end) { kForward[type](plan, begin, end); });
+  const auto [mean, rstd] = forward_into(y, goes_around_caches(y), x, weight, bias, eps);
   return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor> layer_norm_gelu_(Tensor x, Tensor weight, Tensor bias, double eps) {
+  STD_TORCH_CHECK(x.is_contiguous(), "layer_norm_gelu_: x must be contiguous");
+  // a row of it has just been read, and is in the caches
+  return forward_into(x, false, x, weight, bias, eps);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias,

@@ -44,6 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
 // GELU (exact) of the layer norm of x [..., C] fp32 | bf16 | fp16, with weight and bias [C] fp32 or as x.
 // -> y [..., C] as x; mean, rstd [...] fp32.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, double eps);
+// x, contiguous, <- y. -> mean, rstd.
+std::tuple<Tensor, Tensor> layer_norm_gelu_(Tensor x, Tensor weight, Tensor bias, double eps);
 
 // grad [..., C] as x -> grad_x [..., C] as x, grad_weight [C] as weight, grad_bias [C] as bias.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias,

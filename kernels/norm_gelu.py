@@ -204,11 +204,20 @@ def tile_of(width: int) -> dict[str, int]:
 def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward pass: ``(y, mean, rstd)``; no host synchronisation."""
     y = x.new_empty(x.shape)
+    return y, *_forward_into(y, x, weight, bias, eps)
+
+
+def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same with `y` in place of `x`: a program has read a tile before it writes it."""
+    return _forward_into(x, x, weight, bias, eps)
+
+
+def _forward_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     width = x.shape[-1]
     if x.numel() == 0:
-        return y, mean, rstd
+        return mean, rstd
     (rows,) = as_groups(x)
     num_groups, rows_per_group, _ = rows.shape
     tile = tile_of(width)
@@ -228,7 +237,7 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
         C=width,
         **tile,
     )
-    return y, mean, rstd
+    return mean, rstd
 
 
 def layer_norm_gelu_backward(

@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.layers import linear
-from d2v_fast.ops.norm_gelu import layer_norm_gelu, layer_norm_gelu_backward_, layer_norm_gelu_forward
+from d2v_fast.ops.norm_gelu import (
+    layer_norm_gelu,
+    layer_norm_gelu_,
+    layer_norm_gelu_backward_,
+    layer_norm_gelu_forward,
+)
 
 # of a window: below, the few numbers are copied out, or every product would be too narrow
 _COPIED_WINDOW = 64
@@ -32,7 +37,8 @@ class ConvStack(nn.Module):
     Args:
         width: C, of all layers.
         kernels, strides: in frames of the layer's input, one per layer.
-        recompute: keep only the outputs of the convolutions for the backward pass, and compute norm and GELU again.
+        recompute: keep only the outputs of the convolutions for the backward pass, and compute norm and GELU again. The
+            first one's output is computed again in any case: of one channel, it costs less than to keep it.
     """
 
     def __init__(
@@ -64,8 +70,14 @@ class ConvStack(nn.Module):
             ValueError: the waveforms are too short for one frame.
         """
         x, num_frames = self._fill_up(waveforms.to(self._dtype()))
-        frames = _Convolution.apply(x.reshape(-1, 1), self._cast(self.weights[0]), self.strides[0])
-        for index in range(1, len(self.strides)):
+        x = x.reshape(-1, 1)
+        first = x, self._cast(self.weights[0]), self.strides[0]
+        if len(self.strides) == 1:
+            frames = _Convolution.apply(*first)
+        else:
+            second = self.norm_weights[0], self.norm_biases[0], self._cast(self.weights[1]), self.strides[1]
+            frames = _FirstTwoConvolutions.apply(*first, *second, self.eps, self.recompute)
+        for index in range(2, len(self.strides)):
             frames = _NormGeluConvolution.apply(
                 frames,
                 self.norm_weights[index - 1],
@@ -119,6 +131,55 @@ class _Convolution(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class _FirstTwoConvolutions(torch.autograd.Function):
+    """The first convolution, layer norm and GELU in its place, and the next convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        stride: int,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        next_weight: Tensor,
+        next_stride: int,
+        eps: float,
+        lean: bool,
+    ) -> Tensor:
+        activated = _convolve(x, weight, stride)
+        mean, rstd = layer_norm_gelu_(activated, norm_weight, norm_bias, eps=eps)
+        ctx.strides, ctx.eps = (stride, next_stride), eps
+        saved = x, weight, norm_weight, norm_bias, next_weight, mean, rstd, None if lean else activated
+        ctx.save_for_backward(*saved)
+        return _convolve(activated, next_weight, next_stride)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, norm_weight, norm_bias, next_weight, mean, rstd, activated = ctx.saved_tensors
+        stride, next_stride = ctx.strides
+        if activated is None:
+            activated = _convolve(x, weight, stride)
+            layer_norm_gelu_(activated, norm_weight, norm_bias, eps=ctx.eps)
+        grad_frames, grad_next = _convolve_backward(grad.contiguous(), activated, next_weight, next_stride, True)
+        del activated
+        assert grad_frames is not None
+        grad_norms = []
+        for rows in _parts(len(grad_frames)):
+            # with the samples that the last windows reach over
+            end = rows.stop + -(-weight.shape[1] // stride) - 1
+            frames = _convolve(x[rows.start * stride : end * stride], weight, stride)[: rows.stop - rows.start]
+            part = grad_frames[rows], frames, norm_weight, norm_bias, mean[rows], rstd[rows]
+            grad_norms.append(layer_norm_gelu_backward_(*part))
+        grad_norm_weight, grad_norm_bias = (
+            torch.stack(parts).sum(0, dtype=torch.float32).to(norm_weight.dtype)
+            for parts in zip(*grad_norms, strict=True)
+        )
+        grad_x, grad_weight = _convolve_backward(grad_frames, x, weight, stride, ctx.needs_input_grad[0])
+        return grad_x, grad_weight, None, grad_norm_weight, grad_norm_bias, grad_next, None, None, None
+
+
 class _NormGeluConvolution(torch.autograd.Function):
     """Layer norm, GELU and the next convolution. Between the two, nothing needs to be kept."""
 
@@ -152,6 +213,12 @@ def _num_frames(num_inputs: int, kernel: int, stride: int) -> int:
     return (num_inputs - kernel) // stride + 1
 
 
+def _parts(num_rows: int) -> Iterator[slice]:
+    """A few parts of all rows: enough that what is computed for one needs little memory."""
+    size = -(-num_rows // 8)
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
 def _windows(x: Tensor, kernel: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
     """The taps of a convolution, as many at a time as the stride: their columns in a weight, and a view of `x`.
 
@@ -160,7 +227,7 @@ def _windows(x: Tensor, kernel: int, stride: int) -> Iterator[tuple[slice, Tenso
     num_inputs, C = x.shape
     for first in range(0, kernel, stride):
         num = min(stride, kernel - first)
-        size = ((num_inputs - first - num) // stride + 1, num * C)
+        size = (max(0, (num_inputs - first - num) // stride + 1), num * C)
         yield slice(first * C, (first + num) * C), x.as_strided(size, (stride * C, 1), x.storage_offset() + first * C)
 
 

@@ -19,6 +19,13 @@ def layer_norm_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: floa
     return y, mean.reshape(x.shape[:-1]), rstd.reshape(x.shape[:-1])
 
 
+def layer_norm_gelu_inplace_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same, the values in place of `x`."""
+    y, mean, rstd = layer_norm_gelu_reference(x, weight, bias, eps)
+    x.copy_(y)
+    return mean, rstd
+
+
 def layer_norm_gelu_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,6 +52,11 @@ define(
     "norm_gelu.layer_norm_gelu",
 )
 define(
+    "layer_norm_gelu_(Tensor(a!) x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    layer_norm_gelu_inplace_reference,
+    "norm_gelu.layer_norm_gelu_",
+)
+define(
     "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) -> "
     "(Tensor, Tensor, Tensor)",
     layer_norm_gelu_backward_reference,
@@ -62,6 +74,12 @@ define(
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("d2v::layer_norm_gelu_")
+def _fake_inplace(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("d2v::layer_norm_gelu_backward")
@@ -141,24 +159,31 @@ def layer_norm_gelu_forward(
         ``y``, and per row the mean and 1 / deviation, fp32 `[...]` without gradient. The same call computes ``y``
         again, bit for bit.
     """
-    if x.ndim == 0:
-        raise ValueError("`x` must have shape [..., C], but has () instead.")
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"`x` must be fp32, bf16 or fp16, but is {x.dtype} instead.")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value.shape != x.shape[-1:]:
-            raise ValueError(
-                f"`{name}` must have shape [{x.shape[-1]}] as the channels of `x`, "
-                f"but has {tuple(value.shape)} instead."
-            )
-        if value.dtype not in (torch.float32, x.dtype):
-            raise ValueError(f"`{name}` must be fp32 or {x.dtype} as `x` is, but is {value.dtype} instead.")
-        if value.device != x.device:
-            raise ValueError(f"`{name}` must be on {x.device} as `x` is, but is on {value.device} instead.")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"`eps` must be finite and >= 0, but is {eps} instead.")
+    _check_forward(x, weight, bias, eps)
     y, mean, rstd = torch.ops.d2v.layer_norm_gelu(x, weight, bias, float(eps))
     return y, mean, rstd
+
+
+def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """``layer_norm_gelu_forward`` that leaves ``y`` in ``x``: a large result is new memory.
+
+    For those who can compute ``x`` again for the backward pass. It has no gradient.
+
+    Args:
+        x: As there, contiguous, and not part of a graph.
+        weight, bias, eps: As there.
+
+    Returns:
+        Per row the mean and 1 / deviation, fp32 `[...]`.
+
+    Raises:
+        ValueError: As there, or ``x`` is not contiguous.
+    """
+    _check_forward(x, weight, bias, eps)
+    _check_overwritten("x", x)
+    with torch.no_grad():
+        mean, rstd = torch.ops.d2v.layer_norm_gelu_(x, weight, bias, float(eps))
+    return mean, rstd
 
 
 def layer_norm_gelu_backward(
@@ -195,10 +220,35 @@ def layer_norm_gelu_backward_(
         ValueError: As there, or ``grad`` is not contiguous.
     """
     _check_backward(grad, x, mean, rstd)
-    if not grad.is_contiguous():
-        raise ValueError(f"`grad` must be contiguous to be overwritten, but has strides {grad.stride()} instead.")
+    _check_overwritten("grad", grad)
     grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
     return grad_weight, grad_bias
+
+
+def _check_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    if x.ndim == 0:
+        raise ValueError("`x` must have shape [..., C], but has () instead.")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"`x` must be fp32, bf16 or fp16, but is {x.dtype} instead.")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value.shape != x.shape[-1:]:
+            raise ValueError(
+                f"`{name}` must have shape [{x.shape[-1]}] as the channels of `x`, "
+                f"but has {tuple(value.shape)} instead."
+            )
+        if value.dtype not in (torch.float32, x.dtype):
+            raise ValueError(f"`{name}` must be fp32 or {x.dtype} as `x` is, but is {value.dtype} instead.")
+        if value.device != x.device:
+            raise ValueError(f"`{name}` must be on {x.device} as `x` is, but is on {value.device} instead.")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"`eps` must be finite and >= 0, but is {eps} instead.")
+
+
+def _check_overwritten(name: str, value: Tensor) -> None:
+    if not value.is_contiguous():
+        raise ValueError(f"`{name}` must be contiguous to be overwritten, but has strides {value.stride()} instead.")
+    if value.requires_grad:
+        raise ValueError(f"`{name}` must not require a gradient to be overwritten: `{name}.detach()` does not.")
 
 
 def _check_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:

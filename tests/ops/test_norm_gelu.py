@@ -8,11 +8,13 @@ import torch.nn.functional as F
 
 from d2v_fast.ops import HAS_CPP, layer_norm_gelu
 from d2v_fast.ops.norm_gelu import (
+    layer_norm_gelu_,
     layer_norm_gelu_backward,
     layer_norm_gelu_backward_,
     layer_norm_gelu_backward_inplace_reference,
     layer_norm_gelu_backward_reference,
     layer_norm_gelu_forward,
+    layer_norm_gelu_inplace_reference,
     layer_norm_gelu_reference,
 )
 from tests.common import (
@@ -226,15 +228,32 @@ def test_backward_in_place(device, dtype, shape):
         assert (a - b).float().norm() <= 2e-2 * b.float().norm()
 
 
-def test_backward_in_place_by_triton(device):
+@pytest.mark.parametrize("shape", [(0, 3), (2, 9, 33), (70, 5), (17000, 129), (17000, 256)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_in_place(device, dtype, shape):
+    """The bits of the form that makes a new tensor, where `x` was."""
+    x, weight, bias, _ = (value.detach() for value in make(device, shape, dtype, dtype))
+    want = layer_norm_gelu_forward(x, weight, bias, eps=1e-4)
+    by_reference = x.clone()
+    reference = by_reference, *layer_norm_gelu_inplace_reference(by_reference, weight, bias, 1e-4)
+    got = x, *layer_norm_gelu_(x, weight, bias, eps=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for a, b in zip(reference, want, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).float().norm() <= 2e-2 * b.float().norm()
+
+
+def test_in_place_by_triton(device):
     pytest.importorskip("triton")
     from d2v_fast.kernels import norm_gelu
 
     x, weight, bias, grad = (value.detach() for value in make(device, (3, 50, 96), torch.float32))
-    _, mean, rstd = layer_norm_gelu_forward(x, weight, bias)
-    want = norm_gelu.layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
-    got = grad, *norm_gelu.layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    forward = norm_gelu.layer_norm_gelu(x, weight, bias, 1e-5)
+    backward = norm_gelu.layer_norm_gelu_backward(grad, x, weight, bias, *forward[1:])
+    got = grad, *norm_gelu.layer_norm_gelu_backward_(grad, x, weight, bias, *forward[1:])
+    assert all(torch.equal(a, b) for a, b in zip(got, backward, strict=True))
+    got = x, *norm_gelu.layer_norm_gelu_(x, weight, bias, 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(got, forward, strict=True))
 
 
 def test_what_needs_no_gradient(device):
@@ -313,6 +332,8 @@ def test_every_instruction_set(capability, tmp_path):
 def test_opcheck(device, dtype):
     x, weight, bias, grad = make(device, (2, 5, 6), dtype)
     torch.library.opcheck(torch.ops.d2v.layer_norm_gelu.default, (x, weight, bias, 1e-5))
+    inputs = (x.detach().clone(), weight.detach(), bias.detach(), 1e-5)
+    torch.library.opcheck(torch.ops.d2v.layer_norm_gelu_.default, inputs)
     _, mean, rstd = layer_norm_gelu_forward(x, weight, bias)
     inputs = (grad, x.detach().mT.contiguous().mT, weight.detach(), bias.detach(), mean, rstd)
     torch.library.opcheck(torch.ops.d2v.layer_norm_gelu_backward.default, inputs)
@@ -434,6 +455,8 @@ def test_bad_input(change, message):
     arguments = {"x": torch.zeros(4, 3), "weight": torch.ones(3), "bias": torch.zeros(3)} | change
     with pytest.raises(ValueError, match=message):
         layer_norm_gelu(arguments["x"], arguments["weight"], arguments["bias"], eps=arguments.get("eps", 1e-5))
+    with pytest.raises(ValueError, match=message):
+        layer_norm_gelu_(arguments["x"], arguments["weight"], arguments["bias"], eps=arguments.get("eps", 1e-5))
 
 
 @pytest.mark.parametrize(
@@ -454,7 +477,15 @@ def test_bad_input_of_backward(change, message):
         layer_norm_gelu_backward_(**arguments)
 
 
-def test_overwritten_gradient_must_be_contiguous():
-    arguments = [torch.zeros(3, 4).t(), torch.zeros(4, 3), torch.ones(3), torch.zeros(3), torch.zeros(4), torch.ones(4)]
+def test_what_cannot_be_overwritten():
+    strided, rest = torch.zeros(3, 4).t(), [torch.ones(3), torch.zeros(3)]
+    of_rows = [torch.zeros(4), torch.ones(4)]
     with pytest.raises(ValueError, match=r"`grad` must be contiguous to be overwritten, but has strides \(1, 4\)"):
-        layer_norm_gelu_backward_(*arguments)
+        layer_norm_gelu_backward_(strided, torch.zeros(4, 3), *rest, *of_rows)
+    with pytest.raises(ValueError, match=r"`x` must be contiguous to be overwritten, but has strides \(1, 4\)"):
+        layer_norm_gelu_(strided, *rest)
+    wanted = torch.zeros(4, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"`x` must not require a gradient to be overwritten: `x.detach\(\)` does not"):
+        layer_norm_gelu_(wanted, *rest)
+    with pytest.raises(ValueError, match="`grad` must not require a gradient"):
+        layer_norm_gelu_backward_(wanted, torch.zeros(4, 3), *rest, *of_rows)
