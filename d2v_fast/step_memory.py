@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
 from d2v_fast.data2vec import build_model
 from d2v_fast.encoder import Encoder
+from d2v_fast.modalities.conv_stack import ConvStack
 from d2v_fast.modalities.student import MaskedBatch
 from d2v_fast.pre_norm import attention_with_bias_gradient
 
@@ -83,11 +84,13 @@ def step_memory(
             model.to(dtype)
         batch = largest_batch(config, micro_batch)
     as_on = _AsOn(device_type, dtype if autocast else None)
-    for encoder in model.modules():
-        if isinstance(encoder, Encoder):
-            for block in encoder.blocks:
+    for part in model.modules():
+        if isinstance(part, Encoder):
+            for block in part.blocks:
                 # the backward pass takes modes of this kind off: recomputed blocks put them on again
                 block.forward = _within(as_on, block.forward)
+        elif isinstance(part, ConvStack) and autocast:
+            part.compute_dtype = lambda: dtype
     live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])
     with torch.device("meta"), live, as_on:
         live.add((batch.inputs, batch.rows))
@@ -238,7 +241,7 @@ class _AsOn(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if self._dtype is not None and func in (F.linear, torch.matmul):
+        if self._dtype is not None and func in (F.linear, F.conv1d, torch.matmul):
             args = tuple(self._lower(x) if isinstance(x, Tensor) else x for x in args)
             kwargs = {key: self._lower(x) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
         return func(*args, **kwargs)

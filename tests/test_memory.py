@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,14 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from d2v_fast.config import RunConfig, load_config, parse_config
+from d2v_fast.config import RunConfig, SpeechConfig, load_config, parse_config
 from d2v_fast.data.batch import Batch
 from d2v_fast.data2vec import build_model
 from d2v_fast.memory import Prediction, Shapes, predict, predict_from, shapes_of
 from d2v_fast.peak_memory import format_bytes
 from d2v_fast.step_memory import Arrival, StepMemory, step_memory
 from tests.common import run_python
-from tests.runs import TINY, free_port, run_here, tiny_file
+from tests.runs import TINY, TINY_SPEECH, free_port, run_here, tiny_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -247,6 +248,32 @@ def test_activations_are_what_autograd_saves(mode: str) -> None:
     # the loss itself, and rows of tokens that the batch's rows became, are a few hundred bytes
     assert predicted.saved == pytest.approx(saved.bytes, rel=0.01)
     assert sum(arrival.elements for arrival in predicted.arrivals) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+def test_speech_activations(mode: str, recompute: bool) -> None:
+    raw = copy.deepcopy(TINY_SPEECH)
+    raw["d2v"]["model"] |= {"conv_width": 32, "width": 32, "layer_drop": 0.0, "front_end_checkpointing": recompute}
+    config = parse_config(raw).d2v
+    assert isinstance(config, SpeechConfig)
+    dtype = FP32 if mode == "fp32" else BF16
+    predicted = step_memory(config, 8, dtype, autocast=mode == "autocast")
+
+    model, teacher = build_model(config), build_model(config).student.averaged.eval().requires_grad_(False).to(dtype)
+    if mode == "bf16":
+        model.to(BF16)
+    num_samples = int(config.data.max_seconds * config.model.sample_rate)
+    num_rows = int(8 * config.model.num_frames(num_samples) * (1 - math.exp(-config.mask.prob)))
+    batch = Batch(torch.randn(8, num_samples), torch.arange(num_rows), torch.arange(8), global_rows=num_rows)
+    saved = Saved(model)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x),
+        torch.autocast("cpu", BF16, enabled=mode == "autocast"),
+    ):
+        loss = model(batch, teacher).loss_sum
+    loss.backward()
+    assert predicted.saved == pytest.approx(saved.bytes, rel=0.03)
 
 
 def test_checkpointing_saves_the_inputs_of_blocks_only() -> None:

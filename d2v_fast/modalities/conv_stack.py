@@ -69,7 +69,7 @@ class ConvStack(nn.Module):
         Raises:
             ValueError: the waveforms are too short for one frame.
         """
-        x, num_frames = self._fill_up(waveforms.to(self._dtype()))
+        x, num_frames = self._fill_up(waveforms.to(self.compute_dtype()))
         x = x.reshape(-1, 1)
         first = x, self._cast(self.weights[0]), self.strides[0]
         if len(self.strides) == 1:
@@ -104,14 +104,15 @@ class ConvStack(nn.Module):
             num_rows = max(num_rows, -(-num_read // samples))
         return F.pad(waveforms, (0, num_rows * samples - waveforms.shape[1])), num_frames
 
-    def _dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
+        """Of waveforms, weights and frames in a forward pass now."""
         device_type = self.weights[0].device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.weights[0].dtype
 
     def _cast(self, weight: Tensor) -> Tensor:
-        return weight.to(self._dtype())
+        return weight.to(self.compute_dtype())
 
 
 class _Convolution(torch.autograd.Function):
