@@ -90,7 +90,7 @@ def step_memory(
                 # the backward pass takes modes of this kind off: recomputed blocks put them on again
                 block.forward = _within(as_on, block.forward)
         elif isinstance(part, ConvStack) and autocast:
-            part.compute_dtype = lambda: dtype
+            part.compute_dtype = dtype
     live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])
     with torch.device("meta"), live, as_on:
         live.add((batch.inputs, batch.rows))

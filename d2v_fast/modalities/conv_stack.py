@@ -39,6 +39,9 @@ class ConvStack(nn.Module):
         kernels, strides: in frames of the layer's input, one per layer.
         recompute: keep only the outputs of the convolutions for the backward pass, and compute norm and GELU again. The
             first one's output is computed again in any case: of one channel, it costs less than to keep it.
+
+    Attributes:
+        compute_dtype: of weights and frames in a forward pass; None: what autocast says, or that of the weights.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ConvStack(nn.Module):
     ) -> None:
         super().__init__()
         self.strides, self.recompute, self.eps = tuple(strides), recompute, eps
+        self.compute_dtype: torch.dtype | None = None
         in_widths = [1] + [width] * (len(kernels) - 1)
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(width, kernel, in_width))
@@ -69,7 +73,7 @@ class ConvStack(nn.Module):
         Raises:
             ValueError: the waveforms are too short for one frame.
         """
-        x, num_frames = self._fill_up(waveforms.to(self.compute_dtype()))
+        x, num_frames = self._fill_up(waveforms.to(self._dtype()))
         x = x.reshape(-1, 1)
         first = x, self._cast(self.weights[0]), self.strides[0]
         if len(self.strides) == 1:
@@ -104,15 +108,16 @@ class ConvStack(nn.Module):
             num_rows = max(num_rows, -(-num_read // samples))
         return F.pad(waveforms, (0, num_rows * samples - waveforms.shape[1])), num_frames
 
-    def compute_dtype(self) -> torch.dtype:
-        """Of waveforms, weights and frames in a forward pass now."""
+    def _dtype(self) -> torch.dtype:
+        if self.compute_dtype is not None:
+            return self.compute_dtype
         device_type = self.weights[0].device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.weights[0].dtype
 
     def _cast(self, weight: Tensor) -> Tensor:
-        return weight.to(self.compute_dtype())
+        return weight.to(self._dtype())
 
 
 class _Convolution(torch.autograd.Function):
