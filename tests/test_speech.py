@@ -149,6 +149,51 @@ def test_recomputed_convolutions_keep_less() -> None:
     assert kept(True) < 0.65 * kept(False)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+def test_convolutions_of_one_utterance_do_not_see_another(num_layers: int) -> None:
+    stack = ConvStack(40, (10, 3, 3, 2)[:num_layers], (5, 2, 2, 2)[:num_layers])
+    waveforms = torch.randn(3, 437)
+    waveforms[1, :20] = float("nan")
+    waveforms[1, -20:] = float("inf")
+    together = waveforms.clone().requires_grad_()
+    frames = stack(together)
+    (frames[0].square().sum() + frames[2].square().sum()).backward()
+    alone = waveforms[::2].clone().requires_grad_()
+    expected = stack(alone)
+    expected.square().sum().backward()
+    assert together.grad is not None
+    assert alone.grad is not None
+    torch.testing.assert_close(frames[::2], expected)
+    torch.testing.assert_close(together.grad[::2], alone.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_of_no_utterance() -> None:
+    stack = ConvStack(40, (10, 3, 2), (5, 2, 2))
+    frames = stack(torch.zeros(0, 200))
+    assert frames.shape == (0, 9, 40)
+    frames.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in stack.parameters())
+
+
+def test_convolutions_backward_within_autocast() -> None:
+    stack, waveforms = ConvStack(40, (10, 3, 3), (5, 2, 2)), torch.randn(2, 300)
+    stack(waveforms).square().sum().backward()
+    expected = [parameter.grad for parameter in stack.parameters()]
+    stack.zero_grad()
+    loss = stack(waveforms).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    for parameter, wanted in zip(stack.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert wanted is not None
+        assert torch.equal(parameter.grad, wanted)
+
+
+def test_waveforms_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"`waveforms` must have shape \[B, N\], but has \(400,\) instead"):
+        ConvStack(4, (10,), (5,))(torch.zeros(400))
+
+
 def test_too_short_a_waveform() -> None:
     with pytest.raises(ValueError, match="`waveforms` must be longer: a convolution has 9 inputs, fewer than its 10"):
         ConvStack(4, (10,), (5,))(torch.zeros(1, 9))

@@ -1,19 +1,20 @@
-"""The convolutions over a waveform, channels last from end to end: no transposes, no im2col.
+"""The convolutions over a waveform, channels last from end to end: no transposes, and no im2col after the first one.
 
-Shape letters: B batch, N samples, T frames of a layer, C channels, R rows: frames of a layer, of all utterances.
+Shape letters: B batch, N samples, T frames of a layer, C channels, R rows of an utterance.
 
 A layer is a convolution without bias, layer norm over the channels and GELU (wav2vec 2.0, arXiv 2006.11477, section
 2, with layer norm in every layer). Channels last, a convolution of kernel k and stride s is k / s matrix products,
 rounded up: s neighbouring frames are one contiguous row of s * C numbers, and rows follow each other without a gap.
 The utterances follow each other without a gap, too: each layer has s times the rows of the next one. For that, the
-waveforms are filled up by less than one frame of the last layer; what comes of it, or of a window that reaches into the
-next utterance, is past the end of its utterance in every layer, and is cut off at last.
+waveforms are filled up by little more than a frame of the last layer. What comes of it, or of a window that reaches
+into the next utterance, is past what the next layers read, is set to zero, and is cut off at last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,11 @@ from d2v_fast.ops.norm_gelu import (
     layer_norm_gelu_forward,
 )
 
-# of a window: below, the few numbers are copied out, or every product would be too narrow
-_COPIED_WINDOW = 64
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# numbers of a window: below, they are copied out, or every product would be too narrow
+_SMALL_WINDOW = 64
 
 
 class ConvStack(nn.Module):
@@ -38,18 +42,20 @@ class ConvStack(nn.Module):
         width: C, of all layers.
         kernels, strides: in frames of the layer's input, one per layer.
         recompute: keep only the outputs of the convolutions for the backward pass, and compute norm and GELU again. The
-            first one's output is computed again in any case: of one channel, it costs less than to keep it.
+            first of several is computed again in any case: of one channel, it costs less than to keep it.
 
     Attributes:
-        compute_dtype: of weights and frames in a forward pass; None: what autocast says, or that of the weights.
+        compute_dtype: of a forward pass where autocast cannot be asked for it, as on `meta`; None: what autocast says,
+            or that of the weights.
     """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(
         self, width: int, kernels: Sequence[int], strides: Sequence[int], *, recompute: bool = False, eps: float = 1e-5
     ) -> None:
         super().__init__()
         self.strides, self.recompute, self.eps = tuple(strides), recompute, eps
-        self.compute_dtype: torch.dtype | None = None
         in_widths = [1] + [width] * (len(kernels) - 1)
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(width, kernel, in_width))
@@ -71,42 +77,45 @@ class ConvStack(nn.Module):
         """`[B, N]` to `[B, T, C]`.
 
         Raises:
-            ValueError: the waveforms are too short for one frame.
+            ValueError: the waveforms are too short for one frame, or have another shape.
         """
-        x, num_frames = self._fill_up(waveforms.to(self._dtype()))
-        x = x.reshape(-1, 1)
-        first = x, self._cast(self.weights[0]), self.strides[0]
-        if len(self.strides) == 1:
+        if waveforms.dim() != 2:
+            raise ValueError(f"`waveforms` must have shape [B, N], but has {tuple(waveforms.shape)} instead.")
+        filled, rows = self._fill_up(waveforms.to(self._dtype()))
+        first = filled.reshape(-1, 1), self._cast(self.weights[0]), self.strides[0], rows[0]
+        if len(rows) == 1:
             frames = _Convolution.apply(*first)
         else:
-            second = self.norm_weights[0], self.norm_biases[0], self._cast(self.weights[1]), self.strides[1]
+            second = self.norm_weights[0], self.norm_biases[0], self._cast(self.weights[1]), self.strides[1], rows[1]
             frames = _FirstTwoConvolutions.apply(*first, *second, self.eps, self.recompute)
-        for index in range(2, len(self.strides)):
+        for index in range(2, len(rows)):
             frames = _NormGeluConvolution.apply(
                 frames,
                 self.norm_weights[index - 1],
                 self.norm_biases[index - 1],
                 self._cast(self.weights[index]),
                 self.strides[index],
+                rows[index],
                 self.eps,
                 self.recompute,
             )
         y = layer_norm_gelu(frames, self.norm_weights[-1], self.norm_biases[-1], eps=self.eps)
-        return y.view(len(waveforms), -1, y.shape[-1])[:, :num_frames]
+        return y.view(filled.shape[0], rows[-1].num, y.shape[-1])[:, : rows[-1].num_read]
 
-    def _fill_up(self, waveforms: Tensor) -> tuple[Tensor, int]:
-        """Waveforms of as many samples as make whole rows in every layer, and the number of frames at the end."""
+    def _fill_up(self, waveforms: Tensor) -> tuple[Tensor, list[_Rows]]:
+        """Waveforms of as many samples as make whole rows in every layer, and the rows of every layer's output."""
         layers = [(weight.shape[1], stride) for weight, stride in zip(self.weights, self.strides, strict=True)]
         num_frames = waveforms.shape[1]
         for kernel, stride in layers:
             num_frames = _num_frames(num_frames, kernel, stride)
-        # what the last layer's frames read, from layer to layer
-        num_read = num_rows = num_frames
-        samples = 1
+        # of the last layer's output, of its input, and so on
+        num_read, ratios = [num_frames], [1]
         for kernel, stride in reversed(layers):
-            num_read, samples = (num_read - 1) * stride + kernel, samples * stride
-            num_rows = max(num_rows, -(-num_read // samples))
-        return F.pad(waveforms, (0, num_rows * samples - waveforms.shape[1])), num_frames
+            num_read.append((num_read[-1] - 1) * stride + kernel)
+            ratios.append(ratios[-1] * stride)
+        num_rows = max(-(-num // ratio) for num, ratio in zip(num_read, ratios, strict=True))
+        *rows, (num_samples, _) = (_Rows(num_rows * ratio, num) for num, ratio in zip(num_read, ratios, strict=True))
+        return F.pad(waveforms, (0, num_samples - waveforms.shape[1])), rows[::-1]
 
     def _dtype(self) -> torch.dtype:
         if self.compute_dtype is not None:
@@ -120,21 +129,33 @@ class ConvStack(nn.Module):
         return weight.to(self._dtype())
 
 
+class _Rows(NamedTuple):
+    """Rows of an utterance in the output of a layer, and how many of them the next layers read."""
+
+    num: int
+    num_read: int
+
+    def clear(self, frames: Tensor) -> Tensor:
+        """Sets the other rows to zero: a NaN there, even times zero, would reach gradients of those that are read."""
+        frames.view(frames.shape[0] // self.num, self.num, frames.shape[1])[:, self.num_read :] = 0
+        return frames
+
+
 class _Convolution(torch.autograd.Function):
-    """`[R * stride, C]` and a weight `[O, k, C]` to `[R, O]`."""
+    """`[B * R * stride, C]` and a weight `[O, k, C]` to `[B * R, O]`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, rows: _Rows) -> Tensor:
         ctx.stride = stride
         ctx.save_for_backward(x, weight)
-        return _convolve(x, weight, stride)
+        return rows.clear(_convolve(x, weight, stride))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = _convolve_backward(grad.contiguous(), x, weight, ctx.stride, ctx.needs_input_grad[0])
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 class _FirstTwoConvolutions(torch.autograd.Function):
@@ -146,19 +167,21 @@ class _FirstTwoConvolutions(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         stride: int,
+        rows: _Rows,
         norm_weight: Tensor,
         norm_bias: Tensor,
         next_weight: Tensor,
         next_stride: int,
+        next_rows: _Rows,
         eps: float,
         lean: bool,
     ) -> Tensor:
-        activated = _convolve(x, weight, stride)
+        activated = rows.clear(_convolve(x, weight, stride))
         mean, rstd = layer_norm_gelu_(activated, norm_weight, norm_bias, eps=eps)
-        ctx.strides, ctx.eps = (stride, next_stride), eps
+        ctx.strides, ctx.rows, ctx.eps = (stride, next_stride), rows, eps
         saved = x, weight, norm_weight, norm_bias, next_weight, mean, rstd, None if lean else activated
         ctx.save_for_backward(*saved)
-        return _convolve(activated, next_weight, next_stride)
+        return next_rows.clear(_convolve(activated, next_weight, next_stride))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -166,24 +189,24 @@ class _FirstTwoConvolutions(torch.autograd.Function):
         x, weight, norm_weight, norm_bias, next_weight, mean, rstd, activated = ctx.saved_tensors
         stride, next_stride = ctx.strides
         if activated is None:
-            activated = _convolve(x, weight, stride)
+            activated = ctx.rows.clear(_convolve(x, weight, stride))
             layer_norm_gelu_(activated, norm_weight, norm_bias, eps=ctx.eps)
         grad_frames, grad_next = _convolve_backward(grad.contiguous(), activated, next_weight, next_stride, True)
         del activated
         assert grad_frames is not None
+        norm = norm_weight.float(), norm_bias.float()
         grad_norms = []
-        for rows in _parts(len(grad_frames)):
-            # with the samples that the last windows reach over
-            end = rows.stop + -(-weight.shape[1] // stride) - 1
-            frames = _convolve(x[rows.start * stride : end * stride], weight, stride)[: rows.stop - rows.start]
-            part = grad_frames[rows], frames, norm_weight, norm_bias, mean[rows], rstd[rows]
-            grad_norms.append(layer_norm_gelu_backward_(*part))
+        # a few utterances at a time: their frames are new memory
+        size = max(1, len(grad_frames) // ctx.rows.num // 8) * ctx.rows.num
+        parts = zip(*(whole.split(size) for whole in (grad_frames, mean, rstd)), x.split(size * stride), strict=True)
+        for grad_part, *statistics, samples in parts:
+            frames = ctx.rows.clear(_convolve(samples, weight, stride))
+            grad_norms.append(layer_norm_gelu_backward_(grad_part, frames, *norm, *statistics))
         grad_norm_weight, grad_norm_bias = (
-            torch.stack(parts).sum(0, dtype=torch.float32).to(norm_weight.dtype)
-            for parts in zip(*grad_norms, strict=True)
+            torch.stack(grads).sum(0).to(norm_weight.dtype) for grads in zip(*grad_norms, strict=True)
         )
         grad_x, grad_weight = _convolve_backward(grad_frames, x, weight, stride, ctx.needs_input_grad[0])
-        return grad_x, grad_weight, None, grad_norm_weight, grad_norm_bias, grad_next, None, None, None
+        return grad_x, grad_weight, None, None, grad_norm_weight, grad_norm_bias, grad_next, *[None] * 4
 
 
 class _NormGeluConvolution(torch.autograd.Function):
@@ -191,12 +214,20 @@ class _NormGeluConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, stride: int, eps: float, lean: bool
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        stride: int,
+        rows: _Rows,
+        eps: float,
+        lean: bool,
     ) -> Tensor:
         activated, mean, rstd = layer_norm_gelu_forward(x, norm_weight, norm_bias, eps=eps)
         ctx.stride, ctx.eps = stride, eps
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, rstd, None if lean else activated)
-        return _convolve(activated, weight, stride)
+        return rows.clear(_convolve(activated, weight, stride))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -208,7 +239,7 @@ class _NormGeluConvolution(torch.autograd.Function):
         del activated
         assert grad_activated is not None
         grads = layer_norm_gelu_backward_(grad_activated, x, norm_weight, norm_bias, mean, rstd)
-        return grad_activated, *grads, grad_weight, None, None, None
+        return grad_activated, *grads, grad_weight, None, None, None, None
 
 
 def _num_frames(num_inputs: int, kernel: int, stride: int) -> int:
@@ -219,16 +250,10 @@ def _num_frames(num_inputs: int, kernel: int, stride: int) -> int:
     return (num_inputs - kernel) // stride + 1
 
 
-def _parts(num_rows: int) -> Iterator[slice]:
-    """A few parts of all rows: enough that what is computed for one needs little memory."""
-    size = -(-num_rows // 8)
-    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
-
-
 def _windows(x: Tensor, kernel: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
     """The taps of a convolution, as many at a time as the stride: their columns in a weight, and a view of `x`.
 
-    The view is `[R', number of them * C]`, R' being R less the last rows, whose windows end past the end of `x`.
+    The view is `[M, number of them * C]`, without the last rows, whose windows end past the end of `x`.
     """
     num_inputs, C = x.shape
     for first in range(0, kernel, stride):
@@ -238,15 +263,34 @@ def _windows(x: Tensor, kernel: int, stride: int) -> Iterator[tuple[slice, Tenso
 
 
 def _copied_windows(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """`[R, kernel * C]`."""
+    """`[B * R, kernel * C]`."""
     C = x.shape[1]
-    return F.pad(x.reshape(-1), (0, max(0, kernel - stride) * C)).unfold(0, kernel * C, stride * C)
+    overlap = max(0, kernel - stride) * C
+    if len(x) == 0:
+        return x.new_empty(0, kernel * C)
+    return F.pad(x.reshape(-1), (0, overlap)).unfold(0, kernel * C, stride * C)
 
 
+def _without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """In the dtype of the arguments: a backward pass may run within autocast where the forward pass did not."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        x = args[0]
+        assert isinstance(x, Tensor)
+        if not torch.amp.is_autocast_available(x.device.type):
+            return function(*args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_without_autocast
 def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     out_width, kernel, C = weight.shape
     flat = weight.view(out_width, kernel * C)
-    if kernel * C <= _COPIED_WINDOW:
+    if kernel * C <= _SMALL_WINDOW:
         return F.linear(_copied_windows(x, kernel, stride), flat)
     windows = _windows(x, kernel, stride)
     columns, window = next(windows)
@@ -256,13 +300,14 @@ def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     return out
 
 
+@_without_autocast
 def _convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     out_width, kernel, C = weight.shape
     flat = weight.view(out_width, kernel * C)
     grad_x = _input_gradient(grad, flat, x.shape, kernel, stride) if needs_x else None
-    if kernel * C <= _COPIED_WINDOW:
+    if kernel * C <= _SMALL_WINDOW:
         # this way round: a product with few columns is slower than one with few rows
         grad_weight = (_copied_windows(x, kernel, stride).t() @ grad).t()
     else:

@@ -183,6 +183,7 @@ def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e
     _check_overwritten("x", x)
     with torch.no_grad():
         mean, rstd = torch.ops.d2v.layer_norm_gelu_(x, weight, bias, float(eps))
+    _note_overwritten(x)
     return mean, rstd
 
 
@@ -199,7 +200,7 @@ def layer_norm_gelu_backward(
     Raises:
         ValueError: A gradient or statistics of another shape or dtype.
     """
-    _check_backward(grad, x, mean, rstd)
+    _check_backward(grad, x, weight, bias, mean, rstd)
     grad_x, grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
     return grad_x, grad_weight, grad_bias
 
@@ -219,9 +220,11 @@ def layer_norm_gelu_backward_(
     Raises:
         ValueError: As there, or ``grad`` is not contiguous.
     """
-    _check_backward(grad, x, mean, rstd)
+    _check_backward(grad, x, weight, bias, mean, rstd)
     _check_overwritten("grad", grad)
-    grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
+    with torch.no_grad():
+        grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
+    _note_overwritten(grad)
     return grad_weight, grad_bias
 
 
@@ -230,6 +233,12 @@ def _check_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
         raise ValueError("`x` must have shape [..., C], but has () instead.")
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"`x` must be fp32, bf16 or fp16, but is {x.dtype} instead.")
+    _check_affine(x, weight, bias)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"`eps` must be finite and >= 0, but is {eps} instead.")
+
+
+def _check_affine(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     for name, value in (("weight", weight), ("bias", bias)):
         if value.shape != x.shape[-1:]:
             raise ValueError(
@@ -240,8 +249,6 @@ def _check_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
             raise ValueError(f"`{name}` must be fp32 or {x.dtype} as `x` is, but is {value.dtype} instead.")
         if value.device != x.device:
             raise ValueError(f"`{name}` must be on {x.device} as `x` is, but is on {value.device} instead.")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"`eps` must be finite and >= 0, but is {eps} instead.")
 
 
 def _check_overwritten(name: str, value: Tensor) -> None:
@@ -251,7 +258,14 @@ def _check_overwritten(name: str, value: Tensor) -> None:
         raise ValueError(f"`{name}` must not require a gradient to be overwritten: `{name}.detach()` does not.")
 
 
-def _check_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+def _note_overwritten(value: Tensor) -> None:
+    # so that autograd refuses a graph that has saved the old values, as after torch's own operations in place
+    if not value.is_inference():
+        torch.autograd.graph.increment_version(value)
+
+
+def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    _check_affine(x, weight, bias)
     if grad.shape != x.shape or grad.dtype != x.dtype:
         raise ValueError(
             f"`grad` must be {x.dtype} of shape {tuple(x.shape)} as `x` is, "
