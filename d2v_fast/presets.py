@@ -20,7 +20,7 @@ _ABOUT = {
     "digits": ("451 k", "handwritten digits that scikit-learn ships: a first run, in minutes"),
     "digits_long": ("563 k", "the same for 20 minutes, beyond raw pixels"),
     "images_small": ("2.75 M", "a folder of your own images, on one GPU or a patient CPU"),
-    "speech": ("1.92 M", "300 spoken words that this library ships"),
+    "speech": ("2.55 M", "300 spoken words that this library ships"),
     "speech_base": ("93.2 M", "the published Base run, for a folder of recordings"),
     "speech_large": ("313 M", "the published Large run, for a folder of recordings"),
     "text": ("735 k", "the reference pages that Python carries"),
