@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_fast.config import ConfigError, RunConfig, apply_overrides, load_config
+from d2v_fast.paths import PathError, expand_path, path_argument
 
 DESCRIPTION = "Pre-train a data2vec encoder from one JSON file."
 _EXAMPLES = """\
@@ -37,11 +38,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of training to a parser; `d2v-fast train` has them, too."""
     parser.add_argument(
         "file",
+        type=path_argument,
         metavar="FILE",
         nargs="?",
         help="the run: DeepSpeed's keys and a d2v section (with --resume: the run's own)",
     )
-    parser.add_argument("--ds_config", metavar="FILE", help="the same, as DeepSpeed's launcher knows it")
+    parser.add_argument(
+        "--ds_config", type=path_argument, metavar="FILE", help="the same, as DeepSpeed's launcher knows it"
+    )
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -100,7 +104,7 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
 
 def config_stem(options: argparse.Namespace) -> str:
     """What an unnamed run is called after."""
-    return Path(options.ds_config).stem if options.ds_config else "run"
+    return options.ds_config.stem if options.ds_config else "run"
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -128,4 +132,7 @@ def _at_least_one(text: str) -> int:
 def _runs_folder(overrides: Sequence[str]) -> Path:
     """`d2v.run.dir` of the overrides: it must be known before the run's own file can be read."""
     run = apply_overrides({}, overrides).get("d2v", {}).get("run", {})
-    return Path(run.get("dir", "runs"))
+    try:
+        return Path(expand_path(run.get("dir", "runs")))
+    except PathError as error:
+        raise ConfigError([f"`d2v.run.dir` must {error.must}."], "--set") from None

@@ -17,11 +17,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import ConfigError, Problem, Section, check, known_keys, refuse_if, say, show
+from d2v_fast.config_errors import ConfigError, PathText, Problem, Section, check, known_keys, refuse_if, say, show
 from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
 from d2v_fast.speech_config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
 from d2v_fast.text_config import TextDataConfig, TextModelConfig, TokenMaskConfig
-from d2v_fast.untrusted import is_path, parse_json, read_text
+from d2v_fast.untrusted import parse_json, read_text
 from d2v_fast.vision_config import BlockMaskConfig, VisionDataConfig, VisionModelConfig
 
 __all__ = [
@@ -173,7 +173,7 @@ class RunSection(Section):
     written, for a second copy of the state in host memory. After `timeout_minutes` of waiting for another process, or
     for a batch, a process ends with an error instead of waiting for ever."""
 
-    dir: str = "runs"
+    dir: PathText = "runs"
     name: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: int = Field(default=10, ge=1)
@@ -189,8 +189,6 @@ class RunSection(Section):
         name, problems = self.name, []
         if name is not None and (not name.strip(".") or not all(c.isalnum() or c in "._-" for c in name)):
             problems.append(Problem("name", "be letters, digits, `.`, `_` and `-` only", name))
-        if not is_path(self.dir):
-            problems.append(Problem("dir", "be a path that the system can hold", self.dir))
         refuse_if(problems)
         return self
 
@@ -226,6 +224,24 @@ class D2VConfig(Section):
     def problems_of_a_run(self) -> list[Problem]:
         """What is wrong only where the section is to be trained with."""
         return []
+
+    def without_effect(self) -> list[str]:
+        """Dotted keys that were changed from their defaults, and that a run of these kinds does not read."""
+        data, schedule = self.data, self.schedule
+        idle: list[tuple[str, Section, str]] = [
+            ("data", data, key) for kind, keys in data.only_for.items() if kind != data.kind for key in keys
+        ]
+        if schedule.kind != "tri_stage":
+            idle.append(("schedule", schedule, "hold_ratio"))
+        if schedule.kind == "constant":
+            idle.append(("schedule", schedule, "final_lr_ratio"))
+        if self.guard.nonfinite == "stop":
+            idle.append(("guard", self.guard, "nonfinite_patience"))
+        return [
+            f"d2v.{name}.{key}"
+            for name, section, key in idle
+            if getattr(section, key) != type(section).model_fields[key].default
+        ]
 
 
 class VisionConfig(D2VConfig):

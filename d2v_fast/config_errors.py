@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from d2v_fast.paths import PathError, expand_path
 from d2v_fast.untrusted import printable
 
 _EXPECTED = {
@@ -33,6 +34,17 @@ _EXPECTED = {
 MAX_SIZE = 1 << 16
 
 AnySection = TypeVar("AnySection", bound="Section")
+
+
+def _expanded(text: str) -> str:
+    try:
+        return expand_path(text)
+    except PathError as error:
+        raise ValueError(error.must) from None
+
+
+# the type of every key that holds a path
+PathText = Annotated[str, AfterValidator(_expanded)]
 
 
 class ConfigError(ValueError):

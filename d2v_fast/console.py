@@ -7,7 +7,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+
+from d2v_fast.paths import path_argument
 
 _TRAIN = "pip install 'd2v_fast[train]'"
 # a wrong configuration is a wrong option of these; to the others it is a damaged run folder
@@ -226,7 +227,7 @@ def _parser(with_training: bool) -> argparse.ArgumentParser:
         "presets digits --to mine.json",
     )
     presets.add_argument("name", nargs="?", metavar="NAME", help="as in the list, such as digits")
-    presets.add_argument("--to", type=Path, metavar="FILE", help="write it there; the file must not exist")
+    presets.add_argument("--to", type=path_argument, metavar="FILE", help="write it there; the file must not exist")
     doctor = add(
         "doctor",
         "look for what is missing or broken on this machine, each with its fix",
@@ -251,7 +252,7 @@ def _add_check(add: _Add) -> None:
         "seconds per step and the time of the whole schedule. Writes nothing but the cached tokens of text.",
         "check configs/digits.json --set train_batch_size=128",
     )
-    check.add_argument("file", metavar="FILE", help="the configuration, as for train")
+    check.add_argument("file", type=path_argument, metavar="FILE", help="the configuration, as for train")
     _add_overrides(check)
     check.add_argument(
         "--processes", type=_positive, metavar="N", help="of the run that is planned (default: as launched, or 1)"
@@ -274,16 +275,16 @@ def _add_models(add: _Add) -> None:
         "at its patches, frames or tokens. Files that cannot be read are left out, named and counted.",
         "embed runs/mine /my/images --to features.npy",
     )
-    embed.add_argument("model", type=Path, metavar="MODEL", help="a run folder, or a Transformers folder")
+    embed.add_argument("model", type=path_argument, metavar="MODEL", help="a run folder, or a Transformers folder")
     embed.add_argument(
         "inputs",
-        type=Path,
+        type=path_argument,
         metavar="INPUTS",
         help="a folder of images or of recordings; for text a folder of .txt files or one, a sample per line",
     )
     embed.add_argument(
         "--to",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="FILE",
         help=".npy (fp32 rows; the paths beside it in a .paths.txt) or .parquet (columns path, feature)",
@@ -296,7 +297,10 @@ def _add_models(add: _Add) -> None:
     )
     _add_step(embed)
     embed.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="of text (default: what the run names, or the folder holds)"
+        "--tokenizer",
+        type=path_argument,
+        metavar="PATH",
+        help="of text (default: what the run names, or the folder holds)",
     )
     embed.add_argument("--batch-size", type=_positive, metavar="N", help="(default: 64 images, 8 recordings, 32 lines)")
     embed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is)")
@@ -309,7 +313,11 @@ def _add_models(add: _Add) -> None:
     _add_run(export)
     export.add_argument("--weights", choices=("student", "teacher"), default="student", help="whose (default: student)")
     export.add_argument(
-        "--to", type=Path, default=None, metavar="PATH", help="default: runs/NAME/export, export.pt or export.onnx"
+        "--to",
+        type=path_argument,
+        default=None,
+        metavar="PATH",
+        help="default: runs/NAME/export, export.pt or export.onnx",
     )
     _add_step(export)
     export.add_argument(
@@ -321,7 +329,7 @@ def _add_models(add: _Add) -> None:
     )
     export.add_argument(
         "--tokenizer",
-        type=Path,
+        type=path_argument,
         default=None,
         metavar="PATH",
         help="of a text run, for Transformers (default: what its config.json names)",
@@ -333,10 +341,10 @@ def _add_models(add: _Add) -> None:
         "draw runs/base --data /data/birds --count 12 --weights teacher --out birds.png",
     )
     _add_run(draw)
-    draw.add_argument("--data", type=Path, metavar="FOLDER", help="what to show instead of the run's own data")
+    draw.add_argument("--data", type=path_argument, metavar="FOLDER", help="what to show instead of the run's own data")
     draw.add_argument("--count", type=int, default=8, help="how many samples, at most 24 (default: 8)")
     draw.add_argument("--weights", choices=("student", "teacher"), default="student", help="(default: student)")
-    draw.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN_FOLDER/features.png)")
+    draw.add_argument("--out", type=path_argument, metavar="FILE", help="(default: RUN_FOLDER/features.png)")
 
 
 def _add_import(add: _Add) -> None:
@@ -348,8 +356,10 @@ def _add_import(add: _Add) -> None:
         "weights: d2v-fast train --run NAME --resume trains it.",
         "import audio_base_ls.pt --to exported",
     )
-    bring.add_argument("source", type=Path, help="a .pt file, or a folder with config.json and model.safetensors")
-    bring.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the folder to write")
+    bring.add_argument(
+        "source", type=path_argument, help="a .pt file, or a folder with config.json and model.safetensors"
+    )
+    bring.add_argument("--to", type=path_argument, required=True, metavar="FOLDER", help="the folder to write")
     bring.add_argument(
         "--weights",
         choices=("student", "teacher"),
@@ -364,9 +374,15 @@ def _add_import(add: _Add) -> None:
         help="of attention, where a .pt does not tell (default: width / 64)",
     )
     bring.add_argument(
-        "--tokenizer", type=Path, default=None, metavar="PATH", help="of text, to put into a Transformers folder"
+        "--tokenizer",
+        type=path_argument,
+        default=None,
+        metavar="PATH",
+        help="of text, to put into a Transformers folder",
     )
-    bring.add_argument("--ds_config", type=Path, default=None, metavar="FILE", help="of the run that is to begin")
+    bring.add_argument(
+        "--ds_config", type=path_argument, default=None, metavar="FILE", help="of the run that is to begin"
+    )
     _add_overrides(bring)
 
 
@@ -378,15 +394,17 @@ def _add_data(add: _Add) -> None:
         "With --train, SOURCE is a file or a folder of .txt, .jsonl and .parquet, to train a byte-level BPE on.",
         "tokenize /my/text --train --vocab-size 32000 --to my_tokenizer",
     )
-    tokenize.add_argument("source", type=Path, metavar="SOURCE", help="a configuration; with --train, text")
+    tokenize.add_argument("source", type=path_argument, metavar="SOURCE", help="a configuration; with --train, text")
     tokenize.add_argument("--train", action="store_true", help="train a tokenizer")
     tokenize.add_argument("--vocab-size", type=_positive, metavar="N", help="its tokens, at least 261")
-    tokenize.add_argument("--to", type=Path, metavar="FOLDER", help="its folder, which Transformers reads, too")
+    tokenize.add_argument(
+        "--to", type=path_argument, metavar="FOLDER", help="its folder, which Transformers reads, too"
+    )
     _add_overrides(tokenize)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="such as runs/digits-1")
+    parser.add_argument("run_folder", type=path_argument, metavar="RUN_FOLDER", help="such as runs/digits-1")
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import ConfigError, Problem, Section, refuse_if, say, show
+from d2v_fast.config_errors import ConfigError, PathText, Problem, Section, refuse_if, say, show
 
 # what DeepSpeed would accept, and why a run here does not
 REFUSED_KEYS = {
@@ -104,7 +104,7 @@ class Fp16Config(Section):
 
 class OffloadOptimizerConfig(Section):
     device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
+    nvme_path: PathText | None = None
     buffer_count: Count = 4
     pin_memory: bool = True
     pipeline_read: bool = False
@@ -117,7 +117,7 @@ class OffloadOptimizerConfig(Section):
 
 class OffloadParamConfig(Section):
     device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
+    nvme_path: PathText | None = None
     buffer_count: Count = 5
     buffer_size: Count = 100_000_000
     max_in_cpu: Count = 1_000_000_000

@@ -67,7 +67,7 @@ class Source(ABC):
 
     def __init__(self, model: Student, origin: str, inputs: Path, suffixes: tuple[str, ...], follow: bool) -> None:
         self.model, self.origin = model, origin
-        root = os.path.abspath(os.path.expanduser(inputs))
+        root = os.path.abspath(inputs)
         self._inside = None if follow else os.path.realpath(root)
         if os.path.isfile(root) and root.lower().endswith(suffixes):
             self._root, name = os.path.split(root)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import MAX_SIZE, Problem, Section, problem_of_heads, refuse_if
-from d2v_fast.untrusted import is_path
+from d2v_fast.config_errors import MAX_SIZE, PathText, Problem, Section, problem_of_heads, refuse_if
 
 
 class SpeechModelConfig(Section):
@@ -120,8 +119,11 @@ class SpeechDataConfig(Section):
     `follow_outside`.
     """
 
+    # keys that only one kind reads
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {"audio": ("follow_outside",)}
+
     kind: Literal["speech", "audio"] = "speech"
-    path: str | None = None
+    path: PathText | None = None
     num_workers: int = Field(default=2, ge=0)
     min_seconds: float = Field(default=2.0, gt=0)
     max_seconds: float = Field(default=20.0, gt=0)
@@ -139,8 +141,9 @@ class SpeechDataConfig(Section):
         if self.kind == "audio" and not self.path:
             hint = "Name the folder or the manifest: `--set d2v.data.path=/my/recordings`."
             problems.append(Problem("path", 'be a folder or a .tsv manifest with `kind` "audio"', self.path, hint))
-        if self.path is not None and not is_path(self.path):
-            problems.append(Problem("path", "be a path that the system can hold", self.path))
+        if self.kind == "speech" and self.path is not None:
+            hint = 'Your own recordings are `kind` "audio", for which the preset `speech_small` is made.'
+            problems.append(Problem("path", 'be null with `kind` "speech", a sample set', self.path, hint))
         if self.max_seconds < self.min_seconds:
             problems.append(Problem("max_seconds", f"be >= `min_seconds` ({self.min_seconds})", self.max_seconds))
         if self.max_batch_seconds is not None and self.max_batch_seconds < self.max_seconds:

@@ -3,13 +3,12 @@ the masks of its released recipe."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import MAX_SIZE, Problem, Section, problem_of_heads, refuse_if
-from d2v_fast.untrusted import is_path
+from d2v_fast.config_errors import MAX_SIZE, PathText, Problem, Section, problem_of_heads, refuse_if
 
 # specials in front of the first learned position: the position of a padding token, and what is before it, as in RoBERTa
 POSITION_OFFSET = 2
@@ -123,13 +122,19 @@ class TextDataConfig(Section):
     that lead out of `path` are not followed unless `follow_outside`.
     """
 
+    # keys that only one kind reads
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
+        "docs": ("test_fraction",),
+        "text": ("field", "documents", "encoding_errors", "max_bad_fraction", "strict", "follow_outside"),
+    }
+
     kind: Literal["docs", "text"] = "docs"
-    path: str | None = None
+    path: PathText | None = None
     field: str = "text"
     documents: Literal["file", "paragraph", "line"] = "file"
     encoding_errors: Literal["strict", "replace"] = "strict"
-    tokenizer: str | None = None
-    tokens_path: str | None = None
+    tokenizer: PathText | None = None
+    tokens_path: PathText | None = None
     block_size: int = Field(default=512, ge=4, le=MAX_SIZE)
     packing: Literal["document", "stream"] = "document"
     separate_documents: bool = False
@@ -146,13 +151,12 @@ class TextDataConfig(Section):
         if self.kind == "text" and not self.path:
             hint = "Name the file or the folder: `--set d2v.data.path=/my/text`."
             problems.append(Problem("path", 'be a file or a folder with `kind` "text"', self.path, hint))
+        if self.kind == "docs" and self.path is not None:
+            hint = 'Your own text is `kind` "text", for which the preset `text_small` is made.'
+            problems.append(Problem("path", 'be null with `kind` "docs", a sample set', self.path, hint))
         if self.kind == "text" and not self.tokenizer:
             hint = "A file of Hugging Face tokenizers, or a folder with vocab.json and merges.txt."
             problems.append(Problem("tokenizer", 'be a file or a folder with `kind` "text"', self.tokenizer, hint))
-        for name in ("path", "tokenizer", "tokens_path"):
-            value = getattr(self, name)
-            if value is not None and not is_path(value):
-                problems.append(Problem(name, "be a path that the system can hold", value))
         if not self.field:
             problems.append(Problem("field", "name a field or column", self.field))
         refuse_if(problems)

@@ -3,13 +3,12 @@ its released recipe)."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import MAX_SIZE, Problem, Section, problem_of_heads, refuse_if
-from d2v_fast.untrusted import is_path
+from d2v_fast.config_errors import MAX_SIZE, PathText, Problem, Section, problem_of_heads, refuse_if
 
 
 class VisionModelConfig(Section):
@@ -89,8 +88,17 @@ class VisionDataConfig(Section):
     `follow_outside`. A decoder needs up to 16 bytes per pixel in each worker.
     """
 
+    # keys that only one kind reads
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
+        "digits": ("rotation_degrees", "zoom", "shift_pixels", "test_fraction"),
+        "images": (
+            *("crop_scale", "flip_prob", "color_jitter", "max_bad_fraction", "strict"),
+            *("max_image_pixels", "max_image_bytes", "min_image_side", "follow_outside"),
+        ),
+    }
+
     kind: Literal["digits", "images"] = "digits"
-    path: str | None = None
+    path: PathText | None = None
     num_workers: int = Field(default=2, ge=0)
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
     std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
@@ -115,8 +123,9 @@ class VisionDataConfig(Section):
         if self.kind == "images" and not self.path:
             hint = "Name the folder that holds the images: `--set d2v.data.path=/my/images`."
             problems.append(Problem("path", 'be a folder with `kind` "images"', self.path, hint))
-        if self.path is not None and not is_path(self.path):
-            problems.append(Problem("path", "be a path that the system can hold", self.path))
+        if self.kind == "digits" and self.path is not None:
+            hint = 'Your own images are `kind` "images", for which the preset `images_small` is made.'
+            problems.append(Problem("path", 'be null with `kind` "digits", a sample set', self.path, hint))
         if any(value <= 0 for value in self.std):
             problems.append(Problem("std", "be > 0 in every channel", self.std))
         low, high = self.crop_scale

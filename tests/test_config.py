@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_fast.config import (
+    MODALITIES,
     ConfigError,
     RunConfig,
     SpeechConfig,
@@ -106,6 +107,38 @@ def test_speech_sections(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(raw)
     assert any(sentence in problem for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize("name", ["digits", "speech", "text"])
+def test_a_sample_set_takes_no_path(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIGS / f"{name}.json", ["d2v.data.path=/my/own"])
+    kind, own, preset = {
+        "digits": ("digits", "images", "images_small"),
+        "speech": ("speech", "audio", "speech_small"),
+        "text": ("docs", "text", "text_small"),
+    }[name]
+    [found] = caught.value.problems
+    assert f'`d2v.data.path` must be null with `kind` "{kind}", a sample set, but is "/my/own" instead.' in found
+    assert f'`kind` "{own}", for which the preset `{preset}` is made.' in found
+    own_data = ["d2v.data.path=/my/own", "d2v.data.tokenizer=/tokenizer"][: 2 if name == "text" else 1]
+    assert load_config(CONFIGS / f"{preset}.json", own_data).d2v.data.kind == own
+
+
+def test_keys_of_another_kind_have_no_effect() -> None:
+    assert parse(d2v__data__rotation_degrees=5, d2v__data__zoom=0.0, d2v__data__flip_prob=0.0).d2v.without_effect() == [
+        "d2v.data.rotation_degrees"
+    ]
+    digits = parse(d2v__data={"kind": "digits", "mean": [0.5], "std": [1.0], "zoom": 0.1}, d2v__model__channels=1)
+    assert digits.d2v.without_effect() == []
+    changed = {"kind": "digits", "mean": [0.5], "std": [1.0], "flip_prob": 0.0, "strict": True}
+    found = parse(d2v__data=changed, d2v__model__channels=1, d2v__guard={"nonfinite": "stop", "nonfinite_patience": 9})
+    assert found.d2v.without_effect() == ["d2v.data.flip_prob", "d2v.data.strict", "d2v.guard.nonfinite_patience"]
+    constant = parse(d2v__schedule={"kind": "constant", "steps": 5, "hold_ratio": 0.5, "final_lr_ratio": 0.5})
+    assert constant.d2v.without_effect() == ["d2v.schedule.hold_ratio", "d2v.schedule.final_lr_ratio"]
+    for section in MODALITIES.values():
+        data = section.model_fields["data"].default
+        assert {key for keys in data.only_for.values() for key in keys} <= set(type(data).model_fields)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)

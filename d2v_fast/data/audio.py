@@ -75,7 +75,7 @@ class AudioDataset:
     def __init__(self, data: SpeechDataConfig, model: SpeechModelConfig) -> None:
         if data.path is None:
             raise DataError("`d2v.data.path` must be the folder that holds the recordings, but is null instead.")
-        path = os.path.abspath(os.path.expanduser(data.path))
+        path = os.path.abspath(data.path)
         if path.lower().endswith(".tsv") and not os.path.isdir(path):
             root, paths, counts = _read_manifest(path)
         else:

@@ -37,7 +37,7 @@ def made_once(root: str | None, name: str, make: Callable[[Path], None], key: st
     Raises:
         DataError: the folder cannot be written.
     """
-    roots = [Path(os.path.abspath(os.path.expanduser(root)))] if root is not None else list(_default_roots())
+    roots = [Path(os.path.abspath(root))] if root is not None else list(_default_roots())
     for place in roots:
         if (place / name).is_dir():
             return place / name

@@ -58,7 +58,7 @@ class ImagesDataset:
             raise DataError("`d2v.data.path` must be the folder that holds the images, but is null instead.")
         self.image_size = model.image_size
         self.channels = model.channels
-        self.root = os.path.abspath(os.path.expanduser(data.path))
+        self.root = os.path.abspath(data.path)
         self._limits = Limits(
             max_pixels=data.max_image_pixels,
             max_bytes=data.max_image_bytes,

@@ -58,10 +58,7 @@ class SpeechProbeData:
 
 
 class SpeechSamples(AudioDataset):
-    """The recordings of one split, without labels. They last 0.3 to 0.8 s: `data.min_seconds` must let them pass.
-
-    `data.path` has no effect here.
-    """
+    """The recordings of one split, without labels. They last 0.3 to 0.8 s: `data.min_seconds` must let them pass."""
 
     def __init__(
         self, data: SpeechDataConfig, model: SpeechModelConfig, split: Literal["train", "test"] = "train"

@@ -18,6 +18,7 @@ from d2v_fast.data.progress import Progress
 from d2v_fast.data.text_files import TextFiles
 from d2v_fast.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from d2v_fast.data.tokens import TextSource, tokenised
+from d2v_fast.paths import expand_path
 from d2v_fast.untrusted import printable
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_le
         DataError: the folder exists or cannot be written; there is no text, or too much is unreadable.
         ValueError: `vocab_size` is too small.
     """
-    target = Path(os.path.abspath(os.path.expanduser(to)))
+    target = Path(os.path.abspath(expand_path(to)))
     if os.path.lexists(target):
         raise DataError(f"the folder of a new tokenizer must not exist, but '{printable(str(target))}' does.")
     source = TextFiles(data)

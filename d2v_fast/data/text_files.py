@@ -108,7 +108,7 @@ class TextFiles:
     def __init__(self, data: TextDataConfig) -> None:
         if data.path is None:
             raise DataError("`d2v.data.path` must be a file or a folder that holds text, but is null instead.")
-        path = os.path.abspath(os.path.expanduser(data.path))
+        path = os.path.abspath(data.path)
         if os.path.isfile(path):
             self.root, name = os.path.split(path)
             self._names, self._inside = [name], None

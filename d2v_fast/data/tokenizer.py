@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
+from d2v_fast.paths import expand_path
 from d2v_fast.untrusted import parse_json, printable, read_text
 
 __all__ = ["MIN_VOCAB_SIZE", "Specials", "Tokenizer", "load_tokenizer", "train_tokenizer"]
@@ -155,7 +156,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         DataError: there is none, it cannot be read, or it lacks a special token.
     """
-    path = Path(os.path.abspath(os.path.expanduser(path)))
+    path = Path(os.path.abspath(expand_path(path)))
     name = f"'{printable(str(path))}'"
     try:
         if not path.is_dir():
