@@ -7,6 +7,7 @@ from torch import nn
 
 from d2v_fast.config import BatchSplit, RunConfig
 from d2v_fast.data import BatchMaker, steps_per_epoch
+from d2v_fast.data.listing import counted, describe_listing
 from d2v_fast.data2vec import build_model
 from d2v_fast.memory import predict
 from d2v_fast.peak_memory import format_bytes
@@ -35,7 +36,7 @@ def describe(
     lines = [
         f"parameters      student {student:,}, head {head:,}, teacher {student:,}",
         *_memory(config, split.world_size, dtype, device_type),
-        f"data            {maker.num_samples:,} {maker.what}s",
+        *_data(maker),
         f"global batch    {split.global_batch:,} = {split.micro_batch} per micro-step x {split.accumulation} "
         f"micro-steps x {split.world_size} processes",
         f"length          {schedule.num_steps:,} optimizer steps, {epoch_steps:,} per epoch, "
@@ -44,6 +45,12 @@ def describe(
         f"{config.d2v.schedule.kind} to {schedule.at(schedule.num_steps - 1):.3g}",
     ]
     return "\n".join(lines)
+
+
+def _data(maker: BatchMaker) -> list[str]:
+    """What is used and what is left out, one line each."""
+    first, *others = describe_listing(maker.listing, counted(maker.num_samples, maker.what))
+    return [f"data            {first}", *(f"{'':16}{line}" for line in others)]
 
 
 def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str) -> list[str]:

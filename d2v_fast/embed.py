@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
+from d2v_fast.data.listing import print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.embed_inputs import Sample, Source, open_source
 from d2v_fast.modalities import Student
@@ -68,6 +69,7 @@ def embed(
     source = open_source(model, inputs, weights, step, tokenizer)
     size = _BATCH[source.what] if batch_size is None else batch_size
     encoder = source.model.to(World(device).device).eval()
+    print_listing(source.listing, f"{source.what}s")
     bad: list[str] = []
 
     def features() -> Iterator[tuple[str, Rows]]:

@@ -18,6 +18,7 @@ from d2v_fast.config import MAX_FILE_BYTES, TextConfig
 from d2v_fast.config_errors import check
 from d2v_fast.data import DataError
 from d2v_fast.data.files import UnreadableFile, find_files, open_regular
+from d2v_fast.data.listing import FileKinds, Listing, count_endings
 from d2v_fast.export import SavedWeights, choose_checkpoint, load_encoder, read_run_config, run_tokenizer
 from d2v_fast.interop.huggingface import import_model
 from d2v_fast.modalities import Student
@@ -53,6 +54,7 @@ class Source(ABC):
 
     Attributes:
         what: a sample, in a word.
+        listing: which files are read, and which others are not.
         num_bytes: of all files.
         num_cut: lines that were too long, so far.
         padding: what stands behind the end of a shorter sample.
@@ -65,24 +67,22 @@ class Source(ABC):
     padding = 0.0
     num_places: Callable[[int], int] | None = None
 
-    def __init__(self, model: Student, origin: str, inputs: Path, suffixes: tuple[str, ...], follow: bool) -> None:
+    def __init__(self, model: Student, origin: str, inputs: Path, kinds: FileKinds, follow: bool) -> None:
         self.model, self.origin = model, origin
         root = os.path.abspath(inputs)
         self._inside = None if follow else os.path.realpath(root)
-        if os.path.isfile(root) and root.lower().endswith(suffixes):
+        if os.path.isfile(root) and root.lower().endswith(kinds.read):
             self._root, name = os.path.split(root)
             self._paths, self._inside = [name], None
+            self.listing = Listing(count_endings(self._paths))
         elif not os.path.isdir(root):
             raise DataError(f"`INPUTS` must be a folder of {self.what}s, but '{printable(str(inputs))}' is none.")
         else:
             self._root = root
             try:
-                self._paths = find_files(root, self._inside, suffixes, f"{self.what}s")
-            except DataError:
-                kinds = ", ".join(suffixes)
-                raise DataError(
-                    f"`INPUTS` must hold {self.what}s ({kinds}), but '{printable(str(inputs))}' has none."
-                ) from None
+                self._paths, self.listing = find_files(root, self._inside, kinds)
+            except DataError as error:
+                raise DataError(str(error).replace("`d2v.data.path`", "`INPUTS`")) from None
         self.num_bytes = sum(map(self._size, self._paths))
 
     @abstractmethod
@@ -122,9 +122,9 @@ class Images(Source):
         self, model: Student, origin: str, inputs: Path, config: VisionModelConfig, data: VisionDataConfig
     ) -> None:
         from d2v_fast.data.decode import Limits
-        from d2v_fast.data.images import SUFFIXES
+        from d2v_fast.data.images import KINDS
 
-        super().__init__(model, origin, inputs, SUFFIXES, data.follow_outside)
+        super().__init__(model, origin, inputs, KINDS, data.follow_outside)
         self._limits = Limits(data.max_image_pixels, data.max_image_bytes, data.min_image_side, self._inside)
         self._size_px, self._channels = config.image_size, config.channels
         # per channel, in grey levels
@@ -150,11 +150,11 @@ class Recordings(Source):
     def __init__(
         self, model: Student, origin: str, inputs: Path, config: SpeechModelConfig, data: SpeechDataConfig
     ) -> None:
-        from d2v_fast.data.audio import SUFFIXES
+        from d2v_fast.data.audio import KINDS
         from d2v_fast.data.audio_decode import AudioLimits, import_audio
 
         import_audio("soundfile")
-        super().__init__(model, origin, inputs, SUFFIXES, data.follow_outside)
+        super().__init__(model, origin, inputs, KINDS, data.follow_outside)
         self._limits = AudioLimits(config.sample_rate, data.max_file_bytes, data.silence, self._inside)
         self._fewest = config.receptive_field
         self._most = max(int(data.max_seconds * config.sample_rate), 2 * self._fewest)
@@ -188,7 +188,12 @@ class Lines(Source):
         data: TextDataConfig,
         tokenizer: Any,
     ) -> None:
-        super().__init__(model, origin, inputs, (".txt",), data.follow_outside)
+        from d2v_fast.data.text_files import KINDS
+
+        others = [ending for ending in KINDS.read if ending != ".txt"]
+        unread = {**KINDS.unread, **dict.fromkeys(others, "write one line per sample into a .txt file")}
+        kinds = FileKinds("lines of text", (".txt",), unread)
+        super().__init__(model, origin, inputs, kinds, data.follow_outside)
         tokenizer.fit(config.vocab_size)
         self._tokenizer = tokenizer
         self._most = config.max_positions - 2

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
 from d2v_fast.data import image_dataset
+from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data2vec import build_model
 from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_run_config
 from d2v_fast.masking import block_masks
@@ -128,6 +129,7 @@ def _choose_images(config: VisionConfig, folder: Path | None, count: int) -> tup
         data = data.model_copy(update={"kind": "images", "path": str(folder)})
     config = config.model_copy(update={"data": data})
     dataset = image_dataset(config, split="test" if data.kind == "digits" else "train")
+    print_listing(dataset.listing, counted(len(dataset), "image"), sys.stderr)
     sample_ids = np.unique(np.linspace(0, len(dataset) - 1, count, dtype=np.int64))
     return dataset.plain(sample_ids), sample_ids
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from d2v_fast.config import SpeechConfig
 from d2v_fast.data.audio import AudioDataset
+from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data.speech import SpeechSamples
 from d2v_fast.log_mel import HOP_SECONDS, log_mel
 from d2v_fast.masking import span_mask_rows
@@ -40,6 +42,7 @@ def choose_recordings(config: SpeechConfig, folder: Path | None, count: int) -> 
         dataset = SpeechSamples(config.data, config.model, "test")
     else:
         dataset = AudioDataset(config.data, config.model)
+    print_listing(dataset.listing, counted(len(dataset), "recording"), sys.stderr)
     most = int(MAX_SECONDS * config.model.sample_rate)
     ids = np.unique(np.linspace(0, len(dataset) - 1, count, dtype=np.int64)).tolist()
     return {str(Path(dataset.path(i)).relative_to(dataset.root).with_suffix("")): dataset.whole(i)[:most] for i in ids}

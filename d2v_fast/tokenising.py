@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d2v_fast.config import ConfigError, TextConfig, TextDataConfig, apply_overrides, load_config
 from d2v_fast.config_errors import check
+from d2v_fast.data.listing import print_listing
 from d2v_fast.peak_memory import format_bytes
 
 
@@ -21,7 +22,10 @@ def tokenise(file: Path, overrides: Sequence[str] = ()) -> str:
     if not isinstance(config, TextConfig):
         raise ConfigError([f'`d2v.modality` must be "text", but is "{config.modality}" instead.'], str(file))
     from d2v_fast.data.text import TextDataset
+    from d2v_fast.data.text_files import TextFiles
 
+    if config.data.kind != "docs":
+        print_listing(TextFiles(config.data).listing, "text")
     dataset = TextDataset(config.data, config.model)
     tokens, found = dataset.tokens, dataset.tokens.manifest
     size = sum(entry.stat().st_size for entry in tokens.folder.iterdir())
@@ -62,6 +66,8 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
     if data is None or problems:
         raise ConfigError([*problems, *found], "options")
     from d2v_fast.data.text import make_tokenizer
+    from d2v_fast.data.text_files import TextFiles
 
+    print_listing(TextFiles(data).listing, "text")
     tokenizer = make_tokenizer(data, vocab_size, to)
     return f"tokenize: {to} ({tokenizer.vocab_size:,} tokens); for a run: --set d2v.data.tokenizer={to}"

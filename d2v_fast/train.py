@@ -154,6 +154,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
 
     from d2v_fast.checkpoints import Checkpoints
     from d2v_fast.data import StepLoader, batch_maker, steps_per_epoch
+    from d2v_fast.data.listing import counted, print_listing
     from d2v_fast.data2vec import build_model
     from d2v_fast.engine import check_engine_available, compute_dtype, import_engine, make_engine
     from d2v_fast.guard import Guard
@@ -179,6 +180,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
             print(describe(config, split, schedule, maker, compute_dtype(config, device), device.type))
         return None
 
+    if is_first_process():
+        print_listing(maker.listing, counted(maker.num_samples, maker.what))
     world = World(
         d2v.run.device, config.deepspeed.needs_deepspeed(split.world_size), timeout_minutes=d2v.run.timeout_minutes
     )

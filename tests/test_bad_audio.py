@@ -181,8 +181,8 @@ def test_in_a_folder(folder: Path, name: str) -> None:
     ids = np.arange(len(dataset))
     waves, bad = dataset.read(ids, dataset.lengths, 0, 0)
     # found by its header and left out, or when it is read, and replaced
-    assert len(dataset) == 5 - len(dataset.bad_files)
-    [line] = {*dataset.bad_files, *bad}
+    assert len(dataset) == 5 - len(dataset.listing.bad_files)
+    [line] = {*dataset.listing.bad_files, *bad}
     found, _, reason = line.partition(": ")
     assert found == str(folder / name)
     assert re.search(REASONS[name], reason), reason
@@ -220,11 +220,13 @@ def test_all_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pyte
     for name in REASONS:
         make_bad(folder, name)
     dataset = make_dataset(folder, max_file_bytes=MAX_BYTES)
-    assert len(dataset) + len(dataset.bad_files) == len(REASONS) + 4
+    assert len(dataset) + len(dataset.listing.bad_files) == len(REASONS) + 4
     assert caplog.text.count("left out an unreadable recording: ") == 10
-    assert f"left out {len(dataset.bad_files)} unreadable recordings of {len(REASONS) + 4} in all" in caplog.text
+    assert (
+        f"left out {len(dataset.listing.bad_files)} unreadable recordings of {len(REASONS) + 4} in all" in caplog.text
+    )
     _, bad = dataset.read(np.arange(len(dataset)), dataset.lengths, 0, 0)
-    assert len({*bad, *dataset.bad_files}) == len(REASONS)
+    assert len({*bad, *dataset.listing.bad_files}) == len(REASONS)
 
 
 def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,12 +270,12 @@ def test_links_are_followed_where_that_is_wanted(folder: Path) -> None:
     assert len(make_dataset(folder)) == 5
     dataset = make_dataset(folder, follow_outside=True)
     assert len(dataset) == 6
-    assert dataset.bad_files == ()
+    assert dataset.listing.bad_files == ()
 
 
 def test_names_are_printable(folder: Path) -> None:
     (folder / "red \x1b[31m\n.wav").write_bytes(b"junk")
-    [line] = make_dataset(folder).bad_files
+    [line] = make_dataset(folder).listing.bad_files
     assert line == f"{folder}/red \\x1b[31m\\n.wav: {NOT_AUDIO}"
 
 
@@ -356,7 +358,7 @@ def test_less_than_a_frame_is_left_out(folder: Path, num_samples: int) -> None:
     (folder / "a.wav").write_bytes(wav(NOISE[:num_samples]))
     dataset = make_dataset(folder, min_seconds=1e-6)
     assert len(dataset) == 4
-    assert dataset.bad_files == ()
+    assert dataset.listing.bad_files == ()
 
 
 def test_damaged_files_never_escape(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from d2v_fast.data import DataError, audio_decode
 from d2v_fast.data import audio as audio_module
 from d2v_fast.data.audio import AudioDataset
 from d2v_fast.data.audio_decode import AudioLimits, read_part, read_whole
+from d2v_fast.data.listing import LeftOut
 from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
 
@@ -219,7 +220,7 @@ def test_tree(folder: Path, tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "short")
     assert len(dataset) == 20
     assert dataset.path(19) == str(tmp_path / "short" / "b" / "c" / "z.wav")
-    assert dataset.bad_files == ()
+    assert dataset.listing.bad_files == ()
 
 
 @pytest.mark.parametrize("root", ["absolute", "relative"])
@@ -305,16 +306,18 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
         make_dataset(tmp_path / "a.wav")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
-    with pytest.raises(DataError, match=r"must hold recordings \(\.wav, \.flac, \.ogg, \.mp3\).*1 other files"):
+    with pytest.raises(
+        DataError, match=r"must hold recordings \(\.wav, .*has none\n  not data: 1 other file \(1 \.txt\)"
+    ):
         make_dataset(tmp_path / "empty")
 
 
-def test_all_are_too_short(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_are_too_short(folder: Path) -> None:
     with pytest.raises(DataError, match=r"`d2v\.data\.min_seconds` must leave some.*all 20 .* shorter than 3 s"):
         make_dataset(folder, min_seconds=3, max_seconds=4)
-    with caplog.at_level(logging.INFO):
-        assert len(make_dataset(folder, min_seconds=2.85, max_seconds=4)) == 1
-    assert "left out 19 of 20 recordings that are shorter than `d2v.data.min_seconds` (2.85)" in caplog.text
+    dataset = make_dataset(folder, min_seconds=2.85, max_seconds=4)
+    assert len(dataset) == 1
+    assert dataset.listing.left_out == (LeftOut(19, "recordings shorter than `d2v.data.min_seconds` (2.85 s)"),)
 
 
 @pytest.mark.parametrize("name", ["soundfile", "soxr"])

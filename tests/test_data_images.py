@@ -351,7 +351,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(DataError, match=r"must hold images \(\.jpg, .*has none \(1 other files, 0 links"):
+    with pytest.raises(DataError, match=r"must hold images \(\.jpg, .*has none\n  not data: 1 other file \("):
         make_dataset(tmp_path)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from d2v_fast.config import VisionConfig
 from d2v_fast.data import Batch, DataError, ImageBatches, ImageDataset, StepLoader, image_dataset
 from d2v_fast.data import loader as loader_module
+from d2v_fast.data.listing import Listing
 from d2v_fast.masking import block_mask_rows
 
 NUM_PATCHES = 16
@@ -53,6 +54,7 @@ class Squares:
 
     image_size = 8
     channels = 1
+    listing = Listing()
 
     def __init__(self, trouble: str = "") -> None:
         self.trouble = trouble
@@ -295,7 +297,7 @@ def test_no_bad_file_allowed(folder: Path) -> None:
 
 def test_one_bad_batch_early_is_no_reason_to_stop() -> None:
     config = make_config(max_bad_fraction=0.01).data
-    maker = SimpleNamespace(num_samples=100_000, what="image", bad_files=())
+    maker = SimpleNamespace(num_samples=100_000, what="image", listing=Listing())
     bad = loader_module._BadFiles(config, maker, lambda file: None)
     ids = torch.arange(10)
     for i in range(10):

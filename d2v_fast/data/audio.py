@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,15 +26,29 @@ from d2v_fast.data.audio_decode import (
 )
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBOURS, PathList, find_files
+from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds, Listing, count_endings
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.untrusted import is_path, printable
 
 if TYPE_CHECKING:
     from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
 
-__all__ = ["AudioDataset", "normalised"]
+__all__ = ["KINDS", "AudioDataset", "normalised"]
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+_CONVERT = "convert them, for example with `ffmpeg -i FILE FILE.flac`"
+_EXTRACT = "extract the recordings as WAV or FLAC files"
+KINDS = FileKinds(
+    "recordings",
+    read=(".wav", ".flac", ".ogg", ".mp3"),
+    unread={
+        **ARCHIVES,
+        **dict.fromkeys(VIDEOS, _CONVERT),
+        **dict.fromkeys((".aac", ".ac3", ".alac", ".amr", ".ape", ".asf", ".awb", ".dff", ".dsf", ".dts"), _CONVERT),
+        **dict.fromkeys((".m4a", ".m4b", ".m4r", ".mka", ".mpc", ".ra", ".rm", ".shn", ".spx", ".tta"), _CONVERT),
+        **dict.fromkeys((".weba", ".wma", ".wv", ".pcm", ".raw"), _CONVERT),
+        **dict.fromkeys((".arrow", ".parquet", ".tfrecord"), _EXTRACT),
+    },
+)
 NORM_EPS = 1e-5
 
 # headers are read by threads, which mostly wait for the disk
@@ -65,7 +80,8 @@ class AudioDataset:
     Attributes:
         lengths: int64 `[S]`, samples at the model's rate that a step may use: at most `data.max_seconds`.
         sample_rate: the model's, in Hz.
-        bad_files: the files that are left out because their header cannot be read, as `path: reason`.
+        listing: which files are used, and what is left out: other files, recordings that are too short, files whose
+            header cannot be read.
 
     Raises:
         DataError: at once, if there is no such folder or manifest, a manifest is malformed or leads out of its root,
@@ -78,10 +94,11 @@ class AudioDataset:
         path = os.path.abspath(data.path)
         if path.lower().endswith(".tsv") and not os.path.isdir(path):
             root, paths, counts = _read_manifest(path)
+            self.listing = Listing(count_endings(paths))
         else:
             root, counts = path, None
             inside = None if data.follow_outside else os.path.realpath(path)
-            paths = find_files(path, inside, SUFFIXES, "recordings")
+            paths, self.listing = find_files(path, inside, KINDS)
         self._fill(data, model, root, paths, counts)
 
     def _fill(
@@ -96,7 +113,6 @@ class AudioDataset:
         import_audio("soundfile")
         self.root = root
         self.sample_rate = model.sample_rate
-        self.bad_files: tuple[str, ...] = ()
         self._limits = AudioLimits(
             sample_rate=model.sample_rate,
             max_bytes=data.max_file_bytes,
@@ -108,10 +124,12 @@ class AudioDataset:
         fewest = max(round(data.min_seconds * model.sample_rate), model.receptive_field)
         most = max(int(data.max_seconds * model.sample_rate), fewest)
         kept = np.flatnonzero(counts >= fewest)
-        num_short = len(paths) - len(self.bad_files) - len(kept)
-        if num_short:
-            text = "left out %d of %d recordings that are shorter than `d2v.data.min_seconds` (%g)"
-            _log.info(text, num_short, len(paths), data.min_seconds)
+        num_short = len(paths) - len(self.listing.bad_files) - len(kept)
+        if fewest > model.receptive_field:
+            short = f"recordings shorter than `d2v.data.min_seconds` ({data.min_seconds:g} s)"
+        else:
+            short = f"recordings shorter than one frame of the model ({fewest / model.sample_rate:g} s)"
+        self.listing = self.listing.without(num_short, short)
         if len(kept) == 0:
             raise DataError(
                 f"`d2v.data.min_seconds` must leave some recordings, but all {num_short} in '{printable(root)}' are "
@@ -244,7 +262,7 @@ class AudioDataset:
             _log.warning("left out an unreadable recording: %s", file)
         if len(bad) > NUM_NAMED:
             _log.warning("left out %d unreadable recordings of %d in all", len(bad), len(paths))
-        self.bad_files = tuple(bad)
+        self.listing = replace(self.listing, bad_files=tuple(bad))
         return lengths
 
     def _headers(self, paths: list[str]) -> list[tuple[int, int] | str]:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from d2v_fast.data.listing import Listing
+
 __all__ = ["Batch", "DataError", "ImageDataset"]
 
 
@@ -66,6 +68,7 @@ class ImageDataset(Protocol):
 
     image_size: int
     channels: int
+    listing: Listing
 
     def __len__(self) -> int: ...
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from d2v_fast.data.affine import warp
 from d2v_fast.data.batch import DataError
+from d2v_fast.data.listing import Listing
 from d2v_fast.streams import AUGMENT, SPLIT, permutation, stream_keys, uniforms
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class DigitsDataset:
     """
 
     channels = 1
+    listing = Listing()
 
     def __init__(
         self, data: VisionDataConfig, model: VisionModelConfig, split: Literal["train", "test"] = "train"

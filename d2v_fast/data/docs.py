@@ -22,6 +22,7 @@ from torch import Tensor
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import made_once
+from d2v_fast.data.listing import Listing
 from d2v_fast.data.text_files import BadText, Piece, pieces_of
 from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, train_tokenizer
 from d2v_fast.streams import SPLIT, permutation
@@ -74,6 +75,8 @@ class TextProbeData:
 
 class DocsSource:
     """The documents of one split, as a `TextSource`: of every topic, what lies between parts of the other split."""
+
+    listing = Listing()
 
     def __init__(self, data: TextDataConfig, split: Split) -> None:
         self.bad = BadText(0.0, False, "documents")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from d2v_fast.data.batch import DataError
+from d2v_fast.data.listing import FileKinds, Listing, count_endings, describe_listing, ending_of
 from d2v_fast.untrusted import printable
 
 __all__ = ["NUM_CHECKED", "NUM_NAMED", "NUM_NEIGHBOURS", "PathList", "UnreadableFile", "find_files", "open_regular"]
@@ -18,8 +19,10 @@ __all__ = ["NUM_CHECKED", "NUM_NAMED", "NUM_NEIGHBOURS", "PathList", "Unreadable
 NUM_CHECKED = 16
 NUM_NEIGHBOURS = 64
 NUM_NAMED = 10
-
-_log = logging.getLogger(__name__)
+# of what is left out of a folder, so many are named where the rest is only counted
+NUM_EXAMPLES = 3
+# hidden entries that desktops and tools make, never a user's samples; also `._x`, which macOS puts beside every `x`
+_NOISE = (".ds_store", "._", ".git", ".ipynb_checkpoints", ".trash", ".spotlight-", ".fseventsd", ".thumb", ".nfs")
 
 
 class UnreadableFile(ValueError):
@@ -42,13 +45,15 @@ class PathList:
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
 
 
-def find_files(root: str, inside: str | None, suffixes: tuple[str, ...], what: str) -> list[str]:
-    """Paths of all files below `root` with one of the suffixes, relative to it and sorted; hidden ones are left out.
+def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[str], Listing]:
+    """Find all files below a folder that a modality reads; hidden ones are left out.
 
     Args:
-        inside: absolute folder without links in it: links to folders outside of it are left out, with a warning. None
-            follows all.
-        what: the files in the plural, for messages.
+        root: the folder.
+        inside: absolute folder without links in it; links to folders outside of it are left out. None follows all.
+        kinds: which files to find, and which others to count by their ending.
+    Returns:
+        Paths relative to `root`, sorted; and what was found in the folder.
     Raises:
         DataError: if there is no such folder, or no such file in it.
     """
@@ -56,24 +61,32 @@ def find_files(root: str, inside: str | None, suffixes: tuple[str, ...], what: s
         problem = "is a file" if os.path.exists(root) else "does not exist"
         raise DataError(f"`d2v.data.path` must be a folder, but '{printable(root)}' {problem}.")
     found: list[str] = []
-    others: list[str] = []
-    outside: list[str] = []
-    for path in _walk(root, inside, outside):
-        (found if path.lower().endswith(suffixes) else others).append(os.path.relpath(path, root))
-    if outside:
-        named = printable(", ".join(sorted(outside)[:NUM_NAMED]))
-        _log.warning(
-            "left out %d links to folders outside of '%s' (%s); `d2v.data.follow_outside` would follow them",
-            len(outside),
-            printable(root),
-            named + (", ..." if len(outside) > NUM_NAMED else ""),
-        )
+    unread: dict[str, int] = {}
+    others: dict[str, int] = {}
+    skipped = _Skipped()
+    for path in _walk(root, inside, skipped):
+        if path.lower().endswith(kinds.read):
+            found.append(os.path.relpath(path, root))
+            continue
+        ending = ending_of(path)
+        counts = unread if _is_known(ending, kinds.unread) else others
+        counts[ending] = counts.get(ending, 0) + 1
+    advice = {ending: kinds.unread.get(ending) or kinds.unread["." + ending.rpartition(".")[2]] for ending in unread}
+    listing = Listing(count_endings(found), unread, advice, others)
+    known = (os.sep, *kinds.read, *kinds.unread)
+    hidden = [path for path in skipped.hidden if path.lower().endswith(known)]
+    for names, what in (
+        (hidden, "hidden files and folders (their names begin with a dot): {}"),
+        (skipped.outside, "links to folders outside (`d2v.data.follow_outside` follows them): {}"),
+        (skipped.unlisted, "folders that cannot be listed: {}"),
+    ):
+        listing = listing.without(len(names), what.format(_examples(names, root)))
     if not found:
         raise DataError(
-            f"`d2v.data.path` must hold {what} ({', '.join(suffixes)}), but '{printable(root)}' has none "
-            f"({len(others)} other files, {len(outside)} links to folders outside)."
+            f"`d2v.data.path` must hold {kinds.what} ({', '.join(kinds.read)}), but '{printable(root)}' has none"
+            + "".join(f"\n  {line}" for line in describe_listing(listing, "")[1:])
         )
-    return sorted(found)
+    return sorted(found), listing
 
 
 def open_regular(path: str, inside: str | None, max_bytes: int) -> tuple[int, int]:
@@ -98,10 +111,20 @@ def open_regular(path: str, inside: str | None, max_bytes: int) -> tuple[int, in
     return os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), status.st_size
 
 
-def _walk(root: str, inside: str | None, outside: list[str]) -> Iterator[str]:
+@dataclass
+class _Skipped:
+    """Entries that a walk does not enter or list: their paths; those of hidden folders end with a slash."""
+
+    hidden: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+
+
+def _walk(root: str, inside: str | None, skipped: _Skipped) -> Iterator[str]:
     """Everything below `root` that is no folder; each folder once, also where links lead in circles.
 
-    Links to folders that lie outside of `inside` are added to `outside` instead.
+    What is left out is added to `skipped`: links to folders that lie outside of `inside`, hidden entries, and folders
+    that cannot be listed.
     """
     seen = set()
     folders = [root]
@@ -115,20 +138,33 @@ def _walk(root: str, inside: str | None, outside: list[str]) -> Iterator[str]:
             with os.scandir(folder) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            _log.warning("skipped a folder that cannot be listed: %s", error)
+            skipped.unlisted.append(f"{folder} ({error.strerror or type(error).__name__})")
             continue
         for entry in entries:
             if entry.name.startswith("."):
+                if not entry.name.lower().startswith(_NOISE):
+                    skipped.hidden.append(entry.path + (os.sep if os.path.isdir(entry.path) else ""))
                 continue
             if not entry.is_symlink():
                 is_folder = entry.is_dir()
             elif is_folder := os.path.isdir(entry.path):
                 real = os.path.realpath(entry.path)
                 if inside is not None and real != inside and not real.startswith(os.path.join(inside, "")):
-                    outside.append(entry.path)
+                    skipped.outside.append(entry.path)
                     continue
             if is_folder:
                 folders.append(entry.path)
             else:
                 # also what cannot be read, such as dead links and pipes: whoever reads it says why, and it is counted
                 yield entry.path
+
+
+def _is_known(ending: str, endings: Container[str]) -> bool:
+    """Whether an ending, or the last part of one such as `.wav.gz`, is among `endings`."""
+    return ending in endings or "." + ending.rpartition(".")[2] in endings
+
+
+def _examples(paths: list[str], root: str) -> str:
+    """The first of some paths below `root`, for messages."""
+    names = [printable(os.path.relpath(path, root)) for path in sorted(paths)[:NUM_EXAMPLES]]
+    return ", ".join([*names, *(["..."] if len(paths) > NUM_EXAMPLES else [])])

@@ -18,15 +18,30 @@ from torch import Tensor
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.decode import Box, Limits, UnreadableImage, centre_box, read_square
 from d2v_fast.data.files import NUM_CHECKED, NUM_NEIGHBOURS, PathList, find_files
+from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.untrusted import printable
 
 if TYPE_CHECKING:
     from d2v_fast.config import VisionDataConfig, VisionModelConfig
 
-__all__ = ["ImagesDataset", "random_box"]
+__all__ = ["KINDS", "ImagesDataset", "random_box"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_CONVERT = "convert them to PNG or JPEG"
+KINDS = FileKinds(
+    "images",
+    read=(".jpg", ".jpeg", ".png", ".webp"),
+    unread={
+        **ARCHIVES,
+        **dict.fromkeys(VIDEOS, "extract the frames as PNG or JPEG files"),
+        **dict.fromkeys((".arrow", ".parquet", ".tfrecord"), "extract the images as files"),
+        **dict.fromkeys((".apng", ".avif", ".bmp", ".dcm", ".dds", ".dib", ".exr", ".gif", ".hdr", ".heic"), _CONVERT),
+        **dict.fromkeys((".heif", ".hif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".nii"), _CONVERT),
+        **dict.fromkeys((".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"), _CONVERT),
+        # cameras' raw files
+        **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"), _CONVERT),
+    },
+)
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 NUM_CROP_TRIES = 10
 
@@ -47,6 +62,9 @@ class ImagesDataset:
     right, and changed in brightness, contrast and saturation if `color_jitter` > 0. A file that cannot be read, or is
     beyond the limits of `data`, is replaced by the next readable one in the order.
 
+    Attributes:
+        listing: which files are used, and which others are not.
+
     Raises:
         DataError: at once, if there is no such folder, no image in it, or none that can be read.
     """
@@ -65,7 +83,8 @@ class ImagesDataset:
             min_side=data.min_image_side,
             root=None if data.follow_outside else os.path.realpath(self.root),
         )
-        self._paths = PathList(find_files(self.root, self._limits.root, SUFFIXES, "images"))
+        paths, self.listing = find_files(self.root, self._limits.root, KINDS)
+        self._paths = PathList(paths)
         self._crop_scale = data.crop_scale
         self._flip_prob = data.flip_prob
         self._jitter = data.color_jitter

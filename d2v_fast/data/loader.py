@@ -100,7 +100,7 @@ class StepLoader:
         self._bytes = micro_batch * maker.sample_bytes
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
         self._bad = _BadFiles(config.data, maker, on_bad)
-        self._bad.note(maker.bad_files)
+        self._bad.note(maker.listing.bad_files)
         if self._num_workers > 0:
             _check_shared_memory(self._num_workers * self._prefetch * self._bytes, self._num_workers)
         # compiles the sampler here, once, and not in every worker
@@ -190,7 +190,7 @@ class _BadFiles:
     ) -> None:
         self.files: dict[str, None] = {}
         self._max_fraction, self._strict = config.max_bad_fraction, config.strict
-        self._num_samples, self._what = maker.num_samples + len(maker.bad_files), maker.what
+        self._num_samples, self._what = maker.num_samples + len(maker.listing.bad_files), maker.what
         self._on_bad = on_bad
         self._num_seen = 0
 

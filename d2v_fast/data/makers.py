@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from d2v_fast.data.batch import Batch, ImageDataset
+from d2v_fast.data.listing import Listing
 from d2v_fast.data.order import MicroStep
 from d2v_fast.masking import block_mask_rows, span_mask_rows, token_mask_rows
 
@@ -33,7 +34,7 @@ class BatchMaker(Protocol):
         sample_bytes: of the largest sample in a batch.
         lengths: int64 `[S]`, where samples are not of the same length, and `max_step_length` the largest sum of the
             lengths in a step; both None otherwise.
-        bad_files: files that were found unreadable when the data set was listed, as `path: reason`.
+        listing: what the data set consists of, and what it leaves out.
         vocabulary: digest of what gives the numbers in a batch their meaning; None: they have one of their own.
     """
 
@@ -42,7 +43,7 @@ class BatchMaker(Protocol):
     sample_bytes: int
     lengths: npt.NDArray[np.int64] | None
     max_step_length: int | None
-    bad_files: tuple[str, ...]
+    listing: Listing
     vocabulary: str | None
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
@@ -64,12 +65,11 @@ class ImageBatches:
     what = "image"
     lengths: npt.NDArray[np.int64] | None = None
     max_step_length: int | None = None
-    bad_files: tuple[str, ...] = ()
     vocabulary: str | None = None
 
     def __init__(self, dataset: ImageDataset, config: VisionConfig) -> None:
         self._dataset, self._mask, self._grid_size = dataset, config.mask, config.model.grid_size
-        self.num_samples = len(dataset)
+        self.num_samples, self.listing = len(dataset), dataset.listing
         self.sample_bytes = 4 * dataset.channels * dataset.image_size**2
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
@@ -106,12 +106,11 @@ class TextBatches:
 
     what = "block"
     max_step_length: int | None = None
-    bad_files: tuple[str, ...] = ()
 
     def __init__(self, dataset: TextDataset, config: TextConfig) -> None:
         self._dataset, self._mask = dataset, config.mask
         self._needs_places = config.model.attention == "packed" or config.data.separate_documents
-        self.num_samples = len(dataset)
+        self.num_samples, self.listing = len(dataset), dataset.listing
         self.lengths: npt.NDArray[np.int64] | None = dataset.lengths
         self.sample_bytes = 16 * int(dataset.lengths.max())
         self.vocabulary: str | None = dataset.tokenizer.digest
@@ -177,12 +176,11 @@ class SpeechBatches:
     def __init__(self, dataset: AudioDataset, config: SpeechConfig) -> None:
         self._dataset, self._mask, self._model = dataset, config.mask, config.model
         self._crops, self._packs = config.data.lengths == "crop", config.model.attention == "packed"
-        self.num_samples = len(dataset)
+        self.num_samples, self.listing = len(dataset), dataset.listing
         self.lengths: npt.NDArray[np.int64] | None = dataset.lengths
         seconds = config.data.max_batch_seconds
         self.max_step_length = None if seconds is None else int(seconds * config.model.sample_rate)
         self.sample_bytes = 4 * int(dataset.lengths.max())
-        self.bad_files = dataset.bad_files
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
         """See `BatchMaker`."""

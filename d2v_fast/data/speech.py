@@ -17,6 +17,7 @@ from torch import Tensor
 from d2v_fast.data.audio import AudioDataset, normalised
 from d2v_fast.data.audio_decode import AudioLimits, read_whole
 from d2v_fast.data.batch import DataError
+from d2v_fast.data.listing import Listing
 from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class SpeechSamples(AudioDataset):
     def __init__(
         self, data: SpeechDataConfig, model: SpeechModelConfig, split: Literal["train", "test"] = "train"
     ) -> None:
+        self.listing = Listing()
         rows = sorted(row for row in _index() if (row.voice in HELD_OUT_VOICES) == (split == "test"))
         self._fill(data, model, str(FOLDER), [row.path for row in rows], np.array([row.num_samples for row in rows]))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import made_once
 from d2v_fast.data.docs import DocsSource, Split, docs_tokenizer
+from d2v_fast.data.listing import Listing
 from d2v_fast.data.packing import pack
 from d2v_fast.data.progress import Progress
 from d2v_fast.data.text_files import TextFiles
@@ -51,7 +52,9 @@ class TextDataset:
     Attributes:
         lengths: int64 `[S]`, tokens of every block, special ones included.
         tokenizer: see `Tokenizer`; also its `specials` and `vocab_size`.
-        tokens: see `Tokens`; its manifest says what was left out.
+        tokens: see `Tokens`.
+        listing: which files are used, and what is left out: other files, and documents that are empty, too short or
+            unreadable.
 
     Args:
         split: "test" is the held-out part of the sample set; files have none.
@@ -75,6 +78,7 @@ class TextDataset:
         source: TextSource = DocsSource(data, split) if data.kind == "docs" else TextFiles(data)
         self.specials, self.vocab_size = self.tokenizer.specials, self.tokenizer.vocab_size
         self.tokens = tokenised(source, self.tokenizer, data.tokens_path, min_tokens=data.min_tokens, verify=verify)
+        self.listing = _listing(source.listing, self.tokens.manifest, data.min_tokens)
         self._separate = data.separate_documents
         self._blocks = pack(
             self.tokens.document_lengths(),
@@ -110,6 +114,14 @@ class TextDataset:
             segments.append(self._blocks.fill(row, part, tokens, self.specials.bos, self.specials.eos, self._separate))
         offsets = np.cumsum(np.concatenate(segments)).astype(np.int32) if self._separate else None
         return TokenBlocks(rows, lengths, offsets)
+
+
+def _listing(files: Listing, manifest: Mapping[str, Any], min_tokens: int) -> Listing:
+    """The files with what the manifest of their tokens says was left out of them."""
+    unreadable = "".join(f"; {text}" for text in manifest["unreadable"][:1])
+    listing = files.without(manifest["num_empty"], "documents without text")
+    listing = listing.without(manifest["num_short"], f"documents shorter than `d2v.data.min_tokens` ({min_tokens})")
+    return listing.without(manifest["num_unreadable"], f"unreadable files, lines or rows{unreadable}")
 
 
 def tokenizer_of(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:

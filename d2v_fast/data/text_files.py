@@ -14,14 +14,24 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files, open_regular
+from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings
 from d2v_fast.untrusted import parse_json, printable
 
 if TYPE_CHECKING:
     from d2v_fast.text_config import TextDataConfig
 
-__all__ = ["PIECE", "BadText", "Piece", "TextFiles", "pieces_of"]
+__all__ = ["KINDS", "PIECE", "BadText", "Piece", "TextFiles", "pieces_of"]
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+_CONVERT = "convert them to .txt or .jsonl"
+KINDS = FileKinds(
+    "text",
+    read=(".txt", ".jsonl", ".parquet"),
+    unread={
+        **ARCHIVES,
+        **dict.fromkeys((".arrow", ".csv", ".doc", ".docx", ".epub", ".htm", ".html", ".json", ".md"), _CONVERT),
+        **dict.fromkeys((".ndjson", ".odt", ".pdf", ".rst", ".rtf", ".tex", ".tsv", ".warc", ".xml"), _CONVERT),
+    },
+)
 
 # characters of a piece; longer documents are divided, at white space where there is any
 PIECE = 1 << 16
@@ -99,6 +109,7 @@ class TextFiles:
     Attributes:
         bad: what could not be read, after `pieces`.
         num_empty: documents without text, after `pieces`.
+        listing: which files are used, and which others are not.
         num_bytes: of all files.
         num_read: bytes read so far, while `pieces` goes on.
     Raises:
@@ -112,15 +123,16 @@ class TextFiles:
         if os.path.isfile(path):
             self.root, name = os.path.split(path)
             self._names, self._inside = [name], None
-            if not path.lower().endswith(SUFFIXES):
+            self.listing = Listing(count_endings(self._names))
+            if not path.lower().endswith(KINDS.read):
                 raise DataError(
-                    f"`d2v.data.path` must be a folder, or a file that ends with {', '.join(SUFFIXES)}, but is "
+                    f"`d2v.data.path` must be a folder, or a file that ends with {', '.join(KINDS.read)}, but is "
                     f"'{printable(path)}' instead."
                 )
         else:
             self.root = path
             self._inside = None if data.follow_outside else os.path.realpath(path)
-            self._names = find_files(path, self._inside, SUFFIXES, "text")
+            self._names, self.listing = find_files(path, self._inside, KINDS)
         self._data = data
         self._replaces = data.encoding_errors == "replace"
         self._reset()

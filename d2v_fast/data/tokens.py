@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import made_once
+from d2v_fast.data.listing import Listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.data.text_files import PIECE, BadText, Piece
 from d2v_fast.data.tokenizer import Tokenizer
@@ -51,12 +52,14 @@ class TextSource(Protocol):
     Attributes:
         num_bytes, num_read: of all, and so far.
         bad, num_empty: what cannot be read, and documents without text, after `pieces`.
+        listing: which files are used, and which others are not.
     """
 
     num_bytes: int
     num_read: int
     bad: BadText
     num_empty: int
+    listing: Listing
 
     def digest(self) -> str:
         """Of everything that decides what `pieces` gives."""
