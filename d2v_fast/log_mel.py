@@ -38,10 +38,14 @@ def log_mel(waveform: Tensor, sample_rate: int, num_bands: int = NUM_BANDS) -> T
     return (power.T @ _filters(num_bands, size, sample_rate) + _FLOOR).log()
 
 
+def mel(hertz: float) -> float:
+    """A frequency on the mel scale."""
+    return 2595 * math.log10(1 + hertz / 700)
+
+
 def _filters(num_bands: int, size: int, sample_rate: int) -> Tensor:
     """Triangles `[size // 2 + 1, num_bands]`."""
-    highest = 2595 * math.log10(1 + sample_rate / 2 / 700)
-    edges = 700 * (10 ** (torch.linspace(0, highest, num_bands + 2) / 2595) - 1)
+    edges = 700 * (10 ** (torch.linspace(0, mel(sample_rate / 2), num_bands + 2) / 2595) - 1)
     frequencies = torch.linspace(0, sample_rate / 2, size // 2 + 1)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])

@@ -13,17 +13,12 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from d2v_fast.config import GuardConfig
+from d2v_fast.curves import draw_curves
 from d2v_fast.run_folder import RunFolder
 
 Entry = dict[str, Any]
 
-# of the log, in the order in which they are drawn
-_CURVES = (
-    ("loss", ("loss",)),
-    ("standard deviation", ("target_std", "prediction_std")),
-    ("learning rate", ("lr",)),
-    ("gradient norm", ("grad_norm",)),
-)
 _EPSILON = 1e-6
 
 
@@ -121,10 +116,11 @@ class RunLog:
         folder: the run folder.
         num_steps: optimizer steps of the whole run.
         start_step: steps already made; what the log holds beyond them belongs to a lost part of the run and is dropped.
+        guard: its limits are drawn in `curves.png`; None draws none.
     """
 
-    def __init__(self, folder: RunFolder, num_steps: int, start_step: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, num_steps: int, start_step: int, guard: GuardConfig | None = None) -> None:
+        self._folder, self._guard = folder, guard
         self._num_steps = num_steps
         self._started, self._start_step = time.monotonic(), start_step
         entries = [entry for entry in read_log(folder.path) if entry["step"] <= start_step]
@@ -160,8 +156,14 @@ class RunLog:
             print(text, flush=True)
 
     def draw_curves(self) -> None:
-        """Replace `curves.png` by the curves of the whole log."""
-        draw_curves(read_log(self._folder.path), self._folder.path / "curves.png", self.say)
+        """Replace `curves.png` by the curves of the whole log and all probes; without matplotlib, say so once."""
+        try:
+            import matplotlib.backends.backend_agg  # noqa: F401
+        except Exception as error:
+            _say_missing(self.say, "curves.png", "matplotlib", error)
+            return
+        path = self._folder.path
+        draw_curves(read_log(path), path / "curves.png", self._guard, read_probes(path))
 
     def close(self) -> None:
         """End progress bar and files; the log stays, and `say` goes on. May be called twice."""
@@ -190,30 +192,11 @@ def read_log(folder: Path) -> list[Entry]:
     return entries
 
 
-def draw_curves(entries: list[Entry], path: Path, say: Any = print) -> None:
-    """Draw loss, deviations, learning rate and gradient norm over the steps; without matplotlib, say so once."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except Exception as error:
-        _say_missing(say, "curves.png", "matplotlib", error)
-        return
-    figure = Figure(figsize=(10, 6))
-    # by hand: an automatic layout draws everything twice
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.95, hspace=0.35, wspace=0.2)
-    FigureCanvasAgg(figure)
-    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, _CURVES, strict=True):
-        for key in keys:
-            points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
-            axes.plot(*zip(*points, strict=True) if points else ((), ()), label=key)
-        axes.set(title=title, xlabel="optimizer step")
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-        axes.grid(alpha=0.3)
-        if len(keys) > 1:
-            axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.replace(path)
+def read_probes(folder: Path) -> list[Entry]:
+    """The entries of `probe.json`; none where nothing has been probed."""
+    path = folder / "probe.json"
+    entries: list[Entry] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return entries
 
 
 def duration(seconds: float) -> str:

@@ -3,13 +3,14 @@
     d2v-fast draw runs/digits-1
     d2v-fast draw runs/base --data /data/birds --count 12 --weights teacher --out birds.png
 
-Of an image, a patch gets the colour of its feature on the first three principal components of all patches shown:
-patches that the encoder takes for similar have similar colours. Of a recording, a square shows which moments have
+Of an image, a patch gets the color of its feature on the first three principal components of all patches shown:
+patches that the encoder takes for similar have similar colors. Of a recording, a square shows which moments have
 similar features. The untrained network goes through the same procedure.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,21 +22,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
-from d2v_fast.data import image_dataset
+from d2v_fast.data import DataError, ImagesDataset, image_dataset
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data2vec import build_model
 from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_run_config
 from d2v_fast.masking import block_masks
 from d2v_fast.modalities import Student, encoder_class
 from d2v_fast.probe import patch_features
+from d2v_fast.sheet import MAX_COUNT, Sheet, choose_samples, label_of, save_figure, say_if_fewer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MASK_COLOUR = (0.42, 0.45, 0.50)
-MAX_COUNT = 24
+MASK_COLOR = (0.42, 0.45, 0.50)
 
-# of the colours: the few patches beyond are clipped, or they would take the whole range for themselves
+# of the colors: the few patches beyond are clipped, or they would take the whole range for themselves
 LOWEST_SHARE, HIGHEST_SHARE = 0.01, 0.99
 
 
@@ -72,25 +73,30 @@ def draw(
         raise ValueError(f"`--count` must be in [1, {MAX_COUNT}], but is {count} instead.")
     config = read_run_config(run_folder)
     if not isinstance(config, VisionConfig | SpeechConfig):
-        kind = config.modality
-        raise ValueError(f"`{run_folder}` must be of a run on images or recordings, but is of one on {kind}.")
+        raise ValueError(
+            f"`RUN_FOLDER` must be a run on images or recordings to be drawn, but {run_folder} is one on "
+            f"{config.modality}. `d2v-fast probe` and `d2v-fast embed` look into its features."
+        )
     trained = newest_weights(run_folder, config, weights)
     torch.manual_seed(config.run.seed)
     models = {"untrained": build_model(config).student, f"{trained.name},\nstep {trained.step:,}": trained.model}
     out = run_folder / "features.png" if out is None else out
     title = run_folder.resolve().name
     if isinstance(config, SpeechConfig):
-        from d2v_fast.speech_pictures import choose_recordings, draw_speech
+        from d2v_fast.speech_pictures import choose_recordings, speech_figure
 
-        draw_speech(models, choose_recordings(config, data, count), config, title, out)
+        recordings = choose_recordings(config, data, count)
+        say_if_fewer(len(recordings), count, "recordings")
+        save_figure(speech_figure(models, recordings, config, title), out)
         return out
-    pixels, sample_ids = _choose_images(config, data, count)
-    masks = _draw_masks(config, sample_ids)
-    colours = {
-        name: principal_colours(patch_features(model, pixels, config.target.top_k)) for name, model in models.items()
+    images = _choose_images(config, data, count)
+    say_if_fewer(len(images.names), count, "images")
+    masks = _draw_masks(config, images.ids)
+    colors = {
+        name: principal_colors(patch_features(model, images.pixels, config.target.top_k))
+        for name, model in models.items()
     }
-    figure = _figure(_displayable(pixels, config), masks, colours, title)
-    figure.savefig(out, dpi=150, bbox_inches="tight", pad_inches=0.1)
+    save_figure(_figure(_displayable(images.pixels, config), masks, colors, images.names, title), out)
     return out
 
 
@@ -102,7 +108,7 @@ def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
     return Weights(model, name, step)
 
 
-def principal_colours(features: Tensor) -> NDArray[np.float32]:
+def principal_colors(features: Tensor) -> NDArray[np.float32]:
     """Red, green, blue in [0, 1], fp32 `[B, P, 3]`: the first three principal components over all B * P patches.
 
     Each component is scaled to fill the range; its sign, which is arbitrary, makes the longer tail bright. Components
@@ -117,21 +123,44 @@ def principal_colours(features: Tensor) -> NDArray[np.float32]:
     span = high - low
     negligible = span <= 1e-9 * points.abs().max()
     scaled = torch.where(negligible, 0.5, (projected - low) / torch.where(negligible, 1.0, span)).clamp(0, 1)
-    colours = torch.full((len(points), 3), 0.5, dtype=torch.float64)
-    colours[:, : scaled.shape[1]] = scaled
-    return colours.view(*features.shape[:2], 3).float().numpy()
+    colors = torch.full((len(points), 3), 0.5, dtype=torch.float64)
+    colors[:, : scaled.shape[1]] = scaled
+    return colors.view(*features.shape[:2], 3).float().numpy()
 
 
-def _choose_images(config: VisionConfig, folder: Path | None, count: int) -> tuple[Tensor, NDArray[np.int64]]:
-    """Normalised pixels `[B, C, H, W]` of samples spread evenly over the data set, and their ids."""
+class _Images(NamedTuple):
+    """Normalized pixels `[B, C, H, W]`, sample ids `[B]`, and a name for each."""
+
+    pixels: Tensor
+    ids: NDArray[np.int64]
+    names: list[str]
+
+
+def _choose_images(config: VisionConfig, folder: Path | None, count: int) -> _Images:
+    """Images spread evenly over the data set, no two of them alike."""
     data = config.data
     if folder is not None:
         data = data.model_copy(update={"kind": "images", "path": str(folder)})
     config = config.model_copy(update={"data": data})
     dataset = image_dataset(config, split="test" if data.kind == "digits" else "train")
     print_listing(dataset.listing, counted(len(dataset), "image"), sys.stderr)
-    sample_ids = np.unique(np.linspace(0, len(dataset) - 1, count, dtype=np.int64))
-    return dataset.plain(sample_ids), sample_ids
+    seen: set[bytes] = set()
+
+    def read(sample_id: int) -> Tensor:
+        pixels = dataset.exactly(sample_id) if isinstance(dataset, ImagesDataset) else dataset[sample_id]
+        content = pixels.numpy().tobytes()
+        if content in seen:
+            raise DataError("shown already")
+        seen.add(content)
+        return pixels
+
+    found = choose_samples(len(dataset), count, read)
+    ids = np.array(list(found), dtype=np.int64)
+    if isinstance(dataset, ImagesDataset):
+        names = [os.path.relpath(dataset.path(sample_id), dataset.root) for sample_id in found]
+    else:
+        names = [f"digit {sample_id}" for sample_id in found]
+    return _Images(torch.stack(list(found.values())), ids, names)
 
 
 def _draw_masks(config: VisionConfig, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -157,32 +186,33 @@ def _displayable(pixels: Tensor, config: VisionConfig) -> NDArray[np.float32]:
 
 
 def _figure(
-    images: NDArray[np.float32], masks: NDArray[np.bool_], colours: dict[str, NDArray[np.float32]], title: str
+    images: NDArray[np.float32],
+    masks: NDArray[np.bool_],
+    colors: dict[str, NDArray[np.float32]],
+    names: list[str],
+    title: str,
 ) -> Figure:
-    """One column per image; rows: input, masked input, and one for each set of colours."""
-    from matplotlib.figure import Figure
-
+    """One column per image: input, masked input, one picture for each set of colors, and the name."""
     grid_size, patch_size = masks.shape[1], images.shape[1] // masks.shape[1]
     hidden = masks.repeat(patch_size, 1).repeat(patch_size, 2)[..., None]
-    rows = {"input": images, "masked input": np.where(hidden, MASK_COLOUR, images)}
-    rows |= {name: patches.reshape(-1, grid_size, grid_size, 3) for name, patches in colours.items()}
-
-    # inches
-    cell, label, header = 1.1, 1.15, 0.5
-    width, height = label + cell * len(images), header + cell * len(rows)
-    figure = Figure(figsize=(width, height), facecolor="white")
-    axes = figure.subplots(len(rows), len(images), squeeze=False)
-    figure.subplots_adjust(left=label / width, right=1, bottom=0, top=1 - header / height, wspace=0.06, hspace=0.06)
-    for (name, pictures), row in zip(rows.items(), axes, strict=True):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
-        for picture, axis in zip(pictures, row, strict=True):
-            axis.imshow(picture, interpolation="nearest")
+    rows = {"input": images, "masked input": np.where(hidden, MASK_COLOR, images)}
+    rows |= {name: patches.reshape(-1, grid_size, grid_size, 3) for name, patches in colors.items()}
+    sheet = Sheet(
+        len(images),
+        list(rows),
+        cell=1.1,
+        below=0.42,
+        title=title,
+        caption="colors: first three principal components of the patch features",
+    )
+    for index, name in enumerate(names):
+        axes = sheet.axes(index)
+        for pictures, axis in zip(rows.values(), axes, strict=True):
+            axis.imshow(pictures[index], interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-    figure.text(0, 1, title, fontsize=11, fontweight="bold", va="top")
-    caption = "colours: first three principal components of the patch features"
-    figure.text(0, 1 - 0.22 / height, caption, fontsize=8, color="0.4", va="top")
-    return figure
+        axes[-1].set_xlabel(label_of(name), fontsize=6, labelpad=3, parse_math=False)
+    return sheet.figure
 
 
 if __name__ == "__main__":

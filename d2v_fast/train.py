@@ -229,7 +229,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         num_steps=schedule.num_steps,
         on_bad=lambda file: folder.add_line(BAD_FILES, file),
     )
-    log = RunLog(folder, schedule.num_steps, start_step) if world.is_first else NoLog()
+    log = RunLog(folder, schedule.num_steps, start_step, d2v.guard) if world.is_first else NoLog()
     opened.callback(log.close)
     guard = Guard(config, world, state, folder, model, steps_per_epoch=epoch_steps, say=log.say)
     clock = StepClock(world.device, enabled=d2v.run.profile)
@@ -343,6 +343,7 @@ def run_probe(run: Run, step: int) -> str | None:
         report = evaluation.probe(run.config.d2v, *encoders)
         run.folder.append_json("probe.json", {"step": step, **report.to_dict()})
         run.log.say(f"after step {step}:\n{report}")
+        run.log.draw_curves()
         return str(report)
 
     table: str = run.world.decide(probe)

@@ -77,7 +77,7 @@ ARROWS = {
 LAZY = {
     "deepspeed": {"d2v_fast.engine", "d2v_fast.zero_teacher"},
     "transformers": set(),
-    "matplotlib": {"d2v_fast.metrics", "d2v_fast.pictures", "d2v_fast.speech_pictures"},
+    "matplotlib": {"d2v_fast.curves", "d2v_fast.metrics", "d2v_fast.sheet"},
     "sklearn": {"d2v_fast.probe", "d2v_fast.data.digits"},
     "soundfile": {"d2v_fast.data.audio_decode"},
     "soxr": {"d2v_fast.data.audio_decode"},

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from d2v_fast import metrics
+from d2v_fast.config import GuardConfig
+from d2v_fast.curves import curves_figure
 from d2v_fast.metrics import RunLog, deviations, draw_curves, duration, loss_and_deviations, read_log
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.stepclock import StepClock
@@ -86,6 +88,39 @@ def test_curves_are_drawn_and_replaced(folder: RunFolder) -> None:
     assert path.read_bytes() != first
     assert [name.name for name in folder.path.iterdir()] == ["curves.png"]
     draw_curves([], path)
+
+
+def test_curves_show_zero_and_the_limits_of_the_collapse_check() -> None:
+    entries = [entry(step, prediction_std=0.002) for step in range(1, 9)]
+    guard = GuardConfig(min_target_std=0.2, min_prediction_std=0.03)
+    axes = {panel.get_title(): panel for panel in curves_figure(entries, guard).axes}  # type: ignore[arg-type]
+    panel = axes["standard deviation"]
+    bottom, top = panel.get_ylim()
+    assert bottom == 0
+    assert top > 0.9
+    # a collapsed prediction has a height between zero and its limit that can be seen
+    heights = panel.transData.transform([(1, y) for y in (0, 0.002, 0.03, 0.9)])[:, 1]
+    assert (heights[1:] - heights[:-1] > 8).all()
+    limits = {line.get_ydata()[0] for line in panel.lines if line.get_linestyle() == "--"}
+    assert limits == {0.2, 0.03}
+    assert len(axes) == 4
+
+
+def test_curves_show_the_probes() -> None:
+    def scores(value: float) -> dict[str, dict[str, float]]:
+        return {
+            name: {"linear": value + i, "knn": 0.0} for i, name in enumerate(("untrained", "student", "raw pixels"))
+        }
+
+    one = [{"step": 5, **scores(50.0)}, {"step": 9, **scores(60.0)}]
+    panels = curves_figure([entry(1)], None, one).axes  # type: ignore[list-item]
+    assert len(panels) == 5
+    lines = {line.get_label(): list(line.get_ydata()) for line in panels[-1].lines}
+    assert lines == {"student": [51.0, 61.0], "untrained": [60.0, 60.0], "raw pixels": [62.0, 62.0]}
+    two = [{"step": 5, "word": scores(1.0), "voice": scores(2.0)}]
+    titles = [panel.get_title() for panel in curves_figure([entry(1)], None, two).axes]  # type: ignore[list-item]
+    assert ["word" in title for title in titles[-2:]] == [True, False]
+    assert "voice" in titles[-1]
 
 
 def test_missing_packages_are_a_line_each(folder: RunFolder, monkeypatch, capsys) -> None:

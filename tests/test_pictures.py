@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
 from d2v_fast import pictures
-from d2v_fast.config import BlockMaskConfig, RunSection, TargetConfig, VisionConfig, VisionDataConfig, VisionModelConfig
+from d2v_fast.config import (
+    BlockMaskConfig,
+    RunSection,
+    SpeechConfig,
+    TargetConfig,
+    VisionConfig,
+    VisionDataConfig,
+    VisionModelConfig,
+    check_d2v,
+)
 from d2v_fast.data2vec import build_model
+from d2v_fast.sheet import Sheet, save_figure
 
 CONFIG = VisionConfig(
     model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=24, depth=3, heads=2),
@@ -49,7 +61,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_colours_are_the_principal_components() -> None:
     features = torch.randn(20, 9, 7) * torch.tensor([27.0, 9.0, 3.0, 0.1, 0.1, 0.1, 0.1])
-    colours = pictures.principal_colours(features)
+    colours = pictures.principal_colors(features)
     assert colours.shape == (20, 9, 3)
     assert colours.dtype == np.float32
     for channel in range(3):
@@ -64,15 +76,15 @@ def test_colours_do_not_depend_on_the_basis() -> None:
     features = torch.randn(4, 6, 9, dtype=torch.float64) * torch.linspace(5, 1, 9)
     rotation, _ = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))
     turned = features @ rotation * 3 + 7
-    np.testing.assert_allclose(pictures.principal_colours(turned), pictures.principal_colours(features), atol=1e-5)
+    np.testing.assert_allclose(pictures.principal_colors(turned), pictures.principal_colors(features), atol=1e-5)
 
 
 def test_colours_of_degenerate_features() -> None:
-    np.testing.assert_array_equal(pictures.principal_colours(torch.full((2, 4, 5), 3.7)), 0.5)
-    assert pictures.principal_colours(torch.randn(1, 2, 5)).shape == (1, 2, 3)
-    assert pictures.principal_colours(torch.randn(2, 4, 1)).shape == (2, 4, 3)
+    np.testing.assert_array_equal(pictures.principal_colors(torch.full((2, 4, 5), 3.7)), 0.5)
+    assert pictures.principal_colors(torch.randn(1, 2, 5)).shape == (1, 2, 3)
+    assert pictures.principal_colors(torch.randn(2, 4, 1)).shape == (2, 4, 3)
     two = torch.randn(2, 5)[torch.tensor([[0, 1, 1], [1, 0, 0]])]
-    colours = pictures.principal_colours(two)
+    colours = pictures.principal_colors(two)
     assert np.unique(colours.reshape(-1, 3).round(4), axis=0).shape == (2, 3)
 
 
@@ -113,6 +125,65 @@ def test_draws_a_folder_of_images(run_folder: Path, tmp_path: Path) -> None:
     assert pictures.main([str(run_folder), "--data", str(photographs), "--weights", "teacher", "--out", str(out)]) == 0
     assert out.is_file()
     assert not (run_folder / "features.png").exists()
+
+
+def photograph(path: Path, seed: int, size: tuple[int, int] = (30, 20)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_no_image_twice(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in the place of an unreadable neighbor nor as a copy; fewer than asked for are said."""
+    folder = tmp_path / "photographs"
+    for index in range(4):
+        photograph(folder / f"{index}.png", index)
+    (folder / "1a.png").write_bytes(b"no image")
+    (folder / "2a.png").write_bytes((folder / "2.png").read_bytes())
+    found = pictures._choose_images(CONFIG, folder, 6)
+    assert found.names == ["0.png", "1.png", "2.png", "3.png"]
+    assert len({image.numpy().tobytes() for image in found.pixels}) == 4
+    # what a name stands under is that file
+    for name, image in zip(found.names, found.pixels, strict=True):
+        alone = pictures.image_dataset(
+            CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"kind": "images", "path": str(folder)})})
+        )
+        index = [Path(alone.path(i)).name for i in range(len(alone))].index(name)  # type: ignore[union-attr]
+        assert torch.equal(alone[index], image)
+    assert (
+        pictures.main([str(run_folder), "--data", str(folder), "--count", "6", "--out", str(tmp_path / "o.png")]) == 0
+    )
+    assert "4 images are drawn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "blocks"), [(1, 1), (8, 1), (9, 2), (24, 3)])
+def test_rows_wrap_at_eight(count: int, blocks: int) -> None:
+    sheet = Sheet(count, ["a", "b"], cell=1.0, below=0.3, title="t", caption="c")
+    corners = [axes[0].get_position().p0 for axes in map(sheet.axes, range(count))]
+    assert len({round(y, 6) for _, y in corners}) == blocks
+    assert len({round(x, 6) for x, _ in corners}) == min(count, 8)
+    width = sheet.figure.get_figwidth()
+    # nothing overlaps and all is on the sheet
+    places = [axis.get_position() for index in range(count) for axis in sheet.axes(index)]
+    assert all(0 <= p.x0 < p.x1 <= 1 and 0 <= p.y0 < p.y1 <= 1 for p in places)
+    assert all(not a.overlaps(b) for i, a in enumerate(places) for b in places[:i])
+    assert width < 12
+
+
+def test_names_stand_under_the_images(tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    for seed, name in enumerate(("one.png", "deep/er/$a$ and $b.png", "deep/er/" + 60 * "x" + "7.png")):
+        photograph(folder / name, seed)
+    found = pictures._choose_images(CONFIG, folder, 3)
+    masks = pictures._draw_masks(CONFIG, found.ids)
+    figure = pictures._figure(pictures._displayable(found.pixels, CONFIG), masks, {}, found.names, "t")
+    labels = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
+    assert labels[0] == "er\n$a$ and $b"
+    assert labels[2] == "one"
+    assert labels[1].startswith("er\nxxx")
+    assert labels[1].endswith("x7")
+    assert max(map(len, labels[1].splitlines())) <= 20
+    save_figure(figure, tmp_path / "out.png")
 
 
 def test_drawing_twice_gives_the_same_picture(run_folder: Path, tmp_path: Path) -> None:
@@ -185,3 +256,35 @@ def test_recordings_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     samples = Path(pictures.__file__).parent / "data" / "speech_samples" / "en-us+f2"
     other = pictures.draw(folder, data=samples, count=3, out=tmp_path / "other.png")
     assert pixels_of(other).shape[1] > image.shape[1]
+
+
+def test_recordings_have_axes_and_none_is_shown_twice(tmp_path: Path) -> None:
+    """Also where one is silent, and another of the same name has another ending."""
+    from d2v_fast.speech_pictures import choose_recordings, speech_figure
+    from tests.runs import TINY_SPEECH
+
+    raw = copy.deepcopy(TINY_SPEECH["d2v"])
+    raw["data"] |= {"kind": "audio", "path": str(tmp_path)}
+    config, problems = check_d2v(raw)
+    assert isinstance(config, SpeechConfig), problems
+    rate = config.model.sample_rate
+    noise = np.random.default_rng(0).normal(0, 0.1, (4, rate))
+    soundfile.write(tmp_path / "a.wav", noise[0], rate)
+    soundfile.write(tmp_path / "a.flac", noise[1], rate)
+    soundfile.write(tmp_path / "b.wav", np.zeros(rate), rate)
+    soundfile.write(tmp_path / "c.wav", noise[2], rate)
+    (tmp_path / "d.wav").write_bytes((tmp_path / "c.wav").read_bytes())
+    recordings = choose_recordings(config, None, 5)
+    assert [recording.name for recording in recordings] == ["a.flac", "a.wav", "c.wav"]
+    models = {"untrained": build_model(config).student}
+    figure = speech_figure(models, recordings, config, "title")
+    spectrum, square = figure.axes[:2]
+    assert spectrum.get_ylabel() == "kHz"
+    assert [text.get_text() for text in spectrum.get_yticklabels()] == ["0", "0.5", "1", "2", "4"]
+    # half the rate is at the top of the bands, and mel makes 1 kHz stand above the middle of 0 to 4 kHz's fourth
+    heights = spectrum.get_yticks()
+    assert heights[-1] == pytest.approx(40)
+    assert heights[2] == pytest.approx(40 * 999.99 / 2146.06, rel=1e-3)
+    assert (square.get_xlabel(), square.get_ylabel()) == ("s", "s")
+    assert square.get_xlim()[1] == pytest.approx(1.0, abs=0.03)
+    assert spectrum.get_xlim() == pytest.approx(square.get_xlim())

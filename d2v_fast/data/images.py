@@ -102,6 +102,18 @@ class ImagesDataset:
             raise IndexError(f"sample {sample_id} of {len(self)}")
         return self.plain(np.array([sample_id]))[0]
 
+    def exactly(self, sample_id: int) -> Tensor:
+        """One image as `__getitem__` returns it, and never another in its place.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        path = self.path(sample_id)
+        try:
+            return self._normalised([self._read(path, centre_box)])[0]
+        except UnreadableImage as error:
+            raise DataError(printable(f"{path}: {error}")) from None
+
     def path(self, sample_id: int) -> str:
         """The file of a sample."""
         return os.path.join(self.root, self._paths[sample_id])
