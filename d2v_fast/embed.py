@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.listing import print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.embed_inputs import Sample, Source, open_source
+from d2v_fast.features import patch_features, sequence_features
 from d2v_fast.modalities import Student
-from d2v_fast.probe import patch_features
 from d2v_fast.untrusted import printable
 from d2v_fast.world import World
 
@@ -77,7 +75,7 @@ def embed(
         with Progress("encoding", source.num_bytes) as progress:
             # some batches at once, so that those of like length can be encoded together
             for samples in _chunks(_readable(source, bad), 4 * size):
-                for sample, rows in zip(samples, _encode(encoder, source, samples, size), strict=True):
+                for sample, rows in zip(samples, encode(encoder, source, samples, size), strict=True):
                     yield sample.name, rows
                 done += sum(sample.num_bytes for sample in samples)
                 progress.show(done, f"{len(bad)} unreadable")
@@ -121,29 +119,26 @@ def _named(bad: list[str]) -> str:
     return "".join(f"\n  {text}" for text in bad[:NUM_NAMED]) + (f"\n  and {more} more" if more > 0 else "")
 
 
-@torch.inference_mode()
-def _encode(model: Student, source: Source, samples: list[Sample], batch_size: int) -> list[Rows]:
-    """Features `[P, D]` of every sample, fp32; parts of a sample one after the other."""
+def encode(model: Student, source: Source, samples: Sequence[Sample], batch_size: int | None = None) -> list[Rows]:
+    """Features `[P, D]` of every sample, fp32; parts of a sample one after the other.
+
+    Args:
+        model: An encoder of what `source` reads.
+        source: Where the samples come from.
+        samples: Samples that it has read.
+        batch_size: Parts that are encoded together; None is 64 images, 8 recordings or 32 lines.
+    """
+    size = _BATCH[source.what] if batch_size is None else batch_size
     parts = [part for sample in samples for part in sample.parts]
-    # those of like length together, so that little is padded
-    order = sorted(range(len(parts)), key=lambda index: len(parts[index]))
-    found: dict[int, Tensor] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        found |= zip(chosen, _encode_batch(model, source, [parts[index] for index in chosen]), strict=True)
-    encoded = iter([found[index] for index in range(len(parts))])
-    return [torch.cat(list(islice(encoded, len(sample.parts)))).numpy() for sample in samples]
-
-
-def _encode_batch(model: Student, source: Source, parts: list[Tensor]) -> list[Tensor]:
-    parameter = next(model.parameters())
     if source.num_places is None:
-        return list(patch_features(model, torch.stack(parts), top_k=1).cpu())
-    lengths = torch.tensor([source.num_places(len(part)) for part in parts])
-    batch = pad_sequence(parts, batch_first=True, padding_value=source.padding).to(parameter.device)
-    padded = bool((lengths < lengths.max()).any())
-    hidden = model(batch, lengths.to(parameter.device) if padded else None).last_hidden.float().cpu()
-    return [rows[:length] for rows, length in zip(hidden, lengths.tolist(), strict=True)]
+        batches = [torch.stack(parts[start : start + size]) for start in range(0, len(parts), size)]
+        features = [rows for batch in batches for rows in patch_features(model, batch, top_k=1).cpu()]
+    else:
+        features = sequence_features(
+            model, parts, num_places=source.num_places, padding=source.padding, batch_size=size
+        )
+    encoded = iter(features)
+    return [torch.cat(list(islice(encoded, len(sample.parts)))).numpy() for sample in samples]
 
 
 Write = Callable[[Path, Iterable[tuple[str, Rows]]], tuple[int, int]]

@@ -26,9 +26,9 @@ from d2v_fast.data import DataError, ImagesDataset, image_dataset
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data2vec import build_model
 from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_run_config
+from d2v_fast.features import patch_features
 from d2v_fast.masking import block_masks
 from d2v_fast.modalities import Student, encoder_class
-from d2v_fast.probe import patch_features
 from d2v_fast.sheet import MAX_COUNT, Sheet, choose_samples, label_of, save_figure, say_if_fewer
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from d2v_fast.config import ProbeConfig, VisionProbeConfig
 from d2v_fast.data import ProbeData
+from d2v_fast.features import patch_features
 from d2v_fast.modalities import Student
 
 PIXELS = "raw pixels"
@@ -80,19 +81,6 @@ class ProbeReports:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.reports.values()))
-
-
-@torch.no_grad()
-def patch_features(model: Student, images: Tensor, top_k: int) -> Tensor:
-    """`[B, P, D]`, fp32: the mean of the last K blocks' outputs, each layer-normalised, as in the target of training.
-
-    The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
-    """
-    was_training, parameter = model.training, next(model.parameters())
-    features = model.eval().features(images.to(parameter.device, parameter.dtype), top_k=top_k)
-    model.train(was_training)
-    patches_KBPD = torch.stack([feature.float() for feature in features])
-    return F.layer_norm(patches_KBPD, patches_KBPD.shape[-1:]).mean(0)
 
 
 def image_features(model: Student, images: Tensor, grid: int = 1) -> NDArray[np.float32]:

@@ -16,11 +16,11 @@ from d2v_fast.data import DataError
 from d2v_fast.data.audio import AudioDataset
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data.speech import SpeechSamples
+from d2v_fast.features import sequence_features
 from d2v_fast.log_mel import HOP_SECONDS, log_mel, mel
 from d2v_fast.masking import span_mask_rows
 from d2v_fast.modalities import Student
 from d2v_fast.sheet import PER_ROW, Sheet, choose_samples, label_of
-from d2v_fast.speech_probe import frame_features
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,9 @@ def speech_figure(models: dict[str, Student], recordings: list[Recording], confi
     )
     masked = np.zeros((len(frames), int(frames.max())), dtype=np.bool_)
     masked.flat[rows] = True
-    features = {name: frame_features(model, waveforms, config) for name, model in models.items()}
+    features = {
+        name: sequence_features(model, waveforms, num_places=config.model.num_frames) for name, model in models.items()
+    }
     sheet = Sheet(
         len(recordings),
         ("log-mel,\nmasked frames\nmarked", *models),

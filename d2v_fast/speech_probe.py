@@ -12,43 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from d2v_fast.config import SpeechConfig
 from d2v_fast.data.speech import SpeechProbeData
+from d2v_fast.features import sequence_features
 from d2v_fast.log_mel import log_mel
 from d2v_fast.modalities import Student
 from d2v_fast.probe import ProbeReport, ProbeReports, Task, score
 
 LOG_MEL = "log-mel average"
-_BATCH = 64
-
-
-@torch.no_grad()
-def frame_features(model: Student, waveforms: Sequence[Tensor], config: SpeechConfig) -> list[Tensor]:
-    """The encoder's output `[T, D]` for each recording, fp32.
-
-    The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
-
-    Args:
-        waveforms: `[N]` each, of zero mean and unit variance.
-    """
-    was_training, parameter = model.training, next(model.parameters())
-    model.eval()
-    found: dict[int, Tensor] = {}
-    # those of like length together, so that little is padded
-    order = sorted(range(len(waveforms)), key=lambda index: len(waveforms[index]))
-    for start in range(0, len(order), _BATCH):
-        chosen = order[start : start + _BATCH]
-        lengths = [config.model.num_frames(len(waveforms[index])) for index in chosen]
-        batch = pad_sequence([waveforms[index] for index in chosen], batch_first=True)
-        on_device = torch.tensor(lengths, device=parameter.device)
-        output = model(batch.to(parameter.device, parameter.dtype), on_device).last_hidden.float().cpu()
-        found |= {
-            index: output[place, :length] for place, (index, length) in enumerate(zip(chosen, lengths, strict=True))
-        }
-    model.train(was_training)
-    return [found[index] for index in range(len(waveforms))]
 
 
 def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, config: SpeechConfig) -> ProbeReports:
@@ -59,7 +31,10 @@ def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, confi
         data: recordings, labels and the splits.
         config: of the run.
     """
-    features = {name: _average(frame_features(model, data.waveforms, config)) for name, model in models.items()}
+    features = {
+        name: _average(sequence_features(model, data.waveforms, num_places=config.model.num_frames))
+        for name, model in models.items()
+    }
     features[LOG_MEL] = _average([log_mel(waveform, config.model.sample_rate) for waveform in data.waveforms])
     questions = {
         "word": Task(*map(np.asarray, (data.words, data.word_train_indices, data.word_test_indices))),

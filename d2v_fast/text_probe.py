@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from d2v_fast.config import TextConfig
 from d2v_fast.data.docs import TextProbeData
 from d2v_fast.data.text import TextDataset
+from d2v_fast.features import sequence_features
 from d2v_fast.modalities import Student
 from d2v_fast.probe import ProbeReport, ProbeReports, Scores, Task, score
 
@@ -28,7 +28,6 @@ MASKED_SHARE = 0.15
 UNIGRAM, BAG_OF_WORDS = "most frequent word", "bag of words"
 # masked places of each part
 MAX_TRAIN, MAX_TEST = 8000, 4000
-_BATCH = 32
 
 
 class MaskedWords(NamedTuple):
@@ -45,26 +44,6 @@ class MaskedWords(NamedTuple):
     places: list[Tensor]
     words: NDArray[np.int64]
     num_train: int
-
-
-@torch.no_grad()
-def token_features(model: Student, tokens: Sequence[Tensor], padding: int) -> list[Tensor]:
-    """The encoder's output `[T, D]` for each sequence of tokens, fp32.
-
-    The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
-    """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    found: dict[int, Tensor] = {}
-    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-    for start in range(0, len(order), _BATCH):
-        chosen = order[start : start + _BATCH]
-        lengths = torch.tensor([len(tokens[index]) for index in chosen], device=device)
-        batch = pad_sequence([tokens[index] for index in chosen], batch_first=True, padding_value=padding)
-        output = model(batch.to(device), lengths).last_hidden.float().cpu()
-        found |= {index: output[place, : len(tokens[index])] for place, index in enumerate(chosen)}
-    model.train(was_training)
-    return [found[index] for index in range(len(tokens))]
 
 
 def masked_words(config: TextConfig) -> MaskedWords:
@@ -116,11 +95,11 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: T
     topic = Task(*map(np.asarray, (data.labels, data.train_indices, data.test_indices)))
     of_words, of_topics = {}, {}
     for name, model in models.items():
-        outputs = token_features(model, masked.tokens, padding)
+        outputs = sequence_features(model, masked.tokens, num_places=int, padding=padding)
         at_masks = [output[place] for output, place in zip(outputs, masked.places, strict=True)]
         of_words[name] = score(torch.cat(at_masks).numpy(), word, config.probe)
-        paragraphs = torch.stack([output.mean(0) for output in token_features(model, data.tokens, padding)])
-        of_topics[name] = score(paragraphs.numpy(), topic, config.probe)
+        paragraphs = sequence_features(model, data.tokens, num_places=int, padding=padding)
+        of_topics[name] = score(torch.stack([rows.mean(0) for rows in paragraphs]).numpy(), topic, config.probe)
     of_words[UNIGRAM] = _most_frequent(word)
     of_topics[BAG_OF_WORDS] = score(_bag_of_words(data.tokens, topic), topic, config.probe)
     return ProbeReports(

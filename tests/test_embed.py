@@ -16,8 +16,8 @@ from d2v_fast.console import main
 from d2v_fast.data.images import ImagesDataset
 from d2v_fast.data.tokenizer import Tokenizer
 from d2v_fast.export import export_run
+from d2v_fast.features import sequence_features
 from d2v_fast.probe import image_features
-from d2v_fast.speech_probe import frame_features
 from tests.runs import TINY_SPEECH
 from tests.test_console import complaint
 from tests.test_export import CONFIG, write_run
@@ -144,9 +144,9 @@ def test_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with np.load(tmp_path / "all.npz") as found:
         assert found.files == ["a.wav", "b.wav", "c.wav", "long.wav"]
         for name, wave in zip("abc", whole, strict=False):
-            (expected,) = frame_features(model.student, [wave], config)
+            (expected,) = sequence_features(model.student, [wave], num_places=config.model.num_frames)
             torch.testing.assert_close(torch.from_numpy(found[f"{name}.wav"]), expected, atol=1e-4, rtol=1e-4)
-        parts = frame_features(model.student, list(whole[3].tensor_split(4)), config)
+        parts = sequence_features(model.student, list(whole[3].tensor_split(4)), num_places=config.model.num_frames)
         torch.testing.assert_close(torch.from_numpy(found["long.wav"]), torch.cat(parts), atol=1e-4, rtol=1e-4)
 
 

@@ -70,7 +70,8 @@ ARROWS = {
     "d2v_fast.shard_files": {"d2v_fast.shards", "d2v_fast.world"},
     "d2v_fast.zero_teacher": {"d2v_fast.shards"},
     "d2v_fast.teacher": {"d2v_fast.ops", "d2v_fast.shards", "d2v_fast.zero_teacher"},
-    "d2v_fast.probe": {"d2v_fast.data", "d2v_fast.modalities"},
+    "d2v_fast.features": {"d2v_fast.modalities"},
+    "d2v_fast.probe": {"d2v_fast.data", "d2v_fast.features", "d2v_fast.modalities"},
     "d2v_fast.interop": {"d2v_fast.modalities"},
 }
 # only these may import a heavy package, and only inside a function
