@@ -37,7 +37,14 @@ def test_a_teacher_stays_in_eval_mode(base: dict) -> None:
 
 def test_modes_come_back_after_an_error() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
-    with pytest.raises(RuntimeError), evaluating(model):
-        assert not model[0].training
-        raise RuntimeError
+    during = []
+
+    def fail() -> None:
+        with evaluating(model):
+            during.append(model[0].training)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert during == [False]
     assert [module.training for module in model.modules()] == [True, True, False]
