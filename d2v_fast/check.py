@@ -16,6 +16,7 @@ import torch
 
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
 from d2v_fast.data import Batch, BatchMaker, batch_maker, steps_per_epoch
+from d2v_fast.data.bad_files import BadFiles
 from d2v_fast.data.order import StepOrder
 from d2v_fast.data2vec import build_model
 from d2v_fast.deepspeed_keys import OptimizerConfig, ZeroConfig
@@ -158,6 +159,7 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
         max_step_length=maker.max_step_length,
     )
     losses, batches, times = [], [], []
+    bad = BadFiles(d2v.data, maker)
     start = time.monotonic()
     for step, of_step in enumerate(islice(order, 0, None, split.accumulation), start=1):
         before = time.perf_counter()
@@ -176,6 +178,7 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
         times.append((has_data - before, has_gradient - has_data, time.perf_counter() - has_gradient))
         losses.append(float(output.loss_sum.detach()) / num_values)
         batches.append(made)
+        bad.add(made)
         elapsed = time.monotonic() - start
         if step == MAX_STEPS or elapsed > MAX_SECONDS or (step > MIN_STEPS and elapsed > ENOUGH_SECONDS):
             break

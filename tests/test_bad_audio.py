@@ -216,15 +216,11 @@ def test_in_a_manifest(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch)
         dataset.whole(2)
 
 
-def test_all_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_at_once(folder: Path) -> None:
     for name in REASONS:
         make_bad(folder, name)
     dataset = make_dataset(folder, max_file_bytes=MAX_BYTES)
     assert len(dataset) + len(dataset.listing.bad_files) == len(REASONS) + 4
-    assert caplog.text.count("left out an unreadable recording: ") == 10
-    assert (
-        f"left out {len(dataset.listing.bad_files)} unreadable recordings of {len(REASONS) + 4} in all" in caplog.text
-    )
     _, bad = dataset.read(np.arange(len(dataset)), dataset.lengths, 0, 0)
     assert len({*bad, *dataset.listing.bad_files}) == len(REASONS)
 

@@ -20,6 +20,7 @@ from PIL import Image
 from d2v_fast.config import VisionConfig
 from d2v_fast.data import Batch, DataError, ImageBatches, ImageDataset, StepLoader, image_dataset
 from d2v_fast.data import loader as loader_module
+from d2v_fast.data.bad_files import BadFiles, judge_listing
 from d2v_fast.data.listing import Listing
 from d2v_fast.masking import block_mask_rows
 
@@ -298,13 +299,14 @@ def test_no_bad_file_allowed(folder: Path) -> None:
 def test_one_bad_batch_early_is_no_reason_to_stop() -> None:
     config = make_config(max_bad_fraction=0.01).data
     maker = SimpleNamespace(num_samples=100_000, what="image", listing=Listing())
-    bad = loader_module._BadFiles(config, maker, lambda file: None)
+    bad = BadFiles(config, maker)
     ids = torch.arange(10)
-    for i in range(10):
+    # 1 % of 1,000 and four standard deviations: those seen so far are a random part of all
+    for i in range(23):
         bad.add(Batch(torch.empty(0), ids, ids, bad=(f"{i}.jpg: junk",)))
-    with pytest.raises(DataError, match="11 of 110 images"):
+    with pytest.raises(DataError, match="24 of 240 images"):
         bad.add(Batch(torch.empty(0), ids, ids, bad=("x.jpg: junk",)))
-    later = loader_module._BadFiles(config, maker, lambda file: None)
+    later = BadFiles(config, maker)
     for i in range(200):
         later.add(Batch(torch.empty(0), ids, torch.arange(100), bad=(f"{i}.jpg: junk",)))
 
@@ -379,3 +381,58 @@ def test_shared_memory_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=re.escape("2 workers need up to 0 MB of it and 0 MB are free")):
         make_loader(Squares(), make_config(2), micro_batch=30)
     make_loader(Squares(), make_config(0), micro_batch=30)
+
+
+def a_maker(num_samples: int, num_bad: int, num_files: int) -> SimpleNamespace:
+    bad = tuple(f"{i}.wav: an empty file" for i in range(num_bad))
+    return SimpleNamespace(
+        num_samples=num_samples, what="recording", listing=Listing({".wav": num_files}, bad_files=bad)
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_bad", "num_files", "stops"),
+    [
+        # 0.4 % of all
+        (2988, 12, 3000, False),
+        (2970, 30, 3000, False),
+        (2969, 31, 3000, True),
+        # those that are too short are files as well
+        (100, 30, 3000, False),
+        (20, 1, 21, False),
+        (19, 2, 21, True),
+    ],
+)
+def test_unreadable_files_of_the_listing_are_judged_against_all_files(
+    num_samples: int, num_bad: int, num_files: int, stops: bool
+) -> None:
+    config, maker = make_config(max_bad_fraction=0.01).data, a_maker(num_samples, num_bad, num_files)
+    if stops:
+        with pytest.raises(DataError, match=rf"^{num_bad} of {num_files:,} recordings are unreadable"):
+            judge_listing(config, maker)
+        return
+    judge_listing(config, maker)
+    bad = BadFiles(config, maker)
+    assert len(bad.files) == num_bad
+    bad.add(Batch(torch.empty(0), torch.arange(20), torch.arange(20)))
+    with pytest.raises(DataError, match="strict` is true"):
+        judge_listing(config.model_copy(update={"strict": True}), maker)
+
+
+def test_files_of_the_listing_count_with_those_that_are_met_later() -> None:
+    config, ids = make_config(max_bad_fraction=0.01).data, torch.arange(10)
+    bad = BadFiles(config, a_maker(2970, 30, 3000))
+    with pytest.raises(DataError, match="31 of 3,000 recordings are unreadable"):
+        bad.add(Batch(torch.empty(0), ids, ids, bad=("silent.wav: silent",)))
+
+
+def test_share_just_below_the_limit_does_not_stop_a_run_by_chance() -> None:
+    """Of 20,000 files 0.9 % are unreadable, where 1 % is allowed: whatever the order, the run goes on."""
+    config = make_config(max_bad_fraction=0.01).data
+    for seed in range(50):
+        order = np.random.default_rng(seed).permutation(20_000)
+        bad = BadFiles(config, a_maker(20_000, 0, 20_000))
+        for start in range(0, 20_000, 100):
+            ids = order[start : start + 100]
+            found = tuple(f"{i}.wav: silent" for i in ids if i < 180)
+            bad.add(Batch(torch.empty(0), torch.empty(0), torch.from_numpy(ids), bad=found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from d2v_fast.config import BatchSplit, D2VConfig, SpeechConfig, TextConfig, VisionConfig
+from d2v_fast.data.bad_files import judge_listing
 from d2v_fast.data.batch import Batch, DataError, ImageDataset
 from d2v_fast.data.digits import DigitsDataset, ProbeData, digits_for_probe
 from d2v_fast.data.images import ImagesDataset
@@ -48,20 +49,11 @@ def batch_maker(config: D2VConfig) -> BatchMaker:
     """What makes the training batches of a run.
 
     Raises:
-        DataError: if there is nothing to read, or the model does not fit it.
+        DataError: if there is nothing to read, too much of it is unreadable, or the model does not fit it.
     """
-    if isinstance(config, VisionConfig):
-        return ImageBatches(image_dataset(config), config)
-    if isinstance(config, TextConfig):
-        from d2v_fast.data.text import TextDataset
-
-        return TextBatches(TextDataset(config.data, config.model), config)
-    assert isinstance(config, SpeechConfig)
-    from d2v_fast.data.audio import AudioDataset
-    from d2v_fast.data.speech import SpeechSamples
-
-    kind = SpeechSamples if config.data.kind == "speech" else AudioDataset
-    return SpeechBatches(kind(config.data, config.model), config)
+    maker = _batch_maker(config)
+    judge_listing(config.data, maker)
+    return maker
 
 
 def steps_per_epoch(maker: BatchMaker, split: BatchSplit) -> int:
@@ -83,3 +75,18 @@ def steps_per_epoch(maker: BatchMaker, split: BatchSplit) -> int:
         max_step_length=maker.max_step_length,
     )
     return order.steps_per_epoch
+
+
+def _batch_maker(config: D2VConfig) -> BatchMaker:
+    if isinstance(config, VisionConfig):
+        return ImageBatches(image_dataset(config), config)
+    if isinstance(config, TextConfig):
+        from d2v_fast.data.text import TextDataset
+
+        return TextBatches(TextDataset(config.data, config.model), config)
+    assert isinstance(config, SpeechConfig)
+    from d2v_fast.data.audio import AudioDataset
+    from d2v_fast.data.speech import SpeechSamples
+
+    kind = SpeechSamples if config.data.kind == "speech" else AudioDataset
+    return SpeechBatches(kind(config.data, config.model), config)

@@ -258,10 +258,6 @@ class AudioDataset:
         if rates != {self.sample_rate}:
             # said now, if it is missing
             import_audio("soxr")
-        for file in bad[:NUM_NAMED]:
-            _log.warning("left out an unreadable recording: %s", file)
-        if len(bad) > NUM_NAMED:
-            _log.warning("left out %d unreadable recordings of %d in all", len(bad), len(paths))
         self.listing = replace(self.listing, bad_files=tuple(bad))
         return lengths
 

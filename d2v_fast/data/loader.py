@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import logging
-import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +17,13 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from d2v_fast.data.bad_files import BadFiles
 from d2v_fast.data.batch import Batch, DataError
 from d2v_fast.data.makers import BatchMaker
 from d2v_fast.data.order import MicroStep, StepOrder
 
 if TYPE_CHECKING:
-    from d2v_fast.config import D2VConfig, SpeechDataConfig, TextDataConfig, VisionDataConfig
+    from d2v_fast.config import D2VConfig
 
 __all__ = ["StepLoader", "worker_died"]
 
@@ -32,14 +31,8 @@ __all__ = ["StepLoader", "worker_died"]
 SMALL_BATCH_BYTES = 1 << 20
 PREFETCH_SMALL, PREFETCH_LARGE = 8, 2
 
-# the share of unreadable files is judged over at least so many samples (or the data set, if it is smaller)
-MIN_JUDGED = 1000
-NUM_NAMED = 10
-
 # how long a worker lives on after SIGTERM, for the main process to finish its step and save
 GRACE_SECONDS = 60
-
-_log = logging.getLogger(__name__)
 
 
 class StepLoader:
@@ -99,8 +92,7 @@ class StepLoader:
         self._timeout_s = 60 * config.run.timeout_minutes if timeout_s is None else timeout_s
         self._bytes = micro_batch * maker.sample_bytes
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
-        self._bad = _BadFiles(config.data, maker, on_bad)
-        self._bad.note(maker.listing.bad_files)
+        self._bad = BadFiles(config.data, maker, on_bad)
         if self._num_workers > 0:
             _check_shared_memory(self._num_workers * self._prefetch * self._bytes, self._num_workers)
         # compiles the sampler here, once, and not in every worker
@@ -177,53 +169,6 @@ class _Micro(TorchDataset):
         except DataError as error:
             # raised by the main process: a worker's exception would arrive as the text of a traceback
             return error
-
-
-class _BadFiles:
-    """Counts and names unreadable files, and stops the run when there are too many."""
-
-    def __init__(
-        self,
-        config: VisionDataConfig | SpeechDataConfig | TextDataConfig,
-        maker: BatchMaker,
-        on_bad: Callable[[str], None],
-    ) -> None:
-        self.files: dict[str, None] = {}
-        self._max_fraction, self._strict = config.max_bad_fraction, config.strict
-        self._num_samples, self._what = maker.num_samples + len(maker.listing.bad_files), maker.what
-        self._on_bad = on_bad
-        self._num_seen = 0
-
-    def add(self, batch: Batch) -> None:
-        self._num_seen += len(batch.sample_ids)
-        self.note(batch.bad)
-
-    def note(self, bad: Iterable[str]) -> None:
-        """Count and name those that are new.
-
-        Raises:
-            DataError: there are too many.
-        """
-        new = [file for file in dict.fromkeys(bad) if file not in self.files]
-        if not new:
-            return
-        for file in new:
-            self.files[file] = None
-            _log.warning("skipped unreadable %s number %d: %s", self._what, len(self.files), file)
-            self._on_bad(file)
-        if self._strict:
-            raise DataError(f"an unreadable {self._what}, and `d2v.data.strict` is true:\n  " + "\n  ".join(new))
-        seen = min(max(self._num_seen, len(self.files)), self._num_samples)
-        judged = max(seen, min(self._num_samples, MIN_JUDGED))
-        if len(self.files) > math.ceil(self._max_fraction * judged):
-            named = list(self.files)[:NUM_NAMED]
-            more = len(self.files) - len(named)
-            raise DataError(
-                f"{len(self.files)} of {seen} {self._what}s are unreadable, and `d2v.data.max_bad_fraction` is "
-                f"{self._max_fraction}. Repair or remove them, or raise that limit:\n  "
-                + "\n  ".join(named)
-                + (f"\n  and {more} more" if more else "")
-            )
 
 
 def _as_is(batch: Any) -> Any:

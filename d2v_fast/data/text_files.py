@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -39,8 +39,8 @@ PIECE = 1 << 16
 CHUNK = 1 << 20
 MAX_LINE = 1 << 26
 ROWS_AT_A_TIME = 256
-# the share of what is unreadable is judged over at least so much, but for what is unreadable from the beginning
-MIN_JUDGED = 1000
+# reading stops early where more than so many times what is allowed of all text is unreadable
+HOPELESS = 2
 MAX_SIZE = 1 << 62
 
 _log = logging.getLogger(__name__)
@@ -56,22 +56,28 @@ class Piece(NamedTuple):
 class BadText:
     """Counts and names what cannot be read, and stops when it is too much.
 
+    Args:
+        max_fraction, strict: of `data`.
+        what: what is counted, in the plural.
+        share_read: returns how much of all text has been read so far, in [0, 1].
     Attributes:
         named: the first of them, as `path: reason`; there are `num_bad` of `num_entries` in all.
         what: what is counted, in the plural.
     """
 
-    def __init__(self, max_fraction: float, strict: bool, what: str) -> None:
+    def __init__(
+        self, max_fraction: float, strict: bool, what: str, share_read: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self.named: list[str] = []
         self.num_bad = self.num_entries = 0
         self.what = what
-        self._max_fraction, self._strict = max_fraction, strict
+        self._max_fraction, self._strict, self._share_read = max_fraction, strict, share_read
 
     def add(self, where: str, reason: str) -> None:
         """Count an entry that cannot be read.
 
         Raises:
-            DataError: with `strict`; or all so far are unreadable; or too many are.
+            DataError: with `strict`; or so many are unreadable that what is left to read cannot make up for it.
         """
         self.num_entries += 1
         self.num_bad += 1
@@ -81,13 +87,14 @@ class BadText:
             _log.warning("skipped unreadable text: %s", text)
         if self._strict:
             self.judge()
-        if self.num_bad == self.num_entries == NUM_NEIGHBOURS and self._max_fraction < 1:
-            self._stop()
-        if self.num_entries >= MIN_JUDGED:
-            self.judge()
+        share = self._share_read()
+        if share > 0 and self.num_bad >= NUM_NEIGHBOURS and self._max_fraction < 1:
+            allowed = math.ceil(self._max_fraction * self.num_entries / min(share, 1.0))
+            if self.num_bad > HOPELESS * allowed:
+                self._stop()
 
     def judge(self) -> None:
-        """Raise DataError if too many of the entries so far are unreadable."""
+        """Raise DataError if too many of all entries are unreadable."""
         if self._strict and self.num_bad:
             raise DataError(f"unreadable text, and `d2v.data.strict` is true:\n  {self.named[0]}")
         if self.num_bad > math.ceil(self._max_fraction * self.num_entries):
@@ -139,11 +146,15 @@ class TextFiles:
         self.num_bytes = sum(size for _, size, _ in self._listing())
 
     def _reset(self) -> None:
-        self.bad = BadText(self._data.max_bad_fraction, self._data.strict, "files, lines and rows")
+        data = self._data
+        self.bad = BadText(data.max_bad_fraction, data.strict, "files, lines and rows", self._share_read)
         self.num_empty = self.num_read = 0
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def _share_read(self) -> float:
+        return self.num_read / max(1, self.num_bytes)
 
     def digest(self) -> str:
         """SHA-256 over names, sizes and times of change of all files, and over how they are read."""
@@ -237,6 +248,7 @@ class TextFiles:
             with self._open(path) as file:
                 while line := file.readline(MAX_LINE + 1):
                     number += 1
+                    self.num_read = before + file.tell()
                     try:
                         text = self._field(_whole_line(line, file), first=number == 1)
                     except UnreadableFile as error:
@@ -246,7 +258,6 @@ class TextFiles:
                         self.bad.num_entries += 1
                         yield text
                         yield None
-                    self.num_read = before + file.tell()
         except (OSError, UnreadableFile) as error:
             self.bad.add(path, _reason(error))
 
