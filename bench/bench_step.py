@@ -169,7 +169,7 @@ def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tu
         inputs = torch.randn(batch_size, config.model.num_samples(num_places))
         rows = span_mask_rows(0, 0, ids, num_places, config.mask.prob, config.mask.length)
     elif isinstance(config, TextConfig):
-        num_places, vocab_size = config.data.block_size, config.model.vocab_size
+        num_places, vocab_size = config.data.block_size, config.model.token_rows
         inputs = torch.randint(4, vocab_size - 1, (batch_size, num_places))
         lengths = np.full(batch_size, num_places)
         masks = token_mask_rows(0, 0, ids, inputs.numpy(), lengths, **peers_text.mask_options(config))

@@ -24,7 +24,7 @@ from d2v_fast.interop.huggingface_text import export_text
 
 def mask_options(config: TextConfig) -> dict[str, Any]:
     """Arguments of `token_mask_rows`, with RoBERTa's special tokens."""
-    mask, vocab_size = config.mask, config.model.vocab_size
+    mask, vocab_size = config.mask, config.model.token_rows
     return {
         "prob": mask.prob,
         "length": mask.length,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
-from d2v_fast.data import Batch, BatchMaker, batch_maker, steps_per_epoch
+from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
 from d2v_fast.data.order import StepOrder
 from d2v_fast.data2vec import build_model
@@ -51,6 +51,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     config = load_config(file, overrides, processes)
     print(f"configuration   {file} is valid", flush=True)
     check_engine_available(config, processes)
+    config = resolved(config)
     split = config.deepspeed.batch_split(processes)
     maker = batch_maker(config.d2v)
     schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, steps_per_epoch(maker, split))

@@ -96,6 +96,8 @@ def embed(
         )
     if source.num_cut:
         print(f"{source.num_cut} lines are longer than the model reads: they are cut", file=sys.stderr)
+    if problem := source.problem():
+        print(f"warning: {problem}", file=sys.stderr)
     beside = f", their names in {to.with_suffix(_BESIDE)}" if to.suffix == ".npy" else ""
     rows = f"{count:,} {source.what}s x {width} features"
     return f"embed: {to} ({rows}{', one row per place' if frames else ''}, by the {source.origin}{beside})"

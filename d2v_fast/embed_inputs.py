@@ -89,6 +89,10 @@ class Source(ABC):
     def samples(self) -> Iterator[Sample | str]:
         """Samples in the order of sorted paths; what cannot be read as `path: reason`."""
 
+    def problem(self) -> str | None:
+        """What is wrong with the samples that were read so far, for the user; None: nothing."""
+        return None
+
     def _absolute(self, path: str) -> str:
         return os.path.join(self._root, path)
 
@@ -188,14 +192,15 @@ class Lines(Source):
         data: TextDataConfig,
         tokenizer: Any,
     ) -> None:
+        from d2v_fast.data.round_trip import RoundTrip
         from d2v_fast.data.text_files import KINDS
 
         others = [ending for ending in KINDS.read if ending != ".txt"]
         unread = {**KINDS.unread, **dict.fromkeys(others, "write one line per sample into a .txt file")}
         kinds = FileKinds("lines of text", (".txt",), unread)
         super().__init__(model, origin, inputs, kinds, data.follow_outside)
-        tokenizer.fit(config.vocab_size)
-        self._tokenizer = tokenizer
+        tokenizer.fit(config)
+        self._tokenizer, self._kept = tokenizer, RoundTrip()
         self._most = config.max_positions - 2
         self.padding = float(tokenizer.specials.pad)
         self.num_places = lambda length: length
@@ -207,6 +212,10 @@ class Lines(Source):
                 yield from self._of_file(path)
             except (OSError, UnreadableFile) as error:
                 yield printable(f"{path}: {error}")
+
+    def problem(self) -> str | None:
+        """See `Source`: what the tokenizer loses."""
+        return self._kept.problem(self._tokenizer.name)
 
     def _of_file(self, path: str) -> Iterator[Sample | str]:
         handle, _ = open_regular(self._absolute(path), self._inside, MAX_TEXT_BYTES)
@@ -228,6 +237,7 @@ class Lines(Source):
     def _tokens(self, text: str) -> Tensor:
         ids, _ = self._tokenizer.encode([text])
         self.num_cut += len(ids) > self._most
+        self._kept.add(self._tokenizer, [text])
         specials = self._tokenizer.specials
         return torch.tensor([specials.bos, *ids[: self._most].tolist(), specials.eos])
 

@@ -202,6 +202,8 @@ def export_run(
     if form == "fairseq":
         from d2v_fast.interop.fairseq import save_fairseq
 
+        if isinstance(config, TextConfig):
+            _require_fairseq_ids(config)
         target = run_folder / "export.pt" if to is None else to
         teacher = SavedWeights(folder, "teacher", prefix)
         save_fairseq(saved, saved.head(), teacher, config, target, num_updates=step)
@@ -213,6 +215,25 @@ def export_run(
     target = run_folder / "export" if to is None else to
     export_model(saved, config, target, info={"weights": weights, "step": step}, **options)
     return f"export: {target} ({weights}, step {step}, for Transformers)"
+
+
+def _require_fairseq_ids(config: TextConfig) -> None:
+    """ValueError if the run's tokenizer, where it can be read, numbers special tokens as no dictionary of fairseq."""
+    from d2v_fast.data.tokenizer import load_tokenizer
+    from d2v_fast.interop.fairseq_text import SPECIAL_IDS
+
+    if config.data.tokenizer is None:
+        return
+    try:
+        found = load_tokenizer(config.data.tokenizer).specials[:4]
+    except ValueError:
+        # the tokenizer may be gone, and fairseq gets none: the padding id of the configuration is checked later
+        return
+    if any(own not in (None, theirs) for own, theirs in zip(found, SPECIAL_IDS, strict=True)):
+        raise ValueError(
+            "`--format` must be transformers for this tokenizer: fairseq numbers begin, padding, end and unknown token "
+            f"{SPECIAL_IDS} in every dictionary, but '{config.data.tokenizer}' numbers them {tuple(found)}."
+        )
 
 
 def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Any:

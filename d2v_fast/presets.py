@@ -24,7 +24,10 @@ _ABOUT = {
     "speech_base": ("93.2 M", "the published Base run, for a folder of recordings"),
     "speech_large": ("313 M", "the published Large run, for a folder of recordings"),
     "speech_small": ("2.55 M", "a folder of your own recordings, on one GPU or a patient CPU"),
-    "text_small": ("3.38 M", "your own text and a tokenizer, on one GPU or a patient CPU"),
+    "text_small": (
+        "11.5 M",
+        "your own text and a tokenizer (parameters: with 50,265 tokens), on one GPU or a patient CPU",
+    ),
     "text": ("735 k", "the reference pages that Python carries"),
     "text_base": ("124 M", "the published Base run, for a folder of text and a tokenizer"),
     "text_large": ("354 M", "the published Large run, for a folder of text and a tokenizer"),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import Checkpoints
-from d2v_fast.config import D2VConfig, SpeechModelConfig, TextModelConfig, load_config
+from d2v_fast.config import D2VConfig, RunConfig, SpeechModelConfig, TextModelConfig, load_config
 from d2v_fast.config_errors import Section
 from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.interop.huggingface import export_model, import_model
@@ -98,6 +98,7 @@ def start_run(
     named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
     config = load_config(ds_config, [*overrides, *named])
     student, teacher, head, found = _read(source, config.d2v, heads)
+    config = _with_vocabulary(config, found)
     _require_same(config.d2v.model, found, source, ds_config)
     torch.manual_seed(config.d2v.run.seed)
     model = build_model(config.d2v)
@@ -156,6 +157,16 @@ def _read(
         raise ValueError(f"`{source}` must be a Transformers folder for a run on {config.modality}, but is a file.")
     checkpoint = read_fairseq(source, heads=heads)
     return checkpoint.student, checkpoint.teacher, checkpoint.head, checkpoint.config
+
+
+def _with_vocabulary(config: RunConfig, found: Section) -> RunConfig:
+    """The run's configuration with the vocabulary of the weights where it leaves it to the tokenizer."""
+    model = config.d2v.model
+    if not isinstance(found, TextModelConfig) or not isinstance(model, TextModelConfig):
+        return config
+    keys = [key for key in ("vocab_size", "padding_id") if getattr(model, key) is None]
+    model = model.model_copy(update={key: getattr(found, key) for key in keys})
+    return config.model_copy(update={"d2v": config.d2v.model_copy(update={"model": model})})
 
 
 def _vocabulary(source: Path, config: Section) -> str | None:

@@ -10,9 +10,11 @@ from typing_extensions import Self
 
 from d2v_fast.config_errors import MAX_SIZE, PathText, Problem, Section, problem_of_heads, refuse_if
 
-# specials in front of the first learned position: the position of a padding token, and what is before it, as in RoBERTa
+# rows in front of the first learned position: that of a padding token, and one before it, as in RoBERTa
 POSITION_OFFSET = 2
 MAX_VOCAB = 1 << 24
+# of RoBERTa, and so of the published runs: what a model has that no tokenizer has given its own
+PUBLISHED_VOCAB, PUBLISHED_PADDING = 50_265, 1
 
 # what `mode` stands for where a file says nothing else: the paper's main text, and its released recipe
 _MODES: dict[str, dict[str, Any]] = {
@@ -24,13 +26,15 @@ _MODES: dict[str, dict[str, Any]] = {
 class TextModelConfig(Section):
     """The text encoder: token and position embeddings, a norm, post-norm blocks.
 
-    `vocab_size` is the number of token embeddings, at least that of the tokenizer; `max_positions` the longest sequence
-    in tokens, specials included. `dropout` is on embeddings and branches, `activation_dropout` inside the MLP;
-    `layer_drop` skips a whole block. `attention` "padded" pads to the longest block; "packed" computes no padding, on
-    a GPU and in 16 bits.
+    `vocab_size` is the number of token embeddings, at least that of the tokenizer; null takes the tokenizer's number.
+    `padding_id` is the id of the padding token, whose embedding stays zero; null takes the tokenizer's, and no other is
+    accepted. `max_positions` is the longest sequence in tokens, specials included. `dropout` is on embeddings and
+    branches, `activation_dropout` inside the MLP; `layer_drop` skips a whole block. `attention` "padded" pads to the
+    longest block; "packed" computes no padding, on a GPU and in 16 bits.
     """
 
-    vocab_size: int = Field(default=50_265, ge=8, le=MAX_VOCAB)
+    vocab_size: int | None = Field(default=None, ge=8, le=MAX_VOCAB)
+    padding_id: int | None = Field(default=None, ge=0, lt=MAX_VOCAB)
     max_positions: int = Field(default=512, ge=4, le=MAX_SIZE)
     width: int = Field(default=768, ge=1, le=MAX_SIZE)
     depth: int = Field(default=12, ge=1, le=MAX_SIZE)
@@ -49,11 +53,23 @@ class TextModelConfig(Section):
         """Rows of the table of learned positions: the first token of a sequence has row 2, padding row 1."""
         return self.max_positions + POSITION_OFFSET
 
+    @property
+    def token_rows(self) -> int:
+        """Rows of the table of tokens: `vocab_size`, or RoBERTa's where no tokenizer has been asked."""
+        return PUBLISHED_VOCAB if self.vocab_size is None else self.vocab_size
+
+    @property
+    def padding_row(self) -> int:
+        """The row that stays zero: `padding_id`, or RoBERTa's where no tokenizer has been asked."""
+        return PUBLISHED_PADDING if self.padding_id is None else self.padding_id
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = problem_of_heads(self.width, self.heads)
         if int(self.width * self.mlp_ratio) < 1:
             problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
+        if self.padding_row >= self.token_rows:
+            problems.append(Problem("padding_id", f"be < `vocab_size` ({self.token_rows})", self.padding_row))
         refuse_if(problems)
         return self
 

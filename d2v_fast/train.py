@@ -153,7 +153,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     import torch
 
     from d2v_fast.checkpoints import Checkpoints
-    from d2v_fast.data import StepLoader, batch_maker, steps_per_epoch
+    from d2v_fast.data import StepLoader, batch_maker, resolved, steps_per_epoch
     from d2v_fast.data.listing import counted, print_listing
     from d2v_fast.data2vec import build_model
     from d2v_fast.engine import check_engine_available, compute_dtype, import_engine, make_engine
@@ -167,8 +167,10 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.teacher import Teacher
     from d2v_fast.world import World, world_size
 
-    d2v, split = config.d2v, config.deepspeed.batch_split(world_size())
+    split = config.deepspeed.batch_split(world_size())
     check_engine_available(config, split.world_size)
+    config = resolved(config)
+    d2v = config.d2v
     maker = batch_maker(d2v)
     epoch_steps = steps_per_epoch(maker, split)
     schedule = LearningRate(d2v.schedule, config.deepspeed.optimizer.params.lr, epoch_steps)

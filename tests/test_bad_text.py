@@ -236,7 +236,7 @@ def test_odd_files(tmp_path: Path) -> None:
         ({"vocab.json": '{"a": "0"}', "merges.txt": ""}, "vocab.json must number"),
         ({"vocab.json": '{"a": true}', "merges.txt": ""}, "vocab.json must number"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\na b"}, "line 2 of merges.txt is no pair of tokens"),
-        ({"vocab.json": '{"a": 0, "b": 1, "ab": 2}', "merges.txt": "a b"}, "no begin .*no padding .*no end .*no mask"),
+        ({"vocab.json": '{"a": 0, "b": 1, "ab": 2, "\u0120": 3}', "merges.txt": "a b"}, "no begin .*no end .*no mask"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "\udcff"}, "cannot be read"),
     ],
 )  # fmt: skip

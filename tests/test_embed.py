@@ -14,13 +14,17 @@ from PIL import Image
 from d2v_fast.config import D2VConfig, SpeechConfig, check_d2v
 from d2v_fast.console import main
 from d2v_fast.data.images import ImagesDataset
-from d2v_fast.data.tokenizer import Tokenizer
+from d2v_fast.data.tokenizer import Tokenizer, load_tokenizer
 from d2v_fast.export import export_run
 from d2v_fast.features import sequence_features
+from d2v_fast.interop.huggingface_text import export_text
+from d2v_fast.modalities.text import TextModel
 from d2v_fast.probe import image_features
+from d2v_fast.text_config import TextModelConfig
 from tests.runs import TINY_SPEECH
 from tests.test_console import complaint
 from tests.test_export import CONFIG, write_run
+from tests.test_tokenizer_kinds import word_pieces
 from tests.text_files import sentences, small_tokenizer
 
 RATE = 8000
@@ -223,3 +227,13 @@ def test_mistakes_are_named(photographs: Path, tmp_path: Path, capsys: pytest.Ca
     assert "not valid JSON" in said(tmp_path / "exported", photographs, *to)
     if not torch.cuda.is_available():
         assert 'must be "cpu" or "auto"' in said(tmp_path / "r", photographs, *to, "--device", "cuda")
+
+
+def test_lost_letters_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a tokenizer of another language."""
+    tokenizer = load_tokenizer(word_pieces(tmp_path / "tokenizer"))
+    config = TextModelConfig(vocab_size=tokenizer.vocab_size, max_positions=32, width=16, depth=1, heads=2)
+    export_text(TextModel(config), config, tmp_path / "model", tokenizer=tokenizer)
+    (tmp_path / "a.txt").write_text("the student\nдом student\n")
+    embed(tmp_path / "model", tmp_path / "a.txt", "--to", tmp_path / "a.npy")
+    assert "% of the characters of this text (of a sample of 25): 'дом' becomes ''" in capsys.readouterr().err

@@ -30,6 +30,7 @@ from tests.speech_reference import randomise_
 from tests.test_export import write_run
 from tests.test_fairseq import pretrained as pretrained_speech
 from tests.test_text import make_config, make_pair
+from tests.test_tokenizer import word_piece
 from tests.text_files import small_tokenizer
 
 PREFIX = "encoder.sentence_encoder."
@@ -116,6 +117,7 @@ def test_hand_made_checkpoint(head: str, weights: str, tmp_path: Path) -> None:
     model, found_head, config = load_fairseq_text(saved(content, tmp_path), weights=weights)
     assert config == TextModelConfig(
         vocab_size=40,
+        padding_id=1,
         max_positions=16,
         width=32,
         depth=2,
@@ -204,7 +206,8 @@ def test_without_cfg_sizes_come_from_the_tensors(tmp_path: Path) -> None:
     content = pretrained(width=128)
     del content["cfg"]
     path = saved(content, tmp_path)
-    published = {"vocab_size": 40, "max_positions": 16, "width": 128, "depth": 2, "heads": 2, "mlp_ratio": 0.375}
+    published = {"vocab_size": 40, "padding_id": 1, "max_positions": 16, "width": 128, "depth": 2, "heads": 2}
+    published["mlp_ratio"] = 0.375
     assert load_fairseq_text(path)[2] == TextModelConfig(**published)
     assert load_fairseq_text(path, heads=8)[2].heads == 8
     wanted = TextModelConfig(**{**published, "heads": 4, "dropout": 0.0})
@@ -375,6 +378,23 @@ def test_each_kind_is_told_by_its_names(tmp_path: Path) -> None:
     assert read_fairseq(path).config.width == 32
     with pytest.raises(ValueError, match=r"`weights` must be student or teacher, but is ema instead"):
         load_fairseq(path, weights="ema")
+
+
+def test_no_dictionary_of_fairseq_has_other_special_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There, the token of id 1 would be padding whatever it stands for here."""
+    config = make_config(padding_id=0)
+    model = TextModel(config.model)
+    with pytest.raises(ValueError, match=r"`d2v.model.padding_id` must be 1 for fairseq, .* but is 0 instead"):
+        save_fairseq_text(model, None, None, config, tmp_path / "a.pt")
+    # of a run that was trained before the configuration held the id
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(word_piece()))
+    data = {"kind": "text", "path": "?", "tokenizer": str(tmp_path / "tok"), "block_size": 16}
+    config = TextConfig.model_validate({**make_config(padding_id=None).model_dump(), "data": data})
+    write_run(tmp_path / "r", config, 1)
+    assert main(["export", str(tmp_path / "r"), "--format", "fairseq"]) == 1
+    assert "fairseq numbers begin, padding, end and unknown token (0, 1, 2, 3)" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "export.pt").exists()
 
 
 def test_export_for_fairseq_holds_student_head_and_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from d2v_fast.config import TextConfig, TextModelConfig
 from d2v_fast.console import main
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.tokenizer import Tokenizer, load_tokenizer
+from d2v_fast.data.tokenizer import load_tokenizer
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.huggingface_text import export_text, import_text
 from d2v_fast.modalities.text import TextModel
 from tests.speech_reference import randomise_
 from tests.test_export import write_run
 from tests.test_text import make_config
-from tests.test_tokenizer import word_piece
+from tests.test_tokenizer import tokenizer_with_padding_at
 from tests.text_files import small_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -114,7 +114,7 @@ def test_base_size_agrees_both_ways(tmp_path: Path) -> None:
     assert raw.items() >= published.items()
     assert_same_features(model, load_theirs(tmp_path), 24)
     imported, found = import_text(tmp_path)
-    assert found == config.model
+    assert found == config.model.model_copy(update={"vocab_size": 50_265, "padding_id": 1})
     assert_state_equal(imported, model)
 
 
@@ -140,25 +140,10 @@ def test_import_what_transformers_saved(around: str, tmp_path: Path) -> None:
     assert_state_equal(import_text(tmp_path / "back")[0], model)
 
 
-def tokenizer_with_padding_at(pad: int, folder: Path) -> Tokenizer:
-    """Of word pieces, as BERT's, whose padding token is not RoBERTa's."""
-    content = word_piece()
-    tokens = [token for token in content["model"]["vocab"] if token != "[PAD]"]
-    tokens.insert(pad, "[PAD]")
-    ids = {token: number for number, token in enumerate(tokens)}
-    content["model"]["vocab"] = ids
-    for added in content["added_tokens"]:
-        added["id"] = ids[added["content"]]
-    content["added_tokens"].sort(key=lambda added: added["id"])
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return load_tokenizer(folder)
-
-
-@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize("pad", [0, 3, 7])
 def test_another_padding_token(pad: int, tmp_path: Path) -> None:
     """Transformers counts positions from its id."""
-    config = make_config()
+    config = make_config(padding_id=pad)
     model = build(config)
     tokenizer = tokenizer_with_padding_at(pad, tmp_path / "tokenizer")
     assert tokenizer.specials.pad == pad
@@ -173,6 +158,16 @@ def test_another_padding_token(pad: int, tmp_path: Path) -> None:
     reached = slice(1 if pad == 0 else 0, None)
     assert torch.equal(imported.embedding.position[reached], model.embedding.position[reached])
     assert_same_features(imported, theirs)
+    # the id stays where no tokenizer goes along
+    export_text(imported, found, tmp_path / "again")
+    assert_same_features(imported, load_theirs(tmp_path / "again"))
+
+
+def test_padding_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    config = make_config(padding_id=1)
+    tokenizer = tokenizer_with_padding_at(0, tmp_path / "tokenizer")
+    with pytest.raises(DataError, match=r"`d2v.model.padding_id` must be 0, the padding token of .*, but is 1 instead"):
+        export_text(build(config), config, tmp_path / "out", tokenizer=tokenizer)
 
 
 def test_tokenizer_and_classifier_start_from_the_folder(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.vision_reference import layer_norm
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
+    "padding_id": 1,
     "max_positions": 16,
     "width": 24,
     "depth": 3,
@@ -74,6 +75,19 @@ def make_batch(lengths: list[int], documents: list[list[int]] | None = None) -> 
         masked_inputs=torch.where(hidden, MASK, tokens),
         offsets=None if sizes is None else torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32),
     )
+
+
+@pytest.mark.parametrize("pad", [0, 1, 7])
+def test_padding_alone_stays_zero(pad: int) -> None:
+    """Whatever its id: every other token is drawn, and trained."""
+    model = build_model(make_config(padding_id=pad))
+    rows = model.student.embedding.token.weight
+    assert (rows.detach() == 0).all(1).nonzero().flatten().tolist() == [pad]
+    tokens = torch.arange(16)[None]
+    hidden = model.student(tokens).last_hidden
+    hidden.square().sum().backward()
+    assert rows.grad is not None
+    assert (rows.grad[:16] == 0).all(1).nonzero().flatten().tolist() == [pad]
 
 
 def reference_step(

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from d2v_fast.config import TextConfig, parse_config
+from d2v_fast.console import main
 from d2v_fast.data import StepLoader, batch_maker
 from d2v_fast.text_probe import masked_words
 from tests.runs import TINY_TEXT, figures, leave_out_reports, run_forked, run_here, tiny_file
+from tests.test_tokenizer import tokenizer_with_padding_at
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
@@ -95,6 +98,30 @@ def test_any_split_gives_the_same_samples(separate: bool, packing: str, tmp_path
     whole = steps(24, 1, 1)
     assert steps(4, 3, 2) == whole
     assert all(len(step) <= 24 for step in whole)
+
+
+def test_vocabulary_and_padding_follow_the_tokenizer(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Padding 0, as BERT's: the token of id 1 is one like all others, in the export too."""
+    leave_out_reports(monkeypatch.setattr)
+    tokenizer = tokenizer_with_padding_at(0, tmp_path / "bert")
+    (tmp_path / "text.txt").write_text("the student\n" * 200)
+    data = {"kind": "text", "path": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "bert")}
+    given = {f"d2v__data__{key}": value for key, value in data.items()}
+    file = text_file(tmp_path, cache, **given, d2v__schedule={"steps": 4}, d2v__model__vocab_size=None)
+    assert run_here("--ds_config", file, "--run", "r", "--set", "d2v.schedule.steps=2") == 0
+    model = json.loads((tmp_path / "runs" / "r" / "config.json").read_text())["d2v"]["model"]
+    assert (model["vocab_size"], model["padding_id"]) == (tokenizer.vocab_size, 0) == (9, 0)
+    assert main(["export", str(tmp_path / "runs" / "r")]) == 0
+    rows = load_file(tmp_path / "runs" / "r" / "export" / "model.safetensors")["embeddings.word_embeddings.weight"]
+    assert (rows == 0).all(1).tolist() == [True] + [False] * 8
+    capsys.readouterr()
+    assert run_here("--ds_config", file, "--run", "r", "--resume") == 0
+    # the only thing that has changed
+    assert "changed since the checkpoint: d2v.schedule.steps: 2 -> 4\n" in capsys.readouterr().out
+    assert run_here("--ds_config", file, "--set", "d2v.model.vocab_size=8", "--dry-run") == 1
+    assert "`d2v.model.vocab_size` must be >= 9" in capsys.readouterr().err
 
 
 def test_another_tokenizer_is_refused(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.text import make_tokenizer
 from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, train_tokenizer
+from d2v_fast.text_config import TextModelConfig
 from tests.text_files import config, sentences, small_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -156,6 +157,21 @@ def word_piece(**changed: str) -> dict:
     }
 
 
+def tokenizer_with_padding_at(pad: int, folder: Path) -> Tokenizer:
+    """Of word pieces, as BERT's, whose padding token is not RoBERTa's."""
+    content = word_piece()
+    tokens = [token for token in content["model"]["vocab"] if token != "[PAD]"]
+    tokens.insert(pad, "[PAD]")
+    ids = {token: number for number, token in enumerate(tokens)}
+    content["model"]["vocab"] = ids
+    for added in content["added_tokens"]:
+        added["id"] = ids[added["content"]]
+    content["added_tokens"].sort(key=lambda added: added["id"])
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return load_tokenizer(folder)
+
+
 def test_word_pieces(tmp_path: Path) -> None:
     (tmp_path / "bert.json").write_text(json.dumps(word_piece()))
     tokenizer = load_tokenizer(tmp_path / "bert.json")
@@ -219,9 +235,12 @@ def test_other_tokenizer_and_small_vocabulary_are_refused() -> None:
         DataError, match=r"must be the tokenizer that runs/a was trained with \(digest 00ff.*its ids stand"
     ):
         tokenizer.require("00ff" * 16, "runs/a")
-    tokenizer.fit(360)
+    tokenizer.fit(TextModelConfig())
+    tokenizer.fit(TextModelConfig(vocab_size=360, padding_id=1))
     with pytest.raises(DataError, match=r"`d2v.model.vocab_size` must be >= 360, .*but is 359 instead"):
-        tokenizer.fit(359)
+        tokenizer.fit(TextModelConfig(vocab_size=359))
+    with pytest.raises(DataError, match=r"`d2v.model.padding_id` must be 1, the padding token of .*, but is 0 instead"):
+        tokenizer.fit(TextModelConfig(vocab_size=360, padding_id=0))
 
 
 def test_large_vocabulary_takes_four_bytes(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from d2v_fast.config import BatchSplit, D2VConfig, SpeechConfig, TextConfig, VisionConfig
+from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, TextConfig, VisionConfig
 from d2v_fast.data.bad_files import judge_listing
 from d2v_fast.data.batch import Batch, DataError, ImageDataset
 from d2v_fast.data.digits import DigitsDataset, ProbeData, digits_for_probe
@@ -25,6 +25,7 @@ __all__ = [
     "batch_maker",
     "digits_for_probe",
     "image_dataset",
+    "resolved",
     "steps_per_epoch",
     "worker_died",
 ]
@@ -43,6 +44,19 @@ def image_dataset(config: VisionConfig, split: Literal["train", "test"] = "train
     if split != "train":
         raise DataError(f'`split` must be "train" for a folder of images, but is "{split}" instead.')
     return ImagesDataset(config.data, config.model)
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The configuration with everything that follows from the data, such as a vocabulary's size, filled in.
+
+    Raises:
+        DataError: what it follows from cannot be read.
+    """
+    if not isinstance(config.d2v, TextConfig):
+        return config
+    from d2v_fast.data.text import with_vocabulary
+
+    return config.model_copy(update={"d2v": with_vocabulary(config.d2v)})
 
 
 def batch_maker(config: D2VConfig) -> BatchMaker:

@@ -41,6 +41,8 @@ SPLIT_SEED = 0
 PASSAGE = 1000
 # topics of fewer passages are trained on as a whole
 MIN_PASSAGES = 4
+# tokens of the tokenizer that is made for it, where the configuration does not say
+VOCAB_SIZE = 1024
 # of the probe: characters of a paragraph, and such paragraphs of a topic
 MIN_PARAGRAPH, MIN_PARAGRAPHS = 100, 16
 
@@ -95,7 +97,8 @@ class DocsSource:
 
 
 def docs_tokenizer(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names, or a byte-level BPE of `model.vocab_size` tokens for the sample set.
+    """The tokenizer that `data.tokenizer` names, or a byte-level BPE of `model.vocab_size` tokens for the sample set,
+    of `VOCAB_SIZE` where the model follows the tokenizer.
 
     The latter is trained on what pre-training sees when it is first needed, and kept below `data.tokens_path`.
 
@@ -104,15 +107,16 @@ def docs_tokenizer(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
     """
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
-    if model.vocab_size < MIN_VOCAB_SIZE:
+    vocab_size = VOCAB_SIZE if model.vocab_size is None else model.vocab_size
+    if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
             f"`d2v.model.vocab_size` must be >= {MIN_VOCAB_SIZE} to train a tokenizer for the sample set, but is "
-            f"{model.vocab_size} instead."
+            f"{vocab_size} instead."
         )
-    made_of = f"{DocsSource(data, 'train').digest()} {model.vocab_size}"
+    made_of = f"{DocsSource(data, 'train').digest()} {vocab_size}"
 
     def make(folder: Path) -> None:
-        tokenizer = train_tokenizer(_documents(data.test_fraction, "train"), model.vocab_size)
+        tokenizer = train_tokenizer(_documents(data.test_fraction, "train"), vocab_size)
         tokenizer.save(folder, model.max_positions)
         (folder / "digest").write_text(tokenizer.digest + "\n")
 
@@ -140,7 +144,7 @@ def docs_for_probe(config: D2VConfig) -> TextProbeData:
     if not isinstance(data, TextDataConfig) or not isinstance(model, TextModelConfig):
         raise DataError("`d2v.model` must be a text model to be probed on text, but is another one instead.")
     tokenizer = docs_tokenizer(data, model)
-    tokenizer.fit(model.vocab_size)
+    tokenizer.fit(model)
     held_out = _held_out(data.test_fraction)
     found = [
         (passage.topic, paragraph, passage in held_out)

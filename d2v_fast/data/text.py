@@ -23,9 +23,10 @@ from d2v_fast.paths import expand_path
 from d2v_fast.untrusted import printable
 
 if TYPE_CHECKING:
+    from d2v_fast.config import TextConfig
     from d2v_fast.text_config import TextDataConfig, TextModelConfig
 
-__all__ = ["TextDataset", "TokenBlocks", "make_tokenizer", "tokenizer_of"]
+__all__ = ["TextDataset", "TokenBlocks", "make_tokenizer", "tokenizer_of", "with_vocabulary"]
 
 
 class TokenBlocks(NamedTuple):
@@ -128,7 +129,7 @@ def tokenizer_of(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
     """The tokenizer of a run: what `data.tokenizer` names, or that of the sample set (`docs_tokenizer`).
 
     Raises:
-        DataError: there is none, it cannot be read, or it has more tokens than the model.
+        DataError: there is none, it cannot be read, or it does not fit the model.
     """
     if data.kind == "docs":
         tokenizer = docs_tokenizer(data, model)
@@ -136,8 +137,20 @@ def tokenizer_of(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
         raise DataError("`d2v.data.tokenizer` must be a file or a folder, but is null instead.")
     else:
         tokenizer = load_tokenizer(data.tokenizer)
-    tokenizer.fit(model.vocab_size)
+    tokenizer.fit(model)
     return tokenizer
+
+
+def with_vocabulary(config: TextConfig) -> TextConfig:
+    """The configuration with the tokenizer's vocabulary size and padding id where it gives none of its own.
+
+    Raises:
+        DataError: see `tokenizer_of`.
+    """
+    tokenizer = tokenizer_of(config.data, config.model)
+    follows = {"vocab_size": tokenizer.vocab_size, "padding_id": tokenizer.specials.pad}
+    found = {key: value for key, value in follows.items() if getattr(config.model, key) is None}
+    return config.model_copy(update={"model": config.model.model_copy(update=found)})
 
 
 def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_length: int = 512) -> Tokenizer:

@@ -19,28 +19,25 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
+from d2v_fast.data.tokenizer_files import (
+    MASK_TOKEN,
+    ROLES,
+    added_token,
+    byte_level,
+    check_added,
+    read_tokenizer_files,
+)
 from d2v_fast.paths import expand_path
-from d2v_fast.untrusted import parse_json, printable, read_text
+from d2v_fast.text_config import TextModelConfig
+from d2v_fast.untrusted import printable
 
 __all__ = ["MIN_VOCAB_SIZE", "Specials", "Tokenizer", "load_tokenizer", "train_tokenizer"]
 
-MAX_TOKENIZER_BYTES = 256_000_000
-MAX_MAP_BYTES = 16_000_000
-
 # RoBERTa's first four, in this order; the mask is last
 FIRST_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-MASK_TOKEN = "<mask>"
 # these, and a token for every byte
 MIN_VOCAB_SIZE = len(FIRST_TOKENS) + 256 + 1
 
-# role -> keys of special_tokens_map.json and tokenizer_config.json, and names where neither says any
-_ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "bos": (("bos_token", "cls_token"), ("<s>", "[CLS]")),
-    "pad": (("pad_token",), ("<pad>", "[PAD]")),
-    "eos": (("eos_token", "sep_token"), ("</s>", "[SEP]")),
-    "unk": (("unk_token",), ("<unk>", "[UNK]")),
-    "mask": (("mask_token",), ("<mask>", "[MASK]")),
-}
 _WHAT = {"bos": "begin", "pad": "padding", "eos": "end", "unk": "unknown", "mask": "mask"}
 # parts of tokenizer.json that decide which ids a text becomes; the others are for decoding, and for callers
 _DECISIVE = ("added_tokens", "normalizer", "pre_tokenizer", "model")
@@ -73,9 +70,19 @@ class Tokenizer:
     """
 
     def __init__(self, inner: Any, content: dict[str, Any], names: dict[str, str], name: str) -> None:
+        # a text that spells <mask> is a text; special tokens without a role are meant to be found in it
+        self._others = {
+            entry["content"]
+            for entry in content.get("added_tokens") or []
+            if entry.get("special") and entry["content"] not in names.values()
+        }
+        # what was read is what is saved: the library changes the last digits of scores when it writes them
+        self._content = json.dumps({**content, "truncation": None, "padding": None}, ensure_ascii=False)
+        if self._others:
+            content = _not_special(content, self._others)
+            inner = _library().Tokenizer.from_str(json.dumps(content))
         inner.no_truncation()
         inner.no_padding()
-        # a text that spells <mask> is a text
         inner.encode_special_tokens = True
         self._inner, self._names = inner, names
         self.name = name
@@ -107,6 +114,27 @@ class Tokenizer:
         """The text of token ids, special ones by their names."""
         return str(self._inner.decode([int(i) for i in ids], skip_special_tokens=False))
 
+    def round_trip(self, text: str) -> tuple[str, str]:
+        """A text as the tokenizer normalizes it, and what its tokens say of it, without unknown ones.
+
+        Where a tokenizer cannot decode, both are parts of the text itself: all of it, and what its tokens come from.
+        """
+        # the batch without offsets gives the ids of training
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        left_out = {self.specials.unk, *self._reserved.tolist()}
+        known = [position for position, token in enumerate(encoding.ids) if token not in left_out]
+        if self._inner.decoder is None:
+            # blanks divide words, and belong to none
+            covered = np.array([letter.isspace() for letter in text], dtype=np.bool_)
+            for position in known:
+                covered[slice(*encoding.offsets[position])] = True
+            return text, "".join(letter for letter, there in zip(text, covered, strict=True) if there)
+        normalizer = self._inner.normalizer
+        return (
+            text if normalizer is None else normalizer.normalize_str(text),
+            self.decode([encoding.ids[position] for position in known]),
+        )
+
     def require(self, digest: str, where: str) -> None:
         """Raise DataError unless this is the tokenizer of the given digest; `where` says whose that is."""
         if digest != self.digest:
@@ -115,43 +143,69 @@ class Tokenizer:
                 f"is {self.name} (digest {self.digest[:12]}) instead: its ids stand for other tokens."
             )
 
-    def fit(self, vocab_size: int) -> None:
-        """Raise DataError if a model with so many token embeddings lacks some of its tokens."""
-        if self.vocab_size > vocab_size:
+    def fit(self, model: TextModelConfig) -> None:
+        """Raise DataError unless a model of this configuration has all tokens and the same padding token.
+
+        What the configuration leaves to the tokenizer fits.
+        """
+        if model.vocab_size is not None and self.vocab_size > model.vocab_size:
             raise DataError(
-                f"`d2v.model.vocab_size` must be >= {self.vocab_size}, the tokens of {self.name}, but is {vocab_size} "
-                f"instead."
+                f"`d2v.model.vocab_size` must be >= {self.vocab_size}, the tokens of {self.name}, but is "
+                f"{model.vocab_size} instead. Leave it out: it follows the tokenizer."
+            )
+        if model.padding_id not in (None, self.specials.pad):
+            raise DataError(
+                f"`d2v.model.padding_id` must be {self.specials.pad}, the padding token of {self.name}, but is "
+                f"{model.padding_id} instead. Leave it out for a new run, or name the tokenizer that the weights were "
+                f"trained with."
             )
 
     def save(self, folder: str | Path, max_length: int = 512) -> None:
-        """Write what `transformers.AutoTokenizer.from_pretrained` reads.
+        """Write what `transformers.AutoTokenizer.from_pretrained` reads, and encodes as training does.
+
+        Begin and end tokens are around every text there, whatever the tokenizer that was read puts there.
 
         Args:
             folder: must exist; `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` are replaced.
             max_length: longest sequence of the model, in tokens.
         """
-        names = {key: self._names[role] for role, (keys, _) in _ROLES.items() if role in self._names for key in keys}
+        names = {key: self._names[role] for role, (keys, _) in ROLES.items() if role in self._names for key in keys}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_length,
             "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "right",
+            "truncation_side": "right",
             "clean_up_tokenization_spaces": False,
             **names,
         }
+        content = json.loads(self._content)
+        if not self._is_framed():
+            content["post_processor"] = _frame(self._names, self.specials)
         files = {
-            "tokenizer.json": self._inner.to_str(pretty=False),
+            "tokenizer.json": json.dumps(content, ensure_ascii=False),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
             "special_tokens_map.json": json.dumps(names, indent=2, ensure_ascii=False),
         }
         for file, text in files.items():
             (Path(folder) / file).write_text(text + "\n", encoding="utf-8")
 
+    def _is_framed(self) -> bool:
+        """Whether the post-processor puts begin and end token around a text, and does nothing else."""
+        specials = self.specials
+        for text in ("", "a b"):
+            ids, _ = self.encode([text])
+            if self._inner.encode(text).ids != [specials.bos, *ids.tolist(), specials.eos]:
+                return False
+        return True
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer: a `tokenizer.json` file, a folder with one, or a folder with vocab.json and merges.txt.
 
-    Vocabulary and merges are taken for a byte-level BPE like GPT-2's and RoBERTa's. Special tokens are those that
-    special_tokens_map.json or tokenizer_config.json of the folder name, else RoBERTa's or BERT's.
+    Vocabulary and merges are a byte-level BPE like GPT-2's and RoBERTa's, or of a class that a file beside them names;
+    added_tokens.json and `added_tokens_decoder` of tokenizer_config.json are read with them. Special tokens are those
+    that special_tokens_map.json or tokenizer_config.json of the folder name, else RoBERTa's or BERT's.
 
     Raises:
         DataError: there is none, it cannot be read, or it lacks a special token.
@@ -159,30 +213,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(os.path.abspath(expand_path(path)))
     name = f"'{printable(str(path))}'"
     try:
-        if not path.is_dir():
-            content, said = _read(path, MAX_TOKENIZER_BYTES), {}
-        else:
-            said = _said_names(path)
-            if (path / "tokenizer.json").exists():
-                content = _read(path / "tokenizer.json", MAX_TOKENIZER_BYTES)
-            elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
-                content = _from_vocab_and_merges(path)
-            else:
-                raise ValueError("a folder without tokenizer.json, and without vocab.json and merges.txt.")
-        if not isinstance(content.get("model"), dict):
-            raise ValueError("JSON, but no tokenizer: it has no section `model`.")
+        files = read_tokenizer_files(path)
+        content = files.content
         if content["model"].get("dropout") is not None:
             content["model"]["dropout"] = None
         inner = _library().Tokenizer.from_str(json.dumps(content))
+        check_added(content, inner.token_to_id)
+        names = _names_of_specials(inner, files.names, name)
+        return Tokenizer(inner, content, names, name)
     except DataError:
         raise
     except OSError as error:
         raise DataError(f"`d2v.data.tokenizer` must be a tokenizer, but {name}: {error.strerror or error}.") from None
     except Exception as error:
         # the library raises plain exceptions
-        text = printable(str(error))[:300]
+        text = printable(str(error))[:1000]
         raise DataError(f"`d2v.data.tokenizer` must be a tokenizer, but {name} cannot be read: {text}") from None
-    return Tokenizer(inner, content, _names_of_specials(inner, said, name), name)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "the trained tokenizer") -> Tokenizer:
@@ -212,7 +258,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "the trai
     raw.train_from_iterator(iter(texts), trainer)
     model = json.loads(raw.to_str())["model"]
     model["vocab"][MASK_TOKEN] = len(model["vocab"])
-    content = _byte_level(model, {token: model["vocab"][token] for token in (*FIRST_TOKENS, MASK_TOKEN)})
+    content = byte_level(model, [added_token(token, model["vocab"][token]) for token in (*FIRST_TOKENS, MASK_TOKEN)])
     inner = library.Tokenizer.from_str(json.dumps(content))
     return Tokenizer(inner, content, _names_of_specials(inner, {}, name), name)
 
@@ -233,95 +279,39 @@ def _library() -> Any:
     return tokenizers
 
 
-def _read(path: Path, max_bytes: int) -> dict[str, Any]:
-    content = parse_json(read_text(path, max_bytes))
-    if not isinstance(content, dict):
-        raise ValueError("JSON, but no tokenizer: it holds no section {...}.")
-    return content
+def _not_special(content: dict[str, Any], tokens: set[str]) -> dict[str, Any]:
+    """The content of tokenizer.json in which some added tokens are none that text is kept from spelling."""
+    added = content["added_tokens"]
+    changed = [{**entry, "special": False} if entry["content"] in tokens else entry for entry in added]
+    return {**content, "added_tokens": changed}
 
 
-def _from_vocab_and_merges(folder: Path) -> dict[str, Any]:
-    vocab = _read(folder / "vocab.json", MAX_TOKENIZER_BYTES)
-    ids = [value for value in vocab.values() if type(value) is int]
-    if len(ids) != len(vocab) or sorted(ids) != list(range(len(ids))):
-        raise ValueError(f"vocab.json must number its {len(vocab)} tokens from 0 on, but does not.")
-    lines = read_text(folder / "merges.txt", MAX_TOKENIZER_BYTES).split("\n")
-    merges = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (number == 1 and line.startswith("#version")):
-            continue
-        pair = line.rstrip("\r").split(" ")
-        if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
-            raise ValueError(f"line {number} of merges.txt is no pair of tokens of vocab.json.")
-        merges.append(pair)
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": vocab,
-        "merges": merges,
+def _frame(names: dict[str, str], specials: Specials) -> dict[str, Any]:
+    """The section `post_processor` that puts begin and end token around a text, and one more behind a second one."""
+
+    def token(role: str) -> dict[str, Any]:
+        return {"SpecialToken": {"id": names[role], "type_id": 0}}
+
+    def text(which: str) -> dict[str, Any]:
+        return {"Sequence": {"id": which, "type_id": 0}}
+
+    single = [token("bos"), text("A"), token("eos")]
+    ids = {"bos": specials.bos, "eos": specials.eos}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, text("B"), token("eos")],
+        "special_tokens": {
+            names[role]: {"id": names[role], "ids": [ids[role]], "tokens": [names[role]]} for role in ids
+        },
     }
-    names = [name for _, defaults in _ROLES.values() for name in defaults if name in vocab]
-    return _byte_level(model, {name: vocab[name] for name in names})
-
-
-def _byte_level(model: dict[str, Any], specials: dict[str, int]) -> dict[str, Any]:
-    """The content of tokenizer.json for a byte-level BPE that is used like RoBERTa's."""
-    content: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": token,
-                "single_word": False,
-                "lstrip": token == MASK_TOKEN,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token, number in sorted(specials.items(), key=lambda item: item[1])
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": model,
-    }
-    if "<s>" in specials and "</s>" in specials:
-        content["post_processor"] = {
-            "type": "RobertaProcessing",
-            "sep": ["</s>", specials["</s>"]],
-            "cls": ["<s>", specials["<s>"]],
-            "trim_offsets": True,
-            "add_prefix_space": False,
-        }
-    return content
-
-
-def _said_names(folder: Path) -> dict[str, str]:
-    """What the files beside a tokenizer call their special tokens, by key such as `mask_token`."""
-    names: dict[str, str] = {}
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / file).exists():
-            for key, value in _read(folder / file, MAX_MAP_BYTES).items():
-                text = value.get("content") if isinstance(value, dict) else value
-                if key.endswith("_token") and isinstance(text, str):
-                    names[key] = text
-    return names
 
 
 def _names_of_specials(inner: Any, said: dict[str, str], name: str) -> dict[str, str]:
     """The special tokens by role; DataError names those that are missing."""
     names: dict[str, str] = {}
     missing = []
-    for role, (keys, defaults) in _ROLES.items():
+    for role, (keys, defaults) in ROLES.items():
         wanted = [said[key] for key in keys if key in said] or list(defaults)
         found = [token for token in wanted if inner.token_to_id(token) is not None]
         if found:

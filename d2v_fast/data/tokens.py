@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import made_once
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.progress import Progress
+from d2v_fast.data.round_trip import RoundTrip
 from d2v_fast.data.text_files import PIECE, BadText, Piece
 from d2v_fast.data.tokenizer import Tokenizer
 from d2v_fast.faults import fault_point
@@ -34,7 +36,7 @@ __all__ = ["TextSource", "Tokens", "tokenised"]
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16_000_000
 # changes with the format of the shards, and with what is done to the text
-FORMAT = 1
+FORMAT = 2
 # a shard ends with the document that reaches it
 SHARD_TOKENS = 1 << 26
 # characters that are tokenised together: per core, and at least; twice as many wait
@@ -44,6 +46,8 @@ HASH_CHUNK = 1 << 22
 _Ids = npt.NDArray[np.unsignedinteger]
 # token ids of pieces, their lengths, and whether each ends its document
 _Batch = tuple[_Ids, npt.NDArray[np.int64], npt.NDArray[np.bool_]]
+
+_log = logging.getLogger(__name__)
 
 
 class TextSource(Protocol):
@@ -75,6 +79,8 @@ def tokenised(
 ) -> Tokens:
     """The tokens of all documents: those that were written before, if nothing has changed, or newly written ones.
 
+    Logs a warning with an example if the tokenizer loses characters of the text.
+
     Memory does not grow with the text, but with the cores, which work on up to `MAX_BATCH` characters at a time.
 
     Args:
@@ -90,9 +96,9 @@ def tokenised(
     name = f"tokens-{_digest(settings)[:24]}"
 
     def make(folder: Path) -> None:
-        writer = _Writer(folder, tokenizer, min_tokens)
+        writer, kept = _Writer(folder, tokenizer, min_tokens), RoundTrip()
         with Progress("tokenising", source.num_bytes) as progress:
-            for batch in _encoded(source, tokenizer):
+            for batch in _encoded(source, tokenizer, kept):
                 writer.add(*batch)
                 progress.show(source.num_read, f"{writer.num_taken:,} tokens")
             writer.finish()
@@ -115,6 +121,7 @@ def tokenised(
             "num_entries": source.bad.num_entries,
             "num_unreadable": source.bad.num_bad,
             "unreadable": source.bad.named,
+            "round_trip": kept.to_dict(),
             "files": writer.files,
         }
         fault_point("tokens.manifest")
@@ -126,6 +133,8 @@ def tokenised(
     bad, said = source.bad, tokens.manifest
     bad.num_entries, bad.num_bad, bad.named = said["num_entries"], said["num_unreadable"], said["unreadable"]
     bad.judge()
+    if problem := RoundTrip.from_dict(said["round_trip"]).problem(tokenizer.name):
+        _log.warning("%s", problem)
     return tokens
 
 
@@ -351,22 +360,28 @@ class _File:
         return {"bytes": self.num_bytes, "sha256": self._state.hexdigest()}
 
 
-def _encoded(source: TextSource, tokenizer: Tokenizer) -> Iterator[_Batch]:
-    """Token ids of pieces, many at a time; while some are tokenised, the next are read."""
+def _encoded(source: TextSource, tokenizer: Tokenizer, kept: RoundTrip) -> Iterator[_Batch]:
+    """Token ids of pieces, many at a time; while some are tokenised, the next are read. `kept` counts what is lost."""
     batch_size = min(MAX_BATCH, max(MIN_BATCH, (os.cpu_count() or 1) * BATCH_PER_CORE))
 
-    def encode(pieces: list[Piece]) -> _Batch:
-        ids, lengths = tokenizer.encode([piece.text for piece in pieces])
-        return ids, lengths, np.array([piece.ends for piece in pieces])
+    def encode(pieces: list[Piece]) -> tuple[_Batch, RoundTrip]:
+        texts = [piece.text for piece in pieces]
+        ids, lengths = tokenizer.encode(texts)
+        return (ids, lengths, np.array([piece.ends for piece in pieces])), RoundTrip().add(tokenizer, texts)
 
-    waiting: deque[Future[_Batch]] = deque()
+    def result() -> _Batch:
+        batch, found = waiting.popleft().result()
+        kept.merge(found)
+        return batch
+
+    waiting: deque[Future[tuple[_Batch, RoundTrip]]] = deque()
     with ThreadPoolExecutor(2) as pool:
         for pieces in _batches(source.pieces(), batch_size):
             waiting.append(pool.submit(encode, pieces))
             if len(waiting) > 2:
-                yield waiting.popleft().result()
+                yield result()
         while waiting:
-            yield waiting.popleft().result()
+            yield result()
 
 
 def _batches(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:

@@ -73,6 +73,9 @@ IGNORED = ("encoder.lm_head.", "classification_heads.")
 # of every norm: fairseq has no option for it
 NORM_EPS = 1e-5
 
+# of every dictionary: <s>, <pad>, </s> and <unk>
+SPECIAL_IDS = (0, 1, 2, 3)
+
 PUBLISHED = TextModelConfig()
 
 
@@ -167,9 +170,14 @@ def save_fairseq_text(
         path: the `.pt` file: replaced as a whole.
         num_updates: optimizer steps that the student has made.
     Raises:
-        ValueError: the norms add another number than fairseq's do.
+        ValueError: the norms add another number than fairseq's do, or padding has another id than in its dictionaries.
     """
     sizes = config.model
+    if sizes.padding_row != SPECIAL_IDS[1]:
+        raise ValueError(
+            f"`d2v.model.padding_id` must be {SPECIAL_IDS[1]} for fairseq, whose dictionaries have no other, but is "
+            f"{sizes.padding_row} instead. `--format transformers` has room for it."
+        )
     if sizes.norm_eps != NORM_EPS:
         raise ValueError(f"`d2v.model.norm_eps` must be {NORM_EPS} for fairseq, but is {sizes.norm_eps} instead.")
     layout = text_layout(sizes, NAMES)
@@ -232,7 +240,8 @@ def _config_of(model: Mapping[str, Tensor], cfg: Any, heads: int | None, path: s
     if heads is None:
         heads = recipe.get("heads", max(1, width // 64))
     raw = {
-        "vocab_size": size(NAMES.token, 0, PUBLISHED.vocab_size),
+        "vocab_size": size(NAMES.token, 0, PUBLISHED.token_rows),
+        "padding_id": SPECIAL_IDS[1],
         "max_positions": size(NAMES.position, 0, PUBLISHED.position_rows) - POSITION_OFFSET,
         "width": width,
         "depth": len(layers) or PUBLISHED.depth,

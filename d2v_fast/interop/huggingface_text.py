@@ -40,8 +40,8 @@ from d2v_fast.interop.folders import (
 from d2v_fast.interop.layout import Layout
 from d2v_fast.interop.text_layout import POSITION, TextNames, text_layout
 from d2v_fast.modalities import Student
-from d2v_fast.modalities.text import PADDING_ID, TextModel
-from d2v_fast.text_config import MAX_VOCAB
+from d2v_fast.modalities.text import TextModel
+from d2v_fast.text_config import MAX_VOCAB, POSITION_OFFSET
 
 if TYPE_CHECKING:
     from d2v_fast.data.tokenizer import Tokenizer
@@ -66,6 +66,8 @@ NAMES = TextNames(
     fc2="output.dense",
     mlp_norm="output.LayerNorm",
 )
+# the row of positions that padding has here
+_PADDING_ROW = POSITION_OFFSET - 1
 # a place for what this encoder does not have
 _TOKEN_TYPES = "embedding.token_types"
 _THEIR_TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
@@ -88,16 +90,17 @@ def export_text(
         config: of the run; or of the model alone, where it is not known how it was trained.
         folder: made if missing; files of an earlier export in it are replaced.
         tokenizer: that the model was trained with. None: no tokenizer is written, one that the folder holds stays,
-            and the special tokens are taken to have RoBERTa's ids.
+            padding has the id that `config` says, and the begin and end tokens are taken to have RoBERTa's ids.
         info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
         max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
     Raises:
-        ValueError: the tokenizer has more tokens than the model; nothing has been written by then.
+        ValueError: the tokenizer has more tokens than the model, or another padding token; nothing has been written by
+            then.
     """
     sizes = config.model if isinstance(config, TextConfig) else config
-    bos, pad, eos = 0, PADDING_ID, 2
+    bos, pad, eos = 0, sizes.padding_row, 2
     if tokenizer is not None:
-        tokenizer.fit(sizes.vocab_size)
+        tokenizer.fit(sizes)
         bos, pad, eos = tokenizer.specials.bos, tokenizer.specials.pad, tokenizer.specials.eos
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -192,16 +195,16 @@ def _is_ignored(name: str) -> bool:
 
 def _their_positions(own: Tensor, pad: int) -> Tensor:
     """Our table of positions `[T + 2, D]` as theirs, `[T + pad + 1, D]`: padding has row `pad`."""
-    if pad < PADDING_ID:
-        return own[PADDING_ID - pad :]
-    return own if pad == PADDING_ID else torch.cat([own.new_zeros(pad - PADDING_ID, own.shape[1]), own])
+    if pad < _PADDING_ROW:
+        return own[_PADDING_ROW - pad :]
+    return own if pad == _PADDING_ROW else torch.cat([own.new_zeros(pad - _PADDING_ROW, own.shape[1]), own])
 
 
 def _own_positions(theirs: Tensor, pad: int) -> Tensor:
     """The inverse of `_their_positions`; rows that they do not have are zero."""
-    if pad >= PADDING_ID:
-        return theirs[pad - PADDING_ID :]
-    return torch.cat([theirs.new_zeros(PADDING_ID - pad, theirs.shape[1]), theirs])
+    if pad >= _PADDING_ROW:
+        return theirs[pad - _PADDING_ROW :]
+    return torch.cat([theirs.new_zeros(_PADDING_ROW - pad, theirs.shape[1]), theirs])
 
 
 def _foreign_config(config: TextModelConfig, bos: int, pad: int, eos: int) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _foreign_config(config: TextModelConfig, bos: int, pad: int, eos: int) -> di
         "architectures": ["Data2VecTextModel"],
         "model_type": "data2vec-text",
         "dtype": "float32",
-        "vocab_size": config.vocab_size,
+        "vocab_size": config.token_rows,
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads,
@@ -256,7 +259,8 @@ def _own_config(raw: Mapping[str, Any], pad: int, path: str) -> TextModelConfig:
     config, problems = check(
         TextModelConfig,
         {
-            "vocab_size": raw.get("vocab_size", 30_522),
+            "vocab_size": whole_number(raw, "vocab_size", 30_522, path),
+            "padding_id": pad,
             "max_positions": num_rows - pad - 1,
             "width": width,
             "depth": raw.get("num_hidden_layers", 12),

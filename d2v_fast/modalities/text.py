@@ -22,8 +22,6 @@ from d2v_fast.modalities.student import MaskedBatch, Student
 from d2v_fast.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
 from d2v_fast.text_config import POSITION_OFFSET
 
-PADDING_ID = 1
-
 
 class TextEmbedding(nn.Module):
     """Tokens and their positions, normalised."""
@@ -32,7 +30,7 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.max_positions = config.max_positions
-        self.token = nn.Embedding(config.vocab_size, config.width, padding_idx=PADDING_ID)
+        self.token = nn.Embedding(config.token_rows, config.width, padding_idx=config.padding_row)
         self.position = nn.Parameter(torch.empty(config.position_rows, config.width))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.reset_parameters()
@@ -42,8 +40,8 @@ class TextEmbedding(nn.Module):
         nn.init.normal_(self.token.weight, std=INIT_STD)
         nn.init.normal_(self.position, std=INIT_STD)
         with torch.no_grad():
-            self.token.weight[PADDING_ID].zero_()
-            self.position[PADDING_ID].zero_()
+            self.token.weight[self.token.padding_idx].zero_()
+            self.position[POSITION_OFFSET - 1].zero_()
 
     def forward(self, tokens: Tensor, drops: bool = True) -> Tensor:
         """int64 `[B, T]` to `[B, T, D]`; `drops`: with dropout in training.
