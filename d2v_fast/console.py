@@ -322,10 +322,10 @@ def _add_models(add: _Add) -> None:
     _add_step(export)
     export.add_argument(
         "--format",
-        choices=("transformers", "fairseq", "onnx"),
+        choices=("transformers", "fairseq", "beit", "onnx"),
         default="transformers",
         help="a folder for Transformers with a model card (default); of speech and text a .pt for fairseq, with "
-        "student, head and teacher; of images an .onnx file",
+        "student, head and teacher; of images a .pth for the published code, or an .onnx file",
     )
     export.add_argument(
         "--tokenizer",
@@ -351,13 +351,13 @@ def _add_import(add: _Add) -> None:
     bring = add(
         "import",
         "make a Transformers folder, or a run that begins with them, of other libraries' weights",
-        "Read a fairseq data2vec checkpoint (.pt, of speech or text) or a Transformers folder. Without --ds_config the "
-        "checkpoint becomes a Transformers folder. With it, --to becomes the folder of a run that begins with these "
-        "weights: d2v-fast train --run NAME --resume trains it.",
+        "Read a checkpoint of the published data2vec code (a .pt of fairseq, of speech or text; a .pth of the code for "
+        "images) or a Transformers folder. Without --ds_config the checkpoint becomes a Transformers folder. With it, "
+        "--to becomes the folder of a run that begins with these weights; d2v-fast train --run NAME --resume trains.",
         "import audio_base_ls.pt --to exported",
     )
     bring.add_argument(
-        "source", type=path_argument, help="a .pt file, or a folder with config.json and model.safetensors"
+        "source", type=path_argument, help="a .pt or .pth file, or a folder with config.json and model.safetensors"
     )
     bring.add_argument("--to", type=path_argument, required=True, metavar="FOLDER", help="the folder to write")
     bring.add_argument(

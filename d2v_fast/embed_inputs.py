@@ -21,6 +21,7 @@ from d2v_fast.data.files import UnreadableFile, find_files, open_regular
 from d2v_fast.data.listing import FileKinds, Listing, count_endings
 from d2v_fast.export import SavedWeights, choose_checkpoint, load_encoder, read_run_config, run_tokenizer
 from d2v_fast.interop.huggingface import import_model
+from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student
 from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
 from d2v_fast.text_config import TextDataConfig, TextModelConfig
@@ -288,7 +289,8 @@ def open_source(
 def _is_run(folder: Path) -> bool:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"`MODEL` must be a run folder or a Transformers folder, but {folder} holds no config.json.")
+        reason = explain(folder) or f"`{folder}` holds no config.json."
+        raise ValueError(f"`MODEL` must be a run folder or a Transformers folder. {reason}")
     try:
         raw = read_json(path, MAX_FILE_BYTES)
     except ValueError as error:
@@ -299,7 +301,10 @@ def _is_run(folder: Path) -> bool:
 def _image_preparation(folder: Path, model: VisionModelConfig) -> VisionDataConfig:
     """Mean and deviation that a Transformers folder names; those of ImageNet where it names none."""
     path = folder / PREPROCESSOR
-    raw = read_json(path, MAX_FILE_BYTES) if path.is_file() else {}
+    try:
+        raw = read_json(path, MAX_FILE_BYTES) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"`{path}` must be a preprocessor's configuration, but: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"`{path}` must hold one section {{...}}, but does not.")
     named = {"mean": "image_mean", "std": "image_std"}

@@ -3,6 +3,7 @@
     d2v-fast export runs/NAME                 # the student of the newest good checkpoint -> runs/NAME/export
     d2v-fast export runs/NAME --weights teacher --to FOLDER
     d2v-fast export runs/NAME --format fairseq           # student, head and teacher -> runs/NAME/export.pt
+    d2v-fast export runs/NAME --format beit              # of images, for the published code -> runs/NAME/export.pth
     d2v-fast export runs/NAME --format onnx              # of images -> runs/NAME/export.onnx
 
 No GPU and none of the processes of the run are needed, and no more than one file of weights is in memory at a time.
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
 from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
+from d2v_fast.interop.layout import require_finite
+from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student, build_student, encoder_class
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
@@ -82,11 +85,14 @@ def read_run_config(run_folder: Path) -> D2VConfig:
     """
     path = run_folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"`{run_folder}` must be the folder of a run, but holds no config.json.")
+        what = f"`{run_folder}` must be the folder of a run, but holds no config.json."
+        raise ValueError(" ".join(filter(None, (what, explain(run_folder)))))
     try:
         raw = read_json(path, MAX_FILE_BYTES)
     except ValueError as error:
         raise ConfigError([f"not a configuration: {error}"], str(path)) from None
+    if isinstance(raw, dict) and "d2v" not in raw and "model_type" in raw:
+        raise ValueError(f"`{run_folder}` must be the folder of a run, but is a Transformers folder already.")
     config, problems = check_d2v(raw.get("d2v") if isinstance(raw, dict) else None)
     if config is None:
         raise ConfigError(problems, str(path))
@@ -151,6 +157,7 @@ def load_weights(model: torch.nn.Module, saved: SavedWeights, source: Path) -> N
     if wrong:
         named = ", ".join(wrong[:5])
         raise ValueError(f"{source} does not fit the run's config.json: {named} is missing or misshapen.")
+    require_finite(found.items(), f"`{source}`")
     model.load_state_dict(found)
 
 
@@ -172,7 +179,7 @@ def export_run(
             run folder.
         weights: "student" or "teacher"; a file for fairseq holds both.
         step: of the checkpoint; None takes the newest.
-        form: "transformers", "fairseq" or "onnx".
+        form: "transformers", "fairseq", "beit" or "onnx".
         tokenizer: of a text run, for Transformers; None is the one that the run's configuration names.
         options: of `export_model`.
     Raises:
@@ -187,7 +194,9 @@ def export_run(
             raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
         if weights == "teacher":
             raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
-    if form == "onnx" and not isinstance(config, VisionConfig):
+    if form == "beit" and weights == "teacher":
+        raise ValueError("`--weights` is for Transformers: a file of the vision code holds both, as `model_ema`, too.")
+    if form in ("onnx", "beit") and not isinstance(config, VisionConfig):
         raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
     folder, step = choose_checkpoint(run_folder, step)
     if form == "onnx":
@@ -199,14 +208,26 @@ def export_run(
         return f"export: {target} ({weights}, step {step}, as ONNX)"
     prefix = encoder_class(config).averaged_prefix()
     saved = SavedWeights(folder, weights, prefix)
+    # before anything is written; one tensor is in memory at a time
+    require_finite(saved.items(), f"`{folder}`")
+    if form in ("fairseq", "beit"):
+        teacher, head = SavedWeights(folder, "teacher", prefix), saved.head()
+        for part in (teacher, head):
+            require_finite(part.items(), f"`{folder}`")
+    if form == "beit":
+        from d2v_fast.interop.beit import save_beit
+
+        assert isinstance(config, VisionConfig)
+        target = run_folder / "export.pth" if to is None else to
+        save_beit(saved, head, teacher, config, target)
+        return f"export: {target} (student and teacher, step {step}, for the published vision code)"
     if form == "fairseq":
         from d2v_fast.interop.fairseq import save_fairseq
 
         if isinstance(config, TextConfig):
             _require_fairseq_ids(config)
         target = run_folder / "export.pt" if to is None else to
-        teacher = SavedWeights(folder, "teacher", prefix)
-        save_fairseq(saved, saved.head(), teacher, config, target, num_updates=step)
+        save_fairseq(saved, head, teacher, config, target, num_updates=step)
         return f"export: {target} (student and teacher, step {step}, for fairseq)"
     from d2v_fast.interop.huggingface import export_model
 

@@ -1,4 +1,4 @@
-"""Pre-norm blocks with LayerScale, stochastic depth and one shared attention bias: the image encoder's.
+"""Pre-norm blocks with LayerScale, stochastic depth and an attention bias, shared or of their own: the image encoder's.
 
 Shape letters: B batch, T tokens, D width, H heads, N rows.
 
@@ -23,7 +23,7 @@ from d2v_fast.layers import Linear, drop, init_linear_, linear, truncated_normal
 
 
 class RelativePositionBias(nn.Module):
-    """Learned attention bias for every offset between two patches of a square grid, shared by all blocks.
+    """Learned attention bias for every offset between two patches of a square grid.
 
     The table has one row per offset and three rows for the class token (to a patch, from a patch, to itself).
 
@@ -181,6 +181,8 @@ class PreNormBlock(nn.Module):
         self.layer_scale = config.layer_scale
         self.drop_path = config.drop_path * index / max(1, config.depth - 1)
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        own = config.position_bias == "per_block"
+        self.position_bias = RelativePositionBias(config.grid_size, config.heads) if own else None
         self.attention = Attention(config)
         self.gamma1 = nn.Parameter(torch.empty(config.width))
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -201,16 +203,17 @@ class PreNormBlock(nn.Module):
         for gamma in (self.gamma1, self.gamma2):
             nn.init.constant_(gamma, self.layer_scale)
 
-    def forward(self, x: Tensor, attention_bias: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, attention_bias: Tensor | None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `encoder.Block`: attend, then transform token by token; the feature is the residual stream itself.
 
         Args:
             x: `[B, T, D]`.
-            attention_bias: `[1, H, T, T]`.
+            attention_bias: `[1, H, T, T]`; None where the block has its own.
             rows: int64 `[N]`, so that the MLP runs on no other token.
         """
         B, T, D = x.shape
-        x = self._add_branch(x, lambda kept: self.attention(self.norm1(kept), attention_bias), self.gamma1)
+        bias = self.position_bias() if self.position_bias is not None else attention_bias
+        x = self._add_branch(x, lambda kept: self.attention(self.norm1(kept), bias), self.gamma1)
         if rows is None:
             x = self._add_branch(x, lambda kept: self.mlp(self.norm2(kept)), self.gamma2)
             return x, x

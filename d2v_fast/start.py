@@ -1,6 +1,7 @@
 """Weights of other libraries: as a Transformers folder, or as the beginning of a run.
 
     d2v-fast import audio_base_ls.pt --to exported                    # fairseq -> Transformers
+    d2v-fast import beit_base_checkpoint.pth --to exported            # of images -> Transformers
     d2v-fast import nlp_base.pt --tokenizer roberta --to exported     # of text, with its tokenizer
     d2v-fast import audio_base_ls.pt --to runs/more --ds_config configs/speech_base.json
     python d2v_fast/train.py --run more --resume                      # pre-training goes on from these weights
@@ -12,6 +13,7 @@ the optimizer has no moments yet, and the schedules are at their beginning.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import Checkpoints
-from d2v_fast.config import D2VConfig, RunConfig, SpeechModelConfig, TextModelConfig, load_config
+from d2v_fast.config import RunConfig, SpeechModelConfig, TextModelConfig, VisionModelConfig, load_config
 from d2v_fast.config_errors import Section
 from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.interop.huggingface import export_model, import_model
+from d2v_fast.interop.huggingface_vision import CONVERTER_NORM_EPS
+from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.run_state import RunState
@@ -46,35 +50,38 @@ _FREE = {
     "layer_scale",
     "position_in_teacher",
 }
+# of files that are a part of a folder
+_PARTS = (".json", ".model", ".safetensors", ".txt")
 
 
 def import_folder(
     source: Path, to: Path, *, weights: str = "student", heads: int | None = None, tokenizer: Path | None = None
 ) -> str:
-    """Write a Transformers folder from a fairseq checkpoint of speech or text; returns a line for the user.
+    """Write a Transformers folder from a checkpoint of the published code; returns a line for the user.
 
     Args:
-        source: the `.pt` file.
+        source: the `.pt` file of fairseq, or the `.pth` file of the code for images.
         to: the folder to write.
-        weights, heads: as of `load_fairseq_speech` and `load_fairseq_text`.
+        weights, heads: as of `load_published`.
         tokenizer: of text, to put into the folder, since a `.pt` has none; as of `load_tokenizer`.
     Raises:
-        ValueError: see `load_fairseq_speech` and `load_fairseq_text`; the source is a folder; or the tokenizer cannot
-            be read, or is not the model's.
+        ValueError: see `load_published`; the source is a folder; or the tokenizer cannot be read, or is not the
+            model's.
     """
-    from d2v_fast.interop.fairseq import load_fairseq
+    from d2v_fast.interop.published import load_published
 
+    _require_weights(source)
     if source.is_dir():
         raise ValueError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
-    model, _, config = load_fairseq(source, weights=weights, heads=heads)
+    model, _, config = load_published(source, weights=weights, heads=heads)
     options: dict[str, Any] = {}
     if tokenizer is not None:
         if not isinstance(config, TextModelConfig):
-            raise ValueError(f"`--tokenizer` is for text, but `{source}` holds a speech model.")
+            raise ValueError(f"`--tokenizer` is for text, but `{source}` holds another model.")
         from d2v_fast.data.tokenizer import load_tokenizer
 
         options["tokenizer"] = load_tokenizer(tokenizer)
-    export_model(model, config, to, info={"weights": weights, "from": "a fairseq checkpoint"}, **options)
+    export_model(model, config, to, info={"weights": weights, "from": "a checkpoint of the published code"}, **options)
     return f"import: {to} ({weights} of {source.name}, for Transformers)"
 
 
@@ -84,10 +91,10 @@ def start_run(
     """Make the folder of a run whose first checkpoint, `step-0`, holds given weights; returns a line for the user.
 
     Args:
-        source: a fairseq `.pt`, whose head and average go along; or a Transformers folder, which has neither: then the
-            head is new, and the teacher begins as the student. With a `tokenizer.json` in it, the run does not go on
-            with another tokenizer. A teacher shares with the student what the run's configuration says, whatever else
-            the average of a `.pt` holds.
+        source: a fairseq `.pt` or a `.pth` of the code for images, whose head and average go along; or a Transformers
+            folder, which has neither: then the head is new, and the teacher begins as the student. With a
+            `tokenizer.json` in it, the run does not go on with another tokenizer. A teacher shares with the student
+            what the run's configuration says, whatever else the average of a `.pt` holds.
         to: the folder of the run, `DIR/NAME`; it must not exist.
         ds_config, overrides: the configuration of the run.
         heads: of attention, where a `.pt` does not tell.
@@ -97,7 +104,8 @@ def start_run(
     """
     named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
     config = load_config(ds_config, [*overrides, *named])
-    student, teacher, head, found = _read(source, config.d2v, heads)
+    _require_weights(source)
+    student, teacher, head, found = _read(source, heads)
     config = _with_vocabulary(config, found)
     _require_same(config.d2v.model, found, source, ds_config)
     torch.manual_seed(config.d2v.run.seed)
@@ -114,12 +122,18 @@ def start_run(
         average.refresh(0)
     world = World("cpu", False)
     try:
+        is_new = not to.exists()
         folder = RunFolder.create(to.parent, to.name, to.name)
         try:
             checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world)
             unstarted: Any = _Unstarted(model)
             RunState(config, world, model, average, unstarted, checkpoints, _vocabulary(source, found)).save(0)
             folder.write_config(config)
+        except BaseException:
+            # it holds nothing that a run could begin with
+            if is_new:
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         finally:
             folder.close()
     finally:
@@ -144,18 +158,25 @@ class _Unstarted:
         return {"engine": None, "processes": None, "zero_stage": None, "optimizer": None}
 
 
-def _read(
-    source: Path, config: D2VConfig, heads: int | None
-) -> tuple[Student, Student | None, dict[str, Tensor] | None, Section]:
+def _require_weights(source: Path) -> None:
+    """ValueError that says what a path is that can be neither a checkpoint nor a Transformers folder."""
+    is_pickle = source.suffix == ".bin" and (source.parent / "config.json").is_file()
+    if source.is_dir() or (source.is_file() and (source.suffix in _PARTS or is_pickle)):
+        reason = explain(source)
+        if reason is not None:
+            raise ValueError(
+                f"`SOURCE` must be a Transformers folder, or a .pt or .pth file of the published code. {reason}"
+            )
+
+
+def _read(source: Path, heads: int | None) -> tuple[Student, Student | None, dict[str, Tensor] | None, Section]:
     """Student, teacher, head, and the model's configuration."""
     if source.is_dir():
         model, found = import_model(source)
         return model, None, None, found
-    from d2v_fast.interop.fairseq import read_fairseq
+    from d2v_fast.interop.published import read_published
 
-    if config.modality == "vision":
-        raise ValueError(f"`{source}` must be a Transformers folder for a run on {config.modality}, but is a file.")
-    checkpoint = read_fairseq(source, heads=heads)
+    checkpoint = read_published(source, heads=heads)
     return checkpoint.student, checkpoint.teacher, checkpoint.head, checkpoint.config
 
 
@@ -190,6 +211,9 @@ def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path
         if key == "mlp_ratio":
             # of which only the product with the width counts
             same = int(wanted.width * mine) == int(found.width * value)  # type: ignore[attr-defined]
+        elif key == "norm_eps" and isinstance(found, VisionModelConfig) and value == CONVERTER_NORM_EPS:
+            # not what the weights were trained with, but what Transformers' converter leaves
+            same = True
         else:
             same = mine == value or key in _FREE
         if not same:

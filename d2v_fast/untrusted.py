@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 MAX_DEPTH = 32
 # what 64 bits hold: no number of a file can make a loop endless, or a conversion fail
 MAX_DIGITS = 18
+
+# all of a file that git-lfs leaves in the place of a large one; the specification allows no more bytes
+MAX_POINTER_BYTES = 1023
+_POINTER = re.compile(rb"version https?://[\w./-]+/spec/[\w.]+\n(?:ext-[^\n]*\n)*oid sha256:[0-9a-f]{64}\nsize \d+\n?")
+POINTER = "a git-lfs pointer in the place of the file: run `git lfs pull` in its repository"
 
 
 def printable(text: str) -> str:
@@ -25,17 +31,35 @@ def is_path(text: str) -> bool:
         return False
 
 
+def is_pointer(content: bytes) -> bool:
+    """Whether the content of a file is that of a git-lfs pointer, which stands for a file that was not fetched."""
+    return len(content) <= MAX_POINTER_BYTES and _POINTER.fullmatch(content) is not None
+
+
+def refuse_pointer(path: str | Path) -> None:
+    """ValueError if a file is a git-lfs pointer.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        if is_pointer(file.read(MAX_POINTER_BYTES + 1)):
+            raise ValueError(f"`{printable(str(path))}` is {POINTER}.")
+
+
 def read_text(path: str | Path, max_bytes: int) -> str:
     """The UTF-8 text of a file, of which no more than the limit is read, whatever it is.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is longer than `max_bytes`, or not UTF-8.
+        ValueError: it is longer than `max_bytes`, not UTF-8, or a git-lfs pointer.
     """
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"longer than {max_bytes:,} bytes.")
+    if is_pointer(content):
+        raise ValueError(f"{POINTER}.")
     return content.decode("utf-8")
 
 

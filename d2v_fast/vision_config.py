@@ -14,7 +14,9 @@ from d2v_fast.config_errors import MAX_SIZE, PathText, Problem, Section, problem
 class VisionModelConfig(Section):
     """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and falls
     linearly to 0 at the first. `absolute_position` adds learned position embeddings to the tokens, which the published
-    models do without: a small model on small images needs fewer steps with them."""
+    models do without: a small model on small images needs fewer steps with them. The attention bias for relative
+    positions is one table that all blocks share, as in the published pre-training, or with `position_bias` "per_block"
+    one table in each block, as in the published fine-tuned models."""
 
     image_size: int = Field(default=224, ge=1, le=MAX_SIZE)
     patch_size: int = Field(default=16, ge=1, le=MAX_SIZE)
@@ -29,6 +31,7 @@ class VisionModelConfig(Section):
     layer_scale: float = Field(default=1e-4, gt=0)
     norm_eps: float = Field(default=1e-6, gt=0)
     absolute_position: bool = False
+    position_bias: Literal["shared", "per_block"] = "shared"
     gradient_checkpointing: bool = False
 
     @property

@@ -113,5 +113,5 @@ def test_another_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert 'must be "speech"' in told
     (tmp_path / "a.pt").write_bytes(b"")
     told = complaint(capsys, tmp_path / "a.pt", *arguments[1:-1], tiny_file(vision))
-    assert "must be a Transformers folder for a run on vision, but is a file" in told
+    assert "must be a checkpoint of fairseq, but cannot be read" in told
     assert not (tmp_path / "runs").exists()

@@ -11,7 +11,7 @@ import numpy as np
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import FileKinds, Listing, count_endings, describe_listing, ending_of
-from d2v_fast.untrusted import printable
+from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, is_pointer, printable
 
 __all__ = ["NUM_CHECKED", "NUM_NAMED", "NUM_NEIGHBOURS", "PathList", "UnreadableFile", "find_files", "open_regular"]
 
@@ -95,7 +95,7 @@ def open_regular(path: str, inside: str | None, max_bytes: int) -> tuple[int, in
     Args:
         inside: absolute folder without links in it, which the file may not lie outside of; None for any place.
     Raises:
-        UnreadableFile: if it lies outside, is no regular file, or is larger than `max_bytes`.
+        UnreadableFile: if it lies outside, is no regular file, is larger than `max_bytes`, or a git-lfs pointer.
         OSError: if it cannot be opened.
     """
     real = os.path.realpath(path)
@@ -108,7 +108,11 @@ def open_regular(path: str, inside: str | None, max_bytes: int) -> tuple[int, in
     if status.st_size > max_bytes:
         raise UnreadableFile(f"{status.st_size:,} bytes are more than {max_bytes:,}")
     # whoever puts a link or a pipe in its place meanwhile is neither followed nor waited for
-    return os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), status.st_size
+    handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if status.st_size <= MAX_POINTER_BYTES and is_pointer(os.pread(handle, MAX_POINTER_BYTES + 1, 0)):
+        os.close(handle)
+        raise UnreadableFile(POINTER)
+    return handle, status.st_size
 
 
 @dataclass

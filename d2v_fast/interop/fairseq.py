@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,7 +28,11 @@ def read_fairseq(path: str | os.PathLike[str], *, heads: int | None = None) -> F
         ValueError: see `load_fairseq_speech` and `load_fairseq_text`.
     """
     path = Path(path)
-    content = read_checkpoint(path)
+    return fairseq_of(read_checkpoint(path), path, heads=heads)
+
+
+def fairseq_of(content: Mapping[str, Any], path: Path, *, heads: int | None = None) -> FairseqSpeech | FairseqText:
+    """Everything of what `read_checkpoint` has read; see `read_fairseq`."""
     if any(str(name).startswith(TEXT_PREFIX) for name in content["model"]):
         return text_of(content, path, heads=heads)
     return speech_of(content, path, heads=heads)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.interop.layout import Layout, Misfit
-from d2v_fast.untrusted import printable
+from d2v_fast.untrusted import printable, refuse_pointer
 
 # names that tell models of this family apart
 TEXT_PREFIX = "encoder.sentence_encoder."
@@ -41,31 +41,65 @@ _GLOBAL = re.compile(r"(?:GLOBAL|[Ff]unction|[Cc]lass) ([A-Za-z_][\w.]*)")
 Model = TypeVar("Model")
 
 
+class NeedsClass(ValueError):
+    """A pickle that needs a class of Python.
+
+    Attributes:
+        name: of the class, with its module.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The outermost dictionary of a checkpoint, with a mapping as its `model`.
 
     Raises:
         ValueError: it is none, damaged, or would execute code.
     """
+    return require_checkpoint(read_pickle(path), path)
+
+
+def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
+    """What a pickle of tensors and plain values holds.
+
+    Args:
+        allowed: classes that it may hold as well; those who allow one say that making it executes nothing.
+    Raises:
+        ValueError: it is none, damaged, or would execute code.
+    """
     if not path.is_file():
         raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is no file.")
+    refuse_pointer(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # its type depends on where in the file the damage is, and its advice is how to read the file all the same
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
         found = _GLOBAL.search(reason)
         if found is not None:
             stripped = path.with_name(f"{path.stem}-weights.pt")
-            raise ValueError(
+            raise NeedsClass(
                 f"`{path}` must hold tensors and plain values only, but needs {found[1]}, and reading that could "
                 f"execute code. If you trust whoever made it, strip it where that library is installed:\n"
-                f"{RECIPE.format(path=str(path), stripped=str(stripped))}"
+                f"{RECIPE.format(path=str(path), stripped=str(stripped))}",
+                found[1],
             ) from None
         damage = printable(f"{type(error).__name__} {reason.split('. ')[0][:200]}".strip())
         raise ValueError(
             f"`{path}` must be a checkpoint of fairseq, but cannot be read: {damage}. Was it copied completely?"
         ) from None
+
+
+def require_checkpoint(state: Any, path: Path) -> dict[str, Any]:
+    """What a pickle holds, if that is a dictionary with a mapping as its `model`.
+
+    Raises:
+        ValueError: it is another thing.
+    """
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
         keys = list(state)[:10] if isinstance(state, dict) else [type(state).__name__]
         named = ", ".join(printable(str(key)) for key in keys) or "nothing"
@@ -91,6 +125,11 @@ def write_checkpoint(
         "task_state": {},
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
     }
+    replace_file(path, content)
+
+
+def replace_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a pickle of tensors and plain values, all of it or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

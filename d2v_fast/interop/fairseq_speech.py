@@ -33,6 +33,7 @@ from d2v_fast.interop.fairseq_files import (
 )
 from d2v_fast.interop.folders import mlp_ratio, require_values
 from d2v_fast.interop.huggingface_speech import build_speech
+from d2v_fast.interop.layout import require_finite
 from d2v_fast.interop.speech_layout import SpeechNames, speech_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.speech import SpeechModel
@@ -130,6 +131,8 @@ def speech_of(
         config = _config_of(model, average, content.get("cfg"), heads, str(path))
     layout = speech_layout(config, NAMES)
     what = f"`{path}` is no data2vec speech model of {config.depth} blocks of width {config.width}"
+    named_head = {HEADS[0] + name: value for name, value in (head or {}).items()}
+    require_finite([*model.items(), *(average or {}).items(), *named_head.items()], f"`{path}`")
     if head is not None:
         require_shapes(head, {"weight": [config.width, config.width], "bias": [config.width]}, HEADS[0], what)
     student = build_speech(config, layout, model, what)

@@ -43,7 +43,7 @@ from d2v_fast.interop.fairseq_files import (
 )
 from d2v_fast.interop.folders import mlp_ratio, require_values
 from d2v_fast.interop.huggingface_text import build_text
-from d2v_fast.interop.layout import Misfit
+from d2v_fast.interop.layout import Misfit, require_finite
 from d2v_fast.interop.text_layout import TextNames, text_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.text import TextModel
@@ -140,6 +140,8 @@ def text_of(
         config = _config_of(model, content.get("cfg"), heads, str(path))
     layout = text_layout(config, NAMES)
     what = f"`{path}` is no data2vec text model of {config.depth} blocks of width {config.width}"
+    named_head = {HEAD + name: value for name, value in (head or {}).items()}
+    require_finite([*model.items(), *(average or {}).items(), *named_head.items()], f"`{path}`")
     if head is not None:
         _check_head(head, config.width, what)
     student = build_text(config, layout, model, what, _is_ignored)

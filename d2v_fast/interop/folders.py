@@ -16,7 +16,8 @@ from torch import Tensor
 from d2v_fast.config import MAX_FILE_BYTES, D2VConfig
 from d2v_fast.config_errors import show
 from d2v_fast.interop.layout import Layout
-from d2v_fast.untrusted import read_json
+from d2v_fast.interop.sources import explain
+from d2v_fast.untrusted import read_json, refuse_pointer
 
 # of one file of weights, as Transformers divides them
 MAX_WEIGHTS_BYTES = 5 * 10**9
@@ -65,10 +66,11 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a folder by name, and the last of its files.
 
     Raises:
-        ValueError: there are none, or a file is no safetensors file.
+        ValueError: there are none, or a file is no safetensors file, or a git-lfs pointer.
     """
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(source):
+        refuse_pointer(path)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -84,6 +86,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         ValueError: there is none, or it is no section.
     """
     path = folder / "config.json"
+    if (reason := explain(folder)) is not None:
+        raise ValueError(f"`{folder}` must be a Transformers model folder. {reason}")
     try:
         raw = read_json(path, MAX_FILE_BYTES)
     except (OSError, ValueError) as error:

@@ -28,7 +28,7 @@ from d2v_fast.modalities import Student
 
 def export_model(
     model: Student | Mapping[str, Tensor],
-    config: D2VConfig | SpeechModelConfig | TextModelConfig,
+    config: D2VConfig | SpeechModelConfig | TextModelConfig | VisionModelConfig,
     folder: str | os.PathLike[str],
     **options: Any,
 ) -> None:
@@ -37,7 +37,7 @@ def export_model(
     Args:
         model, config, folder, options: of `export_vision`, `export_speech` or `export_text`.
     """
-    if isinstance(config, VisionConfig):
+    if isinstance(config, (VisionConfig, VisionModelConfig)):
         export_vision(model, config, folder, **options)
     elif isinstance(config, (SpeechConfig, SpeechModelConfig)):
         export_speech(model, config, folder, **options)

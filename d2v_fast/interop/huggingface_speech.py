@@ -10,6 +10,7 @@ the next, so that the end of a padded utterance is another than without padding
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,11 +33,11 @@ from d2v_fast.interop.folders import (
     write_text,
     write_weights,
 )
-from d2v_fast.interop.layout import Layout
+from d2v_fast.interop.layout import Layout, within
 from d2v_fast.interop.speech_layout import SpeechNames, speech_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.speech import SpeechModel
-from d2v_fast.untrusted import read_json
+from d2v_fast.untrusted import printable, read_json
 
 # in front of all names where a model is built around the encoder, such as one for CTC
 BASE_PREFIX = "data2vec_audio."
@@ -59,6 +60,9 @@ NAMES = SpeechNames(
     fc2="feed_forward.output_dense",
     mlp_norm="final_layer_norm",
 )
+
+
+_log = logging.getLogger(__name__)
 
 
 def export_speech(
@@ -105,10 +109,21 @@ def import_speech(folder: str | os.PathLike[str]) -> tuple[SpeechModel, SpeechMo
     source = Path(folder)
     config = _own_config(read_model_config(source), _sample_rate(source), str(source / "config.json"))
     theirs, path = read_weights(source)
-    if any(name.startswith(BASE_PREFIX) for name in theirs):
-        # the rest belongs to what is built around the encoder
-        theirs = {n.removeprefix(BASE_PREFIX): value for n, value in theirs.items() if n.startswith(BASE_PREFIX)}
+    theirs = within(theirs, BASE_PREFIX, f"`{path}`")
+    layout(config).require_finite(theirs, f"`{path}`")
+    if NAMES.mask_token not in theirs:
+        # Transformers makes none for a model that is fine-tuned without masks
+        _log.warning(
+            "`%s` holds no mask token: a new one is drawn, which pre-training learns and features do not use",
+            printable(str(path)),
+        )
+        theirs = {**theirs, NAMES.mask_token: new_mask_token(config)}
     return build_speech(config, layout(config), theirs, f"`{path}` does not fit its `config.json`"), config
+
+
+def new_mask_token(config: SpeechModelConfig) -> Tensor:
+    """The published initial value, fp32 `[D]`; each time the same."""
+    return torch.rand(config.width, generator=torch.Generator().manual_seed(0))
 
 
 def build_speech(config: SpeechModelConfig, layout: Layout, theirs: Mapping[str, Tensor], what: str) -> SpeechModel:
@@ -235,6 +250,7 @@ def _preprocessor_config(config: SpeechModelConfig) -> dict[str, Any]:
 def _sample_rate(folder: Path) -> int:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
+        _log.warning("`%s` holds no %s: its sample rate is taken to be 16,000 Hz", printable(str(folder)), path.name)
         return 16_000
     try:
         raw = read_json(path, MAX_FILE_BYTES)

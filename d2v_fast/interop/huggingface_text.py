@@ -37,7 +37,7 @@ from d2v_fast.interop.folders import (
     write_text,
     write_weights,
 )
-from d2v_fast.interop.layout import Layout
+from d2v_fast.interop.layout import Layout, log_unused, within
 from d2v_fast.interop.text_layout import POSITION, TextNames, text_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.text import TextModel
@@ -135,9 +135,9 @@ def import_text(folder: str | os.PathLike[str]) -> tuple[TextModel, TextModelCon
     config = _own_config(raw, pad, path)
     num_types = whole_number(raw, "type_vocab_size", 2, path)
     theirs, weights_path = read_weights(source)
-    if any(name.startswith(BASE_PREFIX) for name in theirs):
-        # the rest belongs to what is built around the encoder
-        theirs = {n.removeprefix(BASE_PREFIX): value for n, value in theirs.items() if n.startswith(BASE_PREFIX)}
+    theirs = within(theirs, BASE_PREFIX, f"`{weights_path}`")
+    log_unused([name for name in theirs if name.startswith(IGNORED_PREFIX)], f"`{weights_path}`")
+    _with_token_types(layout(config)).require_finite(theirs, f"`{weights_path}`")
     shapes = {
         POSITION: (config.max_positions + pad + 1, config.width),
         _TOKEN_TYPES: (num_types, config.width),

@@ -7,15 +7,15 @@ libraries compute the same features: `hidden_states[-1]` there is `last_hidden` 
 
 from __future__ import annotations
 
+import logging
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from d2v_fast.config import VisionConfig, VisionModelConfig
+from d2v_fast.config import VisionConfig, VisionDataConfig, VisionModelConfig
 from d2v_fast.interop.folders import (
     MAX_WEIGHTS_BYTES,
     as_json,
@@ -29,6 +29,7 @@ from d2v_fast.interop.folders import (
     write_weights,
 )
 from d2v_fast.interop.layout import Layout
+from d2v_fast.interop.vision_layout import VisionNames, build_vision, vision_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.vision import VisionModel
 
@@ -36,17 +37,42 @@ from d2v_fast.modalities.vision import VisionModel
 PUBLISHED_NORM_EPS = 1e-6
 CONVERTER_NORM_EPS = 1e-12
 
-# what a folder may hold beside the encoder: parts of a classifier, and tables of indices in old folders
-IGNORED_PREFIXES = ("classifier.", "pooler.")
+# what a folder may hold beside the encoder: what is built around it, and tables of indices in old folders
+UNUSED_PREFIXES = ("classifier.", "pooler.", "decode_head.", "auxiliary_head.", "fpn1.", "fpn2.", "fpn3.", "fpn4.")
 IGNORED_SUFFIX = "relative_position_index"
 BASE_PREFIX = "data2vec_vision."
 
 RESAMPLE_BICUBIC = 3
 
+_log = logging.getLogger(__name__)
+
+NAMES = VisionNames(
+    cls_token="embeddings.cls_token",
+    mask_token="embeddings.mask_token",
+    position="embeddings.position_embeddings",
+    projection="embeddings.patch_embeddings.projection",
+    bias="encoder.relative_position_bias.relative_position_bias_table",
+    norm="layernorm",
+    block="encoder.layer.{}",
+    qkv=tuple(f"attention.attention.{name}.weight" for name in ("query", "key", "value")),
+    q_bias="attention.attention.query.bias",
+    v_bias="attention.attention.value.bias",
+    gamma1="lambda_1",
+    gamma2="lambda_2",
+    block_bias="attention.attention.relative_position_bias.relative_position_bias_table",
+    modules={
+        "norm1": "layernorm_before",
+        "attention.proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    },
+)
+
 
 def export_vision(
     model: Student | Mapping[str, Tensor],
-    config: VisionConfig,
+    config: VisionConfig | VisionModelConfig,
     folder: str | os.PathLike[str],
     *,
     info: Mapping[str, object] | None = None,
@@ -57,7 +83,8 @@ def export_vision(
     Args:
         model: student or teacher, on any device and in any dtype, or its state by name: a mapping that reads each
             tensor when it is asked for keeps no more than one file of them in memory.
-        config: of the run: sizes from `config.model`, image preparation from `config.data`.
+        config: of the run: sizes from `config.model`, image preparation from `config.data`; or of the model alone,
+            where it is not known how it was trained: images are prepared as for the published models.
         max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
         folder: made if missing; files of an earlier export in it are replaced.
         info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
@@ -65,11 +92,14 @@ def export_vision(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     state = model if isinstance(model, Mapping) else model.state_dict()
-    write_weights(target, layout(config.model), state, max_file_bytes)
-    write_text(target / "README.md", _model_card(config, info or {}))
-    write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(config)))
+    sizes = config.model if isinstance(config, VisionConfig) else config
+    write_weights(target, layout(sizes), state, max_file_bytes)
+    write_text(target / "README.md", _model_card(config, sizes, info or {}))
+    data = config.data if isinstance(config, VisionConfig) else VisionDataConfig()
+    scans = isinstance(config, VisionConfig) and data.kind == "digits"
+    write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes, data, scans)))
     # last: a folder without it is no model, so a first export that is cut short cannot be mistaken for one
-    write_text(target / "config.json", as_json(_foreign_config(config.model)))
+    write_text(target / "config.json", as_json(_foreign_config(sizes)))
 
 
 def import_vision(
@@ -86,66 +116,34 @@ def import_vision(
         ValueError: for an architecture that this encoder is not, and for missing, unknown or misshapen tensors.
     """
     source = Path(folder)
-    config = _own_config(read_model_config(source), norm_eps, str(source / "config.json"))
+    raw = read_model_config(source)
+    config = _own_config(raw, norm_eps, str(source / "config.json"))
     foreign, path = read_weights(source)
-    model = VisionModel(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = layout(config).ours(
-        {name.removeprefix(BASE_PREFIX): value for name, value in foreign.items()},
-        shapes,
-        f"`{path}` does not fit its `config.json`",
-        lambda name: name.startswith(IGNORED_PREFIXES) or name.endswith(IGNORED_SUFFIX),
+    theirs = {name.removeprefix(BASE_PREFIX): value for name, value in foreign.items()}
+    theirs = {name: value for name, value in theirs.items() if not name.endswith(IGNORED_SUFFIX)}
+    may_lack = set()
+    if raw.get("use_mean_pooling", True):
+        # the norm has given way to one behind the mean
+        may_lack |= {"norm.weight", "norm.bias"}
+    if not raw.get("use_shared_relative_position_bias", False):
+        # a table that the folder's own model does not use is as good as none
+        may_lack.add("position_bias.table")
+        theirs.pop(NAMES.bias, None)
+    model = build_vision(
+        config,
+        layout(config),
+        theirs,
+        f"`{path}`",
+        "does not fit its `config.json`",
+        may_lack=frozenset(may_lack),
+        unused=UNUSED_PREFIXES,
     )
-    model.load_state_dict(state)
     return model, config
 
 
-def key_map(config: VisionModelConfig) -> dict[str, tuple[str, ...]]:
-    """Own key to Transformers' keys; of several, ours is their concatenation along the first dimension."""
-    pairs: dict[str, tuple[str, ...]] = {
-        "embedding.cls_token": ("embeddings.cls_token",),
-        "embedding.mask_token": ("embeddings.mask_token",),
-        "embedding.projection.weight": ("embeddings.patch_embeddings.projection.weight",),
-        "embedding.projection.bias": ("embeddings.patch_embeddings.projection.bias",),
-        "position_bias.table": ("encoder.relative_position_bias.relative_position_bias_table",),
-        "norm.weight": ("layernorm.weight",),
-        "norm.bias": ("layernorm.bias",),
-    }
-    if config.absolute_position:
-        pairs["embedding.position"] = ("embeddings.position_embeddings",)
-    for index in range(config.depth):
-        own, foreign = f"encoder.blocks.{index}", f"encoder.layer.{index}"
-        attention = f"{foreign}.attention.attention"
-        pairs[f"{own}.attention.qkv.weight"] = tuple(
-            f"{attention}.{projection}.weight" for projection in ("query", "key", "value")
-        )
-        pairs[f"{own}.attention.qkv.q_bias"] = (f"{attention}.query.bias",)
-        pairs[f"{own}.attention.qkv.v_bias"] = (f"{attention}.value.bias",)
-        pairs[f"{own}.gamma1"] = (f"{foreign}.lambda_1",)
-        pairs[f"{own}.gamma2"] = (f"{foreign}.lambda_2",)
-        modules = {
-            "norm1": "layernorm_before",
-            "attention.proj": "attention.output.dense",
-            "norm2": "layernorm_after",
-            "mlp.fc1": "intermediate.dense",
-            "mlp.fc2": "output.dense",
-        }
-        for own_module, foreign_module in modules.items():
-            for parameter in ("weight", "bias"):
-                pairs[f"{own}.{own_module}.{parameter}"] = (f"{foreign}.{foreign_module}.{parameter}",)
-    return pairs
-
-
 def layout(config: VisionModelConfig) -> Layout:
-    """Transformers' names, and the shapes of the tensors that it keeps in another shape than this library does."""
-    size = config.patch_size
-    shapes = {
-        "embeddings.cls_token": (1, 1, config.width),
-        "embeddings.mask_token": (1, 1, config.width),
-        "embeddings.position_embeddings": (1, 1 + config.num_patches, config.width),
-        "embeddings.patch_embeddings.projection.weight": (config.width, config.channels, size, size),
-    }
-    return Layout(key_map(config), shapes)
+    """Transformers' names and shapes."""
+    return vision_layout(config, NAMES)
 
 
 def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
@@ -169,8 +167,8 @@ def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_mask_token": True,
         "use_absolute_position_embeddings": config.absolute_position,
-        "use_relative_position_bias": False,
-        "use_shared_relative_position_bias": True,
+        "use_relative_position_bias": config.position_bias == "per_block",
+        "use_shared_relative_position_bias": config.position_bias == "shared",
         # true would drop the final norm from the base model
         "use_mean_pooling": False,
     }
@@ -181,19 +179,22 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
     required = {
         "model_type": "data2vec-vision",
         "hidden_act": "gelu",
-        "use_mask_token": True,
-        "use_relative_position_bias": False,
-        "use_shared_relative_position_bias": True,
     }
-    require_values(raw, required, {"hidden_act": "gelu", "use_relative_position_bias": False}, path)
+    require_values(raw, required, {"hidden_act": "gelu"}, path)
+    per_block = raw.get("use_relative_position_bias", False) is True
+    if per_block:
+        # both at once add two tables
+        key = "use_shared_relative_position_bias"
+        require_values(raw, {key: False}, {key: False}, path)
     if norm_eps is None:
         norm_eps = raw.get("layer_norm_eps", CONVERTER_NORM_EPS)
         if norm_eps == CONVERTER_NORM_EPS:
-            warnings.warn(
-                f"`layer_norm_eps` in {path} is {CONVERTER_NORM_EPS} and is kept, so that features agree with "
-                f"Transformers. The published models were trained with {PUBLISHED_NORM_EPS}: if this is one of "
-                f"them, pass `norm_eps={PUBLISHED_NORM_EPS}`.",
-                stacklevel=3,
+            _log.warning(
+                "`layer_norm_eps` in %s is %s and is kept, so that features agree with Transformers. The published "
+                "models were trained with %s: if this is one of them, write that there, or pass `norm_eps` from Python",
+                path,
+                CONVERTER_NORM_EPS,
+                PUBLISHED_NORM_EPS,
             )
     width = whole_number(raw, "hidden_size", 768, path)
     return VisionModelConfig(
@@ -210,6 +211,7 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
         layer_scale=raw.get("layer_scale_init_value", 0.1),
         norm_eps=norm_eps,
         absolute_position=raw.get("use_absolute_position_embeddings", False),
+        position_bias="per_block" if per_block else "shared",
     )
 
 
@@ -223,11 +225,9 @@ def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
     return int(value)
 
 
-def _preprocessor_config(config: VisionConfig) -> dict[str, Any]:
+def _preprocessor_config(model: VisionModelConfig, data: VisionDataConfig, scans: bool) -> dict[str, Any]:
     """Image preparation as in this library's own evaluation: the largest square in the middle, at input size."""
-    data, model = config.data, config.model
     size = model.image_size
-    scans = data.kind == "digits"
     return {
         "image_processor_type": "BeitImageProcessor",
         # grey images stay grey
@@ -251,14 +251,14 @@ def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
     return list(values) * channels if len(values) == 1 else list(values)
 
 
-def _model_card(config: VisionConfig, info: Mapping[str, object]) -> str:
-    model = config.model
+def _model_card(config: VisionConfig | VisionModelConfig, model: VisionModelConfig, info: Mapping[str, object]) -> str:
+    by = "by d2v_fast: a student" if isinstance(config, VisionConfig) else "with data2vec: a student"
     return model_card(
         title=f"data2vec vision encoder, {model.depth} blocks of width {model.width}",
         task="image-feature-extraction",
         tags=["data2vec", "self-supervised", "vision"],
-        text="""\
-Pre-trained without labels by d2v_fast: a student predicts, at masked patches, the averaged upper layers of a
+        text=f"""\
+Pre-trained without labels {by} predicts, at masked patches, the averaged upper layers of a
 teacher that is a moving average of the student and sees the whole image (data2vec, arXiv 2202.03555).""",
         use=f"""\
 Input: {model.channels} x {model.image_size} x {model.image_size} pixels, prepared by the image processor in this

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from d2v_fast.untrusted import printable
 
 MAX_SHOWN = 10
+
+_log = logging.getLogger(__name__)
 
 
 class Misfit(ValueError):
@@ -26,6 +30,55 @@ class Misfit(ValueError):
         if len(self.problems) > MAX_SHOWN:
             shown.append(f"and {len(self.problems) - MAX_SHOWN} more")
         super().__init__(f"{what}:\n  " + "\n  ".join(shown))
+
+
+def require_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """ValueError that names and counts NaN and infinite weights, where there are any.
+
+    Args:
+        tensors: by name, each asked for once.
+        source: where they are from, such as "`x.pt`".
+    """
+    counts = {}
+    for name, value in tensors:
+        finite = int(value.isfinite().sum())
+        if finite < value.numel():
+            counts[name] = f"{value.numel() - finite:,} of {value.numel():,} values of `{printable(name)}`"
+    if counts:
+        shown = list(counts.values())[:MAX_SHOWN]
+        if len(counts) > MAX_SHOWN:
+            shown.append(f"and values of {len(counts) - MAX_SHOWN} more tensors")
+        raise ValueError(
+            f"{source} must hold finite weights, but some are NaN or infinite. The run that made them has failed: "
+            "use weights that it saved earlier.\n  " + "\n  ".join(shown)
+        )
+
+
+def log_unused(names: Iterable[str], source: str) -> None:
+    """Log which parts of a file an encoder has no use for, such as the head of a classifier; nothing where there are
+    none.
+
+    Args:
+        names: of the tensors.
+        source: where they are from, such as "`x.pt`".
+    """
+    parts = Counter(name.partition(".")[0] for name in names)
+    if parts:
+        shown = ", ".join(f"{name} ({count} tensors)" if count > 1 else name for name, count in sorted(parts.items()))
+        _log.warning("%s holds parts beside the encoder, which are left out: %s", printable(source), printable(shown))
+
+
+def within(tensors: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:
+    """The tensors of an encoder, by their names in it; what is built around it is left out, and logged.
+
+    Args:
+        prefix: in front of the names of the encoder, if there is something around it.
+        source: where they are from, such as "`x.pt`".
+    """
+    if not any(name.startswith(prefix) for name in tensors):
+        return dict(tensors)
+    log_unused([name for name in tensors if not name.startswith(prefix)], source)
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +110,11 @@ class Layout:
         """Their names and tensors of a whole state, of which one of our tensors is asked for at a time."""
         for name in self.names:
             yield from self.theirs(name, state[name]).items()
+
+    def require_finite(self, theirs: Mapping[str, Tensor], source: str) -> None:
+        """`require_finite` of those of their tensors that have a place here."""
+        names = (name for names in self.names.values() for name in names if name in theirs)
+        require_finite(((name, theirs[name]) for name in names), source)
 
     def ours(
         self,

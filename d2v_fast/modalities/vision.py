@@ -94,7 +94,9 @@ class VisionModel(Student):
         self.width = config.width
         self.num_patches = config.num_patches
         self.embedding = VisionEmbedding(config)
-        self.position_bias = RelativePositionBias(config.grid_size, config.heads)
+        # of all blocks, unless each has its own
+        shared = config.position_bias == "shared"
+        self.position_bias = RelativePositionBias(config.grid_size, config.heads) if shared else None
         self.encoder = Encoder(
             (PreNormBlock(config, index) for index in range(config.depth)),
             gradient_checkpointing=config.gradient_checkpointing,
@@ -117,7 +119,8 @@ class VisionModel(Student):
             `last_hidden` and the last feature are `[M, D]`.
         """
         token_rows = None if output_rows is None else self.token_rows(output_rows, self.num_patches)
-        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), self.position_bias(), top_k, token_rows)
+        bias = None if self.position_bias is None else self.position_bias()
+        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), bias, top_k, token_rows)
         return output
 
     def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:

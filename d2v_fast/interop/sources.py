@@ -1,0 +1,113 @@
+"""What lies at a path that was given for a model and is no Transformers folder, and what to name instead."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from d2v_fast.config import MAX_FILE_BYTES
+from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, is_pointer, printable, read_json
+
+# files of pickles that Transformers, DeepSpeed and PyTorch Lightning write
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
+_STEP = re.compile(r"step-\d+")
+
+
+def explain(path: Path) -> str | None:
+    """A sentence on what is at `path` and what to do, for errors of those who wanted a Transformers folder.
+
+    Returns:
+        None where it may well be a Transformers folder, or where nothing better than "it is none" can be said.
+    """
+    shown = printable(str(path))
+    if path.is_file():
+        return _explain_file(path, shown)
+    if not path.is_dir():
+        return f"`{shown}` does not exist."
+    run = _run_of(path)
+    if run is not None:
+        return _explain_run(path, run)
+    names = {entry.name for entry in path.iterdir()}
+    if "latest" in names and any(name.startswith("global_step") for name in names):
+        return f"`{shown}` holds checkpoints of DeepSpeed. {_STRIP_DEEPSPEED}"
+    if any(name.endswith("_model_states.pt") for name in names):
+        return f"`{shown}` is a checkpoint of DeepSpeed. {_STRIP_DEEPSPEED}"
+    if "config.json" in names:
+        return None
+    if "model.safetensors" in names:
+        return (
+            f"`{shown}` holds weights without their `config.json`: `save_pretrained(folder)` of the model writes both."
+        )
+    if found := sorted(names & set(_TOKENIZERS)):
+        return (
+            f"`{shown}` holds a tokenizer ({', '.join(found)}) and no model. Name the folder of the model, and this "
+            "one with `--tokenizer`."
+        )
+    inner = sorted(entry.parent.name for entry in path.glob("*/config.json"))
+    if inner:
+        named = printable(", ".join(inner[:10]))
+        return f"`{shown}` holds no model itself, but folders with a `config.json`. Name one of them: {named}."
+    return None
+
+
+_STRIP_DEEPSPEED = (
+    "Its files are pickles of a training process, which are not read. Where it was trained, DeepSpeed's "
+    "`zero_to_fp32.py` makes one file of weights of it."
+)
+
+
+def _explain_file(path: Path, shown: str) -> str:
+    beside = path.parent / "config.json"
+    if path.stat().st_size <= MAX_POINTER_BYTES and is_pointer(path.read_bytes()):
+        return f"`{shown}` is {POINTER}."
+    if path.name == "config.json" or path.suffix == ".safetensors":
+        if beside.is_file():
+            return f"`{shown}` is a file of a folder: name the folder, `{printable(str(path.parent))}`."
+        return f"`{shown}` is a file of weights without its `config.json`: name a folder that holds both."
+    if path.name in _TOKENIZERS:
+        return f"`{shown}` is the file of a tokenizer and no model."
+    if path.suffix == ".bin" and beside.is_file():
+        return (
+            f"`{shown}` is a pickle beside a `config.json`. Save the model again with Transformers: "
+            "`save_pretrained(folder)` writes a folder with `model.safetensors`."
+        )
+    if path.suffix in _PICKLES:
+        return f"`{shown}` is a checkpoint: `d2v-fast import {shown} --to FOLDER` makes a Transformers folder of it."
+    return f"`{shown}` is a file and no folder."
+
+
+def _run_of(path: Path) -> Path | None:
+    """The folder of the run that a folder is, or is a part of."""
+    for candidate in (path, path.parent, path.parent.parent):
+        if is_run(candidate):
+            inside = path.relative_to(candidate).parts
+            if not inside or inside[0] == "checkpoints":
+                return candidate
+    return None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run: with a configuration that has a section "d2v"."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    try:
+        raw = read_json(path, MAX_FILE_BYTES)
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and "d2v" in raw
+
+
+def _explain_run(path: Path, run: Path) -> str:
+    shown, name = printable(str(path)), printable(str(run))
+    if _STEP.fullmatch(path.name):
+        step = path.name.removeprefix("step-")
+        return (
+            f"`{shown}` is a checkpoint of the run `{name}`. `d2v-fast export {name} --step {step} --to FOLDER` makes "
+            f"a Transformers folder of it, and `embed` and `probe` take `{name} --step {step}`."
+        )
+    what = "is the folder of a run" if path == run else f"belongs to the run `{name}`"
+    if (run / "export" / "config.json").is_file():
+        return f"`{shown}` {what}: name `{name}/export`, which holds its weights."
+    return f"`{shown}` {what}: `d2v-fast export {name}` makes a Transformers folder of it, `{name}/export`."
