@@ -138,10 +138,15 @@ class ScheduleConfig(Section):
 
 
 class GuardConfig(Section):
-    """When a run stops itself: a standard deviation under its limit after `after_steps` optimizer steps
-    (collapse); a NaN or infinite loss or gradient, at once with `nonfinite` "stop", after `nonfinite_patience` such
-    steps in a row with "skip". Such a step never changes anything. A logged loss above `loss_spike` times its running
-    median is told in the log, and nothing else; None: never."""
+    """When a run stops itself.
+
+    It has collapsed when a standard deviation is under its limit after `after_steps` optimizer steps, or after two
+    thirds of a shorter run, and at its end. A run of fewer than 20 steps is not judged. A limit of 0 never stops a run.
+
+    A loss or gradient that is NaN or infinite stops it at once with `nonfinite` "stop", and after `nonfinite_patience`
+    such steps in a row with "skip"; such a step never changes anything. A logged loss above `loss_spike` times its
+    running median is reported in the log, and does nothing else; None never reports one.
+    """
 
     after_steps: int = Field(default=5000, ge=0)
     min_target_std: float = Field(default=0.1, ge=0)
@@ -194,9 +199,14 @@ class RunSection(Section):
 
 
 class D2VConfig(Section):
-    """The `"d2v"` section: what all modalities have. Each has a class of its own, with its sections and defaults."""
+    """The `"d2v"` section: what all modalities have. Each has a class of its own, with its sections and defaults.
+
+    `decay_1d` applies `optimizer.params.weight_decay` to 1-D parameters (biases, norms, LayerScale, the class token)
+    as well. The published speech and text recipes do, the published vision recipe does not.
+    """
 
     modality: str
+    decay_1d: bool = False
     model: VisionModelConfig | SpeechModelConfig | TextModelConfig
     mask: BlockMaskConfig | SpanMaskConfig | TokenMaskConfig
     target: TargetConfig
@@ -286,6 +296,7 @@ class SpeechConfig(D2VConfig):
     """Recordings. The defaults are the published Base run on LibriSpeech."""
 
     modality: Literal["speech"] = "speech"
+    decay_1d: bool = True
     model: SpeechModelConfig = SpeechModelConfig()
     mask: SpanMaskConfig = SpanMaskConfig()
     target: TargetConfig = TargetConfig(top_k=8, layer_norm="instance", final_norm="none")
@@ -310,6 +321,7 @@ class TextConfig(D2VConfig):
     """Text. The defaults are the published Base run, with its released recipe's masks."""
 
     modality: Literal["text"] = "text"
+    decay_1d: bool = True
     model: TextModelConfig = TextModelConfig()
     mask: TokenMaskConfig = TokenMaskConfig()
     target: TargetConfig = TargetConfig(top_k=10, layer_norm="layer", final_norm="none")
@@ -355,7 +367,8 @@ class RunConfig(Section):
         content = self.to_dict()
         for section in ("run", "probe"):
             content["d2v"].pop(section)
-        content["d2v"]["data"].pop("num_workers")
+        for key in ("num_workers", "on_change"):
+            content["d2v"]["data"].pop(key)
         content["d2v"]["seed"] = self.d2v.run.seed
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

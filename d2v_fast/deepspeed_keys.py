@@ -60,7 +60,7 @@ class BatchSplit(NamedTuple):
 
 
 class AdamWParams(Section):
-    """Of Adam with decoupled weight decay, which 1-D parameters are spared."""
+    """Adam with decoupled weight decay. `d2v.decay_1d` says whether 1-D parameters have it as well."""
 
     lr: float = Field(gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(

@@ -289,18 +289,24 @@ def _batch_split(config: RunConfig, world: World) -> BatchSplit:
     return config.deepspeed.batch_split(world.size)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay for matrices, none for 1-D parameters: biases, norms, LayerScale, the class token."""
+def _parameter_groups(model: nn.Module, weight_decay: float, decay_1d: bool) -> list[dict[str, Any]]:
+    """Return two groups, matrices and 1-D parameters (biases, norms, LayerScale, the class token).
+
+    Args:
+        weight_decay: of the matrices.
+        decay_1d: whether 1-D parameters have the same weight decay; otherwise they have none.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": weight_decay if decay_1d else 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def _make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    return make_optimizer(config, _parameter_groups(model, config.deepspeed.optimizer.params.weight_decay))
+    weight_decay = config.deepspeed.optimizer.params.weight_decay
+    return make_optimizer(config, _parameter_groups(model, weight_decay, config.d2v.decay_1d))
 
 
 def _set_lr(optimizer: Any, lr: float) -> None:

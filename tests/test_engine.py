@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.config import RunConfig, parse_config
+from d2v_fast.config import RunConfig, check_d2v, parse_config
 from d2v_fast.data2vec import build_model
 from d2v_fast.engine import PlainEngine, _parameter_groups, check_engine_available, compute_dtype, make_engine
 from d2v_fast.shards import full_shape, gather_whole
@@ -94,7 +95,7 @@ def test_grad_norm_is_before_clipping() -> None:
 
 def test_what_decays() -> None:
     model = build_model(config().d2v)
-    decayed, kept = _parameter_groups(model, 0.05)
+    decayed, kept = _parameter_groups(model, 0.05, decay_1d=False)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed_names = {names[id(p)] for p in decayed["params"]}
@@ -104,6 +105,52 @@ def test_what_decays() -> None:
     assert "student.embedding.cls_token" in kept_names
     assert all(name.endswith("bias") or "norm" in name or "gamma" in name or "cls" in name for name in kept_names)
     assert not any(name.endswith("bias") or "norm" in name or "gamma" in name for name in decayed_names)
+    # the same two groups, so that shards and checkpoints do not depend on the key
+    matrices, vectors = _parameter_groups(model, 0.05, decay_1d=True)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0.05)
+    assert [len(matrices["params"]), len(vectors["params"])] == [len(decayed["params"]), len(kept["params"])]
+
+
+@pytest.mark.parametrize("decay_1d", [False, True])
+def test_decay_of_1d_parameters_is_applied(decay_1d: bool) -> None:
+    """With a gradient of zero a step of AdamW multiplies a parameter by 1 - lr * weight_decay and does nothing else."""
+    settings = config(optimizer__params={"lr": 1.0, "weight_decay": 0.1}, d2v__decay_1d=decay_1d)
+    model = build_model(settings.d2v)
+    engine = PlainEngine(model, settings, World("cpu"))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    engine.step(0.5)
+    for old, new in zip(before, model.parameters(), strict=True):
+        factor = 1 - 0.5 * 0.1 if decay_1d or new.ndim > 1 else 1.0
+        torch.testing.assert_close(new.detach(), old * factor)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay_1d"),
+    [
+        ("vision_base", False),
+        ("vision_large", False),
+        ("speech_base", True),
+        ("speech_large", True),
+        ("text_base", True),
+        ("text_large", True),
+        # these follow no publication, and keep the numbers that the README shows
+        ("digits", False),
+        ("digits_long", False),
+        ("images_small", False),
+        ("speech", False),
+        ("text", False),
+    ],
+)
+def test_presets_decay_what_the_publication_decays(name: str, decay_1d: bool) -> None:
+    raw = json.loads((Path(__file__).parent.parent / "configs" / f"{name}.json").read_text())
+    assert raw["d2v"].get("decay_1d", False) == decay_1d
+    # a file that says nothing follows the publication of its modality
+    modality = raw["d2v"]["modality"]
+    default, _ = check_d2v({"modality": modality})
+    assert default is not None
+    assert default.decay_1d == (modality != "vision")
 
 
 @pytest.mark.parametrize("poison", ["nan input", "infinite loss with finite gradients"])
