@@ -10,6 +10,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ DUMP = "nonfinite.json"
 
 # logged losses that a spike is measured against: at most, and at least
 SPIKE_WINDOW, SPIKE_HISTORY = 100, 10
+
+# a run is judged after this share of it at the latest, and after so many steps at the soonest
+LATEST_JUDGED, FEWEST_JUDGED = 2 / 3, 20
+# steps of the shortest runs that were published
+USUAL_STEPS = 5000
 
 
 class _Step(NamedTuple):
@@ -172,19 +178,81 @@ class Guard:
         }
 
 
-def check_collapse(entry: Entry, guard: GuardConfig) -> None:
-    """RunError where targets or predictions have become the same everywhere."""
+def first_judged_step(guard: GuardConfig, num_steps: int) -> int:
+    """Return the step from which on a run is judged.
+
+    It is `after_steps`, or two thirds of the run if that is sooner; but not before `FEWEST_JUDGED` steps unless
+    `after_steps` says so, since no run has learned anything by then.
+    """
+    return min(guard.after_steps, max(FEWEST_JUDGED, math.ceil(num_steps * LATEST_JUDGED)))
+
+
+def check_collapse(entry: Entry, guard: GuardConfig, num_steps: int) -> None:
+    """Raise a RunError where targets or predictions have become the same everywhere.
+
+    Args:
+        entry: of the log. Deviations of a step that was not finite are NaN or None and say nothing.
+        num_steps: of the whole run.
+    """
+    what = _collapsed(entry, guard)
+    if what is not None and entry["step"] >= first_judged_step(guard, num_steps):
+        raise RunError(_about_collapse(entry, what, guard, num_steps))
+
+
+def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
+    """Judge a run that has made its last step, by the last deviations in its log.
+
+    Returns:
+        A line for the user where the run cannot be judged, None where it is good.
+    Raises:
+        RunError: the run has collapsed. Its weights are saved, and not exported.
+    """
+    first = first_judged_step(guard, num_steps)
+    known = [entry for entry in read_log(folder) if entry["prediction_std"] is not None]
+    if known and num_steps < first:
+        what = _collapsed(known[-1], guard)
+        if what is None:
+            return None
+        return (
+            f"a run of {num_steps} steps is too short to be judged, but note that the {what}s are nearly the same at "
+            f"all masked positions (standard deviation {known[-1][f'{what}_std']:.4f}): nothing has been learned so far"
+        )
+    if not known or known[-1]["step"] < first:
+        return "whether the run has collapsed is not known: no standard deviation of its last steps is finite"
+    try:
+        check_collapse(known[-1], guard, num_steps)
+    except RunError as error:
+        raise RunError(
+            f"{error} The checkpoint of step {num_steps} is saved, and nothing was exported. To finish the run all the "
+            "same, lower that limit and use --resume."
+        ) from None
+    return None
+
+
+def _collapsed(entry: Entry, guard: GuardConfig) -> str | None:
+    """Return what has a deviation under its limit: "target", "prediction" or None."""
     limits = {"target": guard.min_target_std, "prediction": guard.min_prediction_std}
-    for what, limit in limits.items():
-        if entry["step"] >= guard.after_steps and entry[f"{what}_std"] < limit:
-            raise RunError(
-                f"the run has collapsed: at step {entry['step']} the standard deviation of the {what}s over the masked "
-                f"positions is {entry[f'{what}_std']:.4f}, under `d2v.guard.min_{what}_std` ({limit}) (targets "
-                f"{entry['target_std']:.4f}, predictions {entry['prediction_std']:.4f}, loss {entry['loss']:.4f}). "
-                "What helps: a lower `optimizer.params.lr` or a longer warm-up, a teacher that follows more slowly "
-                "(`d2v.teacher.decay_start`, `decay_end` nearer to 1), `d2v.target.layer_norm` layer or instance. "
-                "The checkpoints before this step are as they were."
-            )
+    found = {what: entry[f"{what}_std"] for what in limits}
+    return next((what for what in limits if found[what] is not None and found[what] < limits[what]), None)
+
+
+def _about_collapse(entry: Entry, what: str, guard: GuardConfig, num_steps: int) -> str:
+    limit = guard.min_target_std if what == "target" else guard.min_prediction_std
+
+    def show(key: str) -> str:
+        return "not finite" if entry[key] is None else f"{entry[key]:.4f}"
+
+    short = ""
+    if num_steps < USUAL_STEPS:
+        short = f" Or the run is too short to have learned anything in its {num_steps:,} steps (`d2v.schedule`)."
+    return (
+        f"the run has collapsed: at step {entry['step']} the standard deviation of the {what}s over the masked "
+        f"positions is {show(f'{what}_std')}, under `d2v.guard.min_{what}_std` ({limit}) (targets "
+        f"{show('target_std')}, predictions {show('prediction_std')}, loss {show('loss')}). "
+        "What helps: a lower `optimizer.params.lr` or a longer warm-up, a teacher that follows more slowly "
+        "(`d2v.teacher.decay_start`, `decay_end` nearer to 1), `d2v.target.layer_norm` layer or instance."
+        f"{short} The checkpoints before this step are as they were."
+    )
 
 
 def _patience(config: RunConfig) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 import d2v_fast
 from d2v_fast.checkpoints import Checkpoints, require_same_shapes
 from d2v_fast.config import RunConfig, changed_keys
+from d2v_fast.data import BatchMaker, Samples
 from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.engine import Engine
 from d2v_fast.modalities import Student
@@ -29,6 +30,8 @@ class RunState:
 
     Args:
         vocabulary: of the `BatchMaker`: a checkpoint of another one is refused.
+        samples: what the run trains on. A checkpoint of others is refused, unless `d2v.data.on_change` accepts it. None
+            where nothing has been trained yet.
 
     Attributes:
         skipped: 0-d int64 on the device, steps that changed nothing because something was not finite.
@@ -45,8 +48,9 @@ class RunState:
         engine: Engine,
         checkpoints: Checkpoints,
         vocabulary: str | None = None,
+        samples: Samples | None = None,
     ) -> None:
-        self._vocabulary = vocabulary
+        self._vocabulary, self._samples = vocabulary, samples
         self._config, self._world = config, world
         self._model, self._teacher, self._engine = model, teacher, engine
         self._checkpoints = checkpoints
@@ -79,6 +83,7 @@ class RunState:
         state = {
             "global_batch": self._global_batch,
             "vocabulary": self._vocabulary,
+            "samples": None if self._samples is None else self._samples._asdict(),
             "skipped": int(self.skipped),
             "streak": int(self.streak),
             "teacher_step": self._teacher.last_step,
@@ -103,7 +108,7 @@ class RunState:
         0 where nothing has been saved yet.
 
         Raises:
-            RunError: it is of another model or global batch.
+            RunError: it is of another model or global batch, or of other samples and these are not accepted.
         """
         checkpoint = self._checkpoints.newest(tell)
         if checkpoint is None:
@@ -121,6 +126,7 @@ class RunState:
                 "`d2v.data.tokenizer` must be the tokenizer that the checkpoint was trained with, but is another one: "
                 "its tokens have other meanings. Name that one, or start a new run."
             )
+        self._compare_samples(state, tell)
         expected = {f"student/{name}": full_shape(p) for name, p in self._model.named_parameters()}
         expected |= {f"teacher/{name}": shape for name, shape in self._teacher.shapes.items()}
         saved = {name: shape for name, shape in state["shapes"].items() if name.startswith(("student/", "teacher/"))}
@@ -161,6 +167,34 @@ class RunState:
     def _global_batch(self) -> int:
         return self._config.deepspeed.batch_split(self._world.size).global_batch
 
+    def _compare_samples(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
+        """Refuse a checkpoint that was trained on other samples, or report the difference where that is accepted."""
+        if state["step"] == 0 or self._samples is None:
+            return
+        if state.get("samples") is None:
+            tell(
+                "the checkpoint does not record its samples, so that changes of the data since then cannot be found. "
+                "The next one will."
+            )
+            return
+        difference = Samples(**state["samples"]).difference(self._samples)
+        if difference is None:
+            return
+        keys = changed_keys(state["config"]["d2v"]["data"], self._config.to_dict()["d2v"]["data"], "d2v.data.")
+        changes = [key for key in keys if not key.startswith(("d2v.data.on_change", "d2v.data.num_workers"))]
+        also = f" (changed since then: {'; '.join(changes)})" if changes else ""
+        if self._config.d2v.data.on_change == "refuse":
+            raise RunError(
+                f"the data have changed since the checkpoint of step {state['step']}: {difference}{also}. In the rest "
+                "of this epoch some samples would be seen twice and others not at all. Bring the data back as they "
+                "were, or go on with them as they are by `--set d2v.data.on_change=accept`."
+            )
+        tell(
+            f"the data have changed since the checkpoint: {difference}{also}. This is accepted "
+            "(`d2v.data.on_change`): the rest of this epoch follows the order of the new data, in which some samples "
+            "are seen twice and others not at all. From the next epoch on every sample is seen once."
+        )
+
     def _kept(self) -> list[Kept]:
         return [*self._engine.kept(), *(Kept("teacher", shard) for shard in self._teacher.shards)]
 
@@ -175,6 +209,24 @@ class RunState:
         )
         if conditions:
             tell(f"not the conditions of the checkpoint, the last digits may differ: {'; '.join(conditions)}")
+
+
+def samples_of(maker: BatchMaker, world: World) -> Samples:
+    """Return which samples a run trains on; every process calls it.
+
+    Raises:
+        RunError: the processes do not have the same samples, so that none of them would follow the order of the others.
+    """
+    names = maker.source.names_digest()
+    everywhere = [Samples(maker.what, number, found, "") for number, found in world.collect([maker.num_samples, names])]
+    for rank, other in enumerate(everywhere):
+        if other != everywhere[0]:
+            counts = f"{everywhere[0].number:,} {maker.what}s of rank 0 and {other.number:,} of rank {rank}"
+            raise RunError(
+                f"`d2v.data.path` must hold the same files for every process, but the {counts} are not the same. Copy "
+                "the data anew to the machines that differ, or put them on a file system that all of them share."
+            )
+    return everywhere[0]._replace(sizes=world.decide(maker.source.sizes_digest))
 
 
 def _conditions(device: torch.device) -> dict[str, Any]:

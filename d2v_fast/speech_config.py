@@ -117,6 +117,9 @@ class SpeechDataConfig(Section):
     above `silence` of full scale in what is read) and files with samples that are not finite count as unreadable. Of a
     file larger than `max_file_bytes` nothing is read; links that lead out of `path` are not followed unless
     `follow_outside`.
+
+    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
+    error, "accept" logs the difference and goes on.
     """
 
     # keys that only one kind reads
@@ -124,6 +127,7 @@ class SpeechDataConfig(Section):
 
     kind: Literal["speech", "audio"] = "speech"
     path: PathText | None = None
+    on_change: Literal["refuse", "accept"] = "refuse"
     num_workers: int = Field(default=2, ge=0)
     min_seconds: float = Field(default=2.0, gt=0)
     max_seconds: float = Field(default=20.0, gt=0)

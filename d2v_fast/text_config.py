@@ -136,6 +136,9 @@ class TextDataConfig(Section):
 
     More than `max_bad_fraction` unreadable files, lines and rows stop the run, or with `strict` the first one. Links
     that lead out of `path` are not followed unless `follow_outside`.
+
+    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
+    error, "accept" logs the difference and goes on.
     """
 
     # keys that only one kind reads
@@ -146,6 +149,7 @@ class TextDataConfig(Section):
 
     kind: Literal["docs", "text"] = "docs"
     path: PathText | None = None
+    on_change: Literal["refuse", "accept"] = "refuse"
     field: str = "text"
     documents: Literal["file", "paragraph", "line"] = "file"
     encoding_errors: Literal["strict", "replace"] = "strict"

@@ -161,11 +161,11 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.metrics import NoLog, RunLog
     from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.run_folder import RunFolder
-    from d2v_fast.run_state import RunState
+    from d2v_fast.run_state import RunState, samples_of
     from d2v_fast.schedules import LearningRate
     from d2v_fast.stepclock import StepClock
     from d2v_fast.teacher import Teacher
-    from d2v_fast.world import World, world_size
+    from d2v_fast.world import RunError, World, world_size
 
     split = config.deepspeed.batch_split(world_size())
     check_engine_available(config, split.world_size)
@@ -216,8 +216,13 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         engine=engine.deepspeed,
     )
     checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
-    state = RunState(config, world, model, teacher, engine, checkpoints, maker.vocabulary)
+    state = RunState(config, world, model, teacher, engine, checkpoints, maker.vocabulary, samples_of(maker, world))
     start_step = state.restore(say) if folder.reopened else 0
+    if start_step > schedule.num_steps:
+        raise RunError(
+            f"`d2v.schedule` must make the run at least as long as it is already ({start_step:,} steps), but makes it "
+            f"{schedule.num_steps:,} steps long ({epoch_steps:,} per epoch)."
+        )
     if world.is_first:
         folder.write_config(config)
     loader = StepLoader(
@@ -313,7 +318,9 @@ def loop(run: Run, stop: StopRequest) -> int:
             }
             run.guard.mark_spike(entry)
             run.log.write(entry)
-            check_collapse(entry, run.config.d2v.guard)
+            if not is_last:
+                # the last step is saved first, and judged by `finish`
+                check_collapse(entry, run.config.d2v.guard, run.schedule.num_steps)
         if is_logged or run.world.device.type == "cpu":
             run.guard.check(step)
         asked_to_stop = run.world.any(stop.requested)
@@ -353,9 +360,17 @@ def run_probe(run: Run, step: int) -> str | None:
 
 
 def finish(run: Run) -> None:
-    """What follows the last step: where its time went, the export, the probe, and the name of the folder."""
-    from d2v_fast import evaluation
+    """Judge the run, then report where its time went, export, probe, and name the folder.
 
+    Raises:
+        RunError: the run has collapsed.
+    """
+    from d2v_fast import evaluation
+    from d2v_fast.guard import judge_end
+
+    unknown = run.world.decide(lambda: judge_end(run.folder.path, run.config.d2v.guard, run.schedule.num_steps))
+    if unknown is not None:
+        run.log.say(unknown)
     if run.clock.enabled and run.world.is_first:
         run.folder.write_json("profile.json", run.clock.report())
         run.log.say(str(run.clock))

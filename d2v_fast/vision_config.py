@@ -89,6 +89,9 @@ class VisionDataConfig(Section):
     A file of more than `max_image_bytes`, an image of more than `max_image_pixels` (width times height) or with a side
     under `min_image_side` pixels counts as unreadable, and so does a link that leads out of `path` unless
     `follow_outside`. A decoder needs up to 16 bytes per pixel in each worker.
+
+    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
+    error, "accept" logs the difference and goes on.
     """
 
     # keys that only one kind reads
@@ -102,6 +105,7 @@ class VisionDataConfig(Section):
 
     kind: Literal["digits", "images"] = "digits"
     path: PathText | None = None
+    on_change: Literal["refuse", "accept"] = "refuse"
     num_workers: int = Field(default=2, ge=0)
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
     std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)

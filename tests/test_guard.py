@@ -18,7 +18,7 @@ from d2v_fast.config import GuardConfig, load_config
 from d2v_fast.data import Batch
 from d2v_fast.data.order import StepOrder
 from d2v_fast.data2vec import Data2Vec
-from d2v_fast.guard import Guard, check_collapse
+from d2v_fast.guard import Guard, check_collapse, first_judged_step, judge_end
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.world import RunError, World
 from tests.runs import figures, leave_out_reports, run_forked, run_here, tiny_file
@@ -188,14 +188,99 @@ def entry(step: int, **changes: float) -> dict[str, float]:
 
 def test_collapse_guard() -> None:
     guard = GuardConfig(after_steps=10, min_target_std=0.1, min_prediction_std=0.01)
-    check_collapse(entry(9, target_std=0.0, prediction_std=0.0), guard)
-    check_collapse(entry(10), guard)
+    long = 1000
+    check_collapse(entry(9, target_std=0.0, prediction_std=0.0), guard, long)
+    check_collapse(entry(10), guard, long)
     # a step that was skipped for a NaN says nothing about a collapse
-    check_collapse(entry(10, target_std=math.nan, prediction_std=math.nan), guard)
+    check_collapse(entry(10, target_std=math.nan, prediction_std=math.nan), guard, long)
+    check_collapse(entry(10, target_std=None, prediction_std=None), guard, long)
     with pytest.raises(RunError, match=r"targets over the masked positions is 0\.0500"):
-        check_collapse(entry(10, target_std=0.05), guard)
+        check_collapse(entry(10, target_std=0.05), guard, long)
     with pytest.raises(RunError, match="min_prediction_std"):
-        check_collapse(entry(11, prediction_std=0.005), guard)
+        check_collapse(entry(11, prediction_std=0.005), guard, long)
+
+
+@pytest.mark.parametrize(("num_steps", "first"), [(400_000, 5000), (7500, 5000), (36, 24), (24, 20)])
+def test_short_run_is_judged_within_itself(num_steps: int, first: int) -> None:
+    guard = GuardConfig()
+    assert first_judged_step(guard, num_steps) == first
+    check_collapse(entry(first - 1, prediction_std=0.002), guard, num_steps)
+    with pytest.raises(RunError, match=r"the predictions over the masked positions is 0\.0020") as caught:
+        check_collapse(entry(first, prediction_std=0.002), guard, num_steps)
+    assert ("too short to have learned anything" in str(caught.value)) == (num_steps < 5000)
+    # an earlier step can be asked for, and a limit of 0 asks for none
+    assert first_judged_step(GuardConfig(after_steps=1), 1000) == 1
+    check_collapse(entry(1000, prediction_std=0.0), GuardConfig(min_prediction_std=0), 1000)
+
+
+def without_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third step on all predictions are the same, as after a collapse."""
+    forward, calls = Data2Vec.forward, []
+
+    def forward_of_a_collapse(self: Data2Vec, batch: Any, teacher: Any) -> Any:
+        calls.append(batch)
+        output = forward(self, batch, teacher)
+        moments = output.moments.clone()
+        moments[:2] = 0
+        return output._replace(moments=moments) if len(calls) > 2 else output
+
+    monkeypatch.setattr(Data2Vec, "forward", forward_of_a_collapse)
+
+
+def test_short_run_that_collapses_is_not_finished(tmp_path: Path, monkeypatch, capsys) -> None:
+    file = tiny_file(tmp_path, d2v__run__log_every=100, d2v__guard__after_steps=12)
+    with monkeypatch.context() as patch:
+        without_learning(patch)
+        assert run_here("--ds_config", file, "--run", "r") == 1
+    told = capsys.readouterr()
+    assert "the run has collapsed: at step 12 the standard deviation of the predictions" in told.err
+    assert "The checkpoint of step 12 is saved, and nothing was exported" in told.err
+    assert "export" not in told.out
+    assert (tmp_path / "runs/r/checkpoints/step-12").is_dir()
+    assert not (tmp_path / "runs/r/result.json").exists()
+    # to resume it does not make it look finished
+    assert run_here("--ds_config", file, "--run", "r", "--resume") == 1
+    assert "the run has collapsed: at step 12" in capsys.readouterr().err
+    assert not (tmp_path / "runs/r/result.json").exists()
+    # whoever wants it all the same says so
+    lower = ["--set", "d2v.guard.min_prediction_std=0"]
+    assert run_here("--ds_config", file, "--run", "r", "--resume", *lower) == 0
+    assert (tmp_path / "runs/r/result.json").exists()
+
+
+def test_short_run_that_learns_is_finished(tmp_path: Path, capsys) -> None:
+    """As the published models are initialized, predictions are the same everywhere for the first steps."""
+    learning = {"d2v__schedule": {"steps": 60, "warmup_steps": 3}, "d2v__run__save_every": 100}
+    faster = {"lr": 1e-2, "weight_decay": 0.0}
+    file = tiny_file(tmp_path, **learning, optimizer__params=faster, d2v__loss={"beta": 0})
+    assert run_here("--ds_config", file, "--run", "r") == 0
+    assert "collapsed" not in capsys.readouterr().out
+    logged = [one[4] for one in figures(tmp_path, "r")]
+    assert logged[0] < 0.01 < logged[39]
+
+
+def test_run_that_learns_nothing_stops_on_the_way(tmp_path: Path, capsys) -> None:
+    """As many steps as the thresholds are for would be 5000."""
+    still = {"lr": 1e-9, "weight_decay": 0.0}
+    file = tiny_file(tmp_path, optimizer__params=still, d2v__schedule={"steps": 36, "warmup_steps": 3})
+    assert run_here("--ds_config", file, "--run", "r") == 1
+    assert "the run has collapsed: at step 24 the standard deviation of the predictions" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()) == ["step-18", "step-21"]
+
+
+def test_trial_of_a_few_steps_is_finished_with_a_note(tmp_path: Path, capsys) -> None:
+    assert run_here("--ds_config", tiny_file(tmp_path), "--run", "r") == 0
+    assert "nothing has been learned so far" in capsys.readouterr().out
+
+
+def test_run_without_deviations_says_that_it_is_not_judged(tmp_path: Path) -> None:
+    lines = [json.dumps(entry(step, target_std=None, prediction_std=None)) for step in range(1, 10)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    for num_steps in (9, 900):
+        assert "is not known" in str(judge_end(tmp_path, GuardConfig(), num_steps))
+    (tmp_path / "log.jsonl").write_text(json.dumps(entry(9)) + "\n")
+    assert judge_end(tmp_path, GuardConfig(), 9) is None
+    assert "is not known" in str(judge_end(tmp_path, GuardConfig(), 900))
 
 
 def spikes(folder: Path) -> dict[int, float]:

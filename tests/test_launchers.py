@@ -62,7 +62,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
     """Figures of two processes that were forked, not launched."""
     folder = tmp_path_factory.mktemp("undisturbed")
     torch.set_num_threads(1)
-    file = tiny_file(folder, d2v__schedule__steps=40)
+    file = tiny_file(folder, d2v__schedule__steps=40, d2v__guard__min_prediction_std=0)
     output = folder / "output"
     statuses = run_forked("--ds_config", file, "--run", "r", output=output, num_processes=2, before=leave_out_reports)
     assert statuses == [0, 0], output.read_text()
@@ -71,7 +71,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers(launcher: str, tmp_path: Path, undisturbed: list[tuple]) -> None:
-    words = command(launcher, tmp_path, d2v__schedule__steps=40)
+    words = command(launcher, tmp_path, d2v__schedule__steps=40, d2v__guard__min_prediction_std=0)
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stdout + done.stderr
@@ -126,7 +126,7 @@ def test_sigterm_saves_and_ends(launcher: str, target: str, supervised: bool, tm
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_killed_rank_below_a_launcher_is_started_again(launcher: str, tmp_path: Path, undisturbed: list[tuple]) -> None:
     output = tmp_path / "output"
-    words = command(launcher, tmp_path, "--supervise", d2v__schedule__steps=40)
+    words = command(launcher, tmp_path, "--supervise", d2v__schedule__steps=40, d2v__guard__min_prediction_std=0)
     with running(words, output) as process:
         until(lambda: logged_steps(tmp_path, "r") > 5 or process.poll() is not None, timeout_s=120)
         ranks = processes("d2v_fast/train.py", str(tmp_path))

@@ -12,6 +12,7 @@ from d2v_fast.data.images import ImagesDataset
 from d2v_fast.data.loader import StepLoader, worker_died
 from d2v_fast.data.makers import BatchMaker, ImageBatches, SpeechBatches, TextBatches
 from d2v_fast.data.order import StepOrder
+from d2v_fast.data.samples import Samples
 
 __all__ = [
     "Batch",
@@ -21,6 +22,7 @@ __all__ = [
     "ImageDataset",
     "ImagesDataset",
     "ProbeData",
+    "Samples",
     "StepLoader",
     "batch_maker",
     "digits_for_probe",

@@ -27,6 +27,7 @@ from d2v_fast.data.audio_decode import (
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBOURS, PathList, find_files
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds, Listing, count_endings
+from d2v_fast.data.samples import digest_of, file_sizes
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.untrusted import is_path, printable
 
@@ -145,6 +146,14 @@ class AudioDataset:
     def path(self, sample_id: int) -> str:
         """The file of a sample."""
         return os.path.join(self.root, self._paths[sample_id])
+
+    def names_digest(self) -> str:
+        """Return a digest of the paths below the root, in order."""
+        return digest_of(*self._paths.content)
+
+    def sizes_digest(self) -> str:
+        """Return a digest of the sizes of the files, asked for now, and of the lengths that a step may use."""
+        return digest_of(file_sizes(self.root, self._paths), self.lengths)
 
     def read(
         self, sample_ids: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], seed: int, epoch: int

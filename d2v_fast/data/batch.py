@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.data.listing import Listing
+from d2v_fast.data.samples import SampleSource
 
 __all__ = ["Batch", "DataError", "ImageDataset"]
 
@@ -63,7 +64,7 @@ class Batch:
         return replace(self, **changed)
 
 
-class ImageDataset(Protocol):
+class ImageDataset(SampleSource, Protocol):
     """Images that are addressed by their position, 0 to `len(dataset)` - 1."""
 
     image_size: int

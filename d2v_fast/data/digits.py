@@ -18,6 +18,7 @@ from torch import Tensor
 from d2v_fast.data.affine import warp
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import Listing
+from d2v_fast.data.samples import digest_of
 from d2v_fast.streams import AUGMENT, SPLIT, permutation, stream_keys, uniforms
 
 if TYPE_CHECKING:
@@ -89,6 +90,14 @@ class DigitsDataset:
         draws = 2 * uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), 4) - 1
         limits = np.array([self._max_turn, self._max_log_zoom, self._max_shift, self._max_shift])
         return self._pixels(sample_ids, draws * limits), ()
+
+    def names_digest(self) -> str:
+        """Return a digest of the scans: they have no names."""
+        return digest_of(self._scans)
+
+    def sizes_digest(self) -> str:
+        """Return a digest of the scans' shape."""
+        return digest_of(str(self._scans.shape).encode())
 
     def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
         """See `Dataset`."""

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import FileKinds, Listing, count_endings, describe_listing, ending_of
@@ -43,6 +44,11 @@ class PathList:
     def __getitem__(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+    @property
+    def content(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """All texts one after the other, in the system's encoding of file names, and where each ends."""
+        return self._bytes, self._ends
 
 
 def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[str], Listing]:

@@ -19,6 +19,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.data.decode import Box, Limits, UnreadableImage, centre_box, read_square
 from d2v_fast.data.files import NUM_CHECKED, NUM_NEIGHBOURS, PathList, find_files
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
+from d2v_fast.data.samples import digest_of, file_sizes
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.untrusted import printable
 
@@ -117,6 +118,14 @@ class ImagesDataset:
     def path(self, sample_id: int) -> str:
         """The file of a sample."""
         return os.path.join(self.root, self._paths[sample_id])
+
+    def names_digest(self) -> str:
+        """Return a digest of the paths below `data.path`, in order."""
+        return digest_of(*self._paths.content)
+
+    def sizes_digest(self) -> str:
+        """Return a digest of the sizes of the files, asked for now."""
+        return digest_of(file_sizes(self.root, self._paths))
 
     def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
         """See `Dataset`. A replaced image is cropped and flipped as the unreadable one would have been.

@@ -11,6 +11,7 @@ import torch
 from d2v_fast.data.batch import Batch, ImageDataset
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.order import MicroStep
+from d2v_fast.data.samples import SampleSource
 from d2v_fast.masking import block_mask_rows, span_mask_rows, token_mask_rows
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class BatchMaker(Protocol):
             lengths in a step; both None otherwise.
         listing: what the data set consists of, and what it leaves out.
         vocabulary: digest of what gives the numbers in a batch their meaning; None: they have one of their own.
+        source: the data set, which says by digests which samples these are.
     """
 
     what: str
@@ -45,6 +47,7 @@ class BatchMaker(Protocol):
     max_step_length: int | None
     listing: Listing
     vocabulary: str | None
+    source: SampleSource
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
         """The batch of a micro step: a function of it and the seed.
@@ -70,6 +73,7 @@ class ImageBatches:
     def __init__(self, dataset: ImageDataset, config: VisionConfig) -> None:
         self._dataset, self._mask, self._grid_size = dataset, config.mask, config.model.grid_size
         self.num_samples, self.listing = len(dataset), dataset.listing
+        self.source: SampleSource = dataset
         self.sample_bytes = 4 * dataset.channels * dataset.image_size**2
 
     def make(self, micro: MicroStep, seed: int) -> Batch:
@@ -109,6 +113,7 @@ class TextBatches:
 
     def __init__(self, dataset: TextDataset, config: TextConfig) -> None:
         self._dataset, self._mask = dataset, config.mask
+        self.source: SampleSource = dataset
         self._needs_places = config.model.attention == "packed" or config.data.separate_documents
         self.num_samples, self.listing = len(dataset), dataset.listing
         self.lengths: npt.NDArray[np.int64] | None = dataset.lengths
@@ -175,6 +180,7 @@ class SpeechBatches:
 
     def __init__(self, dataset: AudioDataset, config: SpeechConfig) -> None:
         self._dataset, self._mask, self._model = dataset, config.mask, config.model
+        self.source: SampleSource = dataset
         self._crops, self._packs = config.data.lengths == "crop", config.model.attention == "packed"
         self.num_samples, self.listing = len(dataset), dataset.listing
         self.lengths: npt.NDArray[np.int64] | None = dataset.lengths

@@ -16,6 +16,7 @@ from d2v_fast.data.docs import DocsSource, Split, docs_tokenizer
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.packing import pack
 from d2v_fast.data.progress import Progress
+from d2v_fast.data.samples import digest_of
 from d2v_fast.data.text_files import TextFiles
 from d2v_fast.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from d2v_fast.data.tokens import TextSource, tokenised
@@ -81,6 +82,7 @@ class TextDataset:
         self.tokens = tokenised(source, self.tokenizer, data.tokens_path, min_tokens=data.min_tokens, verify=verify)
         self.listing = _listing(source.listing, self.tokens.manifest, data.min_tokens)
         self._separate = data.separate_documents
+        self._division = (data.block_size, data.packing, data.separate_documents)
         self._blocks = pack(
             self.tokens.document_lengths(),
             data.block_size,
@@ -91,6 +93,14 @@ class TextDataset:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def names_digest(self) -> str:
+        """Return a digest of the tokens: blocks have no names."""
+        return self.tokens.content_digest()
+
+    def sizes_digest(self) -> str:
+        """Return a digest of how the tokens are divided into blocks."""
+        return digest_of(repr(self._division).encode(), self.lengths)
 
     def read(self, sample_ids: npt.NDArray[np.int64]) -> TokenBlocks:
         """The blocks of the given ids, int64 `[B]`, padded to the longest of them.

@@ -190,6 +190,10 @@ class Tokens:
         # a map would be copied to a worker as a whole
         return {**vars(self), "_maps": [None] * len(self._paths)}
 
+    def content_digest(self) -> str:
+        """Return a digest of all tokens and of where documents end, not of the files that they came from."""
+        return _digest({name: entry["sha256"] for name, entry in self._files().items()})
+
     def document_lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of every document, int64 `[num_documents]`, in the order of `read`."""
         names = sorted(name for name in self._files() if name.startswith("documents-"))
