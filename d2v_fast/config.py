@@ -138,15 +138,11 @@ class ScheduleConfig(Section):
 
 
 class GuardConfig(Section):
-    """When a run stops itself.
-
-    It has collapsed when a standard deviation is under its limit after `after_steps` optimizer steps, or after two
-    thirds of a shorter run, and at its end. A run of fewer than 20 steps is not judged. A limit of 0 never stops a run.
-
-    A loss or gradient that is NaN or infinite stops it at once with `nonfinite` "stop", and after `nonfinite_patience`
-    such steps in a row with "skip"; such a step never changes anything. A logged loss above `loss_spike` times its
-    running median is reported in the log, and does nothing else; None never reports one.
-    """
+    """When a run stops itself. It has collapsed when a standard deviation is under its limit after `after_steps`
+    steps, or after two thirds of a shorter run, and at its end; fewer than 20 steps are not judged, and a limit of 0
+    never stops. A NaN or infinite loss or gradient stops it at once with `nonfinite` "stop", after `nonfinite_patience`
+    such steps in a row with "skip"; they change nothing. A loss above `loss_spike` times its running median is logged;
+    None: never."""
 
     after_steps: int = Field(default=5000, ge=0)
     min_target_std: float = Field(default=0.1, ge=0)
