@@ -308,7 +308,7 @@ def _add_models(add: _Add) -> None:
         "export",
         "write a checkpoint's weights for Transformers, fairseq or ONNX",
         "Write full-precision weights from a checkpoint, sharded or not. Needs no GPU.",
-        "export runs/mine --weights teacher --to exported",
+        "export runs/mine --weights teacher",
     )
     _add_run(export)
     export.add_argument("--weights", choices=("student", "teacher"), default="student", help="whose (default: student)")
@@ -317,7 +317,7 @@ def _add_models(add: _Add) -> None:
         type=path_argument,
         default=None,
         metavar="PATH",
-        help="default: runs/NAME/export, export.pt or export.onnx",
+        help="default: export, export.pt or export.onnx in runs/NAME; export-teacher or export-teacher.onnx for it",
     )
     _add_step(export)
     export.add_argument(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2v_fast.atomic import replaced
 from d2v_fast.config import GuardConfig
 
 if TYPE_CHECKING:
@@ -36,9 +37,8 @@ def draw_curves(
 
     figure = curves_figure(entries, guard, probes)
     FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=100)
-    temporary.replace(path)
+    with replaced(path) as part:
+        figure.savefig(part, format="png", dpi=100)
 
 
 def curves_figure(entries: Sequence[Entry], guard: GuardConfig | None = None, probes: Sequence[Entry] = ()) -> Figure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from d2v_fast.atomic import replaced, write_text
 from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.listing import print_listing
@@ -80,15 +80,10 @@ def embed(
                 done += sum(sample.num_bytes for sample in samples)
                 progress.show(done, f"{len(bad)} unreadable")
 
-    # beside the file, so that the last step is one of the file system: complete or absent
-    part = to.with_name(to.name + ".part")
-    try:
+    with replaced(to) as part:
         count, width = write(part, features())
         if count == 0:
             raise DataError(f"none of the {source.what}s in '{printable(str(inputs))}' can be read:{_named(bad)}")
-        os.replace(part, to)
-    finally:
-        part.unlink(missing_ok=True)
     if bad:
         print(
             f"{len(bad)} of {count + len(bad)} {source.what}s are unreadable and left out:{_named(bad)}",
@@ -176,7 +171,7 @@ def _write_npy(path: Path, features: Iterable[tuple[str, Rows]], beside: Path) -
     if names:
         with path.open("wb") as file:
             np.save(file, means)
-        beside.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        write_text(beside, "".join(f"{name}\n" for name in names))
     return means.shape
 
 

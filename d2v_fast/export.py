@@ -1,7 +1,7 @@
 """Weights out of the checkpoints of a run, whatever division they were written in, and their export.
 
     d2v-fast export runs/NAME                 # the student of the newest good checkpoint -> runs/NAME/export
-    d2v-fast export runs/NAME --weights teacher --to FOLDER
+    d2v-fast export runs/NAME --weights teacher          # its teacher -> runs/NAME/export-teacher
     d2v-fast export runs/NAME --format fairseq           # student, head and teacher -> runs/NAME/export.pt
     d2v-fast export runs/NAME --format beit              # of images, for the published code -> runs/NAME/export.pth
     d2v-fast export runs/NAME --format onnx              # of images -> runs/NAME/export.onnx
@@ -176,7 +176,7 @@ def export_run(
     Args:
         run_folder: `runs/NAME`.
         to: the folder to write, or for fairseq and ONNX the file; None is `export`, `export.pt` or `export.onnx` in the
-            run folder.
+            run folder, and of the teacher `export-teacher` or `export-teacher.onnx`.
         weights: "student" or "teacher"; a file for fairseq holds both.
         step: of the checkpoint; None takes the newest.
         form: "transformers", "fairseq", "beit" or "onnx".
@@ -199,11 +199,13 @@ def export_run(
     if form in ("onnx", "beit") and not isinstance(config, VisionConfig):
         raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
     folder, step = choose_checkpoint(run_folder, step)
+    # a name of its own, so that it does not take the place of the student that the run left there
+    name = "export" if weights == "student" else f"export-{weights}"
     if form == "onnx":
         from d2v_fast.interop.onnx import export_onnx
 
         assert isinstance(config, VisionConfig)
-        target = run_folder / "export.onnx" if to is None else to
+        target = run_folder / f"{name}.onnx" if to is None else to
         export_onnx(load_encoder(folder, config, weights), config, target)
         return f"export: {target} ({weights}, step {step}, as ONNX)"
     prefix = encoder_class(config).averaged_prefix()
@@ -233,7 +235,7 @@ def export_run(
 
     if isinstance(config, TextConfig):
         options["tokenizer"] = run_tokenizer(config, tokenizer, saved.vocabulary, str(run_folder))
-    target = run_folder / "export" if to is None else to
+    target = run_folder / name if to is None else to
     export_model(saved, config, target, info={"weights": weights, "step": step}, **options)
     return f"export: {target} ({weights}, step {step}, for Transformers)"
 

@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from d2v_fast.atomic import write_text
 from d2v_fast.config import RunConfig
 from d2v_fast.world import RunError, World
 
@@ -153,9 +154,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
+        write_text(self.path / name, text)
 
 
 def find_supervised(root: Path, mark: str) -> Path | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from d2v_fast.atomic import write_tensors
 from d2v_fast.shards import Shard
 from d2v_fast.world import RunError
 
@@ -52,9 +53,7 @@ def copy_to_host(kept: Sequence[Kept], *, even_if_there: bool) -> dict[str, Tens
 
 def write_shards(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a file of ranges."""
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_tensors(path, tensors)
 
 
 class ShardReader:

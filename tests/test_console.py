@@ -280,11 +280,11 @@ def test_export_as_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     if find_spec("onnx") is None or find_spec("onnxscript") is None:
         pytest.skip("onnx and onnxscript are not installed: only what is said then was tested")
     assert main(["export", str(tmp_path / "r"), *onnx, "--weights", "teacher"]) == 0
-    assert f"{tmp_path / 'r' / 'export.onnx'} (teacher, step 7, as ONNX)" in capsys.readouterr().out
+    assert f"{tmp_path / 'r' / 'export-teacher.onnx'} (teacher, step 7, as ONNX)" in capsys.readouterr().out
     runtime = pytest.importorskip("onnxruntime")
     from d2v_fast.export import load_encoder
 
-    session = runtime.InferenceSession(tmp_path / "r" / "export.onnx")
+    session = runtime.InferenceSession(tmp_path / "r" / "export-teacher.onnx")
     model = load_encoder(tmp_path / "r" / "checkpoints" / "step-7", CONFIG, "teacher").eval()
     for count in (1, 3):
         pixels = torch.randn(count, 1, 8, 8)

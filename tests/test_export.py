@@ -92,8 +92,9 @@ def test_export_of_speech_holds_the_whole_encoder(positions: str, weights: str, 
     """What is not averaged is the student's in the teacher as well."""
     config = make_config(position_in_teacher=positions)
     model = write_run(tmp_path / "r", config, 2)
-    assert "export (" in export_run(tmp_path / "r", weights=weights)
-    imported, found = import_speech(tmp_path / "r" / "export")
+    target = tmp_path / "r" / ("export" if weights == "student" else "export-teacher")
+    assert f"{target} ({weights}" in export_run(tmp_path / "r", weights=weights)
+    imported, found = import_speech(target)
     assert found == config.model.model_copy(update={"position_in_teacher": "shared"})
     expected = {name: p.detach() for name, p in model.student.named_parameters()}
     if weights == "teacher":
@@ -121,6 +122,18 @@ def test_export_for_fairseq_holds_student_head_and_teacher(
         assert torch.equal(found.teacher.state_dict()[name], factor * p), name
     for name, p in model.head.named_parameters():
         assert torch.equal(found.head[name], p), name
+
+
+def test_a_teacher_does_not_replace_the_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_run(tmp_path / "r", CONFIG, 1)
+    export_run(tmp_path / "r")
+    assert main(["export", str(tmp_path / "r"), "--weights", "teacher"]) == 0
+    assert f"export: {tmp_path / 'r' / 'export-teacher'} (teacher" in capsys.readouterr().out
+    bias = model.student.norm.bias
+    for name, factor in (("export", 1), ("export-teacher", 2)):
+        assert torch.equal(import_vision(tmp_path / "r" / name)[0].norm.bias, factor * bias)
+        weights = "student" if factor == 1 else "teacher"
+        assert f"| weights | {weights} |" in (tmp_path / "r" / name / "README.md").read_text()
 
 
 def test_large_weights_become_several_files(tmp_path: Path) -> None:

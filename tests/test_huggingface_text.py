@@ -241,7 +241,7 @@ def test_export_of_a_run(weights: str, tmp_path: Path, capsys: pytest.CaptureFix
     _, student = run_of(tmp_path / "r", kind="text", path="/somewhere", tokenizer=str(tmp_path / "given"))
     assert main(["export", str(tmp_path / "r"), "--weights", weights]) == 0
     assert f"({weights}, step 7, for Transformers)" in capsys.readouterr().out
-    folder = tmp_path / "r" / "export"
+    folder = tmp_path / "r" / ("export" if weights == "student" else "export-teacher")
     imported, _ = import_text(folder)
     for name, value in student.named_parameters():
         factor = 2 if weights == "teacher" and name.startswith("context.") else 1

@@ -31,6 +31,7 @@ THIRD_PARTY = {
 # module, or folder with everything below it -> what of this package it may import; config and the small leaves below
 # it are free to all
 LEAVES = {
+    "d2v_fast.atomic",
     "d2v_fast.config",
     "d2v_fast.config_errors",
     "d2v_fast.deepspeed_keys",
@@ -43,6 +44,7 @@ LEAVES = {
 }
 MODEL = {"d2v_fast.modalities", "d2v_fast.encoder"}
 ARROWS = {
+    "d2v_fast.atomic": set(),
     "d2v_fast.config": {"d2v_fast.speech_config", "d2v_fast.text_config", "d2v_fast.vision_config"},
     "d2v_fast.config_errors": set(),
     "d2v_fast.deepspeed_keys": set(),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from d2v_fast.atomic import make_beside
 from d2v_fast.data.batch import DataError
 from d2v_fast.faults import fault_point
 from d2v_fast.untrusted import printable
@@ -88,7 +89,7 @@ def _make(root: Path, name: str, make: Callable[[Path], None], is_locked: bool) 
         # whoever made them is dead: it would hold the lock
         for leftover in root.glob(f".{name}.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=root))
+    aside = make_beside(root, name)
     try:
         make(aside)
         fault_point("cache.written")
@@ -96,8 +97,6 @@ def _make(root: Path, name: str, make: Callable[[Path], None], is_locked: bool) 
             for file in files:
                 _flush(os.path.join(folder, file))
             _flush(folder)
-        # mkdtemp's is closed to everybody else
-        aside.chmod(0o777 & ~_umask())
         fault_point("cache.rename")
         try:
             aside.rename(root / name)
@@ -147,12 +146,6 @@ def _lock(file: int, path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _flush(path: str | Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.atomic import replaced
 from d2v_fast.interop.layout import Layout, Misfit
 from d2v_fast.untrusted import printable, refuse_pointer
 
@@ -132,9 +133,8 @@ def replace_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> No
     """Write a pickle of tensors and plain values, all of it or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(content, part)
-    os.replace(part, path)
+    with replaced(path) as part:
+        torch.save(content, part)
 
 
 def refuse_others(model: Mapping[Any, Any], wanted: str, path: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from d2v_fast.atomic import write_tensors, write_text
 from d2v_fast.config import MAX_FILE_BYTES, D2VConfig
 from d2v_fast.config_errors import show
 from d2v_fast.interop.layout import Layout
@@ -39,16 +39,21 @@ def write_weights(target: Path, layout: Layout, state: Mapping[str, Tensor], max
     def write() -> None:
         files.append(target / f"weights-{len(files)}.part")
         names.append(list(tensors))
-        save_file(tensors, files[-1], metadata={"format": "pt"})
+        write_tensors(files[-1], tensors)
         tensors.clear()
 
-    for name in layout.names:
-        parts = layout.theirs(name, state[name])
-        if tensors and _num_bytes(tensors) + _num_bytes(parts) > max_file_bytes:
-            write()
-        tensors |= parts
-        del parts
-    write()
+    try:
+        for name in layout.names:
+            parts = layout.theirs(name, state[name])
+            if tensors and _num_bytes(tensors) + _num_bytes(parts) > max_file_bytes:
+                write()
+            tensors |= parts
+            del parts
+        write()
+    except BaseException:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise
     for old in target.glob("model*.safetensors*"):
         old.unlink()
     if len(files) == 1:
@@ -180,13 +185,6 @@ tags: [{", ".join(tags)}]
 def as_json(value: Mapping[str, Any]) -> str:
     """The text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """All of the file or none of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _num_bytes(tensors: Mapping[str, Tensor]) -> int:

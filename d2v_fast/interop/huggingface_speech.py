@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v_fast.atomic import write_text
 from d2v_fast.config import MAX_FILE_BYTES, ConfigError, SpeechConfig, SpeechModelConfig
 from d2v_fast.config_errors import check
 from d2v_fast.interop.folders import (
@@ -30,7 +31,6 @@ from d2v_fast.interop.folders import (
     read_weights,
     require_values,
     whole_number,
-    write_text,
     write_weights,
 )
 from d2v_fast.interop.layout import Layout, within

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from d2v_fast.atomic import write_text
 from d2v_fast.config import ConfigError, TextConfig, TextModelConfig
 from d2v_fast.config_errors import check, show
 from d2v_fast.interop.folders import (
@@ -34,7 +35,6 @@ from d2v_fast.interop.folders import (
     read_weights,
     require_values,
     whole_number,
-    write_text,
     write_weights,
 )
 from d2v_fast.interop.layout import Layout, log_unused, within

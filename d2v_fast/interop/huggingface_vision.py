@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from d2v_fast.atomic import write_text
 from d2v_fast.config import VisionConfig, VisionDataConfig, VisionModelConfig
 from d2v_fast.interop.folders import (
     MAX_WEIGHTS_BYTES,
@@ -25,7 +26,6 @@ from d2v_fast.interop.folders import (
     read_weights,
     require_values,
     whole_number,
-    write_text,
     write_weights,
 )
 from d2v_fast.interop.layout import Layout

@@ -6,13 +6,13 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.atomic import replaced
 from d2v_fast.config import VisionConfig
 from d2v_fast.modalities import Student
 
@@ -42,13 +42,12 @@ def export_onnx(model: Student, config: VisionConfig, path: Path) -> None:
     sizes = config.model
     # one would be taken for a constant
     example = torch.zeros(2, sizes.channels, sizes.image_size, sizes.image_size)
-    part = path.with_name(path.name + ".part")
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
         logger.setLevel(logging.ERROR)
         # the exporter prints its progress
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with replaced(path) as part, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             # by itself: the exporter would take a fixed number of images where a free one cannot be traced
             free = {INPUT: {0: torch.export.Dim("batch")}}
@@ -64,10 +63,8 @@ def export_onnx(model: Student, config: VisionConfig, path: Path) -> None:
                 external_data=False,
                 dynamic_shapes=free,
             )
-        os.replace(part, path)
     finally:
         logger.setLevel(level)
-        part.unlink(missing_ok=True)
 
 
 class _Whole(nn.Module):
