@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from d2v_fast.commands import resume_command
 from d2v_fast.faults import fault_point
 from d2v_fast.shard_files import Kept, ShardReader, copy_to_host, write_shards
 from d2v_fast.untrusted import read_json
@@ -225,7 +226,7 @@ class Checkpoints:
         if free < num_bytes:
             raise RunError(
                 f"the checkpoint step-{step} takes {num_bytes / 1e6:.0f} MB, and {self.folder} has {free / 1e6:.0f} MB "
-                "left. Those before it are intact; make room and use --resume."
+                f"left. Those before it are intact. Make room, then: {resume_command(self.folder.parent)}"
             )
         name = f"step-{step}.tmp-{os.getpid()}"
         (self.folder / name).mkdir()
@@ -260,7 +261,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         raise RunError(
             f"the checkpoint step-{step} could not be written to {self.folder} ({free / 1e6:.0f} MB free): {reason}. "
-            f"{intact.capitalize()}; make room and use --resume."
+            f"{intact.capitalize()}. Make room, then: {resume_command(self.folder.parent)}"
         ) from error
 
 

@@ -93,7 +93,7 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
     elif options.resume and options.run is not None:
         path = _runs_folder(overrides) / options.run / "config.json"
         if not path.is_file():
-            raise ConfigError([f"`--run {options.run}` must name a run to resume, but there is no {path}."], "--resume")
+            raise ConfigError([_nothing_to_resume(path.parent)], "--resume")
         config = load_config(path, overrides, num_processes)
     else:
         raise ConfigError(["`FILE` is required (or `--resume --run NAME` to continue a run)."], "options")
@@ -129,10 +129,20 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+def _nothing_to_resume(folder: Path) -> str:
+    """Say why a run cannot be resumed without its file."""
+    problem = f"`--run {folder.name}` must name a run to resume, but there is no {folder / 'config.json'}."
+    if folder.is_dir():
+        return f"{problem} Nothing was saved there: start the run with its FILE, without `--resume`."
+    root = folder.parent
+    there = sorted(path.parent.name for path in root.glob("*/config.json"))
+    return f"{problem} Runs in {root}: {', '.join(there)}." if there else f"{problem} There are no runs in {root}."
+
+
 def _runs_folder(overrides: Sequence[str]) -> Path:
     """`d2v.run.dir` of the overrides: it must be known before the run's own file can be read."""
     run = apply_overrides({}, overrides).get("d2v", {}).get("run", {})
     try:
-        return Path(expand_path(run.get("dir", "runs")))
+        return Path(expand_path(str(run.get("dir", "runs"))))
     except PathError as error:
         raise ConfigError([f"`d2v.run.dir` must {error.must}."], "--set") from None

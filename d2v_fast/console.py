@@ -46,9 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _in_words(error: Exception) -> str | None:
     """What to tell; None where `error` is a fault of this library."""
     if isinstance(error, ImportError):
+        from d2v_fast.commands import tool_command
+
         name = (error.name or "a package").partition(".")[0]
         advice = (
-            "" if name == "d2v_fast" else f" `{_TRAIN}` installs what is needed, and `d2v-fast doctor` looks at it."
+            ""
+            if name == "d2v_fast"
+            else f" `{_TRAIN}` installs what is needed, and `{tool_command('doctor')}` looks at it."
         )
         return f"{name} cannot be imported: {error}.{advice}"
     if isinstance(error, (ValueError, OSError)):

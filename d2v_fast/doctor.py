@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -348,7 +349,9 @@ def locks() -> list[Finding]:
             continue
         if age > STALE_SECONDS:
             text = f"{path} is {_age(age)} old: whoever builds that extension would wait for it for ever"
-            found.append(Finding("build lock", WARNING, text, f"rm '{path}', unless a build is at work"))
+            found.append(
+                Finding("build lock", WARNING, text, f"rm {shlex.quote(str(path))}, unless a build is at work")
+            )
         else:
             found.append(Finding("build lock", OK, f"{path} is {_age(age)} old: a build may be at work"))
     return found or [Finding("build locks", OK, f"none in {root}")]

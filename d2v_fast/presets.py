@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from d2v_fast.commands import path_words, tool_command
 from d2v_fast.config import D2VConfig, check_d2v
 from d2v_fast.untrusted import read_json
 
@@ -51,7 +52,7 @@ def list_presets() -> str:
         rows.append((name, config.modality, shape, *_ABOUT.get(name, ("", ""))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, f"in {FOLDER}; to change one: d2v-fast presets NAME --to FILE"])
+    return "\n".join([*lines, f"in {FOLDER}; to change one: {tool_command('presets', 'NAME', '--to', 'FILE')}"])
 
 
 def preset_text(name: str) -> str:
@@ -88,8 +89,8 @@ def write_preset(name: str | None, to: Path) -> str:
         file.write(text)
     config = read_preset(name)
     missing = [key for key in ("path", "tokenizer") if config.data.model_dump().get(key) == _UNSAID]
-    needs = "".join(f" --set d2v.data.{key}=..." for key in missing)
-    return f"presets: {to}; to train: d2v-fast train {to}{needs}"
+    needs = [word for key in missing for word in ("--set", f"d2v.data.{key}=...")]
+    return f"presets: {to}; to train: {tool_command('train', path_words(to), *needs)}"
 
 
 def read_preset(name: str) -> D2VConfig:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from d2v_fast.atomic import write_text
+from d2v_fast.commands import resume_command
 from d2v_fast.config import RunConfig
 from d2v_fast.world import RunError, World
 
 # environment variable that `--supervise` sets: the mark of its run, kept in a file of this name in the run folder
 SUPERVISION = "D2V_SUPERVISION"
 _MARK = "supervision"
+# of a run that saved nothing: what a new run in its place would otherwise continue
+_REPORTS = (
+    *("config.json", "log.jsonl", "tensorboard", "curves.png", "profile.json"),
+    *("bad_files.txt", "nonfinite.json", "probe.json", "checkpoints", _MARK),
+)
 
 
 class RunFolder:
@@ -26,12 +33,16 @@ class RunFolder:
         path: the folder.
         name: its last part.
         reopened: whether it belongs to a run that was started before.
+        replaced: whether it belonged to another run, which ended before it saved anything.
     """
 
-    def __init__(self, path: Path, lock: IO[str] | None = None, reopened: bool = False) -> None:
+    def __init__(
+        self, path: Path, lock: IO[str] | None = None, *, reopened: bool = False, replaced: bool = False
+    ) -> None:
         self.path = path
         self.name = path.name
         self.reopened = reopened
+        self.replaced = replaced
         self._lock = lock
 
     @classmethod
@@ -47,7 +58,7 @@ class RunFolder:
         held: list[RunFolder] = []
         mark = os.environ.get(SUPERVISION)
 
-        def claim() -> tuple[str, bool]:
+        def claim() -> tuple[str, bool, bool]:
             before = find_supervised(Path(run.dir), mark) if mark else None
             if resume or before is not None:
                 name = str(run.name) if before is None else before.name
@@ -57,17 +68,19 @@ class RunFolder:
             held.append(found)
             if mark and before is None:
                 found.write_text(_MARK, mark)
-            return str(found.path), found.reopened
+            return str(found.path), found.reopened, found.replaced
 
-        path, reopened = world.decide(claim)
-        return held[0] if held else cls(Path(path), reopened=reopened)
+        path, reopened, replaced = world.decide(claim)
+        return held[0] if held else cls(Path(path), reopened=reopened, replaced=replaced)
 
     @classmethod
     def create(cls, root: Path, name: str | None, stem: str) -> RunFolder:
-        """A new folder. Without a name it is `<stem>-<n>`, with the first n that is free.
+        """A new folder. Without a name it is `<stem>-<n>`, with the first n that is free. The folder of a run that
+        ended before it saved anything is used again, without its log.
 
         Raises:
-            RunError: the name is taken, or the folder cannot be written.
+            RunError: the name belongs to a run that can be continued or is training, or to something else; or the
+                folder cannot be written.
         """
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -77,7 +90,21 @@ class RunFolder:
                     return cls._open(root / candidate)
         except OSError as error:
             raise RunError(f"the run folder cannot be made in {root}: {error}") from error
-        raise RunError(f"the run {root / str(name)} exists: continue it with --resume, or choose another with --run.")
+        path = root / str(name)
+        if not is_begun(path) and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} exists and is not the folder of a run: choose another name with --run.")
+        found = cls._open(path, replaced=True)
+        if is_saved(path):
+            found.close()
+            raise RunError(
+                f"the run {path} exists: choose another name with --run, or continue it: {resume_command(path)}"
+            )
+        for report in _REPORTS:
+            if (path / report).is_dir():
+                shutil.rmtree(path / report)
+            else:
+                (path / report).unlink(missing_ok=True)
+        return found
 
     @classmethod
     def reopen(cls, root: Path, name: str) -> RunFolder:
@@ -93,7 +120,7 @@ class RunFolder:
         return cls._open(root / name, reopened=True)
 
     @classmethod
-    def _open(cls, path: Path, reopened: bool = False) -> RunFolder:
+    def _open(cls, path: Path, *, reopened: bool = False, replaced: bool = False) -> RunFolder:
         for place in (path, path / "checkpoints"):
             # found out now, and not when hours of training are to be saved
             if os.path.lexists(place) and not os.access(place, os.W_OK | os.X_OK):
@@ -110,7 +137,7 @@ class RunFolder:
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
         lock.flush()
-        return cls(path, lock, reopened)
+        return cls(path, lock, reopened=reopened, replaced=replaced)
 
     def close(self) -> None:
         """Give the folder free for another process."""
@@ -155,6 +182,17 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
         write_text(self.path / name, text)
+
+
+def is_begun(path: Path) -> bool:
+    """Whether this is the folder of a run, whatever came of it."""
+    return (path / "lock").is_file()
+
+
+def is_saved(path: Path) -> bool:
+    """Whether the run in this folder has saved anything: a checkpoint, complete or damaged, or its result."""
+    saved = [one for one in (path / "checkpoints").glob("step-*") if ".tmp-" not in one.name]
+    return bool(saved) or (path / "result.json").exists()
 
 
 def find_supervised(root: Path, mark: str) -> Path | None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.checkpoints import Checkpoints
+from d2v_fast.commands import resume_command
 from d2v_fast.config import RunConfig, SpeechModelConfig, TextModelConfig, VisionModelConfig, load_config
 from d2v_fast.config_errors import Section
 from d2v_fast.data2vec import Data2Vec, build_model
@@ -139,7 +140,7 @@ def start_run(
     finally:
         world.close()
     beside = "its own teacher" if teacher is not None else "the student as teacher"
-    return f"import: {to} begins with {source.name} ({beside}); to train: --run {to.name} --resume"
+    return f"import: {to} begins with {source.name} ({beside}); to train: {resume_command(to)}"
 
 
 class _Unstarted:

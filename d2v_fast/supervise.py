@@ -32,6 +32,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from d2v_fast.commands import pass_on_command, resume_command
 from d2v_fast.config import RunConfig
 from d2v_fast.run_folder import SUPERVISION, find_supervised
 
@@ -59,6 +60,7 @@ def supervise(config: RunConfig, arguments: Sequence[str], limit: int) -> int | 
         return None
     # no addresses of the attempt before; and no handlers of the agent: a signal is passed on, see `_Agent.pass_on`
     os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "none"}
+    pass_on_command()
     # it reports every fault in a screenful; ours are said in a line
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -153,10 +155,9 @@ class _Agent(LocalElasticAgent):
             self._newest, self._in_a_row = newest, 0
         where = f"the checkpoint step-{newest}" if newest > 0 else "the beginning"
         if self._in_a_row >= self._limit:
-            name = folder.name if folder is not None else "NAME"
             _say(
                 f"giving up after {self._in_a_row} restarts from {where}: none came to a new checkpoint. "
-                f"The messages above say why; then continue with --resume --run {name}"
+                f"The messages above say why.{_how_to_continue(folder)}"
             )
             raise _Ended(1)
         pause_s = min(2**self._in_a_row, _LONGEST_PAUSE_S)
@@ -214,6 +215,10 @@ def _newest_step(folder: Path | None) -> int:
         return 0
     names = (re.fullmatch(r"step-(\d+)", path.name) for path in (folder / "checkpoints").glob("step-*"))
     return max((int(name[1]) for name in names if name), default=0)
+
+
+def _how_to_continue(folder: Path | None) -> str:
+    return "" if folder is None else f" To continue when that is mended: {resume_command(folder)}"
 
 
 def _say(text: str) -> None:

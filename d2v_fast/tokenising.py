@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from d2v_fast.commands import path_override
 from d2v_fast.config import ConfigError, TextConfig, TextDataConfig, apply_overrides, load_config
 from d2v_fast.config_errors import check
 from d2v_fast.data.listing import print_listing
@@ -70,4 +72,5 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
 
     print_listing(TextFiles(data).listing, "text")
     tokenizer = make_tokenizer(data, vocab_size, to)
-    return f"tokenize: {to} ({tokenizer.vocab_size:,} tokens); for a run: --set d2v.data.tokenizer={to}"
+    option = shlex.join(path_override("d2v.data.tokenizer", to))
+    return f"tokenize: {to} ({tokenizer.vocab_size:,} tokens); for a run: {option}"

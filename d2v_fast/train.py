@@ -97,8 +97,9 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
     Raises:
         ConfigError, DataError, RunError: with a message for the user.
     """
+    from d2v_fast.commands import resume_command
     from d2v_fast.peak_memory import format_bytes
-    from d2v_fast.world import RunError
+    from d2v_fast.world import RunError, lost_connection
 
     # from here on a signal is a request: one that comes while things are being built stops after the first step
     with StopRequest() as stop, ExitStack() as opened:
@@ -111,14 +112,20 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
             # every process is here: what was being saved is worth finishing
             run.state.finish_save()
             raise
+        except RuntimeError as error:
+            told = lost_connection(error)
+            if told is None:
+                raise
+            # said by every process that is left
+            raise ConnectionError(f"{told} To continue: {resume_command(run.folder.path)}") from error
         run.log.close()
         if bad := run.folder.lines(BAD_FILES):
             run.log.say(f"{len(bad)} unreadable files were replaced by others: {run.folder.path / BAD_FILES}")
         peak = format_bytes(max(run.world.collect(run.memory.bytes())))
         run.log.say(f"peak memory per process: {peak} (of the process with most, since its model was built)")
         if step < run.schedule.num_steps:
-            name = run.folder.name
-            run.log.say(f"stopped on request and saved after step {step}; to continue: --resume --run {name}")
+            command = resume_command(run.folder.path)
+            run.log.say(f"stopped on request and saved after step {step}; to continue: {command}")
         else:
             finish(run)
 
@@ -191,7 +198,10 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
     say = print if world.is_first else lambda *_: None
-    say(f"run folder: {folder.path}")
+    say(f"run folder: {folder.path}{' (the run in it ended before it saved anything)' if folder.replaced else ''}")
+    if world.is_first and not folder.reopened:
+        # a run that fails before its first checkpoint can be resumed, too
+        folder.write_config(config)
     if ignored := config.deepspeed.without_effect(world.size):
         say(f"one process without ZeRO runs without DeepSpeed: no effect of {', '.join(ignored)}")
     if world.decide(folder.finished_steps) >= schedule.num_steps:

@@ -182,7 +182,7 @@ def lost_connection(error: RuntimeError) -> str | None:
         return None
     return (
         f"rank {os.environ.get('RANK', '0')} has lost the connection to another process of the run, which has ended "
-        f"or is cut off; its own message, or the launcher's, says why. Continue with --resume. "
+        f"or is cut off; its own message, or the launcher's, says why. "
         f"({str(error).splitlines()[0]})"
     )
 

@@ -45,6 +45,7 @@ LEAVES = {
 MODEL = {"d2v_fast.modalities", "d2v_fast.encoder"}
 ARROWS = {
     "d2v_fast.atomic": set(),
+    "d2v_fast.commands": set(),
     "d2v_fast.config": {"d2v_fast.speech_config", "d2v_fast.text_config", "d2v_fast.vision_config"},
     "d2v_fast.config_errors": set(),
     "d2v_fast.deepspeed_keys": set(),

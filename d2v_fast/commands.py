@@ -1,0 +1,125 @@
+"""The commands that messages show: what a user can paste as it stands, in the folder where the program was started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# environment variable by which `--supervise` passes on how it was started, to the process that trains
+COMMAND = "D2V_COMMAND"
+_TOOL = "d2v-fast"
+_SCRIPT = Path(__file__).resolve().with_name("train.py")
+_PROCESSES = Path("/proc")
+
+
+def tool_command(*arguments: object) -> str:
+    """Return a `d2v-fast` command, quoted for a shell."""
+    return shlex.join([*_tool(), *map(str, arguments)])
+
+
+def resume_command(run_folder: Path) -> str:
+    """Return the command that continues the run in `run_folder`, quoted for a shell.
+
+    It starts the program as this process was started: by `d2v-fast`, as a file, or below a launcher.
+    """
+    started, launched = _started_as()
+    # torchrun takes --run for an option of its own
+    option = "--run-name" if launched else "--run"
+    name = run_folder.name
+    arguments = [f"{option}={name}"] if name.startswith("-") else [option, name]
+    arguments.append("--resume")
+    if run_folder.parent != Path("runs"):
+        arguments += path_override("d2v.run.dir", run_folder.parent)
+    if "D2V_SUPERVISION" in os.environ:
+        arguments.append("--supervise")
+    return shlex.join([*started, *arguments])
+
+
+def pass_on_command() -> None:
+    """Record in the environment how this process was started, for the processes that it starts."""
+    os.environ[COMMAND] = json.dumps(_started_as())
+
+
+def path_words(path: Path) -> str:
+    """Return a path as an argument that `expand_path` reads as this path."""
+    text = str(path)
+    return f"./{text}" if text.startswith(("~", "-")) else text
+
+
+def path_override(key: str, path: Path) -> list[str]:
+    """Return the two words that set a key of the configuration to a path."""
+    text = path_words(path)
+    with contextlib.suppress(ValueError):
+        # the value of an override is JSON where it can be read as that
+        json.loads(text)
+        text = json.dumps(text)
+    return ["--set", f"{key}={text}"]
+
+
+def _started_as() -> tuple[list[str], bool]:
+    """The words in front of the options of training, and whether a launcher is among them."""
+    if COMMAND in os.environ:
+        words, launched = json.loads(os.environ[COMMAND])
+        return words, launched
+    above = _launcher() if "WORLD_SIZE" in os.environ else None
+    if above is not None:
+        return above, True
+    script = Path(sys.argv[0]).name
+    if script in ("train.py", "console.py"):
+        given = len(sys.argv) - 1
+        words = sys.orig_argv[: len(sys.orig_argv) - given]
+        return [_short(Path(sys.executable)), *words[1:], *(["train"] if script == "console.py" else [])], False
+    return [*_tool(), "train"], False
+
+
+def _launcher() -> list[str] | None:
+    """The words of the outermost process that started this program by its file, up to the file; None without one."""
+    found, process = None, os.getppid()
+    while process > 1:
+        folder = _PROCESSES / str(process)
+        try:
+            words = [os.fsdecode(word) for word in (folder / "cmdline").read_bytes().split(b"\0")[:-1]]
+            directory = Path(os.readlink(folder / "cwd"))
+            process = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            break
+        place = next((i for i, word in enumerate(words) if i and _is_program(directory / word)), None)
+        if place is not None:
+            found = _without_interpreter(words[: place + 1]) + (["train"] if Path(words[place]).name == _TOOL else [])
+    return found
+
+
+def _is_program(path: Path) -> bool:
+    return path.name == _TOOL or (path.name == _SCRIPT.name and path.resolve() == _SCRIPT)
+
+
+def _without_interpreter(words: Sequence[str]) -> list[str]:
+    """Name a script beside its interpreter, as pip installs commands, by itself."""
+    first = Path(words[0])
+    if first.name.startswith("python") and Path(words[1]).parent == first.parent:
+        return [_short(Path(words[1])), *words[2:]]
+    return [_short(first) if first.is_absolute() else words[0], *words[1:]]
+
+
+def _tool() -> list[str]:
+    """The words that start `d2v-fast`."""
+    own, beside = Path(sys.argv[0]), Path(sys.executable).with_name(_TOOL)
+    for path in (own, beside):
+        if path.name == _TOOL and path.is_file():
+            return [_short(path)]
+    return [_short(Path(sys.executable)), "-m", "d2v_fast.console"]
+
+
+def _short(path: Path) -> str:
+    """The name alone where the search path leads to the same file, else a path that is relative below this folder."""
+    path = Path(os.path.abspath(path))
+    found = shutil.which(path.name)
+    if found is not None and os.path.abspath(found) == str(path):
+        return path.name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
