@@ -12,16 +12,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import ConfigError, PathText, Problem, Section, check, known_keys, refuse_if, say, show
+from d2v_fast.config_errors import ConfigError, PathText, Problem, Section, check, known_keys, refuse_if, say
+from d2v_fast.config_file import apply_overrides, changed_keys, read_sections
 from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
 from d2v_fast.speech_config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
 from d2v_fast.text_config import TextDataConfig, TextModelConfig, TokenMaskConfig
-from d2v_fast.untrusted import parse_json, read_text
+from d2v_fast.untrusted import read_text
 from d2v_fast.vision_config import BlockMaskConfig, VisionDataConfig, VisionModelConfig
 
 __all__ = [
@@ -58,6 +59,10 @@ __all__ = [
 ]
 
 MAX_FILE_BYTES = 1_000_000
+_COMPILE = (
+    "The model is not compiled: the fused operations of d2v_fast take the place of `torch.compile`. DeepSpeed's "
+    "section `compile` is about its own compiler passes, which a run does not use either."
+)
 
 
 class TargetConfig(Section):
@@ -174,6 +179,8 @@ class RunSection(Section):
     written, for a second copy of the state in host memory. After `timeout_minutes` of waiting for another process, or
     for a batch, a process ends with an error instead of waiting for ever."""
 
+    hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}
+
     dir: PathText = "runs"
     name: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -200,6 +207,8 @@ class D2VConfig(Section):
     `decay_1d` applies `optimizer.params.weight_decay` to 1-D parameters (biases, norms, LayerScale, the class token)
     as well. The published speech and text recipes do, the published vision recipe does not.
     """
+
+    hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}
 
     modality: str
     decay_1d: bool = False
@@ -231,23 +240,25 @@ class D2VConfig(Section):
         """What is wrong only where the section is to be trained with."""
         return []
 
-    def without_effect(self) -> list[str]:
-        """Dotted keys that were changed from their defaults, and that a run of these kinds does not read."""
-        data, schedule = self.data, self.schedule
-        idle: list[tuple[str, Section, str]] = [
-            ("data", data, key) for kind, keys in data.only_for.items() if kind != data.kind for key in keys
+    def without_effect(self) -> dict[str, str]:
+        """Return the dotted keys that differ from their defaults and that a run does not read, each with the reason."""
+        data, schedule, guard = self.data, self.schedule, self.guard
+        kind = f'`d2v.data.kind` is "{data.kind}"'
+        idle: list[tuple[str, Section, str, str]] = [
+            ("data", data, key, kind) for other, keys in data.only_for.items() if other != data.kind for key in keys
         ]
+        shape = f'`d2v.schedule.kind` is "{schedule.kind}"'
         if schedule.kind != "tri_stage":
-            idle.append(("schedule", schedule, "hold_ratio"))
+            idle.append(("schedule", schedule, "hold_ratio", shape))
         if schedule.kind == "constant":
-            idle.append(("schedule", schedule, "final_lr_ratio"))
-        if self.guard.nonfinite == "stop":
-            idle.append(("guard", self.guard, "nonfinite_patience"))
-        return [
-            f"d2v.{name}.{key}"
-            for name, section, key in idle
+            idle.append(("schedule", schedule, "final_lr_ratio", shape))
+        if guard.nonfinite == "stop":
+            idle.append(("guard", guard, "nonfinite_patience", '`d2v.guard.nonfinite` is "stop"'))
+        return {
+            f"d2v.{name}.{key}": reason
+            for name, section, key, reason in idle
             if getattr(section, key) != type(section).model_fields[key].default
-        ]
+        }
 
 
 class VisionConfig(D2VConfig):
@@ -358,6 +369,13 @@ class RunConfig(Section):
         """The file again: DeepSpeed's keys as given, `"d2v"` with every default written out."""
         return {**self.deepspeed.asked_for(), "d2v": self.d2v.model_dump(mode="json")}
 
+    def without_effect(self, world_size: int) -> list[str]:
+        """Return a line per reason why keys of the file have no effect on a run of so many processes."""
+        keys: dict[str, list[str]] = {}
+        for key, reason in (self.deepspeed.without_effect(world_size) | self.d2v.without_effect()).items():
+            keys.setdefault(reason, []).append(f"`{key}`")
+        return [f"no effect of {', '.join(names)}: {reason}" for reason, names in keys.items()]
+
     def digest(self) -> str:
         """SHA-256 over what decides the numbers of a run: not its name or folder, nor how often it reports."""
         content = self.to_dict()
@@ -383,7 +401,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int
         text = read_text(path, MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
         raise ConfigError([f"`--ds_config` must be a readable JSON file: {error}"], str(path)) from None
-    raw = _read_json(text, str(path))
+    raw = read_sections(text, str(path))
     return parse_config(apply_overrides(raw, overrides), world_size, source=str(path))
 
 
@@ -415,35 +433,6 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
     return RunConfig(deepspeed=deepspeed, d2v=d2v)
 
 
-def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `raw` with `dotted.key=value` assignments made; sections that are missing are created."""
-    result: dict[str, Any] = json.loads(json.dumps(raw))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise ConfigError([f"`--set {override}` must be of the form KEY=VALUE, like d2v.model.depth=6."])
-        section = result
-        for part in parts[:-1]:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise ConfigError([f"`--set {override}`: `{part}` is a value ({show(section)}), not a section."])
-        section[parts[-1]] = _override_value(text)
-    return result
-
-
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys that differ between two configurations, as `key: old -> new`."""
-    lines: list[str] = []
-    for key in dict.fromkeys([*old, *new]):
-        before, after, dotted = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += changed_keys(before, after, f"{dotted}.")
-        elif before != after:
-            lines.append(f"{dotted}: {show(before)} -> {show(after)}")
-    return lines
-
-
 def _all_known_keys() -> list[str]:
     return list(dict.fromkeys(key for section in MODALITIES.values() for key in known_keys(section, "d2v")))
 
@@ -458,40 +447,3 @@ def _more_problems(config: type[D2VConfig], raw: Any) -> list[str]:
                 given = name in raw
                 sections[name] = type(field.default).model_validate(raw[name]) if given else field.default
     return [say(problem, "d2v") for problem in config.problems_across(sections)]
-
-
-def _read_json(text: str, source: str) -> dict[str, Any]:
-    """Parse, refusing what Python's reader would let pass: duplicate keys, NaN and infinity."""
-    problems: list[str] = []
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                first, second = show(seen[key]), show(value)
-                problems.append(f"`{key}` appears twice in one section ({first}, then {second}). Remove one.")
-            if not key.isprintable():
-                problems.append(f"`{key}` is not a known key: it holds letters that cannot be printed.")
-            seen[key] = value
-        return seen
-
-    try:
-        raw = parse_json(
-            text,
-            object_pairs_hook=without_duplicates,
-            parse_constant=lambda name: problems.append(f"`{name}` is not a number that JSON knows."),
-        )
-    except ValueError as error:
-        raise ConfigError([f"not a configuration: {error}"], source) from None
-    if problems:
-        raise ConfigError(problems, source)
-    if not isinstance(raw, dict):
-        raise ConfigError([f"must hold one section {{...}}, but holds {show(raw)} instead."], source)
-    return raw
-
-
-def _override_value(text: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -67,6 +67,9 @@ class Problem(NamedTuple):
 
 class Section(BaseModel):
     """Frozen, strict (no text for numbers, no 1.0 for 1), no unknown keys, no NaN or infinity."""
+
+    # by unknown key, what to do instead of taking the nearest known one
+    hints: ClassVar[dict[str, str]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -173,7 +176,8 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel], prefix: str, elsewhe
         section = _walk(model, loc[:-1])
         siblings = list(section.model_fields) if section else []
         value = show(detail["input"])
-        return f"`{key}` (value {value}) is not a known key. {nearest_key(key, siblings, elsewhere)}"
+        hint = getattr(section, "hints", {}).get(str(loc[-1])) or nearest_key(key, siblings, elsewhere)
+        return f"`{key}` (value {value}) is not a known key. {hint}"
     if kind == "literal_error":
         expected = f"be {context['expected']}"
     elif kind in ("too_short", "too_long"):
@@ -185,7 +189,9 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel], prefix: str, elsewhe
         expected = _interval(model, loc) or detail["msg"].removeprefix("Input should ")
     else:
         expected = detail["msg"].removeprefix("Input should ").removeprefix("Value error, ")
-    return f"`{key}` must {expected}, but is {show(detail['input'])} instead."
+    # what tools that fill in a DeepSpeed file themselves expect there
+    hint = " `auto` is filled in by Transformers' Trainer: write the value." if detail["input"] == "auto" else ""
+    return f"`{key}` must {expected}, but is {show(detail['input'])} instead.{hint}"
 
 
 def _without(raw: Any, locations: Iterable[tuple[int | str, ...]]) -> Any:

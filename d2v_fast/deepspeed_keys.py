@@ -1,18 +1,36 @@
-"""DeepSpeed's part of the configuration file: an allow-list, and models of the sections that d2v_fast reads.
+"""DeepSpeed's part of the configuration file: which keys there are, and which of them have an effect on a run.
 
-DeepSpeed 0.19.8 ignores a misspelt top-level key in silence. Here every top-level key is known by name; the
-sections that decide what is computed (optimizer, precision, ZeRO with offload) are validated key by key;
-reporting and transport sections are handed through as they are.
+DeepSpeed 0.19.8 ignores a misspelt top-level key in silence, and some of its sections ignore a misspelt key as well.
+Here every key is known by name. A key without an effect is left out of what DeepSpeed gets, and the run says so.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import ConfigError, PathText, Problem, Section, refuse_if, say, show
+from d2v_fast.config_errors import ConfigError, Problem, Section, refuse_if, say, show
+from d2v_fast.deepspeed_sections import (
+    ActivationCheckpointingConfig,
+    AioConfig,
+    Bf16Config,
+    CheckpointConfig,
+    CometConfig,
+    CommsLoggerConfig,
+    CompileConfig,
+    CsvMonitorConfig,
+    DataTypesConfig,
+    FlopsProfilerConfig,
+    Fp16Config,
+    OptimizerConfig,
+    TensorBoardConfig,
+    TimersConfig,
+    WandbConfig,
+    ZeroConfig,
+)
 
 # what DeepSpeed would accept, and why a run here does not
 REFUSED_KEYS = {
@@ -32,22 +50,84 @@ REFUSED_KEYS = {
     "sequence_parallel_size": "Sequence parallelism is not supported.",
     "seq_parallel_communication_data_type": "Sequence parallelism is not supported.",
     "weight_quantization": "Quantised weights are for inference.",
+    "use_data_before_expert_parallelism": "Expert parallelism is not supported.",
+    "datastates_ckpt": "Checkpoints are d2v_fast's own.",
+    "zenflow": "ZenFlow applies gradients late, and the teacher follows what is applied.",
+    "nebula": "DeepSpeed has removed it, and checkpoints are d2v_fast's own.",
+    "compression_training": "DeepSpeed has removed it.",
+    "quantize_training": "DeepSpeed has removed it.",
+    "sparse_gradients": "DeepSpeed has removed it.",
+    "eigenvalue": "DeepSpeed has removed it.",
+    "sparse_attention": "DeepSpeed has removed it.",
+    "elasticity": "DeepSpeed has removed it: a run of d2v_fast can be resumed with any number of processes.",
+    "graph_harvesting": "DeepSpeed has removed it.",
+    "progressive_layer_drop": "DeepSpeed has removed it: use `d2v.model.drop_path` or `d2v.model.layer_drop`.",
+    "allgather_size": "Write it as `zero_optimization.allgather_bucket_size`.",
+    "fp32_allreduce": 'Write it as `communication_data_type`: "fp32".',
+    "prescale_gradients_factor": "Write it as `gradient_predivide_factor`.",
+    "vocabulary_size": "Write it as `d2v.model.vocab_size`.",
+    "max_grad_norm": "Write it as `gradient_clipping`.",
 }
 
-
-def _integral(value: Any) -> Any:
-    # DeepSpeed files write element counts as 5e8, which JSON reads as a float
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _auto_or_bool(value: Any) -> Any:
-    if isinstance(value, bool) or value == "auto":
-        return value
-    raise ValueError('be true, false or "auto"')
-
-
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
-AutoBool = Annotated[Any, BeforeValidator(_auto_or_bool)]
+_OWN_CHECKPOINTS = "checkpoints are d2v_fast's own"
+_NOT_READ = "DeepSpeed does not read it"
+# without effect under every engine, and why
+_NEVER = {
+    "activation_checkpointing": "`d2v.model.gradient_checkpointing` is the key for it",
+    "aio": "it is for offload to NVMe, which is not supported",
+    "checkpoint": _OWN_CHECKPOINTS,
+    "compile": "the model is not compiled",
+    "dataloader_drop_last": "the loader is d2v_fast's own",
+    "disable_allgather": _NOT_READ,
+    "zero_optimization.allgather_partitions": _NOT_READ,
+    "zero_optimization.load_from_fp32_weights": _OWN_CHECKPOINTS,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _OWN_CHECKPOINTS,
+    **{
+        f"zero_optimization.{section}.{key}": "it is for offload to NVMe, which is not supported"
+        for section, keys in (
+            (
+                "offload_optimizer",
+                ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"),
+            ),
+            ("offload_param", ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")),
+        )
+        for key in keys
+    },
+}
+# of zero_optimization: the stages that read a key, where not all three do
+_STAGES = {
+    **dict.fromkeys(
+        (
+            *("use_multi_rank_bucket_allreduce", "allgather_bucket_size", "ignore_unused_parameters"),
+            *("round_robin_gradients", "parameter_alignment"),
+        ),
+        (1, 2),
+    ),
+    **dict.fromkeys(
+        (
+            *("sub_group_size", "zero_hpz_partition_size", "zero_quantized_weights"),
+            *("zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear"),
+            *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+            *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
+            *("stage3_model_persistence_threshold", "stage3_max_reuse_distance", "stage3_allgather_sequential"),
+            *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params"),
+            *("offload_optimizer.super_offload", "offload_optimizer.cpuadam_cores_perc"),
+        ),
+        (3,),
+    ),
+}
+# of fp16: what only a loss scale that moves reads
+_DYNAMIC = ("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale")
+# that report in DeepSpeed's log, at its level "info"
+_REPORTS = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger")
+# of DeepSpeed's monitors, the package that each needs
+_MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
+# what every engine reads
+_ALWAYS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    "optimizer",
+)
+_READ_BY_PLAIN_TORCH = ("zero_optimization.stage", "bf16.enabled", "bf16.check_grad_overflow", "fp16.enabled")
 
 
 class BatchSplit(NamedTuple):
@@ -57,132 +137,6 @@ class BatchSplit(NamedTuple):
     micro_batch: int
     accumulation: int
     world_size: int
-
-
-class AdamWParams(Section):
-    """Adam with decoupled weight decay. `d2v.decay_1d` says whether 1-D parameters have it as well."""
-
-    lr: float = Field(gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), strict=False
-    )
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-
-
-class OptimizerConfig(Section):
-    """`AdamW` is torch's fused one, `FusedAdam` DeepSpeed's for GPUs, `CPUAdam` DeepSpeed's for an optimizer that is
-    offloaded to the host, `ApexFusedAdam` that of NVIDIA's apex. DeepSpeed compiles its own at their first use."""
-
-    type: Literal["AdamW", "FusedAdam", "CPUAdam", "ApexFusedAdam"] = "AdamW"
-    params: AdamWParams
-
-
-class Bf16Config(Section):
-    """`enabled` "auto" means: on a GPU that computes in bf16, and nowhere else."""
-
-    enabled: AutoBool = False
-    immediate_grad_update: bool = False
-    check_grad_overflow: bool = True
-    bf16_master_weights_and_grads: bool = False
-    bf16_optimizer_states: bool = False
-
-
-class Fp16Config(Section):
-    """Loss-scaled half precision, DeepSpeed's own: `loss_scale` 0 is dynamic."""
-
-    enabled: bool = False
-    auto_cast: bool = False
-    loss_scale: float = Field(default=0, ge=0)
-    initial_scale_power: int = Field(default=16, ge=0)
-    loss_scale_window: int = Field(default=1000, gt=0)
-    hysteresis: int = Field(default=2, ge=1)
-    consecutive_hysteresis: bool = False
-    min_loss_scale: float = Field(default=1, gt=0)
-    fp16_master_weights_and_grads: bool = False
-
-
-class OffloadOptimizerConfig(Section):
-    device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: PathText | None = None
-    buffer_count: Count = 4
-    pin_memory: bool = True
-    pipeline_read: bool = False
-    pipeline_write: bool = False
-    fast_init: bool = False
-    ratio: float = Field(default=1.0, ge=0, le=1)
-    super_offload: bool = False
-    cpuadam_cores_perc: float = Field(default=0.8, ge=0, le=1)
-
-
-class OffloadParamConfig(Section):
-    device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: PathText | None = None
-    buffer_count: Count = 5
-    buffer_size: Count = 100_000_000
-    max_in_cpu: Count = 1_000_000_000
-    pin_memory: bool = True
-
-
-class ZeroConfig(Section):
-    """ZeRO: which of optimizer state (1), gradients (2) and parameters (3) are sharded over the ranks."""
-
-    stage: int = Field(default=0, ge=0, le=3)
-    offload_optimizer: OffloadOptimizerConfig | None = None
-    offload_param: OffloadParamConfig | None = None
-    contiguous_gradients: bool = True
-    reduce_scatter: bool = True
-    reduce_bucket_size: Count = 500_000_000
-    use_multi_rank_bucket_allreduce: bool = True
-    allgather_partitions: bool = True
-    allgather_bucket_size: Count = 500_000_000
-    overlap_comm: bool | None = None
-    load_from_fp32_weights: bool = True
-    sub_group_size: Count = 1_000_000_000
-    ignore_unused_parameters: bool = True
-    legacy_stage1: bool = False
-    round_robin_gradients: bool = False
-    parameter_alignment: bool = False
-    zero_hpz_partition_size: Count = 1
-    zero_quantized_weights: bool = False
-    zero_quantized_nontrainable_weights: bool = False
-    zero_quantized_gradients: bool = False
-    memory_efficient_linear: bool = True
-    override_module_apply: bool = True
-    log_trace_cache_warnings: bool = False
-    enable_sanity_checks: bool = False
-    stage3_prefetch_bucket_size: Count = 50_000_000
-    stage3_param_persistence_threshold: Count = 100_000
-    stage3_model_persistence_threshold: Count = 2**63 - 1
-    stage3_max_live_parameters: Count = 1_000_000_000
-    stage3_max_reuse_distance: Count = 1_000_000_000
-    stage3_gather_16bit_weights_on_model_save: bool = False
-    stage3_module_granularity_threshold: Count = 0
-    stage3_use_all_reduce_for_fetch_params: bool = False
-    stage3_allgather_sequential: bool = False
-
-    @property
-    def offloads(self) -> bool:
-        """True where anything is asked to live outside the accelerator."""
-        sections = (self.offload_optimizer, self.offload_param)
-        return any(section is not None and section.device != "none" for section in sections)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = []
-        for name in ("offload_param", "offload_optimizer"):
-            section = getattr(self, name)
-            if section is not None and section.device == "nvme":
-                hint = "The teacher follows fp32 values that are in memory."
-                problems.append(Problem(f"{name}.device", 'be "cpu" or "none"', "nvme", hint))
-        if self.offload_param is not None and self.offload_param.device == "cpu" and self.stage != 3:
-            hint = "Parameters can only be offloaded in stage 3."
-            problems.append(Problem("stage", "be 3 with `offload_param`", self.stage, hint))
-        if self.offload_optimizer is not None and self.offload_optimizer.device == "cpu" and self.stage == 0:
-            hint = "Offloading the optimizer shards it first: use stage 1, 2 or 3."
-            problems.append(Problem("stage", "be 1, 2 or 3 with `offload_optimizer`", 0, hint))
-        refuse_if(problems)
-        return self
 
 
 class DeepSpeedConfig(Section):
@@ -202,26 +156,26 @@ class DeepSpeedConfig(Section):
     zero_force_ds_cpu_optimizer: bool = False
     prescale_gradients: bool = False
     gradient_predivide_factor: float = Field(default=1.0, gt=0)
-    communication_data_type: str | None = None
+    communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None
     disable_allgather: bool = False
     disable_python_gc: bool = False
     dataloader_drop_last: bool = True
     dump_state: bool = False
-    log_level: str | None = None
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
     memory_breakdown: bool = False
     wall_clock_breakdown: bool = False
-    activation_checkpointing: dict[str, Any] | None = None
-    aio: dict[str, Any] | None = None
-    checkpoint: dict[str, Any] | None = None
-    comet: dict[str, Any] | None = None
-    comms_logger: dict[str, Any] | None = None
-    compile: dict[str, Any] | None = None
-    csv_monitor: dict[str, Any] | None = None
-    data_types: dict[str, Any] | None = None
-    flops_profiler: dict[str, Any] | None = None
-    tensorboard: dict[str, Any] | None = None
-    timers: dict[str, Any] | None = None
-    wandb: dict[str, Any] | None = None
+    activation_checkpointing: ActivationCheckpointingConfig | None = None
+    aio: AioConfig | None = None
+    checkpoint: CheckpointConfig | None = None
+    comet: CometConfig | None = None
+    comms_logger: CommsLoggerConfig | None = None
+    compile: CompileConfig | None = None
+    csv_monitor: CsvMonitorConfig | None = None
+    data_types: DataTypesConfig | None = None
+    flops_profiler: FlopsProfilerConfig | None = None
+    tensorboard: TensorBoardConfig | None = None
+    timers: TimersConfig | None = None
+    wandb: WandbConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -281,16 +235,94 @@ class DeepSpeedConfig(Section):
         """True for more than one process, ZeRO, or offload; otherwise plain torch does it."""
         return world_size > 1 or self.zero_optimization.stage > 0 or self.zero_optimization.offloads
 
-    def without_effect(self, world_size: int) -> list[str]:
-        """Keys of the file that only DeepSpeed reads, where a run does without it."""
+    def without_effect(self, world_size: int) -> dict[str, str]:
+        """Return the dotted keys that differ from their defaults and that no part of a run reads, each with the reason.
+
+        Args:
+            world_size: number of processes.
+        """
+        changed = self._changed()
         if self.needs_deepspeed(world_size):
-            return []
-        read = {"optimizer", "bf16", "fp16", "zero_optimization", "gradient_clipping", "steps_per_print"}
-        return sorted(key for key in self.model_fields_set - read if not key.startswith(("train_", "gradient_acc")))
+            reasons = {key: self._why_idle(key, world_size) for key in changed}
+        else:
+            why = "one process without ZeRO runs without DeepSpeed"
+            reasons = {key: _NEVER.get(key, why) for key in changed if key not in _READ_BY_PLAIN_TORCH}
+        return {key: reason for key, reason in reasons.items() if reason is not None}
+
+    def for_deepspeed(self, world_size: int) -> dict[str, Any]:
+        """Return what DeepSpeed gets: the keys of the file without those that have no effect."""
+        settings = self.asked_for()
+        for key in self.without_effect(world_size):
+            *sections, name = key.split(".")
+            place = settings
+            for section in sections:
+                place = place[section]
+            place.pop(name, None)
+        reports = [key for key in _REPORTS if settings.get(key)]
+        if reports and self.log_level is None:
+            settings["log_level"] = "info"
+        return settings
+
+    def missing_packages(self) -> dict[str, str]:
+        """Return the packages that the monitors that are switched on need, by the name of the monitor."""
+        enabled = {name: getattr(self, name) for name in _MONITORS}
+        return {name: _MONITORS[name] for name, section in enabled.items() if section is not None and section.enabled}
 
     def asked_for(self) -> dict[str, Any]:
         """The keys as they stood in the file, without defaults."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+    def _changed(self) -> list[str]:
+        """Dotted keys that differ from their defaults. A section counts as a whole where only DeepSpeed reads it."""
+        return [key for name in type(self).model_fields if name not in _ALWAYS for key in _changed_in(self, name)]
+
+    def _why_idle(self, key: str, world_size: int) -> str | None:
+        """The reason why a key has no effect under DeepSpeed; None where it has one."""
+        if key in _NEVER:
+            return _NEVER[key]
+        section, _, name = key.partition(".")
+        if not name:
+            value = getattr(self, key)
+            if isinstance(value, Section) and getattr(value, "enabled", True) is False and key != "comms_logger":
+                return f"`{key}.enabled` is false"
+            if key == "zero_force_ds_cpu_optimizer" and not self.zero_optimization.offloads:
+                return "nothing is offloaded"
+            alone = world_size == 1 and key in ("prescale_gradients", "gradient_predivide_factor")
+            return "one process exchanges no gradients" if alone else None
+        if section == "zero_optimization":
+            return self._why_idle_in_zero(name)
+        if section in ("fp16", "bf16") and name != "enabled":
+            half = getattr(self, section)
+            if half.enabled is False:
+                return f"`{section}.enabled` is false"
+            if name in _DYNAMIC and half.loss_scale > 0:
+                return "`fp16.loss_scale` is fixed"
+        return None
+
+    def _why_idle_in_zero(self, name: str) -> str | None:
+        zero = self.zero_optimization
+        section, _, key = name.partition(".")
+        if key and key != "device" and getattr(zero, section).device == "none":
+            return f'`zero_optimization.{section}.device` is "none"'
+        stages = _STAGES.get(name, (1, 2, 3))
+        if name != "stage" and not key.startswith("device") and zero.stage not in stages:
+            return f"stage {zero.stage} does not read it"
+        if key == "cpuadam_cores_perc" and zero.offload_optimizer is not None:
+            return None if zero.offload_optimizer.super_offload else "`super_offload` is false"
+        return None
+
+
+def _changed_in(section: Section, name: str, prefix: str = "") -> Iterable[str]:
+    value, default = getattr(section, name), type(section).model_fields[name].default
+    if value == default:
+        return
+    nested = name in ("bf16", "fp16", "zero_optimization", "offload_optimizer", "offload_param")
+    if not nested or not isinstance(value, Section):
+        if not isinstance(value, Section) or value != type(value)():
+            yield prefix + name
+        return
+    for key in type(value).model_fields:
+        yield from _changed_in(value, key, f"{prefix}{name}.")
 
 
 def refused(raw: dict[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ def describe(
         f"learning rate   {schedule.peak:g} after {schedule.warmup_steps:,} steps of warm-up, then "
         f"{config.d2v.schedule.kind} to {schedule.at(schedule.num_steps - 1):.3g}",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + config.without_effect(split.world_size))
 
 
 def _data(maker: BatchMaker) -> list[str]:

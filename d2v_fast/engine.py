@@ -334,7 +334,7 @@ def _deepspeed_settings(
     config: RunConfig, split: BatchSplit, dtype: torch.dtype, num_parameters: int
 ) -> dict[str, Any]:
     """The file's DeepSpeed keys with everything resolved that it leaves open."""
-    settings = config.deepspeed.asked_for()
+    settings = config.deepspeed.for_deepspeed(split.world_size)
     settings |= {
         "train_batch_size": split.global_batch,
         "train_micro_batch_size_per_gpu": split.micro_batch,

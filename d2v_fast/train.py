@@ -202,8 +202,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     if world.is_first and not folder.reopened:
         # a run that fails before its first checkpoint can be resumed, too
         folder.write_config(config)
-    if ignored := config.deepspeed.without_effect(world.size):
-        say(f"one process without ZeRO runs without DeepSpeed: no effect of {', '.join(ignored)}")
+    for line in config.without_effect(world.size):
+        say(line)
     if world.decide(folder.finished_steps) >= schedule.num_steps:
         say("this run is finished, there is nothing left to do")
         return None

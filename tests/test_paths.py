@@ -24,7 +24,9 @@ from tests.runs import TINY, leave_out_reports, tiny_file
 # keys that hold text which is no path; whoever adds a key of text says here or by its type which it is
 NO_PATHS = {
     *("modality", "name", "field", "type"),
-    *("communication_data_type", "log_level"),
+    # of DeepSpeed's monitors and checkpoints
+    *("group", "team", "project", "job_name", "workspace", "api_key", "experiment_name", "experiment_key"),
+    *("tag_validation", "data_parallel"),
 }
 # options whose value is text which is no path
 NO_PATH_OPTIONS = {"overrides", "run", "only", "name", "local_rank"}
@@ -66,6 +68,7 @@ def test_every_key_of_text_is_a_path_or_known_to_be_none() -> None:
     assert {key for key, is_path in found.items() if is_path} >= {
         *("d2v.run.dir", "d2v.data.path", "d2v.data.tokenizer", "d2v.data.tokens_path"),
         *("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path"),
+        *("tensorboard.output_path", "csv_monitor.output_path", "flops_profiler.output_file"),
     }
     others = {key.rpartition(".")[2] for key, is_path in found.items() if not is_path}
     assert others <= NO_PATHS, f"{others - NO_PATHS}: PathText, or no path?"

@@ -212,7 +212,7 @@ def test_later_attempts_find_their_run_by_its_mark(tmp_path: Path, monkeypatch, 
     # a name that was taken before is as wrong as ever
     monkeypatch.setenv("D2V_SUPERVISION", "third")
     assert run_here(*arguments, "--run", "whole") == 1
-    assert "continue it with --resume" in capsys.readouterr().err
+    assert "or continue it: " in capsys.readouterr().err
 
 
 def command(folder: Path, *arguments: str) -> list[str]:

@@ -217,7 +217,7 @@ def test_names_of_runs(tmp_path: Path, capsys) -> None:
     assert run_here("--ds_config", file) == 0
     assert (tmp_path / "runs/tiny-2/result.json").exists()
     assert run_here("--ds_config", file, "--run", "tiny-1") == 1
-    assert "continue it with --resume" in capsys.readouterr().err
+    assert "or continue it: " in capsys.readouterr().err
     assert run_here("--ds_config", file, "--run", "tiny-7", "--resume") == 1
     assert "Runs there: tiny-1, tiny-2" in capsys.readouterr().err
     assert run_here("--ds_config", file, "--resume") == 2

@@ -1,0 +1,76 @@
+"""The text of a configuration file: read without what Python's reader would let pass, overridden, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from d2v_fast.config_errors import ConfigError, show
+from d2v_fast.untrusted import parse_json
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `raw` with `dotted.key=value` assignments made; sections that are missing are created."""
+    result: dict[str, Any] = json.loads(json.dumps(raw))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError([f"`--set {override}` must be of the form KEY=VALUE, like d2v.model.depth=6."])
+        section = result
+        for part in parts[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError([f"`--set {override}`: `{part}` is a value ({show(section)}), not a section."])
+        section[parts[-1]] = _override_value(text)
+    return result
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys that differ between two configurations, as `key: old -> new`."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after, dotted = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += changed_keys(before, after, f"{dotted}.")
+        elif before != after:
+            lines.append(f"{dotted}: {show(before)} -> {show(after)}")
+    return lines
+
+
+def read_sections(text: str, source: str) -> dict[str, Any]:
+    """Parse, refusing what Python's reader would let pass: duplicate keys, NaN and infinity."""
+    problems: list[str] = []
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                first, second = show(seen[key]), show(value)
+                problems.append(f"`{key}` appears twice in one section ({first}, then {second}). Remove one.")
+            if not key.isprintable():
+                problems.append(f"`{key}` is not a known key: it holds letters that cannot be printed.")
+            seen[key] = value
+        return seen
+
+    try:
+        raw = parse_json(
+            text,
+            object_pairs_hook=without_duplicates,
+            parse_constant=lambda name: problems.append(f"`{name}` is not a number that JSON knows."),
+        )
+    except ValueError as error:
+        raise ConfigError([f"not a configuration: {error}"], source) from None
+    if problems:
+        raise ConfigError(problems, source)
+    if not isinstance(raw, dict):
+        raise ConfigError([f"must hold one section {{...}}, but holds {show(raw)} instead."], source)
+    return raw
+
+
+def _override_value(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
