@@ -18,12 +18,12 @@ from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, Visi
 from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
 from d2v_fast.data.order import StepOrder
+from d2v_fast.data.progress import duration
 from d2v_fast.data2vec import build_model
 from d2v_fast.deepspeed_sections import OptimizerConfig, ZeroConfig
 from d2v_fast.dry_run import describe
 from d2v_fast.engine import PlainEngine, check_engine_available, compute_dtype, import_engine
 from d2v_fast.memory import predict
-from d2v_fast.metrics import duration
 from d2v_fast.peak_memory import PeakMemory, format_bytes
 from d2v_fast.schedules import LearningRate
 from d2v_fast.teacher import Teacher

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2v_fast.config import GuardConfig
 from d2v_fast.curves import draw_curves
+from d2v_fast.data.progress import TimeLeft
 from d2v_fast.run_folder import RunFolder
 
 Entry = dict[str, Any]
@@ -122,7 +123,7 @@ class RunLog:
     def __init__(self, folder: RunFolder, num_steps: int, start_step: int, guard: GuardConfig | None = None) -> None:
         self._folder, self._guard = folder, guard
         self._num_steps = num_steps
-        self._started, self._start_step = time.monotonic(), start_step
+        self._left = TimeLeft(num_steps)
         entries = [entry for entry in read_log(folder.path) if entry["step"] <= start_step]
         folder.write_text("log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
         self._file = (folder.path / "log.jsonl").open("a", encoding="utf-8")
@@ -137,16 +138,16 @@ class RunLog:
         for key, value in clean.items():
             if self._events is not None and key != "step" and isinstance(value, int | float):
                 self._events.add_scalar(key, value, entry["step"])
-        left = self._time_left(entry["step"])
         if self._progress is not None:
-            self._progress.show(entry, left)
+            self._progress.show(_figures(entry))
         else:
-            self.say(f"{_headline(entry, self._num_steps)}  {left} left")
+            self.say(f"step {entry['step']}/{self._num_steps}  {_figures(entry)}{self._left}")
 
     def advance(self, step: int) -> None:
-        """Move the progress bar; costs next to nothing."""
+        """Move the progress bar and the step number beside it; costs next to nothing."""
+        self._left.report(step)
         if self._progress is not None:
-            self._progress.advance(step)
+            self._progress.advance(step, str(self._left))
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar where there is one."""
@@ -174,10 +175,6 @@ class RunLog:
             self._events.close()
         self._file.close()
 
-    def _time_left(self, step: int) -> str:
-        per_step = (time.monotonic() - self._started) / max(1, step - self._start_step)
-        return duration(per_step * (self._num_steps - step))
-
 
 def read_log(folder: Path) -> list[Entry]:
     """The entries of `log.jsonl`. A line that a crash cut off ends them."""
@@ -199,16 +196,9 @@ def read_probes(folder: Path) -> list[Entry]:
     return entries
 
 
-def duration(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _headline(entry: Mapping[str, Any], num_steps: int) -> str:
+def _figures(entry: Mapping[str, Any]) -> str:
     return (
-        f"step {entry['step']}/{num_steps}  loss {entry['loss']:.4f}  target std {entry['target_std']:.3f}  "
+        f"loss {entry['loss']:.4f}  target std {entry['target_std']:.3f}  "
         f"prediction std {entry['prediction_std']:.3f}  {entry['samples_per_s']:.0f} samples/s"
     )
 
@@ -220,17 +210,25 @@ class _Bar:
         from rich.progress import BarColumn, Progress, TextColumn
 
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
-        self._num_steps = num_steps
+        self._num_steps, self._step = num_steps, start_step
+        self._figures, self._left = "making the first batch", ""
         self._bar = Progress(*columns, refresh_per_second=4)
-        self._task = self._bar.add_task("starting", total=num_steps, completed=start_step)
+        self._task = self._bar.add_task("", total=num_steps)
+        self._update()
         self._bar.start()
 
-    def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
+    def advance(self, step: int, left: str) -> None:
+        self._step, self._left = step, left
+        self._update()
 
-    def show(self, entry: Entry, left: str) -> None:
-        text = f"{_headline(entry, self._num_steps)}  {left} left"
-        self._bar.update(self._task, completed=entry["step"], description=text)
+    def show(self, figures: str) -> None:
+        """Replace the figures, which stay until the next step that is logged."""
+        self._figures = figures
+        self._update()
+
+    def _update(self) -> None:
+        text = f"step {self._step}/{self._num_steps}  {self._figures}{self._left}"
+        self._bar.update(self._task, completed=self._step, description=text)
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)

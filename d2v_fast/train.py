@@ -12,6 +12,7 @@ repeats an uninterrupted one bit for bit.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import os
 import struct
@@ -197,7 +198,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     opened.callback(world.close)
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
-    say = print if world.is_first else lambda *_: None
+    say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
     say(f"run folder: {folder.path}{' (the run in it ended before it saved anything)' if folder.replaced else ''}")
     if world.is_first and not folder.reopened:
         # a run that fails before its first checkpoint can be resumed, too
@@ -208,7 +209,9 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         say("this run is finished, there is nothing left to do")
         return None
 
+    say("importing the engine ...")
     import_engine(config, world)
+    say("building the model ...")
     memory = PeakMemory(world.device)
     torch.manual_seed(d2v.run.seed)
     model = build_model(d2v)
@@ -235,6 +238,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         )
     if world.is_first:
         folder.write_config(config)
+    say("compiling the mask sampler ...")
     loader = StepLoader(
         maker,
         d2v,
@@ -283,6 +287,7 @@ def loop(run: Run, stop: StopRequest) -> int:
     probe_every = run.config.d2v.probe.every_epochs * run.loader.steps_per_epoch
     speed = Speed(run.loader.samples_after(run.start_step))
     step = run.start_step
+    run.log.say("making the first batch ...")
     for step, micro_batches in enumerate(run.clock.each(run.loader, "data"), start=run.start_step + 1):
         is_last = step == run.schedule.num_steps
         is_logged = step % section.log_every == 0 or step == 1 or is_last
@@ -355,6 +360,7 @@ def run_probe(run: Run, step: int) -> str | None:
     if not evaluation.has_labels(run.config.d2v):
         return None
 
+    run.log.say("probing the features ...")
     encoders = run.state.whole_encoders()
 
     def probe() -> str:
@@ -385,6 +391,7 @@ def finish(run: Run) -> None:
         run.folder.write_json("profile.json", run.clock.report())
         run.log.say(str(run.clock))
     step = run.schedule.num_steps
+    run.log.say("exporting the student ...")
     run.world.decide(lambda: run.log.say(evaluation.export(run.folder)))
     table = run_probe(run, step)
     if run.world.is_first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from d2v_fast import metrics
 from d2v_fast.config import GuardConfig
 from d2v_fast.curves import curves_figure
-from d2v_fast.metrics import RunLog, deviations, draw_curves, duration, loss_and_deviations, read_log
+from d2v_fast.data.progress import Progress, duration
+from d2v_fast.metrics import RunLog, deviations, draw_curves, loss_and_deviations, read_log
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.stepclock import StepClock
 
@@ -137,7 +139,74 @@ def test_missing_packages_are_a_line_each(folder: RunFolder, monkeypatch, capsys
     assert output.count("tensorboard is not installed") == 1
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3723, "1:02:03"), (-1, "0:00")])
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def test_step_number_moves_with_the_bar(folder: RunFolder, monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    log = RunLog(folder, num_steps=50, start_step=10)
+    assert log._progress is not None
+
+    def shown() -> str:
+        return str(log._progress._bar.tasks[0].description)  # type: ignore[union-attr]
+
+    assert shown() == "step 10/50  making the first batch"
+    # much else has happened in the time of the first step
+    clock.now += 500
+    log.advance(11)
+    log.write(entry(11))
+    assert shown() == "step 11/50  loss 0.5000  target std 0.900  prediction std 0.400  9 samples/s"
+    for step in range(12, 17):
+        clock.now += 2
+        log.advance(step)
+        assert shown().startswith(f"step {step}/50  loss 0.5000")
+        assert log._progress._bar.tasks[0].completed == step
+    # two seconds a step, and 34 steps
+    assert shown().endswith("samples/s  1:08 left")
+    log.close()
+
+
+def test_time_left_is_not_said_before_it_is_known(folder: RunFolder, monkeypatch, capsys) -> None:
+    clock = Clock(monkeypatch)
+    log = RunLog(folder, num_steps=1000, start_step=0)
+    for step in range(1, 21):
+        # the first step waits for the workers, and for what is compiled
+        clock.now += 100 if step == 1 else 0.5
+        log.advance(step)
+        if step in (1, 2, 20):
+            log.write(entry(step))
+    log.close()
+    first, second, twentieth = capsys.readouterr().out.splitlines()[-3:]
+    assert first.startswith("step 1/1000 ")
+    assert first.endswith("9 samples/s")
+    assert "left" not in second
+    assert twentieth.endswith("  8:10 left")
+
+
+def test_preparation_says_no_time_before_it_is_known(monkeypatch, capsys) -> None:
+    clock = Clock(monkeypatch)
+    with Progress("reading", 1_000_000_000) as progress:
+        for done in (0, 1, 200_000_000):
+            clock.now += 35
+            progress.show(done, "documents")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "reading  0 of 1,000 MB  documents"
+    assert lines[2].endswith("  7:00 left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *[(0, "0:00"), (61.4, "1:01"), (3723, "1:02:03"), (-1, "0:00"), (47.5 * 3600, "47:30:00")],
+        *[(48 * 3600, "2 days 0 h"), (101.6 * 3600, "4 days 6 h"), (1e7, "115 days 18 h")],
+    ],
+)
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 

@@ -1,4 +1,4 @@
-"""How far a long preparation is: a bar on a terminal, a line now and then elsewhere."""
+"""How far a long task is and how much time is left; a bar on a terminal and a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,50 @@ import sys
 import time
 from typing import Any
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "TimeLeft", "duration"]
 
 # seconds: what is done sooner needs no report, and between two lines
 QUIET, BETWEEN = 2.0, 30.0
+# the time left is known when so much has been done at a steady pace: a share, or some of it for so many seconds
+KNOWN_SHARE, KNOWN_SECONDS = 0.01, 10.0
+
+
+def duration(seconds: float) -> str:
+    """Format a length of time: 2:03 below an hour, 1:02:03, and from 48 hours on as days, 4 days 5 h."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        days, hours = divmod(round(seconds / 3600), 24)
+        return f"{days} days {hours} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TimeLeft:
+    """Estimates the time left from the pace since the first report, which may have waited for much else.
+
+    Args:
+        total: of the whole task, in any unit.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._first: tuple[float, int] | None = None
+        self._last: tuple[float, int] = (0.0, 0)
+
+    def report(self, done: int) -> None:
+        """Take note that `done` of the total are through now."""
+        self._last = (time.monotonic(), done)
+        if self._first is None:
+            self._first = self._last
+
+    def __str__(self) -> str:
+        """Return two spaces and the time left, or nothing while it is not known."""
+        if self._first is None:
+            return ""
+        seconds, done = self._last[0] - self._first[0], self._last[1] - self._first[1]
+        if done <= 0 or (done < max(3, KNOWN_SHARE * self._total) and seconds < KNOWN_SECONDS):
+            return ""
+        return f"  {duration(seconds * (self._total - self._last[1]) / done)} left"
 
 
 class Progress:
@@ -23,6 +63,8 @@ class Progress:
     def __init__(self, what: str, total: int) -> None:
         self._what, self._total = what, max(1, total)
         self._start = time.monotonic()
+        self._left = TimeLeft(self._total)
+        self._left.report(0)
         self._next = self._start + QUIET
         self._bar: Any = None
         self._task: Any = None
@@ -39,8 +81,8 @@ class Progress:
                 self._task = self._bar.add_task(self._what, total=self._total)
                 self._bar.start()
         done = min(done, self._total)
-        left = (now - self._start) * (self._total - done) / max(1, done)
-        text = f"{self._what}  {done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  {detail}  {_minutes(left)} left"
+        self._left.report(done)
+        text = f"{self._what}  {done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  {detail}{self._left}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
             self._next = now + 0.25
@@ -54,7 +96,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         if self._bar is not None or self._said:
-            print(f"{self._what}  {text}  in {_minutes(time.monotonic() - self._start)}", flush=True)
+            print(f"{self._what}  {text}  in {duration(time.monotonic() - self._start)}", flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -71,9 +113,3 @@ def _rich_bar() -> Any:
         # lines will do
         return None
     return Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), refresh_per_second=4)
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
