@@ -395,7 +395,7 @@ def _add_data(add: _Add) -> None:
         "tokenize",
         "train a tokenizer, or tokenise the text of a configuration now",
         "Without --train, SOURCE is a configuration, and its text is tokenised into the cache that training reads. "
-        "With --train, SOURCE is a file or a folder of .txt, .jsonl and .parquet, to train a byte-level BPE on.",
+        "With --train, SOURCE is a file or a folder of .txt, JSON lines and .parquet, to train a byte-level BPE on.",
         "tokenize /my/text --train --vocab-size 32000 --to my_tokenizer",
     )
     tokenize.add_argument("source", type=path_argument, metavar="SOURCE", help="a configuration; with --train, text")

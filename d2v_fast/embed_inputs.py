@@ -17,7 +17,7 @@ from torch import Tensor
 from d2v_fast.config import MAX_FILE_BYTES, TextConfig
 from d2v_fast.config_errors import check
 from d2v_fast.data import DataError
-from d2v_fast.data.files import UnreadableFile, find_files, open_regular
+from d2v_fast.data.files import UnreadableFile, find_files
 from d2v_fast.data.listing import FileKinds, Listing, count_endings
 from d2v_fast.export import SavedWeights, choose_checkpoint, load_encoder, read_run_config, run_tokenizer
 from d2v_fast.interop.huggingface import import_model
@@ -180,7 +180,7 @@ class Recordings(Source):
 
 
 class Lines(Source):
-    """Lines of .txt files that are not empty, between begin and end token."""
+    """Lines of .txt files, compressed or not, that are not empty, between begin and end token."""
 
     what = "line"
 
@@ -196,12 +196,14 @@ class Lines(Source):
         from d2v_fast.data.round_trip import RoundTrip
         from d2v_fast.data.text_files import KINDS
 
-        others = [ending for ending in KINDS.read if ending != ".txt"]
+        read = tuple(ending for ending in KINDS.read if ending.startswith(".txt"))
+        others = [ending for ending in KINDS.read if ending not in read]
         unread = {**KINDS.unread, **dict.fromkeys(others, "write one line per sample into a .txt file")}
-        kinds = FileKinds("lines of text", (".txt",), unread)
+        kinds = FileKinds("lines of text", read, unread)
         super().__init__(model, origin, inputs, kinds, data.follow_outside)
         tokenizer.fit(config)
         self._tokenizer, self._kept = tokenizer, RoundTrip()
+        self._replaces = data.encoding_errors == "replace"
         self._most = config.max_positions - 2
         self.padding = float(tokenizer.specials.pad)
         self.num_places = lambda length: length
@@ -219,21 +221,28 @@ class Lines(Source):
         return self._kept.problem(self._tokenizer.name)
 
     def _of_file(self, path: str) -> Iterator[Sample | str]:
-        handle, _ = open_regular(self._absolute(path), self._inside, MAX_TEXT_BYTES)
-        with open(handle, "rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE):
+        from d2v_fast.data.text_streams import check_byte_order_mark, open_text
+
+        with open_text(self._absolute(path), self._inside, MAX_TEXT_BYTES) as stream:
+            number = before = 0
+            while line := stream.content.readline(MAX_LINE):
                 number += 1
+                if number == 1:
+                    check_byte_order_mark(line)
                 if len(line) == MAX_LINE:
                     raise UnreadableFile(f"line {number} and what follows: longer than {MAX_LINE:,} bytes")
                 name = printable(f"{path}:{number}")
                 try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    encoding = "utf-8-sig" if number == 1 else "utf-8"
+                    text = line.decode(encoding, "replace" if self._replaces else "strict").strip()
                 except UnicodeDecodeError:
                     yield f"{name}: not UTF-8"
                     continue
                 if text:
-                    yield Sample(name, [self._tokens(text)], len(line))
+                    # of the file, which may be compressed
+                    position = stream.file.tell()
+                    yield Sample(name, [self._tokens(text)], position - before)
+                    before = position
 
     def _tokens(self, text: str) -> Tensor:
         ids, _ = self._tokenizer.encode([text])

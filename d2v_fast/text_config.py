@@ -119,11 +119,12 @@ class TokenMaskConfig(Section):
 class TextDataConfig(Section):
     """Where the text comes from, and what of it a step sees.
 
-    `kind` "text" is a file, or a folder tree, of .txt, .jsonl and .parquet; "docs" the sample set, Python's own
+    `kind` "text" is a file, or a folder tree, of .txt, JSON lines (.jsonl, .ndjson, .json) and .parquet, the first two
+    also as .gz and .zst; "docs" the sample set, Python's own
     reference pages, of which `test_fraction` is held out. `field` is the field of a .jsonl line and the column of a
     .parquet file that holds the text. A line or row is a document; of a .txt file, the whole "file" is, or every
     "paragraph" (between empty lines), or every "line" (`documents`). Text is UTF-8: what is not counts as unreadable,
-    or with `encoding_errors` "replace" has its wrong bytes replaced by U+FFFD.
+    or with `encoding_errors` "replace" has its wrong bytes, and zero bytes among text, replaced by U+FFFD.
 
     `tokenizer` is a `tokenizer.json`, or a folder with one or with vocab.json and merges.txt; the sample set has one
     made if none is named. Text is tokenised once, into a folder below `tokens_path` (null: `d2v_fast` in the user's

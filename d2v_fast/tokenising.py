@@ -47,7 +47,7 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
     """Train a byte-level BPE on text; returns a line for the user.
 
     Args:
-        source: a file or a folder of .txt, .jsonl and .parquet.
+        source: a file or a folder of text, see `TextFiles`.
         vocab_size: its tokens.
         to: the folder to write; it must not exist.
         overrides: `d2v.data.KEY=VALUE`, how the text is read.

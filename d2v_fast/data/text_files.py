@@ -1,20 +1,30 @@
-"""Text that others wrote: .txt, .jsonl and .parquet files of any size, read in pieces; what is wrong is counted."""
+"""Text that others wrote: .txt, JSON lines and .parquet of any size, read in pieces; what is wrong is counted."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import io
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files, open_regular
-from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings
+from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files
+from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings, describe_listing
+from d2v_fast.data.text_streams import (
+    COMPRESSED,
+    MAX_LINE,
+    check_byte_order_mark,
+    check_text,
+    not_utf8,
+    open_text,
+    text_ending,
+)
 from d2v_fast.untrusted import parse_json, printable
 
 if TYPE_CHECKING:
@@ -23,25 +33,26 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "PIECE", "BadText", "Piece", "TextFiles", "pieces_of"]
 
 _CONVERT = "convert them to .txt or .jsonl"
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
 KINDS = FileKinds(
     "text",
-    read=(".txt", ".jsonl", ".parquet"),
+    read=(*(kind + ending for kind in (".txt", *_JSON_LINES) for ending in ("", *COMPRESSED)), ".parquet"),
     unread={
         **ARCHIVES,
-        **dict.fromkeys((".arrow", ".csv", ".doc", ".docx", ".epub", ".htm", ".html", ".json", ".md"), _CONVERT),
-        **dict.fromkeys((".ndjson", ".odt", ".pdf", ".rst", ".rtf", ".tex", ".tsv", ".warc", ".xml"), _CONVERT),
+        **dict.fromkeys((".arrow", ".csv", ".doc", ".docx", ".epub", ".htm", ".html", ".md"), _CONVERT),
+        **dict.fromkeys((".odt", ".pdf", ".rst", ".rtf", ".tex", ".tsv", ".warc", ".xml"), _CONVERT),
     },
 )
 
 # characters of a piece; longer documents are divided, at white space where there is any
 PIECE = 1 << 16
-# bytes that are looked at together, and the longest line of a .jsonl file
-CHUNK = 1 << 20
-MAX_LINE = 1 << 26
 ROWS_AT_A_TIME = 256
 # reading stops early where more than so many times what is allowed of all text is unreadable
 HOPELESS = 2
-MAX_SIZE = 1 << 62
+# stands for what is no text
+REPLACEMENT = "\ufffd"
+# of a .json file, so many lines are looked at
+NUM_PEEKED = 10
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +122,7 @@ class BadText:
 
 
 class TextFiles:
-    """The .txt, .jsonl and .parquet files that `data.path` names or holds, ordered by path.
+    """The files of text that `data.path` names or holds (`KINDS`), ordered by path.
 
     Attributes:
         bad: what could not be read, after `pieces`.
@@ -142,8 +153,41 @@ class TextFiles:
             self._names, self.listing = find_files(path, self._inside, KINDS)
         self._data = data
         self._replaces = data.encoding_errors == "replace"
+        self._leave_out_json()
         self._reset()
         self.num_bytes = sum(size for _, size, _ in self._listing())
+
+    def _leave_out_json(self) -> None:
+        """Keep those .json files that hold JSON lines with the field: others describe data rather than hold it."""
+        known = [name for name in self._names if text_ending(name) == ".json"]
+        others = {name for name in known if not self._holds_lines(os.path.join(self.root, name))}
+        if not others:
+            return
+        self._names = [name for name in self._names if name not in others]
+        first = printable(min(others))
+        what = f".json files without JSON lines that have the field '{self._data.field}' (`d2v.data.field`): {first}"
+        self.listing = replace(self.listing, used=count_endings(self._names)).without(len(others), what)
+        if not self._names:
+            raise DataError(
+                f"`d2v.data.path` must hold text, but '{printable(self.root)}' has none. A .json file is read if every "
+                f"line is an object {{...}} with the field '{self._data.field}' (`d2v.data.field`)."
+                + "".join(f"\n  {line}" for line in describe_listing(self.listing, "")[1:])
+            )
+
+    def _holds_lines(self, path: str) -> bool:
+        """Whether one of the first lines is what `_jsonl` reads; True for a damaged file, so that it is counted."""
+        try:
+            with open_text(path, self._inside) as stream:
+                for number in range(NUM_PEEKED):
+                    line = stream.content.readline(MAX_LINE)
+                    if line.lstrip(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b""):
+                        return False
+                    with contextlib.suppress(UnreadableFile):
+                        if self._field(line, first=number == 0) is not None:
+                            return True
+        except (OSError, UnreadableFile):
+            return True
+        return False
 
     def _reset(self) -> None:
         data = self._data
@@ -175,8 +219,8 @@ class TextFiles:
         num_documents = before = 0
         for name in self._names:
             path = os.path.join(self.root, name)
-            suffix = os.path.splitext(name)[1].lower()
-            parts = {".txt": self._txt, ".jsonl": self._jsonl, ".parquet": self._parquet}[suffix](path)
+            read = {".txt": self._txt, ".parquet": self._parquet}.get(text_ending(name), self._jsonl)
+            parts = read(path)
             for piece in pieces_of(parts):
                 if piece.ends and not piece.text:
                     self.num_empty += 1
@@ -204,21 +248,15 @@ class TextFiles:
                 # whoever reads it says why it cannot be read
                 yield name, 0, 0
 
-    @contextmanager
-    def _open(self, path: str) -> Iterator[IO[bytes]]:
-        handle, _ = open_regular(path, self._inside, MAX_SIZE)
-        with os.fdopen(handle, "rb", buffering=CHUNK) as file:
-            yield file
-
     def _txt(self, path: str) -> Iterator[str | None]:
         try:
-            with self._open(path) as file:
-                _check_text(file, self._replaces)
-                file.seek(0)
+            with open_text(path, self._inside) as stream:
+                check_text(stream.content, self._replaces)
+            with open_text(path, self._inside) as stream:
                 self.bad.num_entries += 1
                 errors = "replace" if self._replaces else "strict"
-                lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors)
-                yield from self._documents(iter(lambda: lines.readline(PIECE), ""), file)
+                lines = io.TextIOWrapper(stream.content, encoding="utf-8-sig", errors=errors)
+                yield from self._documents(iter(lambda: lines.readline(PIECE), ""), stream.file)
                 lines.detach()
         except UnicodeDecodeError:
             raise DataError(f"'{printable(path)}' was changed while it was read: begin again.") from None
@@ -232,6 +270,8 @@ class TextFiles:
         for line in lines:
             is_empty = starts and line.isspace()
             starts = line.endswith("\n")
+            if self._replaces:
+                line = line.replace("\0", REPLACEMENT)
             if kind == "file" or not is_empty:
                 yield line
                 is_open = True
@@ -245,12 +285,14 @@ class TextFiles:
     def _jsonl(self, path: str) -> Iterator[str | None]:
         number, before = 0, self.num_read
         try:
-            with self._open(path) as file:
-                while line := file.readline(MAX_LINE + 1):
+            with open_text(path, self._inside) as stream:
+                while line := stream.content.readline(MAX_LINE + 1):
                     number += 1
-                    self.num_read = before + file.tell()
+                    self.num_read = before + stream.file.tell()
+                    if number == 1:
+                        check_byte_order_mark(line)
                     try:
-                        text = self._field(_whole_line(line, file), first=number == 1)
+                        text = self._field(_whole_line(line, stream.content), first=number == 1)
                     except UnreadableFile as error:
                         self.bad.add(f"{path}, line {number}", _reason(error))
                         continue
@@ -268,9 +310,11 @@ class TextFiles:
         try:
             content = line.rstrip(b"\r\n").decode("utf-8", "replace" if self._replaces else "strict")
         except UnicodeDecodeError as error:
-            raise UnreadableFile(_not_utf8(line, error.start)) from None
+            raise UnreadableFile(not_utf8(line, error.start)) from None
         if not content.strip():
             return None
+        if self._replaces:
+            content = content.replace("\0", REPLACEMENT)
         try:
             # no other field is of interest, and some hold numbers of twenty digits
             entry = parse_json(content, parse_int=_no_number)
@@ -287,12 +331,12 @@ class TextFiles:
         parquet = _import_parquet()
         field, number, before = self._data.field, 0, self.num_read
         try:
-            with self._open(path) as file, parquet.ParquetFile(file) as table:
+            with open_text(path, self._inside) as stream, parquet.ParquetFile(stream.file) as table:
                 columns = table.schema_arrow.names
                 if field not in columns:
                     raise UnreadableFile(f"no column '{field}' (`d2v.data.field`); it has {_listed(columns)}")
                 for batch in table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[field], use_threads=False):
-                    for value in batch.column(0).to_pylist():
+                    for value in self._values(batch.column(0)):
                         number += 1
                         try:
                             text = self._checked(value, f"column '{field}'")
@@ -308,7 +352,20 @@ class TextFiles:
             # Arrow's own errors are ValueErrors, and so is ours
             self.bad.add(path if number == 0 else f"{path}, after row {number}", _reason(error))
 
+    def _values(self, column: Any) -> list[Any]:
+        """Of a column; bytes where one of them is not UTF-8."""
+        try:
+            values: list[Any] = column.to_pylist()
+        except UnicodeDecodeError:
+            values = column.cast("binary").to_pylist()
+        return values
+
     def _checked(self, value: Any, where: str) -> str:
+        if isinstance(value, bytes):
+            try:
+                value = value.decode("utf-8", "replace" if self._replaces else "strict")
+            except UnicodeDecodeError as error:
+                raise UnreadableFile(f"{where} is {not_utf8(value, error.start)}") from None
         if not isinstance(value, str):
             what = "null" if value is None else type(value).__name__
             raise UnreadableFile(f"{where} holds {what} instead of text")
@@ -372,37 +429,6 @@ def _cut(text: str) -> int:
             if not text[position - 1].isspace() and not text[position + 1].isspace():
                 return position + before
     return PIECE
-
-
-def _check_text(file: IO[bytes], replaces: bool) -> None:
-    """Raise UnreadableFile if it is not text in UTF-8; `replaces`: if it is no text at all."""
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    start = file.read(4)
-    for mark, name in ((codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
-        if start.startswith(mark):
-            raise UnreadableFile(f"{name} instead of UTF-8: convert it")
-    file.seek(0)
-    position = 0
-    while chunk := file.read(CHUNK):
-        zero = chunk.find(0)
-        if zero >= 0:
-            raise UnreadableFile(f"a binary file: byte {position + zero:,} is zero")
-        if not replaces:
-            held = len(decoder.getstate()[0])
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                raise UnreadableFile(_not_utf8(chunk, error.start, position - held)) from None
-        position += len(chunk)
-    if not replaces:
-        try:
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            raise UnreadableFile("cut off within a letter of UTF-8 at its end") from None
-
-
-def _not_utf8(chunk: bytes, start: int, offset: int = 0) -> str:
-    return f'not UTF-8 at byte {offset + start:,} (`d2v.data.encoding_errors` "replace" would go on)'
 
 
 def _whole_line(line: bytes, file: IO[bytes]) -> bytes:
