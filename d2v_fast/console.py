@@ -329,7 +329,7 @@ def _add_models(add: _Add) -> None:
         choices=("transformers", "fairseq", "beit", "onnx"),
         default="transformers",
         help="a folder for Transformers with a model card (default); of speech and text a .pt for fairseq, with "
-        "student, head and teacher; of images a .pth for the published code, or an .onnx file",
+        "student, head and teacher; of images a .pth for the published code; or an .onnx file",
     )
     export.add_argument(
         "--tokenizer",

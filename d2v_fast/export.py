@@ -4,7 +4,7 @@
     d2v-fast export runs/NAME --weights teacher          # its teacher -> runs/NAME/export-teacher
     d2v-fast export runs/NAME --format fairseq           # student, head and teacher -> runs/NAME/export.pt
     d2v-fast export runs/NAME --format beit              # of images, for the published code -> runs/NAME/export.pth
-    d2v-fast export runs/NAME --format onnx              # of images -> runs/NAME/export.onnx
+    d2v-fast export runs/NAME --format onnx              # the student -> runs/NAME/export.onnx
 
 No GPU and none of the processes of the run are needed, and no more than one file of weights is in memory at a time.
 """
@@ -196,7 +196,7 @@ def export_run(
             raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
     if form == "beit" and weights == "teacher":
         raise ValueError("`--weights` is for Transformers: a file of the vision code holds both, as `model_ema`, too.")
-    if form in ("onnx", "beit") and not isinstance(config, VisionConfig):
+    if form == "beit" and not isinstance(config, VisionConfig):
         raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
     folder, step = choose_checkpoint(run_folder, step)
     # a name of its own, so that it does not take the place of the student that the run left there
@@ -204,7 +204,6 @@ def export_run(
     if form == "onnx":
         from d2v_fast.interop.onnx import export_onnx
 
-        assert isinstance(config, VisionConfig)
         target = run_folder / f"{name}.onnx" if to is None else to
         export_onnx(load_encoder(folder, config, weights), config, target)
         return f"export: {target} ({weights}, step {step}, as ONNX)"

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from d2v_fast.config import VisionConfig, check_d2v
 from d2v_fast.console import main
 from d2v_fast.modalities import build_student
 from tests.runs import TINY, TINY_SPEECH, leave_out_reports, tiny_file
-from tests.test_export import CONFIG, write_run
+from tests.test_export import write_run
 from tests.text_files import sentences, small_tokenizer
 
 COMMANDS = ("train", *console._WORK)
@@ -263,33 +262,6 @@ def test_presets_say_how_large_they_are() -> None:
             count = sum(p.numel() for p in build_student(presets.read_preset(name)).parameters())
         shown = f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count / 1e3:.3g} k"
         assert parameters == shown, name
-
-
-def test_export_as_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.test_speech import make_config
-
-    write_run(tmp_path / "s", make_config(), 1)
-    onnx = ("--format", "onnx")
-    assert "must be transformers for speech" in complaint(capsys, "export", tmp_path / "s", *onnx)
-    write_run(tmp_path / "r", CONFIG, 2)
-    with monkeypatch.context() as patched:
-        for name in ("onnx", "onnxscript"):
-            patched.setitem(sys.modules, name, None)
-        assert "an .onnx file is written with onnx, which cannot" in complaint(capsys, "export", tmp_path / "r", *onnx)
-    assert not list((tmp_path / "r").glob("export*"))
-    if find_spec("onnx") is None or find_spec("onnxscript") is None:
-        pytest.skip("onnx and onnxscript are not installed: only what is said then was tested")
-    assert main(["export", str(tmp_path / "r"), *onnx, "--weights", "teacher"]) == 0
-    assert f"{tmp_path / 'r' / 'export-teacher.onnx'} (teacher, step 7, as ONNX)" in capsys.readouterr().out
-    runtime = pytest.importorskip("onnxruntime")
-    from d2v_fast.export import load_encoder
-
-    session = runtime.InferenceSession(tmp_path / "r" / "export-teacher.onnx")
-    model = load_encoder(tmp_path / "r" / "checkpoints" / "step-7", CONFIG, "teacher").eval()
-    for count in (1, 3):
-        pixels = torch.randn(count, 1, 8, 8)
-        (found,) = session.run(None, {"pixel_values": pixels.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), model(pixels).last_hidden, atol=1e-5, rtol=1e-5)
 
 
 def test_faults_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
