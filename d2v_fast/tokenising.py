@@ -44,7 +44,7 @@ def tokenise(file: Path, overrides: Sequence[str] = ()) -> str:
 
 
 def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrides: Sequence[str] = ()) -> str:
-    """Train a byte-level BPE on text; returns a line for the user.
+    """Train a byte-level BPE on text; returns lines for the user.
 
     Args:
         source: a file or a folder of text, see `TextFiles`.
@@ -69,8 +69,11 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
         raise ConfigError([*problems, *found], "options")
     from d2v_fast.data.text import make_tokenizer
     from d2v_fast.data.text_files import TextFiles
+    from d2v_fast.data.tokenizer import missing_tokens
 
     print_listing(TextFiles(data).listing, "text")
     tokenizer = make_tokenizer(data, vocab_size, to)
     option = shlex.join(path_override("d2v.data.tokenizer", to))
-    return f"tokenize: {to} ({tokenizer.vocab_size:,} tokens); for a run: {option}"
+    line = f"tokenize: {to} ({tokenizer.vocab_size:,} tokens); for a run: {option}"
+    short = missing_tokens(tokenizer, vocab_size)
+    return line if short is None else f"{line}\nit has {short}"

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2v_fast.console import main
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.text import make_tokenizer
 from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, train_tokenizer
@@ -94,6 +95,21 @@ def test_training_without_enough_text() -> None:
     with pytest.raises(ValueError, match=f"`vocab_size` must be >= {MIN_VOCAB_SIZE}, but is 260 instead"):
         train_tokenizer(["a"], 260)
     assert train_tokenizer(["a"], MIN_VOCAB_SIZE).vocab_size == MIN_VOCAB_SIZE
+
+
+def test_a_vocabulary_smaller_than_asked_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the student reads, the student writes"}\n{"text": 7}\n')
+    train = ["tokenize", str(tmp_path / "a.jsonl"), "--train", "--set", "d2v.data.max_bad_fraction=1", "--to"]
+    assert main([*train, str(tmp_path / "few"), "--vocab-size", "9000"]) == 0
+    found = load_tokenizer(tmp_path / "few").vocab_size
+    assert MIN_VOCAB_SIZE < found < 300
+    said = capsys.readouterr().out
+    assert f"it has {found} tokens instead of 9,000: no further pair of tokens occurs twice" in said
+    assert "left out 1 of 2 files, lines and rows, which are unreadable" in caplog.text
+    assert main([*train, str(tmp_path / "all"), "--vocab-size", str(found)]) == 0
+    assert "instead of" not in capsys.readouterr().out
 
 
 def test_every_form_is_the_same_tokenizer(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import made_once
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.text_files import BadText, Piece, pieces_of
-from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, train_tokenizer
+from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, missing_tokens, train_tokenizer
 from d2v_fast.streams import SPLIT, permutation
 from d2v_fast.text_config import TextDataConfig, TextModelConfig
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from d2v_fast.config import D2VConfig
 
 __all__ = ["DocsSource", "TextProbeData", "docs_for_probe", "docs_tokenizer"]
+
+_log = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
 
@@ -117,6 +120,8 @@ def docs_tokenizer(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
 
     def make(folder: Path) -> None:
         tokenizer = train_tokenizer(_documents(data.test_fraction, "train"), vocab_size)
+        if short := missing_tokens(tokenizer, vocab_size):
+            _log.warning("the tokenizer of the sample set has %s", short)
         tokenizer.save(folder, model.max_positions)
         (folder / "digest").write_text(tokenizer.digest + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from d2v_fast.text_config import TextDataConfig, TextModelConfig
 
 __all__ = ["TextDataset", "TokenBlocks", "make_tokenizer", "tokenizer_of", "with_vocabulary"]
+
+_log = logging.getLogger(__name__)
 
 
 class TokenBlocks(NamedTuple):
@@ -192,4 +195,7 @@ def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_le
         tokenizer.save(folder, max_length)
 
     made_once(str(target.parent), target.name, make, "the folder of a new tokenizer")
+    if source.bad.num_bad:
+        text = "left out %d of %d files, lines and rows, which are unreadable"
+        _log.warning(text, source.bad.num_bad, source.bad.num_entries)
     return load_tokenizer(target)

@@ -31,7 +31,7 @@ from d2v_fast.paths import expand_path
 from d2v_fast.text_config import TextModelConfig
 from d2v_fast.untrusted import printable
 
-__all__ = ["MIN_VOCAB_SIZE", "Specials", "Tokenizer", "load_tokenizer", "train_tokenizer"]
+__all__ = ["MIN_VOCAB_SIZE", "Specials", "Tokenizer", "load_tokenizer", "missing_tokens", "train_tokenizer"]
 
 # RoBERTa's first four, in this order; the mask is last
 FIRST_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -261,6 +261,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "the trai
     content = byte_level(model, [added_token(token, model["vocab"][token]) for token in (*FIRST_TOKENS, MASK_TOKEN)])
     inner = library.Tokenizer.from_str(json.dumps(content))
     return Tokenizer(inner, content, _names_of_specials(inner, {}, name), name)
+
+
+def missing_tokens(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """Why a trained tokenizer has fewer tokens than it was to have; None if it has not."""
+    if tokenizer.vocab_size >= vocab_size:
+        return None
+    return (
+        f"{tokenizer.vocab_size:,} tokens instead of {vocab_size:,}: no further pair of tokens occurs twice within the "
+        f"words of this text. More text gives more tokens."
+    )
 
 
 def _library() -> Any:
