@@ -183,7 +183,7 @@ class Tokenizer:
         if not self._is_framed():
             content["post_processor"] = _frame(self._names, self.specials)
         files = {
-            "tokenizer.json": json.dumps(content, ensure_ascii=False),
+            "tokenizer.json": json.dumps(content, ensure_ascii=False, separators=(",", ":")),
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
             "special_tokens_map.json": json.dumps(names, indent=2, ensure_ascii=False),
         }
