@@ -3,6 +3,8 @@ encoder was trained on them."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -34,6 +36,8 @@ MAX_LINE = 1 << 20
 MAX_TEXT_BYTES = 1 << 40
 # files that are decoded ahead
 READ_AHEAD = 32
+
+_log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -132,6 +136,7 @@ class Images(Source):
         super().__init__(model, origin, inputs, KINDS, data.follow_outside)
         self._limits = Limits(data.max_image_pixels, data.max_image_bytes, data.min_image_side, self._inside)
         self._size_px, self._channels = config.image_size, config.channels
+        self._bit_depth, self._has_told_dim = data.bit_depth, False
         # per channel, in grey levels
         self._mean, self._std = (np.array(v, np.float32)[:, None, None] * 255 for v in (data.mean, data.std))
 
@@ -142,9 +147,17 @@ class Images(Source):
     def _decode(self, path: str) -> list[Tensor]:
         from d2v_fast.data.decode import centre_box, read_square
 
-        square = read_square(path, self._size_px, self._channels, centre_box, self._limits)
+        note = None if self._has_told_dim else functools.partial(self._tell_dim, path)
+        square = read_square(
+            path, self._size_px, self._channels, centre_box, self._limits, bit_depth=self._bit_depth, note=note
+        )
         levels = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1).astype(np.float32)
         return [torch.from_numpy((levels - self._mean) / self._std)]
+
+    def _tell_dim(self, path: str, dim: Any) -> None:
+        # of several threads, each may tell it once
+        self._has_told_dim = True
+        _log.warning("%s: %s (of a Transformers folder: `bit_depth` in its %s)", printable(path), dim, PREPROCESSOR)
 
 
 class Recordings(Source):
@@ -316,11 +329,11 @@ def _image_preparation(folder: Path, model: VisionModelConfig) -> VisionDataConf
         raise ValueError(f"`{path}` must be a preprocessor's configuration, but: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"`{path}` must hold one section {{...}}, but does not.")
-    named = {"mean": "image_mean", "std": "image_std"}
+    named = {"mean": "image_mean", "std": "image_std", "bit_depth": "bit_depth"}
     data, problems = check(VisionDataConfig, {ours: raw[theirs] for ours, theirs in named.items() if theirs in raw})
     if data is None:
         raise ValueError(f"`{path}` names no preparation of images: {problems[0]}")
-    for values, key in zip((data.mean, data.std), named.values(), strict=True):
+    for values, key in ((data.mean, "image_mean"), (data.std, "image_std")):
         if len(values) not in (1, model.channels):
             raise ValueError(f"`{key}` in {path} must hold {model.channels} values, but holds {len(values)} instead.")
     return data

@@ -88,7 +88,10 @@ class VisionDataConfig(Section):
 
     A file of more than `max_image_bytes`, an image of more than `max_image_pixels` (width times height) or with a side
     under `min_image_side` pixels counts as unreadable, and so does a link that leads out of `path` unless
-    `follow_outside`. A decoder needs up to 16 bytes per pixel in each worker.
+    `follow_outside`. A decoder needs up to 24 bytes per pixel in each worker.
+
+    `bit_depth` is how many bits the values of PNG and TIFF images have that are stored in more, such as 12 in a 16-bit
+    file. None takes what a file says of itself, else all bits, and warns where the images then are dark.
 
     `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
     error, "accept" logs the difference and goes on.
@@ -123,6 +126,7 @@ class VisionDataConfig(Section):
     max_image_bytes: int = Field(default=256_000_000, ge=1)
     min_image_side: int = Field(default=2, ge=1)
     follow_outside: bool = False
+    bit_depth: int | None = Field(default=None, ge=1, le=16)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

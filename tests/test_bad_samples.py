@@ -93,7 +93,7 @@ def test_same_replacement_for_any_workers_and_on_resume(images: Path, tmp_path: 
         # each file once, with its reason, also after the resume, which meets them again
         lines = RunFolder(tmp_path / "runs" / name).lines("bad_files.txt")
         names = [f"{images}/03.png", f"{images}/04.png", f"{images}/17-a\\nb.png"]
-        assert sorted(lines) == [f"{name}: not a JPEG, PNG or WebP image" for name in names]
+        assert sorted(lines) == [f"{name}: not a JPEG, PNG, WebP, TIFF, BMP or GIF image" for name in names]
     assert f"3 unreadable files were replaced by others: {tmp_path / 'runs/r/bad_files.txt'}" in capsys.readouterr().out
 
 

@@ -49,10 +49,10 @@ def make_hostile(folder: Path, elsewhere: Path) -> dict[str, str]:
         "cut.jpg": (photo[:2000], "OSError: .*truncated"),
         "bomb.png": (png_header(20_000, 20_000), "more than 64,000,000 pixels"),
         "dot.png": (encoded(picture(1, 1), "PNG"), "1x1 is smaller than 2 pixels"),
-        "page.jpg": (b"<!DOCTYPE html><html></html>", "not a JPEG, PNG or WebP image"),
-        "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a JPEG, PNG or WebP image"),
+        "page.jpg": (b"<!DOCTYPE html><html></html>", "not a JPEG, PNG, WebP, TIFF, BMP or GIF image"),
+        "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a JPEG, PNG, WebP, TIFF, BMP or GIF image"),
         "scans.jpg": (repeated_scans(MAX_SCANS + 1), f"more than {MAX_SCANS} scans"),
-        "red \x1b[31m\n.jpg": (b"", "not a JPEG, PNG or WebP image"),
+        "red \x1b[31m\n.jpg": (b"", "not a JPEG, PNG, WebP, TIFF, BMP or GIF image"),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)

@@ -97,7 +97,10 @@ def test_unreadable_files_are_left_out_and_named(
     embed(tmp_path / "r", photographs, "--to", tmp_path / "some.npy")
     said = capsys.readouterr()
     assert "7 images x 16" in said.out
-    assert "2 of 9 images are unreadable and left out:\n  b/1.png: not a JPEG, PNG or WebP image\n" in said.err
+    assert (
+        "2 of 9 images are unreadable and left out:\n  b/1.png: not a JPEG, PNG, WebP, TIFF, BMP or GIF image\n"
+        in said.err
+    )
     assert "zzz\\n.jpg: " in said.err
     np.testing.assert_array_equal(np.load(tmp_path / "some.npy"), np.load(tmp_path / "whole.npy"))
     for path in photographs.rglob("*.*"):

@@ -10,16 +10,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
+from d2v_fast.data.bit_depth import Dim, eight_bits
 from d2v_fast.data.files import UnreadableFile, open_regular
 
 __all__ = ["Box", "Limits", "UnreadableImage", "centre_box", "read_square"]
 
 # only these decoders run, whatever the file is called
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+_NAMES = "JPEG, PNG, WebP, TIFF, BMP or GIF"
+# of TIFF, by Pillow's names; the others are rare, and some of their decoders old or greedy
+_COMPRESSIONS = (
+    *("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "jpeg", "zstd", "webp"),
+    *("tiff_ccitt", "group3", "group4"),
+)
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STRIPS, _TILES = 273, 324
 # a progressive JPEG has about ten, but a scan of all pixels can be written in 15 bytes and takes as long as any other
 MAX_SCANS = 200
 
@@ -59,17 +66,26 @@ class UnreadableImage(UnreadableFile):
 
 
 def read_square(
-    path: str, size: int, channels: int, choose_box: Callable[[int, int], Box], limits: Limits
+    path: str,
+    size: int,
+    channels: int,
+    choose_box: Callable[[int, int], Box],
+    limits: Limits,
+    *,
+    bit_depth: int | None = None,
+    note: Callable[[Dim], None] | None = None,
 ) -> Image.Image:
     """Decode a file, crop it, and resize the crop (cubic, antialiased).
 
     Args:
-        path: a JPEG, PNG or WebP file of any mode: grey, colour, palette, CMYK, 16 bit, with alpha (laid on white).
+        path: a JPEG, PNG, WebP, TIFF, BMP or GIF file of any mode: grey, color, palette, CMYK, 16 bit, with alpha (laid
+            on white). Of several pages or frames, the first.
         size: width and height of the result in pixels.
         channels: 1 (grey) or 3 (RGB).
         choose_box: from width and height of the file's image to the crop, (left, top, width, height). The camera's
             orientation tag is obeyed after the crop.
         limits: what goes beyond them is not decoded.
+        bit_depth, note: as for `eight_bits`.
     Returns:
         An image of mode "L" or "RGB".
     Raises:
@@ -79,7 +95,7 @@ def read_square(
         with warnings.catch_warnings():
             # Pillow warns of much that is harmless here
             warnings.simplefilter("ignore")
-            return _read_square(path, size, channels, choose_box, limits)
+            return _read_square(path, size, channels, choose_box, limits, bit_depth, note)
     except UnreadableImage:
         raise
     except UnreadableFile as error:
@@ -88,7 +104,7 @@ def read_square(
         # Pillow's own limit, on the way to ours
         raise UnreadableImage(f"more than {limits.max_pixels:,} pixels") from None
     except UnidentifiedImageError:
-        raise UnreadableImage("not a JPEG, PNG or WebP image") from None
+        raise UnreadableImage(_unidentified(path)) from None
     except Exception as error:
         # decoders let nearly every type of exception escape from damaged files
         raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
@@ -101,7 +117,13 @@ def centre_box(width: int, height: int) -> Box:
 
 
 def _read_square(
-    path: str, size: int, channels: int, choose_box: Callable[[int, int], Box], limits: Limits
+    path: str,
+    size: int,
+    channels: int,
+    choose_box: Callable[[int, int], Box],
+    limits: Limits,
+    bit_depth: int | None,
+    note: Callable[[Dim], None] | None,
 ) -> Image.Image:
     handle, size_in_bytes = open_regular(path, limits.root, limits.max_bytes)
     with open(handle, "rb") as file:
@@ -114,6 +136,8 @@ def _read_square(
             raise UnreadableImage(f"{width}x{height} is smaller than {limits.min_side} pixels")
         if image.format in ("JPEG", "MPO") and _has_too_many_scans(content):
             raise UnreadableImage(f"more than {MAX_SCANS} scans")
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff(image, content)
         left, top, crop_width, crop_height = choose_box(width, height)
         # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as leaves the crop no smaller than wanted
         wanted = math.ceil(width * size / crop_width), math.ceil(height * size / crop_height)
@@ -122,7 +146,8 @@ def _read_square(
         right, bottom = left + crop_width, top + crop_height
         across, down = image.width / width, image.height / height
         box = (left * across, top * down, right * across, bottom * down)
-        square = _plain_mode(image, channels).resize((size, size), Image.Resampling.BICUBIC, box)
+        levels = eight_bits(image, content, bit_depth, note)
+        square = _plain_mode(levels, channels).resize((size, size), Image.Resampling.BICUBIC, box)
         turn = _TURNS.get(_orientation(image))
     return square if turn is None else square.transpose(turn)
 
@@ -149,14 +174,40 @@ def _plain_mode(image: Image.Image, channels: int) -> Image.Image:
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
-        # 16-bit grey; Pillow's own conversion would clip at 255
-        grey: npt.NDArray[np.integer] = np.clip(np.asarray(image), 0, 0xFFFF)
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    if image.mode == "LAB":
+        raise UnreadableImage("CIELAB colors, whose white point the file does not tell: save it as RGB")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        # a fourth byte that is no opacity
+        image = image.convert("RGB")
     elif image.has_transparency_data:
         paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(paper, image.convert("RGBA"))
     return image.convert(mode)
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
+    compression = image.info.get("compression")
+    if compression not in _COMPRESSIONS:
+        raise UnreadableImage(f"TIFF compression {compression} is not read: save it without, or as PNG")
+    strips = sum(len(image.tag_v2.get(tag, ())) for tag in (_STRIPS, _TILES))
+    # in compressed data the marker does not occur
+    if compression == "jpeg" and content.count(bytes((0xFF, _START_OF_SCAN))) > MAX_SCANS + 4 * strips:
+        raise UnreadableImage(f"more than {MAX_SCANS} scans")
+
+
+def _unidentified(path: str) -> str:
+    """Why Pillow reads no file that it has looked at."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError:
+        start = b""
+    if start in _TIFF_STARTS:
+        return (
+            "a TIFF that is damaged, or of a layout that is not read: save it as gray, RGB or RGBA with 8 or 16 bits "
+            "per value"
+        )
+    return f"not a {_NAMES} image"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,7 +1,8 @@
-"""Any folder of photographs: a tree of JPEG, PNG and WebP files, without labels."""
+"""Any folder of photographs: a tree of JPEG, PNG, WebP, TIFF, BMP and GIF files, without labels."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -16,6 +17,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from d2v_fast.data.batch import DataError
+from d2v_fast.data.bit_depth import Dim
 from d2v_fast.data.decode import Box, Limits, UnreadableImage, centre_box, read_square
 from d2v_fast.data.files import NUM_CHECKED, NUM_NEIGHBOURS, PathList, find_files
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
@@ -31,18 +33,20 @@ __all__ = ["KINDS", "ImagesDataset", "random_box"]
 _CONVERT = "convert them to PNG or JPEG"
 KINDS = FileKinds(
     "images",
-    read=(".jpg", ".jpeg", ".png", ".webp"),
+    read=(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
     unread={
         **ARCHIVES,
         **dict.fromkeys(VIDEOS, "extract the frames as PNG or JPEG files"),
         **dict.fromkeys((".arrow", ".parquet", ".tfrecord"), "extract the images as files"),
-        **dict.fromkeys((".apng", ".avif", ".bmp", ".dcm", ".dds", ".dib", ".exr", ".gif", ".hdr", ".heic"), _CONVERT),
-        **dict.fromkeys((".heif", ".hif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".nii"), _CONVERT),
-        **dict.fromkeys((".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff"), _CONVERT),
+        **dict.fromkeys((".apng", ".avif", ".dcm", ".dds", ".dib", ".exr", ".hdr", ".heic"), _CONVERT),
+        **dict.fromkeys((".heif", ".hif", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".nii"), _CONVERT),
+        **dict.fromkeys((".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga"), _CONVERT),
         # cameras' raw files
         **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"), _CONVERT),
     },
 )
+# of files whose values may have other than 8 bits
+_MANY_DEPTHS = (".png", ".tif", ".tiff")
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 NUM_CROP_TRIES = 10
 
@@ -92,7 +96,10 @@ class ImagesDataset:
         # per channel, in grey levels
         self._mean = np.array(data.mean, dtype=np.float32)[:, None, None] * 255
         self._std = np.array(data.std, dtype=np.float32)[:, None, None] * 255
+        self._bit_depth = data.bit_depth
+        self._has_told_dim = False
         self._check_some()
+        self._check_depths()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -165,7 +172,21 @@ class ImagesDataset:
         )
 
     def _read(self, path: str, choose_box: Callable[[int, int], Box]) -> Image.Image:
-        return read_square(path, self.image_size, self.channels, choose_box, self._limits)
+        # told once: a folder of such images has too many of them
+        note = None if self._has_told_dim else functools.partial(self._tell_dim, path)
+        return read_square(
+            path,
+            self.image_size,
+            self.channels,
+            choose_box,
+            self._limits,
+            bit_depth=self._bit_depth,
+            note=note,
+        )
+
+    def _tell_dim(self, path: str, dim: Dim) -> None:
+        self._has_told_dim = True
+        _log.warning("%s: %s", printable(path), dim)
 
     def _change(self, square: Image.Image, numbers: npt.NDArray[np.float64]) -> Image.Image:
         if numbers[_FLIP] < self._flip_prob:
@@ -184,10 +205,23 @@ class ImagesDataset:
             pixel /= self._std
         return torch.from_numpy(pixels)
 
+    def _check_depths(self) -> None:
+        """Say before training starts that images are darker than they were meant to be."""
+        for sample_id in self._spread():
+            path = self.path(sample_id)
+            if path.lower().endswith(_MANY_DEPTHS) and not self._has_told_dim:
+                # whether it can be read is another question
+                with contextlib.suppress(UnreadableImage):
+                    self._read(path, centre_box)
+
+    def _spread(self) -> list[int]:
+        """A few samples, from the first to the last."""
+        return np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED, dtype=np.int64)).tolist()
+
     def _check_some(self) -> None:
         """Fail before training does, when nothing can be read."""
         failures = []
-        for sample_id in np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED, dtype=np.int64)).tolist():
+        for sample_id in self._spread():
             try:
                 self._read(self.path(sample_id), centre_box)
                 return

@@ -244,6 +244,8 @@ def _preprocessor_config(model: VisionModelConfig, data: VisionDataConfig, scans
         "image_mean": _per_channel(data.mean, model.channels),
         "image_std": _per_channel(data.std, model.channels),
         "do_reduce_labels": False,
+        # Transformers' own processor does not know it
+        **({} if data.bit_depth is None else {"bit_depth": data.bit_depth}),
     }
 
 
