@@ -8,6 +8,7 @@ tokens, weighted by how rare they are. The classifiers are those of `probe`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from d2v_fast.data.text import TextDataset
 from d2v_fast.features import sequence_features
 from d2v_fast.modalities import Student
 from d2v_fast.probe import ProbeReport, ProbeReports, Scores, Task, score
+
+_log = logging.getLogger(__name__)
 
 NUM_WORDS = 200
 MASKED_SHARE = 0.15
@@ -56,8 +59,7 @@ def masked_words(config: TextConfig) -> MaskedWords:
     counts = np.bincount(np.concatenate(blocks[0]), minlength=parts[0].vocab_size)
     is_word = np.zeros(len(counts), dtype=np.bool_)
     for token in np.argsort(-counts, kind="stable").tolist():
-        text = parts[0].tokenizer.decode([token])
-        is_word[token] = text[:1] == " " and text[1:].isalpha() and counts[token] > 0
+        is_word[token] = counts[token] > 0 and _is_word(parts[0].tokenizer.decode([token, token]))
         if is_word.sum() == NUM_WORDS:
             break
     number = np.cumsum(is_word) - 1
@@ -78,7 +80,13 @@ def masked_words(config: TextConfig) -> MaskedWords:
             places.append(torch.from_numpy(chosen))
             total += size
         totals.append(total)
-    return MaskedWords(tokens, places, np.concatenate(words), totals[0])
+    return MaskedWords(tokens, places, np.concatenate(words or [np.empty(0, np.int64)]), totals[0])
+
+
+def _is_word(twice: str) -> bool:
+    """Whether a token is a word, from the text of it and itself again: parts of words would be one word together."""
+    parts = twice.split()
+    return len(parts) == 2 and parts[0] == parts[1] and parts[0].isalpha()
 
 
 def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: TextConfig) -> ProbeReports:
@@ -90,24 +98,25 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: T
         config: of the run.
     """
     masked, padding = masked_words(config), data.specials.pad
+    has_words = 0 < masked.num_train < len(masked.words)
+    if not has_words:
+        _log.warning("the probe of masked words is left out: no token of this tokenizer is a frequent word")
     order = np.arange(len(masked.words))
     word = Task(masked.words, order[: masked.num_train], order[masked.num_train :])
     topic = Task(*map(np.asarray, (data.labels, data.train_indices, data.test_indices)))
     of_words, of_topics = {}, {}
     for name, model in models.items():
-        outputs = sequence_features(model, masked.tokens, num_places=int, padding=padding)
-        at_masks = [output[place] for output, place in zip(outputs, masked.places, strict=True)]
-        of_words[name] = score(torch.cat(at_masks).numpy(), word, config.probe)
+        if has_words:
+            outputs = sequence_features(model, masked.tokens, num_places=int, padding=padding)
+            at_masks = [output[place] for output, place in zip(outputs, masked.places, strict=True)]
+            of_words[name] = score(torch.cat(at_masks).numpy(), word, config.probe)
         paragraphs = sequence_features(model, data.tokens, num_places=int, padding=padding)
         of_topics[name] = score(torch.stack([rows.mean(0) for rows in paragraphs]).numpy(), topic, config.probe)
-    of_words[UNIGRAM] = _most_frequent(word)
+    if has_words:
+        of_words[UNIGRAM] = _most_frequent(word)
     of_topics[BAG_OF_WORDS] = score(_bag_of_words(data.tokens, topic), topic, config.probe)
-    return ProbeReports(
-        {
-            "word": ProbeReport(of_words, config.probe, "masked words"),
-            "topic": ProbeReport(of_topics, config.probe, "topics"),
-        }
-    )
+    reports = {"word": ProbeReport(of_words, config.probe, "masked words")} if has_words else {}
+    return ProbeReports({**reports, "topic": ProbeReport(of_topics, config.probe, "topics")})
 
 
 def _most_frequent(task: Task) -> Scores:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from d2v_fast.config import TextConfig, parse_config
 from d2v_fast.console import main
 from d2v_fast.data import StepLoader, batch_maker
-from d2v_fast.text_probe import masked_words
+from d2v_fast.data.docs import docs_for_probe
+from d2v_fast.data.text import TextDataset, tokenizer_of
+from d2v_fast.data2vec import build_model
+from d2v_fast.text_probe import masked_words, run_text_probe
 from tests.runs import TINY_TEXT, figures, leave_out_reports, run_forked, run_here, tiny_file
 from tests.test_tokenizer import tokenizer_with_padding_at
+from tests.test_tokenizer_kinds import unigrams, word_pieces
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
@@ -155,6 +161,28 @@ def test_masked_words(tmp_path: Path, cache: str) -> None:
         assert (tokens == mask_id).sum() == len(places) <= 0.15 * len(tokens)
     again = masked_words(config)
     np.testing.assert_array_equal(again.words, masked.words)
+
+
+@pytest.mark.parametrize("kind", [word_pieces, unigrams], ids=lambda kind: kind.__name__)
+def test_words_of_other_tokenizers_are_masked(kind: Callable[[Path], Path], tmp_path: Path, cache: str) -> None:
+    """Words do not begin with a blank there."""
+    config = make_config(tmp_path, cache, d2v__data__tokenizer=str(kind(tmp_path / "given")))
+    tokenizer, masked = tokenizer_of(config.data, config.model), masked_words(config)
+    assert 0 < masked.num_train < len(masked.words)
+    row = TextDataset(config.data, config.model).read(np.zeros(1, np.int64)).tokens[0]
+    assert tokenizer.specials.mask not in row
+
+
+def test_a_tokenizer_without_words_leaves_out_their_probe(
+    tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path, cache, d2v__model__vocab_size=262)
+    assert len(masked_words(config).words) == 0
+    torch.manual_seed(0)
+    model = build_model(config).student
+    report = run_text_probe({"untrained": model}, docs_for_probe(config), config)
+    assert list(report.to_dict()) == ["topic"]
+    assert "the probe of masked words is left out" in caplog.text
 
 
 def test_probe_and_dry_run(tmp_path: Path, cache: str, capsys: pytest.CaptureFixture) -> None:

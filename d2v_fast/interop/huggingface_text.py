@@ -90,7 +90,7 @@ def export_text(
         config: of the run; or of the model alone, where it is not known how it was trained.
         folder: made if missing; files of an earlier export in it are replaced.
         tokenizer: that the model was trained with. None: no tokenizer is written, one that the folder holds stays,
-            padding has the id that `config` says, and the begin and end tokens are taken to have RoBERTa's ids.
+            padding has the id that `config` says, and begin and end have RoBERTa's ids, or null where padding has not.
         info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
         max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
     Raises:
@@ -98,7 +98,7 @@ def export_text(
             then.
     """
     sizes = config.model if isinstance(config, TextConfig) else config
-    bos, pad, eos = 0, sizes.padding_row, 2
+    bos, pad, eos = (0, 1, 2) if sizes.padding_row == 1 else (None, sizes.padding_row, None)
     if tokenizer is not None:
         tokenizer.fit(sizes)
         bos, pad, eos = tokenizer.specials.bos, tokenizer.specials.pad, tokenizer.specials.eos
@@ -207,7 +207,7 @@ def _own_positions(theirs: Tensor, pad: int) -> Tensor:
     return torch.cat([theirs.new_zeros(_PADDING_ROW - pad, theirs.shape[1]), theirs])
 
 
-def _foreign_config(config: TextModelConfig, bos: int, pad: int, eos: int) -> dict[str, Any]:
+def _foreign_config(config: TextModelConfig, bos: int | None, pad: int, eos: int | None) -> dict[str, Any]:
     return {
         "architectures": ["Data2VecTextModel"],
         "model_type": "data2vec-text",
