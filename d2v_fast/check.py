@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from d2v_fast import evaluation
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
 from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
@@ -58,6 +59,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     world = World(config.d2v.run.device)
     dtype = compute_dtype(config, world.device)
     print(describe(config, split, schedule, maker, dtype, world.device.type), flush=True)
+    print("".join(f"{line}\n" for line in evaluation.check_labels(config.d2v)), end="", flush=True)
     plain = _without_deepspeed(config, split)
     _require_memory(plain, dtype, world.device)
 

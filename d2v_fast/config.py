@@ -20,6 +20,7 @@ from typing_extensions import Self
 from d2v_fast.config_errors import ConfigError, PathText, Problem, Section, check, known_keys, refuse_if, say
 from d2v_fast.config_file import apply_overrides, changed_keys, read_sections
 from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
+from d2v_fast.probe_config import ProbeConfig, TextProbeConfig, VisionProbeConfig
 from d2v_fast.speech_config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
 from d2v_fast.text_config import TextDataConfig, TextModelConfig, TokenMaskConfig
 from d2v_fast.untrusted import read_text
@@ -46,6 +47,7 @@ __all__ = [
     "TextConfig",
     "TextDataConfig",
     "TextModelConfig",
+    "TextProbeConfig",
     "TokenMaskConfig",
     "VisionConfig",
     "VisionDataConfig",
@@ -155,22 +157,6 @@ class GuardConfig(Section):
     nonfinite: Literal["skip", "stop"] = "skip"
     nonfinite_patience: int = Field(default=3, ge=1)
     loss_spike: float | None = Field(default=None, gt=1)
-
-
-class ProbeConfig(Section):
-    """k-nearest-neighbour and linear probe on labelled data; `every_epochs` 0 means only at the end."""
-
-    every_epochs: int = Field(default=0, ge=0)
-    labels_per_class: int = Field(default=10, ge=1)
-    num_draws: int = Field(default=5, ge=1)
-    neighbours: int = Field(default=20, ge=1)
-
-
-class VisionProbeConfig(ProbeConfig):
-    """Features are averages over the patches of each cell of a `grid` x `grid` division of the image; 1 averages over
-    all patches."""
-
-    grid: int = Field(default=1, ge=1)
 
 
 class RunSection(Section):
@@ -336,6 +322,7 @@ class TextConfig(D2VConfig):
     teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=100_000)
     schedule: ScheduleConfig = ScheduleConfig(kind="cosine", steps=1_000_000, warmup_steps=10_000)
     data: TextDataConfig = TextDataConfig()
+    probe: TextProbeConfig = TextProbeConfig()
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:

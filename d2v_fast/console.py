@@ -76,7 +76,16 @@ def _check(options: argparse.Namespace) -> int:
 def _probe(options: argparse.Namespace) -> int:
     from d2v_fast.saved_probe import probe_checkpoint
 
-    print(probe_checkpoint(options.run_folder, step=options.step))
+    print(
+        probe_checkpoint(
+            options.run_folder,
+            step=options.step,
+            data=options.data,
+            field=options.field,
+            label_field=options.label_field,
+            max_samples=options.max_samples,
+        )
+    )
     return 0
 
 
@@ -267,11 +276,24 @@ def _add_models(add: _Add) -> None:
     probe = add(
         "probe",
         "what the features of a checkpoint tell about labels",
-        "Probe student and teacher of a saved checkpoint beside the untrained network, and print the table.",
-        "probe runs/digits-1 --step 900",
+        "Probe student and teacher of a saved checkpoint beside the untrained network and a simple baseline, and print "
+        "the table. The labels are those of --data, of d2v.probe.path, or of the sample set that the run trained on.",
+        "probe runs/mine --data /my/labelled/images",
     )
     _add_run(probe)
     _add_step(probe)
+    probe.add_argument(
+        "--data",
+        type=path_argument,
+        metavar="PATH",
+        help="labelled data: a folder whose sub-folders are classes; for text also .jsonl or .parquet with a label in "
+        "each row (default: d2v.probe.path of the run)",
+    )
+    probe.add_argument("--label-field", metavar="NAME", help="field or column of a text's label (default: label)")
+    probe.add_argument("--field", metavar="NAME", help="field or column of the text (default: d2v.data.field)")
+    probe.add_argument(
+        "--max-samples", type=_positive, metavar="N", help="labelled samples to use at most (default: 2000)"
+    )
     embed = add(
         "embed",
         "features of a folder of images, recordings or lines of text",

@@ -57,6 +57,13 @@ class Sample(NamedTuple):
 class Source(ABC):
     """Samples, and the encoder that reads them.
 
+    Args:
+        model: the encoder.
+        origin: of the encoder, for messages.
+        inputs: a folder, or a file.
+        kinds: which files to read.
+        follow: links that lead out of the folder.
+        paths: of these files below `inputs`, in this order; None reads all.
     Attributes:
         what: a sample, in a word.
         listing: which files are read, and which others are not.
@@ -72,11 +79,21 @@ class Source(ABC):
     padding = 0.0
     num_places: Callable[[int], int] | None = None
 
-    def __init__(self, model: Student, origin: str, inputs: Path, kinds: FileKinds, follow: bool) -> None:
+    def __init__(
+        self,
+        model: Student,
+        origin: str,
+        inputs: Path,
+        kinds: FileKinds,
+        follow: bool,
+        paths: list[str] | None = None,
+    ) -> None:
         self.model, self.origin = model, origin
         root = os.path.abspath(inputs)
         self._inside = None if follow else os.path.realpath(root)
-        if os.path.isfile(root) and root.lower().endswith(kinds.read):
+        if paths is not None:
+            self._root, self._paths, self.listing = root, paths, Listing(count_endings(paths))
+        elif os.path.isfile(root) and root.lower().endswith(kinds.read):
             self._root, name = os.path.split(root)
             self._paths, self._inside = [name], None
             self.listing = Listing(count_endings(self._paths))
@@ -128,12 +145,18 @@ class Images(Source):
     what = "image"
 
     def __init__(
-        self, model: Student, origin: str, inputs: Path, config: VisionModelConfig, data: VisionDataConfig
+        self,
+        model: Student,
+        origin: str,
+        inputs: Path,
+        config: VisionModelConfig,
+        data: VisionDataConfig,
+        paths: list[str] | None = None,
     ) -> None:
         from d2v_fast.data.decode import Limits
         from d2v_fast.data.images import KINDS
 
-        super().__init__(model, origin, inputs, KINDS, data.follow_outside)
+        super().__init__(model, origin, inputs, KINDS, data.follow_outside, paths)
         self._limits = Limits(data.max_image_pixels, data.max_image_bytes, data.min_image_side, self._inside)
         self._size_px, self._channels = config.image_size, config.channels
         self._bit_depth, self._has_told_dim = data.bit_depth, False
@@ -166,13 +189,19 @@ class Recordings(Source):
     what = "recording"
 
     def __init__(
-        self, model: Student, origin: str, inputs: Path, config: SpeechModelConfig, data: SpeechDataConfig
+        self,
+        model: Student,
+        origin: str,
+        inputs: Path,
+        config: SpeechModelConfig,
+        data: SpeechDataConfig,
+        paths: list[str] | None = None,
     ) -> None:
         from d2v_fast.data.audio import KINDS
         from d2v_fast.data.audio_decode import AudioLimits, import_audio
 
         import_audio("soundfile")
-        super().__init__(model, origin, inputs, KINDS, data.follow_outside)
+        super().__init__(model, origin, inputs, KINDS, data.follow_outside, paths)
         self._limits = AudioLimits(config.sample_rate, data.max_file_bytes, data.silence, self._inside)
         self._fewest = config.receptive_field
         self._most = max(int(data.max_seconds * config.sample_rate), 2 * self._fewest)
@@ -192,6 +221,30 @@ class Recordings(Source):
         return list(wave.tensor_split(-(-len(wave) // self._most)))
 
 
+class Middles(Recordings):
+    """The middle of each recording: at most `max_seconds` of it, and no more than a step of training takes."""
+
+    def __init__(
+        self,
+        model: Student,
+        inputs: Path,
+        config: SpeechModelConfig,
+        data: SpeechDataConfig,
+        paths: list[str],
+        max_seconds: float,
+    ) -> None:
+        super().__init__(model, "", inputs, config, data, paths)
+        self._most = min(self._most, max(int(max_seconds * config.sample_rate), 2 * self._fewest))
+
+    def _decode(self, path: str) -> list[Tensor]:
+        from d2v_fast.data.audio import normalised
+        from d2v_fast.data.audio_decode import read_header, read_part
+
+        if read_header(path, self._limits).length(self._limits.sample_rate) <= self._most:
+            return [torch.cat(super()._decode(path))]
+        return [normalised(read_part(path, self._most, 0.5, self._limits))]
+
+
 class Lines(Source):
     """Lines of .txt files, compressed or not, that are not empty, between begin and end token."""
 
@@ -205,6 +258,7 @@ class Lines(Source):
         config: TextModelConfig,
         data: TextDataConfig,
         tokenizer: Any,
+        paths: list[str] | None = None,
     ) -> None:
         from d2v_fast.data.round_trip import RoundTrip
         from d2v_fast.data.text_files import KINDS
@@ -213,7 +267,7 @@ class Lines(Source):
         others = [ending for ending in KINDS.read if ending not in read]
         unread = {**KINDS.unread, **dict.fromkeys(others, "write one line per sample into a .txt file")}
         kinds = FileKinds("lines of text", read, unread)
-        super().__init__(model, origin, inputs, kinds, data.follow_outside)
+        super().__init__(model, origin, inputs, kinds, data.follow_outside, paths)
         tokenizer.fit(config)
         self._tokenizer, self._kept = tokenizer, RoundTrip()
         self._replaces = data.encoding_errors == "replace"
@@ -254,15 +308,17 @@ class Lines(Source):
                 if text:
                     # of the file, which may be compressed
                     position = stream.file.tell()
-                    yield Sample(name, [self._tokens(text)], position - before)
+                    yield self.sample(name, text, position - before)
                     before = position
 
-    def _tokens(self, text: str) -> Tensor:
+    def sample(self, name: str, text: str, num_bytes: int = 0) -> Sample:
+        """The sample of a text."""
         ids, _ = self._tokenizer.encode([text])
         self.num_cut += len(ids) > self._most
         self._kept.add(self._tokenizer, [text])
         specials = self._tokenizer.specials
-        return torch.tensor([specials.bos, *ids[: self._most].tolist(), specials.eos])
+        tokens = torch.tensor([specials.bos, *ids[: self._most].tolist(), specials.eos])
+        return Sample(name, [tokens], num_bytes)
 
 
 def open_source(

@@ -48,11 +48,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Scores by name of the features, in the order in which they were asked for, the baseline last."""
+    """Scores by name of the features, in the order in which they were asked for, the baselines last; and lines that
+    stand above the table."""
 
     scores: dict[str, Scores]
     config: ProbeConfig
     what: str = "held-out images"
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """For logs: `{name: {few_labels, few_labels_std, linear, knn}}`."""
@@ -60,12 +62,15 @@ class ProbeReport:
 
     def __str__(self) -> str:
         few = f"linear, {self.config.labels_per_class}/class"
+        title = f"accuracy in % on {self.what}"
+        width = max(34, *map(len, (title, *self.scores)))
         lines = [
-            f"{f'accuracy in % on {self.what}':34} {few:>17} {'linear, all':>12} {f'{self.config.neighbours}-NN':>7}"
+            *self.notes,
+            f"{title:{width}} {few:>17} {'linear, all':>12} {f'{self.config.neighbours}-NN':>7}",
         ]
         for name, s in self.scores.items():
             spread = f"{s.few_labels:.1f} ± {s.few_labels_std:.1f}"
-            lines.append(f"{name:34} {spread:>17} {s.linear:12.1f} {s.knn:7.1f}")
+            lines.append(f"{name:{width}} {spread:>17} {s.linear:12.1f} {s.knn:7.1f}")
         return "\n".join(lines)
 
 
@@ -91,7 +96,7 @@ def image_features(model: Student, images: Tensor, grid: int = 1) -> NDArray[np.
     Returns:
         fp32 `[S, D * grid * grid]`.
     """
-    pooled = [_pool(patch_features(model, batch, top_k=1), grid).cpu() for batch in images.split(_BATCH)]
+    pooled = [pool(patch_features(model, batch, top_k=1), grid).cpu() for batch in images.split(_BATCH)]
     return torch.cat(pooled).numpy()
 
 
@@ -136,6 +141,13 @@ def score(features: NDArray[np.float32], task: Task, config: ProbeConfig) -> Sco
     )
 
 
+def most_frequent(task: Task) -> Scores:
+    """Score the guess that needs no features: the class of which the training part has most."""
+    guess = np.bincount(task.labels[task.train]).argmax()
+    accuracy = 100 * float((task.labels[task.test] == guess).mean())
+    return Scores(few_labels=accuracy, few_labels_std=0.0, linear=accuracy, knn=accuracy)
+
+
 def run_probe(models: Mapping[str, Student], data: ProbeData, config: VisionProbeConfig) -> ProbeReport:
     """Score every model's features, and the raw pixels.
 
@@ -151,8 +163,12 @@ def run_probe(models: Mapping[str, Student], data: ProbeData, config: VisionProb
     return ProbeReport(scores, config)
 
 
-def _pool(patches_BPD: Tensor, grid: int) -> Tensor:
-    """Mean over the patches of every cell, `[B, D * grid * grid]`; cells overlap where `grid` does not divide."""
+def pool(patches_BPD: Tensor, grid: int) -> Tensor:
+    """Average patch features `[B, P, D]` over every cell of a `grid` x `grid` division of the image.
+
+    Returns:
+        `[B, D * grid * grid]`; cells overlap where `grid` does not divide the patches.
+    """
     if grid == 1:
         return patches_BPD.mean(1)
     B, P, D = patches_BPD.shape

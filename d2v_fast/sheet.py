@@ -27,7 +27,7 @@ MAX_LETTERS = 20
 # samples that are tried for one that is shown
 _TRIES = 64
 # inches
-_LEFT, _HEADER = 1.15, 0.5
+_LEFT, _HEADER = 1.05, 0.5
 
 _Sample = TypeVar("_Sample")
 
@@ -71,9 +71,9 @@ def say_if_fewer(num_shown: int, count: int, what: str) -> None:
 
 
 def label_of(name: str) -> str:
-    """A file's name for under its picture: its folder and its stem on a line each, with long ones shortened."""
-    folder, stem = os.path.split(os.path.splitext(name)[0])
-    return "\n".join(_shortened(printable(part)) for part in (os.path.basename(folder), stem) if part)
+    """A file's name for its picture: its folder and its own name on a line each, with long ones shortened."""
+    folder, own = os.path.split(name)
+    return "\n".join(_shortened(printable(part)) for part in (os.path.basename(folder), own) if part)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -92,6 +92,7 @@ class Sheet:
         cell: Width and height of a view, in inches.
         above, below: Space over and under a block, in inches.
         gap: Space between views, as a share of `cell`.
+        beside: Space between the rows' labels and the first views, in inches.
         title, caption: Two lines above all.
     Attributes:
         figure: Matplotlib's figure.
@@ -106,6 +107,7 @@ class Sheet:
         above: float = 0.0,
         below: float,
         gap: float = 0.06,
+        beside: float = 0.12,
         title: str,
         caption: str,
     ) -> None:
@@ -115,19 +117,20 @@ class Sheet:
         num_blocks = math.ceil(num_samples / PER_ROW)
         step = cell * (1 + gap)
         block = above + step * len(rows) + below
-        width, height = _LEFT + step * self._columns, _HEADER + block * num_blocks
+        left = _LEFT + beside
+        width, height = left + step * self._columns, _HEADER + block * num_blocks
         self.figure = Figure(figsize=(width, height), facecolor="white")
         self._axes: list[list[Axes]] = []
         for index in range(num_samples):
             number, column = divmod(index, PER_ROW)
             top = height - _HEADER - number * block - above
-            places = [(_LEFT + column * step, top - cell - row * step, cell, cell) for row in range(len(rows))]
+            places = [(left + column * step, top - cell - row * step, cell, cell) for row in range(len(rows))]
             self._axes.append(
                 [self.figure.add_axes((x / width, y / height, w / width, h / height)) for x, y, w, h in places]
             )
             if column == 0:
                 for axis, name in zip(self._axes[-1], rows, strict=True):
-                    x, y = axis.get_position().x0 - 0.12 / width, axis.get_position().y0 + cell / 2 / height
+                    x, y = axis.get_position().x0 - beside / width, axis.get_position().y0 + cell / 2 / height
                     self.figure.text(x, y, name, fontsize=9, ha="right", va="center", parse_math=False)
         self.figure.text(0, 1, title, fontsize=11, fontweight="bold", va="top", parse_math=False)
         self.figure.text(0, 1 - 0.22 / height, caption, fontsize=8, color="0.4", va="top")

@@ -103,6 +103,7 @@ def speech_figure(models: dict[str, Student], recordings: list[Recording], confi
         above=0.35,
         below=0.3,
         gap=0.28,
+        beside=0.45,
         title=title,
         caption="squares: cosine between the features of every two moments, red alike, blue opposite; of a longer "
         f"recording the first {MAX_SECONDS:g} s",

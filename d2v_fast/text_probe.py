@@ -22,7 +22,7 @@ from d2v_fast.data.docs import TextProbeData
 from d2v_fast.data.text import TextDataset
 from d2v_fast.features import sequence_features
 from d2v_fast.modalities import Student
-from d2v_fast.probe import ProbeReport, ProbeReports, Scores, Task, score
+from d2v_fast.probe import ProbeReport, ProbeReports, Task, most_frequent, score
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ MASKED_SHARE = 0.15
 UNIGRAM, BAG_OF_WORDS = "most frequent word", "bag of words"
 # masked places of each part
 MAX_TRAIN, MAX_TEST = 8000, 4000
+# columns of a bag of words: a vocabulary of 50,000 tokens would take longer to classify than all features
+MAX_BAG = 5000
 
 
 class MaskedWords(NamedTuple):
@@ -113,23 +115,25 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: T
         paragraphs = sequence_features(model, data.tokens, num_places=int, padding=padding)
         of_topics[name] = score(torch.stack([rows.mean(0) for rows in paragraphs]).numpy(), topic, config.probe)
     if has_words:
-        of_words[UNIGRAM] = _most_frequent(word)
-    of_topics[BAG_OF_WORDS] = score(_bag_of_words(data.tokens, topic), topic, config.probe)
+        of_words[UNIGRAM] = most_frequent(word)
+    of_topics[BAG_OF_WORDS] = score(bag_of_words(data.tokens, topic), topic, config.probe)
     reports = {"word": ProbeReport(of_words, config.probe, "masked words")} if has_words else {}
     return ProbeReports({**reports, "topic": ProbeReport(of_topics, config.probe, "topics")})
 
 
-def _most_frequent(task: Task) -> Scores:
-    guess = np.bincount(task.labels[task.train]).argmax()
-    accuracy = 100 * float((task.labels[task.test] == guess).mean())
-    return Scores(few_labels=accuracy, few_labels_std=0.0, linear=accuracy, knn=accuracy)
+def bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
+    """Count tokens, times the logarithm of how rare they are among the training part.
 
-
-def _bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
-    """Counts of tokens times the logarithm of how rare they are among the training part, of length 1."""
+    Args:
+        tokens: int64 `[T]` each.
+        task: which of them are the training part.
+    Returns:
+        fp32 `[S, V]`, rows of length 1, for the V <= `MAX_BAG` tokens that the most samples of the training part hold.
+    """
     vocabulary = 1 + max(int(row.max()) for row in tokens)
     counts = np.stack([np.bincount(row.numpy(), minlength=vocabulary) for row in tokens]).astype(np.float32)
     held = (counts[task.train] > 0).sum(0)
-    weighted = counts[:, held > 0] * np.log(len(task.train) / held[held > 0]).astype(np.float32)
+    chosen = np.sort(np.argsort(-held, kind="stable")[: min(MAX_BAG, int((held > 0).sum()))])
+    weighted = counts[:, chosen] * np.log(len(task.train) / held[chosen]).astype(np.float32)
     lengths = np.linalg.norm(weighted, axis=1, keepdims=True)
     return np.asarray(weighted / np.maximum(lengths, 1e-12), dtype=np.float32)

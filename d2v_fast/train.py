@@ -160,6 +160,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     """
     import torch
 
+    from d2v_fast import evaluation
     from d2v_fast.checkpoints import Checkpoints
     from d2v_fast.data import StepLoader, batch_maker, resolved, steps_per_epoch
     from d2v_fast.data.listing import counted, print_listing
@@ -188,6 +189,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         if is_first_process():
             device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")
             print(describe(config, split, schedule, maker, compute_dtype(config, device), device.type))
+            print("".join(f"{line}\n" for line in evaluation.check_labels(d2v)), end="")
         return None
 
     if is_first_process():
@@ -196,10 +198,12 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         d2v.run.device, config.deepspeed.needs_deepspeed(split.world_size), timeout_minutes=d2v.run.timeout_minutes
     )
     opened.callback(world.close)
+    labels = world.decide(lambda: evaluation.check_labels(d2v))
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
     say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
-    say(f"run folder: {folder.path}{' (the run in it ended before it saved anything)' if folder.replaced else ''}")
+    replaced = " (the run in it ended before it saved anything)" if folder.replaced else ""
+    say("\n".join([*labels, f"run folder: {folder.path}{replaced}"]))
     if world.is_first and not folder.reopened:
         # a run that fails before its first checkpoint can be resumed, too
         folder.write_config(config)
@@ -354,24 +358,34 @@ def loop(run: Run, stop: StopRequest) -> int:
 
 
 def run_probe(run: Run, step: int) -> str | None:
-    """Probe in the first process while the others wait; the table, and `probe.json` in the run folder."""
+    """Probe in the first process while the others wait; the table, and `probe.json` in the run folder.
+
+    A probe that fails is reported and stops nothing.
+    """
     from d2v_fast import evaluation
 
-    if not evaluation.has_labels(run.config.d2v):
+    d2v, is_last = run.config.d2v, step == run.schedule.num_steps
+    if not evaluation.has_labels(d2v):
+        if is_last:
+            run.log.say(evaluation.advice(d2v, run.folder.path))
         return None
 
     run.log.say("probing the features ...")
     encoders = run.state.whole_encoders()
 
-    def probe() -> str:
+    def probe() -> str | None:
         assert encoders is not None
-        report = evaluation.probe(run.config.d2v, *encoders)
+        try:
+            report = evaluation.probe(d2v, *encoders)
+        except (ValueError, OSError) as error:
+            run.log.say(f"no probe after step {step}: {error}")
+            return None
         run.folder.append_json("probe.json", {"step": step, **report.to_dict()})
         run.log.say(f"after step {step}:\n{report}")
         run.log.draw_curves()
         return str(report)
 
-    table: str = run.world.decide(probe)
+    table: str | None = run.world.decide(probe)
     return table
 
 

@@ -39,6 +39,7 @@ LEAVES = {
     "d2v_fast.deepspeed_sections",
     "d2v_fast.faults",
     "d2v_fast.paths",
+    "d2v_fast.probe_config",
     "d2v_fast.speech_config",
     "d2v_fast.streams",
     "d2v_fast.text_config",
@@ -48,7 +49,12 @@ MODEL = {"d2v_fast.modalities", "d2v_fast.encoder"}
 ARROWS = {
     "d2v_fast.atomic": set(),
     "d2v_fast.commands": set(),
-    "d2v_fast.config": {"d2v_fast.speech_config", "d2v_fast.text_config", "d2v_fast.vision_config"},
+    "d2v_fast.config": {
+        "d2v_fast.probe_config",
+        "d2v_fast.speech_config",
+        "d2v_fast.text_config",
+        "d2v_fast.vision_config",
+    },
     "d2v_fast.config_errors": set(),
     "d2v_fast.config_file": set(),
     "d2v_fast.deepspeed_keys": set(),

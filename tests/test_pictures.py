@@ -178,10 +178,10 @@ def test_names_stand_under_the_images(tmp_path: Path) -> None:
     masks = pictures._draw_masks(CONFIG, found.ids)
     figure = pictures._figure(pictures._displayable(found.pixels, CONFIG), masks, {}, found.names, "t")
     labels = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
-    assert labels[0] == "er\n$a$ and $b"
-    assert labels[2] == "one"
+    assert labels[0] == "er\n$a$ and $b.png"
+    assert labels[2] == "one.png"
     assert labels[1].startswith("er\nxxx")
-    assert labels[1].endswith("x7")
+    assert labels[1].endswith("x7.png")
     assert max(map(len, labels[1].splitlines())) <= 20
     save_figure(figure, tmp_path / "out.png")
 

@@ -329,17 +329,18 @@ class TextFiles:
 
     def _parquet(self, path: str) -> Iterator[str | None]:
         parquet = _import_parquet()
-        field, number, before = self._data.field, 0, self.num_read
+        wanted, number, before = self._columns(), 0, self.num_read
         try:
             with open_text(path, self._inside) as stream, parquet.ParquetFile(stream.file) as table:
                 columns = table.schema_arrow.names
-                if field not in columns:
-                    raise UnreadableFile(f"no column '{field}' (`d2v.data.field`); it has {_listed(columns)}")
-                for batch in table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[field], use_threads=False):
-                    for value in self._values(batch.column(0)):
+                for column, key in wanted.items():
+                    if column not in columns:
+                        raise UnreadableFile(f"no column '{column}' ({key}); it has {_listed(columns)}")
+                for batch in table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=list(wanted), use_threads=False):
+                    for row in zip(*(self._values(batch.column(column)) for column in wanted), strict=True):
                         number += 1
                         try:
-                            text = self._checked(value, f"column '{field}'")
+                            text = self._text_of_row(row)
                         except UnreadableFile as error:
                             self.bad.add(f"{path}, row {number}", _reason(error))
                             continue
@@ -359,6 +360,14 @@ class TextFiles:
         except UnicodeDecodeError:
             values = column.cast("binary").to_pylist()
         return values
+
+    def _columns(self) -> dict[str, str]:
+        """The columns of a .parquet file that are read, the text first, and the keys that name them."""
+        return {self._data.field: "`d2v.data.field`"}
+
+    def _text_of_row(self, row: tuple[Any, ...]) -> str:
+        """The text of a row of a .parquet file, given by the values of `_columns`."""
+        return self._checked(row[0], f"column '{self._data.field}'")
 
     def _checked(self, value: Any, where: str) -> str:
         if isinstance(value, bytes):

@@ -1,0 +1,144 @@
+"""Text with labels: rows of .jsonl and .parquet files with a field for each, and .txt files in a folder per class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.files import NUM_NAMED, UnreadableFile
+from d2v_fast.data.labelled import LabelledSample, LabelledSet, choose, class_of, refuse_parts
+from d2v_fast.data.listing import counted, describe_listing
+from d2v_fast.data.text_files import REPLACEMENT, TextFiles
+from d2v_fast.data.text_streams import text_ending
+from d2v_fast.untrusted import parse_json
+
+if TYPE_CHECKING:
+    from d2v_fast.probe_config import TextProbeConfig
+    from d2v_fast.text_config import TextDataConfig
+
+__all__ = ["labelled_texts"]
+
+MAX_LABEL = 100
+
+
+def labelled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2v.probe.path`") -> LabelledSet:
+    """Read all texts and labels of `probe.path` once, and choose `probe.max_samples` of them.
+
+    Args:
+        data: How files are opened and text is decoded.
+        probe: Where they are, and in which fields.
+        key: What named the path, for messages.
+    Raises:
+        DataError: There is no such file or folder, or it holds fewer than two classes.
+    """
+    field = probe.field or data.field
+    # what is unreadable is left out and counted, however much it is
+    changes = {"kind": "text", "path": probe.path, "field": field, "documents": "file"}
+    settings = data.model_copy(update={**changes, "max_bad_fraction": 1.0, "strict": False})
+    source = (
+        f"The class of a row is its field '{probe.label_field}' (`d2v.probe.label_field`), that of a .txt file its "
+        f"sub-folder."
+    )
+    try:
+        files = _LabelledFiles(settings, probe.label_field)
+        refuse_parts(files.root, files.folders(), key)
+        chosen, num_found, notes = choose(files.labelled(), probe.max_samples, "texts", key, files.root, source)
+    except DataError as error:
+        raise DataError(_with_keys(str(error), key)) from None
+    bad = files.bad
+    if bad.num_bad:
+        such = f"such as {_with_keys(bad.named[0], key)}"
+        notes = (*notes, f"left out: {counted(bad.num_bad, 'text')} that cannot be read or have no label, {such}")
+    if files.num_outside:
+        notes = (*notes, f"left out: {counted(files.num_outside, '.txt file')} that lie in no sub-folder")
+    if files.num_empty:
+        notes = (*notes, f"left out: {counted(files.num_empty, 'text')} without letters")
+    return LabelledSet(str(probe.path), chosen, num_found, (*describe_listing(files.listing, "")[1:], *notes))
+
+
+class _LabelledFiles(TextFiles):
+    """Files of which every document has a label, which is known while the document is read."""
+
+    def __init__(self, data: TextDataConfig, label_field: str) -> None:
+        # before the files are looked into
+        self._label_field, self._label, self._where = label_field, "", ""
+        self.num_outside = 0
+        super().__init__(data)
+
+    def folders(self) -> set[str]:
+        """The sub-folders that hold .txt files."""
+        return {class_of(name) for name in self._names if text_ending(name) == ".txt"} - {""}
+
+    def labelled(self) -> Iterator[LabelledSample]:
+        """All texts with a label, up to the length of a piece each."""
+        is_first = True
+        for piece in self.pieces():
+            if is_first:
+                yield LabelledSample(self._where, self._label, piece.text)
+            is_first = piece.ends
+
+    def _txt(self, path: str) -> Iterator[str | None]:
+        self._label, self._where = class_of(os.path.relpath(path, self.root)), os.path.relpath(path, self.root)
+        if self._label:
+            yield from super()._txt(path)
+        else:
+            self.num_outside += 1
+
+    def _jsonl(self, path: str) -> Iterator[str | None]:
+        self._where = os.path.relpath(path, self.root)
+        yield from super()._jsonl(path)
+
+    def _parquet(self, path: str) -> Iterator[str | None]:
+        self._where = os.path.relpath(path, self.root)
+        yield from super()._parquet(path)
+
+    def _field(self, line: bytes, first: bool) -> str | None:
+        text = super()._field(line, first)
+        if text is not None:
+            # once more: the field of the text is read without numbers
+            try:
+                entry = parse_json(line.decode("utf-8-sig", "replace").replace("\0", REPLACEMENT), parse_int=str)
+            except ValueError as error:
+                raise UnreadableFile(str(error)) from None
+            if self._label_field not in entry:
+                raise UnreadableFile(
+                    f"no field '{self._label_field}' (`d2v.probe.label_field`); it has {_listed(entry)}"
+                )
+            self._label = _label(entry[self._label_field], self._label_field)
+        return text
+
+    def _columns(self) -> dict[str, str]:
+        return {**super()._columns(), self._label_field: "`d2v.probe.label_field`"}
+
+    def _text_of_row(self, row: tuple[Any, ...]) -> str:
+        text = super()._text_of_row(row)
+        self._label = _label(row[1], self._label_field)
+        return text
+
+
+def _label(value: Any, field: str) -> str:
+    """A label in words: a name, a number or a truth value."""
+    if isinstance(value, str):
+        text = value.strip()
+    elif isinstance(value, (bool, int)):
+        text = str(value)
+    elif isinstance(value, float) and value.is_integer():
+        text = str(int(value))
+    else:
+        kind = "null" if value is None else type(value).__name__
+        raise UnreadableFile(f"the label '{field}' holds {kind} instead of a name or a whole number")
+    if not text:
+        raise UnreadableFile(f"the label '{field}' is empty")
+    if len(text) > MAX_LABEL:
+        raise UnreadableFile(f"the label '{field}' has more than {MAX_LABEL} characters")
+    return text
+
+
+def _listed(entry: dict[str, Any]) -> str:
+    return ", ".join(f"'{name[:80]}'" for name in list(entry)[:NUM_NAMED])
+
+
+def _with_keys(text: str, key: str) -> str:
+    return text.replace("`d2v.data.path`", key).replace("`d2v.data.field`", "`d2v.probe.field`")
