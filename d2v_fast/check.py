@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -71,8 +72,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     workers = config.d2v.data.num_workers
     seconds = max(compute, data / workers) if workers else compute + data
     beside = f"made by {workers} workers meanwhile" if workers else "made in between"
-    expected = format_bytes(predict(plain, 1, dtype, world.device.type).device_peak)
-    print(f"peak memory     {format_bytes(found.peak_bytes)} measured in these steps, {expected} predicted")
+    print(_about_memory(found, plain, dtype, world.device.type))
     print(
         f"micro-step      {_span(found.micro_seconds)} forward and backward, update {_span(found.update_seconds)} "
         f"({_device(world.device)}, {str(dtype)[6:]}); its batch {_span(found.data_seconds)}, {beside}"
@@ -180,7 +180,7 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
         _wait(device)
         times.append((has_data - before, has_gradient - has_data, time.perf_counter() - has_gradient))
         losses.append(float(output.loss_sum.detach()) / num_values)
-        batches.append(made)
+        batches.append(_without_values(made))
         bad.add(made)
         elapsed = time.monotonic() - start
         if step == MAX_STEPS or elapsed > MAX_SECONDS or (step > MIN_STEPS and elapsed > ENOUGH_SECONDS):
@@ -191,6 +191,24 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
     middle = statistics.median if maker.lengths is None else statistics.fmean
     data, micro_step, update = (middle(column) for column in columns)
     return _Found(losses[0], data, micro_step, update, memory.bytes(), batches)
+
+
+def _about_memory(found: _Found, config: RunConfig, dtype: torch.dtype, device_type: str) -> str:
+    """What was measured, beside what is predicted for batches of the size that was tried, and for the largest."""
+    largest = max(found.batches, key=lambda batch: batch.inputs.numel())
+    of_these = format_bytes(predict(config, 1, dtype, device_type, like=largest).resident_peak)
+    of_any = format_bytes(predict(config, 1, dtype, device_type).resident_peak)
+    beyond = "" if of_these == of_any else f", and {of_any} for the largest that the run can have"
+    return (
+        f"peak memory     {format_bytes(found.peak_bytes)} measured in these steps; at most {of_these} predicted for "
+        f"their batches{beyond}"
+    )
+
+
+def _without_values(batch: Batch) -> Batch:
+    """The batch without its inputs' values: those of all steps together would count as memory of a run."""
+    masked = None if batch.masked_inputs is None else batch.masked_inputs.to("meta")
+    return replace(batch, inputs=batch.inputs.to("meta"), masked_inputs=masked, kept=None, offsets=None)
 
 
 def _wait(device: torch.device | None) -> None:

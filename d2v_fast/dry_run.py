@@ -62,9 +62,12 @@ def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_ty
         sizes = f"{format_bytes(device):>8}" + (f" {format_bytes(host):>8}" if on_host else "")
         return f"  {name:30}{sizes}  {meaning}"
 
+    besides = ""
+    if found.kept:
+        besides = f"; at most {format_bytes(found.resident_peak)} resident with what malloc keeps and libraries need"
     lines = [
-        f"memory          {format_bytes(found.device_peak)} at most per process, predicted: {str(dtype)[6:]}, "
-        f"{num_processes} process{'es' if num_processes > 1 else ''}, {device_type}",
+        f"memory          {format_bytes(found.device_peak)} of tensors per process, predicted for the largest batch "
+        f"({str(dtype)[6:]}, {num_processes} process{'es' if num_processes > 1 else ''}, {device_type}){besides}",
     ]
     if on_host:
         lines.append(f"{'':34}on {device_type}  on host")

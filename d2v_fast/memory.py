@@ -17,10 +17,13 @@ import torch
 
 from d2v_fast.config import RunConfig
 from d2v_fast.data2vec import build_model
+from d2v_fast.modalities.student import MaskedBatch
 from d2v_fast.step_memory import Arrival, StepMemory, step_memory
 
 # of DeepSpeed's own all-reduce without ZeRO, in elements
 _PLAIN_BUCKET = 500_000_000
+# measured at most: the share of a step's small blocks that malloc keeps besides them; bytes for threads and kernels
+KEPT_SHARE, LIBRARIES = 0.6, 40_000_000
 
 
 class Part(NamedTuple):
@@ -42,14 +45,15 @@ class Moment(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Memory of the process that needs most. On a CPU everything is counted for the device, but for `save`.
+    """Memory of the process that needs most. On a CPU all but `save` is the device's.
 
     Attributes:
-        parts: what stays. `activations` is what autograd saves, which comes and goes in every micro-step: no part.
-        activations: bytes that the backward pass finds saved.
+        parts: what stays.
+        activations: bytes that the backward pass finds saved, which come and go in every micro-step.
         moments: what comes on top.
         build: device bytes in all while model and engine are made.
-        save: host bytes of the copy that a checkpoint is written from, while training goes on with `background_save`.
+        save: host bytes of the copy that a checkpoint is written from with `background_save`.
+        kept: on a CPU, the most that is resident besides tensors: freed blocks, and what libraries allocate.
     """
 
     parts: tuple[Part, ...]
@@ -57,6 +61,7 @@ class Prediction(NamedTuple):
     moments: tuple[Moment, ...]
     build: int
     save: int
+    kept: int = 0
 
     @property
     def device_state(self) -> int:
@@ -72,6 +77,11 @@ class Prediction(NamedTuple):
     def device_peak(self) -> int:
         """Device bytes at the worst moment. On a CPU everything, without the copy of a checkpoint."""
         return max(self.build, self.device_state + max(moment.device for moment in self.moments))
+
+    @property
+    def resident_peak(self) -> int:
+        """Device bytes at the worst moment, on a CPU with what is resident besides tensors."""
+        return self.device_peak + self.kept
 
     @property
     def host_peak(self) -> int:
@@ -117,7 +127,9 @@ def shapes_of(config: RunConfig) -> Shapes:
     return Shapes(tuple(map(tuple, groups)), tuple(map(tuple, averaged)))
 
 
-def predict(config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str) -> Prediction:
+def predict(
+    config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str, like: MaskedBatch | None = None
+) -> Prediction:
     """Memory of a run.
 
     Args:
@@ -125,6 +137,7 @@ def predict(config: RunConfig, num_processes: int, dtype: torch.dtype, device_ty
         num_processes: N.
         dtype: of the forward pass, see `engine.compute_dtype`.
         device_type: "cpu" or "cuda".
+        like: a micro-batch of the wanted size; None for the largest that the run can have.
     """
     split = config.deepspeed.batch_split(num_processes)
     by_deepspeed = config.deepspeed.needs_deepspeed(num_processes)
@@ -134,6 +147,7 @@ def predict(config: RunConfig, num_processes: int, dtype: torch.dtype, device_ty
         dtype,
         autocast=not by_deepspeed and dtype != torch.float32,
         device_type=device_type,
+        like=like,
     )
     return predict_from(config, num_processes, dtype, device_type, shapes_of(config), step)
 
@@ -157,6 +171,7 @@ def predict_from(
         tuple(moments),
         engine.build(),
         engine.saved() if copies else 0,
+        int(KEPT_SHARE * step.small) + LIBRARIES if device_type == "cpu" else 0,
     )
 
 

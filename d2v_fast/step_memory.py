@@ -29,6 +29,8 @@ from d2v_fast.pre_norm import attention_with_bias_gradient
 
 # what none of the samples loses to stochastic depth has the size of all of them: the most that a step can need
 _RARE = 1e-12
+# glibc takes blocks of up to so many bytes from its heap, and keeps them when they are freed
+HEAP_BLOCK = 32 << 20
 
 
 class Arrival(NamedTuple):
@@ -55,6 +57,7 @@ class StepMemory(NamedTuple):
         backward: largest during the backward pass, the gradient being made included until it is accumulated.
         with_gradients: the same with the gradients that are there already.
         arrivals: gradients of the parameters, in the order in which the backward pass completes them.
+        small: largest of what is in blocks of at most `HEAP_BLOCK` bytes, with the gradients that are there already.
     """
 
     batch: int
@@ -63,10 +66,17 @@ class StepMemory(NamedTuple):
     backward: int
     with_gradients: int
     arrivals: tuple[Arrival, ...]
+    small: int = 0
 
 
 def step_memory(
-    config: D2VConfig, micro_batch: int, dtype: torch.dtype, *, autocast: bool = False, device_type: str = "cpu"
+    config: D2VConfig,
+    micro_batch: int,
+    dtype: torch.dtype,
+    *,
+    autocast: bool = False,
+    device_type: str = "cpu",
+    like: MaskedBatch | None = None,
 ) -> StepMemory:
     """Count a micro-step.
 
@@ -76,13 +86,14 @@ def step_memory(
         dtype: of the forward pass.
         autocast: the student's parameters are fp32 and cast in the forward pass; else they are of `dtype`.
         device_type: "cpu" or "cuda": they attend in different ways.
+        like: a batch of the wanted size, taken to be full; None for the largest that a run can have.
     """
     with torch.device("meta"):
         model = build_model(_without_rare_savings(config))
         teacher = build_model(config).student.averaged.eval().requires_grad_(False).to(dtype)
         if not autocast:
             model.to(dtype)
-        batch = largest_batch(config, micro_batch)
+        batch = largest_batch(config, micro_batch) if like is None else _empty_like(like)
     as_on = _AsOn(device_type, dtype if autocast else None)
     for part in model.modules():
         if isinstance(part, Encoder):
@@ -102,7 +113,7 @@ def step_memory(
         live.peak = live.bytes
         loss.backward()
     arrivals = tuple(gradients.arrivals)
-    return StepMemory(in_batch, saved - in_batch, forward, live.peak, gradients.peak, arrivals)
+    return StepMemory(in_batch, saved - in_batch, forward, live.peak, gradients.peak, arrivals, live.small_peak)
 
 
 def _within(mode: TorchFunctionMode, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -131,6 +142,13 @@ class _Batch(NamedTuple):
     offsets: Tensor | None = None
 
 
+def _empty_like(batch: MaskedBatch) -> MaskedBatch:
+    """Of the same shapes, on torch's current device, without padding."""
+    masked = None if batch.masked_inputs is None else torch.empty(batch.masked_inputs.shape, dtype=torch.int64)
+    inputs = torch.empty(batch.inputs.shape, dtype=batch.inputs.dtype)
+    return _Batch(inputs, torch.empty(batch.rows.shape, dtype=torch.int64), masked_inputs=masked)
+
+
 def largest_batch(config: D2VConfig, size: int) -> MaskedBatch:
     """Of the size of the largest batch of the loader, on torch's current device."""
     if isinstance(config, VisionConfig):
@@ -157,12 +175,15 @@ class _LiveBytes(TorchDispatchMode):
     Attributes:
         bytes: now.
         peak: the most so far; may be set back.
+        small_peak: the most so far in blocks of at most `HEAP_BLOCK` bytes, what is held included.
         watcher: is called whenever `bytes` has grown.
     """
 
     def __init__(self, ignored: Iterable[Tensor]) -> None:
         super().__init__()
         self.bytes = self.peak = 0
+        self.small_peak = self._small = 0
+        self._held: set[int] = set()
         self.watcher: Callable[[], None] = lambda: None
         # by address of the storage: a storage that is freed takes its entry along
         self._known: dict[int, tuple[int, Any]] = {x.untyped_storage()._cdata: (0, None) for x in ignored}
@@ -184,11 +205,22 @@ class _LiveBytes(TorchDispatchMode):
             self._known[key] = (size, weakref.ref(storage, partial(self._free, key)))
             self.bytes += size
             self.peak = max(self.peak, self.bytes)
+            if size <= HEAP_BLOCK:
+                self._small += size
+                self.small_peak = max(self.small_peak, self._small)
             self.watcher()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor` in `small_peak` from now on, also when it is freed: a run keeps it."""
+        self._held.add(tensor.untyped_storage()._cdata)
 
     def _free(self, key: int, _: Any) -> None:
         size, _ = self._known.pop(key)
         self.bytes -= size
+        if key in self._held:
+            self._held.remove(key)
+        elif size <= HEAP_BLOCK:
+            self._small -= size
 
 
 class _Gradients:
@@ -215,6 +247,7 @@ class _Gradients:
     def _take(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self._bytes += parameter.grad.untyped_storage().nbytes()
+        self._live.hold(parameter.grad)
         parameter.grad = None
         self.arrivals.append(Arrival(parameter.numel(), self._most, self._live.bytes))
         self._most = self._live.bytes
