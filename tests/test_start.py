@@ -16,8 +16,10 @@ from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.export import SavedWeights
 from d2v_fast.interop.fairseq_speech import save_fairseq_speech
 from d2v_fast.interop.huggingface import export_model
+from d2v_fast.modalities.text import TextModel
 from d2v_fast.speech_config import SpeechModelConfig
-from tests.runs import TINY_SPEECH, figures, leave_out_reports, run_forked, tiny_file
+from d2v_fast.text_config import TextModelConfig
+from tests.runs import TINY_SPEECH, TINY_TEXT, figures, leave_out_reports, run_forked, tiny_file
 from tests.speech_reference import randomise_
 
 
@@ -115,3 +117,19 @@ def test_another_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     told = complaint(capsys, tmp_path / "a.pt", *arguments[1:-1], tiny_file(vision))
     assert "must be a checkpoint of fairseq, but cannot be read" in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_run_takes_the_vocabulary_of_given_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where its configuration leaves it to the tokenizer, which may have fewer tokens than the weights have rows."""
+    source = {"vocab_size": 50, "padding_id": 0, "width": 16, "depth": 3, "heads": 2, "max_positions": 32}
+    model = TextModelConfig.model_validate(source)
+    export_model(TextModel(model), model, tmp_path / "folder")
+    file = tiny_file(tmp_path, TINY_TEXT, d2v__model__vocab_size=None)
+    arguments = ["import", str(tmp_path / "folder"), "--ds_config", str(file), "--to", str(tmp_path / "runs" / "r")]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "runs" / "r" / "config.json").read_text())["d2v"]["model"]
+    assert (found["vocab_size"], found["padding_id"]) == (50, 0)
+    capsys.readouterr()
+    arguments[-1] = str(tmp_path / "runs" / "other")
+    assert main([*arguments, "--set", "d2v.model.padding_id=1"]) == 1
+    assert "`d2v.model.padding_id` must be 0, but is 1 instead" in capsys.readouterr().err
