@@ -64,6 +64,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     plain = _without_deepspeed(config, split)
     _require_memory(plain, dtype, world.device)
 
+    print(f"trying          {MIN_STEPS} to {MAX_STEPS} steps ...", flush=True)
     found = _try(plain, world, maker, split, schedule)
     print(_about(found.batches, config.d2v, maker.what))
 

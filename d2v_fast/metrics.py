@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -108,6 +109,13 @@ class NoLog:
     def say(self, text: str) -> None: ...
     def draw_curves(self) -> None: ...
     def close(self) -> None: ...
+
+
+def import_reports() -> None:
+    """Import what a `RunLog` imports later: its memory is not that of the run. What is missing is said when needed."""
+    for module in ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        with suppress(Exception):
+            importlib.import_module(module)
 
 
 class RunLog:

@@ -167,7 +167,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.data2vec import build_model
     from d2v_fast.engine import check_engine_available, compute_dtype, import_engine, make_engine
     from d2v_fast.guard import Guard
-    from d2v_fast.metrics import NoLog, RunLog
+    from d2v_fast.metrics import NoLog, RunLog, import_reports
     from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState, samples_of
@@ -215,6 +215,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
 
     say("importing the engine ...")
     import_engine(config, world)
+    if world.is_first:
+        import_reports()
     say("building the model ...")
     memory = PeakMemory(world.device)
     torch.manual_seed(d2v.run.seed)

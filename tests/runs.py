@@ -121,6 +121,7 @@ def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> No
     """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
     patch(metrics, "draw_curves", lambda *arguments: None)
     patch(metrics, "_tensorboard", lambda *arguments: None)
+    patch(metrics, "import_reports", lambda: None)
     patch(evaluation, "has_labels", lambda config: False)
     patch(evaluation, "export", lambda *arguments: "no export")
 

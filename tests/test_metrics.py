@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_fast import metrics
+from d2v_fast import metrics, train
 from d2v_fast.config import GuardConfig
 from d2v_fast.curves import curves_figure
 from d2v_fast.data.progress import Progress, duration
@@ -145,6 +146,17 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def test_imports_of_reports_are_not_memory_of_a_run(monkeypatch) -> None:
+    """They are made before the measurement begins; a package that is missing or broken is no error there."""
+    order: list[str] = []
+    monkeypatch.setattr(metrics.importlib, "import_module", lambda name: order.append(name) or int("broken"))
+    metrics.import_reports()
+    assert order[0] == "torch.utils.tensorboard"
+    assert len(order) == 3
+    source = inspect.getsource(train.prepare)
+    assert source.index("import_reports()") < source.index("PeakMemory(world.device)")
 
 
 def test_step_number_moves_with_the_bar(folder: RunFolder, monkeypatch) -> None:
