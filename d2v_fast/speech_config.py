@@ -107,11 +107,11 @@ class SpanMaskConfig(Section):
 class SpeechDataConfig(Section):
     """Where the recordings come from, and what of them a step sees.
 
-    `kind` "audio" is a folder tree, or a manifest (`.tsv`) of wav, flac, ogg and mp3 files; "speech" the sample set
-    that ships with this library. Shorter ones than `min_seconds` are left out; of longer ones than `max_seconds` a step
-    sees a random part. Utterances of like length make a step: at most `train_batch_size` of them and at most
-    `max_batch_seconds` of sound (None: no limit). `lengths` "crop" cuts all to the shortest of the step, to a multiple
-    of 8 frames; "pad" keeps all and pads.
+    `kind` "audio" is a folder tree, or a manifest (`.tsv`) of WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU, CAF, W64
+    and NIST files; "speech" the sample set that ships with this library. Shorter ones than `min_seconds` are left out;
+    of longer ones than `max_seconds` a step sees a random part. Utterances of like length make a step: at most
+    `train_batch_size` of them and at most `max_batch_seconds` of sound (None: no limit). `lengths` "crop" cuts all to
+    the shortest of the step, to a multiple of 8 frames; "pad" keeps all and pads.
 
     More than `max_bad_fraction` unreadable files stop the run, or with `strict` the first one. Silent files (no sample
     above `silence` of full scale in what is read) and files with samples that are not finite count as unreadable. Of a

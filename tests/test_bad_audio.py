@@ -74,7 +74,7 @@ def spoilt(value: float) -> np.ndarray:
     return np.where(np.arange(LENGTH) == LENGTH // 2, np.float32(value), NOISE)
 
 
-NOT_AUDIO = "not a WAV, FLAC, Ogg or MP3 file"
+NOT_AUDIO = "not a file of a kind that is read"
 CONTENTS: dict[str, tuple[bytes, str]] = {
     "empty.wav": (b"", "an empty file"),
     "ten_zeros.wav": (bytes(10), NOT_AUDIO),
@@ -83,11 +83,11 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
     "page.mp3": (b"<!DOCTYPE html><html><body>404</body></html>", NOT_AUDIO),
     "picture.flac": (b"\x89PNG\r\n\x1a\n" + bytes(1000), NOT_AUDIO),
     "film.wav": (b"RIFF\x00\x10\x00\x00AVI LIST" + bytes(1000), NOT_AUDIO),
-    "rare_format.wav": (encoded("AIFF"), NOT_AUDIO),
+    "rare_format.wav": (encoded("VOC"), NOT_AUDIO),
     "header.wav": (wav(NOISE)[:44], "cut: 0 of 96,000 bytes of samples are there"),
     "no_samples.wav": (wav(NOISE[:0]), "holds no samples"),
     "half.wav": (wav(NOISE)[:50_000], "cut: 49,956 of 96,000 bytes"),
-    "four_gigabytes.wav": (wav(NOISE, size=0xFFFFFFF0), "cut: 96,000 of 4,294,967,280 bytes"),
+    "four_gigabytes.wav": (wav(NOISE, size=0xF0000000), "cut: 96,000 of 4,026,531,840 bytes"),
     "rate_zero.wav": (wav(NOISE, rate=0), "cannot be decoded: .|a rate of 0 Hz"),
     "rate_one.wav": (wav(NOISE, rate=1), "a rate of 1 Hz"),
     "rate_huge.wav": (wav(NOISE, rate=2_000_000_000), "a rate of 2,000,000,000 Hz"),
@@ -100,8 +100,8 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
     "long.flac": (flac_that_promises(2**36 - 1), "its header promises 68,719,476,735 samples, and it has"),
     "header.ogg": (encoded("OGG", subtype="VORBIS")[:200], "cannot be decoded"),
     "garbage.ogg": (b"OggS" + np.random.default_rng(1).bytes(5000), "cannot be decoded"),
-    "header.mp3": (b"ID3\x04\0\0\0\0\0\0" + bytes(2000), "cannot be decoded|holds no samples|" + NOT_AUDIO),
-    "half.mp3": (encoded("MP3")[:4000] if "MP3" in sf.available_formats() else b"\xff\xfb", "ends after|cannot be"),
+    "header.mp3": (b"ID3\x04\0\0\0\0\0\0" + bytes(2000), "no MP3 frame was found"),
+    "half.mp3": (encoded("MP3")[:4000] if "MP3" in sf.available_formats() else b"\xff\xfb", "cut: 2"),
     "nan.wav": (wav(spoilt(np.nan)), "samples that are not finite"),
     "infinite.wav": (wav(spoilt(-np.inf)), "samples that are not finite"),
     "huge.wav": (wav(spoilt(1e30)), r"samples of up to 1e\+30 times full scale"),
@@ -272,7 +272,7 @@ def test_links_are_followed_where_that_is_wanted(folder: Path) -> None:
 def test_names_are_printable(folder: Path) -> None:
     (folder / "red \x1b[31m\n.wav").write_bytes(b"junk")
     [line] = make_dataset(folder).listing.bad_files
-    assert line == f"{folder}/red \\x1b[31m\\n.wav: {NOT_AUDIO}"
+    assert line.startswith(f"{folder}/red \\x1b[31m\\n.wav: {NOT_AUDIO}")
 
 
 def test_longest_one_is_replaced_by_a_shorter_one_repeated(folder: Path) -> None:
@@ -291,7 +291,7 @@ def test_nothing_readable(tmp_path: Path) -> None:
     folder.mkdir()
     for i in range(20):
         (folder / f"{i:02d}.wav").write_bytes(b"junk")
-    with pytest.raises(DataError, match=rf"of 20 in '{folder}' none can be read:\n  {folder}/00.wav: not a WAV"):
+    with pytest.raises(DataError, match=rf"of 20 in '{folder}' none can be read:\n  {folder}/00.wav: not a file"):
         make_dataset(folder)
     for i in range(20):
         (folder / f"{i:02d}.wav").write_bytes(wav(np.zeros(LENGTH)))

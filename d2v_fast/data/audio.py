@@ -1,4 +1,4 @@
-"""Any recordings: a folder tree, or a manifest, of WAV, FLAC, Ogg and MP3 files, without labels."""
+"""Any recordings: a folder tree, or a manifest, of files that libsndfile reads, without labels."""
 
 from __future__ import annotations
 
@@ -40,12 +40,17 @@ _CONVERT = "convert them, for example with `ffmpeg -i FILE FILE.flac`"
 _EXTRACT = "extract the recordings as WAV or FLAC files"
 KINDS = FileKinds(
     "recordings",
-    read=(".wav", ".flac", ".ogg", ".mp3"),
+    read=(
+        *(".wav", ".wave", ".bwf", ".rf64", ".w64", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".sph", ".nist"),
+        *(".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".mpga"),
+    ),
     unread={
         **ARCHIVES,
         **dict.fromkeys(VIDEOS, _CONVERT),
         **dict.fromkeys((".aac", ".ac3", ".alac", ".amr", ".ape", ".asf", ".awb", ".dff", ".dsf", ".dts"), _CONVERT),
-        **dict.fromkeys((".m4a", ".m4b", ".m4r", ".mka", ".mpc", ".ra", ".rm", ".shn", ".spx", ".tta"), _CONVERT),
+        **dict.fromkeys(
+            (".m4a", ".m4b", ".m4r", ".mka", ".mpc", ".ra", ".rm", ".shn", ".spx", ".tta", ".voc"), _CONVERT
+        ),
         **dict.fromkeys((".weba", ".wma", ".wv", ".pcm", ".raw"), _CONVERT),
         **dict.fromkeys((".arrow", ".parquet", ".tfrecord"), _EXTRACT),
     },
@@ -74,7 +79,8 @@ class AudioDataset:
     no header is read at the beginning, if 16 files spread over it have the model's rate and the lengths that it says;
     otherwise the header of every file is read, as for a folder.
 
-    Channels are averaged, and other rates than the model's resampled. Recordings shorter than `data.min_seconds`, or
+    Channels are averaged, unless they would cancel each other: then the loudest one is taken. Other rates than the
+    model's are resampled. Recordings shorter than `data.min_seconds`, or
     than one frame, are left out. A file that cannot be read, is silent in what is read of it, or beyond the limits of
     `data` is replaced by a neighbour; one whose header cannot be read is left out.
 
