@@ -84,8 +84,9 @@ def eight_bits(
     # Pillow keeps the upper half of each color's value, which is enough where all bits count
     halves_do = not is_gray and claimed is None and bit_depth is None and "transparency" not in image.info
     if halves_do and stored == MAX_BITS:
-        largest = _largest(image)
-        _note_dim(8 + largest.bit_length() if largest else 0, stored, note)
+        if note is not None and _is_below(128, image):
+            largest = _largest(image)
+            _note_dim(8 + largest.bit_length() if largest else 0, stored, note)
         return image
     channels = _sixteen_bits(image, content)
     largest = max((int(values.max()) for name, values in channels.items() if name != "A"), default=0)
@@ -98,8 +99,8 @@ def eight_bits(
     if is_gray and isinstance(image, TiffImagePlugin.TiffImageFile) and _is_inverted(image):
         channels["L"] = np.uint16(2**bits - 1) - channels["L"]
     alpha = _alpha(image, channels)
-    colours = {name: _table(bits)[values] for name, values in channels.items() if name != "A"}
-    joined = Image.merge("L" if len(colours) == 1 else "".join(colours), [*map(Image.fromarray, colours.values())])
+    colors = {name: _table(bits)[values] for name, values in channels.items() if name != "A"}
+    joined = Image.merge("L" if len(colors) == 1 else "".join(colors), [*map(Image.fromarray, colors.values())])
     if alpha is not None:
         joined.putalpha(Image.fromarray(alpha))
     return joined
@@ -129,10 +130,9 @@ def _from_bytes(
 ) -> Image.Image:
     """Of bytes, which hold fewer bits where the file or the configuration says so."""
     if bit_depth is None and claimed is None:
-        if note is not None:
-            largest = _largest(image)
-            # a dark photograph is no reason to ask: sixteen levels are
-            _note_dim(largest.bit_length() if largest < 16 else 8, 8, note)
+        # a dark photograph is no reason to ask: sixteen levels are
+        if note is not None and _is_below(16, image):
+            _note_dim(_largest(image).bit_length(), 8, note)
         return image
     bands = dict(zip(image.getbands(), image.split(), strict=True))
     values = {name: np.asarray(band).astype(np.uint16) for name, band in bands.items()}
@@ -143,10 +143,10 @@ def _from_bytes(
     if bits == 8:
         return image
     _require_within(max(int(band.max()) for name, band in values.items() if name != "A"), bits)
-    colours = [Image.fromarray(_table(bits)[band]) if name != "A" else bands["A"] for name, band in values.items()]
-    scaled = Image.merge(image.mode, colours)
+    colors = [Image.fromarray(_table(bits)[band]) if name != "A" else bands["A"] for name, band in values.items()]
+    scaled = Image.merge(image.mode, colors)
     if "transparency" in image.info:
-        # the colour that stands for transparent, among the scaled ones
+        # the color that stands for transparent, among the scaled ones
         key = image.info["transparency"]
         table = _table(bits)
         scaled.info["transparency"] = tuple(int(table[v]) for v in key) if isinstance(key, tuple) else int(table[key])
@@ -165,9 +165,15 @@ def _note_dim(used: int, stored: int, note: Callable[[Dim], None] | None) -> Non
 
 
 def _largest(image: Image.Image) -> int:
-    """The largest value of the colours."""
+    """The largest value of the colors."""
     bands = zip(image.getbands(), image.split(), strict=True)
     return max(int(np.asarray(band).max()) for name, band in bands if name != "A")
+
+
+def _is_below(level: int, image: Image.Image) -> bool:
+    """Whether no value of the colors reaches a level; a few pixels mostly show that one does."""
+    few = image.resize((16, 16), Image.Resampling.NEAREST)
+    return _largest(few) < level and _largest(image) < level
 
 
 def _table(bits: int) -> npt.NDArray[np.uint8]:
@@ -184,11 +190,11 @@ def _is_raw(channels: dict[str, Values], claimed: int, stored: int, may_be_scale
     A PNG that says how many bits are significant should have scaled them up: then small values are multiples of the
     factor, or by rounding one more.
     """
-    colours = [values for name, values in channels.items() if name != "A"]
-    if any(int(values.max()) >= 2**claimed for values in colours):
+    colors = [values for name, values in channels.items() if name != "A"]
+    if any(int(values.max()) >= 2**claimed for values in colors):
         return False
     factor = 2 ** (stored - claimed)
-    return not may_be_scaled or any(bool((values % factor > 1).any()) for values in colours)
+    return not may_be_scaled or any(bool((values % factor > 1).any()) for values in colors)
 
 
 def _png_bits(content: bytes) -> tuple[int, int | None]:
@@ -199,8 +205,8 @@ def _png_bits(content: bytes) -> tuple[int, int | None]:
             stored, kind = body[8], body[9]
         if name == b"sBIT" and kind != 3:
             # of each channel, alpha last
-            colours = body[:-1] if kind in (4, 6) else body
-            bits = max(colours, default=0)
+            colors = body[:-1] if kind in (4, 6) else body
+            bits = max(colors, default=0)
             return stored, bits if 0 < bits < stored else None
         if name in (b"IDAT", b"PLTE"):
             break
@@ -273,13 +279,13 @@ def _other_half(rawmode: str) -> str:
 
 
 def _alpha(image: Image.Image, channels: dict[str, Values]) -> npt.NDArray[np.uint8] | None:
-    """Opacity, of a channel or where the colour is not the transparent one."""
+    """Opacity, of a channel or where the color is not the transparent one."""
     if "A" in channels:
         return _table(MAX_BITS)[channels["A"]]
     key = image.info.get("transparency")
     if key is None or isinstance(key, bytes):
         return None
-    colours = list(channels.values())
-    keys = key if isinstance(key, tuple) else (key,) * len(colours)
-    same = np.logical_and.reduce([values == one for values, one in zip(colours, keys, strict=True)])
+    colors = list(channels.values())
+    keys = key if isinstance(key, tuple) else (key,) * len(colors)
+    same = np.logical_and.reduce([values == one for values, one in zip(colors, keys, strict=True)])
     return np.where(same, 0, 255).astype(np.uint8)
