@@ -78,8 +78,9 @@ def published(theirs: Any) -> dict[str, Tensor]:
         found[f"blocks.{index}.attn.qkv.weight"] = torch.cat(parts)
         found[f"blocks.{index}.attn.q_bias"] = state[f"{attention}.query.bias"]
         found[f"blocks.{index}.attn.v_bias"] = state[f"{attention}.value.bias"]
-        found[f"blocks.{index}.gamma_1"] = state[f"{block}.lambda_1"]
-        found[f"blocks.{index}.gamma_2"] = state[f"{block}.lambda_2"]
+        if f"{block}.lambda_1" in state:
+            found[f"blocks.{index}.gamma_1"] = state[f"{block}.lambda_1"]
+            found[f"blocks.{index}.gamma_2"] = state[f"{block}.lambda_2"]
         own = f"{attention}.relative_position_bias.relative_position_bias_table"
         if own in state:
             found[f"blocks.{index}.attn.relative_position_bias_table"] = state[own]
@@ -108,7 +109,12 @@ PER_BLOCK = {"use_shared_relative_position_bias": False, "use_relative_position_
 NEITHER = {"use_shared_relative_position_bias": False, "use_absolute_position_embeddings": True}
 
 
-@pytest.mark.parametrize("changes", [{}, PER_BLOCK, NEITHER], ids=["shared", "per_block", "absolute"])
+UNSCALED = {"layer_scale_init_value": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, PER_BLOCK, NEITHER, UNSCALED], ids=["shared", "per_block", "absolute", "unscaled"]
+)
 @pytest.mark.parametrize("wrapper", ["model", "module", "bare", "ddp"])
 def test_features_are_those_of_transformers(changes: dict[str, Any], wrapper: str, tmp_path: Path) -> None:
     theirs = reference(**changes)

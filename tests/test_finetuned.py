@@ -17,7 +17,7 @@ from d2v_fast.console import main
 from d2v_fast.data2vec import build_model
 from d2v_fast.interop.huggingface import export_model, import_model
 from tests.runs import TINY, TINY_SPEECH, TINY_TEXT, tiny_file
-from tests.test_beit import NEITHER, PER_BLOCK, assert_same_features, reference
+from tests.test_beit import NEITHER, PER_BLOCK, UNSCALED, assert_same_features, reference
 from tests.vision_reference import randomise_
 
 transformers = pytest.importorskip("transformers")
@@ -105,7 +105,9 @@ def test_every_class_is_tried() -> None:
     assert set(LEFT_OUT) | set(OPTIONS) <= set(CLASSES)
 
 
-@pytest.mark.parametrize("changes", [PER_BLOCK, NEITHER, {"use_mask_token": False, "use_mean_pooling": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [PER_BLOCK, NEITHER, UNSCALED, {"use_mask_token": False, "use_mean_pooling": True}], ids=str
+)
 def test_vision_models_of_other_configurations(
     changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,6 +119,8 @@ def test_vision_models_of_other_configurations(
     told = "\n".join(caplog.messages)
     if changes is NEITHER:
         assert "holds no relative positions: their table begins at zero" in told
+    elif changes is UNSCALED:
+        assert "holds no scales of the blocks' branches: they are one" in told
     elif changes is PER_BLOCK:
         assert config.position_bias == "per_block"
         assert not told

@@ -75,6 +75,10 @@ def test_values_that_are_not_finite(
         assert said in told
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "out").exists()
+    if form == "folder":
+        inputs = tmp_path / ("a.txt" if modality == "text" else "inputs")
+        told = complaint(capsys, "embed", source, inputs, "--to", tmp_path / "a.npy")
+        assert said in told
 
 
 def test_of_an_average_and_a_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +160,13 @@ def test_pointers_instead_of_a_checkpoint(name: str, tmp_path: Path, capsys: pyt
     (tmp_path / name).write_bytes(POINTER)
     told = complaint(capsys, "import", tmp_path / name, "--to", tmp_path / "out")
     assert f"{name}` is a git-lfs pointer in the place of the file: run `git lfs pull`" in told
+
+
+def test_a_pointer_in_the_place_of_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.tsv").write_bytes(POINTER)
+    file = tiny_file(tmp_path, TINY_SPEECH)
+    data = [f"d2v.data.{key}" for key in (f"path={tmp_path}/a.tsv", 'kind="audio"')]
+    assert "run `git lfs pull`" in complaint(capsys, "check", file, *(w for d in data for w in ("--set", d)))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt"])

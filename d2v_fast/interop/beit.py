@@ -22,7 +22,7 @@ from d2v_fast.config_errors import check
 from d2v_fast.interop.fairseq_files import as_fp32, replace_file, require_tensors, state_of
 from d2v_fast.interop.folders import mlp_ratio
 from d2v_fast.interop.layout import log_unused, require_finite
-from d2v_fast.interop.vision_layout import VisionNames, build_vision, vision_layout
+from d2v_fast.interop.vision_layout import VisionNames, build_vision, gammas, vision_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.vision import VisionModel
 
@@ -162,6 +162,8 @@ def _build(config: VisionModelConfig, theirs: Mapping[str, Tensor], source: str)
     may_lack = {"position_bias.table"}
     if any(name.startswith("fc_norm.") for name in theirs):
         may_lack |= {"norm.weight", "norm.bias"}
+    if not any(name.endswith(f".{NAMES.gamma1}") for name in theirs):
+        may_lack |= gammas(config)
     misfit = f"is no data2vec image model of {config.depth} blocks of width {config.width}"
     layout = vision_layout(config, NAMES)
     return build_vision(config, layout, theirs, source, misfit, may_lack=frozenset(may_lack), unused=_UNUSED)
@@ -198,6 +200,8 @@ def _config_of(weights: Mapping[str, Tensor], args: Any, heads: int | None, path
             "absolute_position": bool(tokens),
             "position_bias": "per_block" if per_block else "shared",
             **{own: given[key] for key, own in rates.items() if isinstance(given.get(key), float)},
+            # none is a scale of one
+            **({} if f"{NAMES.block.format(0)}.{NAMES.gamma1}" in weights else {"layer_scale": 1.0}),
         },
     )
     if config is None:

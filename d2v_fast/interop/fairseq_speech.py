@@ -33,7 +33,7 @@ from d2v_fast.interop.fairseq_files import (
 )
 from d2v_fast.interop.folders import mlp_ratio, require_values
 from d2v_fast.interop.huggingface_speech import build_speech
-from d2v_fast.interop.layout import require_finite
+from d2v_fast.interop.layout import log_unused, require_finite
 from d2v_fast.interop.speech_layout import SpeechNames, speech_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.speech import SpeechModel
@@ -190,6 +190,7 @@ def _divide(
     refuse_others(model, "a speech model", path)
     if any(str(name).startswith(FINE_TUNED) for name in model):
         # the rest is the output layer
+        log_unused([str(name) for name in model if not str(name).startswith(FINE_TUNED)], f"`{path}`")
         model = {str(n).removeprefix(FINE_TUNED): v for n, v in model.items() if str(n).startswith(FINE_TUNED)}
     nested = model.get(AVERAGE)
     average: dict[str, Tensor] | None = None

@@ -43,7 +43,7 @@ from d2v_fast.interop.fairseq_files import (
 )
 from d2v_fast.interop.folders import mlp_ratio, require_values
 from d2v_fast.interop.huggingface_text import build_text
-from d2v_fast.interop.layout import Misfit, require_finite
+from d2v_fast.interop.layout import Misfit, log_unused, require_finite
 from d2v_fast.interop.text_layout import TextNames, text_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.text import TextModel
@@ -204,6 +204,7 @@ def _divide(
         average = {TEXT_PREFIX + str(name): value for name, value in nested.items() if name != VERSION}
     own = {str(name): value for name, value in model.items() if name != AVERAGE}
     require_tensors([own, average], f"`{path}` is no data2vec text model")
+    log_unused([name for name in own if name.startswith(IGNORED)], f"`{path}`")
     named = [name for name in own if name.startswith(HEAD)]
     head = {name.removeprefix(HEAD): own.pop(name).to(torch.float32) for name in named}
     return own, average, head or None

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from d2v_fast.atomic import write_text
-from d2v_fast.config import VisionConfig, VisionDataConfig, VisionModelConfig
+from d2v_fast.config import ConfigError, VisionConfig, VisionDataConfig, VisionModelConfig
+from d2v_fast.config_errors import check
 from d2v_fast.interop.folders import (
     MAX_WEIGHTS_BYTES,
     as_json,
@@ -29,7 +30,7 @@ from d2v_fast.interop.folders import (
     write_weights,
 )
 from d2v_fast.interop.layout import Layout
-from d2v_fast.interop.vision_layout import VisionNames, build_vision, vision_layout
+from d2v_fast.interop.vision_layout import VisionNames, build_vision, gammas, vision_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.vision import VisionModel
 
@@ -121,7 +122,7 @@ def import_vision(
     foreign, path = read_weights(source)
     theirs = {name.removeprefix(BASE_PREFIX): value for name, value in foreign.items()}
     theirs = {name: value for name, value in theirs.items() if not name.endswith(IGNORED_SUFFIX)}
-    may_lack = set()
+    may_lack = gammas(config) if raw.get("layer_scale_init_value", 0.1) == 0 else set()
     if raw.get("use_mean_pooling", True):
         # the norm has given way to one behind the mean
         may_lack |= {"norm.weight", "norm.bias"}
@@ -197,22 +198,29 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
                 PUBLISHED_NORM_EPS,
             )
     width = whole_number(raw, "hidden_size", 768, path)
-    return VisionModelConfig(
-        image_size=_side(raw, "image_size", 224, path),
-        patch_size=_side(raw, "patch_size", 16, path),
-        channels=raw.get("num_channels", 3),
-        width=width,
-        depth=raw.get("num_hidden_layers", 12),
-        heads=raw.get("num_attention_heads", 12),
-        mlp_ratio=mlp_ratio(width, whole_number(raw, "intermediate_size", 3072, path)),
-        drop_path=raw.get("drop_path_rate", 0.1),
-        attention_dropout=raw.get("attention_probs_dropout_prob", 0.0),
-        dropout=raw.get("hidden_dropout_prob", 0.0),
-        layer_scale=raw.get("layer_scale_init_value", 0.1),
-        norm_eps=norm_eps,
-        absolute_position=raw.get("use_absolute_position_embeddings", False),
-        position_bias="per_block" if per_block else "shared",
+    config, problems = check(
+        VisionModelConfig,
+        {
+            "image_size": _side(raw, "image_size", 224, path),
+            "patch_size": _side(raw, "patch_size", 16, path),
+            "channels": raw.get("num_channels", 3),
+            "width": width,
+            "depth": raw.get("num_hidden_layers", 12),
+            "heads": raw.get("num_attention_heads", 12),
+            "mlp_ratio": mlp_ratio(width, whole_number(raw, "intermediate_size", 3072, path)),
+            "drop_path": raw.get("drop_path_rate", 0.1),
+            "attention_dropout": raw.get("attention_probs_dropout_prob", 0.0),
+            "dropout": raw.get("hidden_dropout_prob", 0.0),
+            # none is a scale of one
+            "layer_scale": raw.get("layer_scale_init_value", 0.1) or 1.0,
+            "norm_eps": norm_eps,
+            "absolute_position": raw.get("use_absolute_position_embeddings", False),
+            "position_bias": "per_block" if per_block else "shared",
+        },
     )
+    if config is None:
+        raise ConfigError(problems, path)
+    return config
 
 
 def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
@@ -221,8 +229,8 @@ def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
     if isinstance(value, list):
         if len(value) != 2 or value[0] != value[1]:
             raise ValueError(f"`{key}` in {path} must be square, but is {value} instead.")
-        return int(value[0])
-    return int(value)
+        value = value[0]
+    return whole_number({key: value}, key, default, path)
 
 
 def _preprocessor_config(model: VisionModelConfig, data: VisionDataConfig, scans: bool) -> dict[str, Any]:

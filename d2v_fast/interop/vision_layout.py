@@ -88,6 +88,11 @@ def vision_layout(config: VisionModelConfig, names: VisionNames) -> Layout:
     return Layout(pairs, shapes)
 
 
+def gammas(config: VisionModelConfig) -> set[str]:
+    """Our names of the scales of the blocks' branches, which are one where a model has none."""
+    return {f"encoder.blocks.{index}.gamma{number}" for index in range(config.depth) for number in (1, 2)}
+
+
 def build_vision(
     config: VisionModelConfig,
     layout: Layout,
@@ -128,6 +133,8 @@ def build_vision(
         _log.warning(
             "%s holds no norm behind the last block: it begins anew with weight 1 and bias 0", printable(source)
         )
+    if lacking & gammas(config):
+        _log.warning("%s holds no scales of the blocks' branches: they are one, without effect", printable(source))
     if _SHARED_BIAS in lacking:
         _log.warning("%s holds no relative positions: their table begins at zero, without effect", printable(source))
     return model
