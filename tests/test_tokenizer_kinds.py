@@ -104,6 +104,13 @@ def with_an_added_tokens_decoder(folder: Path) -> Path:
     return vocab_and_merges(folder, tokenizer_config={"added_tokens_decoder": decoder})
 
 
+def with_added_tokens_beside(folder: Path) -> Path:
+    """Of a tokenizer.json, as Transformers adds them."""
+    content = saved(folder)
+    names = {"additional_special_tokens": ["student", "q"]}
+    return write(folder, tokenizer=content, added_tokens={"student": 360}, special_tokens_map=names)
+
+
 def roberta_of_transformers(folder: Path) -> Path:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.RobertaTokenizer.from_pretrained(vocab_and_merges(folder))
@@ -165,6 +172,7 @@ KINDS: list[Callable[[Path], Path]] = [
     with_a_blank_in_front,
     with_added_tokens,
     with_an_added_tokens_decoder,
+    with_added_tokens_beside,
     roberta_of_transformers,
     ends_of_words,
     beginnings_of_words,
@@ -295,6 +303,17 @@ def test_added_tokens_are_found_in_text(tmp_path: Path) -> None:
     ids, _ = with_decoder.encode(["the teacher"])
     assert ids[-1] == 360
     assert with_decoder.vocab_size == 361
+
+
+def test_named_tokens_beside_a_tokenizer_are_found_in_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = load_tokenizer(with_added_tokens_beside(tmp_path / "a"))
+    ids, _ = ours.encode(["the student"])
+    assert ids[-1] == 360
+    assert ours.vocab_size == 361
+    assert not caplog.records
+    (tmp_path / "a" / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<none>"]}')
+    load_tokenizer(tmp_path / "a")
+    assert "names the token '<none>', which the tokenizer does not have" in caplog.text
 
 
 @pytest.mark.parametrize(

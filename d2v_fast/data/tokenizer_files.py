@@ -6,7 +6,8 @@ which is read as GPT-2's; for any other kind, `tokenizer_class` in tokenizer_con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 from d2v_fast.untrusted import MAX_DIGITS, parse_json, printable, read_text
 
 __all__ = ["MASK_TOKEN", "ROLES", "byte_level", "check_added", "read_tokenizer_files"]
+
+_log = logging.getLogger(__name__)
 
 MAX_TOKENIZER_BYTES = 256_000_000
 MAX_MAP_BYTES = 16_000_000
@@ -62,6 +65,11 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
         names = settings.names
         if (path / "tokenizer.json").exists():
             content = _read(path / "tokenizer.json", MAX_TOKENIZER_BYTES)
+            there = content.get("added_tokens") or []
+            added = _with_added(path, _vocabulary(content.get("model")), there, settings)
+            # what has nothing added stays as it is, and so does its digest
+            if len(added) > len(there):
+                content["added_tokens"] = added
         elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
             content = _from_vocab_and_merges(path, settings)
         else:
@@ -238,7 +246,7 @@ def _from_vocab_and_merges(folder: Path, settings: _Settings) -> dict[str, Any]:
     if len(ids) != len(vocab) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"vocab.json must number its {len(vocab)} tokens from 0 on, but does not.")
     merges = _read_merges(folder / "merges.txt", vocab)
-    added = _added_tokens(folder, vocab, settings)
+    added = _with_added(folder, vocab, _specials_of(vocab), settings)
     model = {
         "type": "BPE",
         "dropout": None,
@@ -302,35 +310,59 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> list[list[str]]:
     return merges
 
 
-def _added_tokens(folder: Path, vocab: dict[str, int], settings: _Settings) -> list[dict[str, Any]]:
-    """Entries of `added_tokens`: special tokens of the vocabulary, and what is added to it in files beside it."""
+def _specials_of(vocab: dict[str, int]) -> list[dict[str, Any]]:
+    """Entries of `added_tokens` for the usual special tokens of a vocabulary."""
     names = [name for _, defaults in ROLES.values() for name in defaults if name in vocab]
-    entries = {name: added_token(name, vocab[name]) for name in names}
+    return [added_token(name, vocab[name]) for name in names]
+
+
+def _with_added(
+    folder: Path, vocab: Mapping[str, int], entries: Iterable[dict[str, Any]], settings: _Settings
+) -> list[dict[str, Any]]:
+    """Entries of `added_tokens` with those that files beside the vocabulary add; what is there already stays.
+
+    Args:
+        vocab: of the model.
+        entries: that are there already.
+    """
+    found = {str(entry["content"]): entry for entry in entries}
     special = {*settings.names.values(), *settings.others}
-    if (folder / "added_tokens.json").exists():
-        for token, number in _read(folder / "added_tokens.json", MAX_MAP_BYTES).items():
-            _check_id(token, number, vocab, "added_tokens.json")
-            is_special = token in special
-            plain = {**added_token(token, number), "special": is_special, "normalized": not is_special}
-            entries.setdefault(token, plain)
     decoder = settings.raw.get("added_tokens_decoder")
     for key, given in decoder.items() if isinstance(decoder, dict) else ():
         where = "`added_tokens_decoder` in tokenizer_config.json"
         if not isinstance(given, dict) or not isinstance(given.get("content"), str) or not key.isdecimal():
             raise ValueError(f"{where} must hold tokens by their ids, but '{printable(key)[:40]}' is none.")
-        token = str(given["content"])
-        _check_id(token, int(key), vocab, where)
-        if token in names:
-            continue
-        entry = added_token(token, int(key))
-        entries[token] = {
-            name: given[name] if type(given.get(name)) is type(entry[name]) else entry[name] for name in entry
-        }
-        entries[token] |= {"id": int(key), "content": token}
-    return list(entries.values())
+        token, number = str(given["content"]), int(key)
+        _check_id(token, number, vocab, where)
+        plain = added_token(token, number)
+        flags = {name: given[name] for name, value in plain.items() if type(given.get(name)) is type(value)}
+        found.setdefault(token, {**plain, **flags, "id": number})
+    if (folder / "added_tokens.json").exists():
+        for token, number in _read(folder / "added_tokens.json", MAX_MAP_BYTES).items():
+            _check_id(token, number, vocab, "added_tokens.json")
+            is_special = token in special
+            plain = {**added_token(token, number), "special": is_special, "normalized": not is_special}
+            found.setdefault(token, plain)
+    for token in sorted(settings.others - found.keys()):
+        if token in vocab:
+            found[token] = added_token(token, vocab[token])
+        else:
+            text = "'%s' names the token '%s', which the tokenizer does not have: it is not looked for in text"
+            _log.warning(text, printable(str(folder)), printable(token))
+    return sorted(found.values(), key=lambda entry: int(entry["id"]))
 
 
-def _check_id(token: str, number: Any, vocab: dict[str, int], where: str) -> None:
+def _vocabulary(model: Any) -> Mapping[str, int]:
+    """Tokens and ids of the section `model`, empty where it has another form than is known."""
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):
+        # of unigrams, with scores
+        tokens = [entry[0] for entry in vocab if isinstance(entry, list) and entry]
+        return {token: number for number, token in enumerate(tokens) if isinstance(token, str)}
+    return vocab if isinstance(vocab, dict) else {}
+
+
+def _check_id(token: str, number: Any, vocab: Mapping[str, int], where: str) -> None:
     if type(number) is not int or number < 0 or vocab.get(token, number) != number or not token:
         raise ValueError(f"{where}: '{printable(token)[:40]}' must have an id of its own, but has {number!r:.40}.")
 
