@@ -7,6 +7,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from d2v_fast.config_errors import OptionError
+
 ROOT = Path(__file__).resolve().parent.parent
 _NEEDED = ("pytest", "pytest_benchmark")
 # of pytest: words that it does not take, and that no name matches
@@ -31,7 +33,7 @@ def run_benchmarks(*, check: bool = False, only: str | None = None, device: str 
             "`pip install -e '.[bench]'` in it, and run `d2v-fast bench` again."
         )
     if check and only:
-        raise ValueError("`--check` looks at every goal, and so at every benchmark: leave out `--only`.")
+        raise OptionError("`--check` looks at every goal, and so at every benchmark: leave out `--only`.")
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ValueError(f"the benchmarks need {' and '.join(missing)}: `pip install 'd2v_fast[bench]'`.")
     (root / "build").mkdir(exist_ok=True)
@@ -42,7 +44,7 @@ def run_benchmarks(*, check: bool = False, only: str | None = None, device: str 
         # asked first: without a benchmark there are no figures, which is an error of another kind
         found = subprocess.run([*pytest, "--collect-only"], cwd=root, check=False, capture_output=True)
         if found.returncode in _NONE_FOUND:
-            raise ValueError(f"`--only` must match the name of a benchmark, as of pytest's -k, but is {only} instead.")
+            raise OptionError(f"`--only` must match the name of a benchmark, as of pytest's -k, but is {only} instead.")
     if subprocess.run([*pytest, "--benchmark-json", str(figures)], cwd=root, check=False).returncode != 0:
         return 1
     # of some only, beside the figures: the table of all of them stays what it is

@@ -24,9 +24,10 @@ from d2v_fast.data.progress import duration
 from d2v_fast.data2vec import build_model
 from d2v_fast.deepspeed_sections import OptimizerConfig, ZeroConfig
 from d2v_fast.dry_run import describe
-from d2v_fast.engine import PlainEngine, check_engine_available, compute_dtype, import_engine
+from d2v_fast.engine import PlainEngine, compute_dtype, import_engine
 from d2v_fast.memory import predict
-from d2v_fast.peak_memory import PeakMemory, format_bytes
+from d2v_fast.peak_memory import PeakMemory, available_memory, format_bytes
+from d2v_fast.preflight import check_packages
 from d2v_fast.schedules import LearningRate
 from d2v_fast.teacher import Teacher
 from d2v_fast.world import RunError, World, world_size
@@ -34,7 +35,6 @@ from d2v_fast.world import RunError, World, world_size
 # of the steps that are tried: at least, and at most, until there is enough, and when to give up on the rest
 MIN_STEPS, MAX_STEPS = 3, 30
 ENOUGH_SECONDS, MAX_SECONDS = 2.0, 30.0
-_MEMORY = Path("/proc/meminfo")
 
 
 def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int | None = None) -> bool:
@@ -52,7 +52,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     processes = world_size() if num_processes is None else num_processes
     config = load_config(file, overrides, processes)
     print(f"configuration   {file} is valid", flush=True)
-    check_engine_available(config, processes)
+    check_packages(config, processes)
     config = resolved(config)
     split = config.deepspeed.batch_split(processes)
     maker = batch_maker(config.d2v)
@@ -108,23 +108,13 @@ def _without_deepspeed(config: RunConfig, split: BatchSplit) -> RunConfig:
 def _require_memory(config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
     """RunError where one process cannot hold the model by itself: the system would kill it without a word."""
     needed = predict(config, 1, dtype, device.type).device_peak
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if free is not None and needed > free:
         raise RunError(
             f"a step cannot be tried here: one process by itself needs {format_bytes(needed)}, and "
             f"{format_bytes(free)} are free on this {device.type}. Lower `train_micro_batch_size_per_gpu`, set "
             f"`d2v.model.gradient_checkpointing`, or shard with `zero_optimization.stage` over more processes."
         )
-
-
-def _available() -> int | None:
-    """Bytes of host memory that a process can still get; None where the system does not say."""
-    if not _MEMORY.exists():
-        return None
-    for line in _MEMORY.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None
 
 
 class _Found(NamedTuple):

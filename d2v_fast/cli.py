@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         metavar="FILE",
         nargs="?",
-        help="the run: DeepSpeed's keys and a d2v section (with --resume: the run's own)",
+        help="the run: DeepSpeed's keys and a d2v section, or the name of a preset (with --resume: the run's own)",
     )
     parser.add_argument(
         "--ds_config", type=path_argument, metavar="FILE", help="the same, as DeepSpeed's launcher knows it"

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from d2v_fast.config_errors import ConfigError, PathText, Problem, Section, check, known_keys, refuse_if, say
-from d2v_fast.config_file import apply_overrides, changed_keys, read_sections
+from d2v_fast.config_file import apply_overrides, changed_keys, configuration_file, read_sections
 from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
 from d2v_fast.probe_config import ProbeConfig, TextProbeConfig, VisionProbeConfig
 from d2v_fast.speech_config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
@@ -104,6 +104,12 @@ class TeacherConfig(Section):
         return self
 
 
+def shorter_warmup(key: str, length: float) -> str:
+    """Return the hint for a warm-up that is longer than a run of `length` steps or epochs."""
+    tenth = int(length) // 10 if key == "warmup_steps" else round(length / 10, 6)
+    return f"Shorten it with the run, for example to a tenth: `--set d2v.schedule.{key}={tenth:g}`."
+
+
 class ScheduleConfig(Section):
     """Learning rate over the run, as a factor on `optimizer.params.lr`, and how long the run is.
 
@@ -126,7 +132,8 @@ class ScheduleConfig(Section):
         problems = []
         if (self.epochs is None) == (self.steps is None):
             lengths = {"epochs": self.epochs, "steps": self.steps}
-            problems.append(Problem("epochs", "be given, or `steps`, and not both", lengths))
+            both = "Set the one that does not count to null: `--set d2v.schedule.epochs=null`." if self.epochs else ""
+            problems.append(Problem("epochs", "be given, or `steps`, and not both", lengths, both))
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             warmups: dict[str, float | None] = {
                 "warmup_epochs": self.warmup_epochs,
@@ -136,7 +143,8 @@ class ScheduleConfig(Section):
         for unit in ("epochs", "steps"):
             length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
             if length is not None and warmup is not None and warmup > length:
-                problems.append(Problem(f"warmup_{unit}", f"be <= `{unit}` ({length})", warmup))
+                hint = shorter_warmup(f"warmup_{unit}", length)
+                problems.append(Problem(f"warmup_{unit}", f"be <= `{unit}` ({length})", warmup, hint))
         if self.kind == "tri_stage" and self.final_lr_ratio == 0:
             hint = "An exponential decay never reaches 0; the published value is 0.05."
             problems.append(Problem("final_lr_ratio", "be > 0 with `kind` tri_stage", 0.0, hint))
@@ -378,14 +386,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int
     """Read, override and check a configuration file.
 
     Args:
-        path: a JSON file.
+        path: a JSON file, or the name of a preset where there is no such file.
         overrides: `dotted.key=value` each, the value in JSON (bare words are text).
         world_size: number of processes, for the batch sizes.
     Raises:
         ConfigError: with every problem of the file at once.
     """
+    file = configuration_file(path)
     try:
-        text = read_text(path, MAX_FILE_BYTES)
+        text = read_text(file, MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
         raise ConfigError([f"`--ds_config` must be a readable JSON file: {error}"], str(path)) from None
     raw = read_sections(text, str(path))

@@ -56,6 +56,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in self.problems)]))
 
 
+class OptionError(ValueError):
+    """An option of a command that is wrong whatever the files hold: a value, or one that does not go with another."""
+
+
 class Problem(NamedTuple):
     """One impossible value: `key` (dotted, within its section) must `must`, but is `value`; `hint` helps."""
 

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from d2v_fast.config_errors import ConfigError, show
 from d2v_fast.untrusted import parse_json
+
+# a link to configs/ in the source tree, a folder of its own in a package
+PRESETS = Path(__file__).resolve().parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Return the names of all configurations that come with this library, sorted."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def configuration_file(path: str | Path) -> Path:
+    """Return the file of a configuration: the path, or the preset of this name where there is no such file.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(path)
+    names = preset_names()
+    is_preset = str(path) in names
+    if path.exists() and not (path.is_dir() and is_preset):
+        return path
+    if is_preset:
+        return PRESETS / f"{path}.json"
+    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.5)
+    hint = f"The nearest preset is `{near[0]}`." if near else f"Presets: {', '.join(names)}."
+    must = "`--ds_config` must be a readable JSON file, or the name of a preset"
+    raise ConfigError([f"{must}, but there is no {path}. {hint}"], str(path))
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

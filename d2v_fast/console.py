@@ -16,7 +16,7 @@ _TAKE_CONFIG = ("check", "import", "tokenize")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 failed, 2 wrong options or configuration."""
+    """Run the command line; returns the exit status: 0 done, 1 failed, 2 wrong options or configuration, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     completes = "_ARGCOMPLETE" in os.environ
     parser = _parser(with_training=completes or arguments[:1] == ["train"])
@@ -25,25 +25,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)
     options = parser.parse_args(arguments)
-    if options.command == "train":
-        from d2v_fast.train import main as train
-
-        return train(arguments[1:])
     try:
+        if options.command == "train":
+            from d2v_fast.train import main as train
+
+            return train(arguments[1:])
         return _WORK[options.command](options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        told = _in_words(error)
+        told = in_words(error)
         if told is None:
             raise
         print(f"error: {told}", file=sys.stderr)
-        is_config = type(error).__name__ == "ConfigError"
-        return 2 if is_config and options.command in _TAKE_CONFIG else 1
+        kind = type(error).__name__
+        return 2 if kind == "OptionError" or (kind == "ConfigError" and options.command in _TAKE_CONFIG) else 1
 
 
-def _in_words(error: Exception) -> str | None:
+def in_words(error: Exception) -> str | None:
     """What to tell; None where `error` is a fault of this library."""
     if isinstance(error, ImportError):
         from d2v_fast.commands import tool_command
@@ -132,7 +132,9 @@ def _import(options: argparse.Namespace) -> int:
         print(import_folder(options.source, options.to, **own))
         return 0
     if options.tokenizer is not None:
-        raise ValueError("`--tokenizer` is for a Transformers folder: a run names its own as `d2v.data.tokenizer`.")
+        from d2v_fast.config_errors import OptionError
+
+        raise OptionError("`--tokenizer` is for a Transformers folder: a run names its own as `d2v.data.tokenizer`.")
     more = {"overrides": options.overrides, "heads": options.heads}
     print(start_run(options.source, options.to, options.ds_config, **more))
     return 0
@@ -144,7 +146,9 @@ def _tokenize(options: argparse.Namespace) -> int:
     if options.train:
         print(new_tokenizer(options.source, options.vocab_size, options.to, options.overrides))
     elif options.to is not None or options.vocab_size is not None:
-        raise ValueError("`--to` and `--vocab-size` are for `--train`: a data set is tokenised into its cache folder.")
+        from d2v_fast.config_errors import OptionError
+
+        raise OptionError("`--to` and `--vocab-size` are for `--train`: a data set is tokenised into its cache folder.")
     else:
         print(tokenise(options.source, options.overrides))
     return 0
@@ -265,7 +269,7 @@ def _add_check(add: _Add) -> None:
         "seconds per step and the time of the whole schedule. Writes nothing but the cached tokens of text.",
         "check configs/digits.json --set train_batch_size=128",
     )
-    check.add_argument("file", type=path_argument, metavar="FILE", help="the configuration, as for train")
+    check.add_argument("file", type=path_argument, metavar="FILE", help="a file or the name of a preset, as for train")
     _add_overrides(check)
     check.add_argument(
         "--processes", type=_positive, metavar="N", help="of the run that is planned (default: as launched, or 1)"

@@ -121,7 +121,7 @@ _DYNAMIC = ("initial_scale_power", "loss_scale_window", "hysteresis", "consecuti
 # that report in DeepSpeed's log, at its level "info"
 _REPORTS = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger")
 # of DeepSpeed's monitors, the package that each needs
-_MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
+_MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "torch.utils.tensorboard"}
 # what every engine reads
 _ALWAYS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -263,7 +263,7 @@ class DeepSpeedConfig(Section):
             settings["log_level"] = "info"
         return settings
 
-    def missing_packages(self) -> dict[str, str]:
+    def monitor_packages(self) -> dict[str, str]:
         """Return the packages that the monitors that are switched on need, by the name of the monitor."""
         enabled = {name: getattr(self, name) for name in _MONITORS}
         return {name: _MONITORS[name] for name, section in enabled.items() if section is not None and section.enabled}

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from d2v_fast.atomic import replaced, write_text
+from d2v_fast.config_errors import OptionError
 from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.listing import print_listing
@@ -146,9 +147,9 @@ def _writer(to: Path, frames: bool) -> Write:
     suffixes = [".npz"] if frames else [".npy", ".parquet"]
     if to.suffix not in suffixes:
         must = "end with .npz with `--frames`" if frames else "end with .npy or .parquet"
-        raise ValueError(f"`--to` must {must}, but is {to} instead.")
+        raise OptionError(f"`--to` must {must}, but is {to} instead.")
     if not to.absolute().parent.is_dir():
-        raise ValueError(f"`--to` must be in a folder that exists, but {to.absolute().parent} does not.")
+        raise OptionError(f"`--to` must be in a folder that exists, but {to.absolute().parent} does not.")
     if to.suffix == ".parquet":
         # now, and not when hours of work are to be written
         arrow = _arrow()

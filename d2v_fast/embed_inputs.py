@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.config import MAX_FILE_BYTES, TextConfig
-from d2v_fast.config_errors import check
+from d2v_fast.config_errors import OptionError, check
 from d2v_fast.data import DataError
 from d2v_fast.data.files import UnreadableFile, find_files
 from d2v_fast.data.listing import FileKinds, Listing, count_endings
@@ -344,12 +344,12 @@ def open_source(
         origin = f"{chosen} of {model}, step {step}"
     else:
         if weights is not None or step is not None:
-            raise ValueError(f"`--weights` and `--step` are for run folders, and {model} is a Transformers folder.")
+            raise OptionError(f"`--weights` and `--step` are for run folders, and {model} is a Transformers folder.")
         run, data = None, None
         student, config = import_model(model)
         origin = f"model in {model}"
     if tokenizer is not None and not isinstance(config, TextModelConfig):
-        raise ValueError(f"`--tokenizer` is for models of text, and that in {model} is none.")
+        raise OptionError(f"`--tokenizer` is for models of text, and that in {model} is none.")
     if isinstance(config, VisionModelConfig):
         return Images(student, origin, inputs, config, data or _image_preparation(model, config))
     if isinstance(config, SpeechModelConfig):

@@ -137,7 +137,11 @@ def import_engine(config: RunConfig, world: World) -> None:
     """Import what building and stepping an engine would import: its memory is not that of the run."""
     importlib.import_module("torch._dynamo")
     if config.deepspeed.needs_deepspeed(world.size):
-        _import_deepspeed(world.device)
+        try:
+            _import_deepspeed(world.device)
+        except Exception as error:
+            # a package that does not fit the others raises what it likes
+            raise RunError(f"deepspeed cannot be imported: {type(error).__name__}: {error}") from error
         if config.deepspeed.zero_optimization.stage > 0:
             # whichever optimizer it is
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -212,6 +216,14 @@ class DeepSpeedEngine(Engine):
                 )
         except (ValueError, AssertionError) as error:
             raise RunError(f"DeepSpeed cannot run this configuration here: {error}") from error
+        except Exception as error:
+            # without an account or a network, these cannot begin to report
+            package = type(error).__module__.partition(".")[0]
+            if package not in ("wandb", "comet_ml"):
+                raise
+            raise RunError(
+                f"{package} cannot report this run: {error} Mend that, or set its `enabled` to false."
+            ) from error
         if hasattr(self._loss_scaler(), "raise_error_at_min_scale"):
             # the guard stops the run, with what was seen
             self._loss_scaler().raise_error_at_min_scale = False

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
 from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
+from d2v_fast.config_errors import OptionError
 from d2v_fast.interop.layout import require_finite
 from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student, build_student, encoder_class
@@ -122,7 +123,7 @@ def choose_checkpoint(run_folder: Path, step: int | None) -> tuple[Path, int]:
         folder = folder.with_name(f"step-{step}")
         if not folder.is_dir():
             there = ", ".join(map(str, complete_steps(run_folder / "checkpoints")))
-            raise ValueError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
+            raise OptionError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
     step = newest if step is None else step
     problem = verify(folder, step)
     if problem is not None:
@@ -188,16 +189,16 @@ def export_run(
     """
     config = read_run_config(run_folder)
     if tokenizer is not None and (form != "transformers" or not isinstance(config, TextConfig)):
-        raise ValueError("`--tokenizer` is for text runs, and for Transformers: nothing else holds one.")
+        raise OptionError("`--tokenizer` is for text runs, and for Transformers: nothing else holds one.")
     if form == "fairseq":
         if isinstance(config, VisionConfig):
-            raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
+            raise OptionError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
         if weights == "teacher":
-            raise ValueError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
+            raise OptionError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
     if form == "beit" and weights == "teacher":
-        raise ValueError("`--weights` is for Transformers: a file of the vision code holds both, as `model_ema`, too.")
+        raise OptionError("`--weights` is for Transformers: a file of the vision code holds both, as `model_ema`, too.")
     if form == "beit" and not isinstance(config, VisionConfig):
-        raise ValueError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
+        raise OptionError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
     folder, step = choose_checkpoint(run_folder, step)
     # a name of its own, so that it does not take the place of the student that the run left there
     name = "export" if weights == "student" else f"export-{weights}"
@@ -252,7 +253,7 @@ def _require_fairseq_ids(config: TextConfig) -> None:
         # the tokenizer may be gone, and fairseq gets none: the padding id of the configuration is checked later
         return
     if any(own not in (None, theirs) for own, theirs in zip(found, SPECIAL_IDS, strict=True)):
-        raise ValueError(
+        raise OptionError(
             "`--format` must be transformers for this tokenizer: fairseq numbers begin, padding, end and unknown token "
             f"{SPECIAL_IDS} in every dictionary, but '{config.data.tokenizer}' numbers them {tuple(found)}."
         )

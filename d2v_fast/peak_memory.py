@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMORY = Path("/proc/meminfo")
 
 
 class PeakMemory:
@@ -41,6 +42,16 @@ class PeakMemory:
         # mapped files come and go: subtracted from a mark that is not much older
         _restart_high_water_mark()
         return self._peak
+
+
+def available_memory() -> int | None:
+    """Return the bytes of host memory that a process can still get; None where the system does not say."""
+    if not _MEMORY.exists():
+        return None
+    for line in _MEMORY.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 def format_bytes(size: float) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
+from d2v_fast.config_errors import OptionError
 from d2v_fast.data import DataError, ImagesDataset, image_dataset
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data2vec import build_model
@@ -70,7 +71,7 @@ def draw(
         ValueError: no run, no checkpoint, no data, or an impossible count.
     """
     if not 1 <= count <= MAX_COUNT:
-        raise ValueError(f"`--count` must be in [1, {MAX_COUNT}], but is {count} instead.")
+        raise OptionError(f"`--count` must be in [1, {MAX_COUNT}], but is {count} instead.")
     config = read_run_config(run_folder)
     if not isinstance(config, VisionConfig | SpeechConfig):
         raise ValueError(

@@ -9,10 +9,10 @@ from typing import Any
 
 from d2v_fast.commands import path_words, tool_command
 from d2v_fast.config import D2VConfig, check_d2v
+from d2v_fast.config_errors import OptionError
+from d2v_fast.config_file import PRESETS, preset_names
 from d2v_fast.untrusted import read_json
 
-# a link to configs/ in the source tree, a folder of its own in a package
-FOLDER = Path(__file__).resolve().parent / "configs"
 _MAX_BYTES = 1_000_000
 
 # by name: parameters of the encoder, which a test counts (to build one takes longer than anybody waits for a list), and
@@ -38,11 +38,6 @@ _ABOUT = {
 _UNSAID = "?"
 
 
-def preset_names() -> list[str]:
-    """Of all configurations, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
-
-
 def list_presets() -> str:
     """A table: name, modality, sizes of the encoder, its parameters, and what it is for."""
     rows = [("name", "modality", "blocks x width", "parameters", "")]
@@ -52,7 +47,7 @@ def list_presets() -> str:
         rows.append((name, config.modality, shape, *_ABOUT.get(name, ("", ""))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, f"in {FOLDER}; to change one: {tool_command('presets', 'NAME', '--to', 'FILE')}"])
+    return "\n".join([*lines, f"in {PRESETS}; to change one: {tool_command('presets', 'NAME', '--to', 'FILE')}"])
 
 
 def preset_text(name: str) -> str:
@@ -63,13 +58,11 @@ def preset_text(name: str) -> str:
     """
     known = preset_names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise ValueError(
-            f"`NAME` must be one of {', '.join(known)}, but is {name} instead. The nearest is {near[0]}."
-            if near
-            else f"there are no configurations in {FOLDER}: install d2v_fast again."
-        )
-    return (FOLDER / f"{name}.json").read_text(encoding="utf-8")
+        if not known:
+            raise ValueError(f"there are no configurations in {PRESETS}: install d2v_fast again.")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise OptionError(f"`NAME` must be one of {', '.join(known)}, but is {name} instead. The nearest is {near}.")
+    return (PRESETS / f"{name}.json").read_text(encoding="utf-8")
 
 
 def write_preset(name: str | None, to: Path) -> str:
@@ -79,12 +72,14 @@ def write_preset(name: str | None, to: Path) -> str:
         ValueError: there is none of this name, or the file exists.
     """
     if name is None:
-        raise ValueError("`--to` needs the name of a configuration before it: `d2v-fast presets` lists them.")
+        raise OptionError(
+            f"`--to` needs the name of a configuration before it: `{tool_command('presets')}` lists them."
+        )
     text = preset_text(name)
     try:
         handle = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
-        raise ValueError(f"`--to` must be a new file, but {to} exists.") from None
+        raise OptionError(f"`--to` must be a new file, but {to} exists.") from None
     with open(handle, "w", encoding="utf-8") as file:
         file.write(text)
     config = read_preset(name)
@@ -95,10 +90,10 @@ def write_preset(name: str | None, to: Path) -> str:
 
 def read_preset(name: str) -> D2VConfig:
     """The `"d2v"` section of a configuration; what its user has to say (where the data is) is "?"."""
-    raw: Any = read_json(FOLDER / f"{name}.json", _MAX_BYTES)["d2v"]
+    raw: Any = read_json(PRESETS / f"{name}.json", _MAX_BYTES)["d2v"]
     unsaid = {key for key in ("path", "tokenizer") if key in raw["data"] and raw["data"][key] is None}
     data = raw["data"] | dict.fromkeys(unsaid, _UNSAID)
     config, problems = check_d2v({**raw, "data": data})
     if config is None:
-        raise ValueError(f"{FOLDER / name}.json is not a configuration: {problems[0]}")
+        raise ValueError(f"{PRESETS / name}.json is not a configuration: {problems[0]}")
     return config

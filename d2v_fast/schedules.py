@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from d2v_fast.config import ScheduleConfig
+from d2v_fast.config import ConfigError, ScheduleConfig, shorter_warmup
+from d2v_fast.config_errors import Problem, say
 
 
 class LearningRate:
@@ -18,6 +19,9 @@ class LearningRate:
     Attributes:
         num_steps: optimizer steps of the whole run.
         warmup_steps: how many of them the warm-up takes.
+
+    Raises:
+        ConfigError: the warm-up is longer than the run.
     """
 
     def __init__(self, config: ScheduleConfig, peak: float, steps_per_epoch: int) -> None:
@@ -33,10 +37,11 @@ class LearningRate:
         else:
             self.warmup_steps = round((config.warmup_epochs or 0) * steps_per_epoch)
         if self.warmup_steps > self.num_steps:
-            raise ValueError(
-                f"`d2v.schedule` must leave a run of at least its warm-up ({self.warmup_steps} steps), "
-                f"but its length is {self.num_steps} steps instead. Shorten the warm-up or lengthen the run."
-            )
+            key = "warmup_epochs" if config.warmup_steps is None else "warmup_steps"
+            length = self.num_steps / steps_per_epoch if key == "warmup_epochs" else self.num_steps
+            must = f"be at most the whole run, {self.num_steps:,} steps of which {steps_per_epoch:,} are an epoch"
+            hint = shorter_warmup(key, length)
+            raise ConfigError([say(Problem(f"d2v.schedule.{key}", must, getattr(config, key), hint))])
 
     def at(self, step: int) -> float:
         """Learning rate of the optimizer step number `step`, the first one being 0."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from d2v_fast.checkpoints import Checkpoints
 from d2v_fast.commands import resume_command
 from d2v_fast.config import RunConfig, SpeechModelConfig, TextModelConfig, VisionModelConfig, load_config
-from d2v_fast.config_errors import Section
+from d2v_fast.config_errors import OptionError, Section
 from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.huggingface_vision import CONVERTER_NORM_EPS
@@ -73,12 +73,12 @@ def import_folder(
 
     _require_weights(source)
     if source.is_dir():
-        raise ValueError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
+        raise OptionError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
     model, _, config = load_published(source, weights=weights, heads=heads)
     options: dict[str, Any] = {}
     if tokenizer is not None:
         if not isinstance(config, TextModelConfig):
-            raise ValueError(f"`--tokenizer` is for text, but `{source}` holds another model.")
+            raise OptionError(f"`--tokenizer` is for text, but `{source}` holds another model.")
         from d2v_fast.data.tokenizer import load_tokenizer
 
         options["tokenizer"] = load_tokenizer(tokenizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from d2v_fast.commands import path_override
 from d2v_fast.config import ConfigError, TextConfig, TextDataConfig, apply_overrides, load_config
-from d2v_fast.config_errors import check
+from d2v_fast.config_errors import OptionError, check
 from d2v_fast.data.listing import print_listing
 from d2v_fast.peak_memory import format_bytes
 
@@ -57,7 +57,7 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
         ValueError: `vocab_size` or `to` is missing, or `vocab_size` is too small.
     """
     if vocab_size is None or to is None:
-        raise ValueError("`--train` needs `--vocab-size N` and `--to FOLDER`.")
+        raise OptionError("`--train` needs `--vocab-size N` and `--to FOLDER`.")
     raw = apply_overrides({}, overrides)
     given = raw.pop("d2v", {})
     section = given.pop("data", {}) if isinstance(given, dict) else {}

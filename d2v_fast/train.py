@@ -87,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        from d2v_fast.console import in_words
+
+        print(f"error: {in_words(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -165,10 +170,11 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.data import StepLoader, batch_maker, resolved, steps_per_epoch
     from d2v_fast.data.listing import counted, print_listing
     from d2v_fast.data2vec import build_model
-    from d2v_fast.engine import check_engine_available, compute_dtype, import_engine, make_engine
+    from d2v_fast.engine import compute_dtype, import_engine, make_engine
     from d2v_fast.guard import Guard
     from d2v_fast.metrics import NoLog, RunLog, import_reports
     from d2v_fast.peak_memory import PeakMemory
+    from d2v_fast.preflight import check_packages, check_room
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState, samples_of
     from d2v_fast.schedules import LearningRate
@@ -177,7 +183,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.world import RunError, World, world_size
 
     split = config.deepspeed.batch_split(world_size())
-    check_engine_available(config, split.world_size)
+    check_packages(config, split.world_size)
     config = resolved(config)
     d2v = config.d2v
     maker = batch_maker(d2v)
@@ -199,9 +205,11 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     )
     opened.callback(world.close)
     labels = world.decide(lambda: evaluation.check_labels(d2v))
+    say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
+    import_engine(config, world)
+    check_room(config, world, compute_dtype(config, world.device), say)
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
-    say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
     replaced = " (the run in it ended before it saved anything)" if folder.replaced else ""
     say("\n".join([*labels, f"run folder: {folder.path}{replaced}"]))
     if world.is_first and not folder.reopened:

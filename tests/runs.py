@@ -132,6 +132,11 @@ def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:
     return [tuple(json.loads(line)[key] for key in FIGURES) for line in lines]
 
 
+def failure_status(said: str) -> int:
+    """The exit status of a command that failed with this message: 2 where an option is wrong whatever files hold."""
+    return 2 if said.startswith(("error: `--", "error: `NAME`")) else 1
+
+
 def run_here(*arguments: object) -> int:
     """Run the command line in this process."""
     return main([str(argument) for argument in arguments])

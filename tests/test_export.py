@@ -30,6 +30,7 @@ from d2v_fast.interop.huggingface_vision import export_vision, import_vision
 from d2v_fast.shard_files import Kept, copy_to_host, write_shards
 from d2v_fast.shards import Shard
 from tests.common import run_python
+from tests.runs import failure_status
 from tests.test_speech import make_config
 
 CONFIG = VisionConfig(
@@ -190,8 +191,9 @@ print(peak - before)
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def complaint(*arguments: object) -> str:
-        assert main(["export", *map(str, arguments)]) == 1
-        return capsys.readouterr().err
+        status, said = main(["export", *map(str, arguments)]), capsys.readouterr().err
+        assert status == failure_status(said)
+        return said
 
     assert "must be the folder of a run, but holds no config.json" in complaint(tmp_path)
     write_run(tmp_path / "r", CONFIG, 2)

@@ -21,7 +21,7 @@ from d2v_fast.data2vec import build_model
 from d2v_fast.interop.beit import save_beit
 from d2v_fast.interop.fairseq import save_fairseq
 from d2v_fast.interop.huggingface import export_model
-from tests.runs import TINY, TINY_SPEECH, TINY_TEXT, leave_out_reports, run_forked, tiny_file
+from tests.runs import TINY, TINY_SPEECH, TINY_TEXT, failure_status, leave_out_reports, run_forked, tiny_file
 from tests.test_data_images import picture
 
 BASES = {"vision": TINY, "speech": TINY_SPEECH, "text": TINY_TEXT}
@@ -30,8 +30,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4f" * 3
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 1
-    error = capsys.readouterr().err
+    status, error = main([str(argument) for argument in arguments]), capsys.readouterr().err
+    assert status == failure_status(error)
     assert error.count("error: ") == 1
     return error
 

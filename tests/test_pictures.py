@@ -27,6 +27,7 @@ from d2v_fast.config import (
 )
 from d2v_fast.data2vec import build_model
 from d2v_fast.sheet import Sheet, save_figure
+from tests.runs import failure_status
 
 CONFIG = VisionConfig(
     model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=24, depth=3, heads=2),
@@ -193,8 +194,8 @@ def test_drawing_twice_gives_the_same_picture(run_folder: Path, tmp_path: Path) 
 
 def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def complaint(*arguments: object) -> str:
-        assert pictures.main([str(argument) for argument in arguments]) == 1
-        captured = capsys.readouterr()
+        status, captured = pictures.main([str(argument) for argument in arguments]), capsys.readouterr()
+        assert status == failure_status(captured.err)
         assert not captured.out
         return captured.err
 

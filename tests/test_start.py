@@ -19,7 +19,7 @@ from d2v_fast.interop.huggingface import export_model
 from d2v_fast.modalities.text import TextModel
 from d2v_fast.speech_config import SpeechModelConfig
 from d2v_fast.text_config import TextModelConfig
-from tests.runs import TINY_SPEECH, TINY_TEXT, figures, leave_out_reports, run_forked, tiny_file
+from tests.runs import TINY_SPEECH, TINY_TEXT, failure_status, figures, leave_out_reports, run_forked, tiny_file
 from tests.speech_reference import randomise_
 
 
@@ -33,8 +33,9 @@ def given(file: Path) -> tuple[D2VConfig, Data2Vec, nn.Module]:
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main(["import", *map(str, arguments)]) == 1
-    return capsys.readouterr().err
+    status, said = main(["import", *map(str, arguments)]), capsys.readouterr().err
+    assert status == failure_status(said)
+    return said
 
 
 @pytest.mark.parametrize("positions", ["shared", "averaged"])
