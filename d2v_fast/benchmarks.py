@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from d2v_fast.commands import tool_command
 from d2v_fast.config_errors import OptionError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +30,19 @@ def run_benchmarks(*, check: bool = False, only: str | None = None, device: str 
     """
     if not (root / "bench" / "report.py").is_file():
         raise ValueError(
-            "the benchmarks are in the source tree, and this installation has none: clone the repository, "
-            "`pip install -e '.[bench]'` in it, and run `d2v-fast bench` again."
+            "the benchmarks are in the source tree of d2v_fast, and this installation has none: unpack or clone it, "
+            "`pip install -e '.[bench]'` in it (it builds the C++ kernels, with a C++20 compiler), and run "
+            f"`{tool_command('bench')}` there."
         )
     if check and only:
         raise OptionError("`--check` looks at every goal, and so at every benchmark: leave out `--only`.")
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ValueError(f"the benchmarks need {' and '.join(missing)}: `pip install 'd2v_fast[bench]'`.")
+    if not only:
+        # what two idle cores of a current x86 machine take, with compilation and what is not timed
+        length = "ten minutes" if check else "a quarter of an hour"
+        some = tool_command("bench", "--only", "ema")
+        print(f"bench: every benchmark, about {length} on two idle cores; to run some: {some}", flush=True)
     (root / "build").mkdir(exist_ok=True)
     figures = root / "build" / ("bench-check.json" if check else "bench.json")
     which = [*([] if check else ["--run-slow"]), *(["-k", only] if only else [])]

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 OK, ABSENT, WARNING, BROKEN = "ok", "absent", "warning", "broken"
 
 PACKAGE = Path(__file__).resolve().parent
+# None for an installed package: a wheel holds the kernels as they were built, and nothing to build them from
+SOURCE_TREE = PACKAGE.parent if (PACKAGE.parent / "CMakeLists.txt").is_file() else None
 TRAIN = "pip install 'd2v_fast[train]'"
 MIN_PYTHON, MIN_TORCH, MIN_CMAKE = (3, 10), (2, 10), (3, 18)
 # seconds: no build of an extension is at work for so long without its lock being touched
@@ -258,11 +260,21 @@ def kernels(timeout_s: float) -> Finding:
     cpu, cuda = answer.value["backends"]["cpu"], answer.value["backends"]["cuda"]
     if cpu != "reference":
         return Finding("C++ kernels", OK, f"{cpu} on the CPU, {cuda} on CUDA")
-    library, fix = PACKAGE / "_C.so", "pip install -e . again in the source tree, with a C++20 compiler (make build)"
+    library, fix = PACKAGE / "_C.so", kernels_fix()
     if library.exists():
         reason = shortened(" ".join(answer.value["said"]) or "no reason given")
         return Finding("C++ kernels", BROKEN, f"{library} cannot be loaded, the slow reference runs: {reason}", fix)
     return Finding("C++ kernels", WARNING, "not built: the slow reference runs on the CPU", fix)
+
+
+def kernels_fix() -> str:
+    """Say how the C++ kernels come back, with and without a source tree."""
+    if SOURCE_TREE is not None:
+        return f"pip install -e . again in {SOURCE_TREE}, with a C++20 compiler (make build does so in its .venv)"
+    return (
+        "install a wheel of d2v_fast that was built for this torch and this machine, or install d2v_fast from its "
+        "source tree or source archive, with a C++20 compiler"
+    )
 
 
 def triton(timeout_s: float) -> Finding:
@@ -304,23 +316,27 @@ def compiler() -> Finding:
     named = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     path = next((found for name in named if (found := shutil.which(name.split()[0]))), None)
     fix = "install g++ 11 or later (Debian, Ubuntu: apt install g++)"
+    # the kernels of an installed package are built, but some optimizers of DeepSpeed are compiled at their first use
+    wanting, lost = (WARNING, "kernels") if SOURCE_TREE is not None else (ABSENT, "optimizers of DeepSpeed's own")
     if path is None:
-        return Finding("compiler", WARNING, f"none ({', '.join(named)}): kernels cannot be built", fix)
+        return Finding("compiler", wanting, f"none ({', '.join(named)}): {lost} cannot be built", fix)
     program = "#include <bit>\n#include <span>\nint main() { return std::popcount(0u); }\n"
     try:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
         command = [path, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
         done = subprocess.run(command, input=program, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("compiler", WARNING, f"{path} does not run ({shortened(str(error))})", fix)
+        return Finding("compiler", wanting, f"{path} does not run ({shortened(str(error))})", fix)
     version = shortened((said.splitlines() or [path])[0])
     if done.returncode:
-        return Finding("compiler", WARNING, f"{version} cannot compile C++20: kernels cannot be built", fix)
+        return Finding("compiler", wanting, f"{version} cannot compile C++20: {lost} cannot be built", fix)
     return Finding("compiler", OK, version)
 
 
 def cmake() -> Finding:
-    """cmake, which builds the kernels; pip brings its own."""
+    """cmake, which builds the kernels of a source tree; pip brings its own."""
+    if SOURCE_TREE is None:
+        return Finding("cmake", OK, "not needed: an installed package builds no kernels")
     beside = Path(sys.executable).with_name("cmake")
     path = str(beside) if beside.exists() else shutil.which("cmake")
     fix = "pip install cmake"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from d2v_fast.console import main
 from d2v_fast.doctor import ABSENT, BROKEN, OK, WARNING, Finding, Package
 
 LIMIT_S = 60.0
+_NO_KERNELS = {"cpu": "reference", "cuda": "none"}
 
 
 def add_package(folder: Path, name: str, code: str) -> None:
@@ -126,7 +128,7 @@ def test_stale_locks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     stale, fresh = doctor.locks()
     assert (stale.state, fresh.state) == (WARNING, OK)
     assert "2 hours old" in stale.text
-    assert f"rm '{old}'" in stale.fix
+    assert f"rm {shlex.quote(str(old))}, unless" in stale.fix
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
     assert "none in" in doctor.locks()[0].text
@@ -169,6 +171,24 @@ def test_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cmake").write_text("#!/bin/sh\necho cmake version 3.10.2\n")
     (tmp_path / "cmake").chmod(0o755)
     assert "3.10.2 is older than 3.18" in doctor.cmake().text
+
+
+def test_a_wheel_has_no_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever installed a package is told nothing that needs the repository."""
+    assert Path(__file__).resolve().parent.parent == doctor.SOURCE_TREE
+    assert f"pip install -e . again in {doctor.SOURCE_TREE}" in doctor.kernels_fix()
+    monkeypatch.setattr(doctor, "SOURCE_TREE", None)
+    monkeypatch.setattr(
+        doctor, "ask", lambda code, timeout_s: doctor.Answer({"backends": _NO_KERNELS, "said": []}, None)
+    )
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    found = [doctor.kernels(LIMIT_S), doctor.compiler(), doctor.cmake()]
+    assert [finding.state for finding in found] == [found[0].state, ABSENT, OK]
+    assert found[0].state in (BROKEN, WARNING)
+    assert "install a wheel of d2v_fast that was built for this torch" in found[0].fix
+    assert "optimizers of DeepSpeed's own cannot be built" in found[1].text
+    for finding in found:
+        assert not re.search(r"\bmake \w|pip install -e", str(finding)), finding
 
 
 def test_versions() -> None:

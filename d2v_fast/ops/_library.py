@@ -24,6 +24,12 @@ _library = torch.library.Library("d2v", "DEF")
 _library.define("cpu_capability() -> int")
 
 _C_PATH = Path(__file__).resolve().parent.parent / "_C.so"
+# what brings the kernels back: an installed package holds nothing to build them from
+_BUILD = (
+    "install a C++20 compiler and run `pip install -e .` again"
+    if (_C_PATH.parent.parent / "CMakeLists.txt").is_file()
+    else "install a wheel of d2v_fast for this torch, or its source archive with a C++20 compiler"
+)
 HAS_CPP = False
 """True when the C++ kernels were built and loaded; otherwise CPU tensors take the PyTorch reference."""
 
@@ -54,8 +60,7 @@ def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> 
     def default(*args: Any) -> Any:
         if not HAS_CPP:
             _say_once(
-                "the C++ kernels of d2v_fast are not built, CPU tensors use the slower PyTorch reference; "
-                "install a C++20 compiler and run `pip install -e .` again"
+                f"the C++ kernels of d2v_fast are not built, CPU tensors use the slower PyTorch reference; {_BUILD}"
             )
         return reference(*args)
 
@@ -89,7 +94,7 @@ def load_cpp() -> None:
     except OSError as error:
         warnings.warn(
             f"{_C_PATH} exists but cannot be loaded ({error}); it was probably built for another torch: "
-            "run `pip install -e .` again. The PyTorch reference is used meanwhile.",
+            f"{_BUILD}. The PyTorch reference is used meanwhile.",
             RuntimeWarning,
             stacklevel=2,
         )
