@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from shutil import disk_usage
 
@@ -14,9 +13,13 @@ import torch
 from d2v_fast import evaluation
 from d2v_fast.config import RunConfig
 from d2v_fast.engine import check_engine_available
-from d2v_fast.memory import predict, shapes_of
+from d2v_fast.memory import Shapes, predict_from, shapes_of
 from d2v_fast.peak_memory import available_memory, format_bytes
+from d2v_fast.step_memory import StepMemory
 from d2v_fast.world import RunError, World
+
+# what lives as long as the run does not depend on it
+_NO_STEP = StepMemory(batch=0, saved=0, forward=0, backward=0, with_gradients=0, arrivals=())
 
 
 def check_packages(config: RunConfig, num_processes: int) -> None:
@@ -42,48 +45,45 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
         raise RunError("the probe of this data needs scikit-learn, which is not installed: `pip install scikit-learn`.")
 
 
-def check_room(config: RunConfig, world: World, dtype: torch.dtype, say: Callable[[str], None]) -> None:
+def check_room(config: RunConfig, world: World, dtype: torch.dtype) -> None:
     """Check that parameters and optimizer fit into memory, and a checkpoint on the disk. Every process calls it.
+
+    What a step needs on top is left to `check`, which tries some.
 
     Args:
         world: of the run.
         dtype: of the forward pass.
-        say: gets a line where a step is predicted to need more memory than there is.
     Raises:
         RunError: they do not fit, in one of the processes; in all of them.
     """
-    problems = world.collect(_memory_problem(config, world, dtype, say) or _disk_problem(config))
+    shapes = shapes_of(config)
+    problems = world.collect(_memory_problem(config, world, dtype, shapes) or _disk_problem(config, shapes))
     if problem := next(filter(None, problems), None):
         raise RunError(problem)
 
 
-def _memory_problem(config: RunConfig, world: World, dtype: torch.dtype, say: Callable[[str], None]) -> str | None:
+def _memory_problem(config: RunConfig, world: World, dtype: torch.dtype, shapes: Shapes) -> str | None:
     device = world.device
-    found = predict(config, world.size, dtype, device.type)
+    needed = predict_from(config, world.size, dtype, device.type, shapes, _NO_STEP).device_state
     here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if free is not None:
-        there = f"{format_bytes(free)} are free on this {device.type}"
-        several = f", in each of {here} processes" if here > 1 else ""
-        advice = "Lower `train_micro_batch_size_per_gpu`, or set `d2v.model.gradient_checkpointing`."
-        if here * found.device_state > free:
-            return (
-                f"the model and its optimizer need {format_bytes(found.device_state)}{several}, and {there}. Take a "
-                "smaller model, or shard it with `zero_optimization.stage` over more processes."
-            )
-        if here * found.device_peak > free:
-            say(f"a step may need {format_bytes(found.device_peak)}{several}, and {there}. {advice}")
-    return None
+    if free is None or here * needed <= free:
+        return None
+    several = f", in each of {here} processes" if here > 1 else ""
+    return (
+        f"the model and its optimizer need {format_bytes(needed)}{several}, and {format_bytes(free)} are free on this "
+        f"{device.type}. Take a smaller model, or shard it with `zero_optimization.stage` over more processes."
+    )
 
 
-def _disk_problem(config: RunConfig) -> str | None:
-    shapes = shapes_of(config)
+def _disk_problem(config: RunConfig, shapes: Shapes) -> str | None:
     needed = 4 * (3 * shapes.trained + shapes.teacher)
     root = Path(config.d2v.run.dir).absolute()
-    disk = disk_usage(next(folder for folder in (root, *root.parents) if folder.is_dir())).free
-    if needed <= disk:
+    disk = disk_usage(next(folder for folder in (root, *root.parents) if folder.is_dir()))
+    # a file system of the kernel has no size, and no folder for runs
+    if needed <= disk.free or disk.total == 0:
         return None
     return (
-        f"a checkpoint takes {format_bytes(needed)}, and {format_bytes(disk)} are left on the disk of {root}. Make "
-        "room, or choose another folder with `--set d2v.run.dir=FOLDER`."
+        f"a checkpoint takes {format_bytes(needed)}, and {format_bytes(disk.free)} are left on the disk of {root}. "
+        "Make room, or choose another folder with `--set d2v.run.dir=FOLDER`."
     )

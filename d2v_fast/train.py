@@ -207,7 +207,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     labels = world.decide(lambda: evaluation.check_labels(d2v))
     say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
     import_engine(config, world)
-    check_room(config, world, compute_dtype(config, world.device), say)
+    check_room(config, world, compute_dtype(config, world.device))
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
     replaced = " (the run in it ended before it saved anything)" if folder.replaced else ""

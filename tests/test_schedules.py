@@ -56,5 +56,5 @@ def test_after_the_end_it_stays() -> None:
 
 
 def test_warmup_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="warm-up"):
+    with pytest.raises(ValueError, match="warmup_epochs"):
         LearningRate(ScheduleConfig(steps=5, warmup_epochs=1), 1.0, steps_per_epoch=9)
