@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from d2v_fast.commands import resume_command
 from d2v_fast.config import GuardConfig, RunConfig
 from d2v_fast.data import Batch
 from d2v_fast.data2vec import Data2Vec
@@ -224,7 +225,7 @@ def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
     except RunError as error:
         raise RunError(
             f"{error} The checkpoint of step {num_steps} is saved, and nothing was exported. To finish the run all the "
-            "same, lower that limit and use --resume."
+            f"same, lower that limit by a `--set` after this: {resume_command(folder)}"
         ) from None
     return None
 

@@ -41,7 +41,12 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
                     f"`{monitor}.enabled` needs the package {name}, which cannot be imported ({error}): "
                     f"`pip install {name}`, or set it to false."
                 ) from error
-    if evaluation.has_labels(config.d2v) and importlib.util.find_spec("sklearn") is None:
+    # labels of the user's own are checked by `evaluation.check_labels`
+    if (
+        config.d2v.probe.path is None
+        and evaluation.has_labels(config.d2v)
+        and importlib.util.find_spec("sklearn") is None
+    ):
         raise RunError("the probe of this data needs scikit-learn, which is not installed: `pip install scikit-learn`.")
 
 

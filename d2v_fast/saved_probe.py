@@ -7,7 +7,7 @@ from typing import Any
 
 from d2v_fast import evaluation
 from d2v_fast.config import D2VConfig, TextConfig
-from d2v_fast.config_errors import ConfigError, check
+from d2v_fast.config_errors import ConfigError, OptionError, check
 from d2v_fast.export import choose_checkpoint, load_encoder, read_run_config
 
 
@@ -46,11 +46,11 @@ def _with_options(config: D2VConfig, options: dict[str, Any]) -> D2VConfig:
     """The configuration with options of the command line in its section `probe`."""
     of_text = [f"--{key.replace('_', '-')}" for key in ("field", "label_field") if key in options]
     if of_text and not isinstance(config, TextConfig):
-        raise ValueError(
+        raise OptionError(
             f"`{of_text[0]}` is for runs on text. The labels of {config.modality} are the sub-folders of `--data`."
         )
     if options and "path" not in options and config.probe.path is None:
-        raise ValueError("`--data` must name labelled data where other options say how to use it, but is not given.")
+        raise OptionError("`--data` must name labelled data where other options say how to use it, but is not given.")
     raw = config.probe.model_dump(mode="json") | options
     if "path" in options:
         raw["path"] = str(options["path"])

@@ -206,6 +206,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     opened.callback(world.close)
     labels = world.decide(lambda: evaluation.check_labels(d2v))
     say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
+    say("importing the engine ...")
     import_engine(config, world)
     check_room(config, world, compute_dtype(config, world.device))
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
@@ -221,8 +222,6 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         say("this run is finished, there is nothing left to do")
         return None
 
-    say("importing the engine ...")
-    import_engine(config, world)
     if world.is_first:
         import_reports()
     say("building the model ...")

@@ -179,7 +179,7 @@ def test_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no config.json" in complaint(capsys, "probe", tmp_path)
     unlabelled = config.model_copy(update={"data": config.data.model_copy(update={"kind": "images", "path": "x"})})
     write_run(tmp_path / "u", unlabelled, 1)
-    assert "must be one that comes with labels to be probed" in complaint(capsys, "probe", tmp_path / "u")
+    assert "there are no labels to probe the run on: " in complaint(capsys, "probe", tmp_path / "u")
 
 
 def test_tokenize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,10 +235,13 @@ def written(path: Path, content: bytes = b"{}") -> Path:
 
 
 WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "run": (run_folder, "`d2v-fast export {run}` makes a Transformers folder of it, `{run}/export`"),
+    "run": (run_folder, r"`\S*d2v-fast export {run}` makes a Transformers folder of it, `{run}/export`"),
     "run with its export": (with_export, "is the folder of a run: name `{run}/export`, which holds its weights"),
-    "checkpoint": (lambda f: run_folder(f) / "checkpoints" / "step-7", "`d2v-fast export {run} --step 7 --to FOLDER`"),
-    "checkpoints": (lambda f: run_folder(f) / "checkpoints", "belongs to the run `{run}`: `d2v-fast export {run}`"),
+    "checkpoint": (
+        lambda f: run_folder(f) / "checkpoints" / "step-7",
+        r"`\S*d2v-fast export {run} --step 7 --to FOLDER`",
+    ),
+    "checkpoints": (lambda f: run_folder(f) / "checkpoints", r"belongs to the run `{run}`: `\S*d2v-fast export {run}`"),
     "DeepSpeed's": (
         lambda f: deepspeed_folder(f, ["latest", "global_step10/mp_rank_00_model_states.pt"]),
         "holds checkpoints of DeepSpeed. .*`zero_to_fp32.py`",

@@ -31,6 +31,7 @@ THIRD_PARTY = {
 # module, or folder with everything below it -> what of this package it may import; config and the small leaves below
 # it are free to all
 LEAVES = {
+    "d2v_fast.commands",
     "d2v_fast.atomic",
     "d2v_fast.config",
     "d2v_fast.config_errors",

@@ -23,13 +23,13 @@ from tests.runs import TINY, leave_out_reports, tiny_file
 
 # keys that hold text which is no path; whoever adds a key of text says here or by its type which it is
 NO_PATHS = {
-    *("modality", "name", "field", "type"),
+    *("modality", "name", "field", "label_field", "type"),
     # of DeepSpeed's monitors and checkpoints
     *("group", "team", "project", "job_name", "workspace", "api_key", "experiment_name", "experiment_key"),
     *("tag_validation", "data_parallel"),
 }
 # options whose value is text which is no path
-NO_PATH_OPTIONS = {"overrides", "run", "only", "name", "local_rank"}
+NO_PATH_OPTIONS = {"overrides", "run", "only", "name", "field", "label_field", "local_rank"}
 
 
 def annotations(kind: Any) -> Iterator[Any]:

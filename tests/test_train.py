@@ -60,7 +60,7 @@ def test_run_leaves_everything_it_promises(tmp_path: Path, capsys: pytest.Captur
     assert output.splitlines()[-1] == f"run folder: {folder}"
     assert "raw pixels" in output
     # what takes seconds is announced before it is done
-    stages = ["run folder:", "importing the engine", "building the model", "compiling the mask sampler"]
+    stages = ["importing the engine", "run folder:", "building the model", "compiling the mask sampler"]
     stages += ["making the first batch", "step 1/12", "exporting the student", "export:", "probing the features"]
     places = [output.index(stage) for stage in stages]
     assert places == sorted(places)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from d2v_fast.commands import path_words, tool_command
 from d2v_fast.config import MAX_FILE_BYTES
 from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, is_pointer, printable, read_json
 
@@ -73,7 +74,8 @@ def _explain_file(path: Path, shown: str) -> str:
             "`save_pretrained(folder)` writes a folder with `model.safetensors`."
         )
     if path.suffix in _PICKLES:
-        return f"`{shown}` is a checkpoint: `d2v-fast import {shown} --to FOLDER` makes a Transformers folder of it."
+        command = tool_command("import", path_words(path), "--to", "FOLDER")
+        return f"`{shown}` is a checkpoint: `{printable(command)}` makes a Transformers folder of it."
     return f"`{shown}` is a file and no folder."
 
 
@@ -103,11 +105,13 @@ def _explain_run(path: Path, run: Path) -> str:
     shown, name = printable(str(path)), printable(str(run))
     if _STEP.fullmatch(path.name):
         step = path.name.removeprefix("step-")
+        command = tool_command("export", path_words(run), "--step", step, "--to", "FOLDER")
         return (
-            f"`{shown}` is a checkpoint of the run `{name}`. `d2v-fast export {name} --step {step} --to FOLDER` makes "
-            f"a Transformers folder of it, and `embed` and `probe` take `{name} --step {step}`."
+            f"`{shown}` is a checkpoint of the run `{name}`. `{printable(command)}` makes a Transformers folder of it, "
+            f"and `embed` and `probe` take `{name} --step {step}`."
         )
     what = "is the folder of a run" if path == run else f"belongs to the run `{name}`"
     if (run / "export" / "config.json").is_file():
         return f"`{shown}` {what}: name `{name}/export`, which holds its weights."
-    return f"`{shown}` {what}: `d2v-fast export {name}` makes a Transformers folder of it, `{name}/export`."
+    command = tool_command("export", path_words(run))
+    return f"`{shown}` {what}: `{printable(command)}` makes a Transformers folder of it, `{name}/export`."
