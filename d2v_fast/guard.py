@@ -81,6 +81,7 @@ class Guard:
             self._watch(model.student.get_submodule(model.student.entrance_name).parameters())
         # from the log, so that a resumed run finds the same spikes; the first process alone writes and reads it
         logged = read_log(folder.path) if world.is_first else []
+        self._has_varied = world.any(any(has_varied(entry, config.d2v.guard) for entry in logged))
         losses = (entry["loss"] for entry in logged if entry["loss"] is not None)
         self._losses: deque[float] = deque(losses, maxlen=SPIKE_WINDOW)
 
@@ -125,6 +126,11 @@ class Guard:
                 entry["loss_spike"] = round(loss / median, 3)
                 self._say(f"step {entry['step']}: the loss {loss:.4g} is above {limit:g} times its median {median:.4g}")
         self._losses.append(loss)
+
+    def check_collapse(self, entry: Entry, num_steps: int) -> None:
+        """Raise a RunError in every process where this step is one of a collapsed run; see `check_collapse`."""
+        check_collapse(entry, self._config.d2v.guard, num_steps, self._has_varied)
+        self._has_varied |= has_varied(entry, self._config.d2v.guard)
 
     def _watch(self, parameters: Iterable[Tensor]) -> None:
         """Look at the gradients of this process before they are averaged over all."""
@@ -188,16 +194,24 @@ def first_judged_step(guard: GuardConfig, num_steps: int) -> int:
     return min(guard.after_steps, max(FEWEST_JUDGED, math.ceil(num_steps * LATEST_JUDGED)))
 
 
-def check_collapse(entry: Entry, guard: GuardConfig, num_steps: int) -> None:
+def check_collapse(entry: Entry, guard: GuardConfig, num_steps: int, has_varied: bool = True) -> None:
     """Raise a RunError where targets or predictions have become the same everywhere.
 
     Args:
         entry: of the log. Deviations of a step that was not finite are NaN or None and say nothing.
         num_steps: of the whole run.
+        has_varied: whether they were above the limits before. If not, a run that has not come to `after_steps` may
+            not have begun to learn, and is judged at its end only.
     """
-    what = _collapsed(entry, guard)
-    if what is not None and entry["step"] >= first_judged_step(guard, num_steps):
+    what, step = _collapsed(entry, guard), entry["step"]
+    waits = not has_varied and step < min(guard.after_steps, num_steps)
+    if what is not None and step >= first_judged_step(guard, num_steps) and not waits:
         raise RunError(_about_collapse(entry, what, guard, num_steps))
+
+
+def has_varied(entry: Entry, guard: GuardConfig) -> bool:
+    """Return whether the deviations of targets and predictions of a step are known and above their limits."""
+    return _collapsed(entry, guard) is None and math.isfinite(entry["prediction_std"] or math.nan)
 
 
 def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:

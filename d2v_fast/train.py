@@ -292,7 +292,6 @@ def loop(run: Run, stop: StopRequest) -> int:
     import torch
 
     from d2v_fast.faults import fault_point
-    from d2v_fast.guard import check_collapse
     from d2v_fast.metrics import Speed, loss_and_deviations
 
     section, width = run.config.d2v.run, run.config.d2v.model.width
@@ -348,7 +347,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             run.log.write(entry)
             if not is_last:
                 # the last step is saved first, and judged by `finish`
-                check_collapse(entry, run.config.d2v.guard, run.schedule.num_steps)
+                run.guard.check_collapse(entry, run.schedule.num_steps)
         if is_logged or run.world.device.type == "cpu":
             run.guard.check(step)
         asked_to_stop = run.world.any(stop.requested)

@@ -208,6 +208,11 @@ def test_short_run_is_judged_within_itself(num_steps: int, first: int) -> None:
     with pytest.raises(RunError, match=r"the predictions over the masked positions is 0\.0020") as caught:
         check_collapse(entry(first, prediction_std=0.002), guard, num_steps)
     assert ("too short to have learned anything" in str(caught.value)) == (num_steps < 5000)
+    # what never was above the limit may not have begun to learn: it has until the end, or until `after_steps`
+    late = min(num_steps, 5000)
+    check_collapse(entry(late - 1, prediction_std=0.002), guard, num_steps, has_varied=False)
+    with pytest.raises(RunError):
+        check_collapse(entry(late, prediction_std=0.002), guard, num_steps, has_varied=False)
     # an earlier step can be asked for, and a limit of 0 asks for none
     assert first_judged_step(GuardConfig(after_steps=1), 1000) == 1
     check_collapse(entry(1000, prediction_std=0.0), GuardConfig(min_prediction_std=0), 1000)
@@ -221,8 +226,8 @@ def without_learning(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(batch)
         output = forward(self, batch, teacher)
         moments = output.moments.clone()
-        moments[:2] = 0
-        return output._replace(moments=moments) if len(calls) > 2 else output
+        moments[:2] = 0 if len(calls) > 2 else moments[2:]
+        return output._replace(moments=moments)
 
     monkeypatch.setattr(Data2Vec, "forward", forward_of_a_collapse)
 
@@ -259,13 +264,20 @@ def test_short_run_that_learns_is_finished(tmp_path: Path, capsys) -> None:
     assert logged[0] < 0.01 < logged[39]
 
 
-def test_run_that_learns_nothing_stops_on_the_way(tmp_path: Path, capsys) -> None:
-    """As many steps as the thresholds are for would be 5000."""
+@pytest.mark.parametrize(("collapses", "step"), [(False, 36), (True, 24)])
+def test_run_that_learns_nothing_is_not_finished(
+    collapses: bool, step: int, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """As many steps as the thresholds are for would be 5000. What had varied before is stopped on the way."""
+    if collapses:
+        without_learning(monkeypatch)
     still = {"lr": 1e-9, "weight_decay": 0.0}
     file = tiny_file(tmp_path, optimizer__params=still, d2v__schedule={"steps": 36, "warmup_steps": 3})
     assert run_here("--ds_config", file, "--run", "r") == 1
-    assert "the run has collapsed: at step 24 the standard deviation of the predictions" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()) == ["step-18", "step-21"]
+    assert f"the run has collapsed: at step {step} the standard deviation of the predict" in capsys.readouterr().err
+    assert not (tmp_path / "runs/r/result.json").exists()
+    last = max(int(path.name[5:]) for path in (tmp_path / "runs/r/checkpoints").iterdir())
+    assert last == (21 if collapses else 36)
 
 
 def test_trial_of_a_few_steps_is_finished_with_a_note(tmp_path: Path, capsys) -> None:
