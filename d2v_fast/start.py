@@ -26,8 +26,9 @@ from d2v_fast.commands import resume_command
 from d2v_fast.config import RunConfig, SpeechModelConfig, TextModelConfig, VisionModelConfig, load_config
 from d2v_fast.config_errors import OptionError, Section
 from d2v_fast.data2vec import Data2Vec, build_model
+from d2v_fast.interop.folders import read_model_config
 from d2v_fast.interop.huggingface import export_model, import_model
-from d2v_fast.interop.huggingface_vision import CONVERTER_NORM_EPS
+from d2v_fast.interop.huggingface_vision import CONVERTER_NORM_EPS, KIND
 from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student
 from d2v_fast.run_folder import RunFolder
@@ -106,7 +107,7 @@ def start_run(
     named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
     config = load_config(ds_config, [*overrides, *named])
     _require_weights(source)
-    student, teacher, head, found = _read(source, heads)
+    student, teacher, head, found = _read(source, heads, config.d2v.model)
     config = _with_vocabulary(config, found)
     _require_same(config.d2v.model, found, source, ds_config)
     torch.manual_seed(config.d2v.run.seed)
@@ -170,10 +171,18 @@ def _require_weights(source: Path) -> None:
             )
 
 
-def _read(source: Path, heads: int | None) -> tuple[Student, Student | None, dict[str, Tensor] | None, Section]:
-    """Student, teacher, head, and the model's configuration."""
+def _read(
+    source: Path, heads: int | None, wanted: Section
+) -> tuple[Student, Student | None, dict[str, Tensor] | None, Section]:
+    """Student, teacher, head, and the model's configuration, for a run with the configuration `wanted`."""
     if source.is_dir():
-        model, found = import_model(source)
+        options = {}
+        raw = read_model_config(source)
+        eps = raw.get("layer_norm_eps", CONVERTER_NORM_EPS)
+        if isinstance(wanted, VisionModelConfig) and (raw.get("model_type"), eps) == (KIND, CONVERTER_NORM_EPS):
+            # not what the weights were trained with, but what Transformers' converter leaves
+            options["norm_eps"] = wanted.norm_eps
+        model, found = import_model(source, **options)
         return model, None, None, found
     from d2v_fast.interop.published import read_published
 
@@ -212,9 +221,6 @@ def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path
         if key == "mlp_ratio":
             # of which only the product with the width counts
             same = int(wanted.width * mine) == int(found.width * value)  # type: ignore[attr-defined]
-        elif key == "norm_eps" and isinstance(found, VisionModelConfig) and value == CONVERTER_NORM_EPS:
-            # not what the weights were trained with, but what Transformers' converter leaves
-            same = True
         else:
             same = mine == value or key in _FREE
         if not same:

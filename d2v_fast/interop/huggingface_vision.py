@@ -34,6 +34,8 @@ from d2v_fast.interop.vision_layout import VisionNames, build_vision, gammas, vi
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.vision import VisionModel
 
+KIND = "data2vec-vision"
+
 # norms of the published models use 1e-6; configurations made by Transformers' own converter say 1e-12 instead
 PUBLISHED_NORM_EPS = 1e-6
 CONVERTER_NORM_EPS = 1e-12
@@ -178,7 +180,7 @@ def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
 def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> VisionModelConfig:
     """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
     required = {
-        "model_type": "data2vec-vision",
+        "model_type": KIND,
         "hidden_act": "gelu",
     }
     require_values(raw, required, {"hidden_act": "gelu"}, path)
