@@ -299,14 +299,14 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp
 def test_every_wrong_tensor_is_listed(tmp_path: Path) -> None:
     folder = edited(tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    del tensors["masked_spec_embed"]
+    del tensors["feature_projection.layer_norm.weight"]
     tensors["encoder.layer_norm.weight"] = torch.zeros(3)
     tensors["lm_head.weight\n"] = torch.zeros(10, 24)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit") as caught:
         import_speech(folder)
     assert str(caught.value).splitlines()[1:] == [
-        "  `masked_spec_embed` is missing",
+        "  `feature_projection.layer_norm.weight` is missing",
         "  `encoder.layer_norm.weight` must be [24], but is [3] instead",
         r"  `lm_head.weight\n` has no place in this encoder",
     ]
