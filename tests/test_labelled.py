@@ -110,7 +110,7 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     ]
     said = "\n".join(found.describe("image"))
     assert f"4 images in 2 classes in '{tmp_path}'" in said
-    assert "left out: 1 file that lie" in said
+    assert "left out: 1 file in no sub-folder" in said
     assert "not data: 1 other file (1 .doc)" in said
 
 
@@ -175,6 +175,8 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     labels = [s.label for s in found.samples]
     assert {label: labels.count(label) for label in labels} == {"0": 3, "1": 3, "2": 2, "neg": 2, "pos": 2}
     assert "left out: 1 text that cannot" in "\n".join(found.notes)
+    with pytest.raises(DataError, match=r"must be another field than that of the text, but both are 'text'"):
+        texts_of(tmp_path, label_field="text")
 
 
 def test_text_files_in_folders(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_text_files_in_folders(tmp_path: Path) -> None:
     found = texts_of(tmp_path)
     assert sorted(s.label for s in found.samples) == ["neg", "neg", "pos", "pos"]
     assert any(s.text == "the text of neg/sub/2.txt\n\nand more of it" for s in found.samples)
-    assert "left out: 1 .txt file that lie" in "\n".join(found.notes)
+    assert "left out: 1 .txt file in no sub-folder" in "\n".join(found.notes)
 
 
 def test_memory_is_bounded() -> None:

@@ -99,7 +99,7 @@ def labelled_files(
         samples, max_samples, kinds.what, key, root, f"Every sub-folder that holds {kinds.what} is a class."
     )
     if len(inside) < len(paths):
-        notes = (f"left out: {counted(len(paths) - len(inside), 'file')} that lie in no sub-folder", *notes)
+        notes = (f"left out: {counted(len(paths) - len(inside), 'file')} in no sub-folder", *notes)
     return LabelledSet(root, chosen, num_found, (*describe_listing(listing, "")[1:], *notes))
 
 

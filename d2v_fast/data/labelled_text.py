@@ -34,6 +34,8 @@ def labelled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2
         DataError: There is no such file or folder, or it holds fewer than two classes.
     """
     field = probe.field or data.field
+    if field == probe.label_field:
+        raise DataError(f"`d2v.probe.label_field` must be another field than that of the text, but both are '{field}'.")
     # what is unreadable is left out and counted, however much it is
     changes = {"kind": "text", "path": probe.path, "field": field, "documents": "file"}
     settings = data.model_copy(update={**changes, "max_bad_fraction": 1.0, "strict": False})
@@ -52,7 +54,7 @@ def labelled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2
         such = f"such as {_with_keys(bad.named[0], key)}"
         notes = (*notes, f"left out: {counted(bad.num_bad, 'text')} that cannot be read or have no label, {such}")
     if files.num_outside:
-        notes = (*notes, f"left out: {counted(files.num_outside, '.txt file')} that lie in no sub-folder")
+        notes = (*notes, f"left out: {counted(files.num_outside, '.txt file')} in no sub-folder")
     if files.num_empty:
         notes = (*notes, f"left out: {counted(files.num_empty, 'text')} without letters")
     return LabelledSet(str(probe.path), chosen, num_found, (*describe_listing(files.listing, "")[1:], *notes))
