@@ -129,7 +129,7 @@ def _import(options: argparse.Namespace) -> int:
 
     if options.ds_config is None:
         own = {"weights": options.weights, "heads": options.heads, "tokenizer": options.tokenizer}
-        print(import_folder(options.source, options.to, **own))
+        print(import_folder(options.source, options.to, **own, overrides=options.overrides))
         return 0
     if options.tokenizer is not None:
         from d2v_fast.config_errors import OptionError
@@ -383,7 +383,8 @@ def _add_import(add: _Add) -> None:
         "make a Transformers folder, or a run that begins with them, of other libraries' weights",
         "Read a checkpoint of the published data2vec code (a .pt of fairseq, of speech or text; a .pth of the code for "
         "images) or a Transformers folder. Without --ds_config the checkpoint becomes a Transformers folder. With it, "
-        "--to becomes the folder of a run that begins with these weights; d2v-fast train --run NAME --resume trains.",
+        "--to becomes the folder of a run that begins with these weights; d2v-fast train --run NAME --resume trains. "
+        "What a checkpoint does not say of its model is listed; --set d2v.model.KEY=VALUE has precedence.",
         "import audio_base_ls.pt --to exported",
     )
     bring.add_argument(
@@ -401,7 +402,7 @@ def _add_import(add: _Add) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="of attention, where a .pt does not tell (default: width / 64)",
+        help="of attention, where a .pt does not tell (default: as a run's configuration says, or width / 64)",
     )
     bring.add_argument(
         "--tokenizer",

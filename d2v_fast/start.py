@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from torch import Tensor
 from d2v_fast.checkpoints import Checkpoints
 from d2v_fast.commands import resume_command
 from d2v_fast.config import RunConfig, SpeechModelConfig, TextModelConfig, VisionModelConfig, load_config
-from d2v_fast.config_errors import OptionError, Section
+from d2v_fast.config_errors import ConfigError, OptionError, Section
+from d2v_fast.config_file import apply_overrides
 from d2v_fast.data2vec import Data2Vec, build_model
+from d2v_fast.interop.fairseq_recipe import Settings
 from d2v_fast.interop.folders import read_model_config
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.huggingface_vision import CONVERTER_NORM_EPS, KIND
@@ -57,25 +59,35 @@ _PARTS = (".json", ".model", ".safetensors", ".txt")
 
 
 def import_folder(
-    source: Path, to: Path, *, weights: str = "student", heads: int | None = None, tokenizer: Path | None = None
+    source: Path,
+    to: Path,
+    *,
+    weights: str = "student",
+    heads: int | None = None,
+    tokenizer: Path | None = None,
+    overrides: Iterable[str] = (),
 ) -> str:
-    """Write a Transformers folder from a checkpoint of the published code; returns a line for the user.
+    """Write a Transformers folder from a checkpoint of the published code; returns lines for the user.
 
     Args:
         source: the `.pt` file of fairseq, or the `.pth` file of the code for images.
         to: the folder to write.
         weights, heads: as of `load_published`.
         tokenizer: of text, to put into the folder, since a `.pt` has none; as of `load_tokenizer`.
+        overrides: `d2v.model.KEY=VALUE` each, in place of what the checkpoint says of the model or leaves open.
     Raises:
         ValueError: see `load_published`; the source is a folder; or the tokenizer cannot be read, or is not the
             model's.
+        ConfigError: an override is of another section, or its value is refused.
     """
-    from d2v_fast.interop.published import load_published
+    from d2v_fast.interop.published import choose, read_published
 
     _require_weights(source)
     if source.is_dir():
         raise OptionError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
-    model, _, config = load_published(source, weights=weights, heads=heads)
+    settings = Settings.of(_model_overrides(overrides), heads)
+    found = read_published(source, settings)
+    model, config = choose(found, weights, source), found.config
     options: dict[str, Any] = {}
     if tokenizer is not None:
         if not isinstance(config, TextModelConfig):
@@ -84,7 +96,7 @@ def import_folder(
 
         options["tokenizer"] = load_tokenizer(tokenizer)
     export_model(model, config, to, info={"weights": weights, "from": "a checkpoint of the published code"}, **options)
-    return f"import: {to} ({weights} of {source.name}, for Transformers)"
+    return f"import: {to} ({weights} of {source.name}, for Transformers){_told(source, found.assumed)}"
 
 
 def start_run(
@@ -107,7 +119,8 @@ def start_run(
     named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
     config = load_config(ds_config, [*overrides, *named])
     _require_weights(source)
-    student, teacher, head, found = _read(source, heads, config.d2v.model)
+    weights = _read(source, heads, config.d2v.model)
+    student, teacher, head, found = weights.student, weights.teacher, weights.head, weights.config
     config = _with_vocabulary(config, found)
     _require_same(config.d2v.model, found, source, ds_config)
     torch.manual_seed(config.d2v.run.seed)
@@ -120,7 +133,10 @@ def start_run(
         whole = _arranged(teacher.state_dict(), model.student)
         prefix = model.student.averaged_prefix()
         for shard in average.shards:
-            shard.master.copy_(whole[prefix + shard.name].view(-1))
+            value = shard.master.copy_(whole[prefix + shard.name].view(-1))
+            if weights.pending_decay is not None:
+                own = model.student.get_parameter(prefix + shard.name).detach().view(-1)
+                value.lerp_(own, 1 - weights.pending_decay)
         average.refresh(0)
     world = World("cpu", False)
     try:
@@ -141,7 +157,21 @@ def start_run(
     finally:
         world.close()
     beside = "its own teacher" if teacher is not None else "the student as teacher"
-    return f"import: {to} begins with {source.name} ({beside}); to train: {resume_command(to)}"
+    if weights.pending_decay is not None:
+        beside += f", after the update of decay {weights.pending_decay:.6g} that it lacked"
+    line = f"import: {to} begins with {source.name} ({beside}); to train: {resume_command(to)}"
+    return line + _told(source, weights.assumed)
+
+
+class _Weights(NamedTuple):
+    """What a run begins with; see `FairseqSpeech`."""
+
+    student: Student
+    teacher: Student | None
+    head: dict[str, Tensor] | None
+    config: Section
+    assumed: tuple[str, ...] = ()
+    pending_decay: float | None = None
 
 
 class _Unstarted:
@@ -171,10 +201,8 @@ def _require_weights(source: Path) -> None:
             )
 
 
-def _read(
-    source: Path, heads: int | None, wanted: Section
-) -> tuple[Student, Student | None, dict[str, Tensor] | None, Section]:
-    """Student, teacher, head, and the model's configuration, for a run with the configuration `wanted`."""
+def _read(source: Path, heads: int | None, wanted: Section) -> _Weights:
+    """What a path holds, for a run with the configuration `wanted`."""
     if source.is_dir():
         options = {}
         raw = read_model_config(source)
@@ -183,11 +211,33 @@ def _read(
             # not what the weights were trained with, but what Transformers' converter leaves
             options["norm_eps"] = wanted.norm_eps
         model, found = import_model(source, **options)
-        return model, None, None, found
+        return _Weights(model, None, None, found)
     from d2v_fast.interop.published import read_published
 
-    checkpoint = read_published(source, heads=heads)
-    return checkpoint.student, checkpoint.teacher, checkpoint.head, checkpoint.config
+    return _Weights(*read_published(source, Settings.of(None, heads)._replace(run=wanted.model_dump())))
+
+
+def _model_overrides(overrides: Iterable[str]) -> Mapping[str, Any]:
+    """What overrides say of the model.
+
+    Raises:
+        ConfigError: one is of another section.
+    """
+    overrides = list(overrides)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not key.startswith("d2v.model."):
+            problem = f"`--set {override}` must name a key of `d2v.model`, unless `--ds_config` names a configuration."
+            raise ConfigError([problem], "command line")
+    return apply_overrides({}, overrides).get("d2v", {}).get("model", {})
+
+
+def _told(source: Path, assumed: Sequence[str]) -> str:
+    """What was assumed of a model, as further lines for the user."""
+    if not assumed:
+        return ""
+    lines = "".join(f"\n  {phrase}" for phrase in assumed)
+    return f"\n{source.name} does not say all of it. Assumed, unless `--set d2v.model.KEY=VALUE` says otherwise:{lines}"
 
 
 def _with_vocabulary(config: RunConfig, found: Section) -> RunConfig:

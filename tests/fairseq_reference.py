@@ -1,4 +1,5 @@
-"""data2vec's speech model with the module tree that fairseq's has, and so its names; without padding, in eval mode."""
+"""data2vec's speech model with the module tree that fairseq's has, and so its names; without padding, in eval mode. And
+what its fine-tuning does to the configuration of a checkpoint."""
 
 from __future__ import annotations
 
@@ -103,3 +104,25 @@ class Data2VecAudio(nn.Module):
         for layer in self.feature_extractor.conv_layers:
             x = layer(x)
         return self.encoder(self.post_extract_proj(self.layer_norm(x.transpose(1, 2))))
+
+
+class Closed(dict[str, Any]):
+    """A section to which no key can be added, as fairseq makes it of a checkpoint's."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self:
+            raise KeyError(f"Key '{key}' is not in struct")
+        super().__setitem__(key, value)
+
+
+def closed(value: Any) -> Any:
+    return Closed({key: closed(inner) for key, inner in value.items()}) if isinstance(value, dict) else value
+
+
+def closed_as_fine_tuning_sets_it(cfg: dict[str, Any], data: str) -> dict[str, Any]:
+    """What fairseq's fine-tuning for CTC and for classification assign to, before they build the model."""
+    found: dict[str, Any] = closed(cfg)
+    found["criterion"] = None
+    found["lr_scheduler"] = None
+    found["task"]["data"] = data
+    return found

@@ -184,7 +184,7 @@ def test_without_cfg_sizes_come_from_the_tensors(tmp_path: Path) -> None:
     wanted = SpeechModelConfig(**{**published, "heads": 4, "dropout": 0.0})
     assert load_fairseq_speech(path, config=wanted)[2] == wanted
     content["model"] = {n: v[:, :, :1] if "conv_layers.6.0" in n else v for n, v in content["model"].items()}
-    with pytest.raises(ValueError, match=r"`config` must be given for .*: its convolutions have the kernels"):
+    with pytest.raises(ValueError, match=r"`d2v.model.conv_strides` must be given for .*convolutions have the kernels"):
         load_fairseq_speech(saved(content, tmp_path))
 
 
@@ -355,10 +355,10 @@ def test_code_is_refused_with_a_recipe(tmp_path: Path, monkeypatch: pytest.Monke
     path = saved(content, tmp_path)
     with pytest.raises(ValueError, match=r"needs argparse\.Namespace, and reading that could execute code") as caught:
         load_fairseq_speech(path)
-    recipe = "\n".join(line.strip() for line in str(caught.value).splitlines()[1:])
-    exec(recipe, {"torch": torch})
-    stripped = load_fairseq_speech(tmp_path / "checkpoint-weights.pt", heads=4)[0]
+    exec(str(caught.value).partition("\n\n")[2], {})
+    stripped, _, config = load_fairseq_speech(tmp_path / "checkpoint-weights.pt")
     assert torch.equal(stripped.front_end.mask_token, content["model"]["mask_emb"])
+    assert (config.heads, config.layer_drop, config.sample_rate) == (4, 0.1, 8_000)
 
     marker = tmp_path / "executed"
     with pytest.raises(ValueError, match="could execute code"):

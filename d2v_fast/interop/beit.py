@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from d2v_fast.config import ConfigError, VisionConfig, VisionModelConfig
 from d2v_fast.config_errors import check
 from d2v_fast.interop.fairseq_files import as_fp32, replace_file, require_tensors, state_of
+from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, Gathered, Settings
 from d2v_fast.interop.folders import mlp_ratio
 from d2v_fast.interop.layout import log_unused, require_finite
 from d2v_fast.interop.vision_layout import VisionNames, build_vision, gammas, vision_layout
@@ -69,12 +70,14 @@ class BeitVision(NamedTuple):
         teacher: the average; None where the checkpoint has none.
         head: `weight` and `bias` of the regression head; None where there is none.
         config: of the model.
+        assumed: what of the configuration neither the checkpoint nor the caller tells, in words.
     """
 
     student: VisionModel
     teacher: VisionModel | None
     head: dict[str, Tensor] | None
     config: VisionModelConfig
+    assumed: tuple[str, ...] = ()
 
 
 def is_beit(content: Any) -> bool:
@@ -82,13 +85,14 @@ def is_beit(content: Any) -> bool:
     return _student_of(content) is not None
 
 
-def beit_of(content: Mapping[Any, Any], path: Path, *, heads: int | None = None) -> BeitVision:
+def beit_of(content: Mapping[Any, Any], path: Path, settings: Settings = NO_SETTINGS) -> BeitVision:
     """Everything of a checkpoint.
 
     Args:
         content: what the file holds, for which `is_beit` is true.
         path: of the file, for messages.
-        heads: of attention, where no table of relative positions tells. None: as many as are 64 wide.
+        settings: values of the model's configuration, in place of those of the command line in the file. The number of
+            heads counts where no table of relative positions tells it; without it, as many as are 64 wide.
     Raises:
         ValueError: it is of another architecture, or its weights are not finite. `Misfit` names every missing, unknown
             and misshapen tensor.
@@ -96,13 +100,13 @@ def beit_of(content: Mapping[Any, Any], path: Path, *, heads: int | None = None)
     weights = _student_of(content)
     assert weights is not None
     student, head = _encoder_and_head(weights, path)
-    config = _config_of(student, content.get("args"), heads, str(path))
+    config, assumed = _config_of(student, content.get("args"), settings, str(path))
     average = content.get(AVERAGE)
     teacher = None
     if isinstance(average, Mapping) and average is not weights and _prefix_of(average) is not None:
         own, _ = _encoder_and_head(average, path)
         teacher = _build(config, own, f"the average `{AVERAGE}` in `{path}`")
-    return BeitVision(_build(config, student, f"`{path}`"), teacher, head, config)
+    return BeitVision(_build(config, student, f"`{path}`"), teacher, head, config, assumed)
 
 
 def save_beit(
@@ -169,14 +173,17 @@ def _build(config: VisionModelConfig, theirs: Mapping[str, Tensor], source: str)
     return build_vision(config, layout, theirs, source, misfit, may_lack=frozenset(may_lack), unused=_UNUSED)
 
 
-def _config_of(weights: Mapping[str, Tensor], args: Any, heads: int | None, path: str) -> VisionModelConfig:
-    """Sizes of the tensors; rates of the command line that made them, where the file has it."""
+def _config_of(
+    weights: Mapping[str, Tensor], args: Any, settings: Settings, path: str
+) -> tuple[VisionModelConfig, tuple[str, ...]]:
+    """The model's configuration, and what of it is assumed: sizes of the tensors; rates of the command line that made
+    them, where the file has it."""
     published = VisionModelConfig()
     width, channels, patch, _ = _shape(weights, _MARK, (published.width, published.channels, published.patch_size, 0))
     depth = len({found[1] for name in weights if (found := _BLOCK.match(name))})
     own_bias = f"{NAMES.block.format(0)}.{NAMES.block_bias}"
     per_block = own_bias in weights
-    rows, num_heads = _shape(weights, own_bias if per_block else NAMES.bias, (0, heads or max(1, width // 64)))
+    rows, told_heads = _shape(weights, own_bias if per_block else NAMES.bias, (0, 0))
     _, tokens, _ = _shape(weights, NAMES.position, (1, 0, width))
     # (2 G - 1)^2 offsets and three rows for the class token; or a position for each of 1 + G^2 tokens
     grid = (round(max(0, rows - 3) ** 0.5) + 1) // 2 if rows else round(max(0, tokens - 1) ** 0.5)
@@ -185,8 +192,18 @@ def _config_of(weights: Mapping[str, Tensor], args: Any, heads: int | None, path
             f"`{path}` must hold `{NAMES.bias}` or `{NAMES.position}`: nothing else tells the size of its images."
         )
     hidden, _ = _shape(weights, f"{NAMES.block.format(0)}.mlp.fc1.weight", (4 * width, width))
-    given = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    line = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     rates = {"drop_path": "drop_path", "attn_drop_rate": "attention_dropout", "layer_scale_init_value": "layer_scale"}
+    gathered = Gathered(
+        {own: line[key] for key, own in rates.items() if isinstance(line.get(key), float)}, settings, path
+    )
+    if told_heads:
+        gathered.values["heads"] = told_heads
+    if f"{NAMES.block.format(0)}.{NAMES.gamma1}" not in weights:
+        # none is a scale of one
+        gathered.values["layer_scale"] = 1.0
+    gathered.heads(width)
+    gathered.published({own: getattr(published, own) for own in rates.values()}, "as published")
     config, problems = check(
         VisionModelConfig,
         {
@@ -195,18 +212,15 @@ def _config_of(weights: Mapping[str, Tensor], args: Any, heads: int | None, path
             "channels": channels,
             "width": width,
             "depth": depth,
-            "heads": num_heads,
             "mlp_ratio": mlp_ratio(width, hidden),
             "absolute_position": bool(tokens),
             "position_bias": "per_block" if per_block else "shared",
-            **{own: given[key] for key, own in rates.items() if isinstance(given.get(key), float)},
-            # none is a scale of one
-            **({} if f"{NAMES.block.format(0)}.{NAMES.gamma1}" in weights else {"layer_scale": 1.0}),
+            **gathered.values,
         },
     )
     if config is None:
         raise ConfigError(problems, path)
-    return config
+    return config, tuple(gathered.assumed)
 
 
 def _shape(weights: Mapping[str, Tensor], name: str, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import D2VConfig, SpeechConfig, SpeechModelConfig, TextConfig, TextModelConfig
 from d2v_fast.interop.fairseq_files import TEXT_PREFIX, check_weights, chosen, read_checkpoint
+from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, Settings
 from d2v_fast.interop.fairseq_speech import AVERAGE as SPEECH_AVERAGE
 from d2v_fast.interop.fairseq_speech import FairseqSpeech, save_fairseq_speech, speech_of
 from d2v_fast.interop.fairseq_text import AVERAGE as TEXT_AVERAGE
@@ -28,14 +29,14 @@ def read_fairseq(path: str | os.PathLike[str], *, heads: int | None = None) -> F
         ValueError: see `load_fairseq_speech` and `load_fairseq_text`.
     """
     path = Path(path)
-    return fairseq_of(read_checkpoint(path), path, heads=heads)
+    return fairseq_of(read_checkpoint(path), path, Settings.of(None, heads))
 
 
-def fairseq_of(content: Mapping[str, Any], path: Path, *, heads: int | None = None) -> FairseqSpeech | FairseqText:
+def fairseq_of(content: Mapping[str, Any], path: Path, settings: Settings = NO_SETTINGS) -> FairseqSpeech | FairseqText:
     """Everything of what `read_checkpoint` has read; see `read_fairseq`."""
     if any(str(name).startswith(TEXT_PREFIX) for name in content["model"]):
-        return text_of(content, path, heads=heads)
-    return speech_of(content, path, heads=heads)
+        return text_of(content, path, settings=settings)
+    return speech_of(content, path, settings=settings)
 
 
 def load_fairseq(

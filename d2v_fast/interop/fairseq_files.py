@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.atomic import replaced
+from d2v_fast.interop.fairseq_recipe import AVERAGED_UPDATES, strip_script
 from d2v_fast.interop.layout import Layout, Misfit
 from d2v_fast.untrusted import printable, refuse_pointer
 
@@ -31,10 +32,6 @@ KINDS = {
     "cls_token": "an image model",
     "quantizer.": "a model of wav2vec 2.0",
 }
-
-RECIPE = """\
-    state = torch.load({path!r}, map_location="cpu", weights_only=False)
-    torch.save({{"model": state["model"]}}, {stripped!r})"""
 
 # what torch names when a file needs more than tensors and plain values
 _GLOBAL = re.compile(r"(?:GLOBAL|[Ff]unction|[Cc]lass) ([A-Za-z_][\w.]*)")
@@ -85,8 +82,8 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
             stripped = path.with_name(f"{path.stem}-weights.pt")
             raise NeedsClass(
                 f"`{path}` must hold tensors and plain values only, but needs {found[1]}, and reading that could "
-                f"execute code. If you trust whoever made it, strip it where that library is installed:\n"
-                f"{RECIPE.format(path=str(path), stripped=str(stripped))}",
+                f"execute code. If you trust whoever made it, run this program with any Python that has torch, and "
+                f"import {stripped} instead:\n\n{strip_script(path, stripped)}",
                 found[1],
             ) from None
         damage = printable(f"{type(error).__name__} {reason.split('. ')[0][:200]}".strip())
@@ -119,12 +116,16 @@ def write_checkpoint(
     """
     content = {
         "args": None,
-        "cfg": cfg,
+        # fairseq sets both to None on a configuration to which no key can be added
+        "cfg": {**cfg, "criterion": {"_name": "model"}, "lr_scheduler": {"_name": "cosine"}},
         "model": weights,
         "criterion": None,
         "optimizer_history": [{"optimizer_name": "", "lr_scheduler_state": {}, "num_updates": num_updates}],
         "task_state": {},
-        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        "extra_state": {
+            "train_iterator": {"epoch": 1, "iterations_in_epoch": 0},
+            AVERAGED_UPDATES: num_updates,
+        },
     }
     replace_file(path, content)
 

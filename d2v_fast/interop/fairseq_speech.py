@@ -6,9 +6,11 @@ average, whose names are relative to `encoder`.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from d2v_fast.interop.fairseq_files import (
     state_of,
     write_checkpoint,
 )
+from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, POST_NORM, Gathered, Settings, pending_decay, told_by
 from d2v_fast.interop.folders import mlp_ratio, require_values
 from d2v_fast.interop.huggingface_speech import build_speech
 from d2v_fast.interop.layout import log_unused, require_finite
@@ -65,6 +68,16 @@ FINE_TUNED = "w2v_encoder.w2v_model."
 HEADS = ("final_proj.", "final_proj.0.")
 
 PUBLISHED = SpeechModelConfig()
+# rates, by fairseq's name
+_RATES = {
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout",
+    "dropout_input": "input_dropout",
+    "encoder_layerdrop": "layer_drop",
+}
+# of the distance between student and average: below, it is that of a copy that is one update old
+_COPIED = 0.3
 # one layer of convolutions, such as `[(512, 3, 2)] * 4`
 _TERM = re.compile(r"\[([\d\s,()]*)\](?:\s*\*\s*(\d{1,2}))?")
 _LAYER = re.compile(r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
@@ -79,12 +92,16 @@ class FairseqSpeech(NamedTuple):
             None where the checkpoint has no average.
         head: `weight` and `bias` of the regression head; None where there is none.
         config: of the model.
+        assumed: what of the configuration neither the checkpoint nor the caller tells, in words.
+        pending_decay: of the update that the average still lacks; None where it lacks none, or where that is unknown.
     """
 
     student: SpeechModel
     teacher: SpeechModel | None
     head: dict[str, Tensor] | None
     config: SpeechModelConfig
+    assumed: tuple[str, ...] = ()
+    pending_decay: float | None = None
 
 
 def load_fairseq_speech(
@@ -93,6 +110,7 @@ def load_fairseq_speech(
     weights: str = "student",
     config: SpeechModelConfig | None = None,
     heads: int | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> tuple[SpeechModel, dict[str, Tensor] | None, SpeechModelConfig]:
     """Student or teacher of a checkpoint.
 
@@ -100,8 +118,9 @@ def load_fairseq_speech(
         path: a `.pt` of pre-training, or of fine-tuning with CTC, whose encoder is read.
         weights: "student", or "teacher": the student with the average in it.
         config: of the model. None: sizes are those of the tensors, rates and strides those of the checkpoint's `cfg`
-            or, without one, the published ones.
+            or `args` or, without one, the published ones.
         heads: of attention, which no tensor tells. None: of `cfg`; without one, as many as are 64 wide.
+        given: values of the model's configuration by key, in place of what the checkpoint says.
     Returns:
         The model, fp32 on the CPU, in training mode; the regression head's `weight` and `bias`, or None; and the
         model's configuration.
@@ -110,7 +129,7 @@ def load_fairseq_speech(
             another architecture. `Misfit` names every missing, unknown and misshapen tensor.
     """
     check_weights(weights)
-    found = read_fairseq_speech(path, config=config, heads=heads)
+    found = speech_of(read_checkpoint(Path(path)), Path(path), config=config, settings=Settings.of(given, heads))
     return chosen(found.student, found.teacher, weights, path, AVERAGE), found.head, found.config
 
 
@@ -119,16 +138,22 @@ def read_fairseq_speech(
 ) -> FairseqSpeech:
     """Everything of a checkpoint; arguments and errors as of `load_fairseq_speech`."""
     path = Path(path)
-    return speech_of(read_checkpoint(path), path, config=config, heads=heads)
+    return speech_of(read_checkpoint(path), path, config=config, settings=Settings.of(None, heads))
 
 
 def speech_of(
-    content: Mapping[str, Any], path: Path, *, config: SpeechModelConfig | None = None, heads: int | None = None
+    content: Mapping[str, Any],
+    path: Path,
+    *,
+    config: SpeechModelConfig | None = None,
+    settings: Settings = NO_SETTINGS,
 ) -> FairseqSpeech:
     """Everything of what `read_checkpoint` has read; see `load_fairseq_speech`."""
     model, average, head = _divide(content["model"], path)
+    cfg = told_by(content)
+    assumed: list[str] = []
     if config is None:
-        config = _config_of(model, average, content.get("cfg"), heads, str(path))
+        config, assumed = _config_of(model, average, cfg, settings, str(path))
     layout = speech_layout(config, NAMES)
     what = f"`{path}` is no data2vec speech model of {config.depth} blocks of width {config.width}"
     named_head = {HEADS[0] + name: value for name, value in (head or {}).items()}
@@ -142,7 +167,8 @@ def speech_of(
         positions = {n for n in expected if n.startswith(f"{AVERAGED}pos_conv.")}
         require_average(average, model, expected - positions, AVERAGED, AVERAGE, what)
         teacher = build_speech(config, layout, {**model, **average}, f"the teacher of {what}")
-    return FairseqSpeech(student, teacher, head, config)
+    pending = None if teacher is None else pending_decay(content, cfg)
+    return FairseqSpeech(student, teacher, head, config, tuple(assumed), pending)
 
 
 def save_fairseq_speech(
@@ -213,10 +239,17 @@ def _divide(
 
 
 def _config_of(
-    model: Mapping[str, Tensor], average: Mapping[str, Tensor] | None, cfg: Any, heads: int | None, path: str
-) -> SpeechModelConfig:
-    """Sizes of the tensors, the rest of `cfg`; where a tensor is missing, the published size, so that the error names
-    the tensor and not what follows from it."""
+    model: Mapping[str, Tensor],
+    average: Mapping[str, Tensor] | None,
+    cfg: Mapping[str, Any],
+    settings: Settings,
+    path: str,
+) -> tuple[SpeechModelConfig, list[str]]:
+    """The model's configuration, and what of it is assumed: sizes of the tensors, the rest of `cfg` or `settings`.
+
+    Where a tensor is missing, its size is the published one, so that the error names the tensor and not what follows
+    from it.
+    """
 
     def size(name: str, dim: int, default: int) -> int:
         value = model.get(name)
@@ -225,7 +258,8 @@ def _config_of(
     def count(pattern: str) -> int:
         return len({found[1] for name in model if (found := re.match(pattern, name))})
 
-    recipe = _recipe(cfg, path)
+    told, knows_norms = _recipe(cfg, path)
+    gathered = Gathered(told, settings, path)
     width = size("mask_emb", 0, size("encoder.layer_norm.weight", 0, PUBLISHED.width))
     num_layers = count(r"feature_extractor\.conv_layers\.(\d+)\.") or len(PUBLISHED.conv_kernels)
     first = "feature_extractor.conv_layers.{}.0.weight"
@@ -233,66 +267,83 @@ def _config_of(
         size(first.format(index), 2, dict(enumerate(PUBLISHED.conv_kernels)).get(index, 1))
         for index in range(num_layers)
     )
-    strides = recipe.pop("conv_strides", None)
-    if strides is None:
+    gathered.heads(width)
+    if not gathered.from_run("conv_strides", "conv_kernels", kernels, [1] * num_layers):
         if kernels != PUBLISHED.conv_kernels:
+            example = json.dumps([1] * len(kernels), separators=(",", ":"))
             raise ValueError(
-                f"`config` must be given for `{path}`: its convolutions have the kernels {list(kernels)}, which are "
-                "not the published ones, and without a `cfg` nothing tells their strides."
+                f"`d2v.model.conv_strides` must be given for `{path}`, as in `--set d2v.model.conv_strides={example}`: "
+                f"its convolutions have the kernels {list(kernels)}, which are not the published ones, and nothing in "
+                "it tells their strides."
             )
-        strides = PUBLISHED.conv_strides
-    if heads is None:
-        heads = recipe.get("heads", max(1, width // 64))
-    raw = {
+        gathered.assume("conv_strides", list(PUBLISHED.conv_strides), "those of the published kernels, which it has")
+    if "position_in_teacher" not in gathered.values:
+        where, reason = _positions(model, average)
+        if reason:
+            gathered.assume("position_in_teacher", where, reason)
+        else:
+            gathered.values["position_in_teacher"] = where
+    gathered.published({"sample_rate": PUBLISHED.sample_rate}, "Hz, as published")
+    gathered.published({key: getattr(PUBLISHED, key) for key in _RATES.values()}, "as published")
+    sizes = {
         "conv_width": size("layer_norm.weight", 0, PUBLISHED.conv_width),
         "conv_kernels": kernels,
-        "conv_strides": strides,
         "position_depth": count(r"encoder\.pos_conv\.(\d+)\.\d") or PUBLISHED.position_depth,
         "position_kernel": size("encoder.pos_conv.0.0.weight", 2, PUBLISHED.position_kernel),
         "position_groups": max(1, width // size("encoder.pos_conv.0.0.weight", 1, max(1, width // 16))),
-        "position_in_teacher": _positions(model, average),
         "width": width,
         "depth": count(r"encoder\.layers\.(\d+)\.") or PUBLISHED.depth,
         "mlp_ratio": mlp_ratio(width, size("encoder.layers.0.fc1.weight", 0, 4 * width)),
-        **recipe,
-        "heads": heads,
     }
-    config, problems = check(SpeechModelConfig, raw)
+    if not knows_norms:
+        gathered.assumed.append(POST_NORM)
+    config, problems = check(SpeechModelConfig, {**sizes, **gathered.values})
     if config is None:
         raise ConfigError(problems, path)
-    return config
+    return config, gathered.assumed
 
 
-def _positions(model: Mapping[str, Tensor], average: Mapping[str, Tensor] | None) -> str:
-    """Whether the teacher has an average of the positions or a copy: `cfg` may say otherwise than what was done."""
-    pairs = [
-        (value, model[name])
-        for name, value in (average or {}).items()
-        if name.startswith(f"{AVERAGED}pos_conv.") and name in model
-    ]
-    same = all(one.shape == two.shape and torch.equal(one.to(two.dtype), two) for one, two in pairs)
-    return "shared" if same else "averaged"
+def _positions(model: Mapping[str, Tensor], average: Mapping[str, Tensor] | None) -> tuple[str, str]:
+    """Whether the teacher has an average of the positions or a copy, by what is in both; and why, unless it is certain.
+
+    A copy that fairseq has saved is one update old, so that it is not equal to the student's positions. The blocks,
+    which are averaged in any case, tell how far an average is behind: many updates, unless training has just begun.
+    """
+    pairs = [(value, model[name]) for name, value in (average or {}).items() if name in model]
+    names = [name.startswith(f"{AVERAGED}pos_conv.") for name in (average or {}) if name in model]
+    pairs = [(one.to(two.dtype), two) for one, two in pairs]
+    positions = [pair for pair, is_position in zip(pairs, names, strict=True) if is_position]
+    blocks = [pair for pair, is_position in zip(pairs, names, strict=True) if not is_position]
+    if any(one.shape != two.shape for one, two in pairs):
+        return "averaged", ""
+    if all(torch.equal(one, two) for one, two in positions):
+        return "shared", ""
+    behind = _distance(blocks)
+    ratio = _distance(positions) / behind if behind else math.inf
+    where = "shared" if ratio < _COPIED else "averaged"
+    return where, f"its teacher's positions are {ratio:.2g} times as far from the student's as its blocks are"
 
 
-def _recipe(cfg: Any, path: str) -> dict[str, Any]:
-    """What `cfg` tells of the model; nothing where there is none.
+def _distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Root of the mean squared difference over all elements."""
+    total = sum(float((one.double() - two.double()).square().sum()) for one, two in pairs)
+    return math.sqrt(total / max(1, sum(one.numel() for one, _ in pairs)))
+
+
+def _recipe(cfg: Mapping[str, Any], path: str) -> tuple[dict[str, Any], bool]:
+    """What `cfg` tells of the model, nothing where there is none; and whether it tells where the norms are.
 
     Raises:
         ValueError: it tells of another architecture.
     """
-    # of a fine-tuned model: the pre-trained one's
-    cfg = section(section(cfg, "model"), "w2v_args") or cfg
+    # of a fine-tuned model: the pre-trained one's, which is flat in old files
+    inner = section(section(cfg, "model"), "w2v_args")
+    if inner:
+        cfg = inner if "model" in inner else {"model": inner, "task": inner}
     model = section(cfg, "model")
     required = {"layer_norm_first": False, "extractor_mode": "layer_norm", "conv_bias": False, "activation_fn": "gelu"}
     require_values(model, {key: value for key, value in required.items() if key in model}, {}, f"the `cfg` of {path}")
-    keys = {
-        "encoder_attention_heads": "heads",
-        "dropout": "dropout",
-        "attention_dropout": "attention_dropout",
-        "activation_dropout": "activation_dropout",
-        "dropout_input": "input_dropout",
-        "encoder_layerdrop": "layer_drop",
-    }
+    keys = {"encoder_attention_heads": "heads", **_RATES}
     recipe = {own: model[key] for key, own in keys.items() if isinstance(model.get(key), (int, float))}
     if "sample_rate" in section(cfg, "task"):
         recipe["sample_rate"] = cfg["task"]["sample_rate"]
@@ -301,7 +352,7 @@ def _recipe(cfg: Any, path: str) -> dict[str, Any]:
         recipe["conv_strides"] = [stride for _, _, stride in parse_layers(layers)]
     if isinstance(model.get("ema_layers_only"), bool):
         recipe["position_in_teacher"] = "shared" if model["ema_layers_only"] else "averaged"
-    return recipe
+    return recipe, "layer_norm_first" in model
 
 
 def parse_layers(text: str) -> list[tuple[int, int, int]]:

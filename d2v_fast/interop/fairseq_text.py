@@ -41,6 +41,7 @@ from d2v_fast.interop.fairseq_files import (
     state_of,
     write_checkpoint,
 )
+from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, POST_NORM, Gathered, Settings, pending_decay, told_by
 from d2v_fast.interop.folders import mlp_ratio, require_values
 from d2v_fast.interop.huggingface_text import build_text
 from d2v_fast.interop.layout import Misfit, log_unused, require_finite
@@ -77,6 +78,13 @@ NORM_EPS = 1e-5
 SPECIAL_IDS = (0, 1, 2, 3)
 
 PUBLISHED = TextModelConfig()
+# rates, by fairseq's name
+_RATES = (
+    ("dropout", "dropout"),
+    ("attention_dropout", "attention_dropout"),
+    ("activation_dropout", "activation_dropout"),
+    ("layerdrop", "layer_drop"),
+)
 
 
 class FairseqText(NamedTuple):
@@ -88,12 +96,16 @@ class FairseqText(NamedTuple):
             memory included. None where the checkpoint has no average.
         head: `0.weight`, `0.bias`, `2.weight` and `2.bias` of the regression head; None where there is none.
         config: of the model.
+        assumed: what of the configuration neither the checkpoint nor the caller tells, in words.
+        pending_decay: of the update that the average still lacks; None where it lacks none, or where that is unknown.
     """
 
     student: TextModel
     teacher: TextModel | None
     head: dict[str, Tensor] | None
     config: TextModelConfig
+    assumed: tuple[str, ...] = ()
+    pending_decay: float | None = None
 
 
 def load_fairseq_text(
@@ -102,15 +114,17 @@ def load_fairseq_text(
     weights: str = "student",
     config: TextModelConfig | None = None,
     heads: int | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> tuple[TextModel, dict[str, Tensor] | None, TextModelConfig]:
     """Student or teacher of a checkpoint.
 
     Args:
         path: a `.pt` of pre-training, or of fine-tuning for classification, whose encoder is read.
         weights: "student", or "teacher": the average.
-        config: of the model. None: sizes are those of the tensors, rates those of the checkpoint's `cfg` or, without
-            one, the published ones.
+        config: of the model. None: sizes are those of the tensors, rates those of the checkpoint's `cfg` or `args` or,
+            without one, the published ones.
         heads: of attention, which no tensor tells. None: of `cfg`; without one, as many as are 64 wide.
+        given: values of the model's configuration by key, in place of what the checkpoint says.
     Returns:
         The model, fp32 on the CPU, in training mode; the regression head's tensors, or None; and the model's
         configuration.
@@ -119,7 +133,7 @@ def load_fairseq_text(
             another architecture. `Misfit` names every missing, unknown and misshapen tensor.
     """
     check_weights(weights)
-    found = read_fairseq_text(path, config=config, heads=heads)
+    found = text_of(read_checkpoint(Path(path)), Path(path), config=config, settings=Settings.of(given, heads))
     return chosen(found.student, found.teacher, weights, path, AVERAGE), found.head, found.config
 
 
@@ -128,16 +142,22 @@ def read_fairseq_text(
 ) -> FairseqText:
     """Everything of a checkpoint; arguments and errors as of `load_fairseq_text`."""
     path = Path(path)
-    return text_of(read_checkpoint(path), path, config=config, heads=heads)
+    return text_of(read_checkpoint(path), path, config=config, settings=Settings.of(None, heads))
 
 
 def text_of(
-    content: Mapping[str, Any], path: Path, *, config: TextModelConfig | None = None, heads: int | None = None
+    content: Mapping[str, Any],
+    path: Path,
+    *,
+    config: TextModelConfig | None = None,
+    settings: Settings = NO_SETTINGS,
 ) -> FairseqText:
     """Everything of what `read_checkpoint` has read; see `load_fairseq_text`."""
     model, average, head = _divide(content["model"], path)
+    cfg = told_by(content)
+    assumed: list[str] = []
     if config is None:
-        config = _config_of(model, content.get("cfg"), heads, str(path))
+        config, assumed = _config_of(model, cfg, settings, str(path))
     layout = text_layout(config, NAMES)
     what = f"`{path}` is no data2vec text model of {config.depth} blocks of width {config.width}"
     named_head = {HEAD + name: value for name, value in (head or {}).items()}
@@ -150,7 +170,8 @@ def text_of(
         blocks = {n for names in layout.names.values() for n in names if n.startswith(f"{TEXT_PREFIX}layers.")}
         require_average(average, model, blocks, TEXT_PREFIX, AVERAGE, what)
         teacher = build_text(config, layout, {**model, **average}, f"the teacher of {what}", _is_ignored)
-    return FairseqText(student, teacher, head, config)
+    pending = None if teacher is None else pending_decay(content, cfg)
+    return FairseqText(student, teacher, head, config, tuple(assumed), pending)
 
 
 def save_fairseq_text(
@@ -229,20 +250,26 @@ def _is_ignored(name: str) -> bool:
     return name.startswith(IGNORED) or name == TEXT_PREFIX + VERSION
 
 
-def _config_of(model: Mapping[str, Tensor], cfg: Any, heads: int | None, path: str) -> TextModelConfig:
-    """Sizes of the tensors, the rest of `cfg`; where a tensor is missing, the published size, so that the error names
-    the tensor and not what follows from it."""
+def _config_of(
+    model: Mapping[str, Tensor], cfg: Mapping[str, Any], settings: Settings, path: str
+) -> tuple[TextModelConfig, list[str]]:
+    """The model's configuration, and what of it is assumed: sizes of the tensors, the rest of `cfg` or `settings`.
+
+    Where a tensor is missing, its size is the published one, so that the error names the tensor and not what follows
+    from it.
+    """
 
     def size(name: str, dim: int, default: int) -> int:
         value = model.get(name)
         return value.shape[dim] if value is not None and value.dim() > dim and value.shape[dim] > 0 else default
 
-    recipe = _recipe(cfg, path)
+    told, knows_norms = _recipe(cfg, path)
+    gathered = Gathered(told, settings, path)
     width = size(NAMES.token, 1, size(f"{NAMES.norm}.weight", 0, PUBLISHED.width))
     layers = {found[1] for name in model if (found := re.match(re.escape(TEXT_PREFIX) + r"layers\.(\d+)\.", name))}
-    if heads is None:
-        heads = recipe.get("heads", max(1, width // 64))
-    raw = {
+    gathered.heads(width)
+    gathered.published({own: getattr(PUBLISHED, own) for _, own in _RATES}, "as published")
+    sizes = {
         "vocab_size": size(NAMES.token, 0, PUBLISHED.token_rows),
         "padding_id": SPECIAL_IDS[1],
         "max_positions": size(NAMES.position, 0, PUBLISHED.position_rows) - POSITION_OFFSET,
@@ -250,37 +277,36 @@ def _config_of(model: Mapping[str, Tensor], cfg: Any, heads: int | None, path: s
         "depth": len(layers) or PUBLISHED.depth,
         "mlp_ratio": mlp_ratio(width, size(f"{NAMES.block.format(0)}.fc1.weight", 0, 4 * width)),
         "norm_eps": NORM_EPS,
-        **recipe,
-        "heads": heads,
     }
-    config, problems = check(TextModelConfig, raw)
+    if not knows_norms:
+        gathered.assumed.append(POST_NORM)
+    config, problems = check(TextModelConfig, {**sizes, **gathered.values})
     if config is None:
         raise ConfigError(problems, path)
-    return config
+    return config, gathered.assumed
 
 
-def _recipe(cfg: Any, path: str) -> dict[str, Any]:
-    """What `cfg` tells of the model; nothing where there is none.
+def _recipe(cfg: Mapping[str, Any], path: str) -> tuple[dict[str, Any], bool]:
+    """What `cfg` tells of the model, nothing where there is none; and whether it tells where the norms are.
 
     Raises:
         ValueError: it tells of another architecture.
     """
-    transformer = section(section(cfg, "model"), "transformer")
-    encoder = section(transformer, "encoder")
+    # old files have all of it in one flat section, where the encoder's keys begin with its name
+    flat = section(cfg, "model")
+    transformer = {**flat, **section(flat, "transformer")}
+    named = {key.removeprefix("encoder_"): value for key, value in flat.items() if key.startswith("encoder_")}
+    encoder = {**named, **section(transformer, "encoder")}
     where = f"the `cfg` of {path}"
     for part, required in (
         (transformer, {"activation_fn": "gelu", "layernorm_embedding": True, "no_scale_embedding": True}),
         (encoder, {"normalize_before": False, "learned_pos": True}),
     ):
         require_values(part, {key: value for key, value in required.items() if key in part}, {}, where)
-    keys = (
-        (transformer, "dropout", "dropout"),
-        (transformer, "attention_dropout", "attention_dropout"),
-        (transformer, "activation_dropout", "activation_dropout"),
-        (encoder, "layerdrop", "layer_drop"),
-        (encoder, "attention_heads", "heads"),
-    )
-    return {own: part[key] for part, key, own in keys if isinstance(part.get(key), (int, float))}
+    both = {**transformer, **encoder}
+    keys = (*_RATES, ("attention_heads", "heads"))
+    recipe = {own: both[key] for key, own in keys if isinstance(both.get(key), (int, float))}
+    return recipe, "normalize_before" in encoder
 
 
 def _foreign_config(config: TextConfig, num_updates: int) -> dict[str, Any]:

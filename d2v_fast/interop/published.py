@@ -14,6 +14,7 @@ from d2v_fast.interop import fairseq_speech, fairseq_text
 from d2v_fast.interop.beit import AVERAGE, BeitVision, beit_of, is_beit
 from d2v_fast.interop.fairseq import fairseq_of
 from d2v_fast.interop.fairseq_files import NeedsClass, check_weights, chosen, read_pickle, require_checkpoint
+from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, Settings
 from d2v_fast.interop.fairseq_speech import FairseqSpeech
 from d2v_fast.interop.fairseq_text import FairseqText
 from d2v_fast.modalities import Student
@@ -22,13 +23,13 @@ _AVERAGES = {FairseqSpeech: fairseq_speech.AVERAGE, FairseqText: fairseq_text.AV
 
 
 def read_published(
-    path: str | os.PathLike[str], *, heads: int | None = None
+    path: str | os.PathLike[str], settings: Settings = NO_SETTINGS
 ) -> FairseqSpeech | FairseqText | BeitVision:
     """Everything of a checkpoint, of the modality that its names tell.
 
     Args:
         path: the `.pt` or `.pth` file.
-        heads: of attention, where the file does not tell.
+        settings: values of the model's configuration that do not come from the file.
     Raises:
         ValueError: see `load_fairseq_speech`, `load_fairseq_text` and `beit_of`.
     """
@@ -43,8 +44,8 @@ def read_published(
         if not is_beit(content):
             raise error from None
     if is_beit(content):
-        return beit_of(content, path, heads=heads)
-    return fairseq_of(require_checkpoint(content, path), path, heads=heads)
+        return beit_of(content, path, settings)
+    return fairseq_of(require_checkpoint(content, path), path, settings)
 
 
 def load_published(
@@ -53,12 +54,22 @@ def load_published(
     """Student or teacher of a checkpoint, its regression head and the model's configuration.
 
     Args:
-        path, heads: as of `read_published`.
+        path: the `.pt` or `.pth` file.
         weights: "student" or "teacher".
+        heads: of attention, where the file does not tell.
     Raises:
         ValueError: as of `read_published`; or the checkpoint has no teacher.
     """
     check_weights(weights)
-    found = read_published(path, heads=heads)
+    found = read_published(path, Settings.of(None, heads))
+    return choose(found, weights, path), found.head, found.config
+
+
+def choose(found: FairseqSpeech | FairseqText | BeitVision, weights: str, path: object) -> Student:
+    """Student or teacher of what `read_published` returns.
+
+    Raises:
+        ValueError: there is no teacher.
+    """
     student: Student = found.student
-    return chosen(student, found.teacher, weights, path, _AVERAGES[type(found)]), found.head, found.config
+    return chosen(student, found.teacher, weights, path, _AVERAGES[type(found)])
