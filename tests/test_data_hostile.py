@@ -90,9 +90,11 @@ def test_each_is_named_and_replaced(tree: Path, tmp_path: Path) -> None:
     reasons = make_hostile(tree, tmp_path / "elsewhere")
     dataset = make_dataset(tree)
     assert len(dataset) == 12 + len(reasons)
-    [left_out] = dataset.listing.left_out
+    left_out, *small, unreadable = dataset.listing.left_out
+    assert unreadable.count + sum(entry.count for entry in small) <= len(reasons)
     assert left_out.count == 1
     assert left_out.what == "links to folders outside (`d2v.data.follow_outside` follows them): linked.jpg"
+    assert unreadable.what.startswith("images, unreadable, which are replaced by others; such as ")
     start = time.perf_counter()
     pixels, bad = dataset.augmented(np.arange(len(dataset)), 0, 0)
     # neither the pipe, nor the endless file, nor the many scans were waited for

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from d2v_fast.console import main
-from d2v_fast.data import DataError
+from d2v_fast.data import DataError, images
 from d2v_fast.data.audio import KINDS as AUDIO_KINDS
 from d2v_fast.data.files import find_files
 from d2v_fast.data.images import KINDS as IMAGE_KINDS
+from d2v_fast.data.images import ImagesDataset
 from d2v_fast.data.listing import Listing, counted, describe_listing, ending_of
 from d2v_fast.data.text_files import KINDS as TEXT_KINDS
 from d2v_fast.run_folder import RunFolder
+from d2v_fast.vision_config import VisionDataConfig
 from tests.runs import TINY_SPEECH, TINY_TEXT, leave_out_reports, run_here, tiny_file
 from tests.text_files import sentences, small_tokenizer
 
@@ -225,3 +228,23 @@ def test_check_judges_unreadable_headers_as_training_does(
     leave_out_reports(monkeypatch.setattr)
     assert run_here(file, "--run", "r") == 0
     assert len(RunFolder(tmp_path / "runs/r").lines("bad_files.txt")) == 12
+
+
+def test_small_and_unreadable_images_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(12):
+        side = 8 if i < 3 else 40
+        Image.fromarray(np.full((side, side), 10 * i, np.uint8)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "99.png").write_bytes(b"junk")
+    model = SimpleNamespace(channels=3, image_size=32)
+    data = VisionDataConfig(kind="images", path=str(tmp_path), min_image_side=32)
+    small, unreadable = ImagesDataset(data, model).listing.left_out
+    assert small.count == 3
+    assert small.what.startswith("images, smaller than `d2v.data.min_image_side` (32), which are replaced by others; ")
+    assert small.what.endswith("such as 00.png")
+    assert unreadable.count == 1
+    assert unreadable.what == "images, unreadable, which are replaced by others; such as 99.png"
+    # of many, a spread of them
+    monkeypatch.setattr(images, "NUM_HEADERS", 5)
+    small, unreadable = ImagesDataset(data, model).listing.left_out
+    assert (small.count, unreadable.count) == (1, 1)
+    assert small.what.startswith("images of 5 whose headers were read, smaller than")

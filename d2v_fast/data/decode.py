@@ -7,7 +7,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
@@ -15,7 +16,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from d2v_fast.data.bit_depth import Dim, eight_bits
 from d2v_fast.data.files import UnreadableFile, open_regular
 
-__all__ = ["Box", "Limits", "UnreadableImage", "centre_box", "read_square"]
+__all__ = ["Box", "Limits", "SmallImage", "UnreadableImage", "centre_box", "check_header", "read_square"]
 
 # only these decoders run, whatever the file is called
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -65,6 +66,10 @@ class UnreadableImage(UnreadableFile):
     """A file that cannot be used as an image; the message is the reason in a few words."""
 
 
+class SmallImage(UnreadableImage):
+    """An image with a side below the limit."""
+
+
 def read_square(
     path: str,
     size: int,
@@ -91,11 +96,26 @@ def read_square(
     Raises:
         UnreadableImage: for anything that is wrong with the file.
     """
+    with _reasons(path, limits):
+        return _read_square(path, size, channels, choose_box, limits, bit_depth, note)
+
+
+def check_header(path: str, limits: Limits) -> None:
+    """Raise UnreadableImage where the header of a file is that of no image, or of one beyond the limits."""
+    with _reasons(path, limits):
+        handle, _ = open_regular(path, limits.root, limits.max_bytes)
+        with open(handle, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            _check_size(image, limits)
+
+
+@contextmanager
+def _reasons(path: str, limits: Limits) -> Iterator[None]:
+    """Whatever goes wrong inside, in words."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of much that is harmless here
             warnings.simplefilter("ignore")
-            return _read_square(path, size, channels, choose_box, limits, bit_depth, note)
+            yield
     except UnreadableImage:
         raise
     except UnreadableFile as error:
@@ -129,11 +149,7 @@ def _read_square(
     with open(handle, "rb") as file:
         content = file.read(size_in_bytes)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > limits.max_pixels:
-            raise UnreadableImage(f"{width}x{height} is more than {limits.max_pixels:,} pixels")
-        if min(width, height) < limits.min_side:
-            raise UnreadableImage(f"{width}x{height} is smaller than {limits.min_side} pixels")
+        width, height = _check_size(image, limits)
         if image.format in ("JPEG", "MPO") and _has_too_many_scans(content):
             raise UnreadableImage(f"more than {MAX_SCANS} scans")
         if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -150,6 +166,16 @@ def _read_square(
         square = _plain_mode(levels, channels).resize((size, size), Image.Resampling.BICUBIC, box)
         turn = _TURNS.get(_orientation(image))
     return square if turn is None else square.transpose(turn)
+
+
+def _check_size(image: Image.Image, limits: Limits) -> tuple[int, int]:
+    """Width and height of an image that is within the limits."""
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise UnreadableImage(f"{width}x{height} is more than {limits.max_pixels:,} pixels")
+    if min(width, height) < limits.min_side:
+        raise SmallImage(f"{width}x{height} is smaller than {limits.min_side} pixels")
+    return width, height
 
 
 # a marker that begins a segment, or the end: neither a stuffed byte nor a fill byte nor one that has no content

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.bit_depth import Dim
-from d2v_fast.data.decode import Box, Limits, UnreadableImage, centre_box, read_square
+from d2v_fast.data.decode import Box, Limits, SmallImage, UnreadableImage, centre_box, check_header, read_square
 from d2v_fast.data.files import NUM_CHECKED, NUM_NEIGHBOURS, PathList, find_files
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
 from d2v_fast.data.samples import digest_of, file_sizes
@@ -47,6 +47,8 @@ KINDS = FileKinds(
 )
 # of files whose values may have other than 8 bits
 _MANY_DEPTHS = (".png", ".tif", ".tiff")
+# headers that are read before training starts, to count what cannot be used
+NUM_HEADERS = 1000
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 NUM_CROP_TRIES = 10
 
@@ -100,6 +102,7 @@ class ImagesDataset:
         self._has_told_dim = False
         self._check_some()
         self._check_depths()
+        self._count_unusable()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -214,9 +217,27 @@ class ImagesDataset:
                 with contextlib.suppress(UnreadableImage):
                     self._read(path, centre_box)
 
-    def _spread(self) -> list[int]:
+    def _count_unusable(self) -> None:
+        """Note in the listing how many images will be replaced by others, as far as their headers tell."""
+        small: list[str] = []
+        unreadable: list[str] = []
+        ids = self._spread(NUM_HEADERS)
+        for sample_id in ids:
+            try:
+                check_header(self.path(sample_id), self._limits)
+            except UnreadableImage as error:
+                kind = small if isinstance(error, SmallImage) else unreadable
+                kind.append(printable(self._paths[sample_id]))
+        of_all = "" if len(ids) == len(self) else f" of {len(ids):,} whose headers were read"
+        limit = f"`d2v.data.min_image_side` ({self._limits.min_side})"
+        for found, why in ((small, f"smaller than {limit}"), (unreadable, "unreadable")):
+            if found:
+                what = f"images{of_all}, {why}, which are replaced by others; such as {found[0]}"
+                self.listing = self.listing.without(len(found), what)
+
+    def _spread(self, count: int = NUM_CHECKED) -> list[int]:
         """A few samples, from the first to the last."""
-        return np.unique(np.linspace(0, len(self) - 1, NUM_CHECKED, dtype=np.int64)).tolist()
+        return np.unique(np.linspace(0, len(self) - 1, count, dtype=np.int64)).tolist()
 
     def _check_some(self) -> None:
         """Fail before training does, when nothing can be read."""
