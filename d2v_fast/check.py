@@ -138,6 +138,9 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
     model = build_model(d2v).to(device)
     copied = copy.deepcopy(model.student.averaged)
     engine = PlainEngine(model, config, world)
+    # without a gradient and at a rate of 0 it changes nothing, but makes the moments: a run has them beside the
+    # activations from its second step on, and a large model is tried for one step only
+    engine.step(0.0)
     teacher = Teacher(model.student.averaged, d2v.teacher, compute_dtype=engine.compute_dtype, module=copied)
     divisor = d2v.loss.divisor(d2v.model.width)
     order = StepOrder(

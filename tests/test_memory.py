@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from d2v_fast import check as check_module
 from d2v_fast.config import RunConfig, SpeechConfig, load_config, parse_config
 from d2v_fast.data.batch import Batch
 from d2v_fast.data2vec import build_model
+from d2v_fast.engine import PlainEngine
 from d2v_fast.memory import Prediction, Shapes, predict, predict_from, shapes_of
 from d2v_fast.peak_memory import format_bytes
 from d2v_fast.step_memory import Arrival, StepMemory, step_memory
@@ -347,6 +349,29 @@ def test_check_predicts_no_less_than_it_measures(tmp_path: Path) -> None:
         float(number) * {"MB": 1, "GB": 1000}[unit] for number, unit in re.findall(r"([\d.]+) (MB|GB)", line)
     )
     assert 0.4 * predicted < measured <= predicted
+
+
+def test_check_measures_the_moments_beside_the_activations(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A large model is tried for one step, in which the optimizer has no moments yet unless they are made before."""
+    monkeypatch.setattr(check_module, "MAX_STEPS", 1)
+    forward, found = PlainEngine.forward, []
+
+    def forward_that_looks(self: PlainEngine, *inputs: Any) -> Any:
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if value.dim() > 0]
+        weights = [float(p.detach().square().sum()) for p in self.model.parameters()]
+        found.append((sum(value.numel() for value in moments), weights))
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(PlainEngine, "forward", forward_that_looks)
+    file = tiny_file(tmp_path)
+    assert check_module.check(file)
+    assert "measured in these steps" in capsys.readouterr().out
+    config = load_config(file)
+    torch.manual_seed(config.d2v.run.seed)
+    untouched = build_model(config.d2v)
+    assert found == [
+        (2 * shapes_of(config).trained, [float(p.detach().square().sum()) for p in untouched.parameters()])
+    ]
 
 
 def test_sizes_are_readable() -> None:
