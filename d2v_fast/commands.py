@@ -13,6 +13,8 @@ from pathlib import Path
 
 # environment variable by which `--supervise` passes on how it was started, to the process that trains
 COMMAND = "D2V_COMMAND"
+# environment variable that `--supervise` sets: the mark of its run, kept in a file in the run folder
+SUPERVISION = "D2V_SUPERVISION"
 _TOOL = "d2v-fast"
 _SCRIPT = Path(__file__).resolve().with_name("train.py")
 _PROCESSES = Path("/proc")
@@ -36,7 +38,7 @@ def resume_command(run_folder: Path) -> str:
     arguments.append("--resume")
     if run_folder.parent != Path("runs"):
         arguments += path_override("d2v.run.dir", run_folder.parent)
-    if "D2V_SUPERVISION" in os.environ:
+    if SUPERVISION in os.environ:
         arguments.append("--supervise")
     return shlex.join([*started, *arguments])
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from d2v_fast.atomic import write_text
-from d2v_fast.commands import resume_command
+from d2v_fast.commands import SUPERVISION, resume_command
 from d2v_fast.config import RunConfig
 from d2v_fast.world import RunError, World
 
-# environment variable that `--supervise` sets: the mark of its run, kept in a file of this name in the run folder
-SUPERVISION = "D2V_SUPERVISION"
+# of the file that holds the mark
 _MARK = "supervision"
 # of a run that saved nothing: what a new run in its place would otherwise continue
 _REPORTS = (

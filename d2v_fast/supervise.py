@@ -32,9 +32,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from d2v_fast.commands import pass_on_command, resume_command
+from d2v_fast.commands import SUPERVISION, pass_on_command, resume_command
 from d2v_fast.config import RunConfig
-from d2v_fast.run_folder import SUPERVISION, find_supervised
+from d2v_fast.run_folder import find_supervised
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _LONGEST_PAUSE_S = 60

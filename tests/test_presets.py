@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from d2v_fast import console
 from d2v_fast.config import ConfigError, load_config
@@ -13,6 +15,7 @@ from d2v_fast.config_file import PRESETS, configuration_file, preset_names
 from d2v_fast.console import main
 from d2v_fast.schedules import LearningRate
 from tests.runs import leave_out_reports, tiny_file
+from tests.text_files import sentences, small_tokenizer
 
 OWN_DATA = ["d2v.data.path=/my/own", "d2v.data.tokenizer=/tokenizer"]
 
@@ -141,3 +144,35 @@ def test_ctrl_c_before_a_run_begins(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("d2v_fast.train.main", interrupted)
     assert console.main(["train", "digits"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def own_data(name: str, folder: Path) -> list[str]:
+    """Some data of a user's own, and the overrides that name it."""
+    (folder / "own").mkdir()
+    if name == "images_small":
+        for i in range(8):
+            Image.fromarray(np.full((40, 40, 3), 25 * i, np.uint8)).save(folder / "own" / f"{i}.png")
+    elif name == "speech_small":
+        soundfile = pytest.importorskip("soundfile")
+        for i in range(8):
+            tone = np.sin(np.arange(int(8000 * (1.2 + i / 10))) * (0.1 + i / 50))
+            soundfile.write(folder / "own" / f"{i}.wav", tone.astype(np.float32), 8000)
+    else:
+        (folder / "own" / "a.txt").write_text("\n".join(sentences(1500)))
+        small_tokenizer().save(folder / "tokenizer")
+        return [f"d2v.data.path={folder / 'own'}", f"d2v.data.tokenizer={folder / 'tokenizer'}"]
+    return [f"d2v.data.path={folder / 'own'}"]
+
+
+@pytest.mark.parametrize("name", ["images_small", "speech_small", "text_small"])
+def test_presets_for_own_data_train_on_a_little_of_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_out_reports(monkeypatch.setattr)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    changes = [*own_data(name, tmp_path), "d2v.schedule.steps=1", "d2v.schedule.epochs=null", "train_batch_size=4"]
+    changes += ["d2v.data.num_workers=0", f"d2v.data.tokens_path={tmp_path / 'tokens'}"][: 2 if "text" in name else 1]
+    changes += ["d2v.schedule.warmup_steps=0", "d2v.schedule.warmup_epochs=null"]
+    assert main(["train", name, "--run", "r", *(word for change in changes for word in ("--set", change))]) == 0
+    assert (tmp_path / "runs" / "r" / "checkpoints" / "step-1").is_dir()
