@@ -282,6 +282,36 @@ def compressed_as(number: int) -> bytes:
     )
 
 
+def with_tag(content: bytes, tag: int, number: int, count: int, value: int) -> bytes:
+    """A TIFF of which one entry of the directory is another one."""
+    start = int.from_bytes(content[4:8], "little")
+    for index in range(int.from_bytes(content[start : start + 2], "little")):
+        entry = start + 2 + 12 * index
+        if int.from_bytes(content[entry : entry + 2], "little") == tag:
+            return content[:entry] + struct.pack("<HHII", number, 4, count, value) + content[entry + 12 :]
+    raise AssertionError(tag)
+
+
+def huge_tile() -> bytes:
+    """A small image that is cut out of one tile of 16 GB."""
+    content = encoded(picture(), "TIFF", compression="tiff_adobe_deflate")
+    content = with_tag(content, 278, 322, 1, 70_000)
+    for tag, number in ((284, 323), (273, 324), (279, 325)):
+        start = int.from_bytes(content[4:8], "little")
+        value = 70_000
+        for index in range(int.from_bytes(content[start : start + 2], "little")):
+            entry = start + 2 + 12 * index
+            if int.from_bytes(content[entry : entry + 2], "little") == tag and tag != 284:
+                value = int.from_bytes(content[entry + 8 : entry + 12], "little")
+        content = with_tag(content, tag, number, 1, value)
+    return content
+
+
+def rle_bitmap() -> bytes:
+    header = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 0, 0, 54 + 1024, 40, 3000, 3000, 1, 8, 1, 0, 0, 0, 256, 0)
+    return header + bytes(1024) + b"\1\7" * 2_500_000 + b"\0\1"
+
+
 UNREADABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "float": (
         lambda: tiff(blocks(GRAYS).astype(np.float32) / 255, sample_format=3),
@@ -314,6 +344,13 @@ UNREADABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "bmp bomb": (lambda: BITMAP_HEADER, "more than 64,000,000 pixels"),
     "lzma": (lambda: compressed_as(34925), "TIFF compression lzma is not read"),
     "old JPEG": (lambda: compressed_as(6), "TIFF compression tiff_jpeg is not read"),
+    "many strips": (
+        lambda: with_tag(encoded(picture(), "TIFF"), 273, 273, 50_000_000, 8),
+        "more than 300,000 strips or tiles",
+    ),
+    "many tags": (lambda: b"II*\0\x08\0\0\0\xff\xff" + bytes(100), "a TIFF directory of more than 4,096 entries"),
+    "huge tile": (huge_tile, "a tile of 70000x70000 is more than 64,000,000 pixels"),
+    "run lengths": (rle_bitmap, "a run-length encoded bitmap of more than 4,000,000 bytes"),
     "ico": (lambda: encoded(picture(32, 32), "ICO"), "not a JPEG, PNG, WebP, TIFF, BMP or GIF image"),
     "ppm": (lambda: encoded(picture(), "PPM"), "not a JPEG, PNG, WebP, TIFF, BMP or GIF image"),
 }

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
@@ -27,7 +28,12 @@ _COMPRESSIONS = (
     *("tiff_ccitt", "group3", "group4"),
 )
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_STRIPS, _TILES = 273, 324
+_STRIPS, _TILES, _TILE_WIDTH, _TILE_LENGTH = 273, 324, 322, 323
+# as many tiles of 16 x 16 as the most pixels have by default; Pillow keeps a list of them
+MAX_STRIPS = 300_000
+MAX_TAGS = 4096
+# Pillow decodes them in Python, pixel by pixel at worst
+MAX_RLE_BYTES = 4_000_000
 # a progressive JPEG has about ten, but a scan of all pixels can be written in 15 bytes and takes as long as any other
 MAX_SCANS = 200
 
@@ -148,12 +154,16 @@ def _read_square(
     handle, size_in_bytes = open_regular(path, limits.root, limits.max_bytes)
     with open(handle, "rb") as file:
         content = file.read(size_in_bytes)
+    if content.startswith(_TIFF_STARTS):
+        _check_directory(content)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         width, height = _check_size(image, limits)
         if image.format in ("JPEG", "MPO") and _has_too_many_scans(content):
             raise UnreadableImage(f"more than {MAX_SCANS} scans")
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            _check_tiff(image, content)
+            _check_tiff(image, content, limits)
+        if image.format == "BMP" and len(content) > MAX_RLE_BYTES and _is_run_length_encoded(image):
+            raise UnreadableImage(f"a run-length encoded bitmap of more than {MAX_RLE_BYTES:,} bytes")
         left, top, crop_width, crop_height = choose_box(width, height)
         # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as leaves the crop no smaller than wanted
         wanted = math.ceil(width * size / crop_width), math.ceil(height * size / crop_height)
@@ -211,10 +221,36 @@ def _plain_mode(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(mode)
 
 
-def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
+def _is_run_length_encoded(image: Image.Image) -> bool:
+    return any("rle" in tile.codec_name for tile in getattr(image, "tile", []))
+
+
+def _check_directory(content: bytes) -> None:
+    """Count the strips and tiles of a TIFF, as its first directory states them, before Pillow makes a list of them."""
+    order: Literal["little", "big"] = "little" if content.startswith(b"II") else "big"
+    is_big = content[2:4] in (b"+\0", b"\0+")
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(content[position : position + size], order)
+
+    start, size = (number(8, 8), 8) if is_big else (number(4, 4), 2)
+    num_tags, width = number(start, size), 20 if is_big else 12
+    if num_tags > MAX_TAGS:
+        raise UnreadableImage(f"a TIFF directory of more than {MAX_TAGS:,} entries")
+    for index in range(num_tags):
+        entry = start + size + index * width
+        if number(entry, 2) in (_STRIPS, _TILES) and number(entry + 4, 8 if is_big else 4) > MAX_STRIPS:
+            raise UnreadableImage(f"more than {MAX_STRIPS:,} strips or tiles")
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes, limits: Limits) -> None:
     compression = image.info.get("compression")
     if compression not in _COMPRESSIONS:
         raise UnreadableImage(f"TIFF compression {compression} is not read: save it without, or as PNG")
+    tile_width, tile_length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+    if tile_width * tile_length > limits.max_pixels:
+        # which the image is a part of
+        raise UnreadableImage(f"a tile of {tile_width}x{tile_length} is more than {limits.max_pixels:,} pixels")
     strips = sum(len(image.tag_v2.get(tag, ())) for tag in (_STRIPS, _TILES))
     # in compressed data the marker does not occur
     if compression == "jpeg" and content.count(bytes((0xFF, _START_OF_SCAN))) > MAX_SCANS + 4 * strips:
