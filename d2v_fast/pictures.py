@@ -160,7 +160,7 @@ def _choose_images(config: VisionConfig, folder: Path | None, count: int) -> _Im
     if isinstance(dataset, ImagesDataset):
         names = [os.path.relpath(dataset.path(sample_id), dataset.root) for sample_id in found]
     else:
-        names = [f"digit {sample_id}" for sample_id in found]
+        names = [f"sample {sample_id}" for sample_id in found]
     return _Images(torch.stack(list(found.values())), ids, names)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from d2v_fast import evaluation
 from d2v_fast.config import D2VConfig, TextConfig
-from d2v_fast.config_errors import ConfigError, OptionError, check
+from d2v_fast.config_errors import OptionError, check
 from d2v_fast.export import choose_checkpoint, load_encoder, read_run_config
 
 
@@ -56,5 +56,5 @@ def _with_options(config: D2VConfig, options: dict[str, Any]) -> D2VConfig:
         raw["path"] = str(options["path"])
     section, problems = check(type(config.probe), raw, "d2v.probe")
     if section is None:
-        raise ConfigError(problems, "options of `d2v-fast probe`")
+        raise OptionError("\n".join(problems))
     return config.model_copy(update={"probe": section})
