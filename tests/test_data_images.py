@@ -337,7 +337,9 @@ def test_no_readable_neighbour(tree: Path) -> None:
     dataset = make_dataset(tree)
     for i in range(12):
         Path(dataset.path(i)).write_bytes(b"junk")
-    with pytest.raises(DataError, match=r"12 files in a row are unreadable.*\n.*class 0.*not a JPEG"):
+    with pytest.raises(
+        DataError, match=r"12 files that were tried one after the other are unreadable.*\n.*class 0.*not a JPEG"
+    ):
         dataset.augmented(np.array([3]), 0, 0)
 
 

@@ -25,7 +25,7 @@ from d2v_fast.data.audio_decode import (
     read_whole,
 )
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBOURS, PathList, find_files
+from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBOURS, PathList, find_files, tried_in_order
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds, Listing, count_endings
 from d2v_fast.data.samples import digest_of, file_sizes
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
@@ -217,15 +217,17 @@ class AudioDataset:
             except UnreadableAudio as error:
                 failures.append(printable(f"{path}: {error}"))
         raise DataError(
-            f"{len(failures)} files in a row are unreadable. Remove or repair them:\n  " + "\n  ".join(failures)
+            f"{len(failures)} files that were tried one after the other are unreadable. Remove or repair them:\n  "
+            + "\n  ".join(failures)
         )
 
     def _candidates(self, sample_id: int, size: int) -> Iterator[int]:
         """The sample, and those to try in its place."""
         yield sample_id
         enough = np.flatnonzero(self.lengths >= size)
-        others = np.roll(enough, -int(np.searchsorted(enough, sample_id, side="right")))[: NUM_NEIGHBOURS - 1]
-        yield from others[others != sample_id].tolist()
+        others = np.roll(enough, -int(np.searchsorted(enough, sample_id, side="right")))
+        others = others[others != sample_id]
+        yield from (int(others[distance - 1]) for distance in tried_in_order(len(others) + 1)[1:])
         if len(enough) < NUM_NEIGHBOURS:
             shorter = np.flatnonzero(self.lengths < size)
             longest_first = shorter[np.argsort(-self.lengths[shorter], kind="stable")]

@@ -95,6 +95,17 @@ def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[st
     return sorted(found), listing
 
 
+def tried_in_order(count: int) -> list[int]:
+    """Return the distances at which a readable file is looked for, from a file on, in a circle of `count` files.
+
+    Of at most `NUM_NEIGHBOURS`, half are the next ones, and the others are spread over the rest: unreadable files often
+    lie side by side.
+    """
+    near = min(count, NUM_NEIGHBOURS // 2)
+    far = np.linspace(near, count - 1, min(count, NUM_NEIGHBOURS) - near, dtype=np.int64)
+    return [*range(near), *far.tolist()]
+
+
 def open_regular(path: str, inside: str | None, max_bytes: int) -> tuple[int, int]:
     """An open file descriptor of a regular file, and the file's size in bytes.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.bit_depth import Dim
 from d2v_fast.data.decode import Box, Limits, SmallImage, UnreadableImage, centre_box, check_header, read_square
-from d2v_fast.data.files import NUM_CHECKED, NUM_NEIGHBOURS, PathList, find_files
+from d2v_fast.data.files import NUM_CHECKED, PathList, find_files, tried_in_order
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
 from d2v_fast.data.samples import digest_of, file_sizes
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
@@ -164,14 +164,15 @@ class ImagesDataset:
 
     def _read_or_replace(self, sample_id: int, choose_box: Callable[[int, int], Box]) -> tuple[Image.Image, list[str]]:
         failures: list[str] = []
-        for distance in range(min(len(self), NUM_NEIGHBOURS)):
+        for distance in tried_in_order(len(self)):
             path = self.path((sample_id + distance) % len(self))
             try:
                 return self._read(path, choose_box), failures
             except UnreadableImage as error:
                 failures.append(printable(f"{path}: {error}"))
         raise DataError(
-            f"{len(failures)} files in a row are unreadable. Remove or repair them:\n  " + "\n  ".join(failures)
+            f"{len(failures)} files that were tried one after the other are unreadable. Remove or repair them:\n  "
+            + "\n  ".join(failures)
         )
 
     def _read(self, path: str, choose_box: Callable[[int, int], Box]) -> Image.Image:
