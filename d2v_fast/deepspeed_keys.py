@@ -64,7 +64,6 @@ REFUSED_KEYS = {
     "progressive_layer_drop": "DeepSpeed has removed it: use `d2v.model.drop_path` or `d2v.model.layer_drop`.",
     "allgather_size": "Write it as `zero_optimization.allgather_bucket_size`.",
     "fp32_allreduce": 'Write it as `communication_data_type`: "fp32".',
-    "prescale_gradients_factor": "Write it as `gradient_predivide_factor`.",
     "vocabulary_size": "Write it as `d2v.model.vocab_size`.",
     "max_grad_norm": "Write it as `gradient_clipping`.",
 }
