@@ -422,7 +422,7 @@ def test_import_to_transformers(weights: str, tmp_path: Path, capsys: pytest.Cap
     assert torch.equal(model.context.norm.bias, factor * content["model"]["encoder.layer_norm.bias"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "How it was pre-trained" not in card
-    assert main(["import", str(tmp_path / "out"), "--to", str(tmp_path / "again")]) == 1
+    assert main(["import", str(tmp_path / "out"), "--to", str(tmp_path / "again")]) == 2
     assert "which is a Transformers folder already" in capsys.readouterr().err
     assert main(["import", str(path), "--to", str(tmp_path / "none"), "--heads", "5"]) == 2
     assert "`heads` must divide `width`" in capsys.readouterr().err

@@ -258,7 +258,7 @@ def test_export_of_a_run(weights: str, tmp_path: Path, capsys: pytest.CaptureFix
     moved = ["--tokenizer", str(tmp_path / "moved")]
     assert main(["export", str(tmp_path / "r"), "--to", str(tmp_path / "out"), *moved]) == 0
     assert load_tokenizer(tmp_path / "out").digest == small_tokenizer().digest
-    assert main(["export", str(tmp_path / "r"), "--format", "fairseq", *moved]) == 1
+    assert main(["export", str(tmp_path / "r"), "--format", "fairseq", *moved]) == 2
     assert "`--tokenizer` is for text runs, and for Transformers" in capsys.readouterr().err
 
 
