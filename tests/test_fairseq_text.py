@@ -392,7 +392,7 @@ def test_no_dictionary_of_fairseq_has_other_special_ids(tmp_path: Path, capsys: 
     data = {"kind": "text", "path": "?", "tokenizer": str(tmp_path / "tok"), "block_size": 16}
     config = TextConfig.model_validate({**make_config(padding_id=None).model_dump(), "data": data})
     write_run(tmp_path / "r", config, 1)
-    assert main(["export", str(tmp_path / "r"), "--format", "fairseq"]) == 1
+    assert main(["export", str(tmp_path / "r"), "--format", "fairseq"]) == 2
     assert "fairseq numbers begin, padding, end and unknown token (0, 1, 2, 3)" in capsys.readouterr().err
     assert not (tmp_path / "r" / "export.pt").exists()
 
@@ -436,7 +436,7 @@ def test_import_to_transformers(weights: str, tmp_path: Path, capsys: pytest.Cap
     content["model"]["encoder._ema"]["embed_tokens.weight"] = torch.randn(360, 32)
     assert main(["import", str(saved(content, tmp_path)), "--to", str(out), *given]) == 0
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 16
-    assert main(["import", str(saved(pretrained_speech(), tmp_path)), "--to", str(out), *given]) == 1
+    assert main(["import", str(saved(pretrained_speech(), tmp_path)), "--to", str(out), *given]) == 2
     assert "`--tokenizer` is for text" in capsys.readouterr().err
 
 
@@ -462,7 +462,7 @@ def test_run_begins_with_given_weights(
     arguments = ["import", str(source), "--to", str(run), "--ds_config", str(file)]
     assert main([*arguments, "--set", "d2v.model.max_positions=64"]) == 1
     assert "`d2v.model.max_positions` must be 32, but is 64 instead" in capsys.readouterr().err
-    assert main([*arguments, "--tokenizer", "x"]) == 1
+    assert main([*arguments, "--tokenizer", "x"]) == 2
     assert "a run names its own as `d2v.data.tokenizer`" in capsys.readouterr().err
     assert main(arguments) == 0
     for weights, whole in (("student", model.student), ("teacher", teacher)):
