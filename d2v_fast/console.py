@@ -282,7 +282,7 @@ def _add_models(add: _Add) -> None:
         "what the features of a checkpoint tell about labels",
         "Probe student and teacher of a saved checkpoint beside the untrained network and a simple baseline, and print "
         "the table. The labels are those of --data, of d2v.probe.path, or of the sample set that the run trained on.",
-        "probe runs/mine --data /my/labelled/images",
+        "probe runs/mine --data /my/labeled/images",
     )
     _add_run(probe)
     _add_step(probe)
@@ -290,13 +290,13 @@ def _add_models(add: _Add) -> None:
         "--data",
         type=path_argument,
         metavar="PATH",
-        help="labelled data: a folder whose sub-folders are classes; for text also .jsonl or .parquet with a label in "
+        help="labeled data: a folder whose sub-folders are classes; for text also .jsonl or .parquet with a label in "
         "each row (default: d2v.probe.path of the run)",
     )
     probe.add_argument("--label-field", metavar="NAME", help="field or column of a text's label (default: label)")
     probe.add_argument("--field", metavar="NAME", help="field or column of the text (default: d2v.data.field)")
     probe.add_argument(
-        "--max-samples", type=_positive, metavar="N", help="labelled samples to use at most (default: 2000)"
+        "--max-samples", type=_positive, metavar="N", help="labeled samples to use at most (default: 2000)"
     )
     embed = add(
         "embed",

@@ -33,9 +33,9 @@ def check_labels(config: D2VConfig) -> list[str]:
         return ["no effect of d2v.probe.every_epochs: there are no labels, which `d2v.probe.path` would name"]
     if importlib.util.find_spec("sklearn") is None:
         raise DataError("`d2v.probe.path` needs scikit-learn, which is not installed: pip install scikit-learn")
-    from d2v_fast.labelled_probe import describe_labelled
+    from d2v_fast.labeled_probe import describe_labeled
 
-    first, *others = describe_labelled(config)
+    first, *others = describe_labeled(config)
     return [f"probe: {first}", *(f"  {line}" for line in others)]
 
 
@@ -66,11 +66,11 @@ def probe(config: D2VConfig, student: Student, teacher: Student, key: str = "`d2
     models = {"untrained": untrained, "student": student, "teacher": teacher}
     # scikit-learn is slow to import, and needed here only
     if config.probe.path is not None:
-        from d2v_fast.labelled_probe import run_labelled_probe
+        from d2v_fast.labeled_probe import run_labeled_probe
 
         # where the others are
         models["untrained"].to(next(student.parameters()).device)
-        return run_labelled_probe(models, config, key)
+        return run_labeled_probe(models, config, key)
     if isinstance(config, SpeechConfig):
         from d2v_fast.data.speech import speech_for_probe
         from d2v_fast.speech_probe import run_speech_probe

@@ -3,7 +3,7 @@
 Features of an image are the last block's output, layer-normalised, averaged over the patches: over all of them, or over
 those of every cell of a coarse grid, so that the classifier sees roughly where in the image something is (with 2x2, the
 four quadrants of Coates, Ng and Lee, AISTATS 2011). On them, a k-nearest-neighbour classifier and a logistic regression
-are fitted to the labelled images of the training part and scored on the held-out part. The baselines are the same
+are fitted to the labeled images of the training part and scored on the held-out part. The baselines are the same
 network before training, and the raw pixels.
 """
 
@@ -34,10 +34,10 @@ class Scores:
     """Accuracies in percent on the held-out images.
 
     Attributes:
-        few_labels: Linear probe on `labels_per_class` labelled images a class, mean over the label draws.
+        few_labels: Linear probe on `labels_per_class` labeled images a class, mean over the label draws.
         few_labels_std: Standard deviation over the draws.
-        linear: Linear probe on all labelled training images.
-        knn: k nearest neighbours by cosine among all labelled training images.
+        linear: Linear probe on all labeled training images.
+        knn: k nearest neighbours by cosine among all labeled training images.
     """
 
     few_labels: float

@@ -25,9 +25,9 @@ def probe_checkpoint(
     Args:
         run_folder: `runs/NAME`.
         step: of the checkpoint; None takes the newest.
-        data: labelled data, in place of what the run's configuration names.
+        data: labeled data, in place of what the run's configuration names.
         field, label_field: of a text run, the fields of the text and of its label.
-        max_samples: labelled samples to use at most.
+        max_samples: labeled samples to use at most.
     Raises:
         ValueError: no run, no such checkpoint, or it is damaged; there are no labels; or an option does not apply.
     """
@@ -50,7 +50,7 @@ def _with_options(config: D2VConfig, options: dict[str, Any]) -> D2VConfig:
             f"`{of_text[0]}` is for runs on text. The labels of {config.modality} are the sub-folders of `--data`."
         )
     if options and "path" not in options and config.probe.path is None:
-        raise OptionError("`--data` must name labelled data where other options say how to use it, but is not given.")
+        raise OptionError("`--data` must name labeled data where other options say how to use it, but is not given.")
     raw = config.probe.model_dump(mode="json") | options
     if "path" in options:
         raw["path"] = str(options["path"])

@@ -96,7 +96,7 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: T
 
     Args:
         models: encoders, by the name they get in the tables.
-        data: labelled paragraphs.
+        data: labeled paragraphs.
         config: of the run.
     """
     masked, padding = masked_words(config), data.specials.pad

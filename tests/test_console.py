@@ -177,8 +177,8 @@ def test_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in said.splitlines()[2:]] == ["untrained", "student", "teacher", "raw"]
     assert "`--step` must be of a checkpoint in" in complaint(capsys, "probe", tmp_path / "r", "--step", 3)
     assert "holds no config.json" in complaint(capsys, "probe", tmp_path)
-    unlabelled = config.model_copy(update={"data": config.data.model_copy(update={"kind": "images", "path": "x"})})
-    write_run(tmp_path / "u", unlabelled, 1)
+    unlabeled = config.model_copy(update={"data": config.data.model_copy(update={"kind": "images", "path": "x"})})
+    write_run(tmp_path / "u", unlabeled, 1)
     assert "there are no labels to probe the run on: " in complaint(capsys, "probe", tmp_path / "u")
 
 

@@ -34,7 +34,7 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Labelled images for a probe.
+    """Labeled images for a probe.
 
     Attributes:
         images: fp32 `[S, C, H, W]`, normalised as for the encoder, not augmented.

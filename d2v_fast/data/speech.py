@@ -35,7 +35,7 @@ HELD_OUT_EVERY = 4
 
 @dataclass(frozen=True)
 class SpeechProbeData:
-    """Labelled recordings for two probes: which word, by voices never heard; and which voice, by other words.
+    """Labeled recordings for two probes: which word, by voices never heard; and which voice, by other words.
 
     Attributes:
         waveforms: fp32 `[N]` each, at the model's rate, whole, of zero mean and unit variance; `S` of them.

@@ -58,7 +58,7 @@ def scores_of(table: str, name: str) -> list[float]:
 
 def test_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that names a folder: said at its start, and probed at its end, with what is left out."""
-    folder = tmp_path / "labelled"
+    folder = tmp_path / "labeled"
     write_images(folder)
     file = tiny_file(tmp_path, d2v__schedule=STEPS, d2v__probe__path=str(folder), d2v__probe__grid=2)
     assert run_here("--ds_config", file, "--run", "r") == 0
@@ -82,7 +82,7 @@ def test_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wrong_labels_are_refused_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "labelled"
+    folder = tmp_path / "labeled"
     write_images(folder)
     file = tiny_file(tmp_path, d2v__schedule=STEPS)
     for path, reason in (
@@ -101,7 +101,7 @@ def test_wrong_labels_are_refused_before_the_run(tmp_path: Path, capsys: pytest.
 
 
 def test_runs_without_labels_say_how_to_get_a_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "labelled"
+    folder = tmp_path / "labeled"
     write_images(folder)
     (folder / "dark" / "damaged.png").unlink()
     data = {"kind": "images", "path": str(folder), "num_workers": 0, "mean": [0.5], "std": [0.5]}
@@ -121,16 +121,16 @@ def test_runs_without_labels_say_how_to_get_a_probe(tmp_path: Path, capsys: pyte
     assert console(["probe", str(run), "--max-samples", "3", "--data", str(folder)]) == 2
     assert "`d2v.probe.max_samples` must be >= 4, but is 3 instead" in capsys.readouterr().err
     assert console(["probe", str(run), "--max-samples", "10"]) == 2
-    assert "`--data` must name labelled data" in capsys.readouterr().err
+    assert "`--data` must name labeled data" in capsys.readouterr().err
     assert console(["probe", str(run), "--data", str(folder / "dark")]) == 1
     assert "`--data` must hold at least 2 classes" in capsys.readouterr().err
 
 
 def test_a_probe_that_fails_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The labelled files are gone when the run ends."""
+    """The labeled files are gone when the run ends."""
     from d2v_fast import evaluation
 
-    folder = tmp_path / "labelled"
+    folder = tmp_path / "labeled"
     write_images(folder)
     file = tiny_file(tmp_path, d2v__schedule=STEPS, d2v__probe__path=str(folder))
     check = evaluation.check_labels
@@ -149,7 +149,7 @@ def test_a_probe_that_fails_stops_nothing(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_recordings_in_the_middle_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "labelled"
+    folder = tmp_path / "labeled"
     write_recordings(folder)
     file = tiny_file(
         tmp_path,
@@ -172,7 +172,7 @@ def test_recordings_in_the_middle_of_a_run(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_texts_in_the_middle_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "labelled.jsonl"
+    path = tmp_path / "labeled.jsonl"
     write_texts(path)
     file = tiny_file(
         tmp_path,
@@ -200,16 +200,16 @@ def test_fewer_labels_than_asked_for(tmp_path: Path) -> None:
 
     from d2v_fast.config import check_d2v
     from d2v_fast.data2vec import build_model
-    from d2v_fast.labelled_probe import run_labelled_probe
+    from d2v_fast.labeled_probe import run_labeled_probe
 
-    write_images(tmp_path / "labelled", per_class=5)
-    raw = {**TINY["d2v"], "probe": {"path": str(tmp_path / "labelled"), "labels_per_class": 10, "num_draws": 2}}
+    write_images(tmp_path / "labeled", per_class=5)
+    raw = {**TINY["d2v"], "probe": {"path": str(tmp_path / "labeled"), "labels_per_class": 10, "num_draws": 2}}
     config, problems = check_d2v(raw)
     assert config is not None, problems
     good, broken = (build_model(config).student for _ in range(2))
     with torch.no_grad():
         broken.norm.weight.fill_(float("nan"))
-    report = run_labelled_probe({"good": good, "broken": broken}, config)
+    report = run_labeled_probe({"good": good, "broken": broken}, config)
     said = str(report)
     assert "2 of 2 classes have fewer than 10 images to learn from (`d2v.probe.labels_per_class`)" in said
     if "broken" not in report.scores:

@@ -1,4 +1,4 @@
-"""Labelled data of a user's own: which samples are chosen, how they are divided, and what is said of the rest."""
+"""Labeled data of a user's own: which samples are chosen, how they are divided, and what is said of the rest."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pytest
 from d2v_fast.config import check_d2v
 from d2v_fast.data import DataError
 from d2v_fast.data.images import KINDS
-from d2v_fast.data.labelled import LabelledSample, choose, labelled_files, split
-from d2v_fast.data.labelled_text import labelled_texts
+from d2v_fast.data.labeled import LabeledSample, choose, labeled_files, split
+from d2v_fast.data.labeled_text import labeled_texts
 from tests.runs import TINY_TEXT
 
 KEY = "`d2v.probe.path`"
 
 
-def samples_of(counts: dict[str, int]) -> list[LabelledSample]:
-    return [LabelledSample(f"{label}/{i}", label) for label, count in counts.items() for i in range(count)]
+def samples_of(counts: dict[str, int]) -> list[LabeledSample]:
+    return [LabeledSample(f"{label}/{i}", label) for label, count in counts.items() for i in range(count)]
 
 
-def chosen(samples: list[LabelledSample], max_samples: int) -> tuple[list[LabelledSample], tuple[str, ...]]:
+def chosen(samples: list[LabeledSample], max_samples: int) -> tuple[list[LabeledSample], tuple[str, ...]]:
     samples, _, notes = choose(samples, max_samples, "images", KEY, "/data", "A class is a sub-folder.")
     return samples, notes
 
@@ -49,7 +49,7 @@ def test_choice_depends_on_names_only() -> None:
     order = np.random.default_rng(0).permutation(len(samples))
     assert chosen([samples[i] for i in order], 50)[0] == found
     # a tenth more samples change about a tenth of the choice
-    more, _ = chosen([*samples, *(LabelledSample(f"a/new{i}", "a") for i in range(30))], 50)
+    more, _ = chosen([*samples, *(LabeledSample(f"a/new{i}", "a") for i in range(30))], 50)
     assert len(set(more) & set(found)) >= 40
     assert [s.name for s in found if s.label == "a"] != sorted(s.name for s in found if s.label == "a")
 
@@ -83,7 +83,7 @@ def test_every_class_has_samples_on_both_sides(fraction: float) -> None:
 
 def test_equal_texts_lie_on_one_side() -> None:
     """Copies would be told by heart."""
-    texts = [LabelledSample("t", "ab"[i % 2], f"text {i // 20}, {i % 2}") for i in range(400)]
+    texts = [LabeledSample("t", "ab"[i % 2], f"text {i // 20}, {i % 2}") for i in range(400)]
     found, _ = chosen(texts, 400)
     train, test = split(np.array([s.label == "b" for s in found]).astype(np.int64), 0.25)
     on_both = {found[i].text for i in train} & {found[i].text for i in test}
@@ -101,7 +101,7 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     make(
         tmp_path, "cat/1.png", "cat/deep/er/2.jpg", "dog/1.png", "dog/2.png", "loose.png", "dog/notes.doc", "cat/a.raw"
     )
-    found = labelled_files(str(tmp_path), KINDS, 100, follow_outside=False)
+    found = labeled_files(str(tmp_path), KINDS, 100, follow_outside=False)
     assert sorted(s[:2] for s in found.samples) == [
         ("cat/1.png", "cat"),
         ("cat/deep/er/2.jpg", "cat"),
@@ -117,18 +117,18 @@ def test_folders_are_classes(tmp_path: Path) -> None:
 def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
     make(tmp_path, *(f"{part}/{name}/{i}.png" for part in ("train", "Val") for name in ("cat", "dog") for i in (1, 2)))
     with pytest.raises(DataError, match=r"look like parts of a data set\. Name one of them, such as '.*/Val'"):
-        labelled_files(str(tmp_path), KINDS, 100, follow_outside=False)
-    found = labelled_files(str(tmp_path / "train"), KINDS, 100, follow_outside=False)
+        labeled_files(str(tmp_path), KINDS, 100, follow_outside=False)
+    found = labeled_files(str(tmp_path / "train"), KINDS, 100, follow_outside=False)
     assert {s.label for s in found.samples} == {"cat", "dog"}
     with pytest.raises(DataError, match=r"`--data` must be a folder, but '.*nowhere' does not exist"):
-        labelled_files(str(tmp_path / "nowhere"), KINDS, 100, follow_outside=False, key="`--data`")
+        labeled_files(str(tmp_path / "nowhere"), KINDS, 100, follow_outside=False, key="`--data`")
 
 
 def texts_of(path: Path, **probe: object):
     raw = {**TINY_TEXT["d2v"], "probe": {"path": str(path), **probe}}
     config, problems = check_d2v(raw)
     assert config is not None, problems
-    return labelled_texts(config.data, config.probe)  # type: ignore[arg-type]
+    return labeled_texts(config.data, config.probe)  # type: ignore[arg-type]
 
 
 def test_rows_of_json_lines(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_text_files_in_folders(tmp_path: Path) -> None:
 
 def test_memory_is_bounded() -> None:
     """No more samples are held than twice what is asked for."""
-    from d2v_fast.data.labelled import _Kept
+    from d2v_fast.data.labeled import _Kept
 
     kept = _Kept[int](10)
     for i in range(1000):

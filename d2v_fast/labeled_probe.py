@@ -20,7 +20,7 @@ from torch import Tensor
 from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
 from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
-from d2v_fast.data.labelled import MIN_PER_CLASS, LabelledSet, labelled_files, split
+from d2v_fast.data.labeled import MIN_PER_CLASS, LabeledSet, labeled_files, split
 from d2v_fast.data.listing import counted
 from d2v_fast.embed import encode
 from d2v_fast.embed_inputs import Images, Lines, Middles, Sample, Source
@@ -55,14 +55,14 @@ class _Kind(NamedTuple):
     """
 
     what: str
-    read: Callable[[Student, LabelledSet], tuple[Source, Iterator[Sample | str]]]
+    read: Callable[[Student, LabeledSet], tuple[Source, Iterator[Sample | str]]]
     pooled: Callable[[Rows], Rows]
     baseline: str
     describe: Callable[[Sample], Any]
     rows: Callable[[list[Any], Task], Rows]
 
 
-def find_labelled(config: D2VConfig, key: str = "`d2v.probe.path`") -> LabelledSet:
+def find_labeled(config: D2VConfig, key: str = "`d2v.probe.path`") -> LabeledSet:
     """Choose the samples of `d2v.probe.path` that a probe uses.
 
     Args:
@@ -73,28 +73,28 @@ def find_labelled(config: D2VConfig, key: str = "`d2v.probe.path`") -> LabelledS
     """
     path, most, follow = str(config.probe.path), config.probe.max_samples, config.data.follow_outside
     if isinstance(config, TextConfig):
-        from d2v_fast.data.labelled_text import labelled_texts
+        from d2v_fast.data.labeled_text import labeled_texts
 
-        return labelled_texts(config.data, config.probe, key)
+        return labeled_texts(config.data, config.probe, key)
     if isinstance(config, SpeechConfig):
         from d2v_fast.data.audio import KINDS as recordings
 
-        return labelled_files(path, recordings, most, follow_outside=follow, key=key)
+        return labeled_files(path, recordings, most, follow_outside=follow, key=key)
     from d2v_fast.data.images import KINDS as images
 
-    return labelled_files(path, images, most, follow_outside=follow, key=key)
+    return labeled_files(path, images, most, follow_outside=follow, key=key)
 
 
-def describe_labelled(config: D2VConfig) -> list[str]:
+def describe_labeled(config: D2VConfig) -> list[str]:
     """Say in words, a line each, what a probe of `d2v.probe.path` will use and leave out.
 
     Raises:
         DataError: It could not be made.
     """
-    return find_labelled(config).describe(_kind(config).what)
+    return find_labeled(config).describe(_kind(config).what)
 
 
-def run_labelled_probe(models: Mapping[str, Student], config: D2VConfig, key: str = "`d2v.probe.path`") -> ProbeReport:
+def run_labeled_probe(models: Mapping[str, Student], config: D2VConfig, key: str = "`d2v.probe.path`") -> ProbeReport:
     """Score every model's features of `d2v.probe.path`, and a baseline of the modality.
 
     Args:
@@ -104,7 +104,7 @@ def run_labelled_probe(models: Mapping[str, Student], config: D2VConfig, key: st
     Raises:
         DataError: There are fewer than two classes, or too few samples can be read.
     """
-    kind, found = _kind(config), find_labelled(config, key)
+    kind, found = _kind(config), find_labeled(config, key)
     features: dict[str, list[Rows]] = {name: [] for name in models}
     described: list[Any] = []
     labels: list[str] = []
@@ -181,7 +181,7 @@ def _kind(config: D2VConfig) -> _Kind:
 def _images(config: VisionConfig) -> _Kind:
     side = min(config.model.image_size, MAX_SIDE)
 
-    def read(model: Student, found: LabelledSet) -> tuple[Source, Iterator[Sample | str]]:
+    def read(model: Student, found: LabeledSet) -> tuple[Source, Iterator[Sample | str]]:
         paths = [sample.name for sample in found.samples]
         source = Images(model, "", Path(found.root), config.model, config.data, paths)
         return source, source.samples()
@@ -197,7 +197,7 @@ def _images(config: VisionConfig) -> _Kind:
 
 
 def _speech(config: SpeechConfig) -> _Kind:
-    def read(model: Student, found: LabelledSet) -> tuple[Source, Iterator[Sample | str]]:
+    def read(model: Student, found: LabeledSet) -> tuple[Source, Iterator[Sample | str]]:
         paths = [sample.name for sample in found.samples]
         source = Middles(model, Path(found.root), config.model, config.data, paths, MAX_SECONDS)
         return source, source.samples()
@@ -209,7 +209,7 @@ def _speech(config: SpeechConfig) -> _Kind:
 
 
 def _text(config: TextConfig) -> _Kind:
-    def read(model: Student, found: LabelledSet) -> tuple[Source, Iterator[Sample | str]]:
+    def read(model: Student, found: LabeledSet) -> tuple[Source, Iterator[Sample | str]]:
         from d2v_fast.data.text import tokenizer_of
 
         tokenizer = tokenizer_of(config.data, config.model)

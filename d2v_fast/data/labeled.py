@@ -17,7 +17,7 @@ from d2v_fast.data.files import NUM_NAMED, find_files
 from d2v_fast.data.listing import FileKinds, counted, describe_listing
 from d2v_fast.untrusted import printable
 
-__all__ = ["MAX_CLASSES", "MIN_PER_CLASS", "LabelledSample", "LabelledSet", "choose", "labelled_files", "split"]
+__all__ = ["MAX_CLASSES", "MIN_PER_CLASS", "LabeledSample", "LabeledSet", "choose", "labeled_files", "split"]
 
 # one to learn from and one to hold out
 MIN_PER_CLASS = 2
@@ -28,7 +28,7 @@ PARTS = {"dev", "eval", "evaluation", "test", "testing", "train", "training", "v
 _Content = TypeVar("_Content")
 
 
-class LabelledSample(NamedTuple):
+class LabeledSample(NamedTuple):
     """A sample before it is read: its name below the data set, its class, and its text, which files have none of."""
 
     name: str
@@ -40,13 +40,13 @@ class Choice(NamedTuple):
     """Samples sorted by class and then in an order like a random one; how many of these classes there were; and what
     is left out, a line each."""
 
-    samples: list[LabelledSample]
+    samples: list[LabeledSample]
     num_found: int
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class LabelledSet:
+class LabeledSet:
     """The samples that a probe uses, class by class.
 
     Attributes:
@@ -57,7 +57,7 @@ class LabelledSet:
     """
 
     root: str
-    samples: list[LabelledSample]
+    samples: list[LabeledSample]
     num_found: int
     notes: tuple[str, ...]
 
@@ -73,9 +73,9 @@ class LabelledSet:
         return [f"{used}{of} in {_classes(num_classes)} in '{printable(self.root)}'", *self.notes]
 
 
-def labelled_files(
+def labeled_files(
     path: str, kinds: FileKinds, max_samples: int, *, follow_outside: bool, key: str = "`d2v.probe.path`"
-) -> LabelledSet:
+) -> LabeledSet:
     """Find the files of a folder whose sub-folders are classes: `path/CLASS/.../file`.
 
     Args:
@@ -94,13 +94,13 @@ def labelled_files(
         raise DataError(str(error).replace("`d2v.data.path`", key)) from None
     inside = [path for path in paths if os.sep in path]
     refuse_parts(root, {class_of(path) for path in inside}, key)
-    samples = (LabelledSample(path, class_of(path)) for path in inside)
+    samples = (LabeledSample(path, class_of(path)) for path in inside)
     chosen, num_found, notes = choose(
         samples, max_samples, kinds.what, key, root, f"Every sub-folder that holds {kinds.what} is a class."
     )
     if len(inside) < len(paths):
         notes = (f"left out: {counted(len(paths) - len(inside), 'file')} in no sub-folder", *notes)
-    return LabelledSet(root, chosen, num_found, (*describe_listing(listing, "")[1:], *notes))
+    return LabeledSet(root, chosen, num_found, (*describe_listing(listing, "")[1:], *notes))
 
 
 def class_of(path: str) -> str:
@@ -119,7 +119,7 @@ def refuse_parts(root: str, folders: set[str], key: str) -> None:
         )
 
 
-def choose(samples: Iterable[LabelledSample], max_samples: int, what: str, key: str, root: str, source: str) -> Choice:
+def choose(samples: Iterable[LabeledSample], max_samples: int, what: str, key: str, root: str, source: str) -> Choice:
     """Choose at most `max_samples` samples, as evenly over the classes as there are enough.
 
     Which ones depends on their own content or name only, so that another order, or more samples, change little.
@@ -133,7 +133,7 @@ def choose(samples: Iterable[LabelledSample], max_samples: int, what: str, key: 
     Raises:
         DataError: There are fewer than two classes, too many, or none of them has enough samples.
     """
-    kept = _Kept[LabelledSample](max_samples)
+    kept = _Kept[LabeledSample](max_samples)
     for sample in samples:
         kept.add(sample.label, _rank(sample), sample)
         if len(kept.counts) > MAX_CLASSES:
@@ -187,7 +187,7 @@ def _classes(count: int) -> str:
     return "1 class" if count == 1 else f"{count:,} classes"
 
 
-def _rank(sample: LabelledSample) -> int:
+def _rank(sample: LabeledSample) -> int:
     """A number like a random one that equal texts share, so that a copy is hardly ever on the other side of the
     split."""
     content = sample.text or sample.name

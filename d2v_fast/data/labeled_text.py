@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_NAMED, UnreadableFile
-from d2v_fast.data.labelled import LabelledSample, LabelledSet, choose, class_of, refuse_parts
+from d2v_fast.data.labeled import LabeledSample, LabeledSet, choose, class_of, refuse_parts
 from d2v_fast.data.listing import counted, describe_listing
 from d2v_fast.data.text_files import REPLACEMENT, TextFiles
 from d2v_fast.data.text_streams import text_ending
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from d2v_fast.probe_config import TextProbeConfig
     from d2v_fast.text_config import TextDataConfig
 
-__all__ = ["labelled_texts"]
+__all__ = ["labeled_texts"]
 
 MAX_LABEL = 100
 
 
-def labelled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2v.probe.path`") -> LabelledSet:
+def labeled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2v.probe.path`") -> LabeledSet:
     """Read all texts and labels of `probe.path` once, and choose `probe.max_samples` of them.
 
     Args:
@@ -44,9 +44,9 @@ def labelled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2
         f"sub-folder."
     )
     try:
-        files = _LabelledFiles(settings, probe.label_field)
+        files = _LabeledFiles(settings, probe.label_field)
         refuse_parts(files.root, files.folders(), key)
-        chosen, num_found, notes = choose(files.labelled(), probe.max_samples, "texts", key, files.root, source)
+        chosen, num_found, notes = choose(files.labeled(), probe.max_samples, "texts", key, files.root, source)
     except DataError as error:
         raise DataError(_with_keys(str(error), key)) from None
     bad = files.bad
@@ -57,10 +57,10 @@ def labelled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2
         notes = (*notes, f"left out: {counted(files.num_outside, '.txt file')} in no sub-folder")
     if files.num_empty:
         notes = (*notes, f"left out: {counted(files.num_empty, 'text')} without letters")
-    return LabelledSet(str(probe.path), chosen, num_found, (*describe_listing(files.listing, "")[1:], *notes))
+    return LabeledSet(str(probe.path), chosen, num_found, (*describe_listing(files.listing, "")[1:], *notes))
 
 
-class _LabelledFiles(TextFiles):
+class _LabeledFiles(TextFiles):
     """Files of which every document has a label, which is known while the document is read."""
 
     def __init__(self, data: TextDataConfig, label_field: str) -> None:
@@ -73,12 +73,12 @@ class _LabelledFiles(TextFiles):
         """The sub-folders that hold .txt files."""
         return {class_of(name) for name in self._names if text_ending(name) == ".txt"} - {""}
 
-    def labelled(self) -> Iterator[LabelledSample]:
+    def labeled(self) -> Iterator[LabeledSample]:
         """All texts with a label, up to the length of a piece each."""
         is_first = True
         for piece in self.pieces():
             if is_first:
-                yield LabelledSample(self._where, self._label, piece.text)
+                yield LabeledSample(self._where, self._label, piece.text)
             is_first = piece.ends
 
     def _txt(self, path: str) -> Iterator[str | None]:
