@@ -17,7 +17,7 @@ from d2v_fast.atomic import replaced, write_text
 from d2v_fast.config_errors import OptionError
 from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
-from d2v_fast.data.listing import print_listing
+from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.embed_inputs import Sample, Source, open_source
 from d2v_fast.features import patch_features, sequence_features
@@ -87,11 +87,12 @@ def embed(
             raise DataError(f"none of the {source.what}s in '{printable(str(inputs))}' can be read:{_named(bad)}")
     if bad:
         print(
-            f"{len(bad)} of {count + len(bad)} {source.what}s are unreadable and left out:{_named(bad)}",
+            f"{len(bad):,} of {count + len(bad):,} {source.what}s are unreadable and left out:{_named(bad)}",
             file=sys.stderr,
         )
     if source.num_cut:
-        print(f"{source.num_cut} lines are longer than the model reads: they are cut", file=sys.stderr)
+        lines = counted(source.num_cut, source.what)
+        print(f"only the beginning is read of {lines} longer than the model reads", file=sys.stderr)
     if problem := source.problem():
         print(f"warning: {problem}", file=sys.stderr)
     beside = f", their names in {to.with_suffix(_BESIDE)}" if to.suffix == ".npy" else ""

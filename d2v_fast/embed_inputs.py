@@ -288,6 +288,7 @@ class Lines(Source):
         return self._kept.problem(self._tokenizer.name)
 
     def _of_file(self, path: str) -> Iterator[Sample | str]:
+        from d2v_fast.data.text_files import REPLACEMENT
         from d2v_fast.data.text_streams import check_byte_order_mark, open_text
 
         with open_text(self._absolute(path), self._inside, MAX_TEXT_BYTES) as stream:
@@ -305,6 +306,12 @@ class Lines(Source):
                 except UnicodeDecodeError:
                     yield f"{name}: not UTF-8"
                     continue
+                if "\0" in text:
+                    if not self._replaces:
+                        # such as UTF-16 without a byte order mark
+                        yield f"{name}: no text: it has zero bytes"
+                        continue
+                    text = text.replace("\0", REPLACEMENT)
                 if text:
                     # of the file, which may be compressed
                     position = stream.file.tell()

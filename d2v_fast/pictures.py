@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -86,11 +87,13 @@ def draw(
     if isinstance(config, SpeechConfig):
         from d2v_fast.speech_pictures import choose_recordings, speech_figure
 
-        recordings = choose_recordings(config, data, count)
+        with _naming_option(data):
+            recordings = choose_recordings(config, data, count)
         say_if_fewer(len(recordings), count, "recordings")
         save_figure(speech_figure(models, recordings, config, title), out)
         return out
-    images = _choose_images(config, data, count)
+    with _naming_option(data):
+        images = _choose_images(config, data, count)
     say_if_fewer(len(images.names), count, "images")
     masks = _draw_masks(config, images.ids)
     colors = {
@@ -99,6 +102,17 @@ def draw(
     }
     save_figure(_figure(_displayable(images.pixels, config), masks, colors, images.names, title), out)
     return out
+
+
+@contextmanager
+def _naming_option(data: Path | None) -> Iterator[None]:
+    """Let errors of a data set name the option that it comes from."""
+    try:
+        yield
+    except DataError as error:
+        if data is None:
+            raise
+        raise OptionError(str(error).replace("`d2v.data.path`", "`--data`")) from None
 
 
 def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:

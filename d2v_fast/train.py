@@ -104,6 +104,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
         ConfigError, DataError, RunError: with a message for the user.
     """
     from d2v_fast.commands import resume_command
+    from d2v_fast.data.listing import counted
     from d2v_fast.peak_memory import format_bytes
     from d2v_fast.world import RunError, lost_connection
 
@@ -126,7 +127,9 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
             raise ConnectionError(f"{told} To continue: {resume_command(run.folder.path)}") from error
         run.log.close()
         if bad := run.folder.lines(BAD_FILES):
-            run.log.say(f"{len(bad)} unreadable files were replaced by others: {run.folder.path / BAD_FILES}")
+            were = "was" if len(bad) == 1 else "were"
+            files = counted(len(bad), "unreadable file")
+            run.log.say(f"{files} {were} replaced by others: {run.folder.path / BAD_FILES}")
         peak = format_bytes(max(run.world.collect(run.memory.bytes())))
         run.log.say(f"peak memory per process: {peak} (of the process with most, since its model was built)")
         if step < run.schedule.num_steps:

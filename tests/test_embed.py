@@ -11,10 +11,11 @@ import soundfile
 import torch
 from PIL import Image
 
-from d2v_fast.config import D2VConfig, SpeechConfig, check_d2v
+from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, TextDataConfig, check_d2v
 from d2v_fast.console import main
 from d2v_fast.data.images import ImagesDataset
 from d2v_fast.data.tokenizer import Tokenizer, load_tokenizer
+from d2v_fast.embed_inputs import Lines
 from d2v_fast.export import export_run
 from d2v_fast.features import sequence_features
 from d2v_fast.interop.huggingface_text import export_text
@@ -177,6 +178,26 @@ def tokens(tokenizer: Tokenizer, line: str) -> torch.Tensor:
     return torch.tensor([[tokenizer.specials.bos, *ids.tolist()[:30], tokenizer.specials.eos]])
 
 
+def test_lines_with_zero_bytes_are_left_out_or_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """UTF-16 without a byte order mark is valid UTF-8 with zero bytes."""
+    config, model = text_run(tmp_path)
+    assert isinstance(config, TextConfig)
+    folder = tmp_path / "text"
+    folder.mkdir()
+    first, second = (line[:40] for line in sentences(2))
+    (folder / "a.txt").write_bytes(f"{first}\n".encode() + b"one \0 two\n")
+    (folder / "b.txt").write_bytes(second.encode("utf-16-be"))
+    embed(tmp_path / "r", folder, "--to", tmp_path / "features.npy")
+    said = capsys.readouterr().err
+    assert "2 of 3 lines are unreadable and left out:\n  a.txt:2: no text: it has zero bytes\n  b.txt:1: no" in said
+    assert (tmp_path / "features.paths.txt").read_text() == "a.txt:1\n"
+    data = TextDataConfig(encoding_errors="replace")
+    lines = Lines(model.student, "", folder / "a.txt", config.model, data, small_tokenizer())
+    _, two = lines.samples()
+    assert not isinstance(two, str)
+    assert torch.equal(two.parts[0], tokens(small_tokenizer(), "one \ufffd two")[0])
+
+
 def test_lines_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, model = text_run(tmp_path)
     lines = [line[:40] for line in sentences(4)]
@@ -188,7 +209,7 @@ def test_lines_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     embed(tmp_path / "r", folder, "--to", to)
     said = capsys.readouterr().err
     assert "1 of 5 lines are unreadable and left out:\n  a.txt:2: not UTF-8" in said
-    assert "1 lines are longer than the model reads: they are cut" in said
+    assert "only the beginning is read of 1 line longer than the model reads" in said
     assert (tmp_path / "features.paths.txt").read_text().splitlines() == ["a.txt:1", "a.txt:3", "b.txt:1", "b.txt:3"]
     student = model.student.eval()
     texts = [lines[2], " ".join(lines), lines[0], lines[1]]

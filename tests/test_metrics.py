@@ -212,6 +212,14 @@ def test_preparation_says_no_time_before_it_is_known(monkeypatch, capsys) -> Non
     assert lines[2].endswith("  7:00 left")
 
 
+def test_preparation_of_little_data_is_reported_in_fractions_of_megabytes(monkeypatch, capsys) -> None:
+    clock = Clock(monkeypatch)
+    with Progress("encoding", 3_480_000) as progress:
+        clock.now += 35
+        progress.show(256_000, "0 unreadable")
+    assert capsys.readouterr().out.startswith("encoding  0.26 of 3.5 MB  0 unreadable")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

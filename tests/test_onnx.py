@@ -82,15 +82,28 @@ def test_speech(tmp_path: Path) -> None:
     theirs = exported.theirs()
     for count, num_samples in ((1, 1000), (3, 703)):
         waveforms = torch.randn(count, num_samples)
-        mask = torch.ones(count, num_samples, dtype=torch.int64)
+        mask = torch.ones(count, num_samples, dtype=torch.int32)
         found = exported(input_values=waveforms, attention_mask=mask)
         close(found, theirs(waveforms, attention_mask=mask).last_hidden_state)
     lengths = torch.tensor([703, 411, 250])
-    mask = (torch.arange(703) < lengths[:, None]).to(torch.int64)
+    mask = (torch.arange(703) < lengths[:, None]).to(torch.int32)
     found = exported(input_values=waveforms * mask, attention_mask=mask)
     for row, length in enumerate(lengths.tolist()):
         num_frames = config.model.num_frames(length)
         close(found[row, :num_frames], theirs(waveforms[row : row + 1, :length]).last_hidden_state[0])
+
+
+@torch.no_grad()
+def test_speech_takes_what_the_feature_extractor_of_the_folder_returns(tmp_path: Path) -> None:
+    exported = Exported(speech_config(), tmp_path)
+    transformers = pytest.importorskip("transformers")
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(exported.folder)
+    waves = [np.random.default_rng(0).standard_normal(size, np.float32) for size in (700, 400)]
+    rate = extractor.sampling_rate
+    inputs = extractor(waves, sampling_rate=rate, padding=True, return_tensors="pt")
+    alone = extractor(waves[1], sampling_rate=rate, return_tensors="pt")["input_values"]
+    expected = exported.theirs()(alone).last_hidden_state[0]
+    close(exported(**inputs)[1, : len(expected)], expected)
 
 
 @pytest.mark.parametrize(("side", "padding"), [("right", 0), ("left", 1)])

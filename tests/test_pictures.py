@@ -201,7 +201,8 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
 
     assert "must be the folder of a run, but holds no config.json" in complaint(tmp_path)
     assert "`--count` must be in [1, 24], but is 0 instead" in complaint(run_folder, "--count", 0)
-    assert "'" + str(tmp_path / "nowhere") + "' does not exist" in complaint(run_folder, "--data", tmp_path / "nowhere")
+    nowhere = tmp_path / "nowhere"
+    assert f"`--data` must be a folder, but '{nowhere}' does not exist" in complaint(run_folder, "--data", nowhere)
 
     newest = run_folder / "checkpoints" / "step-10"
     state = build_model(CONFIG).state_dict()

@@ -82,7 +82,7 @@ class Progress:
                 self._bar.start()
         done = min(done, self._total)
         self._left.report(done)
-        text = f"{self._what}  {done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  {detail}{self._left}"
+        text = f"{self._what}  {_megabytes(done)} of {_megabytes(self._total)} MB  {detail}{self._left}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
             self._next = now + 0.25
@@ -104,6 +104,12 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _megabytes(num_bytes: float) -> str:
+    """A number of bytes in MB: whole ones, or two digits below ten."""
+    megabytes = num_bytes / 1e6
+    return f"{megabytes:,.0f}" if megabytes >= 9.5 or not num_bytes else f"{megabytes:.2g}"
 
 
 def _rich_bar() -> Any:

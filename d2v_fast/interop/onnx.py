@@ -5,7 +5,7 @@ The inputs and the output have the names, shapes and meanings of Transformers' m
 | | inputs | `last_hidden_state` |
 |---|---|---|
 | vision | `pixel_values` fp32 `[B, C, H, W]` | `[B, 1 + P, D]`, class token first, after the last norm |
-| speech | `input_values` fp32 `[B, N]`, `attention_mask` int64 `[B, N]` | `[B, T, D]` |
+| speech | `input_values` fp32 `[B, N]`, `attention_mask` int32 `[B, N]` | `[B, T, D]` |
 | text | `input_ids` int64 `[B, T]`, `attention_mask` int64 `[B, T]` | `[B, T, D]` |
 
 B, N and T are free. `attention_mask` is 1 at samples or tokens and 0 at padding, where the output has no meaning.
@@ -114,7 +114,8 @@ def _graph_of(model: Student, config: D2VConfig) -> _Graph:
     assert isinstance(model, SpeechModel)
     assert isinstance(config, SpeechConfig)
     waveforms = torch.zeros(_BATCH, config.model.num_samples(_FRAMES))
-    inputs = {"input_values": waveforms, "attention_mask": torch.ones_like(waveforms, dtype=torch.int64)}
+    # int32, as the feature extractor of the exported folder returns it
+    inputs = {"input_values": waveforms, "attention_mask": torch.ones_like(waveforms, dtype=torch.int32)}
     length = torch.export.Dim("samples", min=config.model.num_samples(2))
     return _Graph(_Speech(model), inputs, {name: {0: batch, 1: length} for name in inputs})
 
