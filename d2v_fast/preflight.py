@@ -11,15 +11,29 @@ from shutil import disk_usage
 import torch
 
 from d2v_fast import evaluation
+from d2v_fast.commands import SUPERVISION
 from d2v_fast.config import RunConfig
 from d2v_fast.engine import check_engine_available
 from d2v_fast.memory import Shapes, predict_from, shapes_of
 from d2v_fast.peak_memory import available_memory, format_bytes
+from d2v_fast.run_folder import refuse_saved
 from d2v_fast.step_memory import StepMemory
 from d2v_fast.world import RunError, World
 
 # what lives as long as the run does not depend on it
 _NO_STEP = StepMemory(batch=0, saved=0, forward=0, backward=0, with_gradients=0, arrivals=())
+
+
+def check_name(config: RunConfig, resume: bool) -> None:
+    """Check that a new run's name is free, before its data are listed or tokenized.
+
+    Raises:
+        RunError: it is that of a run that has saved something.
+    """
+    run = config.d2v.run
+    # under supervision the run of an earlier attempt goes on
+    if run.name is not None and not resume and SUPERVISION not in os.environ:
+        refuse_saved(Path(run.dir) / run.name)
 
 
 def check_packages(config: RunConfig, num_processes: int) -> None:

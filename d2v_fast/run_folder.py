@@ -93,11 +93,11 @@ class RunFolder:
         if not is_begun(path) and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"{path} exists and is not the folder of a run: choose another name with --run.")
         found = cls._open(path, replaced=True)
-        if is_saved(path):
+        try:
+            refuse_saved(path)
+        except RunError:
             found.close()
-            raise RunError(
-                f"the run {path} exists: choose another name with --run, or continue it: {resume_command(path)}"
-            )
+            raise
         for report in _REPORTS:
             if (path / report).is_dir():
                 shutil.rmtree(path / report)
@@ -192,6 +192,16 @@ def is_saved(path: Path) -> bool:
     """Whether the run in this folder has saved anything: a checkpoint, complete or damaged, or its result."""
     saved = [one for one in (path / "checkpoints").glob("step-*") if ".tmp-" not in one.name]
     return bool(saved) or (path / "result.json").exists()
+
+
+def refuse_saved(path: Path) -> None:
+    """Refuse to start a run in the folder of one that has saved something.
+
+    Raises:
+        RunError: with the command that continues that run.
+    """
+    if is_saved(path):
+        raise RunError(f"the run {path} exists: choose another name with --run, or continue it: {resume_command(path)}")
 
 
 def find_supervised(root: Path, mark: str) -> Path | None:

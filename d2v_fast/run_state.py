@@ -115,7 +115,8 @@ class RunState:
             tell("nothing has been saved yet: starting from the beginning")
             return 0
         state = checkpoint.state
-        if state["global_batch"] != self._global_batch:
+        # weights that no step was made from have seen no sample
+        if state["step"] and state["global_batch"] != self._global_batch:
             raise RunError(
                 f"`train_batch_size` must be {state['global_batch']} as in the checkpoint, but is "
                 f"{self._global_batch} instead: other samples would be seen twice or not at all in this epoch."

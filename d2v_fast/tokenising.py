@@ -54,7 +54,7 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
     Raises:
         ConfigError: an override is refused.
         DataError: see `make_tokenizer`.
-        ValueError: `vocab_size` or `to` is missing, or `vocab_size` is too small.
+        OptionError: `vocab_size` or `to` is missing, or `vocab_size` is too small.
     """
     if vocab_size is None or to is None:
         raise OptionError("`--train` needs `--vocab-size N` and `--to FOLDER`.")
@@ -69,8 +69,10 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
         raise ConfigError([*problems, *found], "options")
     from d2v_fast.data.text import make_tokenizer
     from d2v_fast.data.text_files import TextFiles
-    from d2v_fast.data.tokenizer import missing_tokens
+    from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, missing_tokens
 
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise OptionError(f"`--vocab-size` must be >= {MIN_VOCAB_SIZE}, but is {vocab_size} instead.")
     print_listing(TextFiles(data).listing, "text")
     tokenizer = make_tokenizer(data, vocab_size, to)
     option = shlex.join(path_override("d2v.data.tokenizer", to))

@@ -177,7 +177,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.guard import Guard
     from d2v_fast.metrics import NoLog, RunLog, import_reports
     from d2v_fast.peak_memory import PeakMemory
-    from d2v_fast.preflight import check_packages, check_room
+    from d2v_fast.preflight import check_name, check_packages, check_room
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState, samples_of
     from d2v_fast.schedules import LearningRate
@@ -186,6 +186,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.world import RunError, World, world_size
 
     split = config.deepspeed.batch_split(world_size())
+    if not dry_run:
+        check_name(config, resume)
     check_packages(config, split.world_size)
     config = resolved(config)
     d2v = config.d2v

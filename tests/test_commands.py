@@ -95,6 +95,17 @@ def test_run_that_begins_with_weights(quick: Path, capsys: pytest.CaptureFixture
     assert paste(capsys.readouterr().err) == 0
 
 
+def test_run_that_begins_with_weights_may_change_its_batch(quick: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tiny_file(quick, d2v__schedule__steps=1, d2v__schedule__warmup_steps=0)
+    config, model, _ = given(file)
+    export_model(model.student, config, quick / "weights")
+    assert console(["import", "weights", "--to", "runs/more", "--ds_config", str(file)]) == 0
+    assert (
+        run_here("--run", "more", "--resume", "--set", "train_batch_size=48", "--set", f"d2v.run.dir={quick}/runs") == 0
+    )
+    assert "resumed after step 0" in capsys.readouterr().out
+
+
 def test_no_room(quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     file = tiny_file(quick, d2v__schedule__steps=4, d2v__run__save_every=2, d2v__run__dir="a b")
     usage = shutil.disk_usage(quick)

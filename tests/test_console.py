@@ -203,7 +203,8 @@ def test_tokenize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must not exist" in complaint(capsys, *train)
     assert "`--train` needs `--vocab-size N` and `--to FOLDER`" in complaint(capsys, "tokenize", "x", "--train")
     assert "are for `--train`" in complaint(capsys, "tokenize", file, "--to", "x")
-    assert "must be >= 261" in complaint(capsys, *train[:4], 20, "--to", tmp_path / "small")
+    small = complaint(capsys, *train[:4], 20, "--to", tmp_path / "small")
+    assert "`--vocab-size` must be >= 261, but is 20 instead" in small
     assert "does not exist" in complaint(capsys, "tokenize", tmp_path / "none", *train[2:-1], tmp_path / "small")
     wrong = ["--set", "d2v.model.depth=3", "--set", "d2v.data.feild=x"]
     said = complaint(capsys, *train[:-1], tmp_path / "small", *wrong, status=2)

@@ -191,7 +191,7 @@ def test_texts_in_the_middle_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     run = str(tmp_path / "runs" / "r")
     assert console(["probe", run, "--data", str(path), "--field", "label", "--label-field", "text"]) == 1
     assert console(["probe", run, "--data", str(path), "--label-field", "lable"]) == 1
-    assert "no field 'lable' (`d2v.probe.label_field`); it has 'text', 'label'" in capsys.readouterr().err
+    assert "\n  " + f"{path}, line 1: no field 'lable' (`--label-field`); it has 'text'" in capsys.readouterr().err
 
 
 def test_fewer_labels_than_asked_for(tmp_path: Path) -> None:

@@ -90,3 +90,18 @@ def test_folders_that_are_not_taken(file: Path, tmp_path: Path, capsys: pytest.C
     assert held.replaced
     held.close()
     assert train.BAD_FILES in run_folder._REPORTS
+
+
+def test_name_that_is_taken_is_refused_before_the_data_are_read(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "r"
+    (folder / "checkpoints" / "step-3").mkdir(parents=True)
+    (folder / "lock").write_text("")
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("the data are listed")
+
+    monkeypatch.setattr("d2v_fast.data.batch_maker", fail)
+    assert run_here(file, "--run", "r") == 1
+    assert f"the run {folder} exists: choose another name with --run, or continue it: " in capsys.readouterr().err

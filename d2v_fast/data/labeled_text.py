@@ -143,4 +143,11 @@ def _listed(entry: dict[str, Any]) -> str:
 
 
 def _with_keys(text: str, key: str) -> str:
-    return text.replace("`d2v.data.path`", key).replace("`d2v.data.field`", "`d2v.probe.field`")
+    """An error with the keys of the probe, or with the options that stand for them where `key` is one."""
+    fields = {"`d2v.data.field`": "`d2v.probe.field`"}
+    if key.startswith("`--"):
+        fields = {"`d2v.data.field`": "`--field`", "`d2v.probe.label_field`": "`--label-field`"}
+    text = text.replace("`d2v.data.path`", key)
+    for name, own in fields.items():
+        text = text.replace(name, own)
+    return text
