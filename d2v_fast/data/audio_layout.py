@@ -24,7 +24,11 @@ MAX_CHUNKS = 256
 MAX_MISSING = 0.01
 # placeholders for an unknown length lie closely below the largest number, signed or not, or where sox puts them
 _NEAR = 1 << 16
+_MAX_OGG_PAGE = 27 + 255 + 255 * 255
 _SOX_AIFF = range(0x7F000000, 0x7F000000 + 64)
+
+# format tags of WAV and W64: the true one stands 24 bytes behind; and blocks of GSM 6.10, which have an odd length
+_EXTENSIBLE, _GSM, _GSM_BLOCK = b"\xfe\xff", b"\x31\0", 65
 
 Order = Literal["little", "big"]
 Pieces = list[Piece] | None
@@ -59,7 +63,7 @@ def _riff(handle: int, size: int) -> Pieces:
     order: Order = "big" if head == b"RIFX" else "little"
     # libsndfile knows BW64 by its older name
     edits = [(0, 4, b"RF64")] if head == b"BW64" else []
-    position, ds64 = 12, 0
+    position, ds64, tag = 12, 0, b""
     for _ in range(MAX_CHUNKS):
         name, length = _chunk(handle, position, order)
         position += 8
@@ -67,6 +71,8 @@ def _riff(handle: int, size: int) -> Pieces:
             break
         if name == b"ds64":
             ds64 = position
+        if name == b"fmt ":
+            tag = os.pread(handle, 2, position)
         after = position + length
         if length % 2:
             if _is_name(os.pread(handle, 4, after)) and not _is_name(os.pread(handle, 4, after + 1)):
@@ -86,6 +92,9 @@ def _riff(handle: int, size: int) -> Pieces:
             edits += [(ds64 + 8, 8, available.to_bytes(8, "little")), (ds64 + 16, 8, bytes(8))]
     elif length == 0 and available > 0 and not _ends_with_chunks(handle, position, size, order):
         edits.append((position - 4, 4, min(available, 0xFFFFFFFE).to_bytes(4, order)))
+    elif tag == _GSM and length % _GSM_BLOCK == 1 - length % 2 and length <= available:
+        # the byte that makes the length even would count as one more block: one less makes as many
+        edits.append((position - 4, 4, (length // _GSM_BLOCK * _GSM_BLOCK - 1).to_bytes(4, order)))
     if not _is_unknown(length):
         _refuse_cut(length, available)
     edits.sort()
@@ -135,6 +144,7 @@ def _caf(handle: int, size: int) -> Pieces:
 
 def _w64(handle: int, size: int) -> Pieces:
     position = 40
+    edits: list[tuple[int, int, bytes]] = []
     for _ in range(MAX_CHUNKS):
         header = os.pread(handle, 24, position)
         # which counts this header
@@ -142,11 +152,18 @@ def _w64(handle: int, size: int) -> Pieces:
         if header[:4] == b"data":
             if not _is_unknown(length):
                 _refuse_cut(length - 24, size - position - 24)
+            elif edits:
+                # with an edit, libsndfile seeks behind a length that it would know for what it is in a file
+                edits = [(16, 8, size.to_bytes(8, "little")), *edits]
+                edits.append((position + 16, 8, (size - position).to_bytes(8, "little")))
             break
+        if header[:4] == b"fmt " and os.pread(handle, 2, position + 24) == _EXTENSIBLE:
+            # libsndfile believes that extensible samples are whole numbers, whatever the sub-format behind says
+            edits = [(position + 24, 2, os.pread(handle, 2, position + 48))]
         if length < 24:
             break
         position += length + -length % 8
-    return None
+    return edited(size, edits) if edits else None
 
 
 def _flac(handle: int, size: int, start: int = 0) -> Pieces:
@@ -160,6 +177,27 @@ def _flac(handle: int, size: int, start: int = 0) -> Pieces:
     return edited(size, edits, start) if edits or start else None
 
 
+def _ogg(handle: int, size: int) -> Pieces:
+    """Nothing is edited; refused are streams one after the other, of which libsndfile reads the first."""
+    serials: set[bytes] = set()
+    position = 0
+    while True:
+        header = os.pread(handle, 27, position)
+        is_first = len(header) == 27 and header[:4] == b"OggS" and bool(header[5] & 2)
+        if not is_first or len(serials) == MAX_CHUNKS:
+            break
+        serials.add(header[14:18])
+        position += 27 + header[26] + sum(os.pread(handle, header[26], position + 27))
+    tail = os.pread(handle, _MAX_OGG_PAGE, max(0, size - _MAX_OGG_PAGE))
+    last = tail.rfind(b"OggS")
+    if last >= 0 and len(tail) >= last + 18 and serials and tail[last + 14 : last + 18] not in serials:
+        raise UnreadableFile(
+            "an Ogg file of several recordings one after the other, of which only the first would be read: "
+            "convert it, for example with `ffmpeg -i FILE FILE.flac`"
+        )
+    return None
+
+
 def _as_it_is(handle: int, size: int) -> Pieces:
     return None
 
@@ -171,7 +209,8 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], Callable[[int, int], Pieces]], ...]
     (lambda head: head[:6] == b"caff\0\1", _caf),
     (lambda head: head == b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0", _w64),
     (lambda head: head[:4] == b"fLaC", _flac),
-    (lambda head: head[:4] == b"OggS" or head[:7] == b"NIST_1A", _as_it_is),
+    (lambda head: head[:4] == b"OggS", _ogg),
+    (lambda head: head[:7] == b"NIST_1A", _as_it_is),
 )
 
 
