@@ -162,6 +162,40 @@ def unigrams(folder: Path) -> Path:
     return write(folder, tokenizer=json.loads(inner.to_str()))
 
 
+def clip(folder: Path) -> Path:
+    """Bytes in words that end with `</w>`, which the decoder leaves there."""
+    parts, library = tokenizers.pre_tokenizers, tokenizers.normalizers
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="</s>", end_of_word_suffix="</w>"))
+    inner.normalizer = library.Sequence(
+        [library.NFC(), library.Replace(tokenizers.Regex(r"\s+"), " "), library.Lowercase()]
+    )
+    words = parts.Split(tokenizers.Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True)
+    inner.pre_tokenizer = parts.Sequence([words, parts.ByteLevel(add_prefix_space=False)])
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<s>", "</s>", "<pad>", "<mask>"],
+        end_of_word_suffix="</w>",
+        initial_alphabet=parts.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([*sentences(200), POLISH, POLISH], trainer)
+    return write(folder, tokenizer=json.loads(inner.to_str()))
+
+
+def characters(folder: Path) -> Path:
+    """One token per character; a blank has another letter, which the decoder turns around."""
+    letters = sorted(set("".join([*sentences(200), POLISH]).replace(" ", "_")))
+    vocab = {token: number for number, token in enumerate([*SPECIALS, *letters])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    inner.normalizer = tokenizers.normalizers.Replace(" ", "_")
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    decoders = tokenizers.decoders
+    inner.decoder = decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse()])
+    inner.add_special_tokens(SPECIALS)
+    return write(folder, tokenizer=json.loads(inner.to_str()))
+
+
 KINDS: list[Callable[[Path], Path]] = [
     trained,
     without_post_processor,
@@ -177,6 +211,8 @@ KINDS: list[Callable[[Path], Path]] = [
     ends_of_words,
     beginnings_of_words,
     unigrams,
+    clip,
+    characters,
 ]
 
 

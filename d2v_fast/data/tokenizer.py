@@ -115,7 +115,7 @@ class Tokenizer:
         return str(self._inner.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def round_trip(self, text: str) -> tuple[str, str]:
-        """A text as the tokenizer normalizes it, and what its tokens say of it, without unknown ones.
+        """A text as the tokenizer normalizes it, and what its known tokens say of it, normalized as well.
 
         Where a tokenizer cannot decode, both are parts of the text itself: all of it, and what its tokens come from.
         """
@@ -129,11 +129,13 @@ class Tokenizer:
             for position in known:
                 covered[slice(*encoding.offsets[position])] = True
             return text, "".join(letter for letter, there in zip(text, covered, strict=True) if there)
+        decoded = self.decode([encoding.ids[position] for position in known])
+        # CLIP's decoder leaves the ends of words in what it decodes
+        if suffix := getattr(self._inner.model, "end_of_word_suffix", None):
+            decoded = decoded.replace(suffix, " ")
         normalizer = self._inner.normalizer
-        return (
-            text if normalizer is None else normalizer.normalize_str(text),
-            self.decode([encoding.ids[position] for position in known]),
-        )
+        # both: some decoders turn a part of the normalization around, such as another letter for the blank
+        return (text, decoded) if normalizer is None else tuple(map(normalizer.normalize_str, (text, decoded)))
 
     def require(self, digest: str, where: str) -> None:
         """Raise DataError unless this is the tokenizer of the given digest; `where` says whose that is."""
