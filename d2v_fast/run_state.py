@@ -204,6 +204,9 @@ class RunState:
             changes = changed_keys(state["config"], self._config.to_dict())
             relevant = [line for line in changes if not line.startswith(("d2v.run.", "d2v.probe."))]
             tell("the configuration has changed since the checkpoint: " + "; ".join(relevant))
+        if state["step"] == 0:
+            # no step was made under any conditions
+            return
         conditions = changed_keys(
             {**state["conditions"], **{key: state["engine"][key] for key in self._engine.signature()}},
             {**_conditions(self._world.device), **self._engine.signature()},

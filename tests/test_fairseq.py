@@ -371,7 +371,9 @@ def test_code_is_refused_with_a_recipe(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (lambda content: content[: len(content) // 2], "cannot be read: .*central directory. Was it copied completely"),
         (lambda content: b"", "cannot be read: EOFError"),
-        (lambda content: b"hello, this is a text", "cannot be read"),
+        (lambda content: b"hello, this is a text", "that torch.save wrote, but is a file of another kind"),
+        (lambda content: b"%PDF-1.4\n", "that torch.save wrote, but is a file of another kind"),
+        (lambda content: b"\x80\x02 and no more", "cannot be read"),
         (lambda content: content[:120] + b"\xff" * 64 + content[184:], "cannot be read"),
     ],
 )

@@ -33,6 +33,8 @@ KINDS = {
     "quantizer.": "a model of wav2vec 2.0",
 }
 
+# how the files of torch.save begin, since torch 1.6 and before
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # what torch names when a file needs more than tensors and plain values
 _GLOBAL = re.compile(r"(?:GLOBAL|[Ff]unction|[Cc]lass) ([A-Za-z_][\w.]*)")
 
@@ -71,6 +73,10 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
     if not path.is_file():
         raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is no file.")
     refuse_pointer(path)
+    with path.open("rb") as file:
+        start = file.read(len(_ZIP))
+    if start and not start.startswith((_ZIP, _PICKLE)):
+        raise ValueError(f"`{path}` must be a checkpoint that torch.save wrote, but is a file of another kind.")
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
