@@ -171,6 +171,17 @@ def test_ogg_streams_one_after_the_other_are_refused(tmp_path: Path, subtype: st
         read(tmp_path, one + other)
 
 
+@needs_mp3
+@pytest.mark.parametrize("rate", [8000, RATE, 44_100])
+def test_mp3_in_wav(tmp_path: Path, rate: int) -> None:
+    sound = encoded(SAMPLES[:12_000], rate=rate, format="MP3")
+    form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, rate, 8000, 1, 0, 12, 1, 2, 1152, 1, 1393)
+    expected = read(tmp_path, sound, rate=rate)
+    for after in ((), (INFO,)):
+        content = riff((b"fmt ", form), (b"data", sound), *after)
+        np.testing.assert_array_equal(read(tmp_path, content, rate=rate), expected)
+
+
 def w64(form: bytes, data: bytes, said: int | None = None) -> bytes:
     tail = bytes.fromhex("f3acd3118cd100c04f8edb8a")
     content = b"wave" + tail + b"fmt " + tail + struct.pack("<Q", 24 + len(form)) + form.ljust(-(-len(form) // 8) * 8)

@@ -72,6 +72,11 @@ def test_values_of_fewer_bits_in_sixteen(kind: int, bits: int, tmp_path: Path) -
     kept = centers(png(values, kind), tmp_path, bit_depth=16, note=notes.append)
     assert np.array_equal(kept, dark)
     assert not notes
+    if kind in (4, 6):
+        # opacity of as many bits as the colors
+        values[..., -1] = white
+        assert np.array_equal(centers(png(values, kind), tmp_path, bit_depth=bits), by_key)
+        assert np.array_equal(centers(png(values, kind, 16, significant), tmp_path), by_key)
 
 
 @pytest.mark.parametrize("kind", [0, 2], ids=["gray", "rgb"])

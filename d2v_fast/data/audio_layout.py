@@ -28,7 +28,7 @@ _MAX_OGG_PAGE = 27 + 255 + 255 * 255
 _SOX_AIFF = range(0x7F000000, 0x7F000000 + 64)
 
 # format tags of WAV and W64: the true one stands 24 bytes behind; and blocks of GSM 6.10, which have an odd length
-_EXTENSIBLE, _GSM, _GSM_BLOCK = b"\xfe\xff", b"\x31\0", 65
+_EXTENSIBLE, _GSM, _GSM_BLOCK, _MP3 = b"\xfe\xff", b"\x31\0", 65, b"\x55\0"
 
 Order = Literal["little", "big"]
 Pieces = list[Piece] | None
@@ -97,6 +97,10 @@ def _riff(handle: int, size: int) -> Pieces:
         edits.append((position - 4, 4, (length // _GSM_BLOCK * _GSM_BLOCK - 1).to_bytes(4, order)))
     if not _is_unknown(length):
         _refuse_cut(length, available)
+    if tag == _MP3:
+        # libsndfile guesses the number of its frames
+        end = size if _is_unknown(length) else min(size, position + length)
+        return mp3_pieces(handle, end, position) or [(position, end - position)]
     edits.sort()
     return edited(size, edits) if edits else None
 

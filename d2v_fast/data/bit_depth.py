@@ -98,7 +98,7 @@ def eight_bits(
     _require_within(largest, bits)
     if is_gray and isinstance(image, TiffImagePlugin.TiffImageFile) and _is_inverted(image):
         channels["L"] = np.uint16(2**bits - 1) - channels["L"]
-    alpha = _alpha(image, channels)
+    alpha = _alpha(image, channels, bits)
     colors = {name: _table(bits)[values] for name, values in channels.items() if name != "A"}
     joined = Image.merge("L" if len(colors) == 1 else "".join(colors), [*map(Image.fromarray, colors.values())])
     if alpha is not None:
@@ -143,7 +143,8 @@ def _from_bytes(
     if bits == 8:
         return image
     _require_within(max(int(band.max()) for name, band in values.items() if name != "A"), bits)
-    colors = [Image.fromarray(_table(bits)[band]) if name != "A" else bands["A"] for name, band in values.items()]
+    is_scaled = {name: name != "A" or int(band.max()) < 2**bits for name, band in values.items()}
+    colors = [Image.fromarray(_table(bits)[band]) if is_scaled[name] else bands[name] for name, band in values.items()]
     scaled = Image.merge(image.mode, colors)
     if "transparency" in image.info:
         # the color that stands for transparent, among the scaled ones
@@ -278,10 +279,15 @@ def _other_half(rawmode: str) -> str:
     return rawmode[:-1] + ("B" if order == "L" else "L")
 
 
-def _alpha(image: Image.Image, channels: dict[str, Values]) -> npt.NDArray[np.uint8] | None:
-    """Opacity, of a channel or where the color is not the transparent one."""
+def _alpha(image: Image.Image, channels: dict[str, Values], bits: int) -> npt.NDArray[np.uint8] | None:
+    """Opacity, of a channel or where the color is not the transparent one.
+
+    Args:
+        bits: of the colors. A channel without a larger value has as many, or the image would be almost transparent.
+    """
     if "A" in channels:
-        return _table(MAX_BITS)[channels["A"]]
+        opacity = channels["A"]
+        return _table(bits if int(opacity.max()) < 2**bits else MAX_BITS)[opacity]
     key = image.info.get("transparency")
     if key is None or isinstance(key, bytes):
         return None
