@@ -372,6 +372,28 @@ def test_added_tokens_that_cannot_be_numbered_so_are_refused(
         load_tokenizer(write(tmp_path, tokenizer={**content, "added_tokens": [*content["added_tokens"], entry]}))
 
 
+@pytest.mark.parametrize(("kind", "change"), [(word_pieces, {"unk_token": "[?]"}), (unigrams, {"unk_id": None})])
+def test_a_text_that_cannot_be_encoded_is_named(
+    kind: Callable[[Path], Path], change: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = kind(tmp_path / "given")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = load_tokenizer(write(folder, tokenizer={**content, "model": {**content["model"], **change}}))
+    tokenizer.encode(["the student"])
+    with pytest.raises(DataError, match=r"any text, but .*given.* does not: .*unk_id|any text.*Missing"):
+        tokenizer.encode(["the ДОМ"])
+
+
+def test_export_of_a_vocabulary_of_four_letters(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    vocab = {token: number for number, token in enumerate([*SPECIALS, *"ACGT"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer=json.loads(inner.to_str())))
+    tokenizer.save(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("GATC")["input_ids"] == framed(tokenizer, "GATC")
+
+
 def lossy(folder: Path) -> Path:
     """Byte-level in name: the words' ends are left out, and so is what is no ASCII."""
     content = saved(folder)

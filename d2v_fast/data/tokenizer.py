@@ -98,8 +98,18 @@ class Tokenizer:
         """The token ids of all texts, one after the other, without special tokens, and how many each has, int64 `[B]`.
 
         Uses all cores.
+
+        Raises:
+            DataError: a text has what is not in the vocabulary, and the tokenizer has no token for that.
         """
-        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:
+            # the library raises plain exceptions
+            raise DataError(
+                f"`d2v.data.tokenizer` must be a tokenizer that encodes any text, but {self.name} does not: "
+                f"{printable(str(error))[:200]}. Name an unknown token (`unk_token`, `unk_id`) of its vocabulary in it."
+            ) from None
         lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
         each = chain.from_iterable(encoding.ids for encoding in found)
         ids = np.fromiter(each, dtype=self.dtype, count=int(lengths.sum()))
@@ -196,7 +206,11 @@ class Tokenizer:
         """Whether the post-processor puts begin and end token around a text, and does nothing else."""
         specials = self.specials
         for text in ("", "a b"):
-            ids, _ = self.encode([text])
+            try:
+                ids, _ = self.encode([text])
+            except DataError:
+                # letters that are not in the vocabulary, and no unknown token
+                return False
             if self._inner.encode(text).ids != [specials.bos, *ids.tolist(), specials.eos]:
                 return False
         return True
