@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_fast.config import ConfigError, RunConfig, apply_overrides, load_config
+from d2v_fast.config import ConfigError, RunConfig, apply_overrides, earlier_values, load_config
 from d2v_fast.paths import PathError, expand_path, path_argument
 
 DESCRIPTION = "Pre-train a data2vec encoder from one JSON file."
@@ -94,7 +94,7 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
         path = _runs_folder(overrides) / options.run / "config.json"
         if not path.is_file():
             raise ConfigError([_nothing_to_resume(path.parent)], "--resume")
-        config = load_config(path, overrides, num_processes)
+        config = load_config(path, [*earlier_values(path), *overrides], num_processes)
     else:
         raise ConfigError(["`FILE` is required (or `--resume --run NAME` to continue a run)."], "options")
     if options.resume and config.d2v.run.name is None:

@@ -61,6 +61,8 @@ __all__ = [
 ]
 
 MAX_FILE_BYTES = 1_000_000
+# of `d2v`: what every run did before there was the key
+_EARLIER = {"decay_1d": False}
 _COMPILE = (
     "The model is not compiled: the fused operations of d2v_fast take the place of `torch.compile`. DeepSpeed's "
     "section `compile` is about its own compiler passes, which a run does not use either."
@@ -392,13 +394,30 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int
     Raises:
         ConfigError: with every problem of the file at once.
     """
+    return parse_config(apply_overrides(_read(path), overrides), world_size, source=str(path))
+
+
+def earlier_values(path: Path) -> list[str]:
+    """Return, as overrides, what a run was trained with that began before there was a key for it.
+
+    Args:
+        path: `config.json` of the run, which holds every key that there was when it was written.
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    d2v = _read(path).get("d2v")
+    if not isinstance(d2v, dict):
+        return []
+    return [f"d2v.{key}={json.dumps(value)}" for key, value in _EARLIER.items() if key not in d2v]
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     file = configuration_file(path)
     try:
         text = read_text(file, MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
         raise ConfigError([f"`--ds_config` must be a readable JSON file: {error}"], str(path)) from None
-    raw = read_sections(text, str(path))
-    return parse_config(apply_overrides(raw, overrides), world_size, source=str(path))
+    return read_sections(text, str(path))
 
 
 def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "configuration") -> RunConfig:

@@ -327,7 +327,11 @@ def _changed_in(section: Section, name: str, prefix: str = "") -> Iterable[str]:
 def refused(raw: dict[str, Any]) -> list[str]:
     """Sentences for the DeepSpeed keys in `raw` that a run here refuses on purpose."""
     return [
-        f"`{key}` (value {show(raw[key])}) is not available here. {why}"
+        f"`{key}` (value {show(raw[key])}) is not available here. {'Leave it out.' if _is_off(raw[key]) else why}"
         for key, why in REFUSED_KEYS.items()
         if key in raw
     ]
+
+
+def _is_off(value: Any) -> bool:
+    return value is False or (isinstance(value, dict) and value.get("enabled") is False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from d2v_fast.config_errors import PathText, Problem, Section, refuse_if
@@ -59,6 +59,15 @@ class OptimizerConfig(Section):
     type: Literal["AdamW", "FusedAdam", "CPUAdam", "ApexFusedAdam"] = "AdamW"
     params: AdamWParams
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _name_adamw(cls, value: Any) -> Any:
+        # DeepSpeed reads this name without regard to case, and means decoupled decay by "Adam" as well
+        if isinstance(value, str) and value != "AdamW" and value.lower() in ("adam", "adamw"):
+            hint = 'The decay is decoupled, as in DeepSpeed\'s "Adam" unless `adam_w_mode` is false.'
+            refuse_if([Problem("", 'be "AdamW"', value, hint)])
+        return value
+
 
 class Bf16Config(Section):
     """`enabled` "auto" means: on a GPU that computes in bf16, and nowhere else."""
@@ -72,6 +81,10 @@ class Bf16Config(Section):
 
 class Fp16Config(Section):
     """Loss-scaled half precision, DeepSpeed's own: `loss_scale` 0 is dynamic."""
+
+    hints: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("opt_level", "fp16_opt_level"), "It is of NVIDIA's apex, which is not used: leave it out."
+    )
 
     enabled: bool = False
     auto_cast: bool = False
@@ -111,9 +124,9 @@ class ZeroConfig(Section):
 
     hints: ClassVar[dict[str, str]] = {
         # names that DeepSpeed has given up, or takes beside those of this class
-        "cpu_offload": 'Write it as `zero_optimization.offload_optimizer.device`: "cpu".',
-        "cpu_offload_param": 'Write it as `zero_optimization.offload_param.device`: "cpu".',
-        "cpu_offload_params": 'Write it as `zero_optimization.offload_param.device`: "cpu".',
+        "cpu_offload": 'Write it as `zero_optimization.offload_optimizer.device`: "cpu". False is "none" there.',
+        "cpu_offload_param": 'Write it as `zero_optimization.offload_param.device`: "cpu". False is "none" there.',
+        "cpu_offload_params": 'Write it as `zero_optimization.offload_param.device`: "cpu". False is "none" there.',
         "cpu_offload_use_pin_memory": "Write it as `pin_memory` in `offload_optimizer` or `offload_param`.",
         "allgather_size": "Write it as `zero_optimization.allgather_bucket_size`.",
         "stage3_gather_fp16_weights_on_model_save": (
@@ -213,6 +226,8 @@ class ActivationCheckpointingConfig(Section):
 
 
 class AioConfig(Section):
+    hints: ClassVar[dict[str, str]] = {"thread_count": "DeepSpeed calls it `aio.intra_op_parallelism` now."}
+
     block_size: Count = 1_048_576
     queue_depth: Count = 8
     intra_op_parallelism: Count = 1

@@ -345,3 +345,19 @@ def test_sections_survive_the_run_folder() -> None:
     again = parse_config(json.loads(json.dumps(once.to_dict())))
     assert again.to_dict() == once.to_dict()
     assert again.digest() == once.digest()
+
+
+def test_hints_for_what_older_files_hold() -> None:
+    assert "`aio.intra_op_parallelism`" in problem(aio={"thread_count": 1})
+    assert "apex" in problem(fp16={"opt_level": "O2"})
+    for name in ("Adam", "adam", "adamw"):
+        found = problem(optimizer__type=name)
+        assert f'`optimizer.type` must be "AdamW", but is "{name}" instead' in found
+    assert "ApexFusedAdam" in problem(optimizer__type="Lamb")
+
+
+def test_what_is_switched_off_is_to_be_left_out() -> None:
+    for key, value in (("amp", {"enabled": False}), ("fp32_allreduce", False), ("sparse_gradients", False)):
+        assert problem(**{key: value}).endswith("is not available here. Leave it out.")
+    assert "communication_data_type" in problem(fp32_allreduce=True)
+    assert 'False is "none" there.' in problem(zero_optimization__cpu_offload=False)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.config import RunConfig, check_d2v, parse_config
+from d2v_fast.cli import read_config, read_options
+from d2v_fast.config import RunConfig, check_d2v, load_config, parse_config
 from d2v_fast.data2vec import build_model
 from d2v_fast.engine import PlainEngine, _parameter_groups, check_engine_available, compute_dtype, make_engine
 from d2v_fast.shards import full_shape, gather_whole
 from d2v_fast.world import RunError, World
-from tests.runs import TINY, in_processes
+from tests.runs import TINY, TINY_SPEECH, in_processes, tiny_file
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
@@ -340,3 +341,18 @@ def test_deepspeed_engine(stage: int, accumulation: int, bf16: bool, tmp_path: P
     for name, p in plain.model.named_parameters():
         torch.testing.assert_close(p.detach(), torch.tensor(first["values"][name]), rtol=1e-5, atol=1e-6)
     assert first["norm"] == pytest.approx(plain.grad_norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("text", "expected"), [(None, False), ("true", True)])
+def test_a_run_from_before_decay_1d_keeps_its_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, expected: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = load_config(tiny_file(tmp_path, TINY_SPEECH)).to_dict()
+    assert content["d2v"].pop("decay_1d") is True
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(content))
+    changes = [] if text is None else ["--set", f"d2v.decay_1d={text}"]
+    config = read_config(read_options(["--run", "old", "--resume", *changes]), 1)
+    assert config.d2v.decay_1d is expected
