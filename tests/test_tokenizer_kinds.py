@@ -372,6 +372,26 @@ def test_added_tokens_that_cannot_be_numbered_so_are_refused(
         load_tokenizer(write(tmp_path, tokenizer={**content, "added_tokens": [*content["added_tokens"], entry]}))
 
 
+def test_contradicting_normalization_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = json.loads((word_pieces(tmp_path) / "tokenizer.json").read_text())
+    for lower, strips, said, is_told in (
+        (True, None, {"do_lower_case": False}, True),
+        (True, None, {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}, False),
+        (True, None, {"strip_accents": True}, False),
+        (False, None, {"do_lower_case": False, "strip_accents": True}, True),
+    ):
+        caplog.clear()
+        normalizer = {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": strips,
+            "lowercase": lower,
+        }
+        load_tokenizer(write(tmp_path, tokenizer={**content, "normalizer": normalizer}, tokenizer_config=said))
+        assert ("tokenizer_config.json says" in caplog.text) == is_told, (lower, strips, said)
+
+
 @pytest.mark.parametrize(("kind", "change"), [(word_pieces, {"unk_token": "[?]"}), (unigrams, {"unk_id": None})])
 def test_a_text_that_cannot_be_encoded_is_named(
     kind: Callable[[Path], Path], change: dict[str, Any], tmp_path: Path

@@ -70,6 +70,7 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
             # what has nothing added stays as it is, and so does its digest
             if len(added) > len(there):
                 content["added_tokens"] = added
+            _warn_of_contradictions(path, content.get("normalizer"), settings.raw)
         elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
             content = _from_vocab_and_merges(path, settings)
         else:
@@ -350,6 +351,29 @@ def _with_added(
             text = "'%s' names the token '%s', which the tokenizer does not have: it is not looked for in text"
             _log.warning(text, printable(str(folder)), printable(token))
     return sorted(found.values(), key=lambda entry: int(entry["id"]))
+
+
+def _warn_of_contradictions(folder: Path, normalizer: Any, raw: Mapping[str, Any]) -> None:
+    """Log where tokenizer_config.json asks for another normalization than BERT's in tokenizer.json, which is used."""
+    if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
+        return
+    lower = normalizer.get("lowercase")
+    strips = normalizer.get("strip_accents")
+    does = {
+        "do_lower_case": lower,
+        "strip_accents": lower if strips is None else strips,
+        "tokenize_chinese_chars": normalizer.get("handle_chinese_chars"),
+    }
+    for key, value in does.items():
+        if isinstance(raw.get(key), bool) and raw[key] != value:
+            _log.warning(
+                "'%s': tokenizer_config.json says %s %s, but tokenizer.json normalizes as with %s. tokenizer.json is "
+                "used, where Transformers may use the other: let it read and save the folder if you want that",
+                printable(str(folder)),
+                key,
+                raw[key],
+                value,
+            )
 
 
 def _vocabulary(model: Any) -> Mapping[str, int]:
