@@ -151,6 +151,14 @@ def test_damaged_parquet(tmp_path: Path, damage: Callable[[bytes], bytes], reaso
         texts(tmp_path, strict=True)
 
 
+def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: .*text.* exists 2 times"):
+        list(TextFiles(config(tmp_path)).pieces())
+
+
 def test_parquet_of_other_columns(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"body": ["a", None, "c"], "number": [1, 2, 3], "lists": [["a"], ["b"], []]})

@@ -349,8 +349,8 @@ class TextFiles:
                         yield None
                     done = number / max(1, table.metadata.num_rows)
                     self.num_read = before + int(done * _size(path))
-        except (OSError, ValueError) as error:
-            # Arrow's own errors are ValueErrors, and so is ours
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            # Arrow's own errors are of these, such as KeyErrors for two columns of one name; ours is a ValueError
             self.bad.add(path if number == 0 else f"{path}, after row {number}", _reason(error))
 
     def _values(self, column: Any) -> list[Any]:
