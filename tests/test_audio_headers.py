@@ -171,6 +171,13 @@ def test_ogg_streams_one_after_the_other_are_refused(tmp_path: Path, subtype: st
         read(tmp_path, one + other)
 
 
+def test_cut_nist_is_refused(tmp_path: Path) -> None:
+    content = encoded(format="NIST", subtype="PCM_16")
+    assert len(read(tmp_path, content)) == LENGTH
+    with pytest.raises(UnreadableAudio, match=r"cut: 28,976 of 48,000 bytes"):
+        read(tmp_path, content[:30_000])
+
+
 @needs_mp3
 @pytest.mark.parametrize("rate", [8000, RATE, 44_100])
 def test_mp3_in_wav(tmp_path: Path, rate: int) -> None:

@@ -6,7 +6,9 @@ of the file is sound. A file that has clearly less than its header says was cut,
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -202,7 +204,14 @@ def _ogg(handle: int, size: int) -> Pieces:
     return None
 
 
-def _as_it_is(handle: int, size: int) -> Pieces:
+def _nist(handle: int, size: int) -> Pieces:
+    header = os.pread(handle, 1024, 0)
+    names = (b"sample_count", b"channel_count", b"sample_n_bytes")
+    found = [re.search(rb"\n%s -i (\d{1,12})\s" % name, header) for name in names]
+    # of compressed samples, the bytes are fewer
+    if b"embedded" not in header:
+        length = math.prod(int(match[1]) if match else 0 for match in found)
+        _refuse_cut(length, size - len(header))
     return None
 
 
@@ -214,7 +223,7 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], Callable[[int, int], Pieces]], ...]
     (lambda head: head == b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0", _w64),
     (lambda head: head[:4] == b"fLaC", _flac),
     (lambda head: head[:4] == b"OggS", _ogg),
-    (lambda head: head[:7] == b"NIST_1A", _as_it_is),
+    (lambda head: head[:7] == b"NIST_1A", _nist),
 )
 
 
