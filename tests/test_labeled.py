@@ -199,3 +199,9 @@ def test_memory_is_bounded() -> None:
         assert kept._num_held <= 21
     lowest = {label: sorted((i * 7919) % 1000 for i in range(n, 1000, 2))[:5] for n, label in enumerate("ab")}
     assert [(i * 7919) % 1000 for i in kept.samples()] == [*lowest["a"], *lowest["b"]]
+
+
+def test_a_single_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one text", "label": "a"}\n' * 4)
+    with pytest.raises(DataError, match=r"rows\.jsonl' has 1 class: a \(4\)"):
+        texts_of(tmp_path / "rows.jsonl")

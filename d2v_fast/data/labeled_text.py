@@ -46,7 +46,7 @@ def labeled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2v
     try:
         files = _LabeledFiles(settings, probe.label_field)
         refuse_parts(files.root, files.folders(), key)
-        chosen, num_found, notes = choose(files.labeled(), probe.max_samples, "texts", key, files.root, source)
+        chosen, num_found, notes = choose(files.labeled(), probe.max_samples, "texts", key, str(probe.path), source)
     except DataError as error:
         raise DataError(_with_keys(str(error), key)) from None
     bad = files.bad
