@@ -82,6 +82,7 @@ PACKAGES = (
     Package("matplotlib", "curves and pictures", TRAIN, False, "import matplotlib.figure"),
     Package("tensorboard", "TensorBoard's events", TRAIN, False, "import torch.utils.tensorboard"),
     Package("rich", "the progress bar", TRAIN, False, "import rich.progress"),
+    Package("onnxscript", "export to ONNX", "pip install 'd2v_fast[onnx]'"),
     Package("transformers", "using what is exported", "pip install 'd2v_fast[hf]'"),
 )
 # compiled against one version of torch: here by chance, used by nobody here, and able to break those who look for them

@@ -190,15 +190,14 @@ def export_run(
     config = read_run_config(run_folder)
     if tokenizer is not None and (form != "transformers" or not isinstance(config, TextConfig)):
         raise OptionError("`--tokenizer` is for text runs, and for Transformers: nothing else holds one.")
-    if form == "fairseq":
-        if isinstance(config, VisionConfig):
-            raise OptionError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
-        if weights == "teacher":
-            raise OptionError("`--weights` is for Transformers: a file for fairseq holds both, the teacher as `_ema`.")
-    if form == "beit" and weights == "teacher":
-        raise OptionError("`--weights` is for Transformers: a file of the vision code holds both, as `model_ema`, too.")
-    if form == "beit" and not isinstance(config, VisionConfig):
-        raise OptionError(f"`--format` must be transformers for {config.modality}, but is {form} instead.")
+    own = "beit" if isinstance(config, VisionConfig) else "fairseq"
+    if form not in ("transformers", own, "onnx"):
+        raise OptionError(f"`--format` must be transformers, {own} or onnx for {config.modality}, but is {form}.")
+    if form == own and weights == "teacher":
+        name = "model_ema" if form == "beit" else "_ema"
+        raise OptionError(
+            f"`--weights` is for the other formats: a file for {form} holds both, the teacher as `{name}`."
+        )
     folder, step = choose_checkpoint(run_folder, step)
     # a name of its own, so that it does not take the place of the student that the run left there
     name = "export" if weights == "student" else f"export-{weights}"

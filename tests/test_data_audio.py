@@ -317,7 +317,7 @@ def test_all_are_too_short(folder: Path) -> None:
         make_dataset(folder, min_seconds=3, max_seconds=4)
     dataset = make_dataset(folder, min_seconds=2.85, max_seconds=4)
     assert len(dataset) == 1
-    assert dataset.listing.left_out == (LeftOut(19, "recordings shorter than `d2v.data.min_seconds` (2.85 s)"),)
+    assert dataset.listing.left_out == (LeftOut(19, "recording", "shorter than `d2v.data.min_seconds` (2.85 s)"),)
 
 
 @pytest.mark.parametrize("name", ["soundfile", "soxr"])

@@ -52,7 +52,7 @@ def make_hostile(folder: Path, elsewhere: Path) -> dict[str, str]:
         "page.jpg": (b"<!DOCTYPE html><html></html>", "not a JPEG, PNG, WebP, TIFF, BMP or GIF image"),
         "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a JPEG, PNG, WebP, TIFF, BMP or GIF image"),
         "scans.jpg": (repeated_scans(MAX_SCANS + 1), f"more than {MAX_SCANS} scans"),
-        "red \x1b[31m\n.jpg": (b"", "not a JPEG, PNG, WebP, TIFF, BMP or GIF image"),
+        "red \x1b[31m\n.jpg": (b"", "an empty file"),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)
@@ -93,8 +93,9 @@ def test_each_is_named_and_replaced(tree: Path, tmp_path: Path) -> None:
     left_out, *small, unreadable = dataset.listing.left_out
     assert unreadable.count + sum(entry.count for entry in small) <= len(reasons)
     assert left_out.count == 1
-    assert left_out.what == "links to folders outside (`d2v.data.follow_outside` follows them): linked.jpg"
-    assert unreadable.what.startswith("images, unreadable, which are replaced by others; such as ")
+    assert left_out.why == "to a folder outside (`d2v.data.follow_outside` would follow it): linked.jpg"
+    assert unreadable.what == "image"
+    assert unreadable.why.startswith("unreadable, such as ")
     start = time.perf_counter()
     pixels, bad = dataset.augmented(np.arange(len(dataset)), 0, 0)
     # neither the pipe, nor the endless file, nor the many scans were waited for
@@ -146,7 +147,7 @@ def test_only_links_to_elsewhere(tree: Path, tmp_path: Path) -> None:
         make_dataset(folder)
     (folder / "a.jpg").unlink()
     (folder / "all").symlink_to(tree)
-    with pytest.raises(DataError, match="left out: 1 links to folders outside"):
+    with pytest.raises(DataError, match="left out: 1 link to a folder outside"):
         make_dataset(folder)
     assert len(make_dataset(folder, follow_outside=True)) == 12
 

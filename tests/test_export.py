@@ -197,7 +197,9 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     assert "must be the folder of a run, but holds no config.json" in complaint(tmp_path)
     write_run(tmp_path / "r", CONFIG, 2)
-    assert "`--format` must be transformers for vision" in complaint(tmp_path / "r", "--format", "fairseq")
+    assert "`--format` must be transformers, beit or onnx for vision, but is fairseq" in complaint(
+        tmp_path / "r", "--format", "fairseq"
+    )
     write_run(tmp_path / "s", make_config(), 1)
     assert "holds both" in complaint(tmp_path / "s", "--format", "fairseq", "--weights", "teacher")
     assert "`--step` must be of a checkpoint in" in complaint(tmp_path / "r", "--step", 3)

@@ -67,8 +67,8 @@ def test_files_of_a_folder_are_counted_by_ending(tmp_path: Path) -> None:
     assert lines[0] == "3 recordings in 3 files (2 .wav, 1 .flac)"
     assert "left out: 4 files (2 .m4a, 1 .aac, 1 .wma): not read, convert them" in lines[1] + lines[2]
     assert "left out: 1 file (1 .tar.gz): not read, unpack them" in lines
-    assert "left out: 2 hidden files and folders (their names begin with a dot): .clips, .hidden.wav" in lines
-    assert "left out: 1 links to folders outside (`d2v.data.follow_outside` follows them): out" in lines
+    assert "left out: 2 hidden paths (the name begins with a dot): .clips, .hidden.wav" in lines
+    assert "left out: 1 link to a folder outside (`d2v.data.follow_outside` would follow it): out" in lines
     assert lines[-1] == "not data: 3 other files (1 without ending, 1 .jpg, 1 .txt)"
 
 
@@ -117,7 +117,7 @@ def test_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "scandir", refuse)
     _, listing = find_files(str(tmp_path), None, AUDIO_KINDS)
-    assert describe_listing(listing, "x")[1] == "left out: 1 folders that cannot be listed: b (Permission denied)"
+    assert describe_listing(listing, "x")[1] == "left out: 1 folder that cannot be listed: b (Permission denied)"
 
 
 def speech_file(tmp_path: Path) -> Path:
@@ -174,7 +174,7 @@ def test_tokenize_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["tokenize", str(file)]) == 0
     assert said().startswith("data: text in 1 file (1 .txt)\n  left out: 2 files (1 .csv, 1 .pdf): not read")
     assert main(["check", str(file)]) == 0
-    assert "left out: 1 documents shorter than `d2v.data.min_tokens` (4)" in said()
+    assert "left out: 1 document shorter than `d2v.data.min_tokens` (4)" in said()
     source, to = str(tmp_path / "text"), str(tmp_path / "new")
     assert main(["tokenize", "--train", source, "--vocab-size", "300", "--to", to]) == 0
     assert said().startswith("data: text in 1 file (1 .txt)\n  left out: 2 files (1 .csv, 1 .pdf): not read")
@@ -239,12 +239,13 @@ def test_small_and_unreadable_images_are_counted(tmp_path: Path, monkeypatch: py
     data = VisionDataConfig(kind="images", path=str(tmp_path), min_image_side=32)
     small, unreadable = ImagesDataset(data, model).listing.left_out
     assert small.count == 3
-    assert small.what.startswith("images, smaller than `d2v.data.min_image_side` (32), which are replaced by others; ")
-    assert small.what.endswith("such as 00.png")
+    assert small.what == unreadable.what == "image"
+    by_another = "training replaces it by another"
+    assert small.why == f"smaller than `d2v.data.min_image_side` (32), such as 00.png; {by_another}"
     assert unreadable.count == 1
-    assert unreadable.what == "images, unreadable, which are replaced by others; such as 99.png"
+    assert unreadable.why == f"unreadable, such as 99.png; {by_another}"
     # of many, a spread of them
     monkeypatch.setattr(images, "NUM_HEADERS", 5)
     small, unreadable = ImagesDataset(data, model).listing.left_out
     assert (small.count, unreadable.count) == (1, 1)
-    assert small.what.startswith("images of 5 whose headers were read, smaller than")
+    assert small.why.startswith("smaller than `d2v.data.min_image_side` (32) (of 5 whose headers were read), such as")

@@ -63,7 +63,7 @@ def test_listing_names_what_is_read_and_what_is_not(tmp_path: Path) -> None:
         TextFiles(config(tmp_path / "list.json"))
     (tmp_path / "only").mkdir()
     (tmp_path / "info.json").rename(tmp_path / "only" / "info.json")
-    with pytest.raises(DataError, match=r"1 \.json files without JSON lines that have the field 'text' .*info\.json"):
+    with pytest.raises(DataError, match=r"1 \.json file without JSON lines that have the field 'text' .*info\.json"):
         TextFiles(config(tmp_path / "only"))
 
 

@@ -51,7 +51,7 @@ KINDS = FileKinds(
         **dict.fromkeys(
             (".m4a", ".m4b", ".m4r", ".mka", ".mpc", ".ra", ".rm", ".shn", ".spx", ".tta", ".voc"), _CONVERT
         ),
-        **dict.fromkeys((".weba", ".wma", ".wv", ".pcm", ".raw"), _CONVERT),
+        **dict.fromkeys((".weba", ".wma", ".wv", ".pcm", ".raw", ".gsm"), _CONVERT),
         **dict.fromkeys((".arrow", ".parquet", ".tfrecord"), _EXTRACT),
     },
 )
@@ -133,10 +133,10 @@ class AudioDataset:
         kept = np.flatnonzero(counts >= fewest)
         num_short = len(paths) - len(self.listing.bad_files) - len(kept)
         if fewest > model.receptive_field:
-            short = f"recordings shorter than `d2v.data.min_seconds` ({data.min_seconds:g} s)"
+            short = f"shorter than `d2v.data.min_seconds` ({data.min_seconds:g} s)"
         else:
-            short = f"recordings shorter than one frame of the model ({fewest / model.sample_rate:g} s)"
-        self.listing = self.listing.without(num_short, short)
+            short = f"shorter than one frame of the model ({fewest / model.sample_rate:g} s)"
+        self.listing = self.listing.without(num_short, "recording", short)
         if len(kept) == 0:
             raise DataError(
                 f"`d2v.data.min_seconds` must leave some recordings, but all {num_short} in '{printable(root)}' are "

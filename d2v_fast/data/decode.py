@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
@@ -108,10 +109,18 @@ def read_square(
 
 def check_header(path: str, limits: Limits) -> None:
     """Raise UnreadableImage where the header of a file is that of no image, or of one beyond the limits."""
-    with _reasons(path, limits):
-        handle, _ = open_regular(path, limits.root, limits.max_bytes)
-        with open(handle, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            _check_size(image, limits)
+    with _reasons(path, limits), _open(path, limits) as file, Image.open(file, formats=FORMATS) as image:
+        _check_size(image, limits)
+
+
+def _open(path: str, limits: Limits) -> BinaryIO:
+    """Open an image file for reading."""
+    handle, num_bytes = open_regular(path, limits.root, limits.max_bytes)
+    file = open(handle, "rb")  # noqa: SIM115
+    if num_bytes == 0:
+        file.close()
+        raise UnreadableImage("an empty file")
+    return file
 
 
 @contextmanager
@@ -151,9 +160,8 @@ def _read_square(
     bit_depth: int | None,
     note: Callable[[Dim], None] | None,
 ) -> Image.Image:
-    handle, size_in_bytes = open_regular(path, limits.root, limits.max_bytes)
-    with open(handle, "rb") as file:
-        content = file.read(size_in_bytes)
+    with _open(path, limits) as file:
+        content = file.read(os.fstat(file.fileno()).st_size)
     if content.startswith(_TIFF_STARTS):
         _check_directory(content)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:

@@ -81,12 +81,12 @@ def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[st
     listing = Listing(count_endings(found), unread, advice, others)
     known = (os.sep, *kinds.read, *kinds.unread)
     hidden = [path for path in skipped.hidden if path.lower().endswith(known)]
-    for names, what in (
-        (hidden, "hidden files and folders (their names begin with a dot): {}"),
-        (skipped.outside, "links to folders outside (`d2v.data.follow_outside` follows them): {}"),
-        (skipped.unlisted, "folders that cannot be listed: {}"),
+    for names, what, why in (
+        (hidden, "hidden path", "(the name begins with a dot)"),
+        (skipped.outside, "link", "to a folder outside (`d2v.data.follow_outside` would follow it)"),
+        (skipped.unlisted, "folder", "that cannot be listed"),
     ):
-        listing = listing.without(len(names), what.format(_examples(names, root)))
+        listing = listing.without(len(names), what, f"{why}: {_examples(names, root)}")
     if not found:
         raise DataError(
             f"`d2v.data.path` must hold {kinds.what} ({', '.join(kinds.read)}), but '{printable(root)}' has none"
@@ -112,12 +112,15 @@ def open_regular(path: str, inside: str | None, max_bytes: int) -> tuple[int, in
     Args:
         inside: absolute folder without links in it, which the file may not lie outside of; None for any place.
     Raises:
-        UnreadableFile: if it lies outside, is no regular file, is larger than `max_bytes`, or a git-lfs pointer.
+        UnreadableFile: if it lies outside, is a link to nothing, is no regular file, is larger than `max_bytes`, or
+            is a git-lfs pointer.
         OSError: if it cannot be opened.
     """
     real = os.path.realpath(path)
     if inside is not None and not real.startswith(os.path.join(inside, "")):
         raise UnreadableFile(f"a link out of the folder, to {real} (`d2v.data.follow_outside` would allow it)")
+    if not os.path.exists(real) and os.path.islink(path):
+        raise UnreadableFile(f"a link to a file that does not exist, {real}")
     # looked at before it is opened: that alone may do something to a device
     status = os.stat(real)
     if not stat.S_ISREG(status.st_mode):

@@ -229,12 +229,12 @@ class ImagesDataset:
             except UnreadableImage as error:
                 kind = small if isinstance(error, SmallImage) else unreadable
                 kind.append(printable(self._paths[sample_id]))
-        of_all = "" if len(ids) == len(self) else f" of {len(ids):,} whose headers were read"
+        of_all = "" if len(ids) == len(self) else f" (of {len(ids):,} whose headers were read)"
         limit = f"`d2v.data.min_image_side` ({self._limits.min_side})"
         for found, why in ((small, f"smaller than {limit}"), (unreadable, "unreadable")):
             if found:
-                what = f"images{of_all}, {why}, which are replaced by others; such as {found[0]}"
-                self.listing = self.listing.without(len(found), what)
+                reason = f"{why}{of_all}, such as {found[0]}; training replaces it by another"
+                self.listing = self.listing.without(len(found), "image", reason)
 
     def _spread(self, count: int = NUM_CHECKED) -> list[int]:
         """A few samples, from the first to the last."""

@@ -54,10 +54,17 @@ class FileKinds:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """So many files or samples that are left out, and why, such as `12` and `recordings shorter than ...`."""
+    """So many files or samples that are left out, and why.
+
+    Attributes:
+        count: how many.
+        what: one of them, such as `recording`.
+        why: the rest of the sentence, such as `shorter than 1 s`.
+    """
 
     count: int
     what: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,9 @@ class Listing:
     left_out: tuple[LeftOut, ...] = ()
     bad_files: tuple[str, ...] = ()
 
-    def without(self, count: int, what: str) -> Listing:
-        """The listing with one more reason why something is left out, if there is any of it."""
-        return replace(self, left_out=(*self.left_out, LeftOut(count, what))) if count else self
+    def without(self, count: int, what: str, why: str) -> Listing:
+        """Return the listing with one more reason why something is left out, if `count` is not 0."""
+        return replace(self, left_out=(*self.left_out, LeftOut(count, what, why))) if count else self
 
 
 def ending_of(path: str) -> str:
@@ -119,7 +126,7 @@ def describe_listing(listing: Listing, samples: str) -> list[str]:
         named = _endings(endings, limit=len(endings))
         why = f"not read, {advice}" if advice else "not read"
         lines.append(f"left out: {counted(sum(endings.values()), 'file')} ({named}): {why}")
-    lines += [f"left out: {entry.count:,} {entry.what}" for entry in listing.left_out]
+    lines += [f"left out: {counted(entry.count, entry.what)} {entry.why}" for entry in listing.left_out]
     if listing.bad_files:
         count, total = len(listing.bad_files), sum(listing.used.values())
         share = f" of {total:,} ({100 * count / total:.2g} %)" if total else ""

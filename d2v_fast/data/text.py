@@ -132,10 +132,10 @@ class TextDataset:
 
 def _listing(files: Listing, manifest: Mapping[str, Any], min_tokens: int) -> Listing:
     """The files with what the manifest of their tokens says was left out of them."""
-    unreadable = "".join(f"; {text}" for text in manifest["unreadable"][:1])
-    listing = files.without(manifest["num_empty"], "documents without text")
-    listing = listing.without(manifest["num_short"], f"documents shorter than `d2v.data.min_tokens` ({min_tokens})")
-    return listing.without(manifest["num_unreadable"], f"unreadable files, lines or rows{unreadable}")
+    example = "".join(f", such as {text}" for text in manifest["unreadable"][:1])
+    listing = files.without(manifest["num_empty"], "document", "without text")
+    listing = listing.without(manifest["num_short"], "document", f"shorter than `d2v.data.min_tokens` ({min_tokens})")
+    return listing.without(manifest["num_unreadable"], "unreadable text", f"(files, lines or rows){example}")
 
 
 def tokenizer_of(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:

@@ -165,8 +165,9 @@ class TextFiles:
             return
         self._names = [name for name in self._names if name not in others]
         first = printable(min(others))
-        what = f".json files without JSON lines that have the field '{self._data.field}' (`d2v.data.field`): {first}"
-        self.listing = replace(self.listing, used=count_endings(self._names)).without(len(others), what)
+        why = f"without JSON lines that have the field '{self._data.field}' (`d2v.data.field`): {first}"
+        listing = replace(self.listing, used=count_endings(self._names))
+        self.listing = listing.without(len(others), ".json file", why)
         if not self._names:
             raise DataError(
                 f"`d2v.data.path` must hold text, but '{printable(self.root)}' has none. A .json file is read if every "
