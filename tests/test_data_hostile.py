@@ -70,7 +70,7 @@ def make_hostile(folder: Path, elsewhere: Path) -> dict[str, str]:
         "large.jpg": "256,000,001 bytes are more than 256,000,000",
         "pipe.jpg": "not a regular file",
         "zero.jpg": "a link out of the folder, to /dev/zero",
-        "dead.jpg": "FileNotFoundError",
+        "dead.jpg": "a link to a file that does not exist",
         "link.jpg": "a link out of the folder, to .*private.jpg .`d2v.data.follow_outside` would allow it",
     }
 
