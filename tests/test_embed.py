@@ -108,7 +108,7 @@ def test_unreadable_files_are_left_out_and_named(
         path.write_bytes(b"")
     said_then = complaint(capsys, "embed", tmp_path / "r", photographs, "--to", tmp_path / "none.npy")
     assert "none of the images in" in said_then
-    assert "b/1.png: not a JPEG" in said_then
+    assert "b/1.png: an empty file" in said_then
     assert not list(tmp_path.glob("none*"))
 
 
