@@ -120,8 +120,13 @@ def _tool() -> list[str]:
 
 def _short(path: Path) -> str:
     """The name alone where the search path leads to the same file, else a path that is relative below this folder."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        # the working directory has been deleted
+        return str(path)
     path = Path(os.path.abspath(path))
     found = shutil.which(path.name)
     if found is not None and os.path.abspath(found) == str(path):
         return path.name
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

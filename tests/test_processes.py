@@ -164,7 +164,8 @@ def test_neither_compiler_nor_stale_locks_matter(tmp_path: Path) -> None:
 
 def test_shared_memory_too_small_is_said_at_once(tmp_path: Path, monkeypatch, capsys) -> None:
     full = os.statvfs_result((4096, 4096, 100, 0, 0, 0, 0, 0, 0, 255))
-    monkeypatch.setattr(loader_module.os, "statvfs", lambda path: full)
+    statvfs = os.statvfs
+    monkeypatch.setattr(loader_module.os, "statvfs", lambda path: full if path == "/dev/shm" else statvfs(path))
     started = time.monotonic()
     assert run_here("--ds_config", tiny_file(tmp_path, d2v__data__num_workers=1), "--run", "r") == 1
     assert time.monotonic() - started < 10
