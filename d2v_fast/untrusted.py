@@ -1,10 +1,13 @@
-"""What somebody else wrote: JSON read with limits, text shown without what a terminal or a log would obey."""
+"""Read what somebody else wrote: regular files, JSON with limits, text without what a terminal or a log would obey."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,64 @@ MAX_DIGITS = 18
 MAX_POINTER_BYTES = 1023
 _POINTER = re.compile(rb"version https?://[\w./-]+/spec/[\w.]+\n(?:ext-[^\n]*\n)*oid sha256:[0-9a-f]{64}\nsize \d+\n?")
 POINTER = "a git-lfs pointer in the place of the file: run `git lfs pull` in its repository"
+
+
+_NOT_REGULAR = "not a regular file, but "
+# what lies at a path where a file was expected, by the test that recognizes it
+_KINDS = {
+    "a folder": stat.S_ISDIR,
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+
+
+class NotRegularError(OSError):
+    """There is no regular file at a path, but a folder, a pipe, a socket, a device, or a link that is not followed."""
+
+    def __init__(self, path: str | Path, what: str) -> None:
+        super().__init__(errno.EINVAL, f"{_NOT_REGULAR}{what}", os.fspath(path))
+
+    def __reduce__(self) -> tuple[type[NotRegularError], tuple[str, str]]:
+        return type(self), (self.filename, str(self.strerror).removeprefix(_NOT_REGULAR))
+
+    def __str__(self) -> str:
+        return f"'{printable(self.filename)}' is {self.strerror}"
+
+
+def open_regular(path: str | Path, *, below: str | Path | None = None) -> BufferedReader:
+    """Open a regular file for reading.
+
+    A pipe without a writer would block the process, signals included, and opening a device can have effects of its own:
+    neither is opened. Whatever replaces the file meanwhile is not waited for.
+
+    Args:
+        path: the file. Links are followed unless `below` is given.
+        below: a folder that `path` lies in. The folder itself may be a link, but no part of the path beneath it.
+    Returns:
+        The file, open in binary mode.
+    Raises:
+        NotRegularError: it is no regular file or, with `below`, it is a link or lies in a linked folder.
+        OSError: it cannot be opened.
+        ValueError: it does not lie in `below`.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    if below is not None:
+        flags |= os.O_NOFOLLOW
+        _refuse_links(path, below)
+    _require_regular(os.stat(path), path)
+    handle = os.open(path, flags)
+    try:
+        _require_regular(os.fstat(handle), path)
+        return open(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def require_regular(path: str | Path, *, below: str | Path | None = None) -> None:
+    """Raise what `open_regular` raises, for a library that opens the path itself."""
+    open_regular(path, below=below).close()
 
 
 def printable(text: str) -> str:
@@ -42,22 +103,37 @@ def refuse_pointer(path: str | Path) -> None:
     Raises:
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if is_pointer(file.read(MAX_POINTER_BYTES + 1)):
             raise ValueError(f"`{printable(str(path))}` is {POINTER}.")
 
 
-def read_text(path: str | Path, max_bytes: int) -> str:
-    """The UTF-8 text of a file, of which no more than the limit is read, whatever it is.
+def read_bytes(path: str | Path, max_bytes: int, *, below: str | Path | None = None) -> bytes:
+    """Return the content of a regular file of at most `max_bytes`.
 
+    Args:
+        path, below: as for `open_regular`.
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is longer than `max_bytes`, not UTF-8, or a git-lfs pointer.
+        OSError: as `open_regular`.
+        ValueError: as `open_regular`, or it is longer than `max_bytes`.
     """
-    with open(path, "rb") as file:
+    with open_regular(path, below=below) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"longer than {max_bytes:,} bytes.")
+    return content
+
+
+def read_text(path: str | Path, max_bytes: int, *, below: str | Path | None = None) -> str:
+    """Return the text of a regular UTF-8 file of at most `max_bytes`.
+
+    Args:
+        path, below: as for `open_regular`.
+    Raises:
+        OSError: as `open_regular`.
+        ValueError: as `read_bytes`, or it is not UTF-8, or a git-lfs pointer.
+    """
+    content = read_bytes(path, max_bytes, below=below)
     if is_pointer(content):
         raise ValueError(f"{POINTER}.")
     return content.decode("utf-8")
@@ -85,9 +161,25 @@ def parse_json(text: str, **hooks: Any) -> Any:
     raise ValueError(f"nested too deeply: more than {MAX_DEPTH} levels.")
 
 
-def read_json(path: str | Path, max_bytes: int, **hooks: Any) -> Any:
+def read_json(path: str | Path, max_bytes: int, *, below: str | Path | None = None, **hooks: Any) -> Any:
     """`parse_json` of `read_text`, with the errors of both."""
-    return parse_json(read_text(path, max_bytes), **hooks)
+    return parse_json(read_text(path, max_bytes, below=below), **hooks)
+
+
+def _require_regular(status: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        what = next((kind for kind, holds in _KINDS.items() if holds(status.st_mode)), "a special file")
+        raise NotRegularError(path, what)
+
+
+def _refuse_links(path: str | Path, below: str | Path) -> None:
+    """Raise NotRegularError if a part of `path` beneath the folder `below` is a link."""
+    parts = Path(os.path.abspath(path)).relative_to(os.path.abspath(below)).parts
+    place = Path(below)
+    for number, part in enumerate(parts, 1):
+        place /= part
+        if stat.S_ISLNK(os.lstat(place).st_mode):
+            raise NotRegularError(path, "a link" if number == len(parts) else f"in '{printable(str(place))}', a link")
 
 
 def _integer(digits: str) -> int:

@@ -255,8 +255,8 @@ def test_files_that_vanish_or_turn_into_others(folder: Path, monkeypatch: pytest
     # each, and once more for those that it was tried for
     assert dict(line.split(": ", 1) for line in bad) == {
         f"{folder}/a.wav": "cannot be opened: No such file or directory",
-        f"{folder}/b.wav": "not a regular file",
-        f"{folder}/c.wav": "not a regular file",
+        f"{folder}/b.wav": "not a regular file, but a folder",
+        f"{folder}/c.wav": "not a regular file, but a pipe",
         f"{folder}/d.wav": "shorter than it was said to be: 10,000 samples instead of 24,000",
     }
 

@@ -68,7 +68,7 @@ def make_hostile(folder: Path, elsewhere: Path) -> dict[str, str]:
     reasons = {name: text for name, (_, text) in contents.items()}
     return reasons | {
         "large.jpg": "256,000,001 bytes are more than 256,000,000",
-        "pipe.jpg": "not a regular file",
+        "pipe.jpg": "not a regular file, but a pipe",
         "zero.jpg": "a link out of the folder, to /dev/zero",
         "dead.jpg": "a link to a file that does not exist",
         "link.jpg": "a link out of the folder, to .*private.jpg .`d2v.data.follow_outside` would allow it",
@@ -126,7 +126,7 @@ def test_links_stay_inside(tree: Path, tmp_path: Path) -> None:
     names = {os.path.basename(path) for path in paths(make_dataset(tree, follow_outside=True))}
     assert {"private.jpg", "link.jpg"} <= names
     assert read_square(str(tree / "link.jpg"), 16, 3, centre_box, LIMITS).size == (16, 16)
-    assert reason(tree / "zero.jpg") == "not a regular file"
+    assert reason(tree / "zero.jpg") == "not a regular file, but a device"
 
 
 def paths(dataset: ImagesDataset) -> list[str]:

@@ -263,7 +263,7 @@ def test_links_and_odd_names(tree: Path, tmp_path: Path) -> None:
     _, bad = dataset.augmented(np.arange(len(dataset)), 0, 0)
     assert sorted(os.path.relpath(text, tree) for text in bad) == [
         f"dead.jpg: a link to a file that does not exist, {tree}/nowhere.jpg",
-        "pipe.jpg: not a regular file",
+        "pipe.jpg: not a regular file, but a pipe",
     ]
 
 

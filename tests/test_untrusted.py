@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import pickle
+import socket
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2v_fast.untrusted import MAX_DEPTH, MAX_DIGITS, is_path, parse_json, printable, read_json, read_text
+from d2v_fast.untrusted import (
+    MAX_DEPTH,
+    MAX_DIGITS,
+    NotRegularError,
+    is_path,
+    open_regular,
+    parse_json,
+    printable,
+    read_bytes,
+    read_json,
+    read_text,
+    require_regular,
+)
 
 
 def test_printable() -> None:
@@ -71,9 +84,60 @@ def test_file_size(tmp_path: Path) -> None:
         read_text(path, 7)
 
 
-@pytest.mark.alone
-def test_endless_file_is_not_read_to_its_end() -> None:
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match="longer than 1,000,000 bytes"):
-        read_text("/dev/zero", 1_000_000)
-    assert time.perf_counter() - start < 1
+@pytest.fixture
+def odd(tmp_path: Path) -> dict[str, Path]:
+    """What is no regular file, by what messages call it, each also behind a link."""
+    places = {what: tmp_path / what.replace(" ", "-") for what in ("a pipe", "a folder", "a socket")}
+    os.mkfifo(places["a pipe"])
+    places["a folder"].mkdir()
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.path.relpath(places["a socket"]))
+    return {**places, "a device": Path("/dev/zero")}
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_opened(odd: dict[str, Path], tmp_path: Path) -> None:
+    readers = (open_regular, require_regular, lambda one: read_text(one, 100), lambda one: read_json(one, 100))
+    for what, path in odd.items():
+        link = tmp_path / f"link-to-{path.name}"
+        link.symlink_to(path)
+        for place in (path, link):
+            for read in readers:
+                with pytest.raises(NotRegularError) as caught:
+                    read(place)
+                assert str(caught.value) == f"'{place}' is not a regular file, but {what}"
+                assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "nothing")
+
+
+def test_links_below_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "real" / "sub" / "a").write_bytes(b"content")
+    # the folder itself may be a link
+    (tmp_path / "run").symlink_to("real")
+    (tmp_path / "real" / "linked").symlink_to("sub")
+    (tmp_path / "real" / "b").symlink_to("sub/a")
+    run = tmp_path / "run"
+    assert read_bytes(run / "sub" / "a", 7, below=run) == b"content"
+    assert read_bytes(run / "linked" / "a", 7) == read_bytes(run / "b", 7) == b"content"
+    with pytest.raises(NotRegularError, match=r"'.*run/linked/a' is not a regular file, but in '.*run/linked', a link"):
+        read_bytes(run / "linked" / "a", 7, below=run)
+    with pytest.raises(NotRegularError, match=r"'.*run/b' is not a regular file, but a link"):
+        read_bytes(run / "b", 7, below=run)
+    for outside in (run / ".." / "real" / "sub" / "a", tmp_path / "real" / "sub" / "a"):
+        with pytest.raises(ValueError, match="is not in the subpath"):
+            read_bytes(outside, 7, below=run)
+
+
+@pytest.mark.timeout(20)
+def test_pipe_that_replaces_the_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"content")
+    before = os.stat(path)
+    path.unlink()
+    os.mkfifo(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda *_, **__: before)
+        with pytest.raises(NotRegularError, match="a pipe"):
+            open_regular(path)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from d2v_fast.data.audio_layout import NOT_AUDIO, pieces_of_file
 from d2v_fast.data.audio_view import FileView
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import UnreadableFile, open_regular
+from d2v_fast.data.files import UnreadableFile, open_sample
 
 __all__ = ["AudioHeader", "AudioLimits", "UnreadableAudio", "import_audio", "read_header", "read_part", "read_whole"]
 
@@ -177,8 +177,8 @@ class _Opened:
 def _opened(path: str, limits: AudioLimits) -> Iterator[_Opened]:
     """A file whose header makes sense."""
     soundfile = import_audio("soundfile")
-    handle, size = open_regular(path, limits.root, limits.max_bytes)
-    try:
+    with open_sample(path, limits.root, limits.max_bytes) as opened:
+        handle, size = opened.fileno(), os.fstat(opened.fileno()).st_size
         pieces = pieces_of_file(handle, size)
         source = handle if pieces is None else FileView(handle, pieces)
         with soundfile.SoundFile(source, closefd=False) as file:
@@ -193,8 +193,6 @@ def _opened(path: str, limits: AudioLimits) -> Iterator[_Opened]:
             if file.frames > size * MAX_SAMPLES_PER_BYTE:
                 raise UnreadableAudio(f"its header promises {file.frames:,} samples, and it has {size:,} bytes")
             yield _Opened(file, file.frames)
-    finally:
-        os.close(handle)
 
 
 def _samples(opened: _Opened, place: float, num_samples: int | None, limits: AudioLimits) -> npt.NDArray[np.float32]:

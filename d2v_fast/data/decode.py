@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from d2v_fast.data.bit_depth import Dim, eight_bits
-from d2v_fast.data.files import UnreadableFile, open_regular
+from d2v_fast.data.files import UnreadableFile, open_sample
 
 __all__ = ["Box", "Limits", "SmallImage", "UnreadableImage", "centre_box", "check_header", "read_square"]
 
@@ -115,9 +115,8 @@ def check_header(path: str, limits: Limits) -> None:
 
 def _open(path: str, limits: Limits) -> BinaryIO:
     """Open an image file for reading."""
-    handle, num_bytes = open_regular(path, limits.root, limits.max_bytes)
-    file = open(handle, "rb")  # noqa: SIM115
-    if num_bytes == 0:
+    file = open_sample(path, limits.root, limits.max_bytes)
+    if os.fstat(file.fileno()).st_size == 0:
         file.close()
         raise UnreadableImage("an empty file")
     return file

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 
 import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import FileKinds, Listing, count_endings, describe_listing, ending_of
-from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, is_pointer, printable
+from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, NotRegularError, is_pointer, open_regular, printable
 
-__all__ = ["NUM_CHECKED", "NUM_NAMED", "NUM_NEIGHBOURS", "PathList", "UnreadableFile", "find_files", "open_regular"]
+__all__ = ["NUM_CHECKED", "NUM_NAMED", "NUM_NEIGHBOURS", "PathList", "UnreadableFile", "find_files", "open_sample"]
 
 # files looked at before training starts, and neighbours tried in place of an unreadable file
 NUM_CHECKED = 16
@@ -106,11 +106,15 @@ def tried_in_order(count: int) -> list[int]:
     return [*range(near), *far.tolist()]
 
 
-def open_regular(path: str, inside: str | None, max_bytes: int) -> tuple[int, int]:
-    """An open file descriptor of a regular file, and the file's size in bytes.
+def open_sample(path: str, inside: str | None, max_bytes: int) -> BufferedReader:
+    """Open a file of a data set for reading.
 
     Args:
+        path: the file.
         inside: absolute folder without links in it, which the file may not lie outside of; None for any place.
+        max_bytes: largest size.
+    Returns:
+        The file, open in binary mode.
     Raises:
         UnreadableFile: if it lies outside, is a link to nothing, is no regular file, is larger than `max_bytes`, or
             is a git-lfs pointer.
@@ -121,18 +125,21 @@ def open_regular(path: str, inside: str | None, max_bytes: int) -> tuple[int, in
         raise UnreadableFile(f"a link out of the folder, to {real} (`d2v.data.follow_outside` would allow it)")
     if not os.path.exists(real) and os.path.islink(path):
         raise UnreadableFile(f"a link to a file that does not exist, {real}")
-    # looked at before it is opened: that alone may do something to a device
-    status = os.stat(real)
-    if not stat.S_ISREG(status.st_mode):
-        raise UnreadableFile("not a regular file")
-    if status.st_size > max_bytes:
-        raise UnreadableFile(f"{status.st_size:,} bytes are more than {max_bytes:,}")
-    # whoever puts a link or a pipe in its place meanwhile is neither followed nor waited for
-    handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if status.st_size <= MAX_POINTER_BYTES and is_pointer(os.pread(handle, MAX_POINTER_BYTES + 1, 0)):
-        os.close(handle)
-        raise UnreadableFile(POINTER)
-    return handle, status.st_size
+    try:
+        # whoever puts a link in its place meanwhile is not followed
+        file = open_regular(real, below=os.path.dirname(real))
+    except NotRegularError as error:
+        raise UnreadableFile(str(error.strerror)) from None
+    try:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise UnreadableFile(f"{size:,} bytes are more than {max_bytes:,}")
+        if size <= MAX_POINTER_BYTES and is_pointer(os.pread(file.fileno(), MAX_POINTER_BYTES + 1, 0)):
+            raise UnreadableFile(POINTER)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 @dataclass

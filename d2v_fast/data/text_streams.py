@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import UnreadableFile, open_regular
+from d2v_fast.data.files import UnreadableFile, open_sample
 
 __all__ = ["COMPRESSED", "CHUNK", "MAX_LINE", "TextStream", "check_text", "not_utf8", "open_text", "text_ending"]
 
@@ -60,19 +60,19 @@ def open_text(path: str, inside: str | None, max_bytes: int = MAX_SIZE) -> Itera
     `MAX_RATIO` times the file.
 
     Args:
-        inside, max_bytes: see `open_regular`.
+        inside, max_bytes: see `open_sample`.
     Raises:
-        UnreadableFile: see `open_regular`.
+        UnreadableFile: see `open_sample`.
         OSError: it cannot be opened.
         DataError: a package is missing.
     """
-    handle, size = open_regular(path, inside, max_bytes)
-    with os.fdopen(handle, "rb", buffering=CHUNK) as file:
+    with io.BufferedReader(open_sample(path, inside, max_bytes).detach(), CHUNK) as file:
         ending = os.path.splitext(path)[1].lower()
         if ending not in COMPRESSED:
             yield TextStream(file, file)
             return
-        with io.BufferedReader(_Decompressed(file, ending, max(MIN_LIMIT, MAX_RATIO * size)), CHUNK) as stream:
+        limit = max(MIN_LIMIT, MAX_RATIO * os.fstat(file.fileno()).st_size)
+        with io.BufferedReader(_Decompressed(file, ending, limit), CHUNK) as stream:
             yield TextStream(stream, file)
 
 
