@@ -19,15 +19,17 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from d2v_fast.commands import resume_command
 from d2v_fast.faults import fault_point
+from d2v_fast.io_errors import advice
 from d2v_fast.shard_files import Kept, ShardReader, copy_to_host, write_shards
 from d2v_fast.untrusted import read_json
 from d2v_fast.world import RunError, World
@@ -123,7 +125,7 @@ class Checkpoints:
         self.finish()
         own = [entry for entry in kept if self.world.is_first or not entry.shard.replicated]
         num_bytes = sum(self.world.collect(sum(shard.master.nbytes for _, shard in own)))
-        started = self.world.decide(lambda: self._begin(step, num_bytes))
+        started = self.world.decide(partial(self._begin_or_give_up, step, num_bytes))
         if started is None:
             return
         temporary = self.folder / started
@@ -137,8 +139,7 @@ class Checkpoints:
             tensors = copy_to_host(own, even_if_there=in_background)
         except Exception as error:
             failure = error
-        if self.world.any(failure is not None):
-            self._give_up(step, temporary, failure)
+        self._require_success(step, temporary, failure)
         fault_point("save.copy")
         content = {**state, "step": step, "shapes": shapes}
         self._writing = _Writing(step, temporary, content, f"shard-{self.world.rank:05d}.safetensors", tensors)
@@ -165,15 +166,14 @@ class Checkpoints:
         if writing is None:
             return
         writing.join()
-        if self.world.any(writing.failure is not None):
-            self._give_up(writing.step, writing.folder, writing.failure)
+        self._require_success(writing.step, writing.folder, writing.failure)
         files = {name: print_ for known in self.world.collect(writing.written) for name, print_ in known.items()}
 
         def name() -> None:
             try:
                 self._name(writing, files)
             except Exception as error:
-                self._give_up(writing.step, writing.folder, error)
+                self._give_up(writing.step, writing.folder, self._described(error))
 
         self.world.decide(name)
 
@@ -252,17 +252,37 @@ class Checkpoints:
             fault_point("save.delete")
             shutil.rmtree(doomed)
 
-    def _give_up(self, step: int, temporary: Path, error: Exception | None) -> None:
-        if self.world.is_first:
+    def _begin_or_give_up(self, step: int, num_bytes: int) -> str | None:
+        try:
+            return self._begin(step, num_bytes)
+        except OSError as error:
+            self._give_up(step, None, self._described(error))
+
+    def _require_success(self, step: int, temporary: Path, failure: Exception | None) -> None:
+        """RunError in every process if one of them failed, with the reason of the first that did."""
+        found = [told for told in self.world.collect(failure and self._described(failure)) if told is not None]
+        if found:
+            self._give_up(step, temporary, found[0])
+
+    def _described(self, error: Exception) -> tuple[str, str]:
+        """What went wrong, and what to do about it."""
+        return f"{type(error).__name__}: {error}", advice(error, self.folder)
+
+    def _give_up(self, step: int, temporary: Path | None, described: Sequence[str]) -> NoReturn:
+        if self.world.is_first and temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        steps = self.steps()
+        reason, remedy = described
+        steps, free = [], "free space unknown"
+        with suppress(OSError):
+            # the folder itself may be what cannot be read
+            steps = self.steps()
+            free = f"{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"
         intact = f"step-{steps[0]} before it is intact" if steps else "there is none before it"
-        reason = "another process failed" if error is None else f"{type(error).__name__}: {error}"
-        free = shutil.disk_usage(self.folder).free
+        then = f"{remedy}, then" if remedy else "To continue"
         raise RunError(
-            f"the checkpoint step-{step} could not be written to {self.folder} ({free / 1e6:.0f} MB free): {reason}. "
-            f"{intact.capitalize()}. Make room, then: {resume_command(self.folder.parent)}"
-        ) from error
+            f"the checkpoint step-{step} could not be written to {self.folder} ({free}): {reason}. "
+            f"{intact.capitalize()}. {then}: {resume_command(self.folder.parent)}"
+        )
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:

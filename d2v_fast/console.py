@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from d2v_fast.io_errors import error_text
 from d2v_fast.paths import path_argument
 
 _TRAIN = "pip install 'd2v_fast[train]'"
@@ -35,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        told = in_words(error)
-        if told is None:
+        words = in_words(error)
+        if words is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {words}", file=sys.stderr)
         kind = type(error).__name__
         return 2 if kind == "OptionError" or (kind == "ConfigError" and options.command in _TAKE_CONFIG) else 1
 
@@ -55,7 +56,9 @@ def in_words(error: Exception) -> str | None:
             else f" `{_TRAIN}` installs what is needed, and `{tool_command('doctor')}` looks at it."
         )
         return f"{name} cannot be imported: {error}.{advice}"
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, OSError):
+        return error_text(error)
+    if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, RuntimeError):
         import torch

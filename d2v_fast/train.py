@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 from d2v_fast.cli import config_stem, is_first_process, read_config, read_options
 from d2v_fast.config import BatchSplit, ConfigError, RunConfig
+from d2v_fast.io_errors import error_text
 from d2v_fast.stop_request import StopRequest
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (DataError, RunError, OSError) as error:
             # a RunError is raised by all processes alike
             if is_first_process() or not isinstance(error, RunError):
-                print(f"error: {error}", file=sys.stderr)
+                words = error_text(error) if isinstance(error, OSError) else error
+                print(f"error: {words}", file=sys.stderr)
             return 1
         except torch.OutOfMemoryError as error:
             advice = "lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set "

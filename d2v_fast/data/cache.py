@@ -16,6 +16,7 @@ from pathlib import Path
 from d2v_fast.atomic import make_beside
 from d2v_fast.data.batch import DataError
 from d2v_fast.faults import fault_point
+from d2v_fast.io_errors import advice
 from d2v_fast.untrusted import printable
 
 __all__ = ["made_once"]
@@ -55,9 +56,11 @@ def made_once(root: str | None, name: str, make: Callable[[Path], None], key: st
             with _locked(place / f".{name}.lock") as is_locked:
                 _make(place, name, make, is_locked)
         except OSError as error:
+            folder = printable(str(place))
+            remedy = advice(error, folder)
             raise DataError(
-                f"{key} must leave room to write, but '{printable(str(place))}' does not: "
-                f"{printable(str(error))}. Set it to another folder, or make room."
+                f"{key} must be a folder that can be written, but '{folder}' is not: {printable(str(error))}. "
+                + (f"{remedy}, or set it to another folder." if remedy else "Set it to another folder.")
             ) from error
         return place / name
     raise DataError(

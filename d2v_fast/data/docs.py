@@ -26,6 +26,7 @@ from d2v_fast.data.cache import made_once
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.text_files import BadText, Piece, pieces_of
 from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, missing_tokens, train_tokenizer
+from d2v_fast.io_errors import error_text
 from d2v_fast.streams import SPLIT, permutation
 from d2v_fast.text_config import TextDataConfig, TextModelConfig
 
@@ -129,7 +130,10 @@ def docs_tokenizer(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
     try:
         written = (folder / "digest").read_text().strip()
         tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        # the tokenizer itself may be as it was
+        raise DataError(f"the tokenizer in '{folder}' cannot be read: {error_text(error)}") from None
+    except ValueError as error:
         raise DataError(f"{error} Remove the folder '{folder}'; it will be made again.") from None
     if tokenizer.digest != written:
         raise DataError(

@@ -29,6 +29,7 @@ from d2v_fast.data.round_trip import RoundTrip
 from d2v_fast.data.text_files import PIECE, BadText, Piece
 from d2v_fast.data.tokenizer import Tokenizer
 from d2v_fast.faults import fault_point
+from d2v_fast.io_errors import error_text
 from d2v_fast.untrusted import printable, read_json
 
 __all__ = ["TextSource", "Tokens", "tokenised"]
@@ -164,14 +165,19 @@ class Tokens:
             if self.manifest.pop("sha256") != _digest(self.manifest):
                 raise ValueError("its SHA-256 is another one")
             wrong = settings is not None and {key: self.manifest.get(key) for key in settings} != settings
-        except OSError as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise self._damaged(MANIFEST, error.strerror or str(error)) from None
+        except OSError as error:
+            raise self._unreadable(error) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(MANIFEST, str(error)) from None
         if wrong:
             raise self._damaged(MANIFEST, "it is of other inputs")
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            problems = list(pool.map(_Entry.full_problem if verify else _Entry.problem, entries))
+            try:
+                problems = list(pool.map(_Entry.full_problem if verify else _Entry.problem, entries))
+            except OSError as error:
+                raise self._unreadable(error) from None
         for entry, problem in zip(entries, problems, strict=True):
             if problem:
                 raise self._damaged(entry.name, problem)
@@ -221,6 +227,10 @@ class Tokens:
         files: dict[str, Any] = self.manifest["files"]
         return files
 
+    def _unreadable(self, error: OSError) -> DataError:
+        # no sign of damage: to make them again would not help
+        return DataError(f"the tokens in '{printable(str(self.folder))}' cannot be read: {error_text(error)}")
+
     def _damaged(self, file: str, reason: str) -> DataError:
         folder = printable(str(self.folder))
         return DataError(
@@ -248,8 +258,8 @@ class _Entry(NamedTuple):
             return "no file of this folder"
         try:
             size = path.stat().st_size
-        except OSError as error:
-            return error.strerror or "it is missing"
+        except (FileNotFoundError, NotADirectoryError):
+            return "it is missing"
         return None if size == self.num_bytes else f"{size:,} bytes instead of {self.num_bytes:,}"
 
     def full_problem(self) -> str | None:

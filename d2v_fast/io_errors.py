@@ -1,0 +1,65 @@
+"""What to do about a file that could not be read or written, by the number of the system's error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+_ADVICE = {
+    errno.ENOSPC: "Make room on the disk of {place}",
+    errno.EDQUOT: "The quota of this user on the disk of {place} is used up: delete files there, or ask for more",
+    errno.EROFS: "The file system of {place} is read-only: choose another folder, or mount it writable",
+    errno.EACCES: "This user lacks the permission: choose another folder than {place}, or change who may use it",
+    errno.EPERM: "This user lacks the permission: choose another folder than {place}, or change who may use it",
+    errno.EIO: "The disk of {place} reported a fault, which the system's log describes: use another disk",
+    errno.ESTALE: "The network file system of {place} lost this file or folder: mount it again",
+    errno.ENOTCONN: "The network file system of {place} is not connected: mount it again",
+    errno.ETIMEDOUT: "The network file system of {place} does not answer: try again when it does",
+    errno.EMFILE: "This process has too many open files: raise the limit with `ulimit -n`",
+    errno.ENFILE: "This machine has too many open files: end other programs, or raise `fs.file-max`",
+    errno.EFBIG: "The file is larger than this user, or the file system of {place}, may have: see `ulimit -f`",
+    errno.ENAMETOOLONG: "Choose a shorter name than {place}",
+}
+_NO_INODES = "The disk of {place} has room, but can hold no further file: delete files there (`df -i` counts them)"
+# how safetensors and tokenizers, which are written in Rust, hand on the number
+_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """Return the number of the system's error behind an exception, or None where there is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = None if error is None else _RUST.search(str(error))
+    return None if found is None else int(found[1])
+
+
+def advice(error: BaseException | None, place: str | Path) -> str:
+    """Return what to do about an error, as a sentence without its period; empty where nothing is known to help.
+
+    Args:
+        error: raised while something in `place` was read or written.
+        place: the file or folder, for the sentence.
+    """
+    number = error_number(error)
+    text = _NO_INODES if number == errno.ENOSPC and _lacks_inodes(Path(place)) else _ADVICE.get(number or 0, "")
+    return text.format(place=place)
+
+
+def error_text(error: OSError) -> str:
+    """Return the text of an error of the system, and what to do about it where that is known."""
+    remedy = advice(error, error.filename) if isinstance(error.filename, str) else ""
+    return f"{error}. {remedy}." if remedy else str(error)
+
+
+def _lacks_inodes(place: Path) -> bool:
+    """Whether the file system of `place`, which may not exist yet, has free blocks and no free inode."""
+    for folder in (place, *place.absolute().parents):
+        try:
+            found = os.statvfs(folder)
+        except OSError:
+            continue
+        # file systems that make inodes as needed report none at all
+        return found.f_files > 0 and found.f_favail == 0 and found.f_bavail > 0
+    return False
