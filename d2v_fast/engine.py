@@ -411,7 +411,7 @@ def _write_low_precision(optimizer: Any) -> None:
                 optimizer.fp16_groups_flat[index].copy_(flat[index])
                 continue
             for low, high in zip(group, optimizer.fp32_groups[index], strict=True):
-                low.data.copy_(high.data)
+                low.copy_(high)
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

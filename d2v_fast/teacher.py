@@ -77,6 +77,8 @@ class Teacher:
         self._engine = engine
         self._pending: list[Any] = []
         self._exchanged: list[Any] = []
+        # parameters whose memory is written through other tensors, of which autograd knows nothing
+        self._written_elsewhere: list[nn.Parameter] = []
         self._module = _copy(student, engine) if module is None else module
         self._fsdp = _fsdp_parts(self._module)
         _drop_gathered(self._fsdp)
@@ -88,6 +90,7 @@ class Teacher:
             named = {bare_name(name): p for name, p in student.named_parameters()}
             placed = zero_teacher.place(self._module, named, self._sources, engine, compute_dtype)
             slices, self._exchanged, self._kept = placed
+            self._written_elsewhere = list(self._module.parameters())
             # averages live beside the values that they follow, which offload keeps on the host
             average = [
                 place
@@ -259,7 +262,7 @@ class Teacher:
             return average, average
         # the fp32 tensors stay with the average, the module gets new ones
         self._module.to(compute_dtype)
-        return average, [self._module.get_parameter(name).data for name in self._names()]
+        return average, [self._module.get_parameter(name).detach() for name in self._names()]
 
     def _names(self) -> list[str]:
         """The averaged parameters as the module calls them."""
@@ -272,6 +275,7 @@ class Teacher:
             for working, average in zip(self._working, self._average, strict=True):
                 if working is not average:
                     working.copy_(average)
+        torch.autograd.graph.increment_version(self._written_elsewhere)
         _drop_gathered(self._fsdp, self._zero)
         self._pending = [zero_teacher.exchange(memory, group) for memory, group in self._exchanged]
 
@@ -316,6 +320,7 @@ def _placements(parameter: Any) -> Any:
 
 def _local(parameter: nn.Parameter) -> Tensor:
     """The memory of a parameter that is in this process."""
-    value: Any = parameter.data
+    # unlike `.data`, it shares the version counter: autograd notices an update within somebody's graph
+    value: Any = parameter.detach()
     local: Tensor = value.to_local() if hasattr(value, "to_local") else value
     return local

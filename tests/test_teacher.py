@@ -104,6 +104,20 @@ def test_flag_on_the_device():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autograd_notices_an_update(dtype):
+    """A graph through the teacher's module refuses the backward pass after an update or a restored state."""
+    net = Net()
+    teacher = Teacher(net, TeacherConfig(decay_start=0.5, decay_end=0.5), compute_dtype=dtype)
+    state = copy.deepcopy(teacher.state_dict())
+    for change in (lambda: teacher.update(1), lambda: teacher.load_state_dict(state)):
+        x = torch.randn(3, 7, dtype=dtype, requires_grad=True)
+        y = teacher.module(x).sum()
+        change()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
 def test_one_update_per_step():
     teacher = Teacher(Net(), TeacherConfig())
     teacher.update(1)

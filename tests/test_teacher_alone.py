@@ -288,11 +288,15 @@ def test_own_engine_at_every_stage(tmp_path: Path) -> None:
             fixed = Teacher(engine.module, TeacherConfig(decay_start=1.0, decay_end=1.0), module=still, engine=engine)
             truth, start, step = Truth(engine, net), seen(fixed.module), 0
             applied, saved, middle = [], {}, {}
+            averaged = [p for name, p in teacher.module.named_parameters() if name in trained_names(net)]
+            noticed = []
             for micro_step in range(12):
                 applied.append(engine_step(engine, my_inputs(micro_step)))
                 if applied[-1]:
                     step += 1
+                    versions = [p._version for p in averaged]
                     teacher.update(step)
+                    noticed.append(all(p._version > v for p, v in zip(averaged, versions, strict=True)))
                     fixed.update(step)
                     truth.update(teacher.decay(step))
                 if micro_step == 5:
@@ -310,6 +314,7 @@ def test_own_engine_at_every_stage(tmp_path: Path) -> None:
                 "went back": all(torch.equal(p, middle[name]) for name, p in again.items()),
                 "had gone on": all(not torch.equal(moved_on[name], middle[name]) for name in trained_names(net)),
                 "last step": teacher.last_step == 3,
+                "autograd notices": all(noticed),
                 "keys": sorted(saved["average"]),
             }
         return report

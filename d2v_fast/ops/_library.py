@@ -76,6 +76,28 @@ def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> 
 
     _library.impl(name, default, "CompositeExplicitAutograd")
     _library.impl(name, on_cuda, "CUDA")
+    _raise_versions(name)
+
+
+def _raise_versions(name: str) -> None:
+    """Raise the version counters of what the operation writes, whichever kernel does it, as torch's own operations do.
+
+    Autograd then refuses a graph that has saved the old values. Operations that write nothing are left as they are.
+    """
+    operation = getattr(torch.ops.d2v, name).default
+    arguments = operation._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return
+
+    def below_autograd(keyset: Any, *args: Any) -> Any:
+        for i in written:
+            # an inference tensor has no counter and is left out
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operation.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(name, below_autograd, "ADInplaceOrView", with_keyset=True)
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:

@@ -183,7 +183,6 @@ def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e
     _check_overwritten("x", x)
     with torch.no_grad():
         mean, rstd = torch.ops.d2v.layer_norm_gelu_(x, weight, bias, float(eps))
-    _note_overwritten(x)
     return mean, rstd
 
 
@@ -224,7 +223,6 @@ def layer_norm_gelu_backward_(
     _check_overwritten("grad", grad)
     with torch.no_grad():
         grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
-    _note_overwritten(grad)
     return grad_weight, grad_bias
 
 
@@ -256,12 +254,6 @@ def _check_overwritten(name: str, value: Tensor) -> None:
         raise ValueError(f"`{name}` must be contiguous to be overwritten, but has strides {value.stride()} instead.")
     if value.requires_grad:
         raise ValueError(f"`{name}` must not require a gradient to be overwritten: `{name}.detach()` does not.")
-
-
-def _note_overwritten(value: Tensor) -> None:
-    # so that autograd refuses a graph that has saved the old values, as after torch's own operations in place
-    if not value.is_inference():
-        torch.autograd.graph.increment_version(value)
 
 
 def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> None:
