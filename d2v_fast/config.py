@@ -27,6 +27,7 @@ from d2v_fast.untrusted import read_text
 from d2v_fast.vision_config import BlockMaskConfig, VisionDataConfig, VisionModelConfig
 
 __all__ = [
+    "EARLIER_VALUES",
     "BatchSplit",
     "BlockMaskConfig",
     "ConfigError",
@@ -62,7 +63,7 @@ __all__ = [
 
 MAX_FILE_BYTES = 1_000_000
 # of `d2v`: what every run did before there was the key
-_EARLIER = {"decay_1d": False}
+EARLIER_VALUES = {"decay_1d": False}
 _COMPILE = (
     "The model is not compiled: the fused operations of d2v_fast take the place of `torch.compile`. DeepSpeed's "
     "section `compile` is about its own compiler passes, which a run does not use either."
@@ -408,7 +409,7 @@ def earlier_values(path: Path) -> list[str]:
     d2v = _read(path).get("d2v")
     if not isinstance(d2v, dict):
         return []
-    return [f"d2v.{key}={json.dumps(value)}" for key, value in _EARLIER.items() if key not in d2v]
+    return [f"d2v.{key}={json.dumps(value)}" for key, value in EARLIER_VALUES.items() if key not in d2v]
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from d2v_fast.data import BatchMaker, Samples
 from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.engine import Engine
 from d2v_fast.modalities import Student
+from d2v_fast.resume_rules import refused_changes, reported_changes
 from d2v_fast.shard_files import Kept
 from d2v_fast.shards import full_shape, gather_whole
 from d2v_fast.teacher import Teacher
@@ -108,7 +109,7 @@ class RunState:
         0 where nothing has been saved yet.
 
         Raises:
-            RunError: it is of another model or global batch, or of other samples and these are not accepted.
+            RunError: it is of another model, seed or global batch, or of other samples and these are not accepted.
         """
         checkpoint = self._checkpoints.newest(tell)
         if checkpoint is None:
@@ -132,6 +133,8 @@ class RunState:
         expected |= {f"teacher/{name}": shape for name, shape in self._teacher.shapes.items()}
         saved = {name: shape for name, shape in state["shapes"].items() if name.startswith(("student/", "teacher/"))}
         require_same_shapes(saved, expected, "state")
+        if state["step"] and (refused := refused_changes(state["config"], self._config)):
+            raise RunError("\n  ".join(refused))
         reader = checkpoint.reader(self._world)
         self._engine.restore(reader.read, state["engine"])
         for shard in self._teacher.shards:
@@ -200,10 +203,8 @@ class RunState:
         return [*self._engine.kept(), *(Kept("teacher", shard) for shard in self._teacher.shards)]
 
     def _tell_changes(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
-        if state["digest"] != self._config.digest():
-            changes = changed_keys(state["config"], self._config.to_dict())
-            relevant = [line for line in changes if not line.startswith(("d2v.run.", "d2v.probe."))]
-            tell("the configuration has changed since the checkpoint: " + "; ".join(relevant))
+        if changes := reported_changes(state["config"], self._config):
+            tell(f"changed since the checkpoint, and followed from here on: {'; '.join(changes)}")
         if state["step"] == 0:
             # no step was made under any conditions
             return

@@ -33,6 +33,7 @@ from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.huggingface_vision import CONVERTER_NORM_EPS, KIND
 from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student
+from d2v_fast.resume_rules import FREE_MODEL_KEYS
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.run_state import RunState
 from d2v_fast.shard_files import Kept
@@ -40,20 +41,6 @@ from d2v_fast.shards import find_shards
 from d2v_fast.teacher import Teacher
 from d2v_fast.world import World
 
-# of a model's configuration: how it is trained, in which it may differ from what its weights were trained with
-_FREE = {
-    "activation_dropout",
-    "attention",
-    "attention_dropout",
-    "drop_path",
-    "dropout",
-    "front_end_checkpointing",
-    "gradient_checkpointing",
-    "input_dropout",
-    "layer_drop",
-    "layer_scale",
-    "position_in_teacher",
-}
 # of files that are a part of a folder
 _PARTS = (".json", ".model", ".safetensors", ".txt")
 
@@ -272,7 +259,7 @@ def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path
             # of which only the product with the width counts
             same = int(wanted.width * mine) == int(found.width * value)  # type: ignore[attr-defined]
         else:
-            same = mine == value or key in _FREE
+            same = mine == value or key in FREE_MODEL_KEYS
         if not same:
             shown, own = (json.dumps(list(v) if isinstance(v, tuple) else v) for v in (value, mine))
             lines.append(f"`d2v.model.{key}` must be {shown}, but is {own} instead")

@@ -180,6 +180,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.metrics import NoLog, RunLog, import_reports
     from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.preflight import check_name, check_packages, check_room
+    from d2v_fast.resume_rules import too_short
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState, samples_of
     from d2v_fast.schedules import LearningRate
@@ -225,7 +226,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         folder.write_config(config)
     for line in config.without_effect(world.size):
         say(line)
-    if world.decide(folder.finished_steps) >= schedule.num_steps:
+    if world.decide(lambda: is_finished(folder, schedule.num_steps, epoch_steps)):
         say("this run is finished, there is nothing left to do")
         return None
 
@@ -252,10 +253,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     state = RunState(config, world, model, teacher, engine, checkpoints, maker.vocabulary, samples_of(maker, world))
     start_step = state.restore(say) if folder.reopened else 0
     if start_step > schedule.num_steps:
-        raise RunError(
-            f"`d2v.schedule` must make the run at least as long as it is already ({start_step:,} steps), but makes it "
-            f"{schedule.num_steps:,} steps long ({epoch_steps:,} per epoch)."
-        )
+        saved = world.decide(checkpoints.steps)
+        raise RunError(too_short(start_step, schedule.num_steps, epoch_steps, folder.path, saved))
     if world.is_first:
         folder.write_config(config)
     say("compiling the mask sampler ...")
@@ -292,6 +291,23 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         clock,
         memory,
     )
+
+
+def is_finished(folder: RunFolder, num_steps: int, steps_per_epoch: int) -> bool:
+    """Whether the run in this folder was brought to the end of its schedule.
+
+    Raises:
+        RunError: it was brought to the end of a longer one.
+    """
+    from d2v_fast.checkpoints import complete_steps
+    from d2v_fast.resume_rules import too_short
+    from d2v_fast.world import RunError
+
+    saved, finished = complete_steps(folder.path / "checkpoints"), folder.finished_steps()
+    if finished > num_steps:
+        raise RunError(too_short(finished, num_steps, steps_per_epoch, folder.path, saved))
+    # a finished run may have been extended and interrupted
+    return finished == num_steps and max(saved, default=0) <= num_steps
 
 
 def loop(run: Run, stop: StopRequest) -> int:
