@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <sstream>
+#include <stdexcept>
 
 namespace d2v {
 
@@ -46,13 +48,33 @@ int64_t cpu_capability();  // the same as a number, for reports and tests
   static void name params { name##_body args; }
 #endif
 
+// Throws unless `holds`. Python raises std::invalid_argument as ValueError and std::out_of_range as
+// IndexError, with no more than the message: torch's own check would add the path of this file where it was
+// built.
+template <typename Error = std::invalid_argument, typename... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+// Refuses a value of the index tensor `name` outside [0, limit), in the words of `check_range` in
+// d2v_fast/ops/topk_target.py.
+inline void require_index(const char* name, int64_t value, int64_t limit) {
+  if (value >= 0 && value < limit) return;
+  require<std::out_of_range>(limit > 0, "`", name,
+                             "` must be empty, as there is nothing to index, but holds ", value, ".");
+  require<std::out_of_range>(false, "`", name, "` must be in [0, ", limit - 1, "], but holds ", value, ".");
+}
+
 // Position of a storage type in the tables of kernels: fp32, bf16, fp16.
 inline int storage_index(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return 0;
     case ScalarType::BFloat16: return 1;
     case ScalarType::Half: return 2;
-    default: STD_TORCH_CHECK(false, "tensors must be fp32, bf16 or fp16"); return -1;
+    default: require(false, "tensors must be fp32, bf16 or fp16"); return -1;
   }
 }
 

@@ -32,10 +32,9 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
                                                  std::optional<Tensor> target_rows, double beta, double scale,
                                                  bool mean, bool need_grad) {
   const TargetPlan plan = plan_target(layers, layer_norm, final_norm, lengths, eps);
-  STD_TORCH_CHECK(pred.dim() == 2 && pred.size(1) == plan.width, "data2vec_loss: pred must have shape [N, ",
-                  plan.width, "]");
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.dim() == 1,
-                  "data2vec_loss: rows must be 1-d int64");
+  require(pred.dim() == 2 && pred.size(1) == plan.width, "data2vec_loss: pred must have shape [N, ",
+          plan.width, "]");
+  require(rows.scalar_type() == ScalarType::Long && rows.dim() == 1, "data2vec_loss: rows must be 1-d int64");
   const int64_t n = pred.size(0), width = plan.width;
   const ScalarType type = pred.scalar_type();
   const int64_t bytes = storage_index(type) == 0 ? 4 : 2;
@@ -46,18 +45,18 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
 
   std::vector<int64_t> wanted(n), order;
   if (target_rows.has_value()) {
-    STD_TORCH_CHECK(target_rows->scalar_type() == ScalarType::Long && target_rows->numel() == n,
-                    "data2vec_loss: target_rows must be int64, one per row of pred");
+    require(target_rows->scalar_type() == ScalarType::Long && target_rows->numel() == n,
+            "data2vec_loss: target_rows must be int64, one per row of pred");
     const Tensor map_storage = torch::stable::contiguous(*target_rows);
     const int64_t* map = static_cast<const int64_t*>(map_storage.const_data_ptr());
+    const int64_t num_targets = rows.numel();
     for (int64_t i = 0; i < n; ++i) {
-      STD_TORCH_CHECK(map[i] >= 0 && map[i] < rows.numel(), "`target_rows` must be in [0, ", rows.numel() - 1,
-                      "], but holds ", map[i], ".");
+      require_index("target_rows", map[i], num_targets);
       wanted[i] = row_data[map[i]];
     }
     order = by_target(wanted, plan.num_samples * plan.num_positions);
   } else {
-    STD_TORCH_CHECK(rows.numel() == n, "data2vec_loss: ", n, " rows of pred and ", rows.numel(), " rows");
+    require(rows.numel() == n, "data2vec_loss: ", n, " rows of pred and ", rows.numel(), " rows");
     wanted.assign(row_data, row_data + n);
     order.resize(n);
     std::iota(order.begin(), order.end(), 0);

@@ -84,7 +84,7 @@ int dtype_index(ScalarType type) {
     case ScalarType::Float: return 0;
     case ScalarType::BFloat16: return 1;
     case ScalarType::Half: return 2;
-    default: STD_TORCH_CHECK(false, "ema_update_: student and working must be fp32, bf16 or fp16"); return -1;
+    default: require(false, "ema_update_: student and working must be fp32, bf16 or fp16"); return -1;
   }
 }
 
@@ -105,10 +105,10 @@ struct Item {
 
 void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, double decay,
                  std::optional<Tensor> decay_tensor, std::vector<Tensor> working) {
-  STD_TORCH_CHECK(teacher.size() == student.size(), "ema_update_: ", teacher.size(), " teacher and ",
-                  student.size(), " student tensors");
-  STD_TORCH_CHECK(working.empty() || working.size() == teacher.size(), "ema_update_: ", teacher.size(),
-                  " teacher and ", working.size(), " working tensors");
+  require(teacher.size() == student.size(), "ema_update_: ", teacher.size(), " teacher and ", student.size(),
+          " student tensors");
+  require(working.empty() || working.size() == teacher.size(), "ema_update_: ", teacher.size(),
+          " teacher and ", working.size(), " working tensors");
   if (decay_tensor.has_value()) {
     const void* value = decay_tensor->const_data_ptr();
     decay = decay_tensor->scalar_type() == ScalarType::Double ? *static_cast<const double*>(value)
@@ -133,11 +133,10 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
   };
   std::vector<Tensor> alive;
   for (size_t i = 0; i < teacher.size(); ++i) {
-    STD_TORCH_CHECK(teacher[i].scalar_type() == ScalarType::Float, "ema_update_: teacher ", i,
-                    " must be fp32");
+    require(teacher[i].scalar_type() == ScalarType::Float, "ema_update_: teacher ", i, " must be fp32");
     const int64_t n = teacher[i].numel();
-    STD_TORCH_CHECK(student[i].numel() == n, "ema_update_: tensor ", i, " has ", n, " teacher and ",
-                    student[i].numel(), " student elements");
+    require(student[i].numel() == n, "ema_update_: tensor ", i, " has ", n, " teacher and ",
+            student[i].numel(), " student elements");
     if (n == 0) continue;
     Tensor s = torch::stable::contiguous(student[i]);
     Tensor t = plain(teacher[i]);
@@ -145,8 +144,8 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
     ScalarType working_type = ScalarType::Float;
     void* working_data = nullptr;
     if (!working.empty()) {
-      STD_TORCH_CHECK(working[i].numel() == n, "ema_update_: tensor ", i, " has ", n, " teacher and ",
-                      working[i].numel(), " working elements");
+      require(working[i].numel() == n, "ema_update_: tensor ", i, " has ", n, " teacher and ",
+              working[i].numel(), " working elements");
       Tensor w = plain(working[i]);
       working_type = w.scalar_type();
       working_data = w.mutable_data_ptr();

@@ -233,8 +233,8 @@ Tensor plain_rows(const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
                                                     std::optional<Tensor> target_rows, double beta,
                                                     double scale, bool mean, bool need_grad) {
-  STD_TORCH_CHECK(pred.dim() == 2 && target.dim() == 2 && pred.size(1) == target.size(1),
-                  "masked_smooth_l1: pred and target must be 2-d and equally wide");
+  require(pred.dim() == 2 && target.dim() == 2 && pred.size(1) == target.size(1),
+          "masked_smooth_l1: pred and target must be 2-d and equally wide");
   const int64_t n = pred.size(0), width = pred.size(1);
   const ScalarType type = pred.scalar_type();
   const int64_t bytes = kBytes[storage_index(type)];
@@ -244,17 +244,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   Tensor map_storage;
   const int64_t* map = nullptr;
   if (target_rows.has_value()) {
-    STD_TORCH_CHECK(target_rows->scalar_type() == ScalarType::Long && target_rows->numel() == n,
-                    "masked_smooth_l1: target_rows must be int64, one per row of pred");
+    require(target_rows->scalar_type() == ScalarType::Long && target_rows->numel() == n,
+            "masked_smooth_l1: target_rows must be int64, one per row of pred");
     map_storage = torch::stable::contiguous(*target_rows);
     map = static_cast<const int64_t*>(map_storage.const_data_ptr());
-    for (int64_t i = 0; i < n; ++i) {
-      STD_TORCH_CHECK(map[i] >= 0 && map[i] < target.size(0), "`target_rows` must be in [0, ",
-                      target.size(0) - 1, "], but holds ", map[i], ".");
-    }
+    const int64_t num_targets = target.size(0);
+    for (int64_t i = 0; i < n; ++i) require_index("target_rows", map[i], num_targets);
   } else {
-    STD_TORCH_CHECK(target.size(0) == n, "masked_smooth_l1: ", n, " rows of pred and ", target.size(0),
-                    " of target");
+    require(target.size(0) == n, "masked_smooth_l1: ", n, " rows of pred and ", target.size(0), " of target");
   }
   Tensor slope =
       torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
@@ -295,8 +292,8 @@ namespace {
 // out <- slope times grad_output and what is left of the loss's factor; both plain memory, and they may be
 // one.
 void scale_into(const Tensor& slope, const Tensor& grad_output, Tensor& out, double scale, bool mean) {
-  STD_TORCH_CHECK(grad_output.scalar_type() == ScalarType::Float && grad_output.numel() == 1,
-                  "scale_gradient: grad_output must be one fp32 number");
+  require(grad_output.scalar_type() == ScalarType::Float && grad_output.numel() == 1,
+          "scale_gradient: grad_output must be one fp32 number");
   const int type = storage_index(slope.scalar_type());
   const int64_t n = slope.numel();
   const double left = split_factor(loss_factor(n, scale, mean), slope.scalar_type()).left;
@@ -319,7 +316,7 @@ Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean)
 }
 
 void scale_gradient_(Tensor slope, Tensor grad_output, double scale, bool mean) {
-  STD_TORCH_CHECK(slope.is_contiguous(), "scale_gradient_: slope must be contiguous");
+  require(slope.is_contiguous(), "scale_gradient_: slope must be contiguous");
   scale_into(slope, grad_output, slope, scale, mean);
 }
 

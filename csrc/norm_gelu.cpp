@@ -324,9 +324,9 @@ std::vector<int64_t> sizes_of(const Tensor& x, int64_t num_dims) {
 }
 
 void check_channels(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && bias.dim() == 1 &&
-                      weight.size(0) == x.size(x.dim() - 1) && bias.size(0) == weight.size(0),
-                  "layer_norm_gelu: weight and bias must be [C] for an x of [..., C]");
+  require(x.dim() >= 1 && weight.dim() == 1 && bias.dim() == 1 && weight.size(0) == x.size(x.dim() - 1) &&
+              bias.size(0) == weight.size(0),
+          "layer_norm_gelu: weight and bias must be [C] for an x of [..., C]");
 }
 
 bool goes_around_caches(const Tensor& out) {
@@ -394,11 +394,11 @@ std::tuple<Tensor, Tensor> backward_into(Tensor& out, bool stream, Tensor grad, 
   const int type = storage_index(x.scalar_type());
   mean = torch::stable::contiguous(mean);
   rstd = torch::stable::contiguous(rstd);
-  STD_TORCH_CHECK(sizes_of(grad, grad.dim()) == sizes_of(x, x.dim()) && grad.scalar_type() == x.scalar_type(),
-                  "layer_norm_gelu_backward: grad must have the shape and dtype of x");
-  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float &&
-                      mean.numel() * width == x.numel() && rstd.numel() == mean.numel(),
-                  "layer_norm_gelu_backward: mean and rstd must be fp32, one for every row of x");
+  require(sizes_of(grad, grad.dim()) == sizes_of(x, x.dim()) && grad.scalar_type() == x.scalar_type(),
+          "layer_norm_gelu_backward: grad must have the shape and dtype of x");
+  require(mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float &&
+              mean.numel() * width == x.numel() && rstd.numel() == mean.numel(),
+          "layer_norm_gelu_backward: mean and rstd must be fp32, one for every row of x");
   const std::vector<float> w = widened(weight), b = widened(bias);
   Plan plan{};
   plan.x = rows_of(x);
@@ -436,7 +436,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tens
 }
 
 std::tuple<Tensor, Tensor> layer_norm_gelu_(Tensor x, Tensor weight, Tensor bias, double eps) {
-  STD_TORCH_CHECK(x.is_contiguous(), "layer_norm_gelu_: x must be contiguous");
+  require(x.is_contiguous(), "layer_norm_gelu_: x must be contiguous");
   // a row of it has just been read, and is in the caches
   return forward_into(x, false, x, weight, bias, eps);
 }
@@ -452,7 +452,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor 
 
 std::tuple<Tensor, Tensor> layer_norm_gelu_backward_(Tensor grad, Tensor x, Tensor weight, Tensor bias,
                                                      Tensor mean, Tensor rstd) {
-  STD_TORCH_CHECK(grad.is_contiguous(), "layer_norm_gelu_backward_: grad must be contiguous");
+  require(grad.is_contiguous(), "layer_norm_gelu_backward_: grad must be contiguous");
   // a row of it has just been read, and is in the caches
   return backward_into(grad, false, grad, x, weight, bias, mean, rstd);
 }

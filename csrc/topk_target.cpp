@@ -350,13 +350,13 @@ bool same_strides(const std::vector<Tensor>& layers) {
 
 TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, int64_t final_norm,
                        const std::optional<Tensor>& lengths, double eps) {
-  STD_TORCH_CHECK(!layers.empty(), "topk_target: no layers");
+  require(!layers.empty(), "topk_target: no layers");
   TargetPlan plan;
   plan.type = layers[0].scalar_type();
   for (const Tensor& x : layers) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.scalar_type() == plan.type && x.size(0) == layers[0].size(0) &&
-                        x.size(1) == layers[0].size(1) && x.size(2) == layers[0].size(2),
-                    "topk_target: every layer must have the shape [B, T, D] and the dtype of the first");
+    require(x.dim() == 3 && x.scalar_type() == plan.type && x.size(0) == layers[0].size(0) &&
+                x.size(1) == layers[0].size(1) && x.size(2) == layers[0].size(2),
+            "topk_target: every layer must have the shape [B, T, D] and the dtype of the first");
   }
   const bool plain = same_strides(layers);
   for (const Tensor& x : layers) {
@@ -369,21 +369,20 @@ TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, in
   plan.width = x.size(2);
   plan.sample_stride = x.stride(0);
   plan.position_stride = x.stride(1);
-  STD_TORCH_CHECK(layer_norm >= 0 && layer_norm <= 3 && final_norm >= 0 && final_norm <= 2,
-                  "topk_target: no such norm");
+  require(layer_norm >= 0 && layer_norm <= 3 && final_norm >= 0 && final_norm <= 2,
+          "topk_target: no such norm");
   plan.layer_norm = static_cast<Norm>(layer_norm);
   plan.final_norm = static_cast<Norm>(final_norm);
   plan.eps = eps;
   plan.has_lengths = lengths.has_value();
   plan.lengths.assign(plan.num_samples, plan.num_positions);
   if (lengths.has_value()) {
-    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long && lengths->numel() == plan.num_samples,
-                    "topk_target: lengths must be int64, one per sample");
+    require(lengths->scalar_type() == ScalarType::Long && lengths->numel() == plan.num_samples,
+            "topk_target: lengths must be int64, one per sample");
     const Tensor values = torch::stable::contiguous(*lengths);
     const int64_t* data = static_cast<const int64_t*>(values.const_data_ptr());
     for (int64_t b = 0; b < plan.num_samples; ++b) {
-      STD_TORCH_CHECK(data[b] >= 0 && data[b] <= plan.num_positions, "`lengths` must be in [0, ",
-                      plan.num_positions, "], but holds ", data[b], ".");
+      require_index("lengths", data[b], plan.num_positions + 1);
       plan.lengths[b] = data[b];
     }
   }
@@ -396,9 +395,8 @@ TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, in
 void check_rows(const TargetPlan& plan, const int64_t* rows, int64_t n) {
   const int64_t limit = plan.num_samples * plan.num_positions;
   for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < limit, "`rows` must be in [0, ", limit - 1, "], but holds ",
-                    rows[i], ".");
-    STD_TORCH_CHECK(
+    require_index("rows", rows[i], limit);
+    require<std::out_of_range>(
         !plan.has_lengths || rows[i] % plan.num_positions < plan.lengths[rows[i] / plan.num_positions],
         "`rows` must lie within `lengths`, but ", rows[i], " is a position past its sample's length.");
   }
@@ -417,8 +415,8 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
   const TargetPlan plan = plan_target(layers, layer_norm, final_norm, lengths, eps);
   const int64_t width = plan.width;
   if (rows.has_value()) {
-    STD_TORCH_CHECK(rows->scalar_type() == ScalarType::Long && rows->dim() == 1,
-                    "topk_target: rows must be 1-d int64");
+    require(rows->scalar_type() == ScalarType::Long && rows->dim() == 1,
+            "topk_target: rows must be 1-d int64");
     const Tensor index = torch::stable::contiguous(*rows);
     const int64_t n = index.numel();
     const int64_t* wanted = static_cast<const int64_t*>(index.const_data_ptr());

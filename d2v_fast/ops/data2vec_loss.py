@@ -127,7 +127,7 @@ def data2vec_loss(
 
     Raises:
         ValueError: What is not as described above.
-        RuntimeError: On a CPU, ``rows``, ``lengths`` or ``target_rows`` out of range. A GPU is not waited for: there a
+        IndexError: On a CPU, ``rows``, ``lengths`` or ``target_rows`` out of range. A GPU is not waited for: there a
             row out of range gives NaN.
     """
     layers = [x.detach() for x in layers]

@@ -212,7 +212,7 @@ def masked_smooth_l1(
 
     Raises:
         ValueError: What is not as described above.
-        RuntimeError: On a CPU, a ``target_rows`` entry outside [0, M). A GPU is not waited for: there it gives NaN.
+        IndexError: On a CPU, a ``target_rows`` entry outside [0, M). A GPU is not waited for: there it gives NaN.
 
     Example:
         >>> masked_smooth_l1(torch.tensor([[1.0, 5.0]]), torch.tensor([[0.0, 0.0]]), beta=2.0, reduction="sum").loss

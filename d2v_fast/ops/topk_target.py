@@ -35,7 +35,7 @@ def topk_target_reference(
     if valid is not None and not rows.is_cuda:
         outside = rows[~valid.reshape(-1)[rows]]
         if outside.numel():
-            raise RuntimeError(
+            raise IndexError(
                 f"`rows` must lie within `lengths`, but {int(outside[0])} is a position past its sample's length."
             )
     return target.flatten(0, 1)[rows]
@@ -60,7 +60,8 @@ def check_range(name: str, values: Tensor, upper: int) -> None:
         return
     for value in (int(values.min()), int(values.max())):
         if not 0 <= value < upper:
-            raise RuntimeError(f"`{name}` must be in [0, {upper - 1}], but holds {value}.")
+            allowed = f"in [0, {upper - 1}]" if upper > 0 else "empty, as there is nothing to index"
+            raise IndexError(f"`{name}` must be {allowed}, but holds {value}.")
 
 
 define(
@@ -111,7 +112,7 @@ def topk_target(
 
     Raises:
         ValueError: What is not as described above.
-        RuntimeError: On a CPU, a row outside [0, B * T) or past its sample's length, a length outside [0, T]. A GPU is
+        IndexError: On a CPU, a row outside [0, B * T) or past its sample's length, a length outside [0, T]. A GPU is
             not waited for: there a row outside [0, B * T) gives NaN.
 
     Example:

@@ -366,5 +366,5 @@ def test_bad_input(change, message):
 def test_indices_out_of_range(operation, rows, target_rows, message):
     target_rows = None if target_rows is None else torch.tensor(target_rows)
     arguments = (torch.zeros(2, 4), [torch.zeros(2, 3, 4)], 1, 0, torch.tensor(rows), None, 1e-5, target_rows)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(IndexError, match=message):
         operation(*arguments, 0.0, 1.0, True, True)

@@ -394,5 +394,5 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_target_rows_out_of_range(operation, bad):
     rows = torch.tensor([0, bad])
-    with pytest.raises(RuntimeError, match=rf"`target_rows` must be in \[0, 4\], but holds {bad}"):
+    with pytest.raises(IndexError, match=rf"`target_rows` must be in \[0, 4\], but holds {bad}"):
         operation(torch.zeros(2, 3), torch.zeros(5, 3), rows, 0.0, 1.0, True, True)

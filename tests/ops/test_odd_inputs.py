@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_fast.ops import data2vec_loss, ema_update_, layer_norm_gelu, masked_smooth_l1, topk_target
+from d2v_fast.ops import HAS_CPP, data2vec_loss, ema_update_, layer_norm_gelu, masked_smooth_l1, topk_target
 from d2v_fast.ops.data2vec_loss import data2vec_loss_reference
 from d2v_fast.ops.masked_loss import masked_smooth_l1_reference, scale_gradient_reference
 from d2v_fast.ops.topk_target import FINAL_NORMS, LAYER_NORMS
@@ -196,3 +196,79 @@ def test_wrong_inputs_are_named(change: dict[str, Any], message: str) -> None:
     arguments |= change
     with pytest.raises(ValueError, match=message):
         data2vec_loss(arguments.pop("pred"), arguments.pop("layers"), **arguments)
+
+
+def indices(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: masked_smooth_l1(torch.zeros(2, 3), torch.zeros(5, 3), target_rows=indices(0, 7)),
+            "`target_rows` must be in [0, 4], but holds 7.",
+        ),
+        (
+            lambda: masked_smooth_l1(torch.zeros(1, 3).requires_grad_(), torch.zeros(5, 3), target_rows=indices(-6)),
+            "`target_rows` must be in [0, 4], but holds -6.",
+        ),
+        (
+            lambda: masked_smooth_l1(torch.zeros(1, 3), torch.zeros(0, 3), target_rows=indices(2)),
+            "`target_rows` must be empty, as there is nothing to index, but holds 2.",
+        ),
+        (
+            lambda: topk_target([torch.zeros(2, 3, 4)], rows=indices(5, 6)),
+            "`rows` must be in [0, 5], but holds 6.",
+        ),
+        (
+            lambda: topk_target([torch.zeros(0, 3, 4)], rows=indices(0)),
+            "`rows` must be empty, as there is nothing to index, but holds 0.",
+        ),
+        (
+            lambda: topk_target([torch.zeros(2, 3, 4)], rows=indices(0, 5), lengths=indices(3, 2)),
+            "`rows` must lie within `lengths`, but 5 is a position past its sample's length.",
+        ),
+        (
+            lambda: topk_target([torch.zeros(2, 3, 4)], lengths=indices(0, 4)),
+            "`lengths` must be in [0, 3], but holds 4.",
+        ),
+        (
+            lambda: data2vec_loss(torch.zeros(1, 4), [torch.zeros(2, 3, 4)], rows=indices(-1)),
+            "`rows` must be in [0, 5], but holds -1.",
+        ),
+        (
+            lambda: data2vec_loss(
+                torch.zeros(2, 4).requires_grad_(),
+                [torch.zeros(2, 3, 4)],
+                rows=indices(1),
+                target_rows=indices(0, 2**40),
+            ),
+            "`target_rows` must be in [0, 0], but holds 1099511627776.",
+        ),
+    ],
+)
+def test_index_out_of_range_is_an_index_error_in_one_sentence(call, message) -> None:
+    """Nothing else: neither a path of the machine that built the kernels nor the name of a C++ function."""
+    with pytest.raises(IndexError) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="the kernels are not built")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ops, x: ops.masked_smooth_l1(x.double(), x, None, 1.0, 1.0, True, True),
+        lambda ops, x: ops.masked_smooth_l1(x, x[:1], None, 1.0, 1.0, True, True),
+        lambda ops, x: ops.scale_gradient(x, x, 1.0, True),
+        lambda ops, x: ops.data2vec_loss(x, [x], 1, 0, indices(0), None, 1e-5, None, 1.0, 1.0, True, True),
+        lambda ops, x: ops.layer_norm_gelu(x, x[0, :1], x[0], 1e-5),
+        lambda ops, x: ops.layer_norm_gelu_(x.t(), x[:, 0], x[:, 0], 1e-5),
+        lambda ops, x: ops.ema_update_([x], [x, x], 0.5, None, []),
+        lambda ops, x: ops.ema_update_([x.double()], [x], 0.5, None, []),
+    ],
+)
+def test_what_the_kernels_refuse_is_a_value_error_without_a_path(call) -> None:
+    with pytest.raises(ValueError, match=r"^[^/]+$"):
+        call(torch.ops.d2v, torch.zeros(2, 3))

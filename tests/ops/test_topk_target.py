@@ -314,7 +314,7 @@ def test_bad_input(change, message):
 )
 def test_indices_out_of_range(operation, rows, lengths, message):
     lengths = None if lengths is None else torch.tensor(lengths)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(IndexError, match=message):
         operation([torch.zeros(2, 3, 4)], 1, 0, torch.tensor(rows), lengths, 1e-5)
 
 
