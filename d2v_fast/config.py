@@ -189,6 +189,11 @@ class RunSection(Section):
     profile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @property
+    def timeout_s(self) -> float:
+        """`timeout_minutes` in seconds."""
+        return 60 * self.timeout_minutes
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         name, problems = self.name, []

@@ -14,8 +14,11 @@ from typing import IO, Any
 from d2v_fast.atomic import write_text
 from d2v_fast.commands import SUPERVISION, resume_command
 from d2v_fast.config import RunConfig
+from d2v_fast.process_state import Holder, own_record
 from d2v_fast.world import RunError, World
 
+# letters of the file that names the holder of the lock
+_MAX_RECORD = 1000
 # of the file that holds the mark
 _MARK = "supervision"
 # of a run that saved nothing: what a new run in its place would otherwise continue
@@ -128,13 +131,22 @@ class RunFolder:
         try:
             # a record lock belongs to this process alone: data loading workers that outlive it do not hold it
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             lock.seek(0)
-            owner = lock.read().strip()
+            owner = Holder(lock.read(_MAX_RECORD))
             lock.close()
-            raise RunError(f"another process ({owner or 'unknown'}) is training in {path}.") from None
+            raise RunError(
+                f"another process ({owner}) is training in {path}. Wait for it, or signal it: SIGTERM makes it save "
+                f"and end. {owner.remedy()}."
+            ) from None
+        except OSError as error:
+            lock.close()
+            raise RunError(
+                f"{path / 'lock'} cannot be locked ({error.strerror}), so that a second process could train in the "
+                "same folder: set `d2v.run.dir` to a file system with locks."
+            ) from None
         lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+        lock.write(f"{own_record()}\n")
         lock.flush()
         return cls(path, lock, reopened=reopened, replaced=replaced)
 

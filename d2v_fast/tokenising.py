@@ -28,7 +28,7 @@ def tokenise(file: Path, overrides: Sequence[str] = ()) -> str:
 
     if config.data.kind != "docs":
         print_listing(TextFiles(config.data).listing, "text")
-    dataset = TextDataset(config.data, config.model)
+    dataset = TextDataset(config.data, config.model, patience_s=config.run.timeout_s)
     tokens, found = dataset.tokens, dataset.tokens.manifest
     size = sum(entry.stat().st_size for entry in tokens.folder.iterdir())
     lines = [

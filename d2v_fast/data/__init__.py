@@ -99,7 +99,7 @@ def _batch_maker(config: D2VConfig) -> BatchMaker:
     if isinstance(config, TextConfig):
         from d2v_fast.data.text import TextDataset
 
-        return TextBatches(TextDataset(config.data, config.model), config)
+        return TextBatches(TextDataset(config.data, config.model, patience_s=config.run.timeout_s), config)
     assert isinstance(config, SpeechConfig)
     from d2v_fast.data.audio import AudioDataset
     from d2v_fast.data.speech import SpeechSamples

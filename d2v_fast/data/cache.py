@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import glob
 import logging
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,18 +20,32 @@ from d2v_fast.atomic import make_beside
 from d2v_fast.data.batch import DataError
 from d2v_fast.faults import fault_point
 from d2v_fast.io_errors import advice
+from d2v_fast.process_state import Holder, cpu_ticks, own_record
 from d2v_fast.untrusted import printable
 
 __all__ = ["made_once"]
 
+# how long another process may make no progress, where no run says it by `d2v.run.timeout_minutes`
+PATIENCE_S = 600.0
+# how long waiting for it is not worth a line
+REPORT_S = 3.0
+MAX_RECORD_BYTES = 1000
+
 _log = logging.getLogger(__name__)
 
 
-def made_once(root: str | None, name: str, make: Callable[[Path], None], key: str = "`d2v.data.tokens_path`") -> Path:
+def made_once(
+    root: str | None,
+    name: str,
+    make: Callable[[Path], None],
+    key: str = "`d2v.data.tokens_path`",
+    patience_s: float = PATIENCE_S,
+) -> Path:
     """The folder `name` below `root`, made if there is none yet.
 
     It is written under another name, flushed to the disk, and renamed last. A second process that wants the same one
-    waits for the first; where the file system knows no locks both make it, and the first to be through wins.
+    waits for the first as long as that one makes progress; where the file system knows no locks both make it, and the
+    first to be through wins.
 
     Args:
         root: may not exist yet, and may be read-only if the folder is there. None: `d2v_fast` in the user's cache
@@ -36,8 +53,9 @@ def made_once(root: str | None, name: str, make: Callable[[Path], None], key: st
         name: a single part of a path, which stands for the content.
         make: fills an empty folder; what it raises is handed on, and nothing is left behind.
         key: what says where, for messages.
+        patience_s: seconds for which another process that makes it may make no progress.
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or another process holds its lock and makes no progress.
     """
     roots = [Path(os.path.abspath(root))] if root is not None else list(_default_roots())
     for place in roots:
@@ -53,7 +71,7 @@ def made_once(root: str | None, name: str, make: Callable[[Path], None], key: st
         if failures:
             _log.info("writing to '%s', for there is no writing to %s", printable(str(place)), failures[0])
         try:
-            with _locked(place / f".{name}.lock") as is_locked:
+            with _locked(place / f".{name}.lock", _Wait(place, name, key, patience_s)) as is_locked:
                 _make(place, name, make, is_locked)
         except OSError as error:
             folder = printable(str(place))
@@ -113,10 +131,13 @@ def _make(root: Path, name: str, make: Callable[[Path], None], is_locked: bool) 
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _locked(path: Path, wait: _Wait) -> Iterator[bool]:
     """Hold the lock for the block, having waited for it; False where the file system knows none."""
-    file, is_locked = _open_lock(path)
+    file, is_locked = _open_lock(path, wait)
     try:
+        if is_locked:
+            os.ftruncate(file, 0)
+            os.write(file, os.fsencode(own_record()))
         yield is_locked
     finally:
         if is_locked:
@@ -124,31 +145,67 @@ def _locked(path: Path) -> Iterator[bool]:
         os.close(file)
 
 
-def _open_lock(path: Path) -> tuple[int, bool]:
+def _open_lock(path: Path, wait: _Wait) -> tuple[int, bool]:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            is_locked = _lock(file, path)
-            if not is_locked or os.path.samestat(os.fstat(file), os.stat(path)):
-                return file, is_locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # else it was removed by the one that held it, as above
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file, True
         except FileNotFoundError:
-            # removed by the one that held it while this one waited, as below
             pass
+        except BlockingIOError:
+            wait.look(Holder(os.pread(file, MAX_RECORD_BYTES, 0).decode(errors="replace")))
+        except OSError:
+            return file, False
         except BaseException:
             os.close(file)
             raise
         os.close(file)
 
 
-def _lock(file: int, path: Path) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _log.info("waiting for another process, which writes '%s'", printable(path.name[1 : -len(".lock")]))
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+class _Wait:
+    """Waits for another process as long as that one makes progress: it writes, or uses its processor.
+
+    Looks are counted, not seconds, so that the time for which this process is stopped does not count.
+    """
+
+    def __init__(self, root: Path, name: str, key: str, patience_s: float) -> None:
+        self._root, self._name, self._key, self._patience_s = root, name, key, patience_s
+        self._interval_s = min(0.5, patience_s / 20)
+        self._looks = self._looks_without_progress = 0
+        self._progress: object = None
+
+    def look(self, holder: Holder) -> None:
+        """Wait a moment, and report the holder of the lock once that takes longer.
+
+        Raises:
+            DataError: it has made no progress for `patience_s`.
+        """
+        time.sleep(self._interval_s)
+        self._looks += 1
+        # of the processes of one run, which wait for one of them, the first speaks for all
+        if self._looks == max(1, round(REPORT_S / self._interval_s)) and os.environ.get("RANK", "0") == "0":
+            what = printable(self._name)
+            _log.warning("waiting for another process, which writes '%s' in '%s': %s", what, self._root, holder)
+        progress = (holder.pid and cpu_ticks(holder.pid), self._written())
+        self._looks_without_progress = 0 if progress != self._progress else self._looks_without_progress + 1
+        self._progress = progress
+        if self._looks_without_progress * self._interval_s >= self._patience_s:
+            raise DataError(
+                f"{self._key} is being written to by another process, which has made no progress for "
+                f"{self._patience_s / 60:.3g} minutes: {holder}. {holder.remedy()}, or set another folder."
+            )
+
+    def _written(self) -> list[tuple[str, int]]:
+        files = sorted(self._root.glob(f".{glob.escape(self._name)}.tmp-*/*"))
+        sizes = []
+        for file in files:
+            # it may be renamed with its folder at any moment
+            with contextlib.suppress(OSError):
+                sizes.append((file.name, os.lstat(file).st_size))
+        return sizes
 
 
 def _flush(path: str | Path) -> None:

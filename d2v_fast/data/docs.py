@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.cache import made_once
+from d2v_fast.data.cache import PATIENCE_S, made_once
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.text_files import BadText, Piece, pieces_of
 from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, missing_tokens, train_tokenizer
@@ -100,7 +100,7 @@ class DocsSource:
         return pieces_of(part for text in self._texts for part in (text, None))
 
 
-def docs_tokenizer(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
+def docs_tokenizer(data: TextDataConfig, model: TextModelConfig, patience_s: float = PATIENCE_S) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names, or a byte-level BPE of `model.vocab_size` tokens for the sample set,
     of `VOCAB_SIZE` where the model follows the tokenizer.
 
@@ -126,7 +126,8 @@ def docs_tokenizer(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
         tokenizer.save(folder, model.max_positions)
         (folder / "digest").write_text(tokenizer.digest + "\n")
 
-    folder = made_once(data.tokens_path, "docs-" + hashlib.sha256(made_of.encode()).hexdigest()[:24], make)
+    name = "docs-" + hashlib.sha256(made_of.encode()).hexdigest()[:24]
+    folder = made_once(data.tokens_path, name, make, patience_s=patience_s)
     try:
         written = (folder / "digest").read_text().strip()
         tokenizer = load_tokenizer(folder)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.cache import made_once
+from d2v_fast.data.cache import PATIENCE_S, made_once
 from d2v_fast.data.docs import DocsSource, Split, docs_tokenizer
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.packing import pack
@@ -64,13 +64,20 @@ class TextDataset:
     Args:
         split: "test" is the held-out part of the sample set; files have none.
         verify: compare everything that is read with its checksum, once, now.
+        patience_s: seconds for which another process that writes the same tokens may make no progress.
     Raises:
         DataError: there is no text or no tokenizer, too much is unreadable, the tokenizer does not fit the model, the
             tokens cannot be written or are not what was written.
     """
 
     def __init__(
-        self, data: TextDataConfig, model: TextModelConfig, split: Split = "train", *, verify: bool = True
+        self,
+        data: TextDataConfig,
+        model: TextModelConfig,
+        split: Split = "train",
+        *,
+        verify: bool = True,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         if data.block_size > model.max_positions:
             raise DataError(
@@ -79,10 +86,11 @@ class TextDataset:
             )
         if data.kind != "docs" and split != "train":
             raise DataError(f'`split` must be "train" for files, but is "{split}" instead.')
-        self.tokenizer = tokenizer_of(data, model)
+        self.tokenizer = tokenizer_of(data, model, patience_s)
         source: TextSource = DocsSource(data, split) if data.kind == "docs" else TextFiles(data)
         self.specials, self.vocab_size = self.tokenizer.specials, self.tokenizer.vocab_size
-        self.tokens = tokenised(source, self.tokenizer, data.tokens_path, min_tokens=data.min_tokens, verify=verify)
+        limits: dict[str, Any] = {"min_tokens": data.min_tokens, "verify": verify, "patience_s": patience_s}
+        self.tokens = tokenised(source, self.tokenizer, data.tokens_path, **limits)
         self.listing = _listing(source.listing, self.tokens.manifest, data.min_tokens)
         self._separate = data.separate_documents
         self._division = (data.block_size, data.packing, data.separate_documents)
@@ -138,14 +146,14 @@ def _listing(files: Listing, manifest: Mapping[str, Any], min_tokens: int) -> Li
     return listing.without(manifest["num_unreadable"], "unreadable text", f"(files, lines or rows){example}")
 
 
-def tokenizer_of(data: TextDataConfig, model: TextModelConfig) -> Tokenizer:
+def tokenizer_of(data: TextDataConfig, model: TextModelConfig, patience_s: float = PATIENCE_S) -> Tokenizer:
     """The tokenizer of a run: what `data.tokenizer` names, or that of the sample set (`docs_tokenizer`).
 
     Raises:
         DataError: there is none, it cannot be read, or it does not fit the model.
     """
     if data.kind == "docs":
-        tokenizer = docs_tokenizer(data, model)
+        tokenizer = docs_tokenizer(data, model, patience_s)
     elif data.tokenizer is None:
         raise DataError("`d2v.data.tokenizer` must be a file or a folder, but is null instead.")
     else:
@@ -160,7 +168,7 @@ def with_vocabulary(config: TextConfig) -> TextConfig:
     Raises:
         DataError: see `tokenizer_of`.
     """
-    tokenizer = tokenizer_of(config.data, config.model)
+    tokenizer = tokenizer_of(config.data, config.model, config.run.timeout_s)
     follows = {"vocab_size": tokenizer.vocab_size, "padding_id": tokenizer.specials.pad}
     found = {key: value for key, value in follows.items() if getattr(config.model, key) is None}
     return config.model_copy(update={"model": config.model.model_copy(update=found)})

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.cache import made_once
+from d2v_fast.data.cache import PATIENCE_S, made_once
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.data.round_trip import RoundTrip
@@ -76,7 +76,13 @@ class TextSource(Protocol):
 
 
 def tokenised(
-    source: TextSource, tokenizer: Tokenizer, root: str | None, *, min_tokens: int = 1, verify: bool = True
+    source: TextSource,
+    tokenizer: Tokenizer,
+    root: str | None,
+    *,
+    min_tokens: int = 1,
+    verify: bool = True,
+    patience_s: float = PATIENCE_S,
 ) -> Tokens:
     """The tokens of all documents: those that were written before, if nothing has changed, or newly written ones.
 
@@ -85,7 +91,7 @@ def tokenised(
     Memory does not grow with the text, but with the cores, which work on up to `MAX_BATCH` characters at a time.
 
     Args:
-        root: see `made_once`.
+        root, patience_s: see `made_once`.
         min_tokens: shorter documents are left out.
         verify: compare all files with their checksums, also if they were written before.
     Raises:
@@ -129,7 +135,7 @@ def tokenised(
         manifest["sha256"] = _digest(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
-    tokens = Tokens(made_once(root, name, make), settings, verify=verify)
+    tokens = Tokens(made_once(root, name, make, patience_s=patience_s), settings, verify=verify)
     # the limits may be others than when they were written
     bad, said = source.bad, tokens.manifest
     bad.num_entries, bad.num_bad, bad.named = said["num_entries"], said["num_unreadable"], said["unreadable"]
