@@ -11,14 +11,17 @@ The targets of data2vec are made of f, before dropout and residual (arXiv 2202.0
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.config import SpeechModelConfig, TextModelConfig
-from d2v_fast.encoder import Encoder, EncoderOutput
+from d2v_fast.encoder import Encoder, EncoderOutput, random_keys
 from d2v_fast.layers import INIT_STD, Linear, drop, dropout
 
 
@@ -28,10 +31,12 @@ class Segments(NamedTuple):
     Attributes:
         offsets: int32 `[S + 1]`, where the segments start in the row of all tokens, and its length.
         longest: no segment is longer; known without asking the device.
+        samples: int64 `[N]`, the sample of every token of that row; None: unknown, and nothing is left out by sample.
     """
 
     offsets: Tensor
     longest: int
+    samples: Tensor | None = None
 
 
 # None: every token of a row attends to all of them. Tensor: bool `[B, 1, 1 or T, T]`, True where the key counts.
@@ -105,6 +110,7 @@ class PostNormBlock(nn.Module):
         hidden_width: of the MLP.
         dropout, attention_dropout, activation_dropout: on the branches, the attention weights, inside the MLP.
         norm_eps: of both norms.
+        layer_drop: probability with which a sample skips the block in training (arXiv 1909.11556).
     """
 
     def __init__(
@@ -117,8 +123,10 @@ class PostNormBlock(nn.Module):
         attention_dropout: float,
         activation_dropout: float,
         norm_eps: float,
+        layer_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        self.drop_rates = (layer_drop,)
         self.dropout, self.activation_dropout = dropout, activation_dropout
         self.attention = SelfAttention(width, heads, attention_dropout)
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
@@ -135,8 +143,37 @@ class PostNormBlock(nn.Module):
         for norm in (self.norm1, self.norm2):
             norm.reset_parameters()
 
-    def forward(self, x: Tensor, attendable: Attendable, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `encoder.Block`; with `rows`, nothing after the attention weights is computed for other tokens."""
+    def forward(
+        self,
+        x: Tensor,
+        attendable: Attendable,
+        rows: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `encoder.Block`; with `rows`, nothing after the attention weights is computed for other tokens.
+
+        A sample that skips the block keeps its residual stream, which is its feature, too. With `rows`, and of packed
+        samples, whose tokens cannot be taken out without asking the device, the block is computed and discarded.
+        """
+        if kept is None:
+            return self._transform(x, attendable, rows)
+        [samples] = kept
+        # packed samples have a segment at least
+        num_samples = len(attendable.offsets) - 1 if isinstance(attendable, Segments) else len(x)
+        if len(samples) == num_samples:
+            return self._transform(x, attendable, rows)
+        if rows is None and not isinstance(attendable, Segments):
+            if attendable is not None:
+                attendable = attendable.index_select(0, samples)
+            y, feature = self._transform(x.index_select(0, samples), attendable, None)
+            return x.index_copy(0, samples, y.to(x.dtype)), x.index_copy(0, samples, feature.to(x.dtype))
+        y, feature = self._transform(x, attendable, rows)
+        skipped = x if rows is None else x.flatten(0, 1).index_select(0, rows)
+        keeps = torch.zeros(num_samples, dtype=torch.bool, device=x.device).index_fill_(0, samples, True)
+        keeps = keeps.index_select(0, _samples_of(x, attendable, rows))[:, None]
+        return torch.where(keeps, y, skipped), torch.where(keeps, feature, skipped)
+
+    def _transform(self, x: Tensor, attendable: Attendable, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         attended = self._drop(self.attention(x, attendable, rows))
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)
@@ -147,6 +184,15 @@ class PostNormBlock(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training)
+
+
+def _samples_of(x: Tensor, attendable: Attendable, rows: Tensor | None) -> Tensor:
+    """The sample of each token, int64 `[N]`: of those at `rows`, or of all that are packed."""
+    if isinstance(attendable, Segments):
+        assert attendable.samples is not None
+        return attendable.samples if rows is None else attendable.samples.index_select(0, rows)
+    assert rows is not None
+    return rows // x.shape[1]
 
 
 def post_norm_encoder(config: SpeechModelConfig | TextModelConfig) -> Encoder:
@@ -160,10 +206,11 @@ def post_norm_encoder(config: SpeechModelConfig | TextModelConfig) -> Encoder:
             attention_dropout=config.attention_dropout,
             activation_dropout=config.activation_dropout,
             norm_eps=config.norm_eps,
+            layer_drop=config.layer_drop,
         )
         for _ in range(config.depth)
     )
-    return Encoder(blocks, gradient_checkpointing=config.gradient_checkpointing, layer_drop=config.layer_drop)
+    return Encoder(blocks, gradient_checkpointing=config.gradient_checkpointing)
 
 
 def padding_of(lengths: Tensor, num_tokens: int) -> Tensor:
@@ -172,7 +219,13 @@ def padding_of(lengths: Tensor, num_tokens: int) -> Tensor:
 
 
 def encode_packed(
-    encoder: Encoder, x: Tensor, segments: Segments, kept: Tensor | None, top_k: int, rows: Tensor | None
+    encoder: Encoder,
+    x: Tensor,
+    segments: Segments,
+    kept: Tensor | None,
+    top_k: int,
+    rows: Tensor | None,
+    drop_keys: npt.NDArray[np.uint64] | None = None,
 ) -> EncoderOutput:
     """Run blocks on the tokens that are not padding, and lay their output out again.
 
@@ -181,19 +234,23 @@ def encode_packed(
         x: `[B, T, D]`.
         segments: of the kept tokens.
         kept: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending; None: all.
-        top_k, rows: as for `Encoder`.
+        top_k, rows, drop_keys: as for `Encoder`.
     Returns:
         As of `Encoder`, zero at padding.
     """
     B, T, D = x.shape
+    if encoder.drops_samples:
+        drop_keys = random_keys(B) if drop_keys is None else drop_keys
+        places = torch.arange(B * T, device=x.device) if kept is None else kept
+        segments = segments._replace(samples=places // T)
     if kept is None:
-        output = encoder(x.reshape(1, B * T, D), segments, top_k, rows)
+        output = encoder(x.reshape(1, B * T, D), segments, top_k, rows, drop_keys)
     else:
         if rows is not None:
             # where a token is among those that are kept
             places = kept.new_empty(B * T).index_copy_(0, kept, torch.arange(len(kept), device=kept.device))
             rows = places.index_select(0, rows)
-        output = encoder(x.flatten(0, 1).index_select(0, kept)[None], segments, top_k, rows)
+        output = encoder(x.flatten(0, 1).index_select(0, kept)[None], segments, top_k, rows, drop_keys)
 
     def unpack(y: Tensor) -> Tensor:
         if y.dim() == 2:

@@ -12,7 +12,7 @@ data2vec (arXiv 2202.03555, section 4.1):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -203,40 +203,43 @@ class PreNormBlock(nn.Module):
         for gamma in (self.gamma1, self.gamma2):
             nn.init.constant_(gamma, self.layer_scale)
 
-    def forward(self, x: Tensor, attention_bias: Tensor | None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def drop_rates(self) -> tuple[float, float]:
+        """See `encoder.Block`: of the two branches."""
+        return self.drop_path, self.drop_path
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_bias: Tensor | None,
+        rows: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """See `encoder.Block`: attend, then transform token by token; the feature is the residual stream itself.
 
         Args:
             x: `[B, T, D]`.
             attention_bias: `[1, H, T, T]`; None where the block has its own.
             rows: int64 `[N]`, so that the MLP runs on no other token.
+            kept: two of int64 `[S]`, the samples that keep the attention and those that keep the MLP.
         """
         B, T, D = x.shape
         bias = self.position_bias() if self.position_bias is not None else attention_bias
-        x = self._add_branch(x, lambda kept: self.attention(self.norm1(kept), bias), self.gamma1)
+        attending, transformed = (None, None) if kept is None else kept
+        x = self._add_branch(x, lambda part: self.attention(self.norm1(part), bias), self.gamma1, attending)
         if rows is None:
-            x = self._add_branch(x, lambda kept: self.mlp(self.norm2(kept)), self.gamma2)
+            x = self._add_branch(x, lambda part: self.mlp(self.norm2(part)), self.gamma2, transformed)
             return x, x
         x = x.reshape(B * T, D).index_select(0, rows)
         scale: Tensor = self.gamma2
-        if self._drops_paths:
-            keep_prob = 1.0 - self.drop_path
-            kept = self._draw_kept(B).to(x.device, x.dtype, non_blocking=True)
-            scale = scale * (kept / keep_prob).index_select(0, rows // T)[:, None]
+        if transformed is not None:
+            of_sample = x.new_zeros(B).index_fill_(0, transformed, 1.0 / (1.0 - self.drop_path))
+            scale = scale * of_sample.index_select(0, rows // T)[:, None]
         x = torch.addcmul(x, self.mlp(self.norm2(x)), scale)
         return x, x
 
-    def _add_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor) -> Tensor:
+    def _add_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor, kept: Tensor | None) -> Tensor:
         """`x + drop_path(gamma * branch(x))`; the branch is computed for the samples that stochastic depth keeps."""
-        if not self._drops_paths:
+        if kept is None:
             return torch.addcmul(x, branch(x), gamma)
-        kept = self._draw_kept(len(x)).nonzero()[:, 0].to(x.device, non_blocking=True)
         return x.index_add(0, kept, branch(x.index_select(0, kept)) * (gamma / (1.0 - self.drop_path)))
-
-    @property
-    def _drops_paths(self) -> bool:
-        return self.training and self.drop_path > 0.0
-
-    def _draw_kept(self, batch_size: int) -> Tensor:
-        """Which samples keep a branch: bool `[B]`, on the host, which so knows their number without a sync."""
-        return torch.rand(batch_size, device="cpu") >= self.drop_path

@@ -147,10 +147,12 @@ class RunState:
         return int(state["step"])
 
     def whole_encoders(self) -> tuple[Student, Student] | None:
-        """Student and teacher as modules that the first process can run alone, None in the others. Every process
-        calls it. They are those that are trained, or copies of them where ZeRO-3 has partitioned these."""
+        """Return student and teacher in fp32, with the weights that a checkpoint holds, as modules that the first
+        process can run alone; None in the other processes. Every process calls it. They are the modules of the run, or
+        copies where the run computes in 16 bits or ZeRO-3 has partitioned these."""
         teacher = self._teacher.module
-        if not any(hasattr(p, "ds_id") for p in self._model.parameters()):
+        parameters = [*self._model.parameters(), *teacher.parameters()]
+        if all(p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in parameters):
             student = self._model.student
             return (student, student.with_averaged(teacher)) if self._world.is_first else None
         names = {n: full_shape(p) for n, p in self._model.named_parameters() if n.startswith("student.")}

@@ -14,12 +14,12 @@ class SpeechModelConfig(Section):
     """The speech encoder: convolutions over the waveform, convolutional positions, post-norm blocks.
 
     `conv_kernels` and `conv_strides` in samples of the layer's input, one per layer, all of `conv_width` channels;
-    `position_depth` layers of `position_kernel` frames in `position_groups` groups. `layer_drop` skips a whole block;
-    `input_dropout` is on the features that the student masks, `dropout` on tokens and branches, `activation_dropout`
-    inside the MLP. `position_in_teacher` "averaged": the teacher has an average of the positions as of the blocks;
-    "shared": it takes the student's, as the published recipe does. `attention` "padded" pads to the longest
-    utterance; "packed" computes no padding, on a GPU and in 16 bits. `front_end_checkpointing` computes part of the
-    front end again in the backward pass instead of keeping it.
+    `position_depth` layers of `position_kernel` frames in `position_groups` groups. `layer_drop` lets a sample skip a
+    block; `input_dropout` is on the features that the student masks, `dropout` on tokens and branches,
+    `activation_dropout` inside the MLP. `position_in_teacher` "averaged": the teacher has an average of the positions
+    as of the blocks; "shared": it takes the student's, as the published recipe does. `attention` "padded" pads to the
+    longest utterance; "packed" computes no padding, on a GPU and in 16 bits. `front_end_checkpointing` computes part of
+    the front end again in the backward pass instead of keeping it.
     """
 
     sample_rate: int = Field(default=16_000, ge=1_000, le=192_000)

@@ -125,10 +125,11 @@ def _within(mode: TorchFunctionMode, call: Callable[..., Tensor]) -> Callable[..
 
 
 def _without_rare_savings(config: D2VConfig) -> D2VConfig:
-    """The configuration with stochastic depth that keeps everything, in the form that it has in training."""
+    """Return the configuration with stochastic depth that keeps every sample, computed as in training, and without
+    layer-drop, which computes a block that all samples keep as if there were none."""
     if isinstance(config, VisionConfig) and config.model.drop_path > 0:
         return config.model_copy(update={"model": config.model.model_copy(update={"drop_path": _RARE})})
-    if isinstance(config, SpeechConfig):
+    if isinstance(config, SpeechConfig | TextConfig):
         return config.model_copy(update={"model": config.model.model_copy(update={"layer_drop": 0.0})})
     return config
 
@@ -140,6 +141,7 @@ class _Batch(NamedTuple):
     kept: Tensor | None = None
     masked_inputs: Tensor | None = None
     offsets: Tensor | None = None
+    drop_keys: None = None
 
 
 def _empty_like(batch: MaskedBatch) -> MaskedBatch:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 __all__ = [
     "AUGMENT",
+    "DROP",
     "GOLDEN",
     "MASK",
     "ORDER",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 # what a stream is for: each purpose has streams of its own
-MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER = 1, 2, 3, 4, 5
+MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER, DROP = 1, 2, 3, 4, 5, 6
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -29,8 +29,8 @@ class TextModelConfig(Section):
     `vocab_size` is the number of token embeddings, at least that of the tokenizer; null takes the tokenizer's number.
     `padding_id` is the id of the padding token, whose embedding stays zero; null takes the tokenizer's, and no other is
     accepted. `max_positions` is the longest sequence in tokens, specials included. `dropout` is on embeddings and
-    branches, `activation_dropout` inside the MLP; `layer_drop` skips a whole block. `attention` "padded" pads to the
-    longest block; "packed" computes no padding, on a GPU and in 16 bits.
+    branches, `activation_dropout` inside the MLP; `layer_drop` lets a sample skip a block. `attention` "padded" pads to
+    the longest block; "packed" computes no padding, on a GPU and in 16 bits.
     """
 
     vocab_size: int | None = Field(default=None, ge=8, le=MAX_VOCAB)

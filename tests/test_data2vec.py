@@ -34,6 +34,7 @@ class Images:
     lengths: None = None
     kept: None = None
     masked_inputs: None = None
+    drop_keys: None = None
     offsets: None = None
 
     def __getitem__(self, samples: slice) -> Images:

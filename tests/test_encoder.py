@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.config import VisionModelConfig
-from d2v_fast.encoder import Encoder
+from d2v_fast.encoder import Encoder, random_keys
 from d2v_fast.layers import drop
 from d2v_fast.pre_norm import (
     PreNormBlock,
@@ -45,6 +46,11 @@ def inputs(config: VisionModelConfig, batch_size: int = 5) -> tuple[Tensor, Tens
 def random_rows(x: Tensor) -> Tensor:
     """Flat rows of about half the tokens, another count in every sample."""
     return (torch.rand(x.shape[:2]) < 0.5).flatten().nonzero()[:, 0]
+
+
+def draw_kept(num_samples: int, rate: float, branches: int = 2) -> list[Tensor]:
+    """The samples that keep each branch."""
+    return [(torch.rand(num_samples) >= rate).nonzero()[:, 0] for _ in range(branches)]
 
 
 @pytest.mark.parametrize("grid_size", [1, 2, 3, 5])
@@ -140,12 +146,15 @@ def test_drop_path_keeps_or_drops_whole_samples() -> None:
     torch.nn.init.zeros_(block.gamma2)  # one branch, so that its factor can be read off
     x, bias = (tensor.double() for tensor in inputs(SMALL, batch_size=64))
     branch = block.eval()(x, bias)[0] - x
-    factor = (block.train()(x, bias)[0] - x) / branch
+    kept = draw_kept(64, 0.5)
+    factor = (block.train()(x, bias, None, kept)[0] - x) / branch
     per_sample = factor.flatten(1).mean(1)
     torch.testing.assert_close(factor, per_sample[:, None, None].expand_as(factor), rtol=1e-6, atol=1e-6)
-    kept = per_sample > 1
-    torch.testing.assert_close(per_sample, torch.where(kept, 2.0, 0.0).double(), rtol=1e-6, atol=1e-6)
-    assert 16 < kept.sum() < 48
+    expected = torch.zeros(64, dtype=torch.float64).index_fill_(0, kept[0], 2.0)
+    torch.testing.assert_close(per_sample, expected, rtol=1e-6, atol=1e-6)
+    # without being told what is kept, all is
+    whole = block(x, bias)[0]
+    torch.testing.assert_close(whole, x + branch)
 
 
 @pytest.mark.parametrize("with_rows", [False, True], ids=["all_tokens", "rows"])
@@ -157,10 +166,9 @@ def test_dropped_samples_are_multiplied_by_zero(with_rows: bool) -> None:
     rows = random_rows(x) if with_rows else None
     leaves = [x, bias, *block.parameters()]
 
-    torch.manual_seed(11)
-    actual, _ = block(x, bias, rows)
-    torch.manual_seed(11)
-    scale1, scale2 = ((torch.rand(len(x)) >= 0.4).double()[:, None, None] / 0.6 for _ in range(2))
+    kept = [torch.tensor([0, 3, 4, 6]), torch.tensor([1, 3, 5])]
+    actual, _ = block(x, bias, rows, kept)
+    scale1, scale2 = (torch.zeros(7, 1, 1).double().index_fill_(0, part, 1 / 0.6) for part in kept)
     assert 0 < scale1.count_nonzero() < len(x)
     expected = x + scale1 * block.gamma1 * block.attention(block.norm1(x), bias)
     expected = expected + scale2 * block.gamma2 * block.mlp(block.norm2(expected))
@@ -176,20 +184,56 @@ def test_dropped_samples_are_multiplied_by_zero(with_rows: bool) -> None:
 
 
 def test_dropped_samples_are_not_computed() -> None:
-    block = PreNormBlock(small(drop_path=0.5, depth=2), index=1)
+    encoder = make_encoder(small(drop_path=0.5, depth=2))
     seen = []
-    for module in (block.attention, block.mlp):
-        module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    block(*inputs(SMALL, batch_size=64))
-    assert all(16 < size < 48 for size in seen)
-    assert len(seen) == 2
+    for block in encoder.blocks:
+        for module in (block.attention, block.mlp):
+            module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    encoder(*inputs(SMALL, batch_size=64))
+    assert seen[:2] == [64, 64]
+    assert all(16 < size < 48 for size in seen[2:])
+    assert len(seen) == 4
+    encoder.eval()(*inputs(SMALL, batch_size=64))
+    assert seen[4:] == [64] * 4
+
+
+def test_what_a_sample_drops_is_its_own() -> None:
+    """A function of its key: neither of the other samples, nor of their order, nor of torch's generator."""
+    encoder = make_encoder(small(drop_path=0.5)).double()
+    reference.randomise_(encoder)
+    x, bias = (tensor.double() for tensor in inputs(SMALL, batch_size=8))
+    keys = random_keys(8)
+    whole = encoder(x, bias, drop_keys=keys).last_hidden
+    chosen = [6, 2, 3]
+    state = torch.get_rng_state()
+    part = encoder(x[chosen], bias, drop_keys=keys[chosen]).last_hidden
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(part, whole[chosen], rtol=1e-12, atol=1e-12)
+    other = encoder(x, bias, drop_keys=random_keys(8)).last_hidden
+    assert not torch.allclose(other, whole)
+
+
+def test_decisions_have_their_rates_and_are_independent() -> None:
+    encoder = make_encoder(small(drop_path=0.6, depth=4))
+    num_samples = 4000
+    kept = encoder._kept(random_keys(num_samples), torch.empty(num_samples))
+    keeps = np.zeros((8, num_samples), dtype=bool)
+    for decision, samples in enumerate(samples for block in kept for samples in block):
+        assert (samples.diff() > 0).all()
+        keeps[decision, samples] = True
+    expected = 1 - np.repeat([0.0, 0.2, 0.4, 0.6], 2)
+    deviation = 5 * np.sqrt(0.25 / num_samples)
+    np.testing.assert_allclose(keeps.mean(1), expected, atol=deviation)
+    correlations = np.corrcoef(keeps[2:]) - np.eye(6)
+    assert np.abs(correlations).max() < 5 / np.sqrt(num_samples)
 
 
 def test_every_sample_dropped() -> None:
     block = PreNormBlock(small(drop_path=0.999999, depth=2), index=1)
     x, bias = inputs(SMALL, batch_size=3)
     bias.requires_grad_()
-    output, _ = block(x, bias)
+    nothing = torch.empty(0, dtype=torch.int64)
+    output, _ = block(x, bias, None, [nothing, nothing])
     assert torch.equal(output, x)
     output.sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())

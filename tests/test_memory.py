@@ -279,6 +279,16 @@ def test_speech_activations(mode: str, recompute: bool) -> None:
     assert predicted.saved == pytest.approx(saved.bytes, rel=0.03)
 
 
+@pytest.mark.parametrize("base", [TINY_SPEECH, TINY_TEXT], ids=["speech", "text"])
+def test_layer_drop_is_not_relied_on(base: dict[str, Any]) -> None:
+    """A step in which every sample keeps every block is what is predicted, and the same each time."""
+    raw = copy.deepcopy(base)
+    raw["d2v"]["model"]["layer_drop"] = 0.0
+    expected = step_memory(parse_config(raw).d2v, 8, FP32)
+    raw["d2v"]["model"]["layer_drop"] = 0.5
+    assert {step_memory(parse_config(raw).d2v, 8, FP32) for _ in range(3)} == {expected}
+
+
 def test_checkpointing_saves_the_inputs_of_blocks_only() -> None:
     raw = copy.deepcopy(TINY)
     raw["d2v"]["model"] |= {"depth": 8, "drop_path": 0.0}

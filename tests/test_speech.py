@@ -14,9 +14,11 @@ from torch import Tensor
 from d2v_fast.config import SpeechConfig, SpeechModelConfig, TargetConfig
 from d2v_fast.data import Batch
 from d2v_fast.data2vec import Data2Vec, build_model
+from d2v_fast.encoder import random_keys
 from d2v_fast.masking import span_mask_rows
 from d2v_fast.modalities.conv_stack import ConvStack
 from d2v_fast.post_norm import Segments, attend
+from d2v_fast.streams import uniforms
 from tests import speech_reference as reference
 
 SIZES: dict[str, Any] = {
@@ -271,20 +273,71 @@ def test_attention_dropout_on_a_cpu_is_unbiased() -> None:
     assert ((drawn.mean(0) - attend(q, k, v, mask[None, None, None])).abs() < 5 * error).all()
 
 
-def test_layer_drop_skips_blocks() -> None:
+def test_layer_drop_leaves_out_samples() -> None:
+    """Of the blocks before the last, what skips them is not computed; and of eight samples about half do."""
     config = make_config(layer_drop=0.5, depth=3)
     model, teacher = make_pair(config)
-    batch = make_batch(config, [400, 400])
-    called: list[int] = []
-    for index, block in enumerate(model.student.context.encoder.blocks):
-        block.register_forward_pre_hook(lambda *_, index=index: called.append(index))
+    batch = make_batch(config, [400] * 4 + [290] * 4)
+    sizes: list[list[int]] = [[], [], []]
+    for of_block, block in zip(sizes, model.student.context.encoder.blocks, strict=True):
+        block.fc1.register_forward_pre_hook(lambda _, args, of_block=of_block: of_block.append(len(args[0])))
     for seed in range(30):
         torch.manual_seed(seed)
         model(batch, teacher).loss_sum.backward()
-    assert 20 < len(called) < 70
-    before = len(called)
+    for of_block in sizes[:2]:
+        assert 90 < sum(of_block) < 150
+        assert len(of_block) == 30
+    assert sizes[2] == [len(batch.rows)] * 30
     model.eval()(batch, teacher)
-    assert called[before:] == [0, 1, 2]
+    assert [of_block[-1] for of_block in sizes] == [8, 8, len(batch.rows)]
+
+
+@pytest.mark.parametrize("attention", ["padded", "packed"])
+@pytest.mark.parametrize("with_rows", [False, True], ids=["all_frames", "rows"])
+def test_skipped_blocks_pass_samples_on(attention: str, with_rows: bool) -> None:
+    """Each sample goes through the blocks that it keeps and no others, and has the gradient of those."""
+    config = make_config(layer_drop=0.5, attention=attention)
+    context = build_model(config).student.context.double()
+    reference.randomise_(context)
+    lengths = torch.tensor([7, 4, 9, 5, 9])
+    places = (torch.arange(9) < lengths[:, None]).flatten()
+    rows = places.nonzero()[::2, 0] if with_rows else None
+    kept = places.nonzero()[:, 0] if attention == "packed" else None
+    frames = torch.randn(5, 9, 24, dtype=torch.float64, requires_grad=True)
+    keys = random_keys(5)
+    keeps = uniforms(keys, 3) >= 0.5
+    output = context(frames, lengths, kept, keys, top_k=0, output_rows=rows).last_hidden
+
+    expected = []
+    for frame, length, kept_blocks in zip(frames, lengths.tolist(), keeps, strict=True):
+        x = context.norm(frame[None, :length])
+        for block, keep in zip(context.encoder.blocks, kept_blocks, strict=True):
+            x = block(x, None)[0] if keep else x
+        expected.append(F.pad(x[0], (0, 0, 0, 9 - length)))
+    truth = torch.stack(expected)
+    if rows is None:
+        output, truth = output.flatten(0, 1)[places], truth.flatten(0, 1)[places]
+    else:
+        truth = truth.flatten(0, 1)[rows]
+    torch.testing.assert_close(output, truth, rtol=1e-10, atol=1e-10)
+    direction, leaves = torch.randn_like(truth), [frames, *context.encoder.parameters()]
+    for actual, wanted in zip(
+        torch.autograd.grad(output, leaves, direction),
+        torch.autograd.grad(truth, leaves, direction, materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("attention", ["padded", "packed"])
+def test_block_that_no_sample_keeps(attention: str) -> None:
+    """Every parameter has a gradient, zero, so that all processes do the same."""
+    config = make_config(layer_drop=0.999999, attention=attention)
+    model, teacher = make_pair(config)
+    batch = make_batch(config, [400, 290, 333])
+    model(batch, teacher).loss_sum.backward()
+    for block in model.student.context.encoder.blocks:
+        assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
 
 
 @pytest.mark.parametrize("working_copy", [False, True], ids=["fp32_teacher", "bf16_teacher"])

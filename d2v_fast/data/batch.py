@@ -37,6 +37,8 @@ class Batch:
         offsets: int32 `[S + 1]`, where the documents start in the row of all places that are not padding, and its
             length; None: a sample is one document.
         bad: the unreadable files that were replaced by a neighbour, as `path: reason`.
+        drop_keys: uint64 `[B]`, always on the host: keys of the streams (`streams.DROP`) from which stochastic depth
+            and layer-drop decide what each sample skips; None: new ones, drawn from torch's generator.
         global_rows: masked places of the whole optimizer step, over all its micro steps and processes; None when the
             batch was not made by a `StepLoader`.
     """
@@ -49,6 +51,7 @@ class Batch:
     masked_inputs: Tensor | None = None
     offsets: Tensor | None = None
     bad: tuple[str, ...] = ()
+    drop_keys: npt.NDArray[np.uint64] | None = None
     global_rows: int | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

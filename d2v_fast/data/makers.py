@@ -13,6 +13,7 @@ from d2v_fast.data.listing import Listing
 from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
 from d2v_fast.masking import block_mask_rows, span_mask_rows, token_mask_rows
+from d2v_fast.streams import DROP, stream_keys
 
 if TYPE_CHECKING:
     from d2v_fast.config import SpeechConfig, TextConfig, VisionConfig
@@ -84,7 +85,8 @@ class ImageBatches:
         alone = len(micro.sample_ids) == len(micro.step_sample_ids)
         global_rows = len(rows) if alone else len(self.rows(seed, micro.epoch, micro.step_sample_ids))
         ids = torch.from_numpy(micro.sample_ids)
-        return Batch(pixels, torch.from_numpy(rows), ids, bad=bad, global_rows=global_rows)
+        keys = _drop_keys(micro, seed)
+        return Batch(pixels, torch.from_numpy(rows), ids, bad=bad, drop_keys=keys, global_rows=global_rows)
 
     def rows(self, seed: int, epoch: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64 `[N]`, the masked patches of the samples."""
@@ -143,6 +145,7 @@ class TextBatches:
             kept=kept,
             masked_inputs=torch.from_numpy(masks.tokens),
             offsets=offsets,
+            drop_keys=_drop_keys(micro, seed),
             global_rows=global_rows,
         )
 
@@ -222,6 +225,7 @@ class SpeechBatches:
             lengths=torch.from_numpy(frames) if padded else None,
             kept=kept,
             bad=bad,
+            drop_keys=_drop_keys(micro, seed),
             global_rows=len(step_rows),
         )
 
@@ -243,3 +247,8 @@ class SpeechBatches:
     def warm_up(self) -> None:
         """See `BatchMaker`."""
         span_mask_rows(0, 0, np.zeros(1, dtype=np.int64), 20, self._mask.prob, self._mask.length)
+
+
+def _drop_keys(micro: MicroStep, seed: int) -> npt.NDArray[np.uint64]:
+    # an epoch takes a sample once: so these depend on the step, and not on how it is split
+    return stream_keys(seed, DROP, micro.epoch, micro.sample_ids)

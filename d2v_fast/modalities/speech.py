@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,6 +100,7 @@ class SpeechContext(nn.Module):
         frames: Tensor,
         lengths: Tensor | None = None,
         kept: Tensor | None = None,
+        drop_keys: npt.NDArray[np.uint64] | None = None,
         top_k: int = 0,
         output_rows: Tensor | None = None,
     ) -> EncoderOutput:
@@ -107,6 +110,7 @@ class SpeechContext(nn.Module):
             frames: `[B, T, D]`, masked or not.
             lengths: int64 `[B]`, frames of each utterance that are not padding; None: all.
             kept: int64 `[M]`, flat indices `b * T + t` of these frames, ascending, for packed attention.
+            drop_keys: uint64 `[B]`, as of `data.Batch`.
             top_k: K, how many of the last blocks' features to return.
             output_rows: int64 `[N]`, flat indices: the only frames at which the last block's output is wanted.
         Returns:
@@ -122,10 +126,10 @@ class SpeechContext(nn.Module):
         x = dropout(self.norm(x), self.dropout, self.training)
         if lengths is None or kept is None or not self.packs:
             attendable: Attendable = None if is_padding is None else ~is_padding[:, None, None, :]
-            padded: EncoderOutput = self.encoder(x, attendable, top_k, output_rows)
+            padded: EncoderOutput = self.encoder(x, attendable, top_k, output_rows, drop_keys)
             return padded
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows)
+        return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows, drop_keys)
 
 
 class SpeechModel(Student):
@@ -173,7 +177,7 @@ class SpeechModel(Student):
         token = self.front_end.mask_token.to(masked.dtype)
         masked = masked.index_copy(0, batch.rows, token.expand(len(batch.rows), -1)).view_as(frames)
         masked = self._with_positions(masked, batch.lengths)
-        return (masked, batch.lengths, batch.kept), (unmasked, batch.lengths, batch.kept)
+        return (masked, batch.lengths, batch.kept, batch.drop_keys), (unmasked, batch.lengths, batch.kept)
 
     def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
         """See `Student`."""

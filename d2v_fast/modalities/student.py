@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from d2v_fast.encoder import EncoderOutput
@@ -14,7 +16,7 @@ class MaskedBatch(Protocol):
     """What a step needs of a batch.
 
     Attributes:
-        inputs, lengths, kept, masked_inputs, offsets: as of `data.Batch`.
+        inputs, lengths, kept, masked_inputs, offsets, drop_keys: as of `data.Batch`.
         rows: int64 `[N]`, flat indices `b * P + p` of the masked places, without repeats, ascending.
     """
 
@@ -30,6 +32,8 @@ class MaskedBatch(Protocol):
     def masked_inputs(self) -> Tensor | None: ...
     @property
     def offsets(self) -> Tensor | None: ...
+    @property
+    def drop_keys(self) -> npt.NDArray[np.uint64] | None: ...
 
 
 class Student(nn.Module):

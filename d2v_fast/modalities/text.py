@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +72,7 @@ class TextContext(nn.Module):
         lengths: Tensor | None = None,
         kept: Tensor | None = None,
         offsets: Tensor | None = None,
+        drop_keys: npt.NDArray[np.uint64] | None = None,
         top_k: int = 0,
         output_rows: Tensor | None = None,
     ) -> EncoderOutput:
@@ -81,6 +84,7 @@ class TextContext(nn.Module):
             kept: int64 `[M]`, flat indices `b * T + t` of these tokens, ascending; None: all.
             offsets: int32 `[S + 1]`, where the documents start among the kept tokens, and their number: only tokens of
                 one document attend to each other. None: those of a sample do.
+            drop_keys: uint64 `[B]`, as of `data.Batch`.
             top_k: K, how many of the last blocks' features to return.
             output_rows: int64 `[N]`, flat indices: the only tokens at which the last block's output is wanted.
         Returns:
@@ -94,13 +98,13 @@ class TextContext(nn.Module):
             if offsets is None:
                 assert lengths is not None
                 offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-            return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows)
+            return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows, drop_keys)
         attendable: Attendable = None
         if offsets is not None:
             attendable = _same_document(offsets, kept, B, T)
         elif lengths is not None:
             attendable = ~padding_of(lengths, T)[:, None, None, :]
-        output: EncoderOutput = self.encoder(x, attendable, top_k, output_rows)
+        output: EncoderOutput = self.encoder(x, attendable, top_k, output_rows, drop_keys)
         return output
 
 
@@ -148,7 +152,7 @@ class TextModel(Student):
         structure = batch.lengths, batch.kept, batch.offsets
         with torch.no_grad():
             unmasked = self.embedding(batch.inputs, drops=False)
-        return (self.embedding(batch.masked_inputs), *structure), (unmasked, *structure)
+        return (self.embedding(batch.masked_inputs), *structure, batch.drop_keys), (unmasked, *structure)
 
     def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
         """See `Student`."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -104,13 +106,19 @@ class VisionModel(Student):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(
-        self, pixels: Tensor, rows: Tensor | None = None, top_k: int = 0, output_rows: Tensor | None = None
+        self,
+        pixels: Tensor,
+        rows: Tensor | None = None,
+        drop_keys: npt.NDArray[np.uint64] | None = None,
+        top_k: int = 0,
+        output_rows: Tensor | None = None,
     ) -> EncoderOutput:
         """Encode a batch of images. `norm` is left to the caller, who may want it on some rows only.
 
         Args:
             pixels: `[B, C, H, W]`, normalised.
             rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; None masks nothing.
+            drop_keys: uint64 `[B]`, as of `data.Batch`.
             top_k: K, how many of the last blocks' outputs to return.
             output_rows: int64 `[M]`, flat indices `b * P + p`: the only patches at which the last block's output is
                 wanted; None: the whole output.
@@ -120,7 +128,7 @@ class VisionModel(Student):
         """
         token_rows = None if output_rows is None else self.token_rows(output_rows, self.num_patches)
         bias = None if self.position_bias is None else self.position_bias()
-        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), bias, top_k, token_rows)
+        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), bias, top_k, token_rows, drop_keys)
         return output
 
     def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
@@ -130,7 +138,7 @@ class VisionModel(Student):
 
     def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """See `Student`: nothing is shared."""
-        return (batch.inputs, batch.rows), (batch.inputs,)
+        return (batch.inputs, batch.rows, batch.drop_keys), (batch.inputs,)
 
     def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
         """See `Student`."""
