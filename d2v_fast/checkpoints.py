@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from d2v_fast.checkpoint_hold import alone_with
 from d2v_fast.commands import resume_command
 from d2v_fast.faults import fault_point
 from d2v_fast.io_errors import advice
@@ -247,8 +248,12 @@ class Checkpoints:
         _flush(self.folder)
         fault_point("save.retention")
         for old in self.steps()[self.keep :]:
-            # renamed first, so that no half-deleted checkpoint ever carries a good name
-            doomed = (self.folder / f"step-{old}").rename(self.folder / f"step-{old}.tmp-old")
+            with alone_with(self.folder / f"step-{old}") as is_free:
+                if not is_free:
+                    # an export or a probe reads it: its turn comes with a later save
+                    continue
+                # renamed first, so that no half-deleted checkpoint ever carries a good name
+                doomed = (self.folder / f"step-{old}").rename(self.folder / f"step-{old}.tmp-old")
             fault_point("save.delete")
             shutil.rmtree(doomed)
 

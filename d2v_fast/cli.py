@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_fast.config import ConfigError, RunConfig, apply_overrides, earlier_values, load_config
+from d2v_fast.config import ConfigError, RunConfig, apply_overrides, load_config, parse_config, with_earlier_values
 from d2v_fast.paths import PathError, expand_path, path_argument
+from d2v_fast.saved_config import saved_config
 
 DESCRIPTION = "Pre-train a data2vec encoder from one JSON file."
 _EXAMPLES = """\
@@ -91,10 +92,11 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
     if options.ds_config is not None:
         config = load_config(options.ds_config, overrides, num_processes)
     elif options.resume and options.run is not None:
-        path = _runs_folder(overrides) / options.run / "config.json"
-        if not path.is_file():
-            raise ConfigError([_nothing_to_resume(path.parent)], "--resume")
-        config = load_config(path, [*earlier_values(path), *overrides], num_processes)
+        folder = _runs_folder(overrides) / options.run
+        if not os.path.lexists(folder / "config.json") and not (folder / "checkpoints").is_dir():
+            raise ConfigError([_nothing_to_resume(folder)], "--resume")
+        saved = with_earlier_values(saved_config(folder, warn=is_first_process()))
+        config = parse_config(apply_overrides(saved, overrides), num_processes, str(folder / "config.json"))
     else:
         raise ConfigError(["`FILE` is required (or `--resume --run NAME` to continue a run)."], "options")
     if options.resume and config.d2v.run.name is None:

@@ -403,18 +403,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int
     return parse_config(apply_overrides(_read(path), overrides), world_size, source=str(path))
 
 
-def earlier_values(path: Path) -> list[str]:
-    """Return, as overrides, what a run was trained with that began before there was a key for it.
-
-    Args:
-        path: `config.json` of the run, which holds every key that there was when it was written.
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    d2v = _read(path).get("d2v")
-    if not isinstance(d2v, dict):
-        return []
-    return [f"d2v.{key}={json.dumps(value)}" for key, value in EARLIER_VALUES.items() if key not in d2v]
+def with_earlier_values(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run saved, with what it was trained with if it began before there was a key for it."""
+    d2v = saved.get("d2v")
+    return {**saved, "d2v": {**EARLIER_VALUES, **d2v}} if isinstance(d2v, dict) else dict(saved)
 
 
 def _read(path: str | Path) -> dict[str, Any]:

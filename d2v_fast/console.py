@@ -106,6 +106,7 @@ def _embed(options: argparse.Namespace) -> int:
             tokenizer=options.tokenizer,
             batch_size=options.batch_size,
             device=options.device,
+            overwrite=options.overwrite,
         )
     )
     return 0
@@ -122,6 +123,7 @@ def _export(options: argparse.Namespace) -> int:
             step=options.step,
             form=options.format,
             tokenizer=options.tokenizer,
+            overwrite=options.overwrite,
         )
     )
     return 0
@@ -132,11 +134,14 @@ def _import(options: argparse.Namespace) -> int:
 
     if options.ds_config is None:
         own = {"weights": options.weights, "heads": options.heads, "tokenizer": options.tokenizer}
+        own["overwrite"] = options.overwrite
         print(import_folder(options.source, options.to, **own, overrides=options.overrides))
         return 0
-    if options.tokenizer is not None:
-        from d2v_fast.config_errors import OptionError
+    from d2v_fast.config_errors import OptionError
 
+    if options.overwrite:
+        raise OptionError("`--overwrite` is for a Transformers folder: the folder of a run is never replaced.")
+    if options.tokenizer is not None:
         raise OptionError("`--tokenizer` is for a Transformers folder: a run names its own as `d2v.data.tokenizer`.")
     more = {"overrides": options.overrides, "heads": options.heads}
     print(start_run(options.source, options.to, options.ds_config, **more))
@@ -160,7 +165,8 @@ def _tokenize(options: argparse.Namespace) -> int:
 def _draw(options: argparse.Namespace) -> int:
     from d2v_fast.pictures import draw
 
-    print(draw(options.run_folder, data=options.data, count=options.count, weights=options.weights, out=options.out))
+    own = {"data": options.data, "count": options.count, "weights": options.weights}
+    print(draw(options.run_folder, **own, out=options.out, overwrite=options.overwrite))
     return 0
 
 
@@ -174,7 +180,7 @@ def _presets(options: argparse.Namespace) -> int:
     from d2v_fast.presets import list_presets, preset_text, write_preset
 
     if options.to is not None:
-        print(write_preset(options.name, options.to))
+        print(write_preset(options.name, options.to, options.overwrite))
     elif options.name is not None:
         sys.stdout.write(preset_text(options.name))
     else:
@@ -247,7 +253,8 @@ def _parser(with_training: bool) -> argparse.ArgumentParser:
         "presets digits --to mine.json",
     )
     presets.add_argument("name", nargs="?", metavar="NAME", help="as in the list, such as digits")
-    presets.add_argument("--to", type=path_argument, metavar="FILE", help="write it there; the file must not exist")
+    presets.add_argument("--to", type=path_argument, metavar="FILE", help="write it there")
+    _add_overwrite(presets, "the file of --to")
     doctor = add(
         "doctor",
         "look for what is missing or broken on this machine, each with its fix",
@@ -337,6 +344,7 @@ def _add_models(add: _Add) -> None:
     )
     embed.add_argument("--batch-size", type=_positive, metavar="N", help="(default: 64 images, 8 recordings, 32 lines)")
     embed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is)")
+    _add_overwrite(embed, "the file of --to, and the names beside it")
     export = add(
         "export",
         "write a checkpoint's weights for Transformers, fairseq or ONNX",
@@ -367,6 +375,7 @@ def _add_models(add: _Add) -> None:
         metavar="PATH",
         help="of a text run, for Transformers (default: what its config.json names)",
     )
+    _add_overwrite(export, "the file of --to, or in its folder what an earlier export wrote and nobody changed")
     draw = add(
         "draw",
         "a picture of inputs, masks and features, before and after pre-training",
@@ -378,6 +387,7 @@ def _add_models(add: _Add) -> None:
     draw.add_argument("--count", type=int, default=8, help="how many samples, at most 24 (default: 8)")
     draw.add_argument("--weights", choices=("student", "teacher"), default="student", help="(default: student)")
     draw.add_argument("--out", type=path_argument, metavar="FILE", help="(default: RUN_FOLDER/features.png)")
+    _add_overwrite(draw, "the file of --out")
 
 
 def _add_import(add: _Add) -> None:
@@ -417,6 +427,7 @@ def _add_import(add: _Add) -> None:
     bring.add_argument(
         "--ds_config", type=path_argument, default=None, metavar="FILE", help="of the run that is to begin"
     )
+    _add_overwrite(bring, "in a Transformers folder what an earlier export wrote and nobody changed")
     _add_overrides(bring)
 
 
@@ -443,6 +454,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, default=None, metavar="N", help="of the checkpoint (default: the newest)")
+
+
+def _add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

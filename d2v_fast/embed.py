@@ -22,6 +22,7 @@ from d2v_fast.data.progress import Progress
 from d2v_fast.embed_inputs import Sample, Source, open_source
 from d2v_fast.features import patch_features, sequence_features
 from d2v_fast.modalities import Student
+from d2v_fast.outputs import require_file
 from d2v_fast.untrusted import printable
 from d2v_fast.world import World
 
@@ -43,6 +44,7 @@ def embed(
     tokenizer: Path | None = None,
     batch_size: int | None = None,
     device: str = "auto",
+    overwrite: bool = False,
 ) -> str:
     """Write the features of all files below `inputs`, in the order of their sorted paths; returns a line for the user.
 
@@ -60,11 +62,14 @@ def embed(
         tokenizer: of a text model; None is what the run names, or the folder holds.
         batch_size: samples that are encoded together; None is 64 images, 8 recordings or 32 lines.
         device: "auto", "cpu" or "cuda".
+        overwrite: replace `to`, and the names beside it.
     Raises:
         ValueError: a wrong suffix or model, no input that can be read, or a package is missing.
         RunError: there is no such device.
     """
     write = _writer(to, frames)
+    for file in (to, to.with_suffix(_BESIDE)) if to.suffix == ".npy" else (to,):
+        require_file(file, overwrite)
     source = open_source(model, inputs, weights, step, tokenizer)
     size = _BATCH[source.what] if batch_size is None else batch_size
     encoder = source.model.to(World(device).device).eval()

@@ -21,7 +21,7 @@ from d2v_fast.config_errors import OptionError, check
 from d2v_fast.data import DataError
 from d2v_fast.data.files import UnreadableFile, find_files
 from d2v_fast.data.listing import FileKinds, Listing, count_endings
-from d2v_fast.export import SavedWeights, choose_checkpoint, load_encoder, read_run_config, run_tokenizer
+from d2v_fast.export import SavedWeights, load_encoder, open_checkpoint, read_run_config, run_tokenizer
 from d2v_fast.interop.huggingface import import_model
 from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student
@@ -345,14 +345,15 @@ def open_source(
     data: Any
     if _is_run(model):
         run = read_run_config(model)
-        checkpoint, step = choose_checkpoint(model, step)
         chosen = weights or "student"
-        student, config, data = load_encoder(checkpoint, run, chosen), run.model, run.data
-        origin = f"{chosen} of {model}, step {step}"
+        with open_checkpoint(model, step) as (checkpoint, found_step):
+            student, config, data = load_encoder(checkpoint, run, chosen), run.model, run.data
+            digest = SavedWeights(checkpoint, chosen).vocabulary
+        origin = f"{chosen} of {model}, step {found_step}"
     else:
         if weights is not None or step is not None:
             raise OptionError(f"`--weights` and `--step` are for run folders, and {model} is a Transformers folder.")
-        run, data = None, None
+        run, data, digest = None, None, None
         student, config = import_model(model)
         origin = f"model in {model}"
     if tokenizer is not None and not isinstance(config, TextModelConfig):
@@ -362,7 +363,6 @@ def open_source(
     if isinstance(config, SpeechModelConfig):
         return Recordings(student, origin, inputs, config, data or SpeechDataConfig())
     if isinstance(run, TextConfig):
-        digest = SavedWeights(checkpoint, chosen).vocabulary
         found = run_tokenizer(run, tokenizer, digest, str(model))
     else:
         from d2v_fast.data.tokenizer import load_tokenizer
@@ -373,6 +373,9 @@ def open_source(
 
 def _is_run(folder: Path) -> bool:
     path = folder / "config.json"
+    if (folder / "checkpoints").is_dir():
+        # its configuration may be damaged, and be found all the same
+        return True
     if not path.is_file():
         reason = explain(folder) or f"`{folder}` holds no config.json."
         raise ValueError(f"`MODEL` must be a run folder or a Transformers folder. {reason}")

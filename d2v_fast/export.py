@@ -11,23 +11,30 @@ No GPU and none of the processes of the run are needed, and no more than one fil
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2v_fast.checkpoint_hold import hold
 from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
-from d2v_fast.config import MAX_FILE_BYTES, ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
+from d2v_fast.config import ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
 from d2v_fast.config_errors import OptionError
 from d2v_fast.interop.layout import require_finite
 from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student, build_student, encoder_class
+from d2v_fast.outputs import require_file, require_free, set_aside_changed
+from d2v_fast.saved_config import saved_config
 from d2v_fast.shard_files import ShardReader
 from d2v_fast.untrusted import read_json
 
 WEIGHTS = ("student", "teacher")
+# to open the newest checkpoint of a run that saves, and deletes the one before
+_MOST_TRIES = 100
 
 
 class SavedWeights(Mapping[str, Tensor]):
@@ -85,16 +92,13 @@ def read_run_config(run_folder: Path) -> D2VConfig:
         ValueError: it is no run folder, or the section is refused.
     """
     path = run_folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path) and not (run_folder / "checkpoints").is_dir():
         what = f"`{run_folder}` must be the folder of a run, but holds no config.json."
         raise ValueError(" ".join(filter(None, (what, explain(run_folder)))))
-    try:
-        raw = read_json(path, MAX_FILE_BYTES)
-    except ValueError as error:
-        raise ConfigError([f"not a configuration: {error}"], str(path)) from None
-    if isinstance(raw, dict) and "d2v" not in raw and "model_type" in raw:
+    raw = saved_config(run_folder)
+    if "d2v" not in raw and "model_type" in raw:
         raise ValueError(f"`{run_folder}` must be the folder of a run, but is a Transformers folder already.")
-    config, problems = check_d2v(raw.get("d2v") if isinstance(raw, dict) else None)
+    config, problems = check_d2v(raw.get("d2v"))
     if config is None:
         raise ConfigError(problems, str(path))
     return config
@@ -112,23 +116,48 @@ def newest_checkpoint(run_folder: Path) -> tuple[Path, int]:
     return run_folder / "checkpoints" / f"step-{steps[0]}", steps[0]
 
 
-def choose_checkpoint(run_folder: Path, step: int | None) -> tuple[Path, int]:
-    """Folder and step of a checkpoint of a run, every byte of which is checked; None takes the newest.
+@contextmanager
+def open_checkpoint(run_folder: Path, step: int | None = None, *, check: bool = True) -> Iterator[tuple[Path, int]]:
+    """Yield folder and step of a checkpoint, which a run that goes on does not delete while the block runs.
 
+    Args:
+        run_folder: of the run, which may be training, and may be on media that cannot be written.
+        step: of the checkpoint; None takes the newest.
+        check: every byte of it.
     Raises:
-        ValueError: there is none, none of this step, or it is damaged.
+        OptionError: there is none of this step.
+        ValueError: there is none at all, or it is damaged; or, where the file system has no locks, it was deleted
+            while the block ran.
     """
-    folder, newest = newest_checkpoint(run_folder)
-    if step is not None and step != newest:
-        folder = folder.with_name(f"step-{step}")
-        if not folder.is_dir():
-            there = ", ".join(map(str, complete_steps(run_folder / "checkpoints")))
-            raise OptionError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
-    step = newest if step is None else step
-    problem = verify(folder, step)
-    if problem is not None:
-        raise ValueError(f"the checkpoint {folder} is damaged ({problem}): choose another one with `--step`.")
-    return folder, step
+    with ExitStack() as held:
+        folder, found = _hold_checkpoint(run_folder, step, held)
+        problem = verify(folder, found) if check else None
+        if problem is not None:
+            raise ValueError(f"the checkpoint {folder} is damaged ({problem}): choose another one with `--step`.")
+        try:
+            yield folder, found
+        except OSError as error:
+            if folder.is_dir():
+                raise
+            raise ValueError(
+                f"the run deleted the checkpoint {folder} while it was read ({error}): try again, or raise "
+                "`d2v.run.keep`."
+            ) from error
+
+
+def _hold_checkpoint(run_folder: Path, step: int | None, held: ExitStack) -> tuple[Path, int]:
+    for _ in range(_MOST_TRIES):
+        folder, newest = newest_checkpoint(run_folder)
+        if step is not None and step != newest:
+            folder = folder.with_name(f"step-{step}")
+            if not folder.is_dir():
+                there = ", ".join(map(str, complete_steps(run_folder / "checkpoints")))
+                raise OptionError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
+        # deleted in between: the run has saved a newer one by then
+        with suppress(FileNotFoundError):
+            held.enter_context(hold(folder))
+            return folder, newest if step is None else step
+    raise ValueError(f"the run in {run_folder} deletes its checkpoints faster than they can be opened: try again.")
 
 
 def load_encoder(checkpoint: Path, config: D2VConfig, weights: str) -> Student:
@@ -170,6 +199,7 @@ def export_run(
     step: int | None = None,
     form: str = "transformers",
     tokenizer: Path | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> str:
     """Write a checkpoint's weights for another library; returns a line for the user.
@@ -177,17 +207,50 @@ def export_run(
     Args:
         run_folder: `runs/NAME`.
         to: the folder to write, or for fairseq and ONNX the file; None is `export`, `export.pt` or `export.onnx` in the
-            run folder, and of the teacher `export-teacher` or `export-teacher.onnx`.
+            run folder, and of the teacher `export-teacher` or `export-teacher.onnx`. These are the run's own and are
+            replaced; what somebody changed in its folder is kept under another name.
         weights: "student" or "teacher"; a file for fairseq holds both.
         step: of the checkpoint; None takes the newest.
         form: "transformers", "fairseq", "beit" or "onnx".
         tokenizer: of a text run, for Transformers; None is the one that the run's configuration names.
+        overwrite: replace the file `to`, or in the folder `to` what an earlier export wrote.
         options: of `export_model`.
     Raises:
-        ValueError: no run, no such checkpoint, or it is damaged; there is no such encoder in this form; or a text run's
-            tokenizer cannot be read, or is not the model's.
+        ValueError: no run, no such checkpoint, or it is damaged; there is no such encoder in this form; `to` exists; or
+            a text run's tokenizer cannot be read, or is not the model's.
     """
     config = read_run_config(run_folder)
+    _require_form(config, form, weights, tokenizer)
+    kept = None
+    # a name of its own, so that it does not take the place of the student that the run left there
+    name = "export" if weights == "student" else f"export-{weights}"
+    if to is None:
+        to = (
+            run_folder
+            / {"transformers": name, "onnx": f"{name}.onnx", "beit": "export.pth", "fairseq": "export.pt"}[form]
+        )
+        kept = set_aside_changed(to) if form == "transformers" else None
+    elif form == "transformers":
+        require_free(to, overwrite)
+    else:
+        require_file(to, overwrite)
+    with open_checkpoint(run_folder, step) as (folder, found):
+        if form == "transformers":
+            _export_folder(folder, found, config, weights, to, tokenizer, **options)
+            line = f"export: {to} ({weights}, step {found}, for Transformers)"
+        elif form == "onnx":
+            from d2v_fast.interop.onnx import export_onnx
+
+            export_onnx(load_encoder(folder, config, weights), config, to)
+            line = f"export: {to} ({weights}, step {found}, as ONNX)"
+        else:
+            for_whom = _export_file(folder, found, config, to)
+            line = f"export: {to} (student and teacher, step {found}, for {for_whom})"
+    return line if kept is None else f"{kept}\n{line}"
+
+
+def _require_form(config: D2VConfig, form: str, weights: str, tokenizer: Path | None) -> None:
+    """OptionError where the options of an export do not go together, or not with the run."""
     if tokenizer is not None and (form != "transformers" or not isinstance(config, TextConfig)):
         raise OptionError("`--tokenizer` is for text runs, and for Transformers: nothing else holds one.")
     own = "beit" if isinstance(config, VisionConfig) else "fairseq"
@@ -198,45 +261,40 @@ def export_run(
         raise OptionError(
             f"`--weights` is for the other formats: a file for {form} holds both, the teacher as `{name}`."
         )
-    folder, step = choose_checkpoint(run_folder, step)
-    # a name of its own, so that it does not take the place of the student that the run left there
-    name = "export" if weights == "student" else f"export-{weights}"
-    if form == "onnx":
-        from d2v_fast.interop.onnx import export_onnx
 
-        target = run_folder / f"{name}.onnx" if to is None else to
-        export_onnx(load_encoder(folder, config, weights), config, target)
-        return f"export: {target} ({weights}, step {step}, as ONNX)"
-    prefix = encoder_class(config).averaged_prefix()
-    saved = SavedWeights(folder, weights, prefix)
-    # before anything is written; one tensor is in memory at a time
-    require_finite(saved.items(), f"`{folder}`")
-    if form in ("fairseq", "beit"):
-        teacher, head = SavedWeights(folder, "teacher", prefix), saved.head()
-        for part in (teacher, head):
-            require_finite(part.items(), f"`{folder}`")
-    if form == "beit":
-        from d2v_fast.interop.beit import save_beit
 
-        assert isinstance(config, VisionConfig)
-        target = run_folder / "export.pth" if to is None else to
-        save_beit(saved, head, teacher, config, target)
-        return f"export: {target} (student and teacher, step {step}, for the published vision code)"
-    if form == "fairseq":
-        from d2v_fast.interop.fairseq import save_fairseq
-
-        if isinstance(config, TextConfig):
-            _require_fairseq_ids(config)
-        target = run_folder / "export.pt" if to is None else to
-        save_fairseq(saved, head, teacher, config, target, num_updates=step)
-        return f"export: {target} (student and teacher, step {step}, for fairseq)"
+def _export_folder(
+    folder: Path, step: int, config: D2VConfig, weights: str, to: Path, tokenizer: Path | None, **options: Any
+) -> None:
     from d2v_fast.interop.huggingface import export_model
 
+    saved = SavedWeights(folder, weights, encoder_class(config).averaged_prefix())
+    # before anything is written; one tensor is in memory at a time
+    require_finite(saved.items(), f"`{folder}`")
     if isinstance(config, TextConfig):
-        options["tokenizer"] = run_tokenizer(config, tokenizer, saved.vocabulary, str(run_folder))
-    target = run_folder / name if to is None else to
-    export_model(saved, config, target, info={"weights": weights, "step": step}, **options)
-    return f"export: {target} ({weights}, step {step}, for Transformers)"
+        where = str(folder.parent.parent)
+        options["tokenizer"] = run_tokenizer(config, tokenizer, saved.vocabulary, where)
+    export_model(saved, config, to, info={"weights": weights, "step": step}, **options)
+
+
+def _export_file(folder: Path, step: int, config: D2VConfig, to: Path) -> str:
+    """Write student, head and teacher for the published code of the modality; returns whose it is."""
+    prefix = encoder_class(config).averaged_prefix()
+    saved, teacher = (SavedWeights(folder, weights, prefix) for weights in WEIGHTS)
+    head = saved.head()
+    for part in (saved, teacher, head):
+        require_finite(part.items(), f"`{folder}`")
+    if isinstance(config, VisionConfig):
+        from d2v_fast.interop.beit import save_beit
+
+        save_beit(saved, head, teacher, config, to)
+        return "the published vision code"
+    from d2v_fast.interop.fairseq import save_fairseq
+
+    if isinstance(config, TextConfig):
+        _require_fairseq_ids(config)
+    save_fairseq(saved, head, teacher, config, to, num_updates=step)
+    return "fairseq"
 
 
 def _require_fairseq_ids(config: TextConfig) -> None:

@@ -16,10 +16,22 @@ from torch import Tensor
 
 from d2v_fast.config import GuardConfig
 from d2v_fast.curves import draw_curves
+from d2v_fast.data.listing import counted
 from d2v_fast.data.progress import TimeLeft
-from d2v_fast.run_folder import RunFolder
+from d2v_fast.run_folder import RunFolder, is_number, is_probes
+from d2v_fast.untrusted import open_regular, parse_json, read_json
 
 Entry = dict[str, Any]
+
+LOG = "log.jsonl"
+# lines that were in the log and are no entries
+_BAD_LINES = "log.bad.txt"
+# of an entry, which has some hundred bytes
+_MAX_LINE_BYTES = 2**20
+_MAX_PROBES_BYTES = 64_000_000
+_NUM_NAMED = 5
+# what every entry holds, and what the curves and the guard read
+_FIGURES = ("loss", "target_std", "prediction_std", "lr", "grad_norm")
 
 _EPSILON = 1e-6
 
@@ -132,9 +144,20 @@ class RunLog:
         self._folder, self._guard = folder, guard
         self._num_steps = num_steps
         self._left = TimeLeft(num_steps)
-        entries = [entry for entry in read_log(folder.path) if entry["step"] <= start_step]
-        folder.write_text("log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
-        self._file = (folder.path / "log.jsonl").open("a", encoding="utf-8")
+        self._progress: _Bar | None = None
+        entries, bad = _read_lines(folder.path / LOG)
+        if bad:
+            # before they are taken out of the log
+            with (folder.path / _BAD_LINES).open("ab") as file:
+                file.write(b"".join(bad.values()).rstrip(b"\n") + b"\n")
+            numbers = ", ".join(map(str, list(bad)[:_NUM_NAMED])) + (", ..." if len(bad) > _NUM_NAMED else "")
+            self.say(
+                f"{LOG} holds {counted(len(bad), 'line')} that cannot be read (line {numbers}): moved to {_BAD_LINES}, "
+                "the rest stays"
+            )
+        entries = [entry for entry in entries if entry["step"] <= start_step]
+        folder.write_text(LOG, "".join(json.dumps(entry) + "\n" for entry in entries))
+        self._file = (folder.path / LOG).open("a", encoding="utf-8")
         self._events = _tensorboard(folder.path, start_step)
         self._progress = _progress_bar(num_steps, start_step) if sys.stdout.isatty() else None
 
@@ -185,23 +208,46 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[Entry]:
-    """The entries of `log.jsonl`. A line that a crash cut off ends them."""
-    path = folder / "log.jsonl"
+    """Return the entries of `log.jsonl`, without lines that cannot be read."""
+    return _read_lines(folder / LOG)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[Entry], dict[int, bytes]]:
+    """Return the entries of a log, and by their numbers from 1 on the lines that are none."""
     entries: list[Entry] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    bad: dict[int, bytes] = {}
+    if not path.exists():
+        return entries, bad
+    with open_regular(path) as file:
+        number = 0
+        while line := file.readline(_MAX_LINE_BYTES):
+            number += 1
             try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return entries
+                # a power cut leaves zero bytes before what was written next
+                entry = parse_json(line.strip(b"\0\r\n").decode())
+            except ValueError:
+                entry = None
+            if _is_entry(entry):
+                entries.append(entry)
+            elif line.strip(b"\0 \t\r\n"):
+                bad[number] = line
+    return entries, bad
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not is_number(entry.get("step"), int):
+        return False
+    return all(key in entry and (entry[key] is None or is_number(entry[key])) for key in _FIGURES)
 
 
 def read_probes(folder: Path) -> list[Entry]:
-    """The entries of `probe.json`; none where nothing has been probed."""
-    path = folder / "probe.json"
-    entries: list[Entry] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return entries
+    """Return the entries of `probe.json`; none where nothing has been probed, or the file cannot be read."""
+    with suppress(OSError, ValueError):
+        found = read_json(folder / "probe.json", _MAX_PROBES_BYTES)
+        if is_probes(found):
+            entries: list[Entry] = found
+            return entries
+    return []
 
 
 def _figures(entry: Mapping[str, Any]) -> str:

@@ -27,10 +27,11 @@ from d2v_fast.config_errors import OptionError
 from d2v_fast.data import DataError, ImagesDataset, image_dataset
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data2vec import build_model
-from d2v_fast.export import SavedWeights, load_weights, newest_checkpoint, read_run_config
+from d2v_fast.export import SavedWeights, load_weights, open_checkpoint, read_run_config
 from d2v_fast.features import patch_features
 from d2v_fast.masking import block_masks
 from d2v_fast.modalities import Student, encoder_class
+from d2v_fast.outputs import require_file
 from d2v_fast.sheet import MAX_COUNT, Sheet, choose_samples, label_of, save_figure, say_if_fewer
 
 if TYPE_CHECKING:
@@ -58,7 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(
-    run_folder: Path, *, data: Path | None = None, count: int = 8, weights: str = "student", out: Path | None = None
+    run_folder: Path,
+    *,
+    data: Path | None = None,
+    count: int = 8,
+    weights: str = "student",
+    out: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Draw one picture; returns its path.
 
@@ -67,12 +74,15 @@ def draw(
         data: a folder of images or recordings to show; None shows the run's own data, held-out ones where there are.
         count: how many of them.
         weights: "student" or "teacher".
-        out: where to write; None writes `features.png` into the run folder.
+        out: where to write; None writes `features.png` into the run folder, which is replaced.
+        overwrite: replace the file `out`.
     Raises:
         ValueError: no run, no checkpoint, no data, or an impossible count.
     """
     if not 1 <= count <= MAX_COUNT:
         raise OptionError(f"`--count` must be in [1, {MAX_COUNT}], but is {count} instead.")
+    if out is not None:
+        require_file(out, overwrite, "`--out`")
     config = read_run_config(run_folder)
     if not isinstance(config, VisionConfig | SpeechConfig):
         raise ValueError(
@@ -117,9 +127,9 @@ def _naming_option(data: Path | None) -> Iterator[None]:
 
 def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
     """The encoder `name` ("student" or "teacher") of the newest checkpoint."""
-    folder, step = newest_checkpoint(run_folder)
     model = build_model(config).student
-    load_weights(model, SavedWeights(folder, name, encoder_class(config).averaged_prefix()), folder)
+    with open_checkpoint(run_folder, check=False) as (folder, step):
+        load_weights(model, SavedWeights(folder, name, encoder_class(config).averaged_prefix()), folder)
     return Weights(model, name, step)
 
 

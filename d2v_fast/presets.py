@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 from typing import Any
 
+from d2v_fast.atomic import write_text
 from d2v_fast.commands import path_words, tool_command
 from d2v_fast.config import D2VConfig, check_d2v
 from d2v_fast.config_errors import OptionError
 from d2v_fast.config_file import PRESETS, preset_names
+from d2v_fast.outputs import require_file
 from d2v_fast.untrusted import read_json
 
 _MAX_BYTES = 1_000_000
@@ -65,9 +66,13 @@ def preset_text(name: str) -> str:
     return (PRESETS / f"{name}.json").read_text(encoding="utf-8")
 
 
-def write_preset(name: str | None, to: Path) -> str:
+def write_preset(name: str | None, to: Path, overwrite: bool = False) -> str:
     """Write a configuration to a file; returns a line for the user.
 
+    Args:
+        name: of the configuration.
+        to: the file.
+        overwrite: replace it where it exists.
     Raises:
         ValueError: there is none of this name, or the file exists.
     """
@@ -76,12 +81,8 @@ def write_preset(name: str | None, to: Path) -> str:
             f"`--to` needs the name of a configuration before it: `{tool_command('presets')}` lists them."
         )
     text = preset_text(name)
-    try:
-        handle = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        raise OptionError(f"`--to` must be a new file, but {to} exists.") from None
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(text)
+    require_file(to, overwrite)
+    write_text(to, text)
     config = read_preset(name)
     missing = [key for key in ("path", "tokenizer") if config.data.model_dump().get(key) == _UNSAID]
     needs = [word for key in missing for word in ("--set", f"d2v.data.{key}=...")]

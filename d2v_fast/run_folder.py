@@ -15,12 +15,15 @@ from d2v_fast.atomic import write_text
 from d2v_fast.commands import SUPERVISION, resume_command
 from d2v_fast.config import RunConfig
 from d2v_fast.process_state import Holder, own_record
+from d2v_fast.untrusted import read_json, read_text
 from d2v_fast.world import RunError, World
 
 # letters of the file that names the holder of the lock
 _MAX_RECORD = 1000
 # of the file that holds the mark
 _MARK = "supervision"
+_MAX_REPORT_BYTES = 64_000_000
+_MAX_MARK_BYTES = 1000
 # of a run that saved nothing: what a new run in its place would otherwise continue
 _REPORTS = (
     *("config.json", "log.jsonl", "tensorboard", "curves.png", "profile.json"),
@@ -123,11 +126,15 @@ class RunFolder:
 
     @classmethod
     def _open(cls, path: Path, *, reopened: bool = False, replaced: bool = False) -> RunFolder:
+        if (path / "checkpoints").exists() and not (path / "checkpoints").is_dir():
+            raise RunError(f"{path / 'checkpoints'} must be a folder, but is none: bring back the one that was there.")
+        if (path / "lock").exists() and not (path / "lock").is_file():
+            raise RunError(f"{path / 'lock'} must be a file, but is none: remove it.")
         for place in (path, path / "checkpoints"):
             # found out now, and not when hours of training are to be saved
             if os.path.lexists(place) and not os.access(place, os.W_OK | os.X_OK):
                 raise RunError(f"{place} cannot be written: is it on a file system that is mounted read-only, or gone?")
-        lock = (path / "lock").open("a+")
+        lock = (path / "lock").open("a+", encoding="utf-8", errors="replace")
         try:
             # a record lock belongs to this process alone: data loading workers that outlive it do not hold it
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,10 +162,26 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
+    def repair(self) -> list[str]:
+        """Move reports out of the way that cannot be read, or are no files; return a line for each.
+
+        They are kept as `NAME.damaged-1`. A run without its `result.json` is not finished: its end is made again.
+        """
+        lines = []
+        for name in (*_REPORTS, "result.json", "export"):
+            path = self.path / name
+            reason = _problem_of_report(path) if os.path.lexists(path) else None
+            if reason is not None:
+                others = (path.with_name(f"{name}.damaged-{number}") for number in count(1))
+                aside = next(other for other in others if not os.path.lexists(other))
+                path.rename(aside)
+                lines.append(f"{name} of the run {reason}: kept as {aside.name}")
+        return lines
+
     def finished_steps(self) -> int:
         """Length of the run that was brought to its end here; 0 where none was."""
         path = self.path / "result.json"
-        return int(json.loads(path.read_text())["step"]) if path.exists() else 0
+        return int(read_json(path, _MAX_REPORT_BYTES)["step"]) if path.exists() else 0
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved configuration as `config.json`, with the name that the run got."""
@@ -173,7 +196,7 @@ class RunFolder:
     def append_json(self, name: str, entry: dict[str, Any]) -> None:
         """Add an entry to a JSON list; entries of the same or a later step belong to a lost part of the run."""
         path = self.path / name
-        before = json.loads(path.read_text()) if path.exists() else []
+        before = read_json(path, _MAX_REPORT_BYTES) if path.exists() else []
         self.write_json(name, [*(old for old in before if old["step"] < entry["step"]), entry])
 
     def add_line(self, name: str, line: str) -> None:
@@ -188,11 +211,57 @@ class RunFolder:
     def lines(self, name: str) -> list[str]:
         """The lines of a text file; none where there is no such file."""
         path = self.path / name
-        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
         write_text(self.path / name, text)
+
+
+def _problem_of_report(path: Path) -> str | None:
+    """Say why a report of a run cannot be gone on with, None where it can."""
+    folders = ("tensorboard", "checkpoints", "export")
+    if path.name in folders:
+        return None if path.is_dir() else "is no folder"
+    if not path.is_file():
+        return "is no file"
+    needed = {"result.json": is_result, "probe.json": is_probes}.get(path.name)
+    if needed is None:
+        return None
+    try:
+        return None if needed(read_json(path, _MAX_REPORT_BYTES)) else "does not hold what a run writes there"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+
+
+def is_result(content: Any) -> bool:
+    """Return whether this is what `result.json` holds."""
+    return isinstance(content, dict) and is_number(content.get("step"), int)
+
+
+def is_probes(content: Any) -> bool:
+    """Return whether this is what `probe.json` holds: of each probe the step, and scores by network."""
+
+    def are_scores(value: Any) -> bool:
+        return isinstance(value, dict) and "linear" in value and all(map(is_number, value.values()))
+
+    def are_all_scores(values: list[Any]) -> bool:
+        questions = [list(value.values()) for value in values if isinstance(value, dict)]
+        return all(map(are_scores, values)) or (
+            len(questions) == len(values) and all(all(map(are_scores, one)) for one in questions)
+        )
+
+    return isinstance(content, list) and all(
+        isinstance(probe, dict)
+        and is_number(probe.get("step"), int)
+        and are_all_scores([value for key, value in probe.items() if key != "step"])
+        for probe in content
+    )
+
+
+def is_number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    """Return whether a value of a JSON file is a number."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def is_begun(path: Path) -> bool:
@@ -219,6 +288,8 @@ def refuse_saved(path: Path) -> None:
 def find_supervised(root: Path, mark: str) -> Path | None:
     """The run folder in `root` that the supervision with this mark has begun; None before it has."""
     for path in root.glob(f"*/{_MARK}"):
-        if path.read_text(encoding="utf-8") == mark:
-            return path.parent
+        # that of another run may be damaged
+        with suppress(OSError, ValueError):
+            if read_text(path, _MAX_MARK_BYTES) == mark:
+                return path.parent
     return None

@@ -8,7 +8,7 @@ from typing import Any
 from d2v_fast import evaluation
 from d2v_fast.config import D2VConfig, TextConfig
 from d2v_fast.config_errors import OptionError, check
-from d2v_fast.export import choose_checkpoint, load_encoder, read_run_config
+from d2v_fast.export import load_encoder, open_checkpoint, read_run_config
 
 
 def probe_checkpoint(
@@ -36,10 +36,10 @@ def probe_checkpoint(
     config = _with_options(config, {key: value for key, value in named.items() if value is not None})
     if not evaluation.has_labels(config):
         raise ValueError(evaluation.advice(config, run_folder))
-    checkpoint, step = choose_checkpoint(run_folder, step)
-    student, teacher = (load_encoder(checkpoint, config, weights) for weights in ("student", "teacher"))
+    with open_checkpoint(run_folder, step) as (checkpoint, found):
+        student, teacher = (load_encoder(checkpoint, config, weights) for weights in ("student", "teacher"))
     key = "`d2v.probe.path`" if data is None else "`--data`"
-    return f"{run_folder}, step {step}:\n{evaluation.probe(config, student, teacher, key)}"
+    return f"{run_folder}, step {found}:\n{evaluation.probe(config, student, teacher, key)}"
 
 
 def _with_options(config: D2VConfig, options: dict[str, Any]) -> D2VConfig:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from d2v_fast.atomic import replaced
 from d2v_fast.data import DataError
 from d2v_fast.untrusted import printable
 
@@ -80,7 +81,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure; letters that the font lacks become boxes without a warning each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
+        with replaced(path) as part:
+            kind = path.suffix.removeprefix(".") or "png"
+            figure.savefig(part, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
 class Sheet:

@@ -33,6 +33,7 @@ from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.huggingface_vision import CONVERTER_NORM_EPS, KIND
 from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student
+from d2v_fast.outputs import require_free
 from d2v_fast.resume_rules import FREE_MODEL_KEYS
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.run_state import RunState
@@ -53,6 +54,7 @@ def import_folder(
     heads: int | None = None,
     tokenizer: Path | None = None,
     overrides: Iterable[str] = (),
+    overwrite: bool = False,
 ) -> str:
     """Write a Transformers folder from a checkpoint of the published code; returns lines for the user.
 
@@ -61,6 +63,7 @@ def import_folder(
         to: the folder to write.
         weights, heads: as of `load_published`.
         tokenizer: of text, to put into the folder, since a `.pt` has none; as of `load_tokenizer`.
+        overwrite: replace in `to` what an earlier export wrote.
         overrides: `d2v.model.KEY=VALUE` each, in place of what the checkpoint says of the model or leaves open.
     Raises:
         ValueError: see `load_published`; the source is a folder; or the tokenizer cannot be read, or is not the
@@ -72,6 +75,7 @@ def import_folder(
     _require_weights(source)
     if source.is_dir():
         raise OptionError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
+    require_free(to, overwrite)
     settings = Settings.of(_model_overrides(overrides), heads)
     found = read_published(source, settings)
     model, config = choose(found, weights, source), found.config

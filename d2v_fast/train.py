@@ -220,7 +220,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
     replaced = " (the run in it ended before it saved anything)" if folder.replaced else ""
-    say("\n".join([*labels, f"run folder: {folder.path}{replaced}"]))
+    repaired = world.decide(folder.repair) if folder.reopened else []
+    say("\n".join([*labels, f"run folder: {folder.path}{replaced}", *repaired]))
     if world.is_first and not folder.reopened:
         # a run that fails before its first checkpoint can be resumed, too
         folder.write_config(config)

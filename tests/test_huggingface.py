@@ -16,6 +16,7 @@ from torch import Tensor
 from d2v_fast.config import BlockMaskConfig, TargetConfig, VisionConfig, VisionDataConfig, VisionModelConfig
 from d2v_fast.interop.huggingface_vision import export_vision, import_vision
 from d2v_fast.modalities.vision import VisionModel
+from d2v_fast.outputs import RECORD
 from tests.common import run_python
 from tests.vision_reference import randomise_
 
@@ -143,6 +144,7 @@ def test_export_replaces_an_earlier_one_and_leaves_nothing_behind(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
         "config.json",
+        RECORD,
         "model.safetensors",
         "preprocessor_config.json",
     ]

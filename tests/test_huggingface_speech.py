@@ -19,6 +19,7 @@ from d2v_fast.config import SpeechConfig, SpeechModelConfig
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.huggingface_speech import export_speech, import_speech
 from d2v_fast.modalities.speech import SpeechModel
+from d2v_fast.outputs import RECORD
 from tests.common import run_python
 from tests.speech_reference import randomise_
 from tests.test_speech import SIZES as SMALL
@@ -242,7 +243,7 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
     assert_state_equal(import_speech(tmp_path)[0], model)
     assert_same_features(model, load_theirs(tmp_path))
     export_speech(model.to(torch.bfloat16), config, tmp_path, info={"weights": "student", "step": 5})
-    names = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    names = ["README.md", "config.json", RECORD, "model.safetensors", "preprocessor_config.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
     card = (tmp_path / "README.md").read_text()

@@ -18,6 +18,7 @@ from d2v_fast.data.tokenizer import load_tokenizer
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.huggingface_text import export_text, import_text
 from d2v_fast.modalities.text import TextModel
+from d2v_fast.outputs import RECORD
 from tests.speech_reference import randomise_
 from tests.test_export import write_run
 from tests.test_text import make_config
@@ -221,7 +222,7 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
     assert_state_equal(import_text(tmp_path)[0], model)
     assert_same_features(model, load_theirs(tmp_path))
     export_text(model.to(torch.bfloat16), config, tmp_path, info={"weights": "student", "step": 5})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", RECORD, "model.safetensors"]
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
     card = (tmp_path / "README.md").read_text()
     assert "The tokenizer is not in this folder" in card

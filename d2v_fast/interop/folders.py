@@ -26,9 +26,10 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def write_weights(target: Path, layout: Layout, state: Mapping[str, Tensor], max_file_bytes: int) -> None:
-    """Write fp32 weights in their layout, in place of those that the folder holds.
+    """Write fp32 weights in their layout.
 
     Args:
+        target: an empty folder, as `model_folder` yields it.
         state: each tensor is asked for once, and kept no longer than one file of them.
         max_file_bytes: weights beyond it are divided into several files with an index.
     """
@@ -54,8 +55,6 @@ def write_weights(target: Path, layout: Layout, state: Mapping[str, Tensor], max
         for path in files:
             path.unlink(missing_ok=True)
         raise
-    for old in target.glob("model*.safetensors*"):
-        old.unlink()
     if len(files) == 1:
         os.replace(files[0], target / "model.safetensors")
         return

@@ -37,6 +37,7 @@ from d2v_fast.interop.layout import Layout, within
 from d2v_fast.interop.speech_layout import SpeechNames, speech_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.speech import SpeechModel
+from d2v_fast.outputs import model_folder
 from d2v_fast.untrusted import printable, read_json
 
 # in front of all names where a model is built around the encoder, such as one for CTC
@@ -79,19 +80,17 @@ def export_speech(
         model: student or whole teacher, on any device and in any dtype, or its state by name: a mapping that reads
             each tensor when it is asked for keeps no more than one file of them in memory.
         config: of the run; or of the model alone, where it is not known how it was trained.
-        folder: made if missing; files of an earlier export in it are replaced.
+        folder: made if missing; files that an earlier export wrote there are replaced, see `model_folder`.
         info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
         max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     state = model if isinstance(model, Mapping) else model.state_dict()
     sizes = config.model if isinstance(config, SpeechConfig) else config
-    write_weights(target, layout(sizes), state, max_file_bytes)
-    write_text(target / "README.md", _model_card(config, sizes, info or {}))
-    write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes)))
-    # last: a folder without it is no model, so a first export that is cut short cannot be mistaken for one
-    write_text(target / "config.json", as_json(_foreign_config(sizes)))
+    with model_folder(folder) as target:
+        write_weights(target, layout(sizes), state, max_file_bytes)
+        write_text(target / "README.md", _model_card(config, sizes, info or {}))
+        write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes)))
+        write_text(target / "config.json", as_json(_foreign_config(sizes)))
 
 
 def import_speech(folder: str | os.PathLike[str]) -> tuple[SpeechModel, SpeechModelConfig]:

@@ -41,6 +41,7 @@ from d2v_fast.interop.layout import Layout, log_unused, within
 from d2v_fast.interop.text_layout import POSITION, TextNames, text_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.text import TextModel
+from d2v_fast.outputs import model_folder
 from d2v_fast.text_config import MAX_VOCAB, POSITION_OFFSET
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def export_text(
         model: student or whole teacher, on any device and in any dtype, or its state by name: a mapping that reads
             each tensor when it is asked for keeps no more than one file of them in memory.
         config: of the run; or of the model alone, where it is not known how it was trained.
-        folder: made if missing; files of an earlier export in it are replaced.
+        folder: made if missing; files that an earlier export wrote there are replaced, see `model_folder`.
         tokenizer: that the model was trained with. None: no tokenizer is written, one that the folder holds stays,
             padding has the id that `config` says, and begin and end have RoBERTa's ids, or null where padding has not.
         info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
@@ -102,18 +103,16 @@ def export_text(
     if tokenizer is not None:
         tokenizer.fit(sizes)
         bos, pad, eos = tokenizer.specials.bos, tokenizer.specials.pad, tokenizer.specials.eos
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     state = model if isinstance(model, Mapping) else model.state_dict()
     own = {POSITION: _their_positions(state[POSITION], pad), _TOKEN_TYPES: torch.zeros(1, sizes.width)}
     # the cast: of the maps behind the first one a chain only reads
     whole = ChainMap(own, cast("dict[str, Tensor]", state))
-    write_weights(target, _with_token_types(layout(sizes)), whole, max_file_bytes)
-    write_text(target / "README.md", _model_card(config, sizes, info or {}, tokenizer is not None))
-    if tokenizer is not None:
-        tokenizer.save(target, sizes.max_positions)
-    # last: a folder without it is no model, so a first export that is cut short cannot be mistaken for one
-    write_text(target / "config.json", as_json(_foreign_config(sizes, bos, pad, eos)))
+    with model_folder(folder) as target:
+        write_weights(target, _with_token_types(layout(sizes)), whole, max_file_bytes)
+        write_text(target / "README.md", _model_card(config, sizes, info or {}, tokenizer is not None))
+        if tokenizer is not None:
+            tokenizer.save(target, sizes.max_positions)
+        write_text(target / "config.json", as_json(_foreign_config(sizes, bos, pad, eos)))
 
 
 def import_text(folder: str | os.PathLike[str]) -> tuple[TextModel, TextModelConfig]:

@@ -33,6 +33,7 @@ from d2v_fast.interop.layout import Layout
 from d2v_fast.interop.vision_layout import VisionNames, build_vision, gammas, vision_layout
 from d2v_fast.modalities import Student
 from d2v_fast.modalities.vision import VisionModel
+from d2v_fast.outputs import model_folder
 
 KIND = "data2vec-vision"
 
@@ -89,20 +90,18 @@ def export_vision(
         config: of the run: sizes from `config.model`, image preparation from `config.data`; or of the model alone,
             where it is not known how it was trained: images are prepared as for the published models.
         max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
-        folder: made if missing; files of an earlier export in it are replaced.
+        folder: made if missing; files that an earlier export wrote there are replaced, see `model_folder`.
         info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     state = model if isinstance(model, Mapping) else model.state_dict()
     sizes = config.model if isinstance(config, VisionConfig) else config
-    write_weights(target, layout(sizes), state, max_file_bytes)
-    write_text(target / "README.md", _model_card(config, sizes, info or {}))
-    data = config.data if isinstance(config, VisionConfig) else VisionDataConfig()
-    scans = isinstance(config, VisionConfig) and data.kind == "digits"
-    write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes, data, scans)))
-    # last: a folder without it is no model, so a first export that is cut short cannot be mistaken for one
-    write_text(target / "config.json", as_json(_foreign_config(sizes)))
+    with model_folder(folder) as target:
+        write_weights(target, layout(sizes), state, max_file_bytes)
+        write_text(target / "README.md", _model_card(config, sizes, info or {}))
+        data = config.data if isinstance(config, VisionConfig) else VisionDataConfig()
+        scans = isinstance(config, VisionConfig) and data.kind == "digits"
+        write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes, data, scans)))
+        write_text(target / "config.json", as_json(_foreign_config(sizes)))
 
 
 def import_vision(
