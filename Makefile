@@ -10,7 +10,7 @@ PROCESSES ?= 1
 OUT ?= build/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock build train train-speech train-text test sanitize lint format bench bench-check gpu clean
+.PHONY: help setup lock build dist train train-speech train-text test sanitize lint format bench bench-check gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -45,6 +45,11 @@ build: $(INSTALLED) $(LIBRARY) ## compile the C++ kernels again after a change i
 $(LIBRARY): CMakeLists.txt $(wildcard csrc/*) | $(INSTALLED)
 	@if test ! -e $@ || test -n "$$(find $^ -newer $@)"; then \
 	PATH=$(abspath $(BIN)):$$PATH D2V_REQUIRE_CPP=1 $(BIN)/python setup.py --quiet build_ext --inplace && touch $@; fi
+
+# with isolation, as for a release: torch and the build tools are installed into an environment of their own
+dist: $(INSTALLED) ## source archive and wheel, in dist/
+	rm -rf dist
+	PIP_CONSTRAINT=$(abspath constraints.txt) D2V_REQUIRE_CPP=1 $(BIN)/python -m build
 
 train: build ## pre-train on CONFIG (configs/digits.json) with PROCESSES (1) processes
 	$(BIN)/deepspeed --num_accelerators $(PROCESSES) d2v_fast/train.py --ds_config $(CONFIG)
@@ -110,4 +115,4 @@ gpu: ## build, test and benchmark on a machine with a CUDA GPU and no network; r
 	exit $$code
 
 clean: ## remove what was built, not the runs
-	rm -rf build $(VENV) d2v_fast/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist $(VENV) d2v_fast/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,56 +2,58 @@
 
 Why it looks like this:
 
-* torch is no build requirement. An isolated build would download a second one and compile against that. The torch of
-  the environment is asked for its folder instead; ``python -I`` sees it through pip's build isolation.
-* The library uses torch's stable ABI and no Python header: it needs a C++20 compiler, and one build serves every
-  Python.
-* It is linked to ``libtorch_cpu.so`` by path rather than through ``find_package(Torch)``, which fails for a CUDA build
-  of torch on a machine without the CUDA toolkit.
-* Without a compiler or torch the install goes on: every operation has a PyTorch reference. ``D2V_REQUIRE_CPP=1`` makes
-  it an error.
+* The library uses torch's stable ABI and no Python header. So one wheel serves every Python and every torch from 2.10
+  on, and its tag is py3-none and the platform.
+* The library names ``libtorch_cpu.so`` without a folder, and is linked without ``find_package(Torch)``, which fails for
+  a CUDA build of torch on a machine without the CUDA toolkit. ``build_backend.py`` finds the torch to compile with.
+* Without a compiler or torch the build goes on, since every operation has a PyTorch reference, and the wheel is
+  py3-none-any. ``D2V_REQUIRE_CPP=1`` makes it an error, and ``D2V_NO_CPP=1`` asks for such a wheel.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+from build_backend import torch_folder, wants_kernels
 
 ROOT = Path(__file__).resolve().parent
 
 
-def torch_folder() -> Path:
-    """The folder of the installed torch: with ``-I`` past pip's isolation, without it for a user-site install."""
-    probe = "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)"
-    for flags in (["-I"], []):
-        answer = subprocess.run([sys.executable, *flags, "-c", probe], capture_output=True, text=True)
-        if answer.returncode == 0:
-            return Path(answer.stdout.strip().splitlines()[-1])
-    raise RuntimeError("torch is not installed: `pip install torch` first, then install d2v_fast again")
-
-
 class CMakeBuild(build_ext):
+    """Build with CMake, or go on without kernels."""
+
+    has_kernels = False
+
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        # setuptools hides `inplace` while it builds
+        in_place = "--inplace" in sys.argv or getattr(self, "editable_mode", False)
+        prefix = ROOT if in_place else Path(self.build_lib).resolve()
+        if not in_place:
+            # of an earlier build: a wheel holds what was built for it, or nothing
+            (prefix / "d2v_fast" / "_C.so").unlink(missing_ok=True)
         try:
-            self.build_with_cmake()
+            self.build_with_cmake(prefix)
+            self.has_kernels = True
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("D2V_REQUIRE_CPP") == "1":
                 raise
-            print(
-                f"d2v_fast: installed without its C++ kernels, the PyTorch reference is used ({error})",
-                file=sys.stderr,
-            )
+            print(f"d2v_fast: no C++ kernels, the PyTorch reference is used ({error})", file=sys.stderr)
 
-    def build_with_cmake(self) -> None:
+    def build_with_cmake(self, prefix: Path) -> None:
+        if not wants_kernels():
+            raise RuntimeError("D2V_NO_CPP=1")
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RuntimeError("cmake is not installed")
@@ -75,9 +77,6 @@ class CMakeBuild(build_ext):
             shutil.rmtree(tree, ignore_errors=True)
             subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(tree), "--parallel", str(os.cpu_count() or 1)], check=True)
-        # setuptools hides `inplace` while it builds
-        in_place = "--inplace" in sys.argv or getattr(self, "editable_mode", False)
-        prefix = ROOT if in_place else Path(self.build_lib).resolve()
         subprocess.run([cmake, "--install", str(tree), "--prefix", str(prefix)], check=True)
 
     def copy_extensions_to_source(self) -> None:
@@ -91,8 +90,22 @@ class CMakeBuild(build_ext):
         return {}
 
 
+class Wheel(bdist_wheel):
+    """Tag the wheel by what was built: for any Python, on this platform with kernels, anywhere without."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build" and not self.get_finalized_command("build_ext").has_kernels:
+            self.root_is_pure = True
+            # what is left is installed where pure Python goes
+            self.distribution.ext_modules = []
+
+    def get_tag(self) -> tuple[str, str, str]:
+        # the kernels are built for this machine alone, also with a Python for two
+        return "py3", "none", super().get_tag()[2].replace("universal2", platform.machine())
+
+
 setup(
     ext_modules=[Extension("d2v_fast._C", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -273,8 +273,8 @@ def kernels_fix() -> str:
     if SOURCE_TREE is not None:
         return f"pip install -e . again in {SOURCE_TREE}, with a C++20 compiler (make build does so in its .venv)"
     return (
-        "install a wheel of d2v_fast that was built for this torch and this machine, or install d2v_fast from its "
-        "source tree or source archive, with a C++20 compiler"
+        "install a wheel of d2v_fast for this platform, or, with a C++20 compiler and GNU make, d2v_fast again from "
+        "its source archive or a clone: pip install --force-reinstall --no-deps PATH"
     )
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from shutil import disk_usage
 
@@ -15,6 +18,7 @@ from d2v_fast.commands import SUPERVISION
 from d2v_fast.config import RunConfig
 from d2v_fast.engine import check_engine_available
 from d2v_fast.memory import Shapes, predict_from, shapes_of
+from d2v_fast.ops import missing_kernels
 from d2v_fast.peak_memory import available_memory, format_bytes
 from d2v_fast.run_folder import refuse_saved
 from d2v_fast.step_memory import StepMemory
@@ -62,6 +66,20 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
         and importlib.util.find_spec("sklearn") is None
     ):
         raise RunError("the probe of this data needs scikit-learn, which is not installed: `pip install scikit-learn`.")
+
+
+def report_missing_kernels(world: World, say: Callable[[str], None]) -> None:
+    """Say at the start of a run that its operations take the slower reference, where they do.
+
+    Args:
+        world: of the run.
+        say: prints a line, in one process.
+    """
+    missing = missing_kernels(world.device.type)
+    if missing is not None:
+        say(f"note: {missing}")
+        # the first operation would warn of the same, in every process
+        warnings.filterwarnings("ignore", message=re.escape(missing))
 
 
 def check_room(config: RunConfig, world: World, dtype: torch.dtype) -> None:

@@ -179,7 +179,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.guard import Guard
     from d2v_fast.metrics import NoLog, RunLog, import_reports
     from d2v_fast.peak_memory import PeakMemory
-    from d2v_fast.preflight import check_name, check_packages, check_room
+    from d2v_fast.preflight import check_name, check_packages, check_room, report_missing_kernels
     from d2v_fast.resume_rules import too_short
     from d2v_fast.run_folder import RunFolder
     from d2v_fast.run_state import RunState, samples_of
@@ -214,6 +214,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     opened.callback(world.close)
     labels = world.decide(lambda: evaluation.check_labels(d2v))
     say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
+    report_missing_kernels(world, say)
     say("importing the engine ...")
     import_engine(config, world)
     check_room(config, world, compute_dtype(config, world.device))

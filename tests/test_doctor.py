@@ -185,7 +185,7 @@ def test_a_wheel_has_no_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [doctor.kernels(LIMIT_S), doctor.compiler(), doctor.cmake()]
     assert [finding.state for finding in found] == [found[0].state, ABSENT, OK]
     assert found[0].state in (BROKEN, WARNING)
-    assert "install a wheel of d2v_fast that was built for this torch" in found[0].fix
+    assert "install a wheel of d2v_fast for this platform, or, with a C++20 compiler" in found[0].fix
     assert "optimizers of DeepSpeed's own cannot be built" in found[1].text
     for finding in found:
         assert not re.search(r"\bmake \w|pip install -e", str(finding)), finding

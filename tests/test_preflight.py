@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,10 @@ from d2v_fast import engine, preflight
 from d2v_fast.config import load_config
 from d2v_fast.console import main
 from d2v_fast.memory import predict
+from d2v_fast.ops import _library
 from tests.runs import TINY_SPEECH, TINY_TEXT, figures, leave_out_reports, run_here, tiny_file
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -180,3 +184,30 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = tiny_file(tmp_path)
     assert run_here(file) == 1
     assert "error: numba cannot be imported: No module named 'numba'." in capsys.readouterr().err
+
+
+def test_missing_kernels_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip hides what a build prints: the run says that it takes the reference, and no warning repeats it."""
+    said: list[str] = []
+    worlds = [SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(_library, "HAS_CPP", True)
+        monkeypatch.setattr(_library, "has_triton", lambda: True)
+        for world in worlds:
+            preflight.report_missing_kernels(world, said.append)
+        assert said == []
+        monkeypatch.setattr(_library, "HAS_CPP", False)
+        monkeypatch.setattr(_library, "has_triton", lambda: False)
+        for world in worlds:
+            preflight.report_missing_kernels(world, said.append)
+            _library._say_once(_library.missing_kernels(world.device.type) or "")
+        assert caught == []
+    assert "the C++ kernels of d2v_fast are not built, CPU tensors use the slower PyTorch reference: " in said[0]
+    # a clone is here to install from
+    assert "C++20 compiler" in said[0]
+    assert f"pip install -e .` again in {ROOT}" in said[0]
+    assert said[1] == (
+        "note: Triton is not installed, CUDA tensors use the slower PyTorch reference: `pip install triton`"
+    )
+    _library._say_once.cache_clear()

@@ -10,7 +10,7 @@
 """
 
 from d2v_fast.ops import _library
-from d2v_fast.ops._library import backends
+from d2v_fast.ops._library import backends, missing_kernels
 from d2v_fast.ops.data2vec_loss import data2vec_loss
 from d2v_fast.ops.ema import ema_update_
 from d2v_fast.ops.masked_loss import MaskedLoss, masked_smooth_l1
@@ -28,5 +28,6 @@ __all__ = [
     "layer_norm_gelu",
     "MaskedLoss",
     "backends",
+    "missing_kernels",
     "HAS_CPP",
 ]

@@ -26,9 +26,10 @@ _library.define("cpu_capability() -> int")
 _C_PATH = Path(__file__).resolve().parent.parent / "_C.so"
 # what brings the kernels back: an installed package holds nothing to build them from
 _BUILD = (
-    "install a C++20 compiler and run `pip install -e .` again"
+    f"install a C++20 compiler and make, and run `pip install -e .` again in {_C_PATH.parent.parent}"
     if (_C_PATH.parent.parent / "CMakeLists.txt").is_file()
-    else "install a wheel of d2v_fast for this torch, or its source archive with a C++20 compiler"
+    else "install a wheel of d2v_fast for this platform, or, with a C++20 compiler and make, d2v_fast again from its "
+    "source archive or a clone (`pip install --force-reinstall --no-deps`)"
 )
 HAS_CPP = False
 """True when the C++ kernels were built and loaded; otherwise CPU tensors take the PyTorch reference."""
@@ -58,15 +59,13 @@ def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> 
 
     @wraps(reference)
     def default(*args: Any) -> Any:
-        if not HAS_CPP:
-            _say_once(
-                f"the C++ kernels of d2v_fast are not built, CPU tensors use the slower PyTorch reference; {_BUILD}"
-            )
+        if (missing := missing_kernels("cpu")) is not None:
+            _say_once(missing)
         return reference(*args)
 
     def on_cuda(*args: Any) -> Any:
-        if not has_triton():
-            _say_once("Triton is not installed, CUDA tensors use the slower PyTorch reference; `pip install triton`")
+        if (missing := missing_kernels("cuda")) is not None:
+            _say_once(missing)
             return reference(*args)
         module, _, function = triton_launcher.partition(".")
         launcher = getattr(importlib.import_module(f"d2v_fast.kernels.{module}"), function)
@@ -115,11 +114,24 @@ def load_cpp() -> None:
         HAS_CPP = True
     except OSError as error:
         warnings.warn(
-            f"{_C_PATH} exists but cannot be loaded ({error}); it was probably built for another torch: "
-            f"{_BUILD}. The PyTorch reference is used meanwhile.",
+            f"{_C_PATH} exists but cannot be loaded ({error}), and CPU tensors use the slower PyTorch reference. It "
+            f"needs torch 2.10 or later, and a system as new as the one that built it. To replace it, {_BUILD}.",
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def missing_kernels(device_type: str) -> str | None:
+    """Return what a user whose tensors take the slower reference should read; None where the kernels run.
+
+    Args:
+        device_type: "cpu" or "cuda".
+    """
+    if device_type == "cpu" and not HAS_CPP:
+        return f"the C++ kernels of d2v_fast are not built, CPU tensors use the slower PyTorch reference: {_BUILD}"
+    if device_type == "cuda" and not has_triton():
+        return "Triton is not installed, CUDA tensors use the slower PyTorch reference: `pip install triton`"
+    return None
 
 
 def backends() -> dict[str, str]:
