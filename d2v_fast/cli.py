@@ -13,6 +13,8 @@ from d2v_fast.paths import PathError, expand_path, path_argument
 from d2v_fast.saved_config import saved_config
 
 DESCRIPTION = "Pre-train a data2vec encoder from one JSON file."
+# of a number of restarts
+_MAX_DIGITS = 9
 _EXAMPLES = """\
 examples:
   python d2v_fast/train.py configs/digits.json
@@ -126,8 +128,10 @@ def is_first_process() -> bool:
 
 
 def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text} instead")
+    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 1 to {10**_MAX_DIGITS - 1}, but is {text} instead"
+        )
     return int(text)
 
 

@@ -17,7 +17,18 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import ConfigError, PathText, Problem, Section, check, known_keys, refuse_if, say
+from d2v_fast.config_errors import (
+    MAX_SIZE,
+    MAX_STEPS,
+    ConfigError,
+    PathText,
+    Problem,
+    Section,
+    check,
+    known_keys,
+    refuse_if,
+    say,
+)
 from d2v_fast.config_file import apply_overrides, changed_keys, configuration_file, read_sections
 from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
 from d2v_fast.probe_config import ProbeConfig, TextProbeConfig, VisionProbeConfig
@@ -74,17 +85,17 @@ class TargetConfig(Section):
     """What the student regresses: the mean of the teacher's last `top_k` block outputs, each normalised by
     `layer_norm`, the mean normalised by `final_norm`."""
 
-    top_k: int = Field(default=6, ge=1)
+    top_k: int = Field(default=6, ge=1, le=MAX_SIZE)
     layer_norm: Literal["none", "layer", "instance", "batch"] = "layer"
     final_norm: Literal["none", "layer", "instance"] = "layer"
-    eps: float = Field(default=1e-5, gt=0)
+    eps: float = Field(default=1e-5, gt=0, le=1)
 
 
 class LossConfig(Section):
     """Smooth L1: quadratic below `beta`; 0 is the squared error. A masked place's loss is the "sum" over the channels,
     their "mean", or the sum over the root of their number ("rsqrt"); the loss is the mean over the masked places."""
 
-    beta: float = Field(default=2.0, ge=0)
+    beta: float = Field(default=2.0, ge=0, le=1e6)
     channel_reduction: Literal["mean", "rsqrt", "sum"] = "mean"
 
     def divisor(self, width: int) -> float:
@@ -97,7 +108,7 @@ class TeacherConfig(Section):
 
     decay_start: float = Field(default=0.9998, ge=0, le=1)
     decay_end: float = Field(default=0.9998, ge=0, le=1)
-    decay_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0, le=MAX_STEPS)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -122,10 +133,10 @@ class ScheduleConfig(Section):
     """
 
     kind: Literal["cosine", "tri_stage", "constant"] = "cosine"
-    epochs: int | None = Field(default=None, ge=1)
-    steps: int | None = Field(default=None, ge=1)
-    warmup_epochs: float | None = Field(default=None, ge=0)
-    warmup_steps: int | None = Field(default=None, ge=0)
+    epochs: int | None = Field(default=None, ge=1, le=10**6)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    warmup_epochs: float | None = Field(default=None, ge=0, le=10**6)
+    warmup_steps: int | None = Field(default=None, ge=0, le=MAX_STEPS)
     initial_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     hold_ratio: float = Field(default=0.9, ge=0, le=1)
@@ -162,12 +173,12 @@ class GuardConfig(Section):
     such steps in a row with "skip"; they change nothing. A loss above `loss_spike` times its running median is logged;
     None: never."""
 
-    after_steps: int = Field(default=5000, ge=0)
-    min_target_std: float = Field(default=0.1, ge=0)
-    min_prediction_std: float = Field(default=0.01, ge=0)
+    after_steps: int = Field(default=5000, ge=0, le=MAX_STEPS)
+    min_target_std: float = Field(default=0.1, ge=0, le=1e6)
+    min_prediction_std: float = Field(default=0.01, ge=0, le=1e6)
     nonfinite: Literal["skip", "stop"] = "skip"
-    nonfinite_patience: int = Field(default=3, ge=1)
-    loss_spike: float | None = Field(default=None, gt=1)
+    nonfinite_patience: int = Field(default=3, ge=1, le=10**6)
+    loss_spike: float | None = Field(default=None, gt=1, le=1e6)
 
 
 class RunSection(Section):
@@ -181,11 +192,11 @@ class RunSection(Section):
     dir: PathText = "runs"
     name: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
-    log_every: int = Field(default=10, ge=1)
-    save_every: int = Field(default=1000, ge=1)
-    keep: int = Field(default=3, ge=1)
+    log_every: int = Field(default=10, ge=1, le=MAX_STEPS)
+    save_every: int = Field(default=1000, ge=1, le=MAX_STEPS)
+    keep: int = Field(default=3, ge=1, le=10**6)
     background_save: bool = True
-    timeout_minutes: float = Field(default=10.0, gt=0)
+    timeout_minutes: float = Field(default=10.0, gt=0, le=525_600)
     profile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

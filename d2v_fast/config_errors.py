@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import Self
 
 from d2v_fast.paths import PathError, expand_path
 from d2v_fast.untrusted import printable
@@ -32,6 +33,13 @@ _EXPECTED = {
 
 # beyond any model, and small enough to be checked at once
 MAX_SIZE = 1 << 16
+# beyond any run: steps and what is counted in them, samples, loader workers
+MAX_STEPS = 10**12
+MAX_SAMPLES = 10**9
+MAX_WORKERS = 1024
+# what every key can hold: counters are 64-bit integers, and what is computed with is fp32
+_MAX_INTEGER = 2**63 - 1
+_MAX_FLOAT = 1e38
 
 AnySection = TypeVar("AnySection", bound="Section")
 
@@ -76,6 +84,21 @@ class Section(BaseModel):
     hints: ClassVar[dict[str, str]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        """Refuse numbers that no later computation could hold, whatever the key."""
+        refuse_if(
+            Problem(key, f"be of a magnitude of at most {_limit_of(one):g}", value)
+            for key, value in self
+            for one in (value if isinstance(value, tuple) else (value,))
+            if isinstance(one, (int, float)) and abs(one) > _limit_of(one)
+        )
+        return self
+
+
+def _limit_of(number: float) -> float:
+    return _MAX_INTEGER if isinstance(number, int) else _MAX_FLOAT
 
 
 def refuse_if(problems: Iterable[Problem]) -> None:

@@ -40,13 +40,22 @@ def configuration_file(path: str | Path) -> Path:
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `raw` with `dotted.key=value` assignments made; sections that are missing are created."""
+    """Return a copy of `raw` with `dotted.key=value` assignments made; sections that are missing are created.
+
+    Raises:
+        ConfigError: one is no assignment, or two are to the same key, or to a section and a key in it.
+    """
     result: dict[str, Any] = json.loads(json.dumps(raw))
+    made: dict[tuple[str, ...], str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
+        parts = tuple(key.strip().split("."))
         if not equals or not all(parts):
             raise ConfigError([f"`--set {override}` must be of the form KEY=VALUE, like d2v.model.depth=6."])
+        before = next((made[one] for one in made if one[: len(parts)] == parts[: len(one)]), None)
+        if before is not None:
+            raise ConfigError([f"`--set {override}` and `--set {before}` set the same key. Remove one of them."])
+        made[parts] = override
         section = result
         for part in parts[:-1]:
             section = section.setdefault(part, {})
@@ -99,7 +108,20 @@ def read_sections(text: str, source: str) -> dict[str, Any]:
 
 
 def _override_value(text: str) -> Any:
+    """Return the value of an override: JSON, or else the text itself."""
     try:
-        return parse_json(text)
+        return parse_json(text, object_pairs_hook=_without_duplicates)
+    except ConfigError:
+        raise
     except ValueError:
         return text
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    section: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in section:
+            first, second = show(section[key]), show(value)
+            raise ConfigError([f"`{key}` appears twice in a section of `--set` ({first}, then {second}). Remove one."])
+        section[key] = value
+    return section

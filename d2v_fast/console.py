@@ -4,6 +4,7 @@ one it is, so that every `--help` answers at once."""
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,9 @@ from collections.abc import Callable, Sequence
 from d2v_fast.io_errors import error_text
 from d2v_fast.paths import path_argument
 
+# of a number on the command line
+_MAX_DIGITS = 9
+_MAX_SECONDS = 86_400
 _TRAIN = "pip install 'd2v_fast[train]'"
 # a wrong configuration is a wrong option of these; to the others it is a damaged run folder
 _TAKE_CONFIG = ("check", "import", "tokenize")
@@ -263,7 +267,7 @@ def _parser(with_training: bool) -> argparse.ArgumentParser:
         "doctor",
     )
     doctor.add_argument(
-        "--timeout", type=float, default=120.0, metavar="SECONDS", help="for each package to import (default: 120)"
+        "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="for each package to import (default: 120)"
     )
     return parser
 
@@ -412,7 +416,7 @@ def _add_import(add: _Add) -> None:
     )
     bring.add_argument(
         "--heads",
-        type=int,
+        type=_positive,
         default=None,
         metavar="N",
         help="of attention, where a .pt does not tell (default: as a run's configuration says, or width / 64)",
@@ -472,9 +476,21 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text} instead")
+    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 1 to {10**_MAX_DIGITS - 1}, but is {text} instead"
+        )
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, of at most {_MAX_SECONDS}, but is {text} instead")
+    return seconds
 
 
 if __name__ == "__main__":

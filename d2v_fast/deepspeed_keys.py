@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import ConfigError, Problem, Section, refuse_if, say, show
+from d2v_fast.config_errors import MAX_SAMPLES, ConfigError, Problem, Section, refuse_if, say, show
 from d2v_fast.deepspeed_sections import (
     ActivationCheckpointingConfig,
     AioConfig,
@@ -141,9 +141,9 @@ class BatchSplit(NamedTuple):
 class DeepSpeedConfig(Section):
     """Everything outside `"d2v"`: DeepSpeed's own keys, read by both engines."""
 
-    train_batch_size: int | None = Field(default=None, ge=1)
-    train_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1)
-    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
+    train_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
     gradient_clipping: float = Field(default=0.0, ge=0)
     optimizer: OptimizerConfig
     bf16: Bf16Config = Bf16Config()

@@ -42,12 +42,12 @@ class AdamWParams(Section):
         "fused": 'It is: "AdamW" is torch\'s fused one.',
     }
 
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1e6)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), strict=False
     )
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1e6)
 
 
 class OptimizerConfig(Section):
@@ -89,9 +89,9 @@ class Fp16Config(Section):
     enabled: bool = False
     auto_cast: bool = False
     loss_scale: float = Field(default=0, ge=0)
-    initial_scale_power: int = Field(default=16, ge=0)
+    initial_scale_power: int = Field(default=16, ge=0, le=126)
     loss_scale_window: int = Field(default=1000, gt=0)
-    hysteresis: int = Field(default=2, ge=1)
+    hysteresis: int = Field(default=2, ge=1, le=10**6)
     consecutive_hysteresis: bool = False
     min_loss_scale: float = Field(default=1, gt=0)
     fp16_master_weights_and_grads: bool = False

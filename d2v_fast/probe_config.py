@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import PathText, Problem, Section, refuse_if
+from d2v_fast.config_errors import MAX_SAMPLES, PathText, Problem, Section, refuse_if
 
 
 class ProbeConfig(Section):
@@ -16,13 +16,13 @@ class ProbeConfig(Section):
     classes as there are enough.
     """
 
-    every_epochs: int = Field(default=0, ge=0)
-    labels_per_class: int = Field(default=10, ge=1)
-    num_draws: int = Field(default=5, ge=1)
-    neighbours: int = Field(default=20, ge=1)
+    every_epochs: int = Field(default=0, ge=0, le=10**6)
+    labels_per_class: int = Field(default=10, ge=1, le=MAX_SAMPLES)
+    num_draws: int = Field(default=5, ge=1, le=1000)
+    neighbours: int = Field(default=20, ge=1, le=MAX_SAMPLES)
     path: PathText | None = None
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
-    max_samples: int = Field(default=2000, ge=4)
+    max_samples: int = Field(default=2000, ge=4, le=MAX_SAMPLES)
 
 
 class VisionProbeConfig(ProbeConfig):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import MAX_SIZE, PathText, Problem, Section, problem_of_heads, refuse_if
+from d2v_fast.config_errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
 
 
 class SpeechModelConfig(Section):
@@ -39,7 +39,7 @@ class SpeechModelConfig(Section):
     activation_dropout: float = Field(default=0.0, ge=0, lt=1)
     input_dropout: float = Field(default=0.0, ge=0, lt=1)
     layer_drop: float = Field(default=0.05, ge=0, lt=1)
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1)
     attention: Literal["padded", "packed"] = "padded"
     gradient_checkpointing: bool = False
     front_end_checkpointing: bool = False
@@ -128,15 +128,15 @@ class SpeechDataConfig(Section):
     kind: Literal["speech", "audio"] = "speech"
     path: PathText | None = None
     on_change: Literal["refuse", "accept"] = "refuse"
-    num_workers: int = Field(default=2, ge=0)
-    min_seconds: float = Field(default=2.0, gt=0)
-    max_seconds: float = Field(default=20.0, gt=0)
-    max_batch_seconds: float | None = Field(default=None, gt=0)
+    num_workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
+    min_seconds: float = Field(default=2.0, gt=0, le=1e6)
+    max_seconds: float = Field(default=20.0, gt=0, le=1e6)
+    max_batch_seconds: float | None = Field(default=None, gt=0, le=1e9)
     lengths: Literal["crop", "pad"] = "crop"
     silence: float = Field(default=1e-4, ge=0, lt=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     strict: bool = False
-    max_file_bytes: int = Field(default=4_000_000_000, ge=1)
+    max_file_bytes: int = Field(default=4_000_000_000, ge=1, le=10**15)
     follow_outside: bool = False
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import MAX_SIZE, PathText, Problem, Section, problem_of_heads, refuse_if
+from d2v_fast.config_errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
 
 # rows in front of the first learned position: that of a padding token, and one before it, as in RoBERTa
 POSITION_OFFSET = 2
@@ -44,7 +44,7 @@ class TextModelConfig(Section):
     attention_dropout: float = Field(default=0.1, ge=0, lt=1)
     activation_dropout: float = Field(default=0.0, ge=0, lt=1)
     layer_drop: float = Field(default=0.0, ge=0, lt=1)
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1)
     attention: Literal["padded", "packed"] = "padded"
     gradient_checkpointing: bool = False
 
@@ -160,7 +160,7 @@ class TextDataConfig(Section):
     packing: Literal["document", "stream"] = "document"
     separate_documents: bool = False
     min_tokens: int = Field(default=2, ge=1, le=MAX_SIZE)
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     strict: bool = False

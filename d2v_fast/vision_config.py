@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config_errors import MAX_SIZE, PathText, Problem, Section, problem_of_heads, refuse_if
+from d2v_fast.config_errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
 
 
 class VisionModelConfig(Section):
@@ -28,8 +28,8 @@ class VisionModelConfig(Section):
     drop_path: float = Field(default=0.25, ge=0, lt=1)
     attention_dropout: float = Field(default=0.05, ge=0, lt=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    layer_scale: float = Field(default=1e-4, gt=0)
-    norm_eps: float = Field(default=1e-6, gt=0)
+    layer_scale: float = Field(default=1e-4, gt=0, le=1e6)
+    norm_eps: float = Field(default=1e-6, gt=0, le=1)
     absolute_position: bool = False
     position_bias: Literal["shared", "per_block"] = "shared"
     gradient_checkpointing: bool = False
@@ -65,7 +65,7 @@ class BlockMaskConfig(Section):
     kind: Literal["block"] = "block"
     num_patches: int = Field(default=120, ge=1)
     min_patches: int = Field(default=16, ge=1)
-    max_patches: int | None = Field(default=None, ge=1)
+    max_patches: int | None = Field(default=None, ge=1, le=MAX_SIZE**2)
     min_aspect: float = Field(default=0.3, gt=0, le=1)
 
     @model_validator(mode="after")
@@ -109,7 +109,7 @@ class VisionDataConfig(Section):
     kind: Literal["digits", "images"] = "digits"
     path: PathText | None = None
     on_change: Literal["refuse", "accept"] = "refuse"
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
     std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
     crop_scale: tuple[float, float] = Field(default=(0.08, 1.0), strict=False)
@@ -117,14 +117,14 @@ class VisionDataConfig(Section):
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     rotation_degrees: float = Field(default=0.0, ge=0, le=180)
     zoom: float = Field(default=0.0, ge=0, lt=1)
-    shift_pixels: float = Field(default=0.0, ge=0)
+    shift_pixels: float = Field(default=0.0, ge=0, le=MAX_SIZE)
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     strict: bool = False
     # Pillow refuses twice its own limit, whatever is asked for
     max_image_pixels: int = Field(default=64_000_000, ge=1, le=178_956_970)
-    max_image_bytes: int = Field(default=256_000_000, ge=1)
-    min_image_side: int = Field(default=2, ge=1)
+    max_image_bytes: int = Field(default=256_000_000, ge=1, le=10**15)
+    min_image_side: int = Field(default=2, ge=1, le=MAX_SIZE)
     follow_outside: bool = False
     bit_depth: int | None = Field(default=None, ge=1, le=16)
 
