@@ -152,8 +152,9 @@ class PostNormBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """See `encoder.Block`; with `rows`, nothing after the attention weights is computed for other tokens.
 
-        A sample that skips the block keeps its residual stream, which is its feature, too. With `rows`, and of packed
-        samples, whose tokens cannot be taken out without asking the device, the block is computed and discarded.
+        A sample that skips the block keeps its residual stream, which is its feature, too. The block is computed and
+        discarded with `rows`, of packed samples, whose tokens cannot be taken out without asking the device, and where
+        no sample keeps it: fused attention may refuse a batch of nothing, and all parameters are to have a gradient.
         """
         if kept is None:
             return self._transform(x, attendable, rows)
@@ -162,15 +163,18 @@ class PostNormBlock(nn.Module):
         num_samples = len(attendable.offsets) - 1 if isinstance(attendable, Segments) else len(x)
         if len(samples) == num_samples:
             return self._transform(x, attendable, rows)
-        if rows is None and not isinstance(attendable, Segments):
+        if rows is None and not isinstance(attendable, Segments) and len(samples) > 0:
             if attendable is not None:
                 attendable = attendable.index_select(0, samples)
             y, feature = self._transform(x.index_select(0, samples), attendable, None)
             return x.index_copy(0, samples, y.to(x.dtype)), x.index_copy(0, samples, feature.to(x.dtype))
         y, feature = self._transform(x, attendable, rows)
         skipped = x if rows is None else x.flatten(0, 1).index_select(0, rows)
-        keeps = torch.zeros(num_samples, dtype=torch.bool, device=x.device).index_fill_(0, samples, True)
-        keeps = keeps.index_select(0, _samples_of(x, attendable, rows))[:, None]
+        if len(samples) == 0:
+            keeps = torch.zeros((), dtype=torch.bool, device=x.device)
+        else:
+            keeps = torch.zeros(num_samples, dtype=torch.bool, device=x.device).index_fill_(0, samples, True)
+            keeps = keeps.index_select(0, _samples_of(x, attendable, rows))[:, None]
         return torch.where(keeps, y, skipped), torch.where(keeps, feature, skipped)
 
     def _transform(self, x: Tensor, attendable: Attendable, rows: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -242,4 +242,8 @@ class PreNormBlock(nn.Module):
         """`x + drop_path(gamma * branch(x))`; the branch is computed for the samples that stochastic depth keeps."""
         if kept is None:
             return torch.addcmul(x, branch(x), gamma)
-        return x.index_add(0, kept, branch(x.index_select(0, kept)) * (gamma / (1.0 - self.drop_path)))
+        scale = gamma / (1.0 - self.drop_path)
+        if len(kept) == 0:
+            # fused attention may refuse a batch of nothing: one sample is computed, and adds nothing
+            kept, scale = kept.new_zeros(1), scale * 0.0
+        return x.index_add(0, kept, branch(x.index_select(0, kept)) * scale)

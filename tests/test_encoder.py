@@ -239,6 +239,16 @@ def test_every_sample_dropped() -> None:
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
 
 
+def test_attention_never_runs_on_an_empty_batch() -> None:
+    """Flash attention refuses one."""
+    encoder = make_encoder(small(drop_path=0.999999, depth=3))
+    sizes: list[int] = []
+    for block in encoder.blocks:
+        block.attention.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    encoder(*inputs(SMALL, batch_size=3))
+    assert (sizes[0], sizes[2]) == (3, 1)
+
+
 def test_drop_path_rises_linearly() -> None:
     encoder = make_encoder(small(drop_path=0.3, depth=4))
     assert [block.drop_path for block in encoder.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])

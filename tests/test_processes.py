@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,11 +228,38 @@ def test_two_processes_cannot_resume_one_run_together(tmp_path: Path, undisturbe
 
 @pytest.mark.slow
 @several_tests_in_a_process
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 1), pytest.param(2, 0, marks=needs_deepspeed)])
-def test_a_few_kills(processes: int, workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("modality", "processes", "workers"),
+    [
+        ("images", 1, 0),
+        ("text", 1, 1),
+        pytest.param("speech", 2, 0, marks=needs_deepspeed),
+    ],
+)
+def test_a_few_kills(modality: str, processes: int, workers: int, tmp_path: Path) -> None:
     from tests.soak import soak
 
-    report = soak(tmp_path, 5, processes=processes, workers=workers)
+    report = soak(tmp_path, 5, modality=modality, processes=processes, workers=workers)
     assert not report.problems
     assert report.kills >= 5
     assert (report.samples_lost, report.samples_twice) == (0, 0)
+
+
+@needs_deepspeed
+@several_tests_in_a_process
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (1, {"steps": 6, "most_stops": 2, "most_processes": 2, "modalities": ["speech"]}),
+        pytest.param(6, {}, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+    ids=["one", "six"],
+)
+def test_random_sequences_of_divisions(count: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Stops and kills, going on with other processes, stages, accumulation and workers each time."""
+    from tests.soak_sequences import soak_sequences
+
+    report = soak_sequences(tmp_path, count, **options)
+    assert not report.problems, report.plans
+    assert (report.sequences, report.samples_lost, report.samples_twice) == (count, 0, 0)
+    assert report.starts > count

@@ -331,10 +331,12 @@ def test_skipped_blocks_pass_samples_on(attention: str, with_rows: bool) -> None
 
 @pytest.mark.parametrize("attention", ["padded", "packed"])
 def test_block_that_no_sample_keeps(attention: str) -> None:
-    """Every parameter has a gradient, zero, so that all processes do the same."""
+    """Every parameter has a gradient, zero, so that all processes do the same; attention sees no empty batch."""
     config = make_config(layer_drop=0.999999, attention=attention)
     model, teacher = make_pair(config)
     batch = make_batch(config, [400, 290, 333])
+    for block in model.student.context.encoder.blocks:
+        block.attention.register_forward_pre_hook(lambda _, args: None if len(args[0]) else pytest.fail("nothing"))
     model(batch, teacher).loss_sum.backward()
     for block in model.student.context.encoder.blocks:
         assert all(p.grad is not None and not p.grad.any() for p in block.parameters())

@@ -51,10 +51,10 @@ def test_resume_is_bit_exact(num_processes: int, tmp_path: Path, monkeypatch: py
 @needs_deepspeed
 @pytest.mark.parametrize("positions", ["shared", "averaged"])
 def test_stages_agree(positions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that are skipped have a gradient of zero everywhere; utterances of unlike length are shared out."""
+    """Layer-drop leaves out the same utterances, which are of unlike length, wherever these are."""
     leave_out_reports(monkeypatch.setattr)
     changes = {"d2v__schedule": {"steps": 4}, "d2v__model__position_in_teacher": positions}
-    changes |= {f"d2v__model__{name}": 0.0 for name in ("dropout", "attention_dropout", "layer_drop")}
+    changes |= {f"d2v__model__{name}": 0.0 for name in ("dropout", "attention_dropout")}
     losses = {}
     for stage, num_processes in ((0, 1), (1, 2), (3, 2)):
         name, output = f"stage-{stage}", tmp_path / f"output-{stage}"
@@ -69,10 +69,10 @@ def test_stages_agree(positions: str, tmp_path: Path, monkeypatch: pytest.Monkey
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_layer_drop_in_several_processes(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each process skips blocks of its own: nothing hangs, and the parameters stay the same everywhere."""
+    """One process may have no utterance that keeps a block, the other some: nothing hangs."""
     leave_out_reports(monkeypatch.setattr)
     output = tmp_path / "output"
-    file = speech_file(tmp_path, zero_optimization__stage=stage, d2v__model__layer_drop=0.5)
+    file = speech_file(tmp_path, zero_optimization__stage=stage, d2v__model__layer_drop=0.9)
     assert run_forked("--ds_config", file, "--run", "r", output=output, num_processes=2) == [0, 0], output.read_text()
     assert len(figures(tmp_path, "r")) == 12
 
