@@ -1,9 +1,13 @@
 """Checkpoints that are complete or absent, and checked before they are used.
 
 `checkpoints/step-N/` is written under another name, flushed to the disk, and renamed last; a process that dies at any
-moment leaves the previous checkpoints as they were. `manifest.json` holds size and SHA-256 of every file: a checkpoint
-with a single changed byte is passed over for the one before it. Nothing in it is loaded with pickle: the tensors are
-in safetensors files, the rest is JSON.
+moment leaves the previous checkpoints as they were. `manifest.json` holds size and SHA-256 of every file, and
+`checkpoint_files.py` compares them: a checkpoint with a single changed byte is passed over for the one before it, and
+stays beside it as `step-N.damaged`. An error of the system while it is read is no damage: the run stops, and nothing is
+renamed. Nothing in it is loaded with pickle: the tensors are in safetensors files, the rest is JSON.
+
+What lies in the `checkpoints` folder and was not written by a run is never followed, overwritten or deleted: it stays,
+or is moved aside where a checkpoint needs its name, and a line says so.
 
 Every process writes the ranges that it trains into a file of its own; `shard_files.py` says how, and reads them back
 into any other division. Training waits for the copy to host memory and no longer: a thread writes it to the disk, and
@@ -12,7 +16,6 @@ the checkpoint gets its name when all processes are through.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,36 +25,33 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from d2v_fast.checkpoint_files import (
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    clear_name,
+    complete_steps,
+    fingerprint,
+    foreign_entries,
+    free_path,
+)
 from d2v_fast.checkpoint_hold import alone_with
+from d2v_fast.checkpoint_search import find_newest
 from d2v_fast.commands import resume_command
 from d2v_fast.faults import fault_point
 from d2v_fast.io_errors import advice
-from d2v_fast.shard_files import Kept, ShardReader, copy_to_host, write_shards
-from d2v_fast.untrusted import read_json
+from d2v_fast.shard_files import Kept, copy_to_host, write_shards
+from d2v_fast.untrusted import printable
 from d2v_fast.world import RunError, World
 
-MANIFEST, STATE = "manifest.json", "state.json"
-MAX_MANIFEST_BYTES = 64_000_000
-MAX_STATE_BYTES = 64_000_000
-_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
-_TEMPORARY = re.compile(r"step-\d+\.tmp-\w+")
-_FILE = re.compile(r"[\w.-]+(/[\w.-]+)*")
-
-
-class Checkpoint(NamedTuple):
-    """A verified checkpoint: its folder, and what its `state.json` holds."""
-
-    folder: Path
-    state: dict[str, Any]
-
-    def reader(self, world: World) -> ShardReader:
-        """Reads its tensors into whatever this process trains."""
-        return ShardReader(self.folder, self.state["shapes"], world.rank, world.size)
+_TEMPORARY = re.compile(r"step-[0-9]+\.tmp-.*", re.DOTALL)
+# of a save: `tmp-` and the number of its process, or `tmp-old` while an old checkpoint is deleted
+_OWN_TEMPORARY = re.compile(r"step-[0-9]+\.tmp-([0-9]+|old)(-[0-9]+)?")
 
 
 class _Writing:
@@ -90,7 +90,7 @@ class _Writing:
                 self._tensors = {}
                 fault_point("save.tensors")
                 _flush(path)
-                self.written = {path.name: _fingerprint(path)}
+                self.written = {path.name: fingerprint(path)}
         except Exception as error:
             # raised by the process that asks for it, together with the others
             self.failure = error
@@ -103,17 +103,22 @@ class Checkpoints:
         folder: may not exist yet.
         keep: how many complete checkpoints stay.
         world: the first process names and finishes them, all agree on what was found.
+        say: prints a line about what lies in the way, in the first process.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
+    def __init__(self, folder: Path, keep: int, world: World, say: Callable[[str], None] = print) -> None:
         self.folder = folder
         self.keep = keep
         self.world = world
+        self._say = say
+        self._said: set[str] = set()
+        # that this process has written or read, so that they are not written again
+        self._known: set[int] = set()
         self._writing: _Writing | None = None
 
     def save(self, step: int, state: Mapping[str, Any], kept: Sequence[Kept], *, in_background: bool = False) -> None:
-        """Write `step-<step>`; nothing happens where it exists already. An earlier one that is still being written is
-        waited for.
+        """Write `step-<step>`; nothing happens where this process wrote or read it. An earlier one that is still
+        being written is waited for.
 
         Args:
             step: optimizer steps made.
@@ -176,38 +181,29 @@ class Checkpoints:
             except Exception as error:
                 self._give_up(writing.step, writing.folder, self._described(error))
 
+            try:
+                self._retire(writing.step)
+            except OSError as error:
+                # the new one is there; they are deleted after a later save
+                self._say(f"the old checkpoints stay, because {self.folder} could not be read: {error}")
+
         self.world.decide(name)
 
-    def newest(self, tell: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None where there is none at all.
-
-        Args:
-            tell: is told about every damaged one that is passed over.
-        Raises:
-            RunError: there are checkpoints, and every one is damaged.
-        """
-        steps = self.world.decide(self.steps)
-        damaged = self.world.decide(
-            lambda: [f"{path.name} was found damaged before" for path in self.folder.glob("step-*.damaged")]
-        )
-        for step in steps:
-            folder = self.folder / f"step-{step}"
-            # every process reads a part of the files, so that this takes no longer for many of them
-            problems = self.world.collect(verify(folder, step, self.world.rank, self.world.size))
-            problem = next((found for found in problems if found is not None), None)
-            if problem is None:
-                return Checkpoint(folder, read_json(folder / STATE, MAX_STATE_BYTES))
-            damaged.append(f"checkpoint step-{step} is damaged ({problem})")
-            self.world.decide(partial(_set_aside, folder))
-            tell(f"{damaged[-1]}: kept as step-{step}.damaged, falling back to the one before it")
-        if damaged:
-            raise RunError(
-                f"no usable checkpoint in {self.folder}: {'; '.join(damaged)}. Remove that folder to begin again."
-            )
-        return None
+    def newest(
+        self, tell: Callable[[str], None], check: Callable[[Checkpoint], None] = lambda checkpoint: None
+    ) -> Checkpoint | None:
+        """Open the newest checkpoint that is whole; see `find_newest`."""
+        found = find_newest(self.folder, self.world, tell, check)
+        if found is not None:
+            self._known.add(found.step)
+        return found
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, newest first."""
+        """Return the steps of the complete checkpoints, newest first.
+
+        Raises:
+            OSError: the folder cannot be listed.
+        """
         return complete_steps(self.folder)
 
     def _begin(self, step: int, num_bytes: int) -> str | None:
@@ -215,23 +211,25 @@ class Checkpoints:
 
         Raises:
             RunError: there is no room for it.
+            OSError: the folder cannot be made.
         """
-        if (self.folder / f"step-{step}").exists():
+        if step in self._known and (self.folder / f"step-{step}").exists():
             return None
-        for entry in list(self.folder.iterdir()) if self.folder.is_dir() else ():
-            # of a process that died: the lock on the run folder says that no one else is writing
-            if _TEMPORARY.fullmatch(entry.name):
-                shutil.rmtree(entry)
         self.folder.mkdir(parents=True, exist_ok=True)
+        with os.scandir(self.folder) as entries:
+            leftovers = [Path(entry.path) for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+        for leftover in leftovers:
+            # of a process that died: the lock on the run folder says that no one else is writing
+            self._delete(leftover)
         free = shutil.disk_usage(self.folder).free
         if free < num_bytes:
             raise RunError(
                 f"the checkpoint step-{step} takes {num_bytes / 1e6:.0f} MB, and {self.folder} has {free / 1e6:.0f} MB "
                 f"left. Those before it are intact. Make room, then: {resume_command(self.folder.parent)}"
             )
-        name = f"step-{step}.tmp-{os.getpid()}"
-        (self.folder / name).mkdir()
-        return name
+        temporary = free_path(self.folder / f"step-{step}.tmp-{os.getpid()}")
+        temporary.mkdir()
+        return temporary.name
 
     def _name(self, writing: _Writing, files: dict[str, Any]) -> None:
         temporary = writing.folder
@@ -239,23 +237,66 @@ class Checkpoints:
         state.write_text(json.dumps(writing.state))
         _flush(state)
         fault_point("save.manifest")
-        files[state.name] = _fingerprint(state)
+        files[state.name] = fingerprint(state)
         (temporary / MANIFEST).write_text(json.dumps({"step": writing.step, "files": files}, indent=1))
         _flush(temporary / MANIFEST)
         _flush(temporary)
         fault_point("save.rename")
-        temporary.rename(self.folder / f"step-{writing.step}")
+        final = self.folder / f"step-{writing.step}"
+        if (name := clear_name(self.folder, writing.step)) is not None:
+            self._say(f"{final} was not written by this run: it was renamed to {name}, and is unchanged")
+        temporary.rename(final)
         _flush(self.folder)
+        self._known.add(writing.step)
+
+    def _retire(self, newest: int) -> None:
+        """Delete the oldest checkpoints. One that cannot be deleted stays, and is no reason to stop.
+
+        Args:
+            newest: step of the checkpoint that was written just now. What has a higher number is not of this run.
+        """
         fault_point("save.retention")
-        for old in self.steps()[self.keep :]:
-            with alone_with(self.folder / f"step-{old}") as is_free:
-                if not is_free:
-                    # an export or a probe reads it: its turn comes with a later save
-                    continue
-                # renamed first, so that no half-deleted checkpoint ever carries a good name
-                doomed = (self.folder / f"step-{old}").rename(self.folder / f"step-{old}.tmp-old")
+        older = [step for step in self.steps() if step < newest]
+        kept = [step for step in older if (self.folder / f"step-{step}" / MANIFEST).exists()][: self.keep - 1]
+        for old in sorted(set(older) - set(kept), reverse=True):
+            folder = self.folder / f"step-{old}"
+            if self._holds_others(folder):
+                continue
+            try:
+                with alone_with(folder) as is_free:
+                    if not is_free:
+                        # an export or a probe reads it: its turn comes with a later save
+                        continue
+                    # renamed first, so that no half-deleted checkpoint ever carries a good name
+                    doomed = folder.rename(free_path(self.folder / f"step-{old}.tmp-old"))
+            except OSError as error:
+                self._say_once(folder, f"the old checkpoint {folder} could not be deleted and stays: {error}")
+                continue
             fault_point("save.delete")
-            shutil.rmtree(doomed)
+            self._delete(doomed)
+
+    def _delete(self, folder: Path) -> None:
+        """Delete what is left of a checkpoint, unless a run has not written all of it."""
+        if folder.is_symlink() or not folder.is_dir() or not _OWN_TEMPORARY.fullmatch(folder.name):
+            self._say_once(folder, f"{printable(str(folder))} is not of this run; it stays as it is")
+        elif not self._holds_others(folder):
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                self._say_once(folder, f"{folder} is left of a save, and could not be deleted: {error}")
+
+    def _holds_others(self, folder: Path) -> bool:
+        """Whether the folder of a checkpoint holds what no run has written; it is said once."""
+        others = foreign_entries(folder)
+        if others:
+            found = printable(", ".join(others[:3]))
+            self._say_once(folder, f"{folder} is not deleted, because it holds what no run has written: {found}")
+        return bool(others)
+
+    def _say_once(self, path: Path, sentence: str) -> None:
+        if path.name not in self._said:
+            self._said.add(path.name)
+            self._say(sentence)
 
     def _begin_or_give_up(self, step: int, num_bytes: int) -> str | None:
         try:
@@ -297,45 +338,6 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} holds values that are not finite")
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a `checkpoints` folder, newest first."""
-    if not folder.is_dir():
-        return []
-    names = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
-    return sorted((int(name[1]) for name in names if name), reverse=True)
-
-
-def verify(folder: Path, step: int, part: int = 0, num_parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads every byte of every `num_parts`-th file, from `part` on."""
-    try:
-        manifest = read_json(folder / MANIFEST, MAX_MANIFEST_BYTES)
-        if manifest["step"] != step:
-            return f"{MANIFEST} is of step {manifest['step']}"
-        files = dict(manifest["files"])
-        if STATE not in files:
-            return f"{MANIFEST} does not list {STATE}"
-        for name, expected in sorted(files.items())[part::num_parts]:
-            if not _FILE.fullmatch(name) or ".." in name.split("/"):
-                return f"{MANIFEST} names {name!r}, which is not a file in the folder"
-            if not (folder / name).is_file() or (folder / name).is_symlink():
-                return f"{name} is missing"
-            found = _fingerprint(folder / name)
-            if found["bytes"] != expected["bytes"]:
-                return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
-            if found["sha256"] != expected["sha256"]:
-                return f"{name} has another content than was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
-    return None
-
-
-def _set_aside(folder: Path) -> None:
-    """Out of the way, so that the run can save under this name again."""
-    aside = folder.with_name(f"{folder.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-
-
 def require_same_shapes(saved: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], what: str) -> None:
     """RunError that lists what differs, where names or shapes do."""
     lines = [f"{name} is not in the checkpoint" for name in expected if name not in saved]
@@ -348,15 +350,6 @@ def require_same_shapes(saved: Mapping[str, Sequence[int]], expected: Mapping[st
     if lines:
         shown = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
         raise RunError(f"the checkpoint's {what} is of another model:\n  {shown}")
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _flush(path: Path) -> None:

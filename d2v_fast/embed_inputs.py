@@ -21,7 +21,7 @@ from d2v_fast.config_errors import OptionError, check
 from d2v_fast.data import DataError
 from d2v_fast.data.files import UnreadableFile, find_files
 from d2v_fast.data.listing import FileKinds, Listing, count_endings
-from d2v_fast.export import SavedWeights, load_encoder, open_checkpoint, read_run_config, run_tokenizer
+from d2v_fast.export import load_encoder, open_checkpoint, read_run_config, run_tokenizer
 from d2v_fast.interop.huggingface import import_model
 from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student
@@ -346,10 +346,9 @@ def open_source(
     if _is_run(model):
         run = read_run_config(model)
         chosen = weights or "student"
-        with open_checkpoint(model, step) as (checkpoint, found_step):
+        with open_checkpoint(model, step) as checkpoint:
             student, config, data = load_encoder(checkpoint, run, chosen), run.model, run.data
-            digest = SavedWeights(checkpoint, chosen).vocabulary
-        origin = f"{chosen} of {model}, step {found_step}"
+        origin = f"{chosen} of {model}, step {checkpoint.step}"
     else:
         if weights is not None or step is not None:
             raise OptionError(f"`--weights` and `--step` are for run folders, and {model} is a Transformers folder.")
@@ -363,7 +362,7 @@ def open_source(
     if isinstance(config, SpeechModelConfig):
         return Recordings(student, origin, inputs, config, data or SpeechDataConfig())
     if isinstance(run, TextConfig):
-        found = run_tokenizer(run, tokenizer, digest, str(model))
+        found = run_tokenizer(run, tokenizer, checkpoint.state.get("vocabulary"), str(model))
     else:
         from d2v_fast.data.tokenizer import load_tokenizer
 

@@ -273,9 +273,10 @@ class DeepSpeedEngine(Engine):
     def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
         super().restore(read, state)
         scaler = self._loss_scaler()
-        for name, value in state.get("loss_scale", {}).items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
+        saved = state.get("loss_scale", {})
+        for name in _SCALER:
+            if name in saved and hasattr(scaler, name):
+                setattr(scaler, name, saved[name])
         _write_low_precision(self._engine.optimizer)
 
     def _loss_scaler(self) -> Any:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2v_fast.checkpoint_files import Checkpoint, complete_steps, verified_checkpoint
 from d2v_fast.checkpoint_hold import hold
-from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
 from d2v_fast.config import ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
 from d2v_fast.config_errors import OptionError
 from d2v_fast.interop.layout import require_finite
@@ -29,8 +29,7 @@ from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student, build_student, encoder_class
 from d2v_fast.outputs import require_file, require_free, set_aside_changed
 from d2v_fast.saved_config import saved_config
-from d2v_fast.shard_files import ShardReader
-from d2v_fast.untrusted import read_json
+from d2v_fast.shard_files import DamageError
 
 WEIGHTS = ("student", "teacher")
 # to open the newest checkpoint of a run that saves, and deletes the one before
@@ -41,7 +40,7 @@ class SavedWeights(Mapping[str, Tensor]):
     """The whole encoder of student or teacher in a checkpoint: fp32 tensors by name, each read when it is asked for.
 
     Args:
-        folder: `checkpoints/step-N`, verified.
+        checkpoint: open, and verified.
         weights: "student" or "teacher".
         averaged_prefix: of the encoder's class, see `Student.averaged_prefix`: what the teacher's names lack. The rest
             of the teacher is the student's.
@@ -52,12 +51,11 @@ class SavedWeights(Mapping[str, Tensor]):
         ValueError: `weights` is something else.
     """
 
-    def __init__(self, folder: Path, weights: str, averaged_prefix: str = "") -> None:
+    def __init__(self, checkpoint: Checkpoint, weights: str, averaged_prefix: str = "") -> None:
         if weights not in WEIGHTS:
             raise ValueError(f"`weights` must be student or teacher, but is {weights} instead.")
-        state = read_json(folder / STATE, MAX_STATE_BYTES)
-        shapes, self.vocabulary = state["shapes"], state.get("vocabulary")
-        self._reader = ShardReader(folder, shapes)
+        shapes, self.vocabulary = checkpoint.state["shapes"], checkpoint.state.get("vocabulary")
+        self._reader = checkpoint.reader()
         # a student is saved together with its head, as parts of one model
         self._saved = {
             name.removeprefix("student/student."): name for name in shapes if name.startswith("student/student.")
@@ -104,74 +102,68 @@ def read_run_config(run_folder: Path) -> D2VConfig:
     return config
 
 
-def newest_checkpoint(run_folder: Path) -> tuple[Path, int]:
-    """Folder and step of the newest checkpoint of a run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    steps = complete_steps(run_folder / "checkpoints")
-    if not steps:
-        raise ValueError(f"`{run_folder}` must hold a checkpoint, but has none yet. Let the run save one first.")
-    return run_folder / "checkpoints" / f"step-{steps[0]}", steps[0]
-
-
 @contextmanager
-def open_checkpoint(run_folder: Path, step: int | None = None, *, check: bool = True) -> Iterator[tuple[Path, int]]:
-    """Yield folder and step of a checkpoint, which a run that goes on does not delete while the block runs.
+def open_checkpoint(run_folder: Path, step: int | None = None) -> Iterator[Checkpoint]:
+    """Open a checkpoint, check every byte of it, and keep a run that goes on from deleting it while the block runs.
 
     Args:
         run_folder: of the run, which may be training, and may be on media that cannot be written.
         step: of the checkpoint; None takes the newest.
-        check: every byte of it.
+    Yields:
+        The checkpoint, which is closed when the block has ended.
     Raises:
         OptionError: there is none of this step.
         ValueError: there is none at all, or it is damaged; or, where the file system has no locks, it was deleted
-            while the block ran.
+            while it was opened.
+        OSError: it could not be read, which says nothing about it.
     """
     with ExitStack() as held:
         folder, found = _hold_checkpoint(run_folder, step, held)
-        problem = verify(folder, found) if check else None
-        if problem is not None:
-            raise ValueError(f"the checkpoint {folder} is damaged ({problem}): choose another one with `--step`.")
         try:
-            yield folder, found
-        except OSError as error:
-            if folder.is_dir():
-                raise
-            raise ValueError(
-                f"the run deleted the checkpoint {folder} while it was read ({error}): try again, or raise "
-                "`d2v.run.keep`."
-            ) from error
+            yield held.enter_context(verified_checkpoint(folder, found))
+        except (DamageError, OSError) as error:
+            if not folder.is_dir():
+                raise ValueError(
+                    f"the run deleted the checkpoint {folder} while it was read ({error}): try again, or raise "
+                    "`d2v.run.keep`."
+                ) from error
+            if isinstance(error, DamageError):
+                raise ValueError(
+                    f"the checkpoint {folder} is damaged ({error}): choose another one with `--step`."
+                ) from error
+            raise
 
 
 def _hold_checkpoint(run_folder: Path, step: int | None, held: ExitStack) -> tuple[Path, int]:
     for _ in range(_MOST_TRIES):
-        folder, newest = newest_checkpoint(run_folder)
-        if step is not None and step != newest:
-            folder = folder.with_name(f"step-{step}")
-            if not folder.is_dir():
-                there = ", ".join(map(str, complete_steps(run_folder / "checkpoints")))
-                raise OptionError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
+        steps = complete_steps(run_folder / "checkpoints")
+        if not steps:
+            raise ValueError(f"`{run_folder}` must hold a checkpoint, but has none yet. Let the run save one first.")
+        if step is not None and step not in steps:
+            there = ", ".join(map(str, steps))
+            raise OptionError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
+        chosen = steps[0] if step is None else step
+        folder = run_folder / "checkpoints" / f"step-{chosen}"
         # deleted in between: the run has saved a newer one by then
         with suppress(FileNotFoundError):
             held.enter_context(hold(folder))
-            return folder, newest if step is None else step
+            return folder, chosen
     raise ValueError(f"the run in {run_folder} deletes its checkpoints faster than they can be opened: try again.")
 
 
-def load_encoder(checkpoint: Path, config: D2VConfig, weights: str) -> Student:
-    """The encoder of a verified checkpoint, fp32 on the CPU, in training mode.
+def load_encoder(checkpoint: Checkpoint, config: D2VConfig, weights: str) -> Student:
+    """Return the encoder of a checkpoint, fp32 on the CPU, in training mode.
 
     Args:
-        checkpoint: `checkpoints/step-N`.
+        checkpoint: open, and verified.
         config: of the run.
         weights: "student" or "teacher".
     Raises:
         ValueError: see `load_weights`.
     """
     model = build_student(config)
-    load_weights(model, SavedWeights(checkpoint, weights, encoder_class(config).averaged_prefix()), checkpoint)
+    saved = SavedWeights(checkpoint, weights, encoder_class(config).averaged_prefix())
+    load_weights(model, saved, checkpoint.folder)
     return model
 
 
@@ -234,17 +226,18 @@ def export_run(
         require_free(to, overwrite)
     else:
         require_file(to, overwrite)
-    with open_checkpoint(run_folder, step) as (folder, found):
+    with open_checkpoint(run_folder, step) as checkpoint:
+        found = checkpoint.step
         if form == "transformers":
-            _export_folder(folder, found, config, weights, to, tokenizer, **options)
+            _export_folder(checkpoint, config, weights, to, tokenizer, **options)
             line = f"export: {to} ({weights}, step {found}, for Transformers)"
         elif form == "onnx":
             from d2v_fast.interop.onnx import export_onnx
 
-            export_onnx(load_encoder(folder, config, weights), config, to)
+            export_onnx(load_encoder(checkpoint, config, weights), config, to)
             line = f"export: {to} ({weights}, step {found}, as ONNX)"
         else:
-            for_whom = _export_file(folder, found, config, to)
+            for_whom = _export_file(checkpoint, config, to)
             line = f"export: {to} (student and teacher, step {found}, for {for_whom})"
     return line if kept is None else f"{kept}\n{line}"
 
@@ -264,26 +257,26 @@ def _require_form(config: D2VConfig, form: str, weights: str, tokenizer: Path | 
 
 
 def _export_folder(
-    folder: Path, step: int, config: D2VConfig, weights: str, to: Path, tokenizer: Path | None, **options: Any
+    checkpoint: Checkpoint, config: D2VConfig, weights: str, to: Path, tokenizer: Path | None, **options: Any
 ) -> None:
     from d2v_fast.interop.huggingface import export_model
 
-    saved = SavedWeights(folder, weights, encoder_class(config).averaged_prefix())
+    saved = SavedWeights(checkpoint, weights, encoder_class(config).averaged_prefix())
     # before anything is written; one tensor is in memory at a time
-    require_finite(saved.items(), f"`{folder}`")
+    require_finite(saved.items(), f"`{checkpoint.folder}`")
     if isinstance(config, TextConfig):
-        where = str(folder.parent.parent)
+        where = str(checkpoint.folder.parent.parent)
         options["tokenizer"] = run_tokenizer(config, tokenizer, saved.vocabulary, where)
-    export_model(saved, config, to, info={"weights": weights, "step": step}, **options)
+    export_model(saved, config, to, info={"weights": weights, "step": checkpoint.step}, **options)
 
 
-def _export_file(folder: Path, step: int, config: D2VConfig, to: Path) -> str:
+def _export_file(checkpoint: Checkpoint, config: D2VConfig, to: Path) -> str:
     """Write student, head and teacher for the published code of the modality; returns whose it is."""
     prefix = encoder_class(config).averaged_prefix()
-    saved, teacher = (SavedWeights(folder, weights, prefix) for weights in WEIGHTS)
+    saved, teacher = (SavedWeights(checkpoint, weights, prefix) for weights in WEIGHTS)
     head = saved.head()
     for part in (saved, teacher, head):
-        require_finite(part.items(), f"`{folder}`")
+        require_finite(part.items(), f"`{checkpoint.folder}`")
     if isinstance(config, VisionConfig):
         from d2v_fast.interop.beit import save_beit
 
@@ -293,7 +286,7 @@ def _export_file(folder: Path, step: int, config: D2VConfig, to: Path) -> str:
 
     if isinstance(config, TextConfig):
         _require_fairseq_ids(config)
-    save_fairseq(saved, head, teacher, config, to, num_updates=step)
+    save_fairseq(saved, head, teacher, config, to, num_updates=checkpoint.step)
     return "fairseq"
 
 

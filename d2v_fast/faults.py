@@ -1,8 +1,8 @@
 """Places in the code at which a test can end the process, to show that nothing is lost.
 
 `D2V_FAULT=save.rename:2` kills the process (SIGKILL) when it passes the point `save.rename` for the second
-time; `D2V_FAULT=save.manifest:1:full` raises the error of a full disk there instead. Unset, a point costs one
-comparison.
+time; `D2V_FAULT=save.manifest:1:ENOSPC` raises the error of a full disk there instead, as every name of an error number
+does. Unset, a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ class Fault:
 
     def __init__(self, text: str) -> None:
         parts = text.split(":")
-        if len(parts) not in (2, 3) or not parts[1].isdigit() or parts[2:] not in ([], ["kill"], ["full"]):
-            raise ValueError(f"`D2V_FAULT` must be POINT:COUNT or POINT:COUNT:full, but is {text} instead.")
+        how = parts[2] if len(parts) == 3 else "kill"
+        known = how == "kill" or hasattr(errno, how)
+        if len(parts) not in (2, 3) or not parts[1].isdigit() or not known:
+            raise ValueError(f"`D2V_FAULT` must be POINT:COUNT or POINT:COUNT:ERRNO, but is {text} instead.")
         self.point, self.count = parts[0], int(parts[1])
-        self.kills = parts[2:] != ["full"]
+        self.number = None if how == "kill" else int(getattr(errno, how))
 
     def passed(self, point: str) -> None:
         """Count a passage of `point`, and act when its turn has come."""
@@ -28,9 +30,10 @@ class Fault:
             return
         self.count -= 1
         if self.count == 0:
-            if self.kills:
+            if self.number is None:
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            else:
+                raise OSError(self.number, os.strerror(self.number))
 
 
 _fault = Fault(os.environ["D2V_FAULT"]) if "D2V_FAULT" in os.environ else None

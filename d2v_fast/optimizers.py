@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
+import struct
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -108,11 +111,13 @@ def restore_optimizer(optimizer: Any, stepped: Iterable[Tensor], step: int) -> N
 
 def _replay_bias_correction(optimizer: Any, step: int) -> None:
     """DeepSpeed's optimizers for the CPU keep `beta ** step` as a product that is rounded at every step, in an object
-    of C++ that nothing saves. Counting from 1 again, on one element, gives the same bits."""
+    of C++ that nothing saves. Counting from 1 again, on one element, gives the same bits. Where every product of so
+    many steps rounds 1 minus it to 1, the last step alone does."""
     group = optimizer.param_groups[0]
+    first = step if step > steps_until_unbiased(group["betas"]) else 1
     hyper = (0.0, *group["betas"], group["eps"])
     value, grad, exp_avg, exp_avg_sq = (torch.ones(1) for _ in range(4))
-    for count in range(1, step + 1):
+    for count in range(first, step + 1):
         if hasattr(optimizer, "ds_opt_adam"):
             optimizer.ds_opt_adam.adam_update(
                 optimizer.opt_id, count, *hyper, 0.0, True, value, grad, exp_avg, exp_avg_sq
@@ -121,6 +126,22 @@ def _replay_bias_correction(optimizer: Any, step: int) -> None:
             lists = [[grad], [value], [exp_avg], [exp_avg_sq]]
             unused = torch.zeros(1, dtype=torch.int)
             optimizer.multi_tensor_adam(1, unused, lists, *hyper, count, 1, 1, 0.0)
+
+
+def steps_until_unbiased(betas: Iterable[float]) -> int:
+    """Return after how many steps Adam's bias corrections are exactly 1 in fp32, however `beta ** step` was rounded.
+
+    Args:
+        betas: decays of the moments, each in [0, 1).
+    """
+    # in fp32 1 - x is 1 for x up to 2**-25; every product may have been rounded up by a factor of 1 + 2**-24
+    bits_per_step = [-math.log2(rounded) - 2**-24 / math.log(2) for beta in betas if (rounded := _fp32(beta)) > 0]
+    return max((math.ceil(25 / bits) if bits > 0 else sys.maxsize for bits in bits_per_step), default=0)
+
+
+def _fp32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
 
 
 def _count(optimizer: Any, value: Tensor) -> int:

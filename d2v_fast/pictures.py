@@ -27,10 +27,10 @@ from d2v_fast.config_errors import OptionError
 from d2v_fast.data import DataError, ImagesDataset, image_dataset
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data2vec import build_model
-from d2v_fast.export import SavedWeights, load_weights, open_checkpoint, read_run_config
+from d2v_fast.export import load_encoder, open_checkpoint, read_run_config
 from d2v_fast.features import patch_features
 from d2v_fast.masking import block_masks
-from d2v_fast.modalities import Student, encoder_class
+from d2v_fast.modalities import Student
 from d2v_fast.outputs import require_file
 from d2v_fast.sheet import MAX_COUNT, Sheet, choose_samples, label_of, save_figure, say_if_fewer
 
@@ -127,10 +127,8 @@ def _naming_option(data: Path | None) -> Iterator[None]:
 
 def newest_weights(run_folder: Path, config: D2VConfig, name: str) -> Weights:
     """The encoder `name` ("student" or "teacher") of the newest checkpoint."""
-    model = build_model(config).student
-    with open_checkpoint(run_folder, check=False) as (folder, step):
-        load_weights(model, SavedWeights(folder, name, encoder_class(config).averaged_prefix()), folder)
-    return Weights(model, name, step)
+    with open_checkpoint(run_folder) as checkpoint:
+        return Weights(load_encoder(checkpoint, config, name), name, checkpoint.step)
 
 
 def principal_colors(features: Tensor) -> NDArray[np.float32]:

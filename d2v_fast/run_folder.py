@@ -101,14 +101,17 @@ class RunFolder:
         found = cls._open(path, replaced=True)
         try:
             refuse_saved(path)
-        except RunError:
+        except (RunError, OSError):
             found.close()
             raise
-        for report in _REPORTS:
-            if (path / report).is_dir():
-                shutil.rmtree(path / report)
+        for report in (path / name for name in _REPORTS):
+            if report.is_symlink() and report.is_dir():
+                # to another disk: what a save left there is deleted by the next one
+                continue
+            if report.is_dir():
+                shutil.rmtree(report)
             else:
-                (path / report).unlink(missing_ok=True)
+                report.unlink(missing_ok=True)
         return found
 
     @classmethod
@@ -270,9 +273,17 @@ def is_begun(path: Path) -> bool:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether the run in this folder has saved anything: a checkpoint, complete or damaged, or its result."""
-    saved = [one for one in (path / "checkpoints").glob("step-*") if ".tmp-" not in one.name]
-    return bool(saved) or (path / "result.json").exists()
+    """Whether the run in this folder has saved anything: a checkpoint, complete or damaged, or its result.
+
+    Anything else among the checkpoints counts, too, unless a save left it that was cut off.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    checkpoints = path / "checkpoints"
+    # not a glob, which finds nothing in a folder that cannot be listed
+    names = os.listdir(checkpoints) if os.path.lexists(checkpoints) else []
+    return any(".tmp-" not in name for name in names) or os.path.lexists(path / "result.json")
 
 
 def refuse_saved(path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import d2v_fast
+from d2v_fast.checkpoint_files import Checkpoint
 from d2v_fast.checkpoints import Checkpoints, require_same_shapes
 from d2v_fast.config import RunConfig, changed_keys
 from d2v_fast.data import BatchMaker, Samples
@@ -18,6 +19,7 @@ from d2v_fast.data2vec import Data2Vec, build_model
 from d2v_fast.engine import Engine
 from d2v_fast.modalities import Student
 from d2v_fast.resume_rules import refused_changes, reported_changes
+from d2v_fast.saved_counters import check_counters
 from d2v_fast.shard_files import Kept
 from d2v_fast.shards import full_shape, gather_whole
 from d2v_fast.teacher import Teacher
@@ -111,10 +113,14 @@ class RunState:
         Raises:
             RunError: it is of another model, seed or global batch, or of other samples and these are not accepted.
         """
-        checkpoint = self._checkpoints.newest(tell)
+        checkpoint = self._checkpoints.newest(tell, check_counters)
         if checkpoint is None:
             tell("nothing has been saved yet: starting from the beginning")
             return 0
+        with checkpoint:
+            return self._restore_from(checkpoint, tell)
+
+    def _restore_from(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> int:
         state = checkpoint.state
         # weights that no step was made from have seen no sample
         if state["step"] and state["global_batch"] != self._global_batch:
@@ -135,7 +141,7 @@ class RunState:
         require_same_shapes(saved, expected, "state")
         if state["step"] and (refused := refused_changes(state["config"], self._config)):
             raise RunError("\n  ".join(refused))
-        reader = checkpoint.reader(self._world)
+        reader = checkpoint.reader()
         self._engine.restore(reader.read, state["engine"])
         for shard in self._teacher.shards:
             reader.read(Kept("teacher", shard))

@@ -36,10 +36,10 @@ def probe_checkpoint(
     config = _with_options(config, {key: value for key, value in named.items() if value is not None})
     if not evaluation.has_labels(config):
         raise ValueError(evaluation.advice(config, run_folder))
-    with open_checkpoint(run_folder, step) as (checkpoint, found):
+    with open_checkpoint(run_folder, step) as checkpoint:
         student, teacher = (load_encoder(checkpoint, config, weights) for weights in ("student", "teacher"))
     key = "`d2v.probe.path`" if data is None else "`--data`"
-    return f"{run_folder}, step {found}:\n{evaluation.probe(config, student, teacher, key)}"
+    return f"{run_folder}, step {checkpoint.step}:\n{evaluation.probe(config, student, teacher, key)}"
 
 
 def _with_options(config: D2VConfig, options: dict[str, Any]) -> D2VConfig:

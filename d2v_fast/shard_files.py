@@ -7,7 +7,13 @@ range is not the whole parameter: then it is 1-D and `START` is its first elemen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+import hashlib
+import math
+import os
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +22,12 @@ from torch import Tensor
 
 from d2v_fast.atomic import write_tensors
 from d2v_fast.shards import Shard
+from d2v_fast.untrusted import open_regular, printable
 from d2v_fast.world import RunError
+
+_DTYPES = ("F64", "F32", "BF16", "F16")
+# more digits than a tensor in memory can have
+_START = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class Kept(NamedTuple):
@@ -26,10 +37,95 @@ class Kept(NamedTuple):
     shard: Shard
 
 
+class DamageError(ValueError):
+    """A checkpoint lacks something that it should hold, or holds something else."""
+
+
+class HeldFile:
+    """A regular file that stays open, so that what is read later is what was checked before.
+
+    Args:
+        path: the file.
+        below: a folder that it lies in; no part of the path beneath it may be a link.
+    Attributes:
+        path: as given.
+        size: in bytes.
+    Raises:
+        NotRegularError: it is no regular file, or is reached through a link.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, below: Path) -> None:
+        self.path = path
+        with open_regular(path, below=below) as file:
+            # not the file object, which complains where it is dropped instead of closed
+            self._handle = os.dup(file.fileno())
+        self._finalizer = weakref.finalize(self, os.close, self._handle)
+        self._status = os.fstat(self._handle)
+        self.size = self._status.st_size
+
+    def close(self) -> None:
+        """Close the file, which also happens when the last reference to it is gone."""
+        self._finalizer()
+
+    def read(self, max_bytes: int) -> bytes:
+        """Return the content.
+
+        Raises:
+            ValueError: it is longer than `max_bytes`.
+            OSError: it cannot be read, or was changed since it was opened.
+        """
+        if self.size > max_bytes:
+            raise ValueError(f"longer than {max_bytes:,} bytes.")
+        return b"".join(self._blocks())
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the content, in hexadecimal digits.
+
+        Raises:
+            OSError: it cannot be read, or was changed since it was opened.
+        """
+        found = hashlib.sha256()
+        for block in self._blocks():
+            found.update(block)
+        return found.hexdigest()
+
+    def open_tensors(self) -> Any:
+        """Return the safetensors file that was opened, whatever its path leads to by now.
+
+        Raises:
+            DamageError: it is no safetensors file.
+            OSError: it cannot be opened once more.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(f"/proc/self/fd/{self._handle}", framework="pt")
+        except SafetensorError as error:
+            raise DamageError(f"{self.path.name} is no safetensors file: {error}") from None
+        except FileNotFoundError:
+            # whatever the reason is, safetensors says that there is no such file
+            raise OSError(errno.EMFILE, "cannot be opened once more", str(self.path)) from None
+
+    def require_unchanged(self) -> None:
+        """OSError if the file was written to since it was opened."""
+        now = os.fstat(self._handle)
+        if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
+            raise OSError(errno.EBUSY, "was changed while it was read", str(self.path))
+
+    def _blocks(self) -> Iterator[bytes]:
+        position = 0
+        while block := os.pread(self._handle, 1 << 20, position):
+            position += len(block)
+            yield block
+        self.require_unchanged()
+
+
 class _Piece(NamedTuple):
     start: int
     stop: int
-    file: Any
+    held: HeldFile
+    tensors: Any
     key: str
     is_whole: bool
 
@@ -60,34 +156,36 @@ class ShardReader:
     """Reads ranges out of the files of a checkpoint, in whatever division they were written.
 
     Args:
-        folder: of a verified checkpoint.
+        files: of ranges, all that the checkpoint has, with the content that was written. They must stay open.
         shapes: of whole tensors, by `KIND/NAME`.
-        rank, world_size: of this process: the files are opened beginning with the one that likely holds its ranges,
-            and no more of them than needed.
+    Raises:
+        DamageError: they do not hold every element of these tensors exactly once, or hold others.
+        OSError: one cannot be read.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]], rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, files: Iterable[HeldFile], shapes: Mapping[str, Sequence[int]]) -> None:
         self.shapes = shapes
-        self._folder = folder
-        files = sorted(folder.glob("shard-*.safetensors"))
-        first = rank * len(files) // world_size
-        self._unopened = [*files[first:], *files[:first]]
         self._pieces: dict[str, list[_Piece]] = {}
+        for held in files:
+            self._add(held)
+        for name, shape in shapes.items():
+            _require_once(name, math.prod(shape), self._pieces.get(name, []))
 
     def read(self, kept: Kept) -> None:
         """Fill `kept.shard.master`.
 
         Raises:
             RunError: the checkpoint does not hold all of this range.
+            OSError: a file was changed since it was opened.
         """
         shard = kept.shard
         self._fill(f"{kept.kind}/{shard.name}", shard.start, shard.master)
 
     def whole(self, name: str) -> Tensor:
-        """The whole tensor `KIND/NAME`, in host memory.
+        """Return the whole tensor `KIND/NAME`, in host memory.
 
         Raises:
-            RunError: a part of it is missing.
+            OSError: a file was changed since it was opened.
         """
         tensor = torch.empty(list(self.shapes[name]), dtype=torch.float32)
         self._fill(name, 0, tensor.view(-1))
@@ -96,36 +194,51 @@ class ShardReader:
     @torch.no_grad()
     def _fill(self, name: str, start: int, target: Tensor) -> None:
         position, stop = start, start + target.numel()
-        while position < stop:
-            piece = self._piece_at(name, position)
+        for piece in self._pieces.get(name, []):
+            if not piece.start <= position < min(stop, piece.stop):
+                continue
             last = min(stop, piece.stop)
             section = slice(position - piece.start, last - piece.start)
             if piece.is_whole:
-                values = piece.file.get_tensor(piece.key).view(-1)[section]
+                values = piece.tensors.get_tensor(piece.key).view(-1)[section]
             else:
-                values = piece.file.get_slice(piece.key)[section]
+                values = piece.tensors.get_slice(piece.key)[section]
             target[position - start : last - start].copy_(values)
+            piece.held.require_unchanged()
             position = last
+        if position < stop:
+            raise RunError(f"the checkpoint does not hold all of {name}: from {position} on.")
 
-    def _piece_at(self, name: str, position: int) -> _Piece:
-        while True:
-            for piece in self._pieces.get(name, []):
-                if piece.start <= position < piece.stop:
-                    return piece
-            if not self._unopened:
-                raise RunError(f"the checkpoint {self._folder} does not hold all of {name}: from {position} on.")
-            self._open(self._unopened.pop(0))
+    def _add(self, held: HeldFile) -> None:
+        tensors = held.open_tensors()
+        for key in tensors.keys():  # noqa: SIM118 - it is no dictionary
+            found = tensors.get_slice(key)
+            name, mark, start = key.partition("@")
+            shape, is_whole = found.get_shape(), not mark
+            if name not in self.shapes:
+                raise DamageError(f"{held.path.name} holds {printable(name)}, which is no tensor of the checkpoint")
+            if found.get_dtype() not in _DTYPES:
+                raise DamageError(f"{printable(key)} in {held.path.name} holds {found.get_dtype()} and no real numbers")
+            if is_whole and shape != list(self.shapes[name]):
+                raise DamageError(f"{name} is {shape} in {held.path.name}, and {self.shapes[name]} in the checkpoint")
+            if not is_whole and (len(shape) != 1 or not _START.fullmatch(start)):
+                raise DamageError(f"{held.path.name} holds {printable(key)}, which is no range of a tensor")
+            first = int(start or 0)
+            piece = _Piece(first, first + math.prod(shape), held, tensors, key, is_whole)
+            self._pieces.setdefault(name, []).append(piece)
 
-    def _open(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise RunError(f"{path} is damaged ({error}). Resume the run: it passes over what is damaged.") from None
-        for key in file.keys():  # noqa: SIM118 - it is no dictionary
-            name, _, start = key.partition("@")
-            begin, count = int(start or 0), 1
-            for size in file.get_slice(key).get_shape():
-                count *= size
-            self._pieces.setdefault(name, []).append(_Piece(begin, begin + count, file, key, not start))
+def _require_once(name: str, count: int, pieces: list[_Piece]) -> None:
+    """Sort the pieces of a tensor of `count` elements; DamageError unless they hold each element exactly once."""
+    pieces.sort(key=lambda piece: piece.start)
+    position = 0
+    for piece in pieces:
+        if piece.start < position:
+            raise DamageError(f"{piece.held.path.name} holds {name} from {piece.start} on, which another range holds")
+        if piece.start > position:
+            break
+        position = piece.stop
+    if position < count:
+        raise DamageError(f"no file holds {name} from {position} on")
+    if position > count:
+        raise DamageError(f"{name} has {count} elements, but the files hold {position}")

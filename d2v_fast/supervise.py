@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -32,6 +31,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from d2v_fast.checkpoint_files import complete_steps
 from d2v_fast.commands import SUPERVISION, pass_on_command, resume_command
 from d2v_fast.config import RunConfig
 from d2v_fast.run_folder import find_supervised
@@ -150,7 +150,7 @@ class _Agent(LocalElasticAgent):
 
     def _wait_or_give_up(self) -> None:
         folder = find_supervised(self._root, self._mark or "")
-        newest = _newest_step(folder)
+        newest = _newest_step(folder, self._newest)
         if newest > self._newest:
             self._newest, self._in_a_row = newest, 0
         where = f"the checkpoint step-{newest}" if newest > 0 else "the beginning"
@@ -210,11 +210,15 @@ def _own_address(master: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def _newest_step(folder: Path | None) -> int:
+def _newest_step(folder: Path | None, known: int) -> int:
+    """Step of the newest checkpoint; `known` where the folder cannot be listed, 0 where there is none."""
     if folder is None:
         return 0
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in (folder / "checkpoints").glob("step-*"))
-    return max((int(name[1]) for name in names if name), default=0)
+    try:
+        return max(complete_steps(folder / "checkpoints"), default=0)
+    except OSError:
+        # a file system that does not answer says nothing about checkpoints
+        return known
 
 
 def _how_to_continue(folder: Path | None) -> str:

@@ -251,7 +251,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         module=copied,
         engine=engine.deepspeed,
     )
-    checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world)
+    checkpoints = Checkpoints(folder.path / "checkpoints", d2v.run.keep, world, say)
     state = RunState(config, world, model, teacher, engine, checkpoints, maker.vocabulary, samples_of(maker, world))
     start_step = state.restore(say) if folder.reopened else 0
     if start_step > schedule.num_steps:

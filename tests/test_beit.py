@@ -20,6 +20,7 @@ from d2v_fast.export import SavedWeights
 from d2v_fast.interop.beit import save_beit
 from d2v_fast.interop.published import load_published, read_published
 from d2v_fast.modalities.vision import VisionModel
+from tests.common import opened
 from tests.runs import TINY, leave_out_reports, run_forked, tiny_file
 from tests.vision_reference import randomise_
 
@@ -203,11 +204,11 @@ def test_a_run_begins_with_it_and_is_exported_again(
     assert main(["import", str(tmp_path / "a.pth"), "--to", str(run), "--ds_config", str(file)]) == 0
     folder = run / "checkpoints" / "step-0"
     for weights, encoder in (("student", model.student), ("teacher", other.student)):
-        saved = SavedWeights(folder, weights)
+        saved = SavedWeights(opened(folder), weights)
         assert saved.keys() == encoder.state_dict().keys()
         for name, value in encoder.state_dict().items():
             assert torch.equal(saved[name], value), name
-    assert torch.equal(SavedWeights(folder, "student").head()["weight"], model.head.weight)
+    assert torch.equal(SavedWeights(opened(folder), "student").head()["weight"], model.head.weight)
     assert main(["export", str(run), "--format", "beit", "--to", str(tmp_path / "b.pth")]) == 0
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pth", "b.pth"))
     for key in ("model", "model_ema"):

@@ -64,7 +64,7 @@ def write_run(folder: Path, config: D2VConfig, processes: int) -> Data2Vec:
                 if part.numel():
                     kept.append(Kept(kind, Shard(name, value.shape, rank * size, part, flat, rank * size, False)))
         write_shards(checkpoint / f"shard-{rank:05d}.safetensors", copy_to_host(kept, even_if_there=False))
-    (checkpoint / "state.json").write_text(json.dumps({"shapes": shapes}))
+    (checkpoint / "state.json").write_text(json.dumps({"step": 7, "shapes": shapes}))
     files = {}
     for path in checkpoint.iterdir():
         content = path.read_bytes()

@@ -22,6 +22,7 @@ from d2v_fast.export import SavedWeights
 from d2v_fast.interop.fairseq_recipe import pending_decay, told_by
 from d2v_fast.interop.fairseq_speech import load_fairseq_speech, read_fairseq_speech, save_fairseq_speech
 from d2v_fast.interop.fairseq_text import load_fairseq_text, save_fairseq_text
+from tests.common import opened
 from tests.fairseq_reference import closed_as_fine_tuning_sets_it
 from tests.runs import TINY_SPEECH, tiny_file
 from tests.speech_reference import randomise_
@@ -263,7 +264,7 @@ def test_a_run_begins_with_the_update_that_the_average_lacks(
         run = tmp_path / "runs" / name
         assert main(["import", str(tmp_path / f"{name}.pt"), "--to", str(run), "--ds_config", str(file)]) == 0
         assert ("after the update of decay 0.7 that it lacked" in capsys.readouterr().out) == (name == "b")
-        weights = SavedWeights(run / "checkpoints" / "step-0", "teacher", "context.")
+        weights = SavedWeights(opened(run / "checkpoints" / "step-0"), "teacher", "context.")
         student, average = model.student.state_dict(), teacher.state_dict()
         for key in student:
             expected = kept * average[key] + (1 - kept) * student[key]

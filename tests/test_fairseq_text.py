@@ -25,6 +25,7 @@ from d2v_fast.interop.fairseq_text import load_fairseq_text, read_fairseq_text, 
 from d2v_fast.interop.huggingface_text import export_text, import_text
 from d2v_fast.interop.text_layout import text_layout
 from d2v_fast.modalities.text import TextModel
+from tests.common import opened
 from tests.runs import TINY_TEXT, figures, leave_out_reports, run_here, tiny_file
 from tests.speech_reference import randomise_
 from tests.test_export import write_run
@@ -466,12 +467,12 @@ def test_run_begins_with_given_weights(
     assert "a run names its own as `d2v.data.tokenizer`" in capsys.readouterr().err
     assert main(arguments) == 0
     for weights, whole in (("student", model.student), ("teacher", teacher)):
-        saved_weights = SavedWeights(run / "checkpoints" / "step-0", weights, "context.")
+        saved_weights = SavedWeights(opened(run / "checkpoints" / "step-0"), weights, "context.")
         assert len(saved_weights) == len(whole.state_dict())
         for name, value in whole.state_dict().items():
             assert torch.equal(saved_weights[name], value), name
     if kind == "fairseq":
-        head = SavedWeights(run / "checkpoints" / "step-0", "student").head()
+        head = SavedWeights(opened(run / "checkpoints" / "step-0"), "student").head()
         assert all(torch.equal(head[name], value) for name, value in model.head.state_dict().items())
     resume = ["--run", "more", "--resume", "--set", f"d2v.run.dir={run.parent}"]
     if kind == "transformers":

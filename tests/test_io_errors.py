@@ -17,7 +17,7 @@ from d2v_fast.data.cache import made_once
 from d2v_fast.data.tokens import MANIFEST, Tokens
 from d2v_fast.io_errors import advice, error_number
 from d2v_fast.world import RunError, World
-from tests.test_checkpoints import kept
+from tests.checkpoint_files import kept
 
 FITTING = {
     errno.ENOSPC: "Make room on the disk",

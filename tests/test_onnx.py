@@ -18,6 +18,7 @@ from d2v_fast.export import load_encoder
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.interop.onnx import export_onnx
 from d2v_fast.modalities import Student
+from tests.common import opened
 from tests.speech_reference import randomise_
 from tests.test_export import CONFIG, write_run
 from tests.test_speech import make_config as speech_config
@@ -137,7 +138,7 @@ def test_the_file_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixtu
         "attention_mask": ["batch", "sequence"],
         "last_hidden_state": ["batch", "sequence", config.model.width],
     }
-    model = load_encoder(tmp_path / "r" / "checkpoints" / "step-7", config, "teacher").eval()
+    model = load_encoder(opened(tmp_path / "r" / "checkpoints" / "step-7"), config, "teacher").eval()
     tokens = torch.randint(4, config.model.vocab_size, (2, 5))
     inputs = {"input_ids": tokens.numpy(), "attention_mask": np.ones((2, 5), dtype=np.int64)}
     close(torch.from_numpy(session.run(None, inputs)[0]), model(tokens).last_hidden.detach())

@@ -12,9 +12,9 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 
 from d2v_fast import pictures
+from d2v_fast.checkpoints import Checkpoints
 from d2v_fast.config import (
     BlockMaskConfig,
     RunSection,
@@ -26,7 +26,10 @@ from d2v_fast.config import (
     check_d2v,
 )
 from d2v_fast.data2vec import build_model
+from d2v_fast.shard_files import Kept
+from d2v_fast.shards import Shard
 from d2v_fast.sheet import Sheet, save_figure
+from d2v_fast.world import World
 from tests.runs import failure_status
 
 CONFIG = VisionConfig(
@@ -38,24 +41,27 @@ CONFIG = VisionConfig(
 )
 
 
-def write_weights(checkpoint: Path, kinds: dict[str, dict[str, torch.Tensor]]) -> None:
-    """What pictures need of a checkpoint."""
-    tensors = {f"{kind}/{name}": v.clone() for kind, state in kinds.items() for name, v in state.items()}
-    save_file(tensors, checkpoint / "shard-00000.safetensors")
-    shapes = {name: list(value.shape) for name, value in tensors.items()}
-    (checkpoint / "state.json").write_text(json.dumps({"shapes": shapes}))
+def save_weights(folder: Path, step: int, kinds: dict[str, dict[str, torch.Tensor]]) -> None:
+    """A checkpoint with no more than pictures need."""
+    kept = [
+        Kept(kind, Shard(name, value.shape, 0, value.reshape(-1).clone(), value, 0, replicated=True))
+        for kind, state in kinds.items()
+        for name, value in state.items()
+    ]
+    Checkpoints(folder, keep=9, world=World("cpu")).save(step, {}, kept)
 
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A run with two whole checkpoints, one that was being written, and one that was found damaged."""
     folder = tmp_path / "digits-1"
-    for name, seed in {"step-9": 1, "step-10": 2, "step-11.tmp-77": 3, "step-12.damaged": 4}.items():
-        checkpoint = folder / "checkpoints" / name
-        checkpoint.mkdir(parents=True)
+    checkpoints = folder / "checkpoints"
+    for seed, step in enumerate((9, 10, 11, 12), 1):
         torch.manual_seed(seed)
         model = build_model(CONFIG)
-        write_weights(checkpoint, {"student": model.state_dict(), "teacher": model.student.state_dict()})
+        save_weights(checkpoints, step, {"student": model.state_dict(), "teacher": model.student.state_dict()})
+    (checkpoints / "step-11").rename(checkpoints / "step-11.tmp-77")
+    (checkpoints / "step-12").rename(checkpoints / "step-12.damaged")
     (folder / "config.json").write_text(json.dumps({"train_batch_size": 64, "d2v": CONFIG.model_dump(mode="json")}))
     return folder
 
@@ -204,17 +210,17 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
     nowhere = tmp_path / "nowhere"
     assert f"`--data` must be a folder, but '{nowhere}' does not exist" in complaint(run_folder, "--data", nowhere)
 
-    newest = run_folder / "checkpoints" / "step-10"
+    newest = run_folder / "checkpoints" / "step-13"
     state = build_model(CONFIG).state_dict()
     del state["student.norm.weight"]
-    write_weights(newest, {"student": state})
+    save_weights(newest.parent, 13, {"student": state})
     assert "does not fit the run's config.json: norm.weight is missing or misshapen" in complaint(run_folder)
     assert "is missing or misshapen" in complaint(run_folder, "--weights", "teacher")
     shard = newest / "shard-00000.safetensors"
     content = shard.read_bytes()
     for damaged in (content[:1000], b"", b"\xff" * 8 + b"{}"):
         shard.write_bytes(damaged)
-        assert "shard-00000.safetensors is damaged (" in complaint(run_folder)
+        assert "step-13 is damaged (shard-00000.safetensors has " in complaint(run_folder)
 
     for checkpoint in (run_folder / "checkpoints").iterdir():
         checkpoint.rename(checkpoint.with_name(checkpoint.name + ".tmp-1"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from d2v_fast.data import StepLoader
 from d2v_fast.export import SavedWeights
-from d2v_fast.shard_files import ShardReader
+from tests.common import opened
 from tests.runs import figures, import_deepspeed, leave_out_reports, run_forked, run_here, tiny_file
 
 pytestmark = pytest.mark.alone
@@ -32,7 +32,7 @@ def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds, whole, by `KIND/NAME`."""
-    reader = ShardReader(folder, json.loads((folder / "state.json").read_text())["shapes"])
+    reader = opened(folder).reader()
     return {name: reader.whole(name) for name in reader.shapes}
 
 
@@ -85,7 +85,7 @@ def test_resume_is_bit_exact(stage: int, changes: dict[str, Any], tmp_path: Path
     whole, resumed = (saved_tensors(checkpoint(tmp_path, name, 9)) for name in ("whole", "r"))
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
-    weights = SavedWeights(checkpoint(tmp_path, "r", 9), "teacher")
+    weights = SavedWeights(opened(checkpoint(tmp_path, "r", 9)), "teacher")
     assert all(torch.equal(weights[name], whole[f"teacher/{name}"]) for name in weights)
 
 

@@ -19,6 +19,7 @@ from d2v_fast.interop.huggingface import export_model
 from d2v_fast.modalities.text import TextModel
 from d2v_fast.speech_config import SpeechModelConfig
 from d2v_fast.text_config import TextModelConfig
+from tests.common import opened
 from tests.runs import TINY_SPEECH, TINY_TEXT, failure_status, figures, leave_out_reports, run_forked, tiny_file
 from tests.speech_reference import randomise_
 
@@ -55,7 +56,7 @@ def test_run_begins_with_a_fairseq_checkpoint(
 
     folder = run / "checkpoints" / "step-0"
     for weights, whole in (("student", model.student), ("teacher", teacher)):
-        saved = SavedWeights(folder, weights, "context.")
+        saved = SavedWeights(opened(folder), weights, "context.")
         assert len(saved) == len(whole.state_dict())
         for name, value in whole.state_dict().items():
             moved = name.removeprefix("context.") if other == "shared" else f"context.{name}"
@@ -63,7 +64,7 @@ def test_run_begins_with_a_fairseq_checkpoint(
                 # a teacher that shares the positions takes the student's
                 value = model.student.state_dict()[name]
             assert torch.equal(saved[name if "positions." not in name else moved], value), name
-    assert torch.equal(SavedWeights(folder, "student").head()["weight"], model.head.weight)
+    assert torch.equal(SavedWeights(opened(folder), "student").head()["weight"], model.head.weight)
 
     output = tmp_path / "output"
     assert run_forked("--run", "more", "--resume", "--set", f"d2v.run.dir={run.parent}", output=output) == [0]
@@ -85,7 +86,7 @@ def test_run_begins_with_a_transformers_folder(
     assert "begins with folder (the student as teacher)" in capsys.readouterr().out
     prefix = model.student.averaged_prefix()
     for weights in ("student", "teacher"):
-        saved = SavedWeights(run / "checkpoints" / "step-0", weights, prefix)
+        saved = SavedWeights(opened(run / "checkpoints" / "step-0"), weights, prefix)
         for name, value in model.student.state_dict().items():
             if name in saved:
                 assert torch.equal(saved[name], value), name

@@ -201,7 +201,7 @@ def test_later_attempts_find_their_run_by_its_mark(tmp_path: Path, monkeypatch, 
     assert run_here(*arguments, "--run", "whole") == 0
     monkeypatch.setenv("D2V_SUPERVISION", "first")
     with monkeypatch.context() as patch:
-        patch.setattr(faults, "_fault", faults.Fault("save.manifest:2:full"))
+        patch.setattr(faults, "_fault", faults.Fault("save.manifest:2:ENOSPC"))
         assert run_here(*arguments) == 1
     assert run_here(*arguments) == 0
     assert "resumed after step 3" in capsys.readouterr().out

@@ -316,7 +316,7 @@ def test_killed_while_writing(text: Path, tmp_path: Path, point: str) -> None:
 
 
 def test_full_disk(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "_fault", faults.Fault("tokens.manifest:1:full"))
+    monkeypatch.setattr(faults, "_fault", faults.Fault("tokens.manifest:1:ENOSPC"))
     with pytest.raises(DataError, match=r"`d2v\.data\.tokens_path` must be .*No space left.*Make room"):
         tokens_of(text, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

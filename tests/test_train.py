@@ -173,7 +173,7 @@ def test_nothing_but_damage_stops_the_run(tmp_path: Path, capsys) -> None:
 
 def test_resume_ignores_the_number_of_workers(tmp_path: Path, uninterrupted, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(faults, "_fault", faults.Fault("save.manifest:2:full"))
+        patch.setattr(faults, "_fault", faults.Fault("save.manifest:2:ENOSPC"))
         assert run_here("--ds_config", tiny_file(tmp_path), "--run", "r") == 1
     changed = tiny_file(tmp_path, d2v__data__num_workers=2)
     assert run_here("--ds_config", changed, "--run", "r", "--resume") == 0
@@ -194,7 +194,7 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, uninterrupted, capsys) ->
 
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path: Path, uninterrupted, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(faults, "_fault", faults.Fault("save.manifest:2:full"))
+    monkeypatch.setattr(faults, "_fault", faults.Fault("save.manifest:2:ENOSPC"))
     assert run_here("--ds_config", tiny_file(tmp_path), "--run", "r") == 1
     error = capsys.readouterr().err
     assert "step-6 could not be written" in error
