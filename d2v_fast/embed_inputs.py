@@ -352,7 +352,7 @@ def open_source(
     else:
         if weights is not None or step is not None:
             raise OptionError(f"`--weights` and `--step` are for run folders, and {model} is a Transformers folder.")
-        run, data, digest = None, None, None
+        run, data = None, None
         student, config = import_model(model)
         origin = f"model in {model}"
     if tokenizer is not None and not isinstance(config, TextModelConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,13 @@ def saved_config(run_folder: Path, *, warn: bool = True) -> dict[str, Any]:
 
 def _of_newest_checkpoint(run_folder: Path) -> tuple[dict[str, Any], int] | None:
     # they need torch, which takes longer to import than a good file to be read
-    from d2v_fast.checkpoints import MAX_STATE_BYTES, STATE, complete_steps, verify
-    from d2v_fast.untrusted import read_json
+    from d2v_fast.checkpoint_files import complete_steps, verified_checkpoint
+    from d2v_fast.shard_files import DamageError
 
     folder = run_folder / "checkpoints"
     for step in complete_steps(folder):
-        checkpoint = folder / f"step-{step}"
-        if verify(checkpoint, step) is None:
-            state = read_json(checkpoint / STATE, MAX_STATE_BYTES)
-            config = state.get("config") if isinstance(state, dict) else None
+        with suppress(DamageError), verified_checkpoint(folder / f"step-{step}", step) as checkpoint:
+            config = checkpoint.state.get("config")
             if isinstance(config, dict):
                 return config, step
     return None

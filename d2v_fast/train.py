@@ -301,7 +301,7 @@ def is_finished(folder: RunFolder, num_steps: int, steps_per_epoch: int) -> bool
     Raises:
         RunError: it was brought to the end of a longer one.
     """
-    from d2v_fast.checkpoints import complete_steps
+    from d2v_fast.checkpoint_files import complete_steps
     from d2v_fast.resume_rules import too_short
     from d2v_fast.world import RunError
 

@@ -17,14 +17,14 @@ import torch
 from scipy.stats import fisher_exact
 from torch import Tensor
 
-from d2v_fast.checkpoint_files import Checkpoint, open_checkpoint
+from d2v_fast.checkpoint_files import Checkpoint, verified_checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def opened(folder: Path) -> Checkpoint:
     """The checkpoint in `step-N`, verified. It is closed when it is dropped."""
-    return open_checkpoint(folder, int(folder.name.removeprefix("step-")))
+    return verified_checkpoint(folder, int(folder.name.removeprefix("step-")))
 
 
 def assert_within_twice(

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2v_fast.checkpoint_files import MANIFEST, STATE, open_checkpoint
+from d2v_fast.checkpoint_files import MANIFEST, STATE, verified_checkpoint
 from d2v_fast.checkpoints import Checkpoints
-from d2v_fast.export import choose_checkpoint
 from d2v_fast.shard_files import DamageError
 from d2v_fast.world import RunError, World
 from tests.checkpoint_files import edit_state, kept, save, write_manifest, write_shards_anew
@@ -38,7 +37,7 @@ def _not_forever():
 
 def problem(folder: Path, step: int) -> str:
     with pytest.raises(DamageError) as caught:
-        open_checkpoint(folder, step)
+        verified_checkpoint(folder, step)
     return str(caught.value)
 
 
@@ -58,7 +57,7 @@ def test_copy_over_a_folder_with_more_shards_is_no_mixture(checkpoints: Checkpoi
     target = checkpoints.folder / "step-2"
     shutil.copytree(target, tmp_path / "copy")
     write_shards_anew(target, *ranges(200, 4, 9))
-    open_checkpoint(target, 2).close()
+    verified_checkpoint(target, 2).close()
     shutil.copytree(tmp_path / "copy", target, dirs_exist_ok=True)
     told: list[str] = []
     found = checkpoints.newest(told.append)
@@ -83,7 +82,7 @@ def test_what_the_manifest_does_not_list_is_an_error(name: str, checkpoints: Che
     assert problem(folder, 5) == f"{name.rstrip('/')} is not listed in manifest.json"
     # what a desktop, or a network file system, leaves in every folder
     (folder / name).rename(folder / ".nfs0001")
-    open_checkpoint(folder, 5).close()
+    verified_checkpoint(folder, 5).close()
 
 
 @pytest.mark.parametrize("name", [MANIFEST, STATE, SHARD])
@@ -132,7 +131,7 @@ def test_linked_folders_are_not_followed(checkpoints: Checkpoints, tmp_path: Pat
     ]
     assert folder.is_symlink()
     (tmp_path / "disk").symlink_to(tmp_path / "outside")
-    open_checkpoint(tmp_path / "disk" / "step-5", 5).close()
+    verified_checkpoint(tmp_path / "disk" / "step-5", 5).close()
 
 
 CASES = {
@@ -169,7 +168,7 @@ def test_every_element_is_held_once(case: str, checkpoints: Checkpoints) -> None
     """With hashes that fit, so that only the content contradicts itself."""
     folder = save(checkpoints, 5)
     write_shards_anew(folder, *ranges(5, 4, 9))
-    with open_checkpoint(folder, 5) as checkpoint:
+    with verified_checkpoint(folder, 5) as checkpoint:
         assert torch.equal(checkpoint.reader().whole("student/a.weight"), torch.full((3, 5), 5.0))
     edit, words = CASES[case]
     write_shards_anew(folder, *edit(ranges(5, 4, 9)))
@@ -214,14 +213,14 @@ def test_shapes_that_cannot_be(shapes: object, words: str, checkpoints: Checkpoi
 def test_what_was_checked_is_what_is_read(checkpoints: Checkpoints) -> None:
     """Another file of the same name is not read, and a file that was written to meanwhile is an error."""
     folder = save(checkpoints, 5)
-    with open_checkpoint(folder, 5) as checkpoint:
+    with verified_checkpoint(folder, 5) as checkpoint:
         other = folder.with_name("other")
         shutil.copytree(folder, other)
         write_shards_anew(other, *ranges(7))
         for path in other.iterdir():
             path.replace(folder / path.name)
         assert torch.equal(checkpoint.reader().whole("student/a.weight"), torch.full((3, 5), 5.0))
-    with open_checkpoint(folder, 5) as checkpoint:
+    with verified_checkpoint(folder, 5) as checkpoint:
         assert torch.equal(checkpoint.reader().whole("student/a.weight"), torch.full((3, 5), 7.0))
         content = (folder / SHARD).read_bytes()
         (folder / SHARD).write_bytes(content[:-1] + b"x")
@@ -231,28 +230,7 @@ def test_what_was_checked_is_what_is_read(checkpoints: Checkpoints) -> None:
 
 
 def test_checkpoint_that_is_deleted_meanwhile_is_read_to_its_end(checkpoints: Checkpoints) -> None:
-    run = checkpoints.folder.parent
-    save(checkpoints, 5)
-    with choose_checkpoint(run, None) as checkpoint:
-        shutil.rmtree(checkpoint.folder)
+    folder = save(checkpoints, 5)
+    with verified_checkpoint(folder, 5) as checkpoint:
+        shutil.rmtree(folder)
         assert torch.equal(checkpoint.reader().whole("student/a.weight"), torch.full((3, 5), 5.0))
-
-
-def test_newest_is_chosen_again_where_it_was_deleted_meanwhile(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from d2v_fast import export
-
-    save(checkpoints, 5)
-    once = []
-
-    def open_too_late(folder: Path, step: int) -> object:
-        if not once:
-            once.append(None)
-            save(checkpoints, 6)
-            shutil.rmtree(folder)
-        return open_checkpoint(folder, step)
-
-    monkeypatch.setattr(export, "open_checkpoint", open_too_late)
-    with choose_checkpoint(checkpoints.folder.parent, None) as checkpoint:
-        assert checkpoint.step == 6

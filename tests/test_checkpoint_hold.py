@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from d2v_fast import checkpoint_hold, export
+from d2v_fast.checkpoint_files import complete_steps
 from d2v_fast.checkpoint_hold import alone_with, hold
-from d2v_fast.checkpoints import Checkpoints, complete_steps
+from d2v_fast.checkpoints import Checkpoints
 from d2v_fast.data2vec import build_model
 from d2v_fast.export import export_run, open_checkpoint
 from d2v_fast.interop.huggingface_vision import import_vision
 from d2v_fast.shard_files import Kept
 from d2v_fast.shards import Shard
 from d2v_fast.world import World
+from tests.checkpoint_files import save
 from tests.runs import fork, wait
-from tests.test_checkpoints import save
 from tests.test_export import CONFIG, write_run
 
 
@@ -30,11 +31,11 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 def test_checkpoint_that_is_read_stays_until_the_next_save(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1)
-    with open_checkpoint(checkpoints.folder.parent) as (folder, step):
-        assert step == 1
+    with open_checkpoint(checkpoints.folder.parent) as checkpoint:
+        assert checkpoint.step == 1
         for later in (2, 3):
             save(checkpoints, later)
-            assert folder.is_dir()
+            assert checkpoint.folder.is_dir()
             # no other one stays for it
             assert checkpoints.steps() == [later, 1]
     save(checkpoints, 4)
@@ -75,8 +76,8 @@ def test_reader_takes_the_newer_one_where_its_own_is_deleted(
         return found
 
     monkeypatch.setattr(export, "complete_steps", and_then_saved)
-    with open_checkpoint(checkpoints.folder.parent) as (folder, step):
-        assert (folder.name, step) == ("step-2", 2)
+    with open_checkpoint(checkpoints.folder.parent) as checkpoint:
+        assert (checkpoint.folder.name, checkpoint.step) == ("step-2", 2)
 
 
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), OSError(95, "Operation not supported")])
@@ -98,9 +99,9 @@ def test_file_system_without_locks(
 
 
 def read_slowly(checkpoints: Checkpoints) -> None:
-    with open_checkpoint(checkpoints.folder.parent) as (folder, _):
+    with open_checkpoint(checkpoints.folder.parent) as checkpoint:
         save(checkpoints, 2)
-        (folder / "state.json").read_bytes()
+        (checkpoint.folder / "state.json").read_bytes()
 
 
 def test_what_cannot_be_written_can_be_read(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +116,8 @@ def test_what_cannot_be_written_can_be_read(checkpoints: Checkpoints, monkeypatc
 
     monkeypatch.setattr(os, "open", read_only)
     before = sorted(folder.parent.parent.rglob("*"))
-    with open_checkpoint(folder.parent.parent) as (found, _):
-        assert found == folder
+    with open_checkpoint(folder.parent.parent) as found:
+        assert found.folder == folder
     assert sorted(folder.parent.parent.rglob("*")) == before
 
 

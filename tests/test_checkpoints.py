@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_fast import faults
-from d2v_fast.checkpoint_files import MANIFEST, open_checkpoint
+from d2v_fast.checkpoint_files import MANIFEST, verified_checkpoint
 from d2v_fast.checkpoints import Checkpoints, require_same_shapes
 from d2v_fast.run_folder import RunFolder
 from d2v_fast.shard_files import DamageError, HeldFile, Kept, ShardReader, copy_to_host, write_shards
@@ -37,7 +37,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 def verify(folder: Path, step: int) -> str | None:
     """What is damaged in a checkpoint, or None."""
     try:
-        open_checkpoint(folder, step).close()
+        verified_checkpoint(folder, step).close()
     except DamageError as error:
         return str(error)
     return None

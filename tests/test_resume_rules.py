@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_fast.checkpoints import complete_steps
+from d2v_fast.checkpoint_files import complete_steps
 from d2v_fast.config import RunConfig, parse_config
 from d2v_fast.config_file import apply_overrides
 from d2v_fast.resume_rules import refused_changes, reported_changes
