@@ -226,7 +226,10 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
         checkpoint.rename(checkpoint.with_name(checkpoint.name + ".tmp-1"))
     assert "must hold a checkpoint, but has none yet" in complaint(run_folder)
 
-    for content, reason in (("[" * 100_000, "nested too deeply"), ("[]", "`d2v` must be a section")):
+    for content, reason in (
+        ('{"d2v": ' + "[" * 100_000 + "}", "nested too deeply"),
+        ('{"d2v": []}', "`d2v` must be a section"),
+    ):
         (run_folder / "config.json").write_text(content)
         assert reason in complaint(run_folder)
     (run_folder / "config.json").write_text('{"d2v": {"model": {"widht": 3}}}')
