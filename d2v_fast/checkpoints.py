@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from d2v_fast.atomic import flush
 from d2v_fast.checkpoint_files import (
     MANIFEST,
     STATE,
@@ -89,7 +90,7 @@ class _Writing:
                 write_shards(path, self._tensors)
                 self._tensors = {}
                 fault_point("save.tensors")
-                _flush(path)
+                flush(path)
                 self.written = {path.name: fingerprint(path)}
         except Exception as error:
             # raised by the process that asks for it, together with the others
@@ -235,18 +236,18 @@ class Checkpoints:
         temporary = writing.folder
         state = temporary / STATE
         state.write_text(json.dumps(writing.state))
-        _flush(state)
+        flush(state)
         fault_point("save.manifest")
         files[state.name] = fingerprint(state)
         (temporary / MANIFEST).write_text(json.dumps({"step": writing.step, "files": files}, indent=1))
-        _flush(temporary / MANIFEST)
-        _flush(temporary)
+        flush(temporary / MANIFEST)
+        flush(temporary)
         fault_point("save.rename")
         final = self.folder / f"step-{writing.step}"
         if (name := clear_name(self.folder, writing.step)) is not None:
             self._say(f"{final} was not written by this run: it was renamed to {name}, and is unchanged")
         temporary.rename(final)
-        _flush(self.folder)
+        flush(self.folder)
         self._known.add(writing.step)
 
     def _retire(self, newest: int) -> None:
@@ -350,12 +351,3 @@ def require_same_shapes(saved: Mapping[str, Sequence[int]], expected: Mapping[st
     if lines:
         shown = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
         raise RunError(f"the checkpoint's {what} is of another model:\n  {shown}")
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

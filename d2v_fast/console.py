@@ -18,6 +18,9 @@ _MAX_SECONDS = 86_400
 _TRAIN = "pip install 'd2v_fast[train]'"
 # a wrong configuration is a wrong option of these; to the others it is a damaged run folder
 _TAKE_CONFIG = ("check", "import", "tokenize")
+# these end when they have waited for so long for a disk or for nothing; the others wait for programs with time-outs
+_WATCHED = ("check", "probe", "embed", "export", "import", "tokenize", "draw")
+_IDLE_S = 600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from d2v_fast.train import main as train
 
             return train(arguments[1:])
-        return _WORK[options.command](options)
+        if options.command not in _WATCHED:
+            return _WORK[options.command](options)
+        from d2v_fast.idle import IdleWatch
+
+        with IdleWatch(_IDLE_S):
+            return _WORK[options.command](options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

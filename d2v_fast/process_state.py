@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -54,14 +55,14 @@ def cpu_ticks(pid: int) -> int | None:
 
 def children_of(pid: int) -> list[int]:
     """Return the processes that a process has started and that have not been waited for."""
-    found = []
-    for folder in _PROCESSES.iterdir():
-        if folder.name.isdecimal():
-            try:
-                if int(_stat(int(folder.name))[1]) == pid:
-                    found.append(int(folder.name))
-            except (OSError, IndexError, ValueError):
-                continue
+    found: list[int] = []
+    try:
+        for task in (_PROCESSES / str(pid) / "task").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found += map(int, (task / "children").read_text().split())
+    except OSError:
+        # it has ended
+        return []
     return sorted(found)
 
 

@@ -177,6 +177,7 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.data2vec import build_model
     from d2v_fast.engine import compute_dtype, import_engine, make_engine
     from d2v_fast.guard import Guard
+    from d2v_fast.idle import IdleWatch
     from d2v_fast.metrics import NoLog, RunLog, import_reports
     from d2v_fast.peak_memory import PeakMemory
     from d2v_fast.preflight import check_name, check_packages, check_room, report_missing_kernels
@@ -189,6 +190,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
     from d2v_fast.world import RunError, World, world_size
 
     split = config.deepspeed.batch_split(world_size())
+    advice = "If that is normal here, raise `d2v.run.timeout_minutes`."
+    idle = opened.enter_context(IdleWatch(config.d2v.run.timeout_s, advice))
     if not dry_run:
         check_name(config, resume)
     check_packages(config, split.world_size)
@@ -212,6 +215,9 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
         d2v.run.device, config.deepspeed.needs_deepspeed(split.world_size), timeout_minutes=d2v.run.timeout_minutes
     )
     opened.callback(world.close)
+    if world.size > 1:
+        # a process may wait for the others as long as they work, and has a watch that asks them
+        idle.close()
     labels = world.decide(lambda: evaluation.check_labels(d2v))
     say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
     report_missing_kernels(world, say)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,6 +312,45 @@ def test_one_bad_batch_early_is_no_reason_to_stop() -> None:
         later.add(Batch(torch.empty(0), ids, torch.arange(100), bad=(f"{i}.jpg: junk",)))
 
 
+@more_workers_than_cores
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_worker_that_stops_with_a_batch_in_the_queue_is_named(num_workers: int) -> None:
+    """The batch lies in memory of the worker, which has to pass it on."""
+    steps = iter(make_loader(Squares(), make_config(num_workers), micro_batch=10, num_steps=40, timeout_s=1.5))
+    next(steps)
+    # so that others are in the queue
+    time.sleep(0.5)
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=rf"gave no batch for 1.5 s: worker \d \(pid {worker.pid}\) is stopped\.$"):
+        list(steps)
+    assert time.monotonic() - started < 20
+    assert multiprocessing.active_children() == []
+
+
+def test_worker_that_goes_on_in_time_is_waited_for() -> None:
+    steps = iter(make_loader(Squares(), make_config(1), micro_batch=10, num_steps=20, timeout_s=4))
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    threading.Timer(1.0, lambda: os.kill(worker.pid, signal.SIGCONT)).start()
+    assert len(list(steps)) == 19
+
+
+def test_worker_killed_while_its_batch_is_taken_over() -> None:
+    """torch raises what the broken connection raises where it finds the dead worker too late."""
+
+    class Broken:
+        _workers = (SimpleNamespace(pid=2**22 + 1, kill=lambda: None),)
+
+        def __next__(self) -> None:
+            raise ConnectionRefusedError(111, "Connection refused")
+
+    with pytest.raises(DataError, match=r"died, .*worker 0 \(pid \d+\) is dead: ConnectionRefusedError"):
+        next(loader_module._batches(Broken(), 0))
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch gives a worker five seconds to end, twice."""
@@ -321,7 +361,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     ("trouble", "error", "message"),
     [
         ("killed", DataError, "A data loader worker died, .* lower `d2v.data.num_workers`"),
-        ("hangs", DataError, "A data loader worker gave no batch for 1 s"),
+        ("hangs", DataError, r"A data loader worker gave no batch for 1 s \(worker 0 \(pid \d+\) is due\)"),
         ("raises", KeyError, "in DataLoader worker process 0(.|\n)*no such square"),
         ("data", DataError, "^64 files in a row are unreadable$"),
     ],

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from d2v_fast.atomic import make_beside
+from d2v_fast.atomic import flush, make_beside
 from d2v_fast.data.batch import DataError
 from d2v_fast.faults import fault_point
+from d2v_fast.idle import alive
 from d2v_fast.io_errors import advice
 from d2v_fast.process_state import Holder, cpu_ticks, own_record
 from d2v_fast.untrusted import printable
@@ -116,8 +117,8 @@ def _make(root: Path, name: str, make: Callable[[Path], None], is_locked: bool) 
         fault_point("cache.written")
         for folder, _, files in os.walk(aside):
             for file in files:
-                _flush(os.path.join(folder, file))
-            _flush(folder)
+                flush(os.path.join(folder, file))
+            flush(folder)
         fault_point("cache.rename")
         try:
             aside.rename(root / name)
@@ -125,7 +126,7 @@ def _make(root: Path, name: str, make: Callable[[Path], None], is_locked: bool) 
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         fault_point("cache.renamed")
-        _flush(root)
+        flush(root)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -192,6 +193,8 @@ class _Wait:
         progress = (holder.pid and cpu_ticks(holder.pid), self._written())
         self._looks_without_progress = 0 if progress != self._progress else self._looks_without_progress + 1
         self._progress = progress
+        # this wait has a limit of its own
+        alive()
         if self._looks_without_progress * self._interval_s >= self._patience_s:
             raise DataError(
                 f"{self._key} is being written to by another process, which has made no progress for "
@@ -206,11 +209,3 @@ class _Wait:
             with contextlib.suppress(OSError):
                 sizes.append((file.name, os.lstat(file).st_size))
         return sizes
-
-
-def _flush(path: str | Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,10 +7,11 @@ are the same for any number of workers, and resuming needs the step number only.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ from d2v_fast.data.bad_files import BadFiles
 from d2v_fast.data.batch import Batch, DataError
 from d2v_fast.data.makers import BatchMaker
 from d2v_fast.data.order import MicroStep, StepOrder
+from d2v_fast.data.worker_watch import WorkerWatch
+from d2v_fast.idle import LOOKS
 
 if TYPE_CHECKING:
     from d2v_fast.config import D2VConfig
@@ -89,7 +92,7 @@ class StepLoader:
         if pin_memory is None:
             pin_memory = config.run.device != "cpu" and torch.cuda.is_available()
         self._pin_memory = pin_memory
-        self._timeout_s = 60 * config.run.timeout_minutes if timeout_s is None else timeout_s
+        self._timeout_s = config.run.timeout_s if timeout_s is None else timeout_s
         self._bytes = micro_batch * maker.sample_bytes
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
         self._bad = BadFiles(config.data, maker, on_bad)
@@ -124,7 +127,7 @@ class StepLoader:
         atexit.register(stop)
         try:
             step: list[Batch] = []
-            for made in _readable_errors(iterator, self._timeout_s):
+            for made in _batches(iterator, self._timeout_s if self._num_workers else 0):
                 if isinstance(made, DataError):
                     raise made
                 self._bad.add(made)
@@ -142,7 +145,8 @@ class StepLoader:
             options = {
                 "worker_init_fn": _init_worker,
                 "prefetch_factor": self._prefetch,
-                "timeout": self._timeout_s,
+                # torch's time-out is a look only: `WorkerWatch` counts
+                "timeout": self._timeout_s / LOOKS,
             }
         return DataLoader(
             self._maker,
@@ -181,7 +185,7 @@ def _init_worker(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
-def worker_died(error: RuntimeError) -> str | None:
+def worker_died(error: Exception) -> str | None:
     """What to tell where a data loading worker was killed; None where `error` is about something else.
 
     torch raises that error out of a signal handler, so wherever the main process happens to be.
@@ -189,31 +193,63 @@ def worker_died(error: RuntimeError) -> str | None:
     text = str(error)
     if "killed by signal" not in text and "exited unexpectedly" not in text:
         return None
+    return _advice(text.strip())
+
+
+def _advice(died: str) -> str:
     return (
-        "A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0. "
-        f"({text.strip()})"
+        f"A data loader worker died, often for lack of memory: lower `d2v.data.num_workers`, or set it to 0. ({died})"
     )
 
 
-def _readable_errors(iterator: Iterable[Any], timeout_s: float) -> Iterator[Any]:
-    try:
+def _batches(iterator: Iterator[Any], timeout_s: float) -> Iterator[Any]:
+    """What a `DataLoader` gives; DataError where a worker dies, or gives nothing for `timeout_s` (0: for ever)."""
+    if not hasattr(iterator, "_workers"):
         yield from iterator
-    except RuntimeError as error:
-        if died := worker_died(error):
-            raise DataError(died) from error
-        if "timed out" not in str(error):
-            raise
-        raise DataError(
-            f"A data loader worker gave no batch for {timeout_s:g} s: a slow or hung disk, or a damaged file. ({error})"
-        ) from error
+        return
+    watch = WorkerWatch(iterator, timeout_s)
+    try:
+        while True:
+            try:
+                with watch.awaiting():
+                    made = _next(iterator, watch)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if watch.problem is not None:
+                    raise DataError(watch.problem) from error
+                died = worker_died(error)
+                if died is None and (dead := watch.dead()) is not None:
+                    # while a batch of it was being taken over
+                    died = _advice(f"{dead}: {type(error).__name__}")
+                if died is None:
+                    raise
+                raise DataError(died) from error
+            yield made
+    finally:
+        watch.close()
+
+
+def _next(iterator: Iterator[Any], watch: WorkerWatch) -> Any:
+    while True:
+        try:
+            return next(iterator)
+        except RuntimeError as error:
+            if watch.problem is not None or "DataLoader timed out" not in str(error):
+                raise
 
 
 def _stop_workers(iterator: object) -> None:
-    """End the workers, those that hang too. torch has no public way to do so."""
+    """End the workers, those that hang or are stopped too. torch has no public way to do so."""
+    workers = getattr(iterator, "_workers", ())
+    for worker in workers:
+        # one that is stopped may hold what the others, or the thread that pins memory, wait for
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGCONT)
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down is not None:
         shut_down()
-    for worker in getattr(iterator, "_workers", ()):
+    for worker in workers:
         worker.kill()
 
 
