@@ -8,14 +8,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
-from d2v_fast.io_errors import error_text
+from d2v_fast.error_words import in_words
+from d2v_fast.idle import IdleWatch
 from d2v_fast.paths import path_argument
 
 # of a number on the command line
 _MAX_DIGITS = 9
 _MAX_SECONDS = 86_400
-_TRAIN = "pip install 'd2v_fast[train]'"
 # a wrong configuration is a wrong option of these; to the others it is a damaged run folder
 _TAKE_CONFIG = ("check", "import", "tokenize")
 # these end when they have waited for so long for a disk or for nothing; the others wait for programs with time-outs
@@ -38,11 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from d2v_fast.train import main as train
 
             return train(arguments[1:])
-        if options.command not in _WATCHED:
-            return _WORK[options.command](options)
-        from d2v_fast.idle import IdleWatch
-
-        with IdleWatch(_IDLE_S):
+        with IdleWatch(_IDLE_S) if options.command in _WATCHED else nullcontext():
             return _WORK[options.command](options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,32 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {words}", file=sys.stderr)
         kind = type(error).__name__
         return 2 if kind == "OptionError" or (kind == "ConfigError" and options.command in _TAKE_CONFIG) else 1
-
-
-def in_words(error: Exception) -> str | None:
-    """What to tell; None where `error` is a fault of this library."""
-    if isinstance(error, ImportError):
-        from d2v_fast.commands import tool_command
-
-        name = (error.name or "a package").partition(".")[0]
-        advice = (
-            ""
-            if name == "d2v_fast"
-            else f" `{_TRAIN}` installs what is needed, and `{tool_command('doctor')}` looks at it."
-        )
-        return f"{name} cannot be imported: {error}.{advice}"
-    if isinstance(error, OSError):
-        return error_text(error)
-    if isinstance(error, ValueError):
-        return str(error)
-    if isinstance(error, RuntimeError):
-        import torch
-
-        from d2v_fast.world import RunError
-
-        if isinstance(error, (RunError, torch.OutOfMemoryError)):
-            return str(error)
-    return None
 
 
 def _check(options: argparse.Namespace) -> int:

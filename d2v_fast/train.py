@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        from d2v_fast.console import in_words
+        from d2v_fast.error_words import in_words
 
         print(f"error: {in_words(error)}", file=sys.stderr)
         return 1

@@ -11,10 +11,10 @@ import torch
 
 from d2v_fast import checkpoints, io_errors
 from d2v_fast.checkpoints import Checkpoints
-from d2v_fast.console import in_words
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import made_once
 from d2v_fast.data.tokens import MANIFEST, Tokens
+from d2v_fast.error_words import in_words
 from d2v_fast.io_errors import advice, error_number
 from d2v_fast.world import RunError, World
 from tests.checkpoint_files import kept
