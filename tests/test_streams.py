@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from d2v_fast.masking._random import unit
-from d2v_fast.streams import AUGMENT, GOLDEN, MASK, ORDER, clone_keys, permutation, stream_keys, uniforms
+from d2v_fast.streams import AUGMENT, DROP, GOLDEN, MASK, ORDER, clone_keys, permutation, stream_keys, uniforms
 
 
 def test_uniforms_are_splitmix64() -> None:
@@ -61,3 +61,4 @@ def test_numbers_never_change() -> None:
     # a resumed run relies on them, also after an update of a library or of this project
     np.testing.assert_array_equal(permutation(0, ORDER, 0, 8), [0, 5, 7, 4, 3, 6, 2, 1])
     np.testing.assert_array_equal(stream_keys(1, MASK, 2, np.array([3]))[0], np.uint64(0x6B360221EDD5A20A))
+    np.testing.assert_array_equal(stream_keys(1, DROP, 2, np.array([3]))[0], np.uint64(0xFD491DDDF0D22FA8))
