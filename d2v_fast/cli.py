@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_fast.config import ConfigError, RunConfig, apply_overrides, load_config, parse_config, with_earlier_values
+from d2v_fast.number_arguments import count_argument
 from d2v_fast.paths import PathError, expand_path, path_argument
 from d2v_fast.saved_config import saved_config
 
 DESCRIPTION = "Pre-train a data2vec encoder from one JSON file."
-# of a number of restarts
-_MAX_DIGITS = 9
 _EXAMPLES = """\
 examples:
   python d2v_fast/train.py configs/digits.json
@@ -69,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--supervise",
         metavar="N",
         nargs="?",
-        type=_at_least_one,
+        type=count_argument,
         const=3,
         help="restart after a fault, from the newest good checkpoint; N (3) restarts in a row without a new one end it",
     )
@@ -125,14 +124,6 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def is_first_process() -> bool:
     """True in the one process that prints, also before the processes are connected."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from 1 to {10**_MAX_DIGITS - 1}, but is {text} instead"
-        )
-    return int(text)
 
 
 def _nothing_to_resume(folder: Path) -> str:

@@ -4,7 +4,6 @@ one it is, so that every `--help` answers at once."""
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,11 +11,10 @@ from contextlib import nullcontext
 
 from d2v_fast.error_words import in_words
 from d2v_fast.idle import IdleWatch
+from d2v_fast.number_arguments import count_argument, seconds_argument
 from d2v_fast.paths import path_argument
+from d2v_fast.stop_request import EndOnSignal
 
-# of a number on the command line
-_MAX_DIGITS = 9
-_MAX_SECONDS = 86_400
 # a wrong configuration is a wrong option of these; to the others it is a damaged run folder
 _TAKE_CONFIG = ("check", "import", "tokenize")
 # these end when they have waited for so long for a disk or for nothing; the others wait for programs with time-outs
@@ -25,32 +23,39 @@ _IDLE_S = 600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 failed, 2 wrong options or configuration, 130 Ctrl-C."""
+    """Run the command line; returns the exit status.
+
+    It is 0 when done, 1 when failed, 2 for wrong options or a wrong configuration, and 128 and its number after a
+    signal, such as 130 for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    completes = "_ARGCOMPLETE" in os.environ
-    parser = _parser(with_training=completes or arguments[:1] == ["train"])
-    if completes:
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
-    options = parser.parse_args(arguments)
+    command = None
     try:
-        if options.command == "train":
-            from d2v_fast.train import main as train
+        with EndOnSignal():
+            completes = "_ARGCOMPLETE" in os.environ
+            parser = _parser(with_training=completes or arguments[:1] == ["train"])
+            if completes:
+                import argcomplete
 
-            return train(arguments[1:])
-        with IdleWatch(_IDLE_S) if options.command in _WATCHED else nullcontext():
-            return _WORK[options.command](options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+                argcomplete.autocomplete(parser)
+            options = parser.parse_args(arguments)
+            command = options.command
+            if command == "train":
+                from d2v_fast.train import main as train
+
+                return train(arguments[1:])
+            with IdleWatch(_IDLE_S) if command in _WATCHED else nullcontext():
+                return _WORK[command](options)
+    except KeyboardInterrupt as error:
+        print(f"{error}; what was half written is removed" if str(error) else "interrupted", file=sys.stderr)
+        return getattr(error, "status", 130)
     except Exception as error:
         words = in_words(error)
         if words is None:
             raise
         print(f"error: {words}", file=sys.stderr)
         kind = type(error).__name__
-        return 2 if kind == "OptionError" or (kind == "ConfigError" and options.command in _TAKE_CONFIG) else 1
+        return 2 if kind == "OptionError" or (kind == "ConfigError" and command in _TAKE_CONFIG) else 1
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -246,7 +251,11 @@ def _parser(with_training: bool) -> argparse.ArgumentParser:
         "doctor",
     )
     doctor.add_argument(
-        "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="for each package to import (default: 120)"
+        "--timeout",
+        type=seconds_argument,
+        default=120.0,
+        metavar="SECONDS",
+        help="for each package to import (default: 120)",
     )
     return parser
 
@@ -265,7 +274,7 @@ def _add_check(add: _Add) -> None:
     check.add_argument("file", type=path_argument, metavar="FILE", help="a file or the name of a preset, as for train")
     _add_overrides(check)
     check.add_argument(
-        "--processes", type=_positive, metavar="N", help="of the run that is planned (default: as launched, or 1)"
+        "--processes", type=count_argument, metavar="N", help="of the run that is planned (default: as launched, or 1)"
     )
 
 
@@ -289,7 +298,7 @@ def _add_models(add: _Add) -> None:
     probe.add_argument("--label-field", metavar="NAME", help="field or column of a text's label (default: label)")
     probe.add_argument("--field", metavar="NAME", help="field or column of the text (default: d2v.data.field)")
     probe.add_argument(
-        "--max-samples", type=_positive, metavar="N", help="labeled samples to use at most (default: 2000)"
+        "--max-samples", type=count_argument, metavar="N", help="labeled samples to use at most (default: 2000)"
     )
     embed = add(
         "embed",
@@ -325,7 +334,9 @@ def _add_models(add: _Add) -> None:
         metavar="PATH",
         help="of text (default: what the run names, or the folder holds)",
     )
-    embed.add_argument("--batch-size", type=_positive, metavar="N", help="(default: 64 images, 8 recordings, 32 lines)")
+    embed.add_argument(
+        "--batch-size", type=count_argument, metavar="N", help="(default: 64 images, 8 recordings, 32 lines)"
+    )
     embed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is)")
     _add_overwrite(embed, "the file of --to, and the names beside it")
     export = add(
@@ -395,7 +406,7 @@ def _add_import(add: _Add) -> None:
     )
     bring.add_argument(
         "--heads",
-        type=_positive,
+        type=count_argument,
         default=None,
         metavar="N",
         help="of attention, where a .pt does not tell (default: as a run's configuration says, or width / 64)",
@@ -424,7 +435,7 @@ def _add_data(add: _Add) -> None:
     )
     tokenize.add_argument("source", type=path_argument, metavar="SOURCE", help="a configuration; with --train, text")
     tokenize.add_argument("--train", action="store_true", help="train a tokenizer")
-    tokenize.add_argument("--vocab-size", type=_positive, metavar="N", help="its tokens, at least 261")
+    tokenize.add_argument("--vocab-size", type=count_argument, metavar="N", help="its tokens, at least 261")
     tokenize.add_argument(
         "--to", type=path_argument, metavar="FOLDER", help="its folder, which Transformers reads, too"
     )
@@ -452,24 +463,6 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override one key of the configuration, such as d2v.model.depth=6; repeatable",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from 1 to {10**_MAX_DIGITS - 1}, but is {text} instead"
-        )
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= _MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, of at most {_MAX_SECONDS}, but is {text} instead")
-    return seconds
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ repeats an uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import hashlib
@@ -26,11 +27,14 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     # run as a file, Python looks for modules in this folder first; they are to be found by their full names only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from d2v_fast.stop_request import end_on_import
+
+    end_on_import()
 
 from d2v_fast.cli import config_stem, is_first_process, read_config, read_options
 from d2v_fast.config import BatchSplit, ConfigError, RunConfig
 from d2v_fast.io_errors import error_text
-from d2v_fast.stop_request import StopRequest
+from d2v_fast.stop_request import EndOnSignal, Interrupted, StopRequest
 
 if TYPE_CHECKING:
     from d2v_fast.data import StepLoader
@@ -51,50 +55,67 @@ BAD_FILES = "bad_files.txt"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0 done or stopped on request, 1 failed, 2 wrong configuration."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 done or stopped on request, 1 failed, 2 wrong configuration; 128 and the number of a signal
+        that came before the run was being built.
+    """
     options = read_options(arguments)
     try:
-        config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
-        if options.supervise is not None and not options.dry_run:
-            from d2v_fast.supervise import supervise
-
-            status = supervise(config, sys.argv[1:] if arguments is None else arguments, options.supervise)
-            if status is not None:
-                return status
-        # the slow imports, only now: a wrong file has been refused by here
-        import torch
-
-        from d2v_fast.data import DataError, worker_died
-        from d2v_fast.world import RunError, lost_connection
-
-        try:
-            train(config, resume=options.resume, dry_run=options.dry_run, stem=config_stem(options))
-        except (DataError, RunError, OSError) as error:
-            # a RunError is raised by all processes alike
-            if is_first_process() or not isinstance(error, RunError):
-                words = error_text(error) if isinstance(error, OSError) else error
-                print(f"error: {words}", file=sys.stderr)
-            return 1
-        except torch.OutOfMemoryError as error:
-            advice = "lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set "
-            print(f"error: {error}\n{advice}`d2v.model.gradient_checkpointing`.", file=sys.stderr)
-            return 1
-        except RuntimeError as error:
-            told = lost_connection(error) or worker_died(error)
-            if told is None:
-                raise
-            print(f"error: {told}", file=sys.stderr)
-            return 1
+        with EndOnSignal():
+            return _main(options, sys.argv[1:] if arguments is None else arguments)
+    except Interrupted as error:
+        print(f"{error} before a step was made; the same command begins again", file=sys.stderr)
+        return error.status
     except ConfigError as error:
         if is_first_process():
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except ImportError as error:
+    except Exception as error:
+        words = _in_words(error)
+        if words is None:
+            raise
+        if words:
+            print(f"error: {words}", file=sys.stderr)
+        return 1
+
+
+def _main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
+    if options.supervise is not None and not options.dry_run:
+        from d2v_fast.supervise import supervise
+
+        status = supervise(config, arguments, options.supervise)
+        if status is not None:
+            return status
+    # its slow imports only now: a wrong file has been refused by here
+    train(config, resume=options.resume, dry_run=options.dry_run, stem=config_stem(options))
+    return 0
+
+
+def _in_words(error: Exception) -> str | None:
+    """What to tell; None where `error` is a fault of this library, "" where another process says it."""
+    if isinstance(error, ImportError):
         from d2v_fast.error_words import in_words
 
-        print(f"error: {in_words(error)}", file=sys.stderr)
-        return 1
-    return 0
+        return in_words(error)
+    if isinstance(error, OSError):
+        return error_text(error)
+    import torch
+
+    from d2v_fast.data import DataError, worker_died
+    from d2v_fast.world import RunError, lost_connection
+
+    if isinstance(error, RunError):
+        # raised by all processes alike
+        return str(error) if is_first_process() else ""
+    if isinstance(error, DataError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = "lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set "
+        return f"{error}\n{advice}`d2v.model.gradient_checkpointing`."
+    return lost_connection(error) or worker_died(error) if isinstance(error, RuntimeError) else None
 
 
 def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, stem: str = "run") -> None:
@@ -110,9 +131,9 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
     from d2v_fast.peak_memory import format_bytes
     from d2v_fast.world import RunError, lost_connection
 
-    # from here on a signal is a request: one that comes while things are being built stops after the first step
-    with StopRequest() as stop, ExitStack() as opened:
-        run = prepare(config, resume, dry_run, stem, opened)
+    with ExitStack() as opened:
+        stop = StopRequest()
+        run = prepare(config, resume, dry_run, stem, opened, stop)
         if run is None:
             return
         try:
@@ -162,11 +183,14 @@ class Run:
     memory: PeakMemory
 
 
-def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: ExitStack) -> Run | None:
+def prepare(
+    config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: ExitStack, stop: StopRequest
+) -> Run | None:
     """Build everything, what is cheapest to find wrong first; None where there is nothing to train.
 
     Args:
         opened: takes what must be closed when the run ends, in whatever way.
+        stop: entered once the data are there, which may take hours.
     """
     import torch
 
@@ -211,6 +235,8 @@ def prepare(config: RunConfig, resume: bool, dry_run: bool, stem: str, opened: E
 
     if is_first_process():
         print_listing(maker.listing, counted(maker.num_samples, maker.what))
+    # from here on a signal is a request: one that comes while things are being built stops after the first step
+    opened.enter_context(stop)
     world = World(
         d2v.run.device, config.deepspeed.needs_deepspeed(split.world_size), timeout_minutes=d2v.run.timeout_minutes
     )
