@@ -233,7 +233,8 @@ def _problem_of_report(path: Path) -> str | None:
         return None
     try:
         return None if needed(read_json(path, _MAX_REPORT_BYTES)) else "does not hold what a run writes there"
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        # an error of the system is none of the file: it is raised
         return f"cannot be read ({error})"
 
 

@@ -26,6 +26,7 @@ from d2v_fast.untrusted import open_regular, printable
 from d2v_fast.world import RunError
 
 _DTYPES = ("F64", "F32", "BF16", "F16")
+_NUMBER = re.compile(r"\(([0-9]{1,4})\)\s*$")
 # more digits than a tensor in memory can have
 _START = re.compile(r"0|[1-9][0-9]{0,17}")
 
@@ -104,8 +105,12 @@ class HeldFile:
         except SafetensorError as error:
             raise DamageError(f"{self.path.name} is no safetensors file: {error}") from None
         except FileNotFoundError:
-            # whatever the reason is, safetensors says that there is no such file
+            # what safetensors says whatever the reason is; most often there are too many open files
             raise OSError(errno.EMFILE, "cannot be opened once more", str(self.path)) from None
+        except RuntimeError as error:
+            # torch, which maps the file, has the number of the system's error at the end of its message
+            found = _NUMBER.search(str(error))
+            raise OSError(int(found[1]) if found else errno.EIO, str(error), str(self.path)) from None
 
     def require_unchanged(self) -> None:
         """OSError if the file was written to since it was opened."""
