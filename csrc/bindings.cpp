@@ -67,4 +67,9 @@ STABLE_TORCH_LIBRARY_IMPL(d2v, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(d2v, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&d2v::cpu_capability));
+  m.impl("ema_check", TORCH_BOX(&d2v::ema_check));
+  m.impl("ema_prepare", TORCH_BOX(&d2v::ema_prepare));
+  m.impl("ema_is_current", TORCH_BOX(&d2v::ema_is_current));
+  m.impl("ema_run", TORCH_BOX(&d2v::ema_run));
+  m.impl("ema_release", TORCH_BOX(&d2v::ema_release));
 }

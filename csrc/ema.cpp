@@ -1,4 +1,8 @@
 #include <algorithm>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 
 #include "ops.h"
 #include "simd.h"
@@ -101,63 +105,194 @@ struct Item {
   int64_t first_chunk;  // over the whole list
 };
 
-}  // namespace
+// The tensors of one update.
+struct Lists {
+  std::vector<Tensor> teacher, student, working;
+};
 
-void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, double decay,
-                 std::optional<Tensor> decay_tensor, std::vector<Tensor> working) {
+// Where every tensor of a call lies, and its shape, strides, dtype and device: everything that the checks and
+// the table of items depend on. So equal layouts have the same plan, whoever the tensors are.
+using Layout = std::vector<int64_t>;
+
+struct Plan {
+  Layout layout;
+  bool plain;  // every tensor is contiguous and on the CPU, and `items` hold their addresses
+  std::vector<Item> items;
+  int64_t chunks;
+};
+
+void describe(const Tensor& x, const void* data, Layout& layout) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  layout.push_back(reinterpret_cast<intptr_t>(data));
+  layout.push_back(static_cast<int64_t>(x.scalar_type()));
+  layout.push_back(static_cast<int64_t>(x.device().type()));
+  layout.push_back(x.get_device_index());
+  layout.push_back(static_cast<int64_t>(sizes.size()));
+  layout.insert(layout.end(), sizes.begin(), sizes.end());
+  layout.insert(layout.end(), strides.begin(), strides.end());
+}
+
+void describe(const Lists& lists, Layout& layout) {
+  layout.clear();
+  for (const auto* group : {&lists.teacher, &lists.student, &lists.working})
+    layout.push_back(static_cast<int64_t>(group->size()));
+  for (const Tensor& x : lists.teacher) describe(x, x.mutable_data_ptr(), layout);
+  for (const Tensor& x : lists.student) describe(x, x.const_data_ptr(), layout);
+  for (const Tensor& x : lists.working) describe(x, x.mutable_data_ptr(), layout);
+}
+
+constexpr const char* kNames[] = {"teacher", "student", "working"};
+
+// Bytes from the first element to the end of the last one.
+int64_t span_bytes(const Tensor& x) {
+  int64_t reach = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) reach += (x.size(d) - 1) * x.stride(d);
+  return (reach + 1) * x.element_size();
+}
+
+// Whether two elements may share memory: where a dimension does not step over all that the smaller ones
+// reach.
+bool overlaps_itself(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) > 1) steps.emplace_back(x.stride(d), x.size(d));
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : steps) {
+    if (stride <= reach) return true;
+    reach += (size - 1) * stride;
+  }
+  return false;
+}
+
+struct Span {
+  uintptr_t begin, end;
+  int kind, index;
+};
+
+// Refuses memory that is written through one name and read or written through another one.
+void check_overlap(const Lists& lists) {
+  std::vector<Span> spans;
+  int kind = 0;
+  for (const auto* group : {&lists.teacher, &lists.student, &lists.working}) {
+    for (size_t i = 0; i < group->size(); ++i) {
+      const Tensor& x = (*group)[i];
+      if (x.numel() == 0) continue;
+      require(kind == 1 || !overlaps_itself(x), "ema_update_: ", kNames[kind], " ", i,
+              " has several elements in one place of memory");
+      const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+      spans.push_back({begin, begin + span_bytes(x), kind, static_cast<int>(i)});
+    }
+    ++kind;
+  }
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  // of each kind, what reaches furthest so far
+  Span furthest[3] = {};
+  for (const Span& span : spans) {
+    for (int other = 0; other < 3; ++other)
+      require(span.begin >= furthest[other].end || (span.kind == 1 && other == 1),
+              "ema_update_: ", kNames[span.kind], " ", span.index, " and ", kNames[other], " ",
+              furthest[other].index, " share memory");
+    if (span.end > furthest[span.kind].end) furthest[span.kind] = span;
+  }
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return std::equal(x.begin(), x.end(), y.begin(), y.end());
+}
+
+// What the docstring of `ema_update_` promises to refuse. Python words it for users.
+void check(const Lists& lists) {
+  const auto& [teacher, student, working] = lists;
   require(teacher.size() == student.size(), "ema_update_: ", teacher.size(), " teacher and ", student.size(),
           " student tensors");
   require(working.empty() || working.size() == teacher.size(), "ema_update_: ", teacher.size(),
           " teacher and ", working.size(), " working tensors");
-  if (decay_tensor.has_value()) {
-    const void* value = decay_tensor->const_data_ptr();
-    decay = decay_tensor->scalar_type() == ScalarType::Double ? *static_cast<const double*>(value)
-                                                              : *static_cast<const float*>(value);
-  }
-  if (decay == 1.0) return;
-  const float weight = static_cast<float>(1.0 - decay);
-
-  int64_t elements = 0;
-  for (const Tensor& w : working) elements += w.numel();
-
-  std::vector<Item> items;
-  items.reserve(teacher.size());
-  // tensors that are not plain memory are updated in a contiguous copy, which is written back at the end
-  std::vector<std::pair<Tensor, Tensor>> write_back;
-  int64_t chunks = 0;
-  const auto plain = [&write_back](Tensor& t) {
-    if (t.is_contiguous()) return t;
-    Tensor copy = torch::stable::contiguous(t);
-    write_back.emplace_back(t, copy);
-    return copy;
-  };
-  std::vector<Tensor> alive;
   for (size_t i = 0; i < teacher.size(); ++i) {
     require(teacher[i].scalar_type() == ScalarType::Float, "ema_update_: teacher ", i, " must be fp32");
-    const int64_t n = teacher[i].numel();
-    require(student[i].numel() == n, "ema_update_: tensor ", i, " has ", n, " teacher and ",
-            student[i].numel(), " student elements");
+    for (int kind = 1; kind < (working.empty() ? 2 : 3); ++kind) {
+      const Tensor& other = kind == 1 ? student[i] : working[i];
+      dtype_index(other.scalar_type());
+      require(same_shape(teacher[i], other), "ema_update_: ", kNames[kind], " ", i,
+              " must have the shape of its teacher");
+      require(teacher[i].device() == other.device(), "ema_update_: ", kNames[kind], " ", i,
+              " must be on the device of its teacher");
+    }
+  }
+  check_overlap(lists);
+}
+
+// Fills the table. A tensor with gaps is replaced in `lists` by a contiguous copy, and what is written is
+// added to `write_back`.
+void fill(Plan& plan, Lists& lists, std::vector<std::pair<Tensor, Tensor>>* write_back) {
+  const auto plain = [write_back](Tensor& x, bool written) {
+    if (x.is_contiguous()) return;
+    Tensor copy = torch::stable::contiguous(x);
+    if (written) write_back->emplace_back(x, copy);
+    x = copy;
+  };
+  int64_t elements = 0;
+  for (const Tensor& w : lists.working) elements += w.numel();
+  plan.items.reserve(lists.teacher.size());
+  plan.chunks = 0;
+  for (size_t i = 0; i < lists.teacher.size(); ++i) {
+    const int64_t n = lists.teacher[i].numel();
     if (n == 0) continue;
-    Tensor s = torch::stable::contiguous(student[i]);
-    Tensor t = plain(teacher[i]);
-    alive.push_back(s);
+    plain(lists.teacher[i], true);
+    plain(lists.student[i], false);
     ScalarType working_type = ScalarType::Float;
     void* working_data = nullptr;
-    if (!working.empty()) {
-      require(working[i].numel() == n, "ema_update_: tensor ", i, " has ", n, " teacher and ",
-              working[i].numel(), " working elements");
-      Tensor w = plain(working[i]);
-      working_type = w.scalar_type();
-      working_data = w.mutable_data_ptr();
+    if (!lists.working.empty()) {
+      plain(lists.working[i], true);
+      working_type = lists.working[i].scalar_type();
+      working_data = lists.working[i].mutable_data_ptr();
     }
     const bool stream = elements > kStreamElements && reinterpret_cast<uintptr_t>(working_data) % 16 == 0;
-    items.push_back({{static_cast<float*>(t.mutable_data_ptr()), s.const_data_ptr(), working_data, n, stream},
-                     choose_loop(s.scalar_type(), working_type),
-                     chunks});
-    chunks += (n + kChunk - 1) / kChunk;
+    const Pointers pointers = {static_cast<float*>(lists.teacher[i].mutable_data_ptr()),
+                               lists.student[i].const_data_ptr(), working_data, n, stream};
+    plan.items.push_back({pointers, choose_loop(lists.student[i].scalar_type(), working_type), plan.chunks});
+    plan.chunks += (n + kChunk - 1) / kChunk;
   }
+}
 
-  torch::stable::parallel_for(0, chunks, 4, [&](int64_t begin, int64_t end) {
+bool is_plain(const Lists& lists) {
+  for (const auto* group : {&lists.teacher, &lists.student, &lists.working})
+    for (const Tensor& x : *group)
+      if (!x.is_cpu() || !x.is_contiguous()) return false;
+  return true;
+}
+
+// The plan of these tensors, checked. The layouts seen last are remembered: a training loop has one or two.
+std::shared_ptr<const Plan> plan_of(Lists& lists) {
+  constexpr size_t kRemembered = 4;
+  static std::mutex mutex;
+  static auto& remembered = *new std::list<std::shared_ptr<const Plan>>;
+  thread_local Layout layout;
+  describe(lists, layout);
+  {
+    const std::lock_guard lock(mutex);
+    for (auto known = remembered.begin(); known != remembered.end(); ++known) {
+      if ((*known)->layout != layout) continue;
+      remembered.splice(remembered.begin(), remembered, known);
+      return remembered.front();
+    }
+  }
+  check(lists);
+  auto plan = std::make_shared<Plan>();
+  plan->layout = layout;
+  plan->plain = is_plain(lists);
+  if (plan->plain) fill(*plan, lists, nullptr);
+  const std::lock_guard lock(mutex);
+  remembered.push_front(plan);
+  if (remembered.size() > kRemembered) remembered.pop_back();
+  return plan;
+}
+
+void run(const Plan& plan, float weight) {
+  const auto& items = plan.items;
+  torch::stable::parallel_for(0, plan.chunks, 4, [&](int64_t begin, int64_t end) {
     auto item = std::upper_bound(items.begin(), items.end(), begin,
                                  [](int64_t chunk, const Item& i) { return chunk < i.first_chunk; }) -
                 1;
@@ -169,7 +304,93 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
       ++item;
     }
   });
+}
+
+double decay_of(double decay, const std::optional<Tensor>& decay_tensor) {
+  if (!decay_tensor.has_value()) return decay;
+  const void* value = decay_tensor->const_data_ptr();
+  return decay_tensor->scalar_type() == ScalarType::Double ? *static_cast<const double*>(value)
+                                                           : *static_cast<const float*>(value);
+}
+
+// The tensors that a prepared update keeps. They are the caller's own, so that what happens to one (`set_`,
+// `.data`) is seen here.
+struct Prepared {
+  Lists lists;
+  std::shared_ptr<const Plan> plan;
+};
+
+std::mutex prepared_mutex;
+int64_t last_handle = 0;
+
+// never destroyed: at the end of a process torch may be gone before it
+std::unordered_map<int64_t, std::shared_ptr<const Prepared>>& all_prepared() {
+  static auto& all = *new std::unordered_map<int64_t, std::shared_ptr<const Prepared>>;
+  return all;
+}
+
+std::shared_ptr<const Prepared> find_prepared(int64_t handle) {
+  const std::lock_guard lock(prepared_mutex);
+  const auto found = all_prepared().find(handle);
+  require(found != all_prepared().end(), "ema_update_: no prepared update has number ", handle);
+  return found->second;
+}
+
+bool is_current(const Prepared& prepared) {
+  thread_local Layout layout;
+  describe(prepared.lists, layout);
+  return layout == prepared.plan->layout;
+}
+
+}  // namespace
+
+void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, double decay,
+                 std::optional<Tensor> decay_tensor, std::vector<Tensor> working) {
+  Lists lists{std::move(teacher), std::move(student), std::move(working)};
+  const auto plan = plan_of(lists);
+  decay = decay_of(decay, decay_tensor);
+  if (decay == 1.0) return;
+  const float weight = static_cast<float>(1.0 - decay);
+  if (plan->plain) return run(*plan, weight);
+  // tensors with gaps are updated in a contiguous copy
+  Plan copied;
+  std::vector<std::pair<Tensor, Tensor>> write_back;
+  fill(copied, lists, &write_back);
+  run(copied, weight);
   for (auto& [target, copy] : write_back) torch::stable::copy_(target, copy);
+}
+
+void ema_check(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<Tensor> working) {
+  Lists lists{std::move(teacher), std::move(student), std::move(working)};
+  plan_of(lists);
+}
+
+int64_t ema_prepare(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<Tensor> working) {
+  Lists lists{std::move(teacher), std::move(student), std::move(working)};
+  auto plan = plan_of(lists);
+  const auto prepared = std::make_shared<const Prepared>(Prepared{std::move(lists), std::move(plan)});
+  const std::lock_guard lock(prepared_mutex);
+  all_prepared().emplace(++last_handle, prepared);
+  return last_handle;
+}
+
+bool ema_is_current(int64_t handle) { return is_current(*find_prepared(handle)); }
+
+bool ema_run(int64_t handle, double decay, std::optional<Tensor> decay_tensor) {
+  const auto prepared = find_prepared(handle);
+  if (!prepared->plan->plain || !is_current(*prepared)) return false;
+  decay = decay_of(decay, decay_tensor);
+  if (decay != 1.0) run(*prepared->plan, static_cast<float>(1.0 - decay));
+  return true;
+}
+
+void ema_release(int64_t handle) {
+  std::shared_ptr<const Prepared> released;  // its tensors are freed without the lock
+  const std::lock_guard lock(prepared_mutex);
+  const auto found = all_prepared().find(handle);
+  if (found == all_prepared().end()) return;
+  released = std::move(found->second);
+  all_prepared().erase(found);
 }
 
 }  // namespace d2v

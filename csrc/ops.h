@@ -15,6 +15,17 @@ namespace d2v {
 void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, double decay,
                  std::optional<Tensor> decay_tensor, std::vector<Tensor> working);
 
+// The checks of ema_update_ alone, for tensors of any device.
+void ema_check(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<Tensor> working);
+// Checks the tensors and keeps them. -> the number of this prepared update, until ema_release.
+int64_t ema_prepare(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<Tensor> working);
+// Whether every tensor lies where it lay, with the same shape, strides, dtype and device.
+bool ema_is_current(int64_t handle);
+// ema_update_ of the tensors of a prepared update, which writes them without an argument that says so. ->
+// false, and nothing is done, where they are not current or not all contiguous and on the CPU.
+bool ema_run(int64_t handle, double decay, std::optional<Tensor> decay_tensor);
+void ema_release(int64_t handle);
+
 // Target rows: K layers [B, T, D] fp32 | bf16 | fp16, each normalised (0 none, 1 layer, 2 instance, 3 batch),
 // averaged, the average normalised (0 none, 1 layer, 2 instance); rows int64 [N] of B * T -> fp32 [N, D],
 // without rows [B, T, D]. lengths int64 [B]: statistics over positions leave out those past the length.

@@ -55,12 +55,6 @@ class Shard(NamedTuple):
         return self.name if self.is_whole else f"{self.name}@{self.start}"
 
     @property
-    def has_moved(self) -> bool:
-        """True where the optimizer's tensor has got other memory since the shard was found."""
-        stepped = self.stepped.to_local() if hasattr(self.stepped, "to_local") else self.stepped
-        return stepped.data_ptr() + self.offset * stepped.element_size() != self.master.data_ptr()
-
-    @property
     def is_whole(self) -> bool:
         """True where the range is the parameter."""
         return self.master.numel() == self.shape.numel()
@@ -68,6 +62,12 @@ class Shard(NamedTuple):
     def state(self, value: Tensor) -> Tensor:
         """The same range of a tensor that the optimizer keeps beside `stepped`, such as a moment."""
         return value.view(-1).narrow(0, self.offset, self.master.numel())
+
+
+def stepped_addresses(shards: Iterable[Shard]) -> list[int]:
+    """Where the optimizer's tensors begin in memory: another list means that one of them has got other memory."""
+    every = [shard.stepped for shard in shards]
+    return [x.to_local().data_ptr() if hasattr(x, "to_local") else x.data_ptr() for x in every]
 
 
 def bare_name(name: str) -> str:

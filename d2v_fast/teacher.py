@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2v_fast import ops, zero_teacher
 from d2v_fast.config import TeacherConfig
-from d2v_fast.shards import Shard, bare_name, find_shards, full_shape
+from d2v_fast.shards import Shard, bare_name, find_shards, full_shape, stepped_addresses
 
 
 def decay_at(config: TeacherConfig, step: int) -> float:
@@ -102,6 +102,7 @@ class Teacher:
         else:
             average, self._working = self._average_here(compute_dtype)
         self._average = average
+        self._prepare()
         self._zero = [parameter for parameter in self._module.parameters() if hasattr(parameter, "ds_status")]
         with torch.no_grad():
             # the start of the average is what the optimizer starts from, which DeepSpeed rounds in 16 bits
@@ -136,6 +137,7 @@ class Teacher:
         if [source[:3] for source in sources] != [source[:3] for source in self._sources]:
             raise ValueError("`student` must be sharded as the one that the teacher was made for, but is not.")
         self._student, self._sources = student, sources
+        self._prepare()
 
     def decay(self, step: int) -> float:
         """Decay of the update after optimizer step `step` (from 1)."""
@@ -163,17 +165,13 @@ class Teacher:
             if self._average:
                 # the average of an offloaded optimizer is on the host
                 decay = decay.to(self._average[0].device)
-        if any(shard.has_moved for shard in self._sources):
+        if stepped_addresses(self._sources) != self._addresses:
             self.follow(self._student)
-        masters = [shard.master.view_as(a) for shard, a in zip(self._sources, self._average, strict=True)]
-        in_one_pass = all(
-            w is not a and w.device == a.device for w, a in zip(self._working, self._average, strict=True)
-        )
         # what an earlier update sends must have left before its memory is written again
         _ = self.module
-        ops.ema_update_(self._average, masters, decay, working=self._working if in_one_pass else None)
+        self._ema(decay)
         self.last_step = step
-        self._write_working(exchange_only=in_one_pass)
+        self._write_working(exchange_only=self._in_one_pass)
 
     def refresh(self, step: int) -> None:
         """Make the module follow the average again after the tensors of `shards` were written from outside.
@@ -212,6 +210,16 @@ class Teacher:
         for name, mine in own.items():
             mine.copy_(average[name])
         self.refresh(int(state["step"]))
+
+    def _prepare(self) -> None:
+        """Check and tabulate what an update reads and writes."""
+        self._addresses = stepped_addresses(self._sources)
+        masters = [shard.master.view_as(a) for shard, a in zip(self._sources, self._average, strict=True)]
+        self._in_one_pass = all(
+            w is not a and w.device == a.device for w, a in zip(self._working, self._average, strict=True)
+        )
+        working = self._working if self._in_one_pass else None
+        self._ema = ops.EmaUpdate(self._average, masters, working=working)
 
     def _match(self, student: nn.Module) -> list[Shard]:
         """The student's shards that this process averages, checked against the teacher's parameters."""

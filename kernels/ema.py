@@ -117,6 +117,50 @@ def _table(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequen
     return table
 
 
+class Launch(NamedTuple):
+    """One launch: the tensors of one student dtype and one working dtype."""
+
+    table: _Table
+    student: torch.dtype
+    working: torch.dtype | None
+
+
+def prepare(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequence[Tensor]) -> list[Launch]:
+    """The launches of one update of contiguous tensors, usable as long as these stay where they are.
+
+    One per (student dtype, working dtype) among the tensors, so one for nearly every model.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
+        if t.numel():
+            groups.setdefault((s.dtype, working[i].dtype if working else None), []).append(i)
+    return [
+        Launch(
+            _table(*([group[i] for i in members] if group else [] for group in (teacher, student, working))), *dtypes
+        )
+        for dtypes, members in groups.items()
+    ]
+
+
+def launch(launches: Sequence[Launch], decay: float, decay_tensor: Tensor | None) -> None:
+    """Update the tensors that `prepare` was given."""
+    for table, student, working in launches:
+        _ema_fwd_kernel[(len(table.block_tensor),)](
+            table.addresses,
+            table.block_tensor,
+            table.block_index,
+            decay_tensor if decay_tensor is not None else table.addresses,
+            1.0 - decay,
+            STUDENT=_TL_DTYPE[student],
+            WORKING=_TL_DTYPE[working or torch.float32],
+            HAS_WORKING=working is not None,
+            DECAY_ON_DEVICE=decay_tensor is not None,
+            ALIGNED=table.aligned,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+
+
 def ema_update(
     teacher: Sequence[Tensor],
     student: Sequence[Tensor],
@@ -124,33 +168,9 @@ def ema_update(
     decay_tensor: Tensor | None,
     working: Sequence[Tensor],
 ) -> None:
-    """Launch the update; one launch per (student dtype, working dtype) among the tensors, so one for nearly every
-    model."""
-    groups: dict[tuple, list[int]] = {}
-    for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
-        if t.numel():
-            groups.setdefault((s.dtype, working[i].dtype if working else None), []).append(i)
-    for (student_dtype, working_dtype), members in groups.items():
-        written = [teacher[i] for i in members]
-        copies = [working[i] for i in members] if working else []
-        plain_written = [t.contiguous() for t in written]
-        plain_copies = [w.contiguous() for w in copies]
-        read = [student[i].contiguous() for i in members]
-        table = _table(plain_written, read, plain_copies)
-        _ema_fwd_kernel[(len(table.block_tensor),)](
-            table.addresses,
-            table.block_tensor,
-            table.block_index,
-            decay_tensor if decay_tensor is not None else table.addresses,
-            1.0 - decay,
-            STUDENT=_TL_DTYPE[student_dtype],
-            WORKING=_TL_DTYPE[working_dtype or torch.float32],
-            HAS_WORKING=bool(working),
-            DECAY_ON_DEVICE=decay_tensor is not None,
-            ALIGNED=table.aligned,
-            BLOCK=BLOCK,
-            num_warps=8,
-        )
-        for target, plain in zip([*written, *copies], [*plain_written, *plain_copies], strict=True):
-            if target is not plain:
-                target.copy_(plain)
+    """Launch the update; tensors with gaps are updated in a contiguous copy."""
+    plain = [[x if x.is_contiguous() else x.contiguous() for x in group] for group in (teacher, student, working)]
+    launch(prepare(*plain), decay, decay_tensor)
+    for target, copy in zip([*teacher, *working], [*plain[0], *plain[2]], strict=True):
+        if target is not copy:
+            target.copy_(copy)

@@ -2,6 +2,7 @@
 
 ========================  =========================================================================
 ``ema_update_``           EMA of a whole model, with an optional working copy in another dtype
+``EmaUpdate``             the same for tensors that stay, checked once
 ``topk_target``           normalise K layers, average them, normalise the average, keep some rows
 ``masked_smooth_l1``      Smooth L1 (or squared error) over rows, with the moments of both sides
 ``data2vec_loss``         the two above in one pass, the target is never written to memory
@@ -12,7 +13,7 @@
 from d2v_fast.ops import _library
 from d2v_fast.ops._library import backends, missing_kernels
 from d2v_fast.ops.data2vec_loss import data2vec_loss
-from d2v_fast.ops.ema import ema_update_
+from d2v_fast.ops.ema import EmaUpdate, ema_update_
 from d2v_fast.ops.masked_loss import MaskedLoss, masked_smooth_l1
 from d2v_fast.ops.norm_gelu import layer_norm_gelu
 from d2v_fast.ops.topk_target import topk_target
@@ -22,6 +23,7 @@ HAS_CPP: bool = _library.HAS_CPP
 
 __all__ = [
     "ema_update_",
+    "EmaUpdate",
     "topk_target",
     "masked_smooth_l1",
     "data2vec_loss",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,16 @@ def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> None:
+def define(
+    schema: str, reference: Callable[..., Any], triton_launcher: str, check: Callable[..., None] | None = None
+) -> None:
     """Define the operation ``d2v::<schema>`` with its reference and the name of its Triton launcher.
 
     Args:
         schema: ``name(arguments) -> result`` in PyTorch's schema language.
         reference: Default kernel, the meaning of the operation.
         triton_launcher: ``module.function`` below ``d2v_fast.kernels``, imported at the first call with a CUDA tensor.
+        check: Called with the operation's arguments before the reference or Triton. The C++ kernel checks by itself.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -61,9 +64,13 @@ def define(schema: str, reference: Callable[..., Any], triton_launcher: str) -> 
     def default(*args: Any) -> Any:
         if (missing := missing_kernels("cpu")) is not None:
             _say_once(missing)
+        if check is not None:
+            check(*args)
         return reference(*args)
 
     def on_cuda(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
         if (missing := missing_kernels("cuda")) is not None:
             _say_once(missing)
             return reference(*args)
@@ -97,6 +104,60 @@ def _raise_versions(name: str) -> None:
             return operation.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     _library.impl(name, below_autograd, "ADInplaceOrView", with_keyset=True)
+
+
+def define_in_cpp(schema: str) -> None:
+    """Define an operation that has a C++ kernel only; call it where `in_cpp` is true."""
+    _library.define(schema)
+
+
+@cache
+def in_cpp(name: str) -> bool:
+    """Whether the C++ kernels were built and have this operation: a build may be older than this file."""
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"d2v::{name}", "CompositeExplicitAutograd")
+    return found
+
+
+def tensor_list(name: str, value: Any) -> list[Tensor]:
+    """Return a list, tuple or iterator of tensors as a list, consumed once.
+
+    Args:
+        name: Of the argument, for messages.
+        value: What the user passed. Its elements are not looked at, see `check_tensors`.
+
+    Raises:
+        TypeError: Something that has no order, or a single tensor or module.
+    """
+    if isinstance(value, torch.nn.Module) and not isinstance(value, torch.nn.ParameterList):
+        raise TypeError(
+            f"`{name}` must be a list of tensors, but is a module ({type(value).__name__}) instead: pass "
+            "`list(module.parameters())`, or `dict(module.named_parameters())` to match by name."
+        )
+    if isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a list of tensors, but is one tensor instead: pass `[tensor]`.")
+    if isinstance(value, (Mapping, set, frozenset, str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"`{name}` must be a list of tensors, or another sequence or iterator of them, but is "
+            f"{type(value).__name__} instead."
+        )
+    return list(value)
+
+
+def check_tensors(name: str, values: Iterable[Any]) -> None:
+    """Refuse elements that are no tensors.
+
+    Raises:
+        TypeError: An element is None, or a pair as `named_parameters()` yields them, or anything else.
+    """
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            continue
+        hint = ""
+        if value is None:
+            hint = ": leave it out of every list"
+        elif isinstance(value, tuple):
+            hint = ": of `named_parameters()` pass `dict(module.named_parameters())`, which is matched by name"
+        raise TypeError(f"`{name}[{i}]` must be a tensor, but is {type(value).__name__} instead{hint}.")
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:

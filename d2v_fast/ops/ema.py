@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import FLOAT_DTYPES, define
+from d2v_fast.ops import _library
+from d2v_fast.ops._library import FLOAT_DTYPES, check_tensors, define, define_in_cpp, has_triton, in_cpp, tensor_list
+
+Tensors = Iterable[Tensor] | Mapping[str, Tensor]
+"""Tensors in an order, or by name."""
+
+_LAYOUTS_KEPT = 4
 
 
 def ema_update_reference(
@@ -35,12 +45,54 @@ def ema_update_reference(
             working[i].copy_(torch.where(frozen.to(t.device), working[i], t.to(working[i].dtype)))
 
 
+class _Lists(NamedTuple):
+    """Tensors of an update, in one order; `working` is empty without a working copy."""
+
+    teacher: list[Tensor]
+    student: list[Tensor]
+    working: list[Tensor]
+
+    def only(self, indices: Iterable[int]) -> _Lists:
+        """These positions of every list."""
+        indices = list(indices)
+        return _Lists(*([group[i] for i in indices] for group in self if group), *([] for group in self if not group))
+
+
+def _check_call(
+    teacher: list[Tensor], student: list[Tensor], _decay: float, _decay_tensor: Tensor | None, working: list[Tensor]
+) -> None:
+    """The checks of the reference and of Triton."""
+    lists = _Lists(teacher, student, working)
+    if in_cpp("ema_check"):
+        try:
+            torch.ops.d2v.ema_check(*lists)
+        except ValueError:
+            _check(lists)
+            raise
+        return
+    layout = tuple(tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in group) for group in lists)
+    if layout not in _accepted:
+        _check(lists)
+        _accepted[layout] = None
+        if len(_accepted) > _LAYOUTS_KEPT:
+            _accepted.popitem(last=False)
+
+
+# layouts that passed the checks, which depend on nothing else; those seen last
+_accepted: OrderedDict[tuple, None] = OrderedDict()
+
 define(
     "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor? decay_tensor, Tensor(b!)[] working)"
     " -> ()",
     ema_update_reference,
     "ema.ema_update",
+    _check_call,
 )
+define_in_cpp("ema_check(Tensor[] teacher, Tensor[] student, Tensor[] working) -> ()")
+define_in_cpp("ema_prepare(Tensor[] teacher, Tensor[] student, Tensor[] working) -> int")
+define_in_cpp("ema_is_current(int handle) -> bool")
+define_in_cpp("ema_run(int handle, float decay, Tensor? decay_tensor) -> bool")
+define_in_cpp("ema_release(int handle) -> ()")
 
 
 @torch.library.register_fake("d2v::ema_update_")
@@ -51,33 +103,40 @@ def _fake(
     decay_tensor: Tensor | None,
     working: Sequence[Tensor],
 ) -> None:
-    return None
+    _check_alike(_Lists(list(teacher), list(student), list(working)))
 
 
 def ema_update_(
-    teacher: Sequence[Tensor],
-    student: Sequence[Tensor],
+    teacher: Tensors,
+    student: Tensors,
     decay: float | Tensor,
     *,
-    working: Sequence[Tensor] | None = None,
+    working: Tensors | None = None,
 ) -> None:
     """Move the teacher towards the student, in place: ``teacher <- decay * teacher + (1 - decay) * student``.
 
     The EMA of data2vec (arXiv 2202.03555, section 3.2, "teacher parameterization") for a list of tensors at once:
-    one kernel launch on a GPU, one parallel loop on a CPU. Arithmetic is fp32 in the form of ``torch.lerp``.
+    one kernel launch on a GPU, one parallel loop on a CPU. Arithmetic is fp32 in the form of ``torch.lerp``. Version
+    counters of what is written are raised: autograd refuses a backward pass through values that an update replaced.
+    For the same tensors at every step, `EmaUpdate` is faster.
 
     Args:
-        teacher: Tensors of any shape, fp32: in bf16 nearly every update at decay 0.9999 would be rounded away.
-        student: As many tensors of the same shapes on the same device; fp32, bf16 or fp16. Only read.
+        teacher: Tensors of any shape, fp32: in bf16 nearly every update at decay 0.9999 would be rounded away. A list,
+            tuple or iterator such as ``module.parameters()``, or a dict such as ``module.state_dict()``. An integer or
+            bool tensor (a counter of batches) is not averaged: it becomes a copy of the student's, unless decay is 1.
+        student: As many tensors of the same shapes on the same device; fp32, bf16 or fp16. Only read. A dict where
+            ``teacher`` is one, with the same names: dicts are matched by name, lists by position.
         decay: In [0, 1]. A float, or a 0-d fp64 or fp32 tensor on that device, which a CUDA graph can capture. 1
-            changes nothing, 0 copies.
+            changes nothing, 0 copies. Under `torch.compile` a float may change without another compilation.
         working: Optional tensors of the same shapes, fp32, bf16 or fp16, that receive the updated teacher in the
-            same pass (the copy that the teacher's forward runs on).
+            same pass (the copy that the teacher's forward runs on). A dict where ``teacher`` is one.
 
     Raises:
-        ValueError: Lists of different lengths, different shapes or devices, a dtype not listed above, a decay
-            outside [0, 1], a teacher that shares memory with the student or the working copy, or a teacher or working
-            copy with several elements in one place of memory (an expanded tensor).
+        ValueError: Lists of different lengths, dicts of different names, different shapes or devices, a dtype not
+            listed above, a decay outside [0, 1], a teacher that shares memory with the student or the working copy, or
+            a teacher or working copy with several elements in one place of memory (an expanded tensor). Entries of a
+            dict that share all of their memory on every side (tied weights) are updated once.
+        TypeError: A module, a single tensor, or a list that holds None or something else that is no tensor.
 
     Example:
         >>> teacher, student = [torch.zeros(3)], [torch.ones(3)]
@@ -85,40 +144,280 @@ def ema_update_(
         >>> teacher[0]
         tensor([0.2500, 0.2500, 0.2500])
     """
-    teacher, student = list(teacher), list(student)
-    working = [] if working is None else list(working)
-    _check(teacher, student, working)
-    decay_value, decay_tensor = 1.0, None
+    lists = _paired(teacher, student, working)
+    value, decay_tensor = _read_decay(decay, lists)
+    if torch.compiler.is_compiling():
+        _update_in_graph(*_sorted_out(lists), decay)
+        return
+    try:
+        _update(lists, value, decay_tensor)
+        return
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        refused = error
+    # rare, so that only here every element is looked at: a wrong list, or one with integers
+    floats, integers = _sorted_out(lists)
+    if not integers.teacher:
+        raise refused
+    _update(floats, value, decay_tensor)
+    _copy_integers(integers, value, decay_tensor)
+
+
+class EmaUpdate:
+    """An `ema_update_` of the same tensors at every call, which are checked and tabulated once.
+
+    A call costs a fraction of the host time of `ema_update_`. The tensors are kept alive, and looked at in every call:
+    where one of them has got other memory, another shape or another dtype (``.data = ``, ``set_``, ``resize_``,
+    ``module.to``), they are checked and tabulated again first.
+
+    Args:
+        teacher, student, working: As for `ema_update_`. An iterator is consumed here; a dict is read here, later
+            changes of it are not seen.
+
+    Raises:
+        ValueError, TypeError: As `ema_update_`; also in a call, where the tensors have changed into such.
+
+    Example:
+        >>> teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> update = EmaUpdate(teacher.parameters(), student.parameters())
+        >>> update(0.0)
+        >>> torch.equal(teacher.weight, student.weight)
+        True
+    """
+
+    def __init__(self, teacher: Tensors, student: Tensors, *, working: Tensors | None = None) -> None:
+        self._lists, self._integers = _sorted_out(_paired(teacher, student, working))
+        self._prepared: _Prepared | None = None
+        self._is_direct = True
+        self._prepare()
+
+    def __call__(self, decay: float | Tensor) -> None:
+        """Update once.
+
+        Args:
+            decay: As for `ema_update_`.
+        """
+        value, decay_tensor = _read_decay(decay, self._lists)
+        if torch.compiler.is_compiling():
+            _update_in_graph(self._lists, self._integers, decay)
+            return
+        if value == 1.0 and decay_tensor is None:
+            return
+        # a mode of `torch.utils._python_dispatch` wants to see the operation
+        if torch._C._len_torch_dispatch_stack() > 0 or not self._run_prepared(value, decay_tensor):
+            _update(self._lists, value, decay_tensor)
+        _copy_integers(self._integers, value, decay_tensor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has tensors of its own, which are prepared at its first call
+        return {"_lists": self._lists, "_integers": self._integers, "_prepared": None, "_is_direct": True}
+
+    def _prepare(self) -> None:
+        self._prepared = None
+        _check(self._lists)
+        self._is_direct = in_cpp("ema_prepare") and _is_direct(self._lists)
+        if self._is_direct:
+            self._prepared = _Prepared(self._lists)
+
+    def _run_prepared(self, value: float, decay_tensor: Tensor | None) -> bool:
+        """False where nothing was done, since the tensors are of a kind for the operation to handle."""
+        while self._is_direct:
+            if self._prepared is not None and self._prepared.run(value, decay_tensor):
+                _raise_versions(self._lists)
+                return True
+            self._prepare()
+        return False
+
+
+class _Prepared:
+    """What C++ (and Triton) keep of tensors that all are contiguous, on one device, and of no subclass."""
+
+    def __init__(self, lists: _Lists) -> None:
+        self._handle = torch.ops.d2v.ema_prepare.default(*lists)
+        weakref.finalize(self, torch.ops.d2v.ema_release.default, self._handle).atexit = False
+        self._device = lists.teacher[0].device
+        self._launches: Any = None
+        if self._device.type == "cuda":
+            self._triton = importlib.import_module("d2v_fast.kernels.ema")
+            with torch.cuda.device(self._device):
+                self._launches = self._triton.prepare(*lists)
+
+    def run(self, value: float, decay_tensor: Tensor | None) -> bool:
+        """Update; False, and nothing is done, where a tensor has moved."""
+        if self._launches is None:
+            done: bool = torch.ops.d2v.ema_run.default(self._handle, value, decay_tensor)
+            return done
+        if not torch.ops.d2v.ema_is_current.default(self._handle):
+            return False
+        with torch.cuda.device(self._device):
+            self._triton.launch(self._launches, value, decay_tensor)
+        return True
+
+
+def _is_direct(lists: _Lists) -> bool:
+    """Whether `_Prepared` handles these tensors."""
+    if not lists.teacher:
+        return False
+    device = lists.teacher[0].device
+    if device.type != "cpu" and not (device.type == "cuda" and has_triton()):
+        return False
+    every = [x for group in lists for x in group]
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device == device and x.is_contiguous() for x in every)
+
+
+def _update(lists: _Lists, value: float, decay_tensor: Tensor | None) -> None:
+    """Run the operation, which checks its arguments."""
+    arguments = lists.teacher, lists.student, value, decay_tensor, lists.working
+    if _library.HAS_CPP and not in_cpp("ema_check"):
+        # kernels built from an older source check less
+        _check_call(*arguments)
+    if not lists.teacher or (value == 1.0 and decay_tensor is None):
+        _check_call(*arguments)
+        return
+    # the guard stands for the operation's own kernel below autograd, which passes the lists through Python once more
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        torch.ops.d2v.ema_update_.default(*arguments)
+    _raise_versions(lists)
+
+
+def _raise_versions(lists: _Lists) -> None:
+    torch.autograd.graph.increment_version(lists.teacher)
+    if lists.working:
+        torch.autograd.graph.increment_version(lists.working)
+
+
+def _update_in_graph(floats: _Lists, integers: _Lists, decay: float | Tensor) -> None:
+    """Update under `torch.compile`."""
+    written = [*floats.teacher, *integers.teacher]
+    if not written:
+        return
+    if not isinstance(decay, Tensor):
+        # in the graph a float argument is a constant, and another value another compilation; that of a product is not
+        decay = torch.ones((), dtype=torch.float64, device=written[0].device) * decay
+    with torch.no_grad():
+        if floats.teacher:
+            torch.ops.d2v.ema_update_(floats.teacher, floats.student, 1.0, decay, floats.working)
+        _copy_integers(integers, 1.0, decay)
+
+
+@torch.no_grad()
+def _copy_integers(lists: _Lists, value: float, decay_tensor: Tensor | None) -> None:
+    if decay_tensor is None and value == 1.0:
+        return
+    for i, (mine, other) in enumerate(zip(lists.teacher, lists.student, strict=True)):
+        new = other if decay_tensor is None else torch.where(decay_tensor == 1.0, mine, other)
+        mine.copy_(new)
+        if lists.working:
+            working = lists.working[i]
+            working.copy_(new if decay_tensor is None else torch.where(decay_tensor == 1.0, working, new))
+
+
+def _read_decay(decay: float | Tensor, lists: _Lists) -> tuple[float, Tensor | None]:
+    """The decay as a float, or 1 and a tensor."""
     if isinstance(decay, Tensor):
         if decay.ndim != 0 or decay.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 "`decay` must be a float or a 0-d fp32 or fp64 tensor, "
                 f"but is a {decay.dtype} tensor of shape {tuple(decay.shape)} instead."
             )
-        if teacher and decay.device != teacher[0].device:
-            raise ValueError(f"`decay` must be on {teacher[0].device}, but is on {decay.device} instead.")
-        decay_tensor = decay
-    else:
-        decay_value = float(decay)
-        if not 0.0 <= decay_value <= 1.0:
-            raise ValueError(f"`decay` must be in [0, 1], but is {decay_value} instead.")
-        if decay_value == 1.0:
-            return
-    if not teacher:
-        return
-    with torch.no_grad():
-        torch.ops.d2v.ema_update_(teacher, student, decay_value, decay_tensor, working)
+        first = lists.teacher[0] if lists.teacher else None
+        if isinstance(first, Tensor) and decay.device != first.device:
+            raise ValueError(f"`decay` must be on {first.device}, but is on {decay.device} instead.")
+        return 1.0, decay
+    if not torch.compiler.is_compiling():
+        try:
+            decay = float(decay)
+        except (TypeError, ValueError):
+            raise TypeError(f"`decay` must be a float or a 0-d tensor, but is {decay!r} instead.") from None
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"`decay` must be in [0, 1], but is {decay} instead.")
+    return decay, None
 
 
-def _check(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) -> None:
-    for name, others in (("student", student), ("working", working)):
-        if name == "working" and not others:
-            continue
-        if len(others) != len(teacher):
-            raise ValueError(
-                f"`{name}` must have as many tensors as `teacher` ({len(teacher)}), but has {len(others)} instead."
+def _paired(teacher: Tensors, student: Tensors, working: Tensors | None) -> _Lists:
+    """The tensors of every side in one order: by name where they are dicts."""
+    sides = {"teacher": teacher, "student": student} | ({} if working is None else {"working": working})
+    named = {name: _as_dict(side) for name, side in sides.items()}
+    if not any(isinstance(side, dict) for side in named.values()):
+        lists = [tensor_list(name, side) for name, side in sides.items()]
+        return _Lists(lists[0], lists[1], lists[2] if len(lists) > 2 else [])
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for name, side in named.items():
+        if side is None:
+            others = ", ".join(f"`{other}`" for other, its in named.items() if its is not None)
+            raise TypeError(
+                f"`{name}` must be a dict, as {others} is, to be matched by name, but is "
+                f"{type(sides[name]).__name__} instead: pass dicts for all, or lists for all."
             )
-        for i, (t, other) in enumerate(zip(teacher, others, strict=True)):
+        by_name[name] = side
+    mine = by_name["teacher"]
+    for name, other in by_name.items():
+        differing = sorted(map(str, mine.keys() ^ other.keys()))
+        if differing:
+            raise ValueError(
+                f"`{name}` must have the names of `teacher`, but {len(differing)} are in one of the two only: "
+                f"{', '.join(differing[:5])}."
+            )
+        check_tensors(name, other.values())
+    lists = [[other[key] for key in mine] for other in by_name.values()]
+    return _untied(_Lists(lists[0], lists[1], lists[2] if len(lists) > 2 else []))
+
+
+def _as_dict(side: Any) -> dict[str, Tensor] | None:
+    return dict(side.items()) if isinstance(side, (Mapping, torch.nn.ParameterDict)) else None
+
+
+def _untied(lists: _Lists) -> _Lists:
+    """Each group of entries that are the same memory on every side once: tied weights in a state_dict."""
+    if torch.compiler.is_compiling():
+        return lists
+    kept: dict[tuple, int] = {}
+    for i, row in enumerate(zip(*(group for group in lists if group), strict=True)):
+        place = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in row)
+        kept.setdefault(place if row[0].numel() and not row[0].is_meta else (i,), i)
+    return lists.only(kept.values())
+
+
+def _sorted_out(lists: _Lists) -> tuple[_Lists, _Lists]:
+    """What is averaged and what is copied, both checked."""
+    for name, group in zip(_Lists._fields, lists, strict=True):
+        check_tensors(name, group)
+    _check_lengths(lists)
+    integers = [i for i, x in enumerate(lists.teacher) if not x.is_floating_point() and not x.is_complex()]
+    if not integers:
+        _check(lists)
+        return lists, _Lists([], [], [])
+    for i in integers:
+        for name, group in zip(_Lists._fields, lists, strict=True):
+            if group and (group[i].dtype, group[i].shape) != (lists.teacher[i].dtype, lists.teacher[i].shape):
+                raise ValueError(
+                    f"`{name}[{i}]` must be {lists.teacher[i].dtype} of shape {tuple(lists.teacher[i].shape)} as "
+                    f"`teacher[{i}]` is, since integers are copied, but is {group[i].dtype} of shape "
+                    f"{tuple(group[i].shape)} instead."
+                )
+    floats = lists.only(set(range(len(lists.teacher))) - set(integers))
+    _check(floats)
+    return floats, lists.only(integers)
+
+
+def _check(lists: _Lists) -> None:
+    _check_alike(lists)
+    # under torch.compile there are no addresses to compare
+    if not torch.compiler.is_compiling():
+        _check_overlap(*lists)
+
+
+def _check_lengths(lists: _Lists) -> None:
+    num = len(lists.teacher)
+    for name, others in (("student", lists.student), ("working", lists.working or lists.teacher)):
+        if len(others) != num:
+            raise ValueError(f"`{name}` must have as many tensors as `teacher` ({num}), but has {len(others)} instead.")
+
+
+def _check_alike(lists: _Lists) -> None:
+    _check_lengths(lists)
+    teacher = lists.teacher
+    for name, others in (("student", lists.student), ("working", lists.working)):
+        for i, (t, other) in enumerate(zip(teacher, others, strict=bool(others))):
             if other.shape != t.shape:
                 raise ValueError(
                     f"`{name}[{i}]` must have the shape of `teacher[{i}]`, {tuple(t.shape)}, "
@@ -135,9 +434,6 @@ def _check(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) 
             raise ValueError(
                 f"`teacher[{i}]` must be fp32 (lower precision loses most updates), but is {t.dtype} instead."
             )
-    # under torch.compile there are no addresses to compare; the eager call that came before has compared them
-    if not torch.compiler.is_compiling():
-        _check_overlap(teacher, student, working)
 
 
 def _overlaps_itself(x: Tensor) -> bool:

@@ -124,7 +124,7 @@ def test_update_between_forward_and_backward(device):
     model(x).sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled(device, backend):
     def update(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) -> None:
         ema_update_(teacher, student, 0.5, working=working)
