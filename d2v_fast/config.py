@@ -34,7 +34,7 @@ from d2v_fast.deepspeed_keys import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, r
 from d2v_fast.probe_config import ProbeConfig, TextProbeConfig, VisionProbeConfig
 from d2v_fast.speech_config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
 from d2v_fast.text_config import TextDataConfig, TextModelConfig, TokenMaskConfig
-from d2v_fast.untrusted import read_text
+from d2v_fast.untrusted import NotRegularError, read_text
 from d2v_fast.vision_config import BlockMaskConfig, VisionDataConfig, VisionModelConfig
 
 __all__ = [
@@ -424,6 +424,10 @@ def _read(path: str | Path) -> dict[str, Any]:
     file = configuration_file(path)
     try:
         text = read_text(file, MAX_FILE_BYTES)
+    except NotRegularError as error:
+        # several processes of a run read it, and again to resume
+        advice = "It is read more than once: write it to a file first."
+        raise ConfigError([f"`--ds_config` must be a readable JSON file, but {error}. {advice}"], str(path)) from None
     except (OSError, ValueError) as error:
         raise ConfigError([f"`--ds_config` must be a readable JSON file: {error}"], str(path)) from None
     return read_sections(text, str(path))

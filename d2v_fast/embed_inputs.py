@@ -389,8 +389,8 @@ def _image_preparation(folder: Path, model: VisionModelConfig) -> VisionDataConf
     """Mean and deviation that a Transformers folder names; those of ImageNet where it names none."""
     path = folder / PREPROCESSOR
     try:
-        raw = read_json(path, MAX_FILE_BYTES) if path.is_file() else {}
-    except ValueError as error:
+        raw = read_json(path, MAX_FILE_BYTES) if path.exists() else {}
+    except (OSError, ValueError) as error:
         raise ValueError(f"`{path}` must be a preprocessor's configuration, but: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"`{path}` must hold one section {{...}}, but does not.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,7 +29,7 @@ from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBOURS, PathList
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds, Listing, count_endings
 from d2v_fast.data.samples import digest_of, file_sizes
 from d2v_fast.streams import AUGMENT, stream_keys, uniforms
-from d2v_fast.untrusted import is_path, printable, refuse_pointer
+from d2v_fast.untrusted import NotRegularError, is_path, open_regular, printable, refuse_pointer
 
 if TYPE_CHECKING:
     from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
@@ -318,10 +318,11 @@ def _spread(num: int) -> list[int]:
 def _read_manifest(path: str) -> tuple[str, list[str], npt.NDArray[np.int64]]:
     """Root, sorted paths below it, and the samples that each is said to have."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError(f"`d2v.data.path` must be a folder or a manifest, but '{printable(path)}' is neither.")
         refuse_pointer(path)
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        with (
+            open_regular(path) as content,
+            io.TextIOWrapper(content, encoding="utf-8", errors="surrogateescape", newline="\n") as file,
+        ):
             first = file.readline(MAX_LINE).rstrip("\r\n")
             root = os.path.join(os.path.dirname(path), os.path.expanduser(first)) if is_path(first) and first else ""
             if not os.path.isdir(root):
@@ -332,6 +333,10 @@ def _read_manifest(path: str) -> tuple[str, list[str], npt.NDArray[np.int64]]:
                 number += 1
                 if line := line.rstrip("\r\n"):
                     entries.append(_entry(path, number, line))
+    except NotRegularError:
+        raise DataError(
+            f"`d2v.data.path` must be a folder or a manifest, but '{printable(path)}' is neither."
+        ) from None
     except OSError as error:
         what = error.strerror or type(error).__name__
         raise DataError(

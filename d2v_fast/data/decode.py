@@ -138,7 +138,7 @@ def _reasons(path: str, limits: Limits) -> Iterator[None]:
         # Pillow's own limit, on the way to ours
         raise UnreadableImage(f"more than {limits.max_pixels:,} pixels") from None
     except UnidentifiedImageError:
-        raise UnreadableImage(_unidentified(path)) from None
+        raise UnreadableImage(_unidentified(path, limits)) from None
     except Exception as error:
         # decoders let nearly every type of exception escape from damaged files
         raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
@@ -264,12 +264,12 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes, limits: Li
         raise UnreadableImage(f"more than {MAX_SCANS} scans")
 
 
-def _unidentified(path: str) -> str:
+def _unidentified(path: str, limits: Limits) -> str:
     """Why Pillow reads no file that it has looked at."""
     try:
-        with open(path, "rb") as file:
+        with _open(path, limits) as file:
             start = file.read(4)
-    except OSError:
+    except (OSError, UnreadableFile):
         start = b""
     if start in _TIFF_STARTS:
         return (

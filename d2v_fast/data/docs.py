@@ -29,6 +29,7 @@ from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_to
 from d2v_fast.io_errors import error_text
 from d2v_fast.streams import SPLIT, permutation
 from d2v_fast.text_config import TextDataConfig, TextModelConfig
+from d2v_fast.untrusted import read_text
 
 if TYPE_CHECKING:
     from d2v_fast.config import D2VConfig
@@ -43,6 +44,7 @@ Split = Literal["train", "test"]
 SPLIT_SEED = 0
 # characters after which a passage, which is held out or not as a whole, ends with its paragraph
 PASSAGE = 1000
+_MAX_DIGEST_BYTES = 100
 # topics of fewer passages are trained on as a whole
 MIN_PASSAGES = 4
 # tokens of the tokenizer that is made for it, where the configuration does not say
@@ -129,7 +131,7 @@ def docs_tokenizer(data: TextDataConfig, model: TextModelConfig, patience_s: flo
     name = "docs-" + hashlib.sha256(made_of.encode()).hexdigest()[:24]
     folder = made_once(data.tokens_path, name, make, patience_s=patience_s)
     try:
-        written = (folder / "digest").read_text().strip()
+        written = read_text(folder / "digest", _MAX_DIGEST_BYTES).strip()
         tokenizer = load_tokenizer(folder)
     except OSError as error:
         # the tokenizer itself may be as it was

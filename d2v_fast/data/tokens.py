@@ -30,7 +30,7 @@ from d2v_fast.data.text_files import PIECE, BadText, Piece
 from d2v_fast.data.tokenizer import Tokenizer
 from d2v_fast.faults import fault_point
 from d2v_fast.io_errors import error_text
-from d2v_fast.untrusted import printable, read_json
+from d2v_fast.untrusted import open_regular, printable, read_json
 
 __all__ = ["TextSource", "Tokens", "tokenised"]
 
@@ -162,7 +162,7 @@ class Tokens:
     def __init__(self, folder: Path, settings: dict[str, Any] | None = None, *, verify: bool = True) -> None:
         self.folder = folder
         try:
-            self.manifest = read_json(folder / MANIFEST, MAX_MANIFEST_BYTES)
+            self.manifest = read_json(folder / MANIFEST, MAX_MANIFEST_BYTES, below=folder)
             entries = [
                 _Entry(folder, name, entry["bytes"], entry["sha256"]) for name, entry in sorted(self._files().items())
             ]
@@ -209,7 +209,11 @@ class Tokens:
     def document_lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of every document, int64 `[num_documents]`, in the order of `read`."""
         names = sorted(name for name in self._files() if name.startswith("documents-"))
-        return np.concatenate([np.fromfile(self.folder / name, dtype="<i8").astype(np.int64) for name in names])
+        lengths = []
+        for name in names:
+            with open_regular(self.folder / name, below=self.folder) as file:
+                lengths.append(np.fromfile(file, dtype="<i8").astype(np.int64))
+        return np.concatenate(lengths)
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens `start` to `stop` of all, int64."""
@@ -226,7 +230,8 @@ class Tokens:
     def _map(self, shard: int) -> _Ids:
         found = self._maps[shard]
         if found is None:
-            found = self._maps[shard] = np.memmap(self._paths[shard], dtype=self._dtype, mode="r")
+            with open_regular(self._paths[shard], below=self.folder) as file:
+                found = self._maps[shard] = np.memmap(file, dtype=self._dtype, mode="r")
         return found
 
     def _files(self) -> dict[str, Any]:
@@ -271,14 +276,16 @@ class _Entry(NamedTuple):
     def full_problem(self) -> str | None:
         """What is wrong, having read all of it."""
         problem = self.problem()
-        if problem is None:
-            state = hashlib.sha256()
-            with open(self.folder / self.name, "rb") as file:
+        if problem is not None:
+            return problem
+        state = hashlib.sha256()
+        try:
+            with open_regular(self.folder / self.name, below=self.folder) as file:
                 while chunk := file.read(HASH_CHUNK):
                     state.update(chunk)
-            if state.hexdigest() != self.sha256:
-                problem = "its SHA-256 is another one"
-        return problem
+        except OSError as error:
+            return error.strerror or str(error)
+        return None if state.hexdigest() == self.sha256 else "its SHA-256 is another one"
 
 
 class _Writer:

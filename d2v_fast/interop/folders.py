@@ -17,7 +17,7 @@ from d2v_fast.config import MAX_FILE_BYTES, D2VConfig
 from d2v_fast.config_errors import show
 from d2v_fast.interop.layout import Layout
 from d2v_fast.interop.sources import explain
-from d2v_fast.untrusted import read_json, refuse_pointer
+from d2v_fast.untrusted import NotRegularError, read_json, refuse_pointer
 
 # of one file of weights, as Transformers divides them
 MAX_WEIGHTS_BYTES = 5 * 10**9
@@ -74,11 +74,12 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], Path]:
     """
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(source):
-        refuse_pointer(path)
         try:
+            # also refuses what is no regular file, which would be waited for
+            refuse_pointer(path)
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (NotRegularError, SafetensorError) as error:
             raise ValueError(f"`{path}` must be a safetensors file, but: {error}.") from None
     return tensors, path
 
@@ -191,10 +192,10 @@ def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _weight_files(source: Path) -> list[Path]:
-    if (source / "model.safetensors").is_file():
+    if (source / "model.safetensors").exists():
         return [source / "model.safetensors"]
     index = source / INDEX_NAME
-    if not index.is_file():
+    if not index.exists():
         raise ValueError(
             f"`{source}` must hold `model.safetensors`, but does not. Save the model again with Transformers: "
             "`save_pretrained(folder)` writes it."

@@ -248,12 +248,12 @@ def _preprocessor_config(config: SpeechModelConfig) -> dict[str, Any]:
 
 def _sample_rate(folder: Path) -> int:
     path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    if not path.exists():
         _log.warning("`%s` holds no %s: its sample rate is taken to be 16,000 Hz", printable(str(folder)), path.name)
         return 16_000
     try:
         raw = read_json(path, MAX_FILE_BYTES)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"`{path}` must be a preprocessor's configuration, but: {error}") from None
     return whole_number(raw if isinstance(raw, dict) else {}, "sampling_rate", 16_000, str(path))
 

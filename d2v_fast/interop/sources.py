@@ -7,7 +7,7 @@ from pathlib import Path
 
 from d2v_fast.commands import path_words, tool_command
 from d2v_fast.config import MAX_FILE_BYTES
-from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, is_pointer, printable, read_json
+from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, is_pointer, printable, read_bytes, read_json
 
 # files of pickles that Transformers, DeepSpeed and PyTorch Lightning write
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -25,7 +25,7 @@ def explain(path: Path) -> str | None:
     if path.is_file():
         return _explain_file(path, shown)
     if not path.is_dir():
-        return f"`{shown}` does not exist."
+        return f"`{shown}` is neither a file nor a folder." if path.exists() else f"`{shown}` does not exist."
     run = _run_of(path)
     if run is not None:
         return _explain_run(path, run)
@@ -60,7 +60,7 @@ _STRIP_DEEPSPEED = (
 
 def _explain_file(path: Path, shown: str) -> str:
     beside = path.parent / "config.json"
-    if path.stat().st_size <= MAX_POINTER_BYTES and is_pointer(path.read_bytes()):
+    if path.stat().st_size <= MAX_POINTER_BYTES and is_pointer(read_bytes(path, MAX_POINTER_BYTES)):
         return f"`{shown}` is {POINTER}."
     if path.name == "config.json" or path.suffix == ".safetensors":
         if beside.is_file():
