@@ -117,7 +117,7 @@ def test_another_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert 'must be "speech"' in told
     (tmp_path / "a.pt").write_bytes(b"")
     told = complaint(capsys, tmp_path / "a.pt", *arguments[1:-1], tiny_file(vision))
-    assert "must be a checkpoint of fairseq, but cannot be read" in told
+    assert "must be a checkpoint that torch.save wrote, but cannot be read" in told
     assert not (tmp_path / "runs").exists()
 
 

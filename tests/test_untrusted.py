@@ -95,7 +95,6 @@ def odd(tmp_path: Path) -> dict[str, Path]:
     return {**places, "a device": Path("/dev/zero")}
 
 
-@pytest.mark.timeout(20)
 def test_only_regular_files_are_opened(odd: dict[str, Path], tmp_path: Path) -> None:
     readers = (open_regular, require_regular, lambda one: read_text(one, 100), lambda one: read_json(one, 100))
     for what, path in odd.items():
@@ -130,7 +129,6 @@ def test_links_below_a_folder(tmp_path: Path) -> None:
             read_bytes(outside, 7, below=run)
 
 
-@pytest.mark.timeout(20)
 def test_pipe_that_replaces_the_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"content")

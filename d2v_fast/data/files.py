@@ -64,7 +64,8 @@ def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[st
         DataError: if there is no such folder, or no such file in it.
     """
     if not os.path.isdir(root):
-        problem = "is a file" if os.path.exists(root) else "does not exist"
+        problem = "is neither a file nor a folder" if os.path.exists(root) else "does not exist"
+        problem = "is a file" if os.path.isfile(root) else problem
         raise DataError(f"`d2v.data.path` must be a folder, but '{printable(root)}' {problem}.")
     found: list[str] = []
     unread: dict[str, int] = {}

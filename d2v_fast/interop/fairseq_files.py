@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from d2v_fast.atomic import replaced
 from d2v_fast.interop.fairseq_recipe import AVERAGED_UPDATES, strip_script
 from d2v_fast.interop.layout import Layout, Misfit
-from d2v_fast.untrusted import printable, refuse_pointer
+from d2v_fast.interop.pickle_files import NeededClass, RefusedPickle, check_pickles, check_values
+from d2v_fast.untrusted import NotRegularError, open_regular, printable, refuse_pointer
 
 # names that tell models of this family apart
 TEXT_PREFIX = "encoder.sentence_encoder."
@@ -33,8 +35,6 @@ KINDS = {
     "quantizer.": "a model of wav2vec 2.0",
 }
 
-# how the files of torch.save begin, since torch 1.6 and before
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 # what torch names when a file needs more than tensors and plain values
 _GLOBAL = re.compile(r"(?:GLOBAL|[Ff]unction|[Cc]lass) ([A-Za-z_][\w.]*)")
 
@@ -70,32 +70,49 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
     Raises:
         ValueError: it is none, damaged, or would execute code.
     """
-    if not path.is_file():
-        raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is no file.")
-    refuse_pointer(path)
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP))
-    if start and not start.startswith((_ZIP, _PICKLE)):
-        raise ValueError(f"`{path}` must be a checkpoint that torch.save wrote, but is a file of another kind.")
     try:
+        refuse_pointer(path)
+        with open_regular(path) as file:
+            return _load(file, allowed)
+    except FileNotFoundError:
+        raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is no file.") from None
+    except NotRegularError as error:
+        raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is {error.strerror}.") from None
+    except NeededClass as error:
+        stripped = path.with_name(f"{path.stem}-weights.pt")
+        raise NeedsClass(
+            f"`{path}` must hold tensors and plain values only, but needs {printable(error.name)}, and reading that "
+            f"could execute code or take any amount of memory. If you trust whoever made it, run this program with any "
+            f"Python that has torch, and import {stripped} instead:\n\n{strip_script(path, stripped)}",
+            error.name,
+        ) from None
+    except RefusedPickle as error:
+        raise ValueError(f"`{path}` must be a checkpoint that torch.save wrote, but {error}.") from None
+
+
+def _load(file: BufferedReader, allowed: Sequence[type]) -> Any:
+    """What a file holds.
+
+    Raises:
+        RefusedPickle: it cannot be read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        check_pickles(file, size, [f"{kind.__module__}.{kind.__qualname__}" for kind in allowed])
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except RefusedPickle:
+        raise
     except Exception as error:
         # its type depends on where in the file the damage is, and its advice is how to read the file all the same
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
         found = _GLOBAL.search(reason)
         if found is not None:
-            stripped = path.with_name(f"{path.stem}-weights.pt")
-            raise NeedsClass(
-                f"`{path}` must hold tensors and plain values only, but needs {found[1]}, and reading that could "
-                f"execute code. If you trust whoever made it, run this program with any Python that has torch, and "
-                f"import {stripped} instead:\n\n{strip_script(path, stripped)}",
-                found[1],
-            ) from None
+            raise NeededClass(found[1]) from None
         damage = printable(f"{type(error).__name__} {reason.split('. ')[0][:200]}".strip())
-        raise ValueError(
-            f"`{path}` must be a checkpoint of fairseq, but cannot be read: {damage}. Was it copied completely?"
-        ) from None
+        raise RefusedPickle(f"cannot be read: {damage} (was it copied completely?)") from None
+    check_values(content, size)
+    return content
 
 
 def require_checkpoint(state: Any, path: Path) -> dict[str, Any]:
