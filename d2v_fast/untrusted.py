@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 MAX_DEPTH = 32
+# values of a JSON text, each of which takes up to 250 bytes of memory
+MAX_VALUES = 1 << 20
+# what begins or separates values, what begins and ends a string, and what stands in a string for another letter
+_MARK = re.compile(r'[,\[{"]|\\.', re.DOTALL)
 # what 64 bits hold: no number of a file can make a loop endless, or a conversion fail
 MAX_DIGITS = 18
 
@@ -139,14 +143,17 @@ def read_text(path: str | Path, max_bytes: int, *, below: str | Path | None = No
     return content.decode("utf-8")
 
 
-def parse_json(text: str, **hooks: Any) -> Any:
+def parse_json(text: str, *, max_values: int = MAX_VALUES, **hooks: Any) -> Any:
     """What `json.loads` returns, for at most `MAX_DEPTH` levels and integers of at most `MAX_DIGITS` digits.
 
     Args:
+        text: its memory is four bytes per letter at most, and that of the strings in it as much again.
+        max_values: numbers, strings, lists and sections in it.
         hooks: handed to `json.loads`; `parse_int` replaces the limit on digits.
     Raises:
         ValueError: what is wrong, in one sentence.
     """
+    _refuse_many(text, max_values)
     try:
         value = json.loads(text, **{"parse_int": _integer, **hooks})
     except json.JSONDecodeError as error:
@@ -180,6 +187,22 @@ def _refuse_links(path: str | Path, below: str | Path) -> None:
         place /= part
         if stat.S_ISLNK(os.lstat(place).st_mode):
             raise NotRegularError(path, "a link" if number == len(parts) else f"in '{printable(str(place))}', a link")
+
+
+def _refuse_many(text: str, max_values: int) -> None:
+    """Raise ValueError if a JSON text holds more values than `max_values`."""
+    if sum(text.count(mark) for mark in ",[{") <= max_values:
+        return
+    # most may be commas in strings
+    count, inside = 0, False
+    for match in _MARK.finditer(text):
+        mark = match[0]
+        if mark == '"':
+            inside = not inside
+        elif not inside and mark in ",[{":
+            count += 1
+            if count > max_values:
+                raise ValueError(f"holds more than {max_values:,} values.")
 
 
 def _integer(digits: str) -> int:

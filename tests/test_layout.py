@@ -106,7 +106,7 @@ LAZY = {
     "soundfile": {"d2v_fast.data.audio_decode"},
     "soxr": {"d2v_fast.data.audio_decode"},
     "tokenizers": {"d2v_fast.data.tokenizer"},
-    "pyarrow": {"d2v_fast.data.text_files", "d2v_fast.data.text_streams", "d2v_fast.embed"},
+    "pyarrow": {"d2v_fast.data.parquet_files", "d2v_fast.data.text_streams", "d2v_fast.embed"},
 }
 TOP_LEVEL_ALLOWED = {"numba": {"d2v_fast.masking"}, "triton": {"d2v_fast.kernels"}, "PIL": {"d2v_fast.data"}}
 

@@ -58,7 +58,7 @@ ALLOWED = {
     "data.bit_depth": {"Image.open(io.BytesIO(content), formats=('PNG', 'TIFF'))"},
     "data.decode": {"Image.open(file, formats=FORMATS)", "Image.open(io.BytesIO(content), formats=FORMATS)"},
     "data.text_streams": {"gzip.GzipFile(fileobj=file)"},
-    "data.text_files": {"parquet.ParquetFile(stream.file)"},
+    "data.parquet_files": {"arrow.parquet.ParquetFile(file, buffer_size=READ_AHEAD)"},
     "data.tokens": {"np.fromfile(file, dtype='<i8')", "np.memmap(file, dtype=self._dtype, mode='r')"},
     "interop.fairseq_files": {"torch.load(file, map_location='cpu', weights_only=True)"},
     "interop.pickle_files": {"zipfile.ZipFile(file)", "archive.open(entry)"},

@@ -66,6 +66,15 @@ def test_wide_is_not_deep() -> None:
     assert parse_json(json.dumps([[]] * 10_000)) == [[]] * 10_000
 
 
+def test_many_values() -> None:
+    assert parse_json("[0, [1], {}]", max_values=5) == [0, [1], {}]
+    for text in ("[0, [1], {}]", "[[[[[]]]]]", '{"a": [1, 2, "b,", 3, {}]}', '["\\"", 1, 2, 3, 4]'):
+        with pytest.raises(ValueError, match="holds more than 4 values"):
+            parse_json(text, max_values=4)
+    # commas and brackets in strings are no values
+    assert parse_json('["a, b, c, [, {, \\", d, e, \\\\", 7]', max_values=2) == ['a, b, c, [, {, ", d, e, \\', 7]
+
+
 def test_digits() -> None:
     assert parse_json("[" + "9" * MAX_DIGITS + ", -1, 1e400]") == [10**MAX_DIGITS - 1, -1, float("inf")]
     for digits in ("1" * (MAX_DIGITS + 1), "-" + "1" * 5000):

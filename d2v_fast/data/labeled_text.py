@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import NUM_NAMED, UnreadableFile
+from d2v_fast.data.files import UnreadableFile
 from d2v_fast.data.labeled import LabeledSample, LabeledSet, choose, class_of, refuse_parts
-from d2v_fast.data.listing import counted, describe_listing
+from d2v_fast.data.listing import counted, describe_listing, name_list
 from d2v_fast.data.text_files import REPLACEMENT, TextFiles
 from d2v_fast.data.text_streams import text_ending
 from d2v_fast.untrusted import parse_json
@@ -106,7 +106,7 @@ class _LabeledFiles(TextFiles):
                 raise UnreadableFile(str(error)) from None
             if self._label_field not in entry:
                 raise UnreadableFile(
-                    f"no field '{self._label_field}' (`d2v.probe.label_field`); it has {_listed(entry)}"
+                    f"no field '{self._label_field}' (`d2v.probe.label_field`); it has {name_list(entry)}"
                 )
             self._label = _label(entry[self._label_field], self._label_field)
         return text
@@ -136,10 +136,6 @@ def _label(value: Any, field: str) -> str:
     if len(text) > MAX_LABEL:
         raise UnreadableFile(f"the label '{field}' has more than {MAX_LABEL} characters")
     return text
-
-
-def _listed(entry: dict[str, Any]) -> str:
-    return ", ".join(f"'{name[:80]}'" for name in list(entry)[:NUM_NAMED])
 
 
 def _with_keys(text: str, key: str) -> str:

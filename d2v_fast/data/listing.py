@@ -19,11 +19,13 @@ __all__ = [
     "counted",
     "describe_listing",
     "ending_of",
+    "name_list",
     "print_listing",
 ]
 
 # endings or reasons that are named before the rest is only counted
 NUM_ENDINGS = 8
+_NUM_FIELDS = 10
 # in front of these endings stands the one that says what was compressed
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 
@@ -157,3 +159,10 @@ def count_endings(paths: Iterable[str]) -> dict[str, int]:
         ending = ending_of(path)
         counts[ending] = counts.get(ending, 0) + 1
     return counts
+
+
+def name_list(names: Iterable[str]) -> str:
+    """Return the names of fields or columns in quotes, of many of them the first, for messages."""
+    names = list(names)
+    more = ", ..." if len(names) > _NUM_FIELDS else ""
+    return ", ".join(f"'{name[:80]}'" for name in names[:_NUM_FIELDS]) + more if names else "none"

@@ -15,7 +15,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files
-from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings, describe_listing
+from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings, describe_listing, name_list
+from d2v_fast.data.parquet_files import parquet_rows
 from d2v_fast.data.text_streams import (
     COMPRESSED,
     MAX_LINE,
@@ -92,8 +93,8 @@ class BadText:
         """
         self.num_entries += 1
         self.num_bad += 1
-        text = printable(f"{where}: {reason}")
         if len(self.named) < NUM_NAMED:
+            text = printable(f"{where}: {reason}")
             self.named.append(text)
             _log.warning("skipped unreadable text: %s", text)
         if self._strict:
@@ -325,42 +326,26 @@ class TextFiles:
         if not isinstance(entry, dict):
             raise UnreadableFile("no JSON object {...}")
         if field not in entry:
-            raise UnreadableFile(f"no field '{field}' (`d2v.data.field`); it has {_listed(entry)}")
+            raise UnreadableFile(f"no field '{field}' (`d2v.data.field`); it has {name_list(entry)}")
         return self._checked(entry[field], f"field '{field}'")
 
     def _parquet(self, path: str) -> Iterator[str | None]:
-        parquet = _import_parquet()
-        wanted, number, before = self._columns(), 0, self.num_read
+        number, before, size = 0, self.num_read, _size(path)
         try:
-            with open_text(path, self._inside) as stream, parquet.ParquetFile(stream.file) as table:
-                columns = table.schema_arrow.names
-                for column, key in wanted.items():
-                    if column not in columns:
-                        raise UnreadableFile(f"no column '{column}' ({key}); it has {_listed(columns)}")
-                for batch in table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=list(wanted), use_threads=False):
-                    for row in zip(*(self._values(batch.column(column)) for column in wanted), strict=True):
-                        number += 1
-                        try:
-                            text = self._text_of_row(row)
-                        except UnreadableFile as error:
-                            self.bad.add(f"{path}, row {number}", _reason(error))
-                            continue
-                        self.bad.num_entries += 1
-                        yield text
-                        yield None
-                    done = number / max(1, table.metadata.num_rows)
-                    self.num_read = before + int(done * _size(path))
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            # Arrow's own errors are of these, such as KeyErrors for two columns of one name; ours is a ValueError
+            with open_text(path, self._inside) as stream:
+                for share, row in parquet_rows(stream.file, self._columns()):
+                    number += 1
+                    try:
+                        text = self._text_of_row(row)
+                    except UnreadableFile as error:
+                        self.bad.add(f"{path}, row {number}", _reason(error))
+                        continue
+                    self.bad.num_entries += 1
+                    yield text
+                    yield None
+                    self.num_read = before + int(share * size)
+        except (OSError, UnreadableFile) as error:
             self.bad.add(path if number == 0 else f"{path}, after row {number}", _reason(error))
-
-    def _values(self, column: Any) -> list[Any]:
-        """Of a column; bytes where one of them is not UTF-8."""
-        try:
-            values: list[Any] = column.to_pylist()
-        except UnicodeDecodeError:
-            values = column.cast("binary").to_pylist()
-        return values
 
     def _columns(self) -> dict[str, str]:
         """The columns of a .parquet file that are read, the text first, and the keys that name them."""
@@ -407,10 +392,13 @@ def pieces_of(parts: Iterable[str | None]) -> Iterator[Piece]:
         text = "".join(held)
         if starts:
             text = text.lstrip()
-        while len(text) >= 2 * PIECE or (part is None and len(text) > PIECE):
-            cut = _cut(text)
-            yield Piece(text[:cut], ends=False)
-            text, starts = text[cut:], False
+        begin, left = 0, len(text)
+        while left >= 2 * PIECE or (part is None and left > PIECE):
+            # cutting off what has been yielded each time would take hours for a line of 64 MiB
+            cut = _cut(text[begin : begin + PIECE + 1])
+            yield Piece(text[begin : begin + cut], ends=False)
+            begin, left, starts = begin + cut, left - cut, False
+        text = text[begin:]
         held, size = [text], len(text)
         if part is None:
             # what follows a piece is not empty
@@ -453,12 +441,6 @@ def _no_number(digits: str) -> int:
     return 0
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = ", ..." if len(names) > NUM_NAMED else ""
-    return ", ".join(f"'{name[:80]}'" for name in names[:NUM_NAMED]) + more if names else "none"
-
-
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
@@ -470,14 +452,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")
-
-
-def _import_parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except Exception as error:
-        raise DataError(
-            f".parquet files are read with pyarrow, which cannot be imported ({type(error).__name__}: {error}): "
-            f"pip install 'd2v_fast[parquet]'"
-        ) from None
-    return pyarrow.parquet

@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 MAX_TOKENIZER_BYTES = 256_000_000
 MAX_MAP_BYTES = 16_000_000
+# the largest published vocabularies have 256,000 tokens and 580,000 merges of three values each
+MAX_VALUES = 4_000_000
 
 MASK_TOKEN = "<mask>"
 # role -> keys of special_tokens_map.json and tokenizer_config.json, and names where neither says any
@@ -396,7 +398,7 @@ def _bounded(digits: str) -> int:
 
 
 def _read(path: Path, max_bytes: int, **hooks: Any) -> dict[str, Any]:
-    content = parse_json(read_text(path, max_bytes), **hooks)
+    content = parse_json(read_text(path, max_bytes), max_values=MAX_VALUES, **hooks)
     if not isinstance(content, dict):
         raise ValueError("JSON, but no tokenizer: it holds no section {...}.")
     return content
