@@ -73,10 +73,6 @@ ALLOWED = {
 }
 
 
-# whose own tests show it
-PENDING = {"checkpoints", "shard_files", "run_folder", "metrics"}
-
-
 def opened(text: str) -> Iterator[tuple[int, str]]:
     """Line and source of every call that opens a path, other than to write a new file."""
     tree = ast.parse(text)
@@ -102,8 +98,6 @@ def sources() -> list[Path]:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_file_is_opened_through_open_regular(path: Path) -> None:
-    if path.stem in PENDING:
-        pytest.skip("pending")
     module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     allowed = ALLOWED.get(module, set())
     found = list(opened(path.read_text(encoding="utf-8")))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,16 @@ from d2v_fast.data.tokenizer_files import (
     check_added,
     read_tokenizer_files,
 )
+from d2v_fast.data.tokenizer_limits import (
+    MAX_GROWTH,
+    Growth,
+    check_parts,
+    groups,
+    is_simple_frame,
+    within_limits,
+)
 from d2v_fast.paths import expand_path
-from d2v_fast.text_config import TextModelConfig
+from d2v_fast.text_config import MAX_VOCAB, TextModelConfig
 from d2v_fast.untrusted import printable
 
 __all__ = ["MIN_VOCAB_SIZE", "Specials", "Tokenizer", "load_tokenizer", "missing_tokens", "train_tokenizer"]
@@ -85,10 +94,16 @@ class Tokenizer:
         inner.no_padding()
         inner.encode_special_tokens = True
         self._inner, self._names = inner, names
+        self._growth = Growth(content, _normalizer)
         self.name = name
         found = {role: inner.token_to_id(token) for role, token in names.items()}
         self.specials = Specials(found["bos"], found["pad"], found["eos"], found.get("unk"), found["mask"])
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > MAX_VOCAB:
+            # the model would have a row for each
+            raise DataError(
+                f"`d2v.data.tokenizer` must have ids < {MAX_VOCAB:,}, but {name} has {self.vocab_size - 1:,}."
+            )
         self.dtype: type[np.unsignedinteger] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         decisive = {part: content.get(part) for part in _DECISIVE} | {"specials": self.specials}
         self.digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -102,14 +117,27 @@ class Tokenizer:
         Raises:
             DataError: a text has what is not in the vocabulary, and the tokenizer has no token for that.
         """
+        texts = list(texts)
+        sizes = self._growth.lengths(texts)
+        for text, size in zip(texts, sizes, strict=True):
+            if size > MAX_GROWTH * len(text) + 1000:
+                raise self._fails(f"its normalizer makes {size:,} characters of {len(text):,}")
+        parts = [self._encode(texts[part]) for part in groups(sizes)]
+        if len(parts) == 1:
+            return parts[0]
+        ids = np.concatenate([np.empty(0, dtype=self.dtype), *(part[0] for part in parts)])
+        return ids, np.concatenate([np.empty(0, dtype=np.int64), *(part[1] for part in parts)])
+
+    def _encode(self, texts: list[str]) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
         try:
-            found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+            # the library gives the lock of Python free only for batches
+            found = within_limits(lambda: self._inner.encode_batch_fast(texts, add_special_tokens=False), "encoding")
+        except (TimeoutError, RuntimeError) as error:
+            raise self._fails(str(error)) from None
         except Exception as error:
             # the library raises plain exceptions
-            raise DataError(
-                f"`d2v.data.tokenizer` must be a tokenizer that encodes any text, but {self.name} does not: "
-                f"{printable(str(error))[:200]}. Name an unknown token (`unk_token`, `unk_id`) of its vocabulary in it."
-            ) from None
+            advice = "Name an unknown token (`unk_token`, `unk_id`) of its vocabulary in it."
+            raise self._fails(str(error), advice) from None
         lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
         each = chain.from_iterable(encoding.ids for encoding in found)
         ids = np.fromiter(each, dtype=self.dtype, count=int(lengths.sum()))
@@ -121,8 +149,13 @@ class Tokenizer:
         return ids, lengths
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, special ones by their names."""
-        return str(self._inner.decode([int(i) for i in ids], skip_special_tokens=False))
+        """The text of token ids, special ones by their names.
+
+        Raises:
+            DataError: the tokenizer cannot decode.
+        """
+        numbers = [int(i) for i in ids]
+        return self._called(lambda: str(self._inner.decode(numbers, skip_special_tokens=False)), "decoding")
 
     def round_trip(self, text: str) -> tuple[str, str]:
         """A text as the tokenizer normalizes it, and what its known tokens say of it, normalized as well.
@@ -130,7 +163,7 @@ class Tokenizer:
         Where a tokenizer cannot decode, both are parts of the text itself: all of it, and what its tokens come from.
         """
         # the batch without offsets gives the ids of training
-        encoding = self._inner.encode(text, add_special_tokens=False)
+        [encoding] = self._called(lambda: self._inner.encode_batch([text], add_special_tokens=False), "encoding")
         left_out = {self.specials.unk, *self._reserved.tolist()}
         known = [position for position, token in enumerate(encoding.ids) if token not in left_out]
         if self._inner.decoder is None:
@@ -145,7 +178,28 @@ class Tokenizer:
             decoded = decoded.replace(suffix, " ")
         normalizer = self._inner.normalizer
         # both: some decoders turn a part of the normalization around, such as another letter for the blank
-        return (text, decoded) if normalizer is None else tuple(map(normalizer.normalize_str, (text, decoded)))
+        if normalizer is None:
+            return text, decoded
+        both = (text, decoded)
+        first, second = self._called(lambda: [str(normalizer.normalize_str(one)) for one in both], "normalizing")
+        return first, second
+
+    def _called(self, call: Callable[[], Any], what: str) -> Any:
+        """What the library returns.
+
+        Raises:
+            DataError: it fails, or does not end.
+        """
+        try:
+            return within_limits(call, what)
+        except Exception as error:
+            raise self._fails(str(error)) from None
+
+    def _fails(self, reason: str, advice: str = "Name another one.") -> DataError:
+        return DataError(
+            f"`d2v.data.tokenizer` must be a tokenizer that encodes any text, but {self.name} does not: "
+            f"{printable(reason)[:300].rstrip('.')}. {advice}"
+        )
 
     def require(self, digest: str, where: str) -> None:
         """Raise DataError unless this is the tokenizer of the given digest; `where` says whose that is."""
@@ -205,13 +259,16 @@ class Tokenizer:
     def _is_framed(self) -> bool:
         """Whether the post-processor puts begin and end token around a text, and does nothing else."""
         specials = self.specials
+        if not is_simple_frame(json.loads(self._content).get("post_processor")):
+            return False
         for text in ("", "a b"):
             try:
                 ids, _ = self.encode([text])
             except DataError:
                 # letters that are not in the vocabulary, and no unknown token
                 return False
-            if self._inner.encode(text).ids != [specials.bos, *ids.tolist(), specials.eos]:
+            [framed] = self._called(partial(self._inner.encode_batch, [text]), "encoding")
+            if framed.ids != [specials.bos, *ids.tolist(), specials.eos]:
                 return False
         return True
 
@@ -233,7 +290,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         content = files.content
         if content["model"].get("dropout") is not None:
             content["model"]["dropout"] = None
-        inner = _library().Tokenizer.from_str(json.dumps(content))
+        check_parts(content)
+        inner = within_limits(lambda: _library().Tokenizer.from_str(json.dumps(content)), "reading it")
         check_added(content, inner.token_to_id)
         names = _names_of_specials(inner, files.names, name)
         return Tokenizer(inner, content, names, name)
@@ -303,6 +361,12 @@ def _library() -> Any:
             f"pip install 'd2v_fast[train]'"
         ) from None
     return tokenizers
+
+
+def _normalizer(section: dict[str, Any]) -> Any:
+    """The normalizer of a section of tokenizer.json."""
+    model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+    return _library().Tokenizer.from_str(json.dumps({"model": model, "normalizer": section})).normalizer
 
 
 def _not_special(content: dict[str, Any], tokens: set[str]) -> dict[str, Any]:
