@@ -19,7 +19,7 @@ from d2v_fast.curves import draw_curves
 from d2v_fast.data.listing import counted
 from d2v_fast.data.progress import TimeLeft
 from d2v_fast.run_folder import RunFolder, is_number, is_probes
-from d2v_fast.untrusted import open_regular, parse_json, read_json
+from d2v_fast.untrusted import append_regular, open_regular, parse_json, read_json
 
 Entry = dict[str, Any]
 
@@ -148,7 +148,7 @@ class RunLog:
         entries, bad = _read_lines(folder.path / LOG)
         if bad:
             # before they are taken out of the log
-            with (folder.path / _BAD_LINES).open("ab") as file:
+            with append_regular(folder.path / _BAD_LINES) as file:
                 file.write(b"".join(bad.values()).rstrip(b"\n") + b"\n")
             numbers = ", ".join(map(str, list(bad)[:_NUM_NAMED])) + (", ..." if len(bad) > _NUM_NAMED else "")
             self.say(

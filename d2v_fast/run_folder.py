@@ -15,7 +15,7 @@ from d2v_fast.atomic import write_text
 from d2v_fast.commands import SUPERVISION, resume_command
 from d2v_fast.config import RunConfig
 from d2v_fast.process_state import Holder, own_record
-from d2v_fast.untrusted import read_json, read_text
+from d2v_fast.untrusted import append_regular, open_regular, read_json, read_text
 from d2v_fast.world import RunError, World
 
 # letters of the file that names the holder of the lock
@@ -208,13 +208,16 @@ class RunFolder:
         line = line.translate({ord("\n"): "\\n", ord("\r"): "\\r"})
         if line not in self.lines(name):
             # in one write, so that the lines of several processes do not mix
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with append_regular(self.path / name) as file:
+                file.write(f"{line}\n".encode("utf-8", "surrogateescape"))
 
     def lines(self, name: str) -> list[str]:
         """The lines of a text file; none where there is no such file."""
         path = self.path / name
-        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+        if not path.exists():
+            return []
+        with open_regular(path) as file:
+            return file.read().decode("utf-8", "replace").split("\n")[:-1]
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""

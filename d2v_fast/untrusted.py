@@ -7,7 +7,7 @@ import json
 import os
 import re
 import stat
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,18 @@ _KINDS = {
 
 
 class NotRegularError(OSError):
-    """There is no regular file at a path, but a folder, a pipe, a socket, a device, or a link that is not followed."""
+    """There is no regular file at a path, but a folder, a pipe, a socket, a device, or a link that is not followed.
+
+    Attributes:
+        what: there is instead.
+    """
 
     def __init__(self, path: str | Path, what: str) -> None:
+        self.what = what
         super().__init__(errno.EINVAL, f"{_NOT_REGULAR}{what}", os.fspath(path))
 
     def __reduce__(self) -> tuple[type[NotRegularError], tuple[str, str]]:
-        return type(self), (self.filename, str(self.strerror).removeprefix(_NOT_REGULAR))
+        return type(self), (self.filename, self.what)
 
     def __str__(self) -> str:
         return f"'{printable(self.filename)}' is {self.strerror}"
@@ -73,6 +78,25 @@ def open_regular(path: str | Path, *, below: str | Path | None = None) -> Buffer
     try:
         _require_regular(os.fstat(handle), path)
         return open(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def append_regular(path: str | Path) -> BufferedWriter:
+    """Open a regular file, which is made where there is none, to write behind its end.
+
+    Raises:
+        NotRegularError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    if os.path.exists(path):
+        _require_regular(os.stat(path), path)
+    handle = os.open(path, flags, 0o666)
+    try:
+        _require_regular(os.fstat(handle), path)
+        return open(handle, "ab")
     except BaseException:
         os.close(handle)
         raise

@@ -385,7 +385,7 @@ def test_damaged_files(damage: Callable[[bytes], bytes], message: str, tmp_path:
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is a folder instead"):
         load_fairseq_speech(tmp_path)
     with pytest.raises(ValueError, match=r"with a `model`, but holds optimizer, epoch\\n instead"):
         load_fairseq_speech(saved({"optimizer": {}, "epoch\n": 3}, tmp_path))

@@ -39,20 +39,24 @@ WRITES = {"w", "wb", "x", "xb"}
 ALLOWED = {
     # the home of open_regular
     "untrusted": {
-        *("os.open(path, flags)", "open(handle, 'rb')"),
+        *("os.open(path, flags)", "open(handle, 'rb')", "os.open(path, flags, 438)", "open(handle, 'ab')"),
         *("read_bytes(path, max_bytes, below=below)", "read_text(path, max_bytes, below=below)"),
     },
     # files of the system
     "commands": {"(folder / 'cmdline').read_bytes()", "(folder / 'stat').read_text()"},
     "doctor": {"Path('/sys/fs/cgroup/cpu.max').read_text()"},
     "peak_memory": {"_MEMORY.read_text()", "_STATUS.read_text()"},
+    "idle": {
+        *("(task / 'stat').read_text(errors='replace')", "(task / 'io').read_text()"),
+        "Path('/proc/self/status').read_text()",
+    },
+    "process_state": {
+        "(task / 'children').read_text()",
+        "(_PROCESSES / str(pid) / 'stat').read_text(errors='replace')",
+    },
     # files of the package
     "data.speech": {"(FOLDER / 'index.tsv').read_text(encoding='utf-8')"},
-    "presets": {
-        "(PRESETS / f'{name}.json').read_text(encoding='utf-8')",
-        # made, or an error
-        "os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 438)",
-    },
+    "presets": {"(PRESETS / f'{name}.json').read_text(encoding='utf-8')"},
     # open files and bytes in memory
     "data.audio_decode": {"soundfile.SoundFile(source, closefd=False)"},
     "data.bit_depth": {"Image.open(io.BytesIO(content), formats=('PNG', 'TIFF'))"},
@@ -62,10 +66,24 @@ ALLOWED = {
     "data.tokens": {"np.fromfile(file, dtype='<i8')", "np.memmap(file, dtype=self._dtype, mode='r')"},
     "interop.fairseq_files": {"torch.load(file, map_location='cpu', weights_only=True)"},
     "interop.pickle_files": {"zipfile.ZipFile(file)", "archive.open(entry)"},
-    # checked one line before
+    "shard_files": {"safe_open(f'/proc/self/fd/{self._handle}', framework='pt')"},
+    # checked before
     "interop.folders": {"safe_open(path, framework='pt')"},
+    "outputs": {
+        "(target / 'README.md').read_bytes()",
+        *("os.open(aside, os.O_RDONLY | os.O_DIRECTORY)", "os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)"),
+    },
+    "run_folder": {"(path / 'lock').open('a+', encoding='utf-8', errors='replace')"},
+    # written before
+    "atomic": {"os.open(path, os.O_RDONLY)"},
+    "metrics": {"(folder.path / LOG).open('a', encoding='utf-8')"},
+    # for the lock alone, without waiting
+    "checkpoint_hold": {
+        "os.open(path, os.O_RDONLY | os.O_NONBLOCK)",
+        "os.open(checkpoint / _MANIFEST, os.O_RDWR | os.O_NONBLOCK)",
+    },
     # for reading and writing, which waits for nobody
-    "data.cache": {"os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 438)", "os.open(path, os.O_RDONLY)"},
+    "data.cache": {"os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 438)"},
     # written
     "embed": {"zipfile.ZipFile(path, 'w')"},
     # a function of that name

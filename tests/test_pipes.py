@@ -20,7 +20,11 @@ from d2v_fast.data.tokens import Tokens
 from d2v_fast.export import read_run_config
 from d2v_fast.interop.huggingface import import_model
 from d2v_fast.interop.published import read_published
+from d2v_fast.metrics import read_log, read_probes
+from d2v_fast.run_folder import RunFolder
 from d2v_fast.speech_config import SpeechDataConfig, SpeechModelConfig
+from d2v_fast.untrusted import append_regular
+from d2v_fast.world import RunError
 from tests.runs import tiny_file
 from tests.test_huggingface import edited
 from tests.test_huggingface_speech import edited as edited_speech
@@ -28,7 +32,7 @@ from tests.text_files import config, sentences, small_tokenizer, tokens_of
 
 pytest.importorskip("tokenizers")
 
-ERRORS = (ValueError, OSError, DataError, ConfigError)
+ERRORS = (ValueError, OSError, DataError, ConfigError, RunError)
 A_PIPE = "a pipe"
 
 
@@ -53,7 +57,7 @@ def test_configurations(tmp_path: Path) -> None:
     pipe(tmp_path / "runs" / "a" / "config.json")
     options = read_options(["--resume", "--run", "a", "--set", f"d2v.run.dir={tmp_path / 'runs'}"])
     assert_refused(lambda: read_config(options, 1), "no run|nothing to resume|config.json")
-    assert_refused(lambda: read_run_config(tmp_path / "runs" / "a"), "holds no config.json")
+    assert_refused(lambda: read_run_config(tmp_path / "runs" / "a"))
 
 
 def test_process_substitution_is_refused_and_a_redirected_file_is_read(tmp_path: Path) -> None:
@@ -139,3 +143,22 @@ def test_written_tokens(tmp_path: Path, name: str) -> None:
     (tokens.folder / name).unlink()
     shutil.copyfile(kept, tokens.folder / name)
     assert Tokens(tokens.folder).num_tokens == tokens.num_tokens
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "a", "a")
+    folder.add_line("bad_files.txt", os.fsdecode(b"\xff one"))
+    folder.add_line("bad_files.txt", "two")
+    assert (folder.path / "bad_files.txt").read_bytes() == b"\xff one\ntwo\n"
+    pipe(folder.path / "bad_files.txt")
+    assert_refused(lambda: folder.lines("bad_files.txt"))
+    assert_refused(lambda: folder.add_line("bad_files.txt", "three"))
+    assert_refused(lambda: append_regular(folder.path / "bad_files.txt"))
+    assert_refused(lambda: append_regular("/dev/full"), "a device")
+    pipe(folder.path / "log.jsonl")
+    assert_refused(lambda: read_log(folder.path))
+    pipe(folder.path / "probe.json")
+    assert read_probes(folder.path) == []
+    folder.close()
+    pipe(folder.path / "lock")
+    assert_refused(lambda: RunFolder.reopen(tmp_path, "a"), "lock must be a file")

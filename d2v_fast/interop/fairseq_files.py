@@ -77,7 +77,7 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
     except FileNotFoundError:
         raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is no file.") from None
     except NotRegularError as error:
-        raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is {error.strerror}.") from None
+        raise ValueError(f"`{path}` must be a checkpoint of fairseq, but is {error.what} instead.") from None
     except NeededClass as error:
         stripped = path.with_name(f"{path.stem}-weights.pt")
         raise NeedsClass(
