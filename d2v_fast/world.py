@@ -18,13 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from d2v_fast.watch import Watch
 
 # what gloo says when a process at the other end, or the network to it, is gone
 _BROKEN = re.compile(r"gloo/(transport|rendezvous)|[Cc]onnection (closed|reset|refused)|connectFullMesh failed")
+
+# of the run that this process is in, if several take part
+_watch: Watch | None = None
 
 
 class RunError(RuntimeError):
@@ -132,8 +134,10 @@ class World:
 
     def close(self) -> None:
         """Take the process group down; torch warns about one that is left."""
+        global _watch
         if self._watch is not None:
             self._watch.close()
+            _watch = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -143,21 +147,40 @@ class World:
         limit = timedelta(minutes=timeout_minutes)
         backend = "gloo" if self.device.type == "cpu" else "nccl"
         try:
-            store, _, _ = next(rendezvous("env://", timeout=limit))
-            if self.size > 1:
-                self._watch = Watch(PrefixStore(_attempt(), store), self.rank, self.size, limit.total_seconds())
-            dist.init_process_group(
-                backend,
-                store=PrefixStore(_attempt(), store),
-                rank=self.rank,
-                world_size=self.size,
-                # longer than the watch waits, which can say who is missing
-                timeout=2 * limit,
-                device_id=None if backend == "gloo" else self.device,
-            )
-            self._hosts = dist.new_group(backend="gloo", timeout=2 * limit)
+            self._meet(backend, limit)
         except (dist.DistStoreError, dist.DistNetworkError) as error:
-            raise ConnectionError(_why_not_connected(error, self.rank, self.size, timeout_minutes)) from error
+            missing = None if self._watch is None else self._watch.missing()
+            self.close()
+            raise ConnectionError(_why_not_connected(error, self.rank, self.size, limit, missing)) from error
+        except RuntimeError as error:
+            told = lost_connection(error)
+            self.close()
+            if told is None:
+                raise
+            raise ConnectionError(told) from error
+        except BaseException:
+            # nobody closes a world that was not made
+            self.close()
+            raise
+
+    def _meet(self, backend: str, limit: timedelta) -> None:
+        store, serves = _open_store(self.rank, self.size, limit)
+        if self.size > 1:
+            global _watch
+            own = PrefixStore(_attempt(), store)
+            _watch = self._watch = Watch(own, self.rank, self.size, limit.total_seconds(), serves=serves)
+            if (absent := self._watch.wait_for_all()) is not None:
+                raise ConnectionError(_not_met(self.rank, self.size, limit, absent))
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(_attempt(), store),
+            rank=self.rank,
+            world_size=self.size,
+            # longer than the watch waits, which can say who is missing
+            timeout=2 * limit,
+            device_id=None if backend == "gloo" else self.device,
+        )
+        self._hosts = dist.new_group(backend="gloo", timeout=2 * limit)
 
     def _tell(self, message: bytes) -> bytes:
         """Broadcast bytes of the first process; what the others pass is ignored."""
@@ -180,11 +203,25 @@ def lost_connection(error: RuntimeError) -> str | None:
     """What to tell where another process of the run is gone; None where `error` is about something else."""
     if not isinstance(error, dist.DistError) and not _BROKEN.search(str(error)):
         return None
-    return (
-        f"rank {os.environ.get('RANK', '0')} has lost the connection to another process of the run, which has ended "
-        f"or is cut off; its own message, or the launcher's, says why. "
-        f"({str(error).splitlines()[0]})"
-    )
+    rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
+    missing = None if _watch is None else _watch.missing()
+    if missing is None:
+        missing = "it has ended or is cut off; its own message, or the launcher's, says why"
+    return f"rank {rank} has lost the connection to another process of the run: {missing}. ({reason})"
+
+
+def _open_store(rank: int, size: int, limit: timedelta) -> tuple[Store, bool]:
+    """The store in which the processes find each other, and whether this one holds it.
+
+    Unlike torch's own rendezvous it does not wait for all, so that whoever waits can say who is missing.
+    """
+    # torchrun serves a store for its processes
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    options: dict[str, Any] = {"timeout": limit, "wait_for_workers": False, "multi_tenant": True}
+    # the stubs leave it out
+    make: Any = dist.TCPStore  # type: ignore[attr-defined]
+    return make(address, port, size, serves, **options), serves
 
 
 def _attempt() -> str:
@@ -195,19 +232,25 @@ def _attempt() -> str:
     return f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if is_shared and alone else "attempt"
 
 
-def _why_not_connected(error: Exception, rank: int, size: int, timeout_minutes: float) -> str:
+def _not_met(rank: int, size: int, limit: timedelta, why: str) -> str:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return (
+        f"rank {rank} could not meet the other {size - 1} at {address} within {limit.total_seconds() / 60:g} minutes: "
+        f"{why}. Are all started, and do their machines reach that address? With several network interfaces name the "
+        "right one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+    )
+
+
+def _why_not_connected(error: Exception, rank: int, size: int, limit: timedelta, missing: str | None) -> str:
     reason = str(error).splitlines()[0]
     if "EADDRINUSE" in str(error):
         return (
             f"the port {os.environ['MASTER_PORT']} is in use, by another run or another program: give the launcher a "
             f"free one (`--master_port`, or `--standalone` with torchrun). ({reason})"
         )
-    return (
-        f"rank {rank} could not meet the other {size - 1} at {address} within {timeout_minutes:g} minutes. Are all "
-        f"started, and does this machine reach that address? With several network interfaces name the right one in "
-        f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME. ({reason})"
-    )
+    if missing is None and rank > 0:
+        missing = "rank 0, which is to answer there, does not"
+    return f"{_not_met(rank, size, limit, missing or 'the store of the run does not answer')} ({reason})"
 
 
 def _describe_single_process() -> None:

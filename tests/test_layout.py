@@ -88,6 +88,8 @@ ARROWS = {
     "d2v_fast.pre_norm": {"d2v_fast.layers"},
     "d2v_fast.post_norm": {"d2v_fast.encoder", "d2v_fast.layers"},
     "d2v_fast.data2vec": {*MODEL, "d2v_fast.ops"},
+    "d2v_fast.peers": set(),
+    "d2v_fast.watch": {"d2v_fast.peers"},
     "d2v_fast.world": {"d2v_fast.watch"},
     "d2v_fast.shards": {"d2v_fast.world"},
     "d2v_fast.shard_files": {"d2v_fast.shards", "d2v_fast.world"},
