@@ -27,7 +27,7 @@ from d2v_fast.config_errors import OptionError
 from d2v_fast.interop.layout import require_finite
 from d2v_fast.interop.sources import explain
 from d2v_fast.modalities import Student, build_student, encoder_class
-from d2v_fast.outputs import require_file, require_free, set_aside_changed
+from d2v_fast.outputs import require_file, require_free, require_writable, set_aside_changed
 from d2v_fast.saved_config import saved_config
 from d2v_fast.shard_files import DamageError
 
@@ -217,10 +217,9 @@ def export_run(
     # a name of its own, so that it does not take the place of the student that the run left there
     name = "export" if weights == "student" else f"export-{weights}"
     if to is None:
-        to = (
-            run_folder
-            / {"transformers": name, "onnx": f"{name}.onnx", "beit": "export.pth", "fairseq": "export.pt"}[form]
-        )
+        require_writable(run_folder)
+        names = {"transformers": name, "onnx": f"{name}.onnx", "beit": "export.pth", "fairseq": "export.pt"}
+        to = run_folder / names[form]
         kept = set_aside_changed(to) if form == "transformers" else None
     elif form == "transformers":
         require_free(to, overwrite)

@@ -75,6 +75,19 @@ def require_file(path: Path, overwrite: bool = False, option: str = "`--to`") ->
     require_free(path, overwrite, option)
 
 
+def require_writable(folder: Path, option: str = "`--to`") -> None:
+    """Check that the folder of a default place can be written.
+
+    Args:
+        folder: of a run.
+        option: that names another place, for the message.
+    Raises:
+        ValueError: the file system is read-only, or the user may not write to the folder.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"`{printable(str(folder))}` cannot be written: name another place with {option}.")
+
+
 @contextmanager
 def model_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder to fill, whose files become those of `folder` when the block has ended.

@@ -31,7 +31,7 @@ from d2v_fast.export import load_encoder, open_checkpoint, read_run_config
 from d2v_fast.features import patch_features
 from d2v_fast.masking import block_masks
 from d2v_fast.modalities import Student
-from d2v_fast.outputs import require_file
+from d2v_fast.outputs import require_file, require_writable
 from d2v_fast.sheet import MAX_COUNT, Sheet, choose_samples, label_of, save_figure, say_if_fewer
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def draw(
     if out is not None:
         require_file(out, overwrite, "`--out`")
     config = read_run_config(run_folder)
+    if out is None:
+        require_writable(run_folder, "`--out`")
     if not isinstance(config, VisionConfig | SpeechConfig):
         raise ValueError(
             f"`RUN_FOLDER` must be a run on images or recordings to be drawn, but {run_folder} is one on "

@@ -11,8 +11,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
-from d2v_fast.process_state import children_of
-
 # a hang-up is ignored under nohup, and stays so
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # a signal that comes this soon after the last one is the same request: launchers pass on what the terminal sent
@@ -177,6 +175,9 @@ def end_on_import() -> None:
 
 def _end(number: int) -> NoReturn:
     """End this process and its children at once."""
+    # not before it is needed: this module is the first that a command imports
+    from d2v_fast.process_state import children_of
+
     with suppress(OSError):
         os.write(2, f"interrupted by {signal.Signals(number).name}\n".encode())
     for child in children_of(os.getpid()):

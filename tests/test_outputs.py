@@ -227,6 +227,20 @@ def test_file_targets(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert f"must be in a folder, but {run / 'config.json'} is none" in capsys.readouterr().err
 
 
+def test_default_place_that_cannot_be_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run on read-only media is exported and drawn elsewhere."""
+    access = os.access
+    monkeypatch.setattr(
+        outputs.os, "access", lambda path, mode: run not in (path, *path.parents) and access(path, mode)
+    )
+    for words, option in ((["export", str(run)], "--to"), (["draw", str(run), "--count", "1"], "--out")):
+        assert main(words) == 1
+        assert f"`{run}` cannot be written: name another place with `{option}`." in capsys.readouterr().err
+    assert export(run, run.parent / "out") == 0
+
+
 def test_features_and_the_names_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("f.npy", "f.paths.txt"):
         for other in tmp_path.iterdir():

@@ -19,7 +19,7 @@ from d2v_fast import console, stop_request
 from d2v_fast.console import main
 from d2v_fast.data.cache import made_once
 from d2v_fast.stop_request import EndOnSignal, Interrupted, StopRequest
-from tests.runs import fork, run_here, tiny_file, until, wait
+from tests.runs import fork, leave_out_reports, run_here, tiny_file, until, wait
 from tests.test_export import CONFIG, write_run
 from tests.text_files import sentences
 
@@ -73,6 +73,15 @@ def test_other_commands(
     monkeypatch.setitem(console._WORK, command, raising(number))  # type: ignore[arg-type]
     assert main([command, "x"]) == 128 + number
     assert capsys.readouterr().err == f"interrupted by {number.name}; what was half written is removed\n"
+
+
+def test_while_a_run_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps are made: it is exported and brought to its end."""
+    leave_out_reports(monkeypatch.setattr)
+    monkeypatch.setattr("d2v_fast.evaluation.export", raising(signal.SIGTERM))
+    file = tiny_file(tmp_path, d2v__schedule={"steps": 2, "warmup_steps": 1})
+    assert run_here(file, "--run", "r") == 0
+    assert (tmp_path / "runs/r/result.json").exists()
 
 
 def test_in_the_middle_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +246,7 @@ def test_first_seconds_of_a_process(program: str, tmp_path: Path) -> None:
     if program == "train.py":
         command = [sys.executable, str(ROOT / "d2v_fast" / "train.py"), str(file), "--run", "r", "--dry-run"]
     else:
-        code = "import sys; from d2v_fast.console import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from d2v_fast.command import main; sys.exit(main())"
         words = ["tokenize", str(tmp_path / "text"), "--train", "--vocab-size", "400", "--to", str(tmp_path / "tok")]
         command = [sys.executable, "-c", code, *words]
     for place, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
