@@ -19,7 +19,7 @@ from torch import Tensor
 from d2v_fast.config import MAX_FILE_BYTES, TextConfig
 from d2v_fast.config_errors import OptionError, check
 from d2v_fast.data import DataError
-from d2v_fast.data.files import UnreadableFile, find_files
+from d2v_fast.data.files import UnreadableFile, find_files, refuse_system_error
 from d2v_fast.data.listing import FileKinds, Listing, count_endings
 from d2v_fast.export import load_encoder, open_checkpoint, read_run_config, run_tokenizer
 from d2v_fast.interop.huggingface import import_model
@@ -281,6 +281,7 @@ class Lines(Source):
             try:
                 yield from self._of_file(path)
             except (OSError, UnreadableFile) as error:
+                refuse_system_error(error, path)
                 yield printable(f"{path}: {error}")
 
     def problem(self) -> str | None:

@@ -26,6 +26,14 @@ _NO_INODES = "The disk of {place} has room, but can hold no further file: delete
 # how safetensors and tokenizers, which are written in Rust, hand on the number
 _RUST = re.compile(r"\(os error (\d+)\)")
 
+# of this process, its machine or a network, whichever file was asked for
+_OF_SYSTEM = frozenset(
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENODEV, errno.ESHUTDOWN),
+    }
+)
+
 
 def error_number(error: BaseException | None) -> int | None:
     """Return the number of the system's error behind an exception, or None where there is none."""
@@ -33,6 +41,14 @@ def error_number(error: BaseException | None) -> int | None:
         return error.errno
     found = None if error is None else _RUST.search(str(error))
     return None if found is None else int(found[1])
+
+
+def is_of_system(error: BaseException | None) -> bool:
+    """Return whether an error says nothing about the file that was read: too many open files, a lost network, and such.
+
+    A fault that the disk reports is none of these: it may be of one sector.
+    """
+    return error_number(error) in _OF_SYSTEM
 
 
 def advice(error: BaseException | None, place: str | Path) -> str:

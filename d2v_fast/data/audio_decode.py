@@ -16,7 +16,7 @@ import numpy.typing as npt
 from d2v_fast.data.audio_layout import NOT_AUDIO, pieces_of_file
 from d2v_fast.data.audio_view import FileView
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import UnreadableFile, open_sample
+from d2v_fast.data.files import UnreadableFile, open_sample, refuse_system_error
 
 __all__ = ["AudioHeader", "AudioLimits", "UnreadableAudio", "import_audio", "read_header", "read_part", "read_whole"]
 
@@ -104,7 +104,7 @@ def read_header(path: str, limits: AudioLimits) -> AudioHeader:
     Raises:
         UnreadableAudio: for anything that is wrong with the file.
     """
-    with _reasons(), _opened(path, limits) as opened:
+    with _reasons(path), _opened(path, limits) as opened:
         return AudioHeader(opened.num_samples, opened.file.samplerate)
 
 
@@ -122,7 +122,7 @@ def read_part(path: str, num_samples: int, place: float, limits: AudioLimits) ->
         UnreadableAudio: for anything that is wrong with the file, or what is read of it.
         DataError: if a package is missing.
     """
-    with _reasons(), _opened(path, limits) as opened:
+    with _reasons(path), _opened(path, limits) as opened:
         length = opened.length(limits.sample_rate)
         if length < num_samples:
             raise UnreadableAudio(f"shorter than it was said to be: {length:,} samples instead of {num_samples:,}")
@@ -131,14 +131,14 @@ def read_part(path: str, num_samples: int, place: float, limits: AudioLimits) ->
 
 def read_whole(path: str, limits: AudioLimits) -> npt.NDArray[np.float32]:
     """All of a file, fp32 `[N]`; otherwise as `read_part`."""
-    with _reasons(), _opened(path, limits) as opened:
+    with _reasons(path), _opened(path, limits) as opened:
         if opened.num_samples > MAX_WHOLE:
             raise UnreadableAudio(f"{opened.num_samples:,} samples are more than {MAX_WHOLE:,}")
         return _audible(_samples(opened, 0.0, None, limits), limits.silence)
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
+def _reasons(path: str) -> Iterator[None]:
     """Whatever goes wrong inside, in words."""
     try:
         yield
@@ -147,6 +147,7 @@ def _reasons() -> Iterator[None]:
     except UnreadableFile as error:
         raise UnreadableAudio(str(error)) from None
     except OSError as error:
+        refuse_system_error(error, path)
         raise UnreadableAudio(f"cannot be opened: {error.strerror or type(error).__name__}") from None
     except Exception as error:
         # libsndfile's own words, where it has some

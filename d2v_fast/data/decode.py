@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from d2v_fast.data.bit_depth import Dim, eight_bits
-from d2v_fast.data.files import UnreadableFile, open_sample
+from d2v_fast.data.files import UnreadableFile, open_sample, refuse_system_error
 
 __all__ = ["Box", "Limits", "SmallImage", "UnreadableImage", "centre_box", "check_header", "read_square"]
 
@@ -140,6 +140,7 @@ def _reasons(path: str, limits: Limits) -> Iterator[None]:
     except UnidentifiedImageError:
         raise UnreadableImage(_unidentified(path, limits)) from None
     except Exception as error:
+        refuse_system_error(error, path)
         # decoders let nearly every type of exception escape from damaged files
         raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,9 +13,19 @@ import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import FileKinds, Listing, count_endings, describe_listing, ending_of
+from d2v_fast.io_errors import advice, error_number, is_of_system
 from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, NotRegularError, is_pointer, open_regular, printable
 
-__all__ = ["NUM_CHECKED", "NUM_NAMED", "NUM_NEIGHBOURS", "PathList", "UnreadableFile", "find_files", "open_sample"]
+__all__ = [
+    "NUM_CHECKED",
+    "NUM_NAMED",
+    "NUM_NEIGHBOURS",
+    "PathList",
+    "UnreadableFile",
+    "find_files",
+    "open_sample",
+    "refuse_system_error",
+]
 
 # files looked at before training starts, and neighbours tried in place of an unreadable file
 NUM_CHECKED = 16
@@ -141,6 +152,22 @@ def open_sample(path: str, inside: str | None, max_bytes: int) -> BufferedReader
         file.close()
         raise
     return file
+
+
+def refuse_system_error(error: BaseException, path: str, *, is_lasting: bool = False) -> None:
+    """DataError for an error that says nothing about the file: a good file is not to be counted as unreadable.
+
+    Args:
+        error: raised while `path` was read.
+        path: the file.
+        is_lasting: what is left out now stays left out, so that a fault of the disk, which may pass, is refused too.
+    """
+    if is_of_system(error) or (is_lasting and error_number(error) == errno.EIO):
+        remedy = advice(error, printable(os.path.dirname(path)))
+        raise DataError(
+            f"'{printable(path)}' could not be read, for a reason that may pass and is not the file's: "
+            f"{printable(getattr(error, 'strerror', None) or str(error))}." + (f" {remedy}." if remedy else "")
+        ) from error
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from d2v_fast.io_errors import error_number, is_of_system
 
 if TYPE_CHECKING:
     from d2v_fast.data.files import PathList
@@ -72,15 +75,21 @@ def digest_of(*parts: bytes | npt.NDArray[np.generic]) -> str:
 
 
 def file_sizes(root: str, paths: PathList) -> npt.NDArray[np.int64]:
-    """Return the size in bytes of every file, int64 `[len(paths)]`; -1 for a file that is gone."""
+    """Return the size in bytes of every file, int64 `[len(paths)]`; -1 for a file that is gone.
+
+    Raises:
+        OSError: a size is not to be had, for a reason that may pass.
+    """
     sizes = np.full(len(paths), -1, dtype=np.int64)
 
     def ask(start: int) -> None:
         for index in range(start, min(start + SIZES_AT_A_TIME, len(paths))):
             try:
                 sizes[index] = os.stat(os.path.join(root, paths[index])).st_size
-            except OSError:
-                continue
+            except OSError as error:
+                if is_of_system(error) or error_number(error) == errno.EIO:
+                    # the data have not changed for it
+                    raise
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         # a list, so that an error of a thread is raised here

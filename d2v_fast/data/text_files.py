@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files
+from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files, refuse_system_error
 from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings, describe_listing, name_list
 from d2v_fast.data.parquet_files import parquet_rows
 from d2v_fast.data.text_streams import (
@@ -263,6 +263,8 @@ class TextFiles:
         except UnicodeDecodeError:
             raise DataError(f"'{printable(path)}' was changed while it was read: begin again.") from None
         except (OSError, UnreadableFile) as error:
+            # the tokens are kept: a file that is left out of them would be for good
+            refuse_system_error(error, path, is_lasting=True)
             self.bad.add(path, _reason(error))
 
     def _documents(self, lines: Iterable[str], file: IO[bytes]) -> Iterator[str | None]:
@@ -303,6 +305,8 @@ class TextFiles:
                         yield text
                         yield None
         except (OSError, UnreadableFile) as error:
+            # the tokens are kept: a file that is left out of them would be for good
+            refuse_system_error(error, path, is_lasting=True)
             self.bad.add(path, _reason(error))
 
     def _field(self, line: bytes, first: bool) -> str | None:
@@ -345,6 +349,7 @@ class TextFiles:
                     yield None
                     self.num_read = before + int(share * size)
         except (OSError, UnreadableFile) as error:
+            refuse_system_error(error, path, is_lasting=True)
             self.bad.add(path if number == 0 else f"{path}, after row {number}", _reason(error))
 
     def _columns(self) -> dict[str, str]:
