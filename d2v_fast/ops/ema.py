@@ -103,6 +103,11 @@ def _fake(
     decay_tensor: Tensor | None,
     working: Sequence[Tensor],
 ) -> None:
+    _fake_check(teacher, student, working)
+
+
+@torch.library.register_fake("d2v::ema_check")
+def _fake_check(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequence[Tensor]) -> None:
     _check_alike(_Lists(list(teacher), list(student), list(working)))
 
 
@@ -202,8 +207,7 @@ class EmaUpdate:
             return
         if value == 1.0 and decay_tensor is None:
             return
-        # a mode of `torch.utils._python_dispatch` wants to see the operation
-        if torch._C._len_torch_dispatch_stack() > 0 or not self._run_prepared(value, decay_tensor):
+        if _is_observed() or not self._run_prepared(value, decay_tensor):
             _update(self._lists, value, decay_tensor)
         _copy_integers(self._integers, value, decay_tensor)
 
@@ -215,7 +219,7 @@ class EmaUpdate:
         self._prepared = None
         _check(self._lists)
         self._is_direct = in_cpp("ema_prepare") and _is_direct(self._lists)
-        if self._is_direct:
+        if self._is_direct and not _is_observed():
             self._prepared = _Prepared(self._lists)
 
     def _run_prepared(self, value: float, decay_tensor: Tensor | None) -> bool:
@@ -251,6 +255,11 @@ class _Prepared:
         with torch.cuda.device(self._device):
             self._triton.launch(self._launches, value, decay_tensor)
         return True
+
+
+def _is_observed() -> bool:
+    """Whether a mode of `torch.utils._python_dispatch` is on, as that of fake tensors, which sees every operation."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_direct(lists: _Lists) -> bool:
@@ -401,8 +410,8 @@ def _sorted_out(lists: _Lists) -> tuple[_Lists, _Lists]:
 
 def _check(lists: _Lists) -> None:
     _check_alike(lists)
-    # under torch.compile there are no addresses to compare
-    if not torch.compiler.is_compiling():
+    # under torch.compile, and with fake tensors, there are no addresses to compare
+    if not torch.compiler.is_compiling() and not _is_observed():
         _check_overlap(*lists)
 
 

@@ -294,9 +294,18 @@ def test_dispatch_modes_see_the_operation():
     lists = three(torch.device("cpu"))
     update, before = EmaUpdate(lists[0], lists[1]), [t.clone() for t in lists[0]]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        update(0.5)
+        within = EmaUpdate(lists[0], lists[1])
+        for decay in (0.5, 1.0):
+            update(decay)
+            within(decay)
+            ema_update_(lists[0], lists[1], decay)
+        fake = [torch.zeros(3)], [torch.ones(3)]
+        EmaUpdate(*fake)(0.5)
+        with pytest.raises(ValueError, match="shape"):
+            ema_update_(fake[0], [torch.ones(4)], 0.5)
     assert all(torch.equal(a, b) for a, b in zip(lists[0], before, strict=True))
-    assert_updated((lists[0], lists[1], lists[0]), update)
+    for outside in (update, within):
+        assert_updated((lists[0], lists[1], lists[0]), outside)
 
 
 def test_threads():
