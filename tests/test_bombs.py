@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import resource
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import UnreadableFile
 from d2v_fast.data.text_files import TextFiles
 from d2v_fast.interop.fairseq_files import read_pickle
+from d2v_fast.interop.folders import read_weights
 from tests.text_files import config
 
 
@@ -170,6 +172,15 @@ def texts(path: Path, **options: Any) -> str:
         if piece.ends:
             sizes.append(0)
     return f"{len(sizes) - 1} documents, {sum(sizes)} characters, {source.bad.named}"
+
+
+def test_headers_of_safetensors(tmp_path: Path) -> None:
+    names = b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_000))
+    header = b"{%s}" % names
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    used, found = measured(lambda: read_weights(tmp_path))
+    assert " bytes is more than 4,000,000" in found
+    assert used < 20e6
 
 
 LINES: dict[str, tuple[bytes, str]] = {

@@ -17,11 +17,13 @@ from d2v_fast.config import MAX_FILE_BYTES, D2VConfig
 from d2v_fast.config_errors import show
 from d2v_fast.interop.layout import Layout
 from d2v_fast.interop.sources import explain
-from d2v_fast.untrusted import NotRegularError, read_json, refuse_pointer
+from d2v_fast.untrusted import NotRegularError, open_regular, read_json, refuse_pointer
 
 # of one file of weights, as Transformers divides them
 MAX_WEIGHTS_BYTES = 5 * 10**9
 MAX_INDEX_BYTES = 2**24
+# of the header of a file of weights, which takes thirty times as much memory and has 150 bytes per tensor
+MAX_HEADER_BYTES = 4_000_000
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -77,6 +79,7 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], Path]:
         try:
             # also refuses what is no regular file, which would be waited for
             refuse_pointer(path)
+            _refuse_header(path)
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (NotRegularError, SafetensorError) as error:
@@ -189,6 +192,15 @@ def as_json(value: Mapping[str, Any]) -> str:
 
 def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+def _refuse_header(path: Path) -> None:
+    """ValueError if a safetensors file has a header of more than `MAX_HEADER_BYTES`."""
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        what = f"a header of {size:,} bytes is more than {MAX_HEADER_BYTES:,}"
+        raise ValueError(f"`{path}` must be a safetensors file, but: {what}.")
 
 
 def _weight_files(source: Path) -> list[Path]:
