@@ -306,10 +306,12 @@ class Checkpoints:
             self._give_up(step, None, self._described(error))
 
     def _require_success(self, step: int, temporary: Path, failure: Exception | None) -> None:
-        """RunError in every process if one of them failed, with the reason of the first that did."""
-        found = [told for told in self.world.collect(failure and self._described(failure)) if told is not None]
-        if found:
-            self._give_up(step, temporary, found[0])
+        """RunError in every process if one of them failed, with the rank and the reason of the first that did."""
+        for rank, told in enumerate(self.world.collect(failure and self._described(failure))):
+            if told is not None:
+                reason, remedy = told
+                which = f"rank {rank}: " if self.world.size > 1 else ""
+                self._give_up(step, temporary, (f"{which}{reason}", remedy))
 
     def _described(self, error: Exception) -> tuple[str, str]:
         """What went wrong, and what to do about it."""

@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from d2v_fast.idle import LOOKS, clock, end_process, late
@@ -134,8 +135,11 @@ class Watch:
                 elif heard_at != self._looks and self._talking.have_all_come():
                     heard_at = self._looks
                     self._listen()
-            except RuntimeError:
+            except dist.DistNetworkError:
                 # the store has gone with the process that holds it; `_message` says so when nothing happens any more
+                return
+            except RuntimeError:
+                # it may answer later
                 continue
 
     def _listen(self) -> None:
