@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from d2v_fast.data.audio_decode import AudioLimits, UnreadableAudio, read_header
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.decode import Limits, UnreadableImage, check_header
 from d2v_fast.data.files import PathList
+from d2v_fast.data.parquet_files import parquet_rows
 from d2v_fast.data.samples import file_sizes
 from d2v_fast.data.text_files import TextFiles
 
@@ -77,6 +79,22 @@ def test_text_is_not_left_out_for_good(name: str, ending: str, failing, tmp_path
     words = "none of 1 files" if name in OF_THE_FILE else "may pass and is not the file's"
     with pytest.raises(DataError, match=words):
         list(files.pieces())
+
+
+@pytest.mark.parametrize("name", [*PASSING, "EIO"])
+def test_parquet_file_that_fails_in_the_middle(name: str, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    number = getattr(errno, name)
+
+    class Failing(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            if self.tell() < 20:
+                raise OSError(number, os.strerror(number))
+            return super().read(size)
+
+    with Failing(tmp_path / "a.parquet") as file, pytest.raises(OSError, match=os.strerror(number)):
+        list(parquet_rows(file, {"text": "`d2v.data.field`"}))
 
 
 def test_sizes_that_are_not_to_be_had_are_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import UnreadableFile
 from d2v_fast.data.listing import name_list
 from d2v_fast.data.text_streams import MAX_RATIO, MIN_LIMIT
+from d2v_fast.io_errors import error_number
 
 __all__ = ["parquet_rows"]
 
@@ -43,6 +44,7 @@ def parquet_rows(file: IO[bytes], columns: Mapping[str, str]) -> Iterator[tuple[
     Yields:
         How much of the file has been read, in [0, 1], and the values of a row; bytes where a text is not UTF-8.
     Raises:
+        OSError: it could not be read.
         UnreadableFile: it is damaged, lacks a column, or has more than `MAX_RATIO` times its own size.
         DataError: pyarrow is missing.
     """
@@ -67,7 +69,7 @@ def parquet_rows(file: IO[bytes], columns: Mapping[str, str]) -> Iterator[tuple[
                     yield min(1.0, number / max(1, table.metadata.num_rows)), row
     except (OSError, ValueError, KeyError, NotImplementedError, MemoryError) as error:
         # Arrow's own errors are of these, such as KeyErrors for two columns of one name
-        if isinstance(error, (UnreadableFile, DataError)):
+        if isinstance(error, (UnreadableFile, DataError)) or error_number(error) is not None:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableFile((reason.splitlines() or [type(error).__name__])[0][:300].rstrip(".")) from None
