@@ -155,7 +155,7 @@ def check_tensors(name: str, values: Iterable[Any]) -> None:
         hint = ""
         if value is None:
             hint = ": leave it out of every list"
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple) and value and isinstance(value[0], str):
             hint = ": of `named_parameters()` pass `dict(module.named_parameters())`, which is matched by name"
         raise TypeError(f"`{name}[{i}]` must be a tensor, but is {type(value).__name__} instead{hint}.")
 

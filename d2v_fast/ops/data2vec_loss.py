@@ -23,6 +23,7 @@ from d2v_fast.ops.topk_target import (
     check_indices,
     check_layers,
     check_rows,
+    layer_list,
     topk_target_reference,
 )
 
@@ -130,7 +131,7 @@ def data2vec_loss(
         IndexError: On a CPU, ``rows``, ``lengths`` or ``target_rows`` out of range. A GPU is not waited for: there a
             row out of range gives NaN.
     """
-    layers = [x.detach() for x in layers]
+    layers = [x.detach() for x in layer_list(layers)]
     check_layers(layers, layer_norm, final_norm, eps)
     check_rows(layers, rows, lengths)
     check_pred(pred, beta, scale, reduction)

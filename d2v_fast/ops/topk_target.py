@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import FLOAT_DTYPES, define
+from d2v_fast.ops._library import FLOAT_DTYPES, check_tensors, define, tensor_list
 
 # the operations below take positions in these tuples
 LAYER_NORMS = ("none", "layer", "instance", "batch")
@@ -119,13 +119,26 @@ def topk_target(
         >>> topk_target([torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 8.0]]])], rows=torch.tensor([0]))
         tensor([[-1.0000,  1.0000]])
     """
-    layers = list(layers)
+    layers = layer_list(layers)
     check_layers(layers, layer_norm, final_norm, eps)
     check_rows(layers, rows, lengths)
     with torch.no_grad():
         return torch.ops.d2v.topk_target(
             layers, LAYER_NORMS.index(layer_norm), FINAL_NORMS.index(final_norm), rows, lengths, float(eps)
         )
+
+
+def layer_list(layers: Sequence[Tensor]) -> list[Tensor]:
+    """Return the layers as a list: of a sequence or iterator, which is consumed once, or one tensor `[K, B, T, D]`.
+
+    Raises:
+        TypeError: A single layer, a dict, a module, or a list that holds something else than tensors.
+    """
+    if isinstance(layers, Tensor) and layers.ndim == 4:
+        return list(layers)
+    found = tensor_list("layers", layers)
+    check_tensors("layers", found)
+    return found
 
 
 def check_layers(layers: list[Tensor], layer_norm: str, final_norm: str, eps: float) -> None:
