@@ -77,6 +77,8 @@ ALLOWED = {
     # written before
     "atomic": {"os.open(path, os.O_RDONLY)"},
     "metrics": {"(folder.path / LOG).open('a', encoding='utf-8')"},
+    # a pipe of its own, and what takes anything
+    "stop_request": {"os.open(os.devnull, os.O_WRONLY)", "open(reading, 'rb', buffering=0)"},
     # for the lock alone, without waiting
     "checkpoint_hold": {
         "os.open(path, os.O_RDONLY | os.O_NONBLOCK)",
