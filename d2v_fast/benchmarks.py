@@ -9,6 +9,7 @@ from pathlib import Path
 
 from d2v_fast.commands import tool_command
 from d2v_fast.config_errors import OptionError
+from d2v_fast.packages import install_command
 
 ROOT = Path(__file__).resolve().parent.parent
 _NEEDED = ("pytest", "pytest_benchmark")
@@ -37,7 +38,7 @@ def run_benchmarks(*, check: bool = False, only: str | None = None, device: str 
     if check and only:
         raise OptionError("`--check` looks at every goal, and so at every benchmark: leave out `--only`.")
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise ValueError(f"the benchmarks need {' and '.join(missing)}: `pip install 'd2v_fast[bench]'`.")
+        raise ValueError(f"the benchmarks need {' and '.join(missing)}: `{install_command(missing[0])}`.")
     if not only:
         # what two idle cores of a current x86 machine take, with compilation and what is not timed
         length = "ten minutes" if check else "a quarter of an hour"

@@ -1,4 +1,4 @@
-"""The command line of training. Nothing heavy is imported before it has been read."""
+"""The command line of training. Nothing but the standard library is imported before it has been read."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from d2v_fast.config import ConfigError, RunConfig, apply_overrides, load_config, parse_config, with_earlier_values
 from d2v_fast.number_arguments import count_argument
+from d2v_fast.packages import add_version_option
 from d2v_fast.paths import PathError, expand_path, path_argument
-from d2v_fast.saved_config import saved_config
+
+if TYPE_CHECKING:
+    from d2v_fast.config import RunConfig
 
 DESCRIPTION = "Pre-train a data2vec encoder from one JSON file."
 _EXAMPLES = """\
@@ -76,6 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="measure the parts of a step (waits for the device between them)"
     )
+    add_version_option(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
@@ -85,6 +89,9 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
     Raises:
         ConfigError: with every problem at once.
     """
+    from d2v_fast.config import ConfigError, apply_overrides, load_config, parse_config, with_earlier_values
+    from d2v_fast.saved_config import saved_config
+
     overrides = list(options.overrides)
     if options.run is not None:
         overrides.append(f"d2v.run.name={json.dumps(options.run)}")
@@ -138,6 +145,8 @@ def _nothing_to_resume(folder: Path) -> str:
 
 def _runs_folder(overrides: Sequence[str]) -> Path:
     """`d2v.run.dir` of the overrides: it must be known before the run's own file can be read."""
+    from d2v_fast.config import ConfigError, apply_overrides
+
     run = apply_overrides({}, overrides).get("d2v", {}).get("run", {})
     try:
         return Path(expand_path(str(run.get("dir", "runs"))))

@@ -17,6 +17,8 @@ COMMAND = "D2V_COMMAND"
 SUPERVISION = "D2V_SUPERVISION"
 _TOOL = "d2v-fast"
 _SCRIPT = Path(__file__).resolve().with_name("train.py")
+# Python starts `-m d2v_fast` with the whole path of this file
+_MAIN = Path(__file__).with_name("__main__.py")
 _PROCESSES = Path("/proc")
 
 
@@ -73,10 +75,10 @@ def _started_as() -> tuple[list[str], bool]:
     if above is not None:
         return above, True
     script = Path(sys.argv[0]).name
-    if script in ("train.py", "console.py"):
+    if script in ("train.py", "console.py") or Path(sys.argv[0]) == _MAIN:
         given = len(sys.argv) - 1
         words = sys.orig_argv[: len(sys.orig_argv) - given]
-        return [_short(Path(sys.executable)), *words[1:], *(["train"] if script == "console.py" else [])], False
+        return [_short(Path(sys.executable)), *words[1:], *([] if script == "train.py" else ["train"])], False
     return [*_tool(), "train"], False
 
 
@@ -115,7 +117,7 @@ def _tool() -> list[str]:
     for path in (own, beside):
         if path.name == _TOOL and path.is_file():
             return [_short(path)]
-    return [_short(Path(sys.executable)), "-m", "d2v_fast.console"]
+    return [_short(Path(sys.executable)), "-m", "d2v_fast"]
 
 
 def _short(path: Path) -> str:

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+from d2v_fast.cli import add_options
 from d2v_fast.error_words import in_words
 from d2v_fast.idle import IdleWatch
 from d2v_fast.number_arguments import count_argument, seconds_argument
+from d2v_fast.packages import add_version_option
 from d2v_fast.paths import path_argument
 from d2v_fast.stop_request import EndOnSignal
 
@@ -32,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = None
     try:
         with EndOnSignal():
-            completes = "_ARGCOMPLETE" in os.environ
-            parser = _parser(with_training=completes or arguments[:1] == ["train"])
-            if completes:
+            parser = _parser()
+            if "_ARGCOMPLETE" in os.environ:
                 import argcomplete
 
                 argcomplete.autocomplete(parser)
@@ -196,14 +197,15 @@ _WORK: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _parser(with_training: bool) -> argparse.ArgumentParser:
-    """The options of all commands; those of `train` only on demand, for they take longer to import than all others."""
+def _parser() -> argparse.ArgumentParser:
+    """The options of all commands."""
     parser = argparse.ArgumentParser(
         prog="d2v-fast",
         description="Pre-train data2vec, look at what was learnt, and carry weights in and out.",
         epilog="example: d2v-fast presets; d2v-fast COMMAND --help shows one for each command",
         allow_abbrev=False,
     )
+    add_version_option(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, what: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -217,10 +219,7 @@ def _parser(with_training: bool) -> argparse.ArgumentParser:
         "Pre-train a data2vec encoder from one JSON file, in one process; docs/launch.md says how to start several.",
         "train configs/digits.json --set d2v.schedule.steps=500 --run mine",
     )
-    if with_training:
-        from d2v_fast.cli import add_options
-
-        add_options(train)
+    add_options(train)
     _add_check(add)
     _add_models(add)
     _add_import(add)

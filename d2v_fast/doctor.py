@@ -20,12 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from d2v_fast.packages import install_command
+
 OK, ABSENT, WARNING, BROKEN = "ok", "absent", "warning", "broken"
 
 PACKAGE = Path(__file__).resolve().parent
 # None for an installed package: a wheel holds the kernels as they were built, and nothing to build them from
 SOURCE_TREE = PACKAGE.parent if (PACKAGE.parent / "CMakeLists.txt").is_file() else None
-TRAIN = "pip install 'd2v_fast[train]'"
 MIN_PYTHON, MIN_TORCH, MIN_CMAKE = (3, 10), (2, 10), (3, 18)
 # seconds: no build of an extension is at work for so long without its lock being touched
 STALE_SECONDS = 600
@@ -67,23 +68,26 @@ class Package(NamedTuple):
     code: str = ""
 
 
-PACKAGES = (
-    Package("numpy", "everything", TRAIN, True),
-    Package("numba", "masks", TRAIN, True),
-    Package("pydantic", "configurations", TRAIN, True),
-    Package("safetensors", "checkpoints and exports", TRAIN, True, "import safetensors.torch"),
-    Package("PIL", "images", TRAIN, True, "import PIL.Image"),
-    Package("sklearn", "the digits and every probe", TRAIN, False, "import sklearn.linear_model"),
-    Package("soundfile", "recordings", TRAIN),
-    Package("soxr", "recordings of another rate", TRAIN),
-    Package("tokenizers", "text", TRAIN),
-    Package("pyarrow", "text in .parquet files, features as a table", "pip install 'd2v_fast[parquet]'"),
-    Package("deepspeed", "several processes, ZeRO, offload", TRAIN),
-    Package("matplotlib", "curves and pictures", TRAIN, False, "import matplotlib.figure"),
-    Package("tensorboard", "TensorBoard's events", TRAIN, False, "import torch.utils.tensorboard"),
-    Package("rich", "the progress bar", TRAIN, False, "import rich.progress"),
-    Package("onnxscript", "export to ONNX", "pip install 'd2v_fast[onnx]'"),
-    Package("transformers", "using what is exported", "pip install 'd2v_fast[hf]'"),
+PACKAGES = tuple(
+    Package(name, purpose, install_command(name), is_needed, code)
+    for name, purpose, is_needed, code in (
+        ("numpy", "everything", True, ""),
+        ("numba", "masks", True, ""),
+        ("pydantic", "configurations", True, ""),
+        ("safetensors", "checkpoints and exports", True, "import safetensors.torch"),
+        ("PIL", "images", True, "import PIL.Image"),
+        ("sklearn", "the digits and every probe", False, "import sklearn.linear_model"),
+        ("soundfile", "recordings", False, ""),
+        ("soxr", "recordings of another rate", False, ""),
+        ("tokenizers", "text", False, ""),
+        ("pyarrow", "text in .parquet files, features as a table", False, ""),
+        ("deepspeed", "several processes, ZeRO, offload", False, ""),
+        ("matplotlib", "curves and pictures", False, "import matplotlib.figure"),
+        ("tensorboard", "TensorBoard's events", False, "import torch.utils.tensorboard"),
+        ("rich", "the progress bar", False, "import rich.progress"),
+        ("onnxscript", "export to ONNX", False, ""),
+        ("transformers", "using what is exported", False, ""),
+    )
 )
 # compiled against one version of torch: here by chance, used by nobody here, and able to break those who look for them
 BESIDE_TORCH = ("torchvision", "torchaudio", "xformers", "flash_attn")

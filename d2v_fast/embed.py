@@ -23,6 +23,7 @@ from d2v_fast.embed_inputs import Sample, Source, open_source
 from d2v_fast.features import patch_features, sequence_features
 from d2v_fast.modalities import Student
 from d2v_fast.outputs import require_file
+from d2v_fast.packages import install_command
 from d2v_fast.untrusted import printable
 from d2v_fast.world import World
 
@@ -202,7 +203,7 @@ def _arrow() -> Any:
     except Exception as error:
         raise ValueError(
             f"a .parquet file is written with pyarrow, which cannot be imported ({type(error).__name__}: {error}). "
-            f"Install it with `pip install 'd2v_fast[parquet]'`, or write an .npy file."
+            f"Install it with `{install_command('pyarrow')}`, or write an .npy file."
         ) from None
 
 

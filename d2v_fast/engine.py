@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import BatchSplit, RunConfig
 from d2v_fast.optimizers import MOMENTS, check_optimizer_available, make_optimizer, optimizer_step, restore_optimizer
+from d2v_fast.packages import install_command
 from d2v_fast.shard_files import Kept
 from d2v_fast.shards import Shard, find_shards
 from d2v_fast.world import RunError, World
@@ -127,7 +128,7 @@ def check_engine_available(config: RunConfig, num_processes: int) -> None:
     if config.deepspeed.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
         raise RunError(
             "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
-            "`pip install deepspeed`. One process without `zero_optimization` needs none."
+            f"`{install_command('deepspeed')}`. One process without `zero_optimization` needs none."
         )
     if config.deepspeed.optimizer.type != "AdamW":
         check_optimizer_available(config)

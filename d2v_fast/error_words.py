@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from d2v_fast.io_errors import error_text
-
-_TRAIN = "pip install 'd2v_fast[train]'"
+from d2v_fast.packages import import_problem
 
 
 def in_words(error: Exception) -> str | None:
     """What to tell; None where `error` is a fault of this library."""
     if isinstance(error, ImportError):
-        from d2v_fast.commands import tool_command
-
-        name = (error.name or "a package").partition(".")[0]
-        advice = (
-            ""
-            if name == "d2v_fast"
-            else f" `{_TRAIN}` installs what is needed, and `{tool_command('doctor')}` looks at it."
-        )
-        return f"{name} cannot be imported: {error}.{advice}"
+        return import_problem(error)
     if isinstance(error, OSError):
         return error_text(error)
     if isinstance(error, ValueError):

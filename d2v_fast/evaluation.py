@@ -13,6 +13,7 @@ from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
 from d2v_fast.data import DataError
 from d2v_fast.data2vec import build_model
 from d2v_fast.modalities import Student
+from d2v_fast.packages import install_command
 from d2v_fast.run_folder import RunFolder
 
 
@@ -32,7 +33,7 @@ def check_labels(config: D2VConfig) -> list[str]:
             return []
         return ["no effect of d2v.probe.every_epochs: there are no labels, which `d2v.probe.path` would name"]
     if importlib.util.find_spec("sklearn") is None:
-        raise DataError("`d2v.probe.path` needs scikit-learn, which is not installed: pip install scikit-learn")
+        raise DataError(f"`d2v.probe.path` needs scikit-learn, which is not installed: `{install_command('sklearn')}`.")
     from d2v_fast.labeled_probe import describe_labeled
 
     first, *others = describe_labeled(config)

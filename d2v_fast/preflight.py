@@ -19,6 +19,7 @@ from d2v_fast.config import RunConfig
 from d2v_fast.engine import check_engine_available
 from d2v_fast.memory import Shapes, predict_from, shapes_of
 from d2v_fast.ops import missing_kernels
+from d2v_fast.packages import install_command
 from d2v_fast.peak_memory import available_memory, format_bytes
 from d2v_fast.run_folder import refuse_saved
 from d2v_fast.step_memory import StepMemory
@@ -65,7 +66,8 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
         and evaluation.has_labels(config.d2v)
         and importlib.util.find_spec("sklearn") is None
     ):
-        raise RunError("the probe of this data needs scikit-learn, which is not installed: `pip install scikit-learn`.")
+        command = install_command("sklearn")
+        raise RunError(f"the probe of this data needs scikit-learn, which is not installed: `{command}`.")
 
 
 def report_missing_kernels(world: World, say: Callable[[str], None]) -> None:

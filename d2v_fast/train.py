@@ -32,11 +32,11 @@ if __name__ == "__main__":
     end_on_import()
 
 from d2v_fast.cli import config_stem, is_first_process, read_config, read_options
-from d2v_fast.config import BatchSplit, ConfigError, RunConfig
 from d2v_fast.io_errors import error_text
 from d2v_fast.stop_request import EndOnSignal, Interrupted, StopRequest
 
 if TYPE_CHECKING:
+    from d2v_fast.config import BatchSplit, RunConfig
     from d2v_fast.data import StepLoader
     from d2v_fast.data2vec import Data2Vec
     from d2v_fast.engine import Engine
@@ -68,11 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"{error} before a step was made; the same command begins again", file=sys.stderr)
         return error.status
-    except ConfigError as error:
-        if is_first_process():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
     except Exception as error:
+        # by its name: the module that has it needs a package, which may be missing
+        if type(error).__name__ == "ConfigError":
+            if is_first_process():
+                print(f"error: {error}", file=sys.stderr)
+            return 2
         words = _in_words(error)
         if words is None:
             raise

@@ -181,6 +181,13 @@ def test_paths() -> None:
             ["py", "-m", "d2v_fast.console", "train", "x"],
             ["PYTHON", "-m", "d2v_fast.console", "train"],
         ),
+        (
+            [str(commands._MAIN), "train", "x"],
+            ["py", "-m", "d2v_fast", "train", "x"],
+            ["PYTHON", "-m", "d2v_fast", "train"],
+        ),
+        # of another package
+        (["/a/__main__.py", "x"], ["py", "-m", "pytest", "x"], ["TOOL", "train"]),
         (["/a/train.py", "x"], ["py", "-u", "-m", "d2v_fast.train", "x"], ["PYTHON", "-u", "-m", "d2v_fast.train"]),
         (["/a/bin/pytest"], ["py", "/a/bin/pytest"], ["TOOL", "train"]),
     ],

@@ -42,6 +42,7 @@ LEAVES = {
     "d2v_fast.io_errors",
     "d2v_fast.outputs",
     "d2v_fast.idle",
+    "d2v_fast.packages",
     "d2v_fast.paths",
     "d2v_fast.probe_config",
     "d2v_fast.process_state",
@@ -68,7 +69,10 @@ ARROWS = {
     "d2v_fast.outputs": set(),
     "d2v_fast.checkpoint_hold": set(),
     "d2v_fast.streams": set(),
+    "d2v_fast.packages": {"d2v_fast.__version__"},
     "d2v_fast.paths": set(),
+    # options only: what it reads them for comes after
+    "d2v_fast.cli": {"d2v_fast.saved_config"},
     "d2v_fast.process_state": set(),
     "d2v_fast.untrusted": set(),
     "d2v_fast.idle": set(),

@@ -85,7 +85,7 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def test_every_option_of_text_is_a_path_or_known_to_be_none() -> None:
     paths = set()
-    for parser in (console._parser(with_training=True), cli.parser()):
+    for parser in (console._parser(), cli.parser()):
         for action in options_of(parser):
             if action.type is path_argument:
                 paths.add(action.dest)

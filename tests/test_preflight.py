@@ -92,7 +92,7 @@ def test_scikit_learn_is_asked_for_before_a_run_that_it_ends(
     config = load_config(tiny_file(tmp_path, base))
     preflight.check_packages(config, 1)
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(engine.RunError, match="needs scikit-learn, which is not installed: `pip install scikit-learn`"):
+    with pytest.raises(engine.RunError, match="needs scikit-learn, which is not installed: `pip install 'd2v_fast"):
         preflight.check_packages(config, 1)
 
 

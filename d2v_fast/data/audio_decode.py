@@ -17,6 +17,7 @@ from d2v_fast.data.audio_layout import NOT_AUDIO, pieces_of_file
 from d2v_fast.data.audio_view import FileView
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import UnreadableFile, open_sample, refuse_system_error
+from d2v_fast.packages import install_command
 
 __all__ = ["AudioHeader", "AudioLimits", "UnreadableAudio", "import_audio", "read_header", "read_part", "read_whole"]
 
@@ -94,7 +95,7 @@ def import_audio(name: str) -> Any:
         job = "read" if name == "soundfile" else "resampled"
         raise DataError(
             f"audio is {job} with {name}, which cannot be imported ({type(error).__name__}: {error}). Install it with "
-            f"`pip install 'd2v_fast[train]'`."
+            f"`{install_command(name)}`."
         ) from None
 
 

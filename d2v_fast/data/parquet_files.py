@@ -17,6 +17,7 @@ from d2v_fast.data.files import UnreadableFile
 from d2v_fast.data.listing import name_list
 from d2v_fast.data.text_streams import MAX_RATIO, MIN_LIMIT
 from d2v_fast.io_errors import error_number
+from d2v_fast.packages import install_command
 
 __all__ = ["parquet_rows"]
 
@@ -246,6 +247,6 @@ def _import_parquet() -> Any:
     except Exception as error:
         raise DataError(
             f".parquet files are read with pyarrow, which cannot be imported ({type(error).__name__}: {error}): "
-            f"pip install 'd2v_fast[parquet]'"
+            f"{install_command('pyarrow')}"
         ) from None
     return pyarrow

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import UnreadableFile, open_sample
+from d2v_fast.packages import install_command
 
 __all__ = ["COMPRESSED", "CHUNK", "MAX_LINE", "TextStream", "check_text", "not_utf8", "open_text", "text_ending"]
 
@@ -116,7 +117,7 @@ def _zstd(file: IO[bytes]) -> Any:
     except Exception as error:
         raise DataError(
             f".zst files are read with pyarrow, which cannot be imported ({type(error).__name__}: {error}): "
-            f"pip install 'd2v_fast[parquet]'"
+            f"{install_command('pyarrow')}"
         ) from None
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
 

@@ -36,6 +36,7 @@ from d2v_fast.data.tokenizer_limits import (
     is_simple_frame,
     within_limits,
 )
+from d2v_fast.packages import install_command
 from d2v_fast.paths import expand_path
 from d2v_fast.text_config import MAX_VOCAB, TextModelConfig
 from d2v_fast.untrusted import printable
@@ -358,7 +359,7 @@ def _library() -> Any:
     except Exception as error:
         raise DataError(
             f"text is tokenised with tokenizers, which cannot be imported ({type(error).__name__}: {error}): "
-            f"pip install 'd2v_fast[train]'"
+            f"{install_command('tokenizers')}"
         ) from None
     return tokenizers
 

@@ -35,6 +35,7 @@ from d2v_fast.modalities import Student
 from d2v_fast.modalities.conv_stack import ConvStack
 from d2v_fast.modalities.speech import SpeechModel
 from d2v_fast.modalities.text import TextModel
+from d2v_fast.packages import install_command
 from d2v_fast.text_config import POSITION_OFFSET
 
 OUTPUT = "last_hidden_state"
@@ -194,5 +195,5 @@ def _require(name: str) -> None:
     except Exception as error:
         raise ValueError(
             f"an .onnx file is written with {name}, which cannot be imported ({type(error).__name__}: {error}): "
-            f"`pip install 'd2v_fast[onnx]'`."
+            f"`{install_command(name)}`."
         ) from None

@@ -1,0 +1,8 @@
+"""`python -m d2v_fast`, which is the `d2v-fast` command."""
+
+import sys
+
+from d2v_fast.console import main
+
+if __name__ == "__main__":
+    sys.exit(main())
