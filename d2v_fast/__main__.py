@@ -2,7 +2,7 @@
 
 import sys
 
-from d2v_fast.console import main
+from d2v_fast.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

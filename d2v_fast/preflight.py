@@ -48,7 +48,10 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
         num_processes: of the run.
     Raises:
         RunError: one is missing or cannot be imported.
+        ImportError: it is safetensors.
     """
+    # or the first checkpoint fails, and with it the run
+    importlib.import_module("safetensors.torch")
     check_engine_available(config, num_processes)
     if config.deepspeed.needs_deepspeed(num_processes):
         for monitor, package in config.deepspeed.monitor_packages().items():

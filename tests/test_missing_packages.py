@@ -124,7 +124,7 @@ NEEDED = {
     "numpy": DATA,
     "numba": DATA,
     "PIL": DATA,
-    "safetensors": ["train", "probe", "embed", "export", "import"],
+    "safetensors": [name for name in DATA if name != "tokenize"] + ["export", "export onnx"],
     "sklearn": ["train", "check", "probe", "draw"],
     "matplotlib": ["draw"],
     "deepspeed": ["check several"],
