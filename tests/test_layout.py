@@ -72,7 +72,7 @@ ARROWS = {
     "d2v_fast.packages": {"d2v_fast.__version__"},
     "d2v_fast.paths": set(),
     # options alone need no package; what reads the configuration is imported inside a function
-    "d2v_fast.cli": {"d2v_fast.saved_config"},
+    "d2v_fast.cli": {"d2v_fast.number_arguments", "d2v_fast.saved_config"},
     "d2v_fast.process_state": set(),
     "d2v_fast.untrusted": set(),
     "d2v_fast.idle": set(),
