@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.ops.autograd import is_transformed
+
 INIT_STD = 0.02
 
 # oneDNN's matrix product, which Inductor calls too; torch's own linear map goes to MKL
@@ -74,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: `[O, I]`.
         bias: `[O]`.
     Returns:
-        `[..., O]`; equal to `F.linear` but for the order of the sums. It has no second derivative where oneDNN is used.
+        `[..., O]`; equal to `F.linear` but for the order of the sums, with derivatives of any order.
     """
     if not _fits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -84,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     # a graph that is being made, or a transformed function, wants torch's own operation
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or is_transformed(x, weight):
         return False
     # not those that are divided among devices, or that only pretend to hold numbers
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
@@ -109,12 +111,16 @@ class _OneDNNLinear(torch.autograd.Function):
         return _multiply(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x = _multiply(grad, weight.t(), None) if needs_x else None
-        grad_weight = _weight_gradient(grad, x) if needs_weight else None
+        if torch.is_grad_enabled():
+            # a gradient that will be differentiated itself is made of torch's own products
+            grad_x = grad @ weight if needs_x else None
+            grad_weight = grad.t() @ x if needs_weight else None
+        else:
+            grad_x = _multiply(grad, weight.t(), None) if needs_x else None
+            grad_weight = _weight_gradient(grad, x) if needs_weight else None
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.layers import linear
+from d2v_fast.ops.autograd import is_transformed, once_differentiable
 from d2v_fast.ops.norm_gelu import (
     layer_norm_gelu,
     layer_norm_gelu_,
@@ -31,6 +32,10 @@ from d2v_fast.ops.norm_gelu import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_NO_SECOND_DERIVATIVE = (
+    "the gradient of `ConvStack` has no derivative; under `torch.func`, as in `torch.func.hessian`, it has derivatives "
+    "of any order."
+)
 # numbers of a window: below, they are copied out, or every product would be too narrow
 _SMALL_WINDOW = 64
 
@@ -81,6 +86,8 @@ class ConvStack(nn.Module):
         """
         if waveforms.dim() != 2:
             raise ValueError(f"`waveforms` must have shape [B, N], but has {tuple(waveforms.shape)} instead.")
+        if not torch.compiler.is_compiling() and is_transformed(waveforms, *self.parameters()):
+            return self._transformed(waveforms)
         filled, rows = self._fill_up(waveforms.to(self._dtype()))
         first = filled.reshape(-1, 1), self._cast(self.weights[0]), self.strides[0], rows[0]
         if len(rows) == 1:
@@ -101,6 +108,17 @@ class ConvStack(nn.Module):
             )
         y = layer_norm_gelu(frames, self.norm_weights[-1], self.norm_biases[-1], eps=self.eps)
         return y.view(filled.shape[0], rows[-1].num, y.shape[-1])[:, : rows[-1].num_read]
+
+    def _transformed(self, waveforms: Tensor) -> Tensor:
+        """``forward`` of PyTorch's own convolutions, for forward mode and ``torch.func``."""
+        x = waveforms.to(self._dtype())[..., None]
+        for weight, norm_weight, norm_bias, stride in zip(
+            self.weights, self.norm_weights, self.norm_biases, self.strides, strict=True
+        ):
+            _num_frames(x.shape[1], weight.shape[1], stride)
+            frames = F.conv1d(x.transpose(1, 2), self._cast(weight).transpose(1, 2), stride=stride).transpose(1, 2)
+            x = layer_norm_gelu(frames, norm_weight, norm_bias, eps=self.eps)
+        return x
 
     def _fill_up(self, waveforms: Tensor) -> tuple[Tensor, list[_Rows]]:
         """Waveforms of as many samples as make whole rows in every layer, and the rows of every layer's output."""
@@ -151,7 +169,7 @@ class _Convolution(torch.autograd.Function):
         return rows.clear(_convolve(x, weight, stride))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(_NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = _convolve_backward(grad.contiguous(), x, weight, ctx.stride, ctx.needs_input_grad[0])
@@ -184,7 +202,7 @@ class _FirstTwoConvolutions(torch.autograd.Function):
         return next_rows.clear(_convolve(activated, next_weight, next_stride))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(_NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, norm_weight, norm_bias, next_weight, mean, rstd, activated = ctx.saved_tensors
         stride, next_stride = ctx.strides
@@ -230,7 +248,7 @@ class _NormGeluConvolution(torch.autograd.Function):
         return rows.clear(_convolve(activated, weight, stride))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable(_NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, mean, rstd, activated = ctx.saved_tensors
         if activated is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Storage types of the operations; all of them compute in fp32."""
 
-_library = torch.library.Library("d2v", "DEF")
-_library.define("cpu_capability() -> int")
+library = torch.library.Library("d2v", "DEF")
+library.define("cpu_capability() -> int")
 
 _C_PATH = Path(__file__).resolve().parent.parent / "_C.so"
 # what brings the kernels back: an installed package holds nothing to build them from
@@ -58,7 +58,7 @@ def define(
         check: Called with the operation's arguments before the reference or Triton. The C++ kernel checks by itself.
     """
     name = schema.partition("(")[0]
-    _library.define(schema)
+    library.define(schema)
 
     @wraps(reference)
     def default(*args: Any) -> Any:
@@ -74,27 +74,41 @@ def define(
         if (missing := missing_kernels("cuda")) is not None:
             _say_once(missing)
             return reference(*args)
-        module, _, function = triton_launcher.partition(".")
-        launcher = getattr(importlib.import_module(f"d2v_fast.kernels.{module}"), function)
+        launcher = _launcher(triton_launcher)
         # Triton launches on the current device, which need not be that of the tensors
         with torch.cuda.device(_first_tensor(args).device):
             return launcher(*args)
 
-    _library.impl(name, default, "CompositeExplicitAutograd")
-    _library.impl(name, on_cuda, "CUDA")
-    _raise_versions(name)
+    library.impl(name, default, "CompositeExplicitAutograd")
+    library.impl(name, on_cuda, "CUDA")
+    arguments = getattr(torch.ops.d2v, name).default._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if written:
+        _raise_versions(name, written)
+    # the batching rule of torch.vmap, which could not guess one for lists of tensors
+    library.impl(name, _no_batch(name) if written else reference, "FuncTorchBatchedDecomposition")
 
 
-def _raise_versions(name: str) -> None:
-    """Raise the version counters of what the operation writes, whichever kernel does it, as torch's own operations do.
+def _no_batch(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(f"`{name}` writes in place and cannot run under torch.vmap; call it outside.")
 
-    Autograd then refuses a graph that has saved the old values. Operations that write nothing are left as they are.
+    return refuse
+
+
+@cache
+def _launcher(triton_launcher: str) -> Callable[..., Any]:
+    module, _, function = triton_launcher.partition(".")
+    launcher: Callable[..., Any] = getattr(importlib.import_module(f"d2v_fast.kernels.{module}"), function)
+    return launcher
+
+
+def _raise_versions(name: str, written: Sequence[int]) -> None:
+    """Raise the version counters of the arguments at `written`, whichever kernel writes them, as torch's operations do.
+
+    Autograd then refuses a graph that has saved the old values.
     """
     operation = getattr(torch.ops.d2v, name).default
-    arguments = operation._schema.arguments
-    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-    if not written:
-        return
 
     def below_autograd(keyset: Any, *args: Any) -> Any:
         for i in written:
@@ -103,12 +117,12 @@ def _raise_versions(name: str) -> None:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return operation.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
-    _library.impl(name, below_autograd, "ADInplaceOrView", with_keyset=True)
+    library.impl(name, below_autograd, "ADInplaceOrView", with_keyset=True)
 
 
 def define_in_cpp(schema: str) -> None:
     """Define an operation that has a C++ kernel only; call it where `in_cpp` is true."""
-    _library.define(schema)
+    library.define(schema)
 
 
 @cache

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2v_fast.ops._library import define
+from d2v_fast.ops.autograd import register_autograd
 from d2v_fast.ops.masked_loss import (
+    LossFunction,
     MaskedLoss,
-    backward_of_loss,
     check_pred,
     check_target_rows,
     fake_loss,
@@ -73,21 +73,7 @@ def _fake(
     return fake_loss(pred, need_grad)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *_, ctx.scale, ctx.mean, ctx.need_grad = inputs
-    ctx.num_layers = len(inputs[1])
-    ctx.mark_non_differentiable(output[1], output[2])
-    # the slope is as large as the predictions: no zeros for its gradient, which nobody reads
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2])
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, _moments: Tensor, _slope: Tensor) -> tuple[Any, ...]:
-    no_layer: list[Tensor | None] = [None] * ctx.num_layers
-    return backward_of_loss(ctx, grad_loss), no_layer, *(None,) * 10
-
-
-torch.library.register_autograd("d2v::data2vec_loss", _backward, setup_context=_setup_context)
+_run = register_autograd("data2vec_loss", 1, LossFunction.apply, data2vec_loss_reference)
 
 
 def data2vec_loss(
@@ -124,14 +110,15 @@ def data2vec_loss(
         ``loss``, 0-d fp32, and ``moments``, fp32 `[4, D]` (in which a target counts as often as it is used).
 
     Backward:
-        Gradient to ``pred`` only, saved by the forward pass. There is no second derivative.
+        Gradient to ``pred`` only, saved by the forward pass. Higher derivatives, forward mode and ``torch.func`` as for
+        ``masked_smooth_l1``; ``layers`` are constants.
 
     Raises:
         ValueError: What is not as described above.
         IndexError: On a CPU, ``rows``, ``lengths`` or ``target_rows`` out of range. A GPU is not waited for: there a
-            row out of range gives NaN.
+            row out of range gives NaN, as it does under ``torch.vmap``.
     """
-    layers = [x.detach() for x in layer_list(layers)]
+    layers = layer_list(layers)
     check_layers(layers, layer_norm, final_norm, eps)
     check_rows(layers, rows, lengths)
     check_pred(pred, beta, scale, reduction)
@@ -147,7 +134,7 @@ def data2vec_loss(
         )
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, moments, _ = torch.ops.d2v.data2vec_loss(
+    loss, moments, _ = _run(
         pred,
         layers,
         LAYER_NORMS.index(layer_norm),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2v_fast.ops._library import FLOAT_DTYPES, define
-from d2v_fast.ops.topk_target import check_indices, check_range
+from d2v_fast.ops.autograd import below_autograd, register_autograd
+from d2v_fast.ops.topk_target import check_indices, take_rows
 
 REDUCTIONS = ("sum", "mean")
+# a smaller beta has no finite inverse in fp32, and no error lies between it and 0
+LEAST_BETA = torch.finfo(torch.float32).tiny
 
 
 class MaskedLoss(NamedTuple):
@@ -29,22 +33,28 @@ def masked_smooth_l1_reference(
     """Loss, moments and slope.
 
     The slope is the derivative of each element's loss times what ``split_factor`` saves of the factor on their sum.
-    It is empty if no gradient is needed.
+    It is empty if no gradient is needed. Differentiable to any order with respect to `pred`, and constant in `target`.
     """
+    target = target.detach()
     if target_rows is not None:
-        check_range("target_rows", target_rows, target.shape[0])
-        target = target[target_rows]
+        target = take_rows("target_rows", target, target_rows)
     p, t = pred.float(), target.float()
     error = p - t
     if beta == 0.0:
         values, slope = error.square(), 2.0 * error
     else:
+        beta = max(beta, LEAST_BETA)
         size = error.abs()
-        values = torch.where(size < beta, error.square() / (2.0 * beta), size - beta / 2.0)
-        slope = torch.where(size < beta, error / beta, error.sign())
+        near = size < beta
+        # a large error has no share in the square, so that its derivative does not overflow either
+        inner = torch.where(near, error, 0.0)
+        values = torch.where(near, inner.square() / (2.0 * beta), size - beta / 2.0)
+        slope = torch.where(near, inner / beta, error.sign())
     factor = loss_factor(pred, scale, mean)
-    loss = values.sum() * factor
+    # a product with a number of Python has an fp64 tangent under `torch.func.jvp`
+    loss = values.sum() * torch.full((), factor, dtype=torch.float32, device=pred.device)
     saved, _ = split_factor(factor, pred.dtype)
+    p = p.detach()
     moments = torch.stack([p.sum(0), p.square().sum(0), t.sum(0), t.square().sum(0)])
     return loss, moments, (slope * saved).to(pred.dtype) if need_grad else pred.new_empty(0)
 
@@ -123,21 +133,6 @@ def _fake_scale_inplace(slope: Tensor, grad_output: Tensor, scale: float, mean: 
     return None
 
 
-def backward_of_loss(ctx: Any, grad_loss: Tensor | None) -> Tensor | None:
-    """Gradient to the predictions, from the slope that the forward pass saved."""
-    if grad_loss is None:
-        return None
-    if not ctx.need_grad:
-        raise RuntimeError("the loss was computed with `need_grad=False`, so it has no gradient.")
-    (slope,) = ctx.saved_tensors
-    grad_loss = grad_loss.to(torch.float32)
-    if _is_last_use(slope, grad_loss):
-        # the slope becomes the gradient, and a factor of 1 costs nothing
-        torch.ops.d2v.scale_gradient_(slope, grad_loss, ctx.scale, ctx.mean)
-        return slope
-    return torch.ops.d2v.scale_gradient(slope, grad_loss, ctx.scale, ctx.mean)
-
-
 # whether somebody asked for `retain_graph`; a torch without the question is taken to say yes
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
@@ -145,37 +140,80 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 def _is_last_use(slope: Tensor, grad_loss: Tensor) -> bool:
     """True in a plain backward pass, after which nobody can read the saved slope.
 
-    Not where the graph is kept, where the backward pass is differentiated itself, while it is traced (tensors are of
-    subclasses then), nor under vmap.
+    Not where the graph is kept, while it is traced (tensors are of subclasses then), nor under vmap.
     """
-    if type(slope) is not Tensor or torch.is_grad_enabled() or _graph_is_kept():
+    if type(slope) is not Tensor or _graph_is_kept():
         return False
     functorch = torch._C._functorch
     return not (functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *_, ctx.scale, ctx.mean, ctx.need_grad = inputs
-    ctx.mark_non_differentiable(output[1], output[2])
-    # the slope is as large as the predictions: no zeros for its gradient, which nobody reads
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2])
+def _second_derivative(slope: Tensor, grad_slope: Tensor, beta: float, scale: float, mean: bool) -> Tensor:
+    """Gradient to the predictions of what the saved `slope` received, as the operation that made it would give it.
+
+    The slope says itself on which side of beta an error lies: beyond, it is the factor itself, up to rounding.
+    """
+    saved, _ = split_factor(loss_factor(slope, scale, mean), slope.dtype)
+    if beta == 0.0:
+        return (grad_slope.float() * (2.0 * saved)).to(slope.dtype)
+    far = abs(saved) * (1.0 - torch.finfo(slope.dtype).eps)
+    curved = grad_slope.float() * (saved / max(beta, LEAST_BETA))
+    return torch.where(slope.detach().float().abs() < far, curved, 0.0).to(slope.dtype)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, _moments: Tensor, _slope: Tensor) -> tuple[Tensor | None, ...]:
-    return backward_of_loss(ctx, grad_loss), None, None, None, None, None, None
+class LossFunction(torch.autograd.Function):
+    """Autograd of both losses, whose arguments begin with `pred` and end with `beta, scale, mean, need_grad`.
+
+    The slope that the operation returns is the only tensor that is saved. It is an output with a derivative of its own,
+    so that a backward pass with ``create_graph`` has a way back to the predictions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, operation: Callable[..., Any], pred: Tensor, others: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with below_autograd():
+            loss, moments, slope = operation(pred, *others)
+        ctx.settings = others[-4:]
+        ctx.mark_non_differentiable(moments)
+        # the slope is as large as the predictions: no zeros for its gradient, which only a second backward pass has
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(slope)
+        return loss, moments, slope
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, _moments: Tensor | None, grad_slope: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        beta, scale, mean, need_grad = ctx.settings
+        if not need_grad:
+            raise RuntimeError("the loss was computed with `need_grad=False`, so it has no gradient.")
+        (slope,) = ctx.saved_tensors
+        second = None if grad_slope is None else _second_derivative(slope, grad_slope, beta, scale, mean)
+        first = None if grad_loss is None else _first_derivative(slope, grad_loss, scale, mean)
+        grad = first if second is None else second if first is None else first + second
+        return None, grad, None
 
 
-def _setup_scale(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    pass
+def _first_derivative(slope: Tensor, grad_loss: Tensor, scale: float, mean: bool) -> Tensor:
+    if torch.is_grad_enabled():
+        return scale_gradient_reference(slope, grad_loss, scale, mean)
+    if _is_last_use(slope, grad_loss):
+        # the slope becomes the gradient, and a factor of 1 costs nothing
+        slope = slope.detach()
+        torch.autograd.graph.increment_version(slope)
+        with below_autograd():
+            _scale_in_place(slope, grad_loss, scale, mean)
+        return slope
+    scaled: Tensor = torch.ops.d2v.scale_gradient.default(slope, grad_loss, scale, mean)
+    return scaled
 
 
-def _no_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("the masked loss has no second derivative; `torch.nn.functional.smooth_l1_loss` has one.")
-
-
-torch.library.register_autograd("d2v::masked_smooth_l1", _backward, setup_context=_setup_context)
-torch.library.register_autograd("d2v::scale_gradient", _no_double_backward, setup_context=_setup_scale)
+_scale_in_place = torch.ops.d2v.scale_gradient_.default
+_run = register_autograd("masked_smooth_l1", 1, LossFunction.apply, masked_smooth_l1_reference)
+register_autograd(
+    "scale_gradient", 2, lambda _, x, y, others: scale_gradient_reference(x, y, *others), scale_gradient_reference
+)
 
 
 def masked_smooth_l1(
@@ -195,7 +233,7 @@ def masked_smooth_l1(
 
     Args:
         pred: `[N, D]`, fp32, bf16 or fp16.
-        target: `[M, D]`, fp32, bf16 or fp16, on the same device; `M = N` without ``target_rows``. Gets no gradient.
+        target: `[M, D]`, fp32, bf16 or fp16, on the same device; `M = N` without ``target_rows``. A constant.
         beta: Where the loss turns from quadratic to linear, in units of the target, >= 0.
         scale: Factor on the loss.
         reduction: ``sum`` over rows and channels, or ``mean``: the sum divided by `N * D`.
@@ -208,11 +246,16 @@ def masked_smooth_l1(
     Backward:
         Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it, in fp16 up to a power of two;
         backward multiplies with the incoming gradient, in place unless the graph is retained, and not at all where
-        that is 1: whoever else holds the saved tensor sees it change. There is no second derivative.
+        that is 1: whoever else holds the saved tensor sees it change.
+
+        A gradient made with ``create_graph`` has derivatives of any order. Whether an error is within ``beta`` is read
+        off the saved gradient, after its rounding. Forward mode and the transforms of ``torch.func`` run a composition
+        of PyTorch operations instead, which is slower. ``target`` and ``moments`` are constants in all of these.
 
     Raises:
         ValueError: What is not as described above.
-        IndexError: On a CPU, a ``target_rows`` entry outside [0, M). A GPU is not waited for: there it gives NaN.
+        IndexError: On a CPU, a ``target_rows`` entry outside [0, M). A GPU is not waited for: there it gives NaN, as it
+            does under ``torch.vmap``.
 
     Example:
         >>> masked_smooth_l1(torch.tensor([[1.0, 5.0]]), torch.tensor([[0.0, 0.0]]), beta=2.0, reduction="sum").loss
@@ -234,7 +277,7 @@ def masked_smooth_l1(
         )
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, moments, _ = torch.ops.d2v.masked_smooth_l1(
+    loss, moments, _ = _run(
         pred, target.detach(), target_rows, float(beta), float(scale), reduction == "mean", need_grad
     )
     return MaskedLoss(loss, moments)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2v_fast.ops._library import FLOAT_DTYPES, define
+from d2v_fast.ops.autograd import below_autograd, is_transformed, refuse_derivative, register_autograd
 
 
 def layer_norm_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``gelu(layer_norm(x))`` in the dtype of `x` `[..., C]`, and the rows' mean and 1 / deviation, fp32 `[...]`."""
     shape = x.shape[-1:]
     normal, mean, rstd = torch.native_layer_norm(x.float(), shape, weight.float(), bias.float(), eps)
+    mean, rstd = mean.detach(), rstd.detach()
     y = torch.nn.functional.gelu(normal).to(x.dtype).contiguous()
     return y, mean.reshape(x.shape[:-1]), rstd.reshape(x.shape[:-1])
 
@@ -96,29 +99,59 @@ def _fake_backward_inplace(
     return weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _ = inputs
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, output[1], output[2])
+class _LayerNormGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, operation: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor, others: tuple[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (ctx.eps,) = others
+        with below_autograd():
+            y, mean, rstd = operation(x, weight, bias, ctx.eps)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _mean: Tensor, _rstd: Tensor) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        if torch.is_grad_enabled():
+            x, weight, bias, *_ = ctx.saved_tensors
+            return None, *_differentiable_backward(grad, x, weight, bias, ctx.eps), None
+        with below_autograd():
+            return None, *_BACKWARD(grad, *ctx.saved_tensors), None
 
 
-def _backward(ctx: Any, grad: Tensor | None, _mean: Tensor, _rstd: Tensor) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None
-    return (*torch.ops.d2v.layer_norm_gelu_backward(grad, *ctx.saved_tensors), None)
+def _differentiable_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients that have derivatives themselves, of PyTorch's own operations."""
+    # views: hooks on the tensors themselves are for the backward pass that is running
+    x, weight, bias = inputs = [value.view_as(value) for value in (x, weight, bias)]
+    y, _, _ = layer_norm_gelu_reference(x, weight, bias, eps)
+    wanted = [value for value in inputs if value.requires_grad]
+    grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(grads) if value.requires_grad else None for value in inputs)
 
 
-def _setup_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    pass
+_NO_DERIVATIVE = "`layer_norm_gelu_backward` has no derivative; `layer_norm_gelu` has derivatives of any order."
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("`layer_norm_gelu` has no second derivative; `torch.nn.functional.layer_norm` and `gelu` do.")
+def _backward_with_autograd(operation: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    *inputs, others = args
+    with below_autograd():
+        grads = operation(*inputs, *others)
+    return refuse_derivative(_NO_DERIVATIVE, grads, inputs)
 
 
-torch.library.register_autograd("d2v::layer_norm_gelu", _backward, setup_context=_setup_context)
-torch.library.register_autograd("d2v::layer_norm_gelu_backward", _no_double_backward, setup_context=_setup_backward)
+def _refuse_transform(*args: Any) -> Any:
+    raise RuntimeError(_NO_DERIVATIVE)
+
+
+_BACKWARD = torch.ops.d2v.layer_norm_gelu_backward.default
+_run = register_autograd("layer_norm_gelu", 3, _LayerNormGelu.apply, layer_norm_gelu_reference)
+_run_backward = register_autograd("layer_norm_gelu_backward", 4, _backward_with_autograd, _refuse_transform)
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -138,7 +171,8 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
 
     Backward:
         Gradients to all three, each in its dtype. Saved are ``x`` itself and two fp32 numbers a row; normalised values
-        and GELU are computed again. There is no second derivative.
+        and GELU are computed again. A gradient made with ``create_graph``, forward mode and the transforms of
+        ``torch.func`` run a slower composition of PyTorch operations, with derivatives of any order.
 
     Raises:
         ValueError: What is not as described above.
@@ -160,7 +194,7 @@ def layer_norm_gelu_forward(
         again, bit for bit.
     """
     _check_forward(x, weight, bias, eps)
-    y, mean, rstd = torch.ops.d2v.layer_norm_gelu(x, weight, bias, float(eps))
+    y, mean, rstd = _run(x, weight, bias, float(eps))
     return y, mean, rstd
 
 
@@ -177,10 +211,10 @@ def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e
         Per row the mean and 1 / deviation, fp32 `[...]`.
 
     Raises:
-        ValueError: As there, or ``x`` is not contiguous.
+        ValueError: As there, or ``x`` is not contiguous, or a derivative of the result is asked for.
     """
     _check_forward(x, weight, bias, eps)
-    _check_overwritten("x", x)
+    _check_overwritten("x", x, weight, bias)
     with torch.no_grad():
         mean, rstd = torch.ops.d2v.layer_norm_gelu_(x, weight, bias, float(eps))
     return mean, rstd
@@ -189,7 +223,7 @@ def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e
 def layer_norm_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``weight`` and ``bias`` in one pass, each in its dtype; deterministic.
+    """Gradients of ``x``, ``weight`` and ``bias`` in one pass, each in its dtype; deterministic, without a derivative.
 
     Args:
         grad: `[..., C]`, gradient of ``y``, of the shape and dtype of ``x``.
@@ -198,9 +232,10 @@ def layer_norm_gelu_backward(
 
     Raises:
         ValueError: A gradient or statistics of another shape or dtype.
+        RuntimeError: The result is differentiated, or computed in forward mode or under ``torch.func``.
     """
     _check_backward(grad, x, weight, bias, mean, rstd)
-    grad_x, grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, mean, rstd)
+    grad_x, grad_weight, grad_bias = _run_backward(grad, x, weight, bias, mean, rstd)
     return grad_x, grad_weight, grad_bias
 
 
@@ -217,10 +252,10 @@ def layer_norm_gelu_backward_(
         Gradients of ``weight`` and ``bias``.
 
     Raises:
-        ValueError: As there, or ``grad`` is not contiguous.
+        ValueError: As there, or ``grad`` is not contiguous, or a derivative of the result is asked for.
     """
     _check_backward(grad, x, weight, bias, mean, rstd)
-    _check_overwritten("grad", grad)
+    _check_overwritten("grad", grad, x, weight, bias)
     with torch.no_grad():
         grad_weight, grad_bias = torch.ops.d2v.layer_norm_gelu_backward_(grad, x, weight, bias, mean, rstd)
     return grad_weight, grad_bias
@@ -249,11 +284,16 @@ def _check_affine(x: Tensor, weight: Tensor, bias: Tensor) -> None:
             raise ValueError(f"`{name}` must be on {x.device} as `x` is, but is on {value.device} instead.")
 
 
-def _check_overwritten(name: str, value: Tensor) -> None:
+def _check_overwritten(name: str, value: Tensor, *others: Tensor) -> None:
     if not value.is_contiguous():
         raise ValueError(f"`{name}` must be contiguous to be overwritten, but has strides {value.stride()} instead.")
     if value.requires_grad:
         raise ValueError(f"`{name}` must not require a gradient to be overwritten: `{name}.detach()` does not.")
+    if is_transformed(value, *others) or (torch.is_grad_enabled() and any(x.requires_grad for x in others)):
+        raise ValueError(
+            f"what overwrites `{name}` has no derivative in any mode: call it under `torch.no_grad()`, and outside of "
+            "`torch.func` and forward-mode differentiation."
+        )
 
 
 def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> None:

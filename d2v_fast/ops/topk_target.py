@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.ops._library import FLOAT_DTYPES, check_tensors, define, tensor_list
@@ -19,26 +21,25 @@ _DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1)}
 def topk_target_reference(
     layers: Sequence[Tensor], layer_norm: int, final_norm: int, rows: Tensor | None, lengths: Tensor | None, eps: float
 ) -> Tensor:
-    """Normalise every layer, average, normalise the average, keep `rows`; all in fp32."""
-    num_samples, num_positions, _ = layers[0].shape
+    """Normalise every layer, average, normalise the average, keep `rows`; all in fp32, and constant in `layers`."""
+    _, num_positions, _ = layers[0].shape
     valid = None
     if lengths is not None:
         check_range("lengths", lengths, num_positions + 1)
         valid = (torch.arange(num_positions, device=lengths.device) < lengths[:, None])[:, :, None]
-    total = torch.zeros_like(layers[0], dtype=torch.float32)
-    for x in layers:
-        total += _normalise(x.float(), LAYER_NORMS[layer_norm], valid, eps)
+    normalised = (_normalise(x.detach().float(), LAYER_NORMS[layer_norm], valid, eps) for x in layers)
+    total = reduce(torch.add, normalised)
     target = _normalise(total / len(layers), FINAL_NORMS[final_norm], valid, eps)
     if rows is None:
         return target if valid is None else target.masked_fill(~valid, 0.0)
-    check_range("rows", rows, num_samples * num_positions)
-    if valid is not None and not rows.is_cuda:
+    kept = take_rows("rows", target.flatten(0, 1), rows)
+    if valid is not None and _is_readable(rows) and _is_readable(valid):
         outside = rows[~valid.reshape(-1)[rows]]
         if outside.numel():
             raise IndexError(
                 f"`rows` must lie within `lengths`, but {int(outside[0])} is a position past its sample's length."
             )
-    return target.flatten(0, 1)[rows]
+    return kept
 
 
 def _normalise(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor:
@@ -55,13 +56,29 @@ def _normalise(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor
 
 
 def check_range(name: str, values: Tensor, upper: int) -> None:
-    """Refuse values outside [0, upper); tensors on a GPU are not looked at, that would wait for the device."""
-    if values.is_cuda or not values.numel():
+    """Refuse values outside [0, upper), if they can be read."""
+    if not values.numel() or not _is_readable(values):
         return
     for value in (int(values.min()), int(values.max())):
         if not 0 <= value < upper:
             allowed = f"in [0, {upper - 1}]" if upper > 0 else "empty, as there is nothing to index"
             raise IndexError(f"`{name}` must be {allowed}, but holds {value}.")
+
+
+def _is_readable(values: Tensor) -> bool:
+    """False on a GPU, which reading would wait for, and under vmap or a tracer, which have no values to branch on."""
+    if values.is_cuda or type(values) is not Tensor or torch._C._functorch.is_batchedtensor(values):
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0
+
+
+def take_rows(name: str, x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of `x` `[M, D]`; others than [0, M) are refused where they can be read, and NaN where they cannot."""
+    check_range(name, rows, len(x))
+    if _is_readable(rows):
+        return x[rows]
+    inside = (rows >= 0) & (rows < len(x))
+    return torch.where(inside[:, None], F.pad(x, (0, 0, 0, 1))[torch.where(inside, rows, len(x))], torch.nan)
 
 
 define(
@@ -108,12 +125,13 @@ def topk_target(
         eps: Added to every variance, > 0.
 
     Returns:
-        fp32 `[N, D]`, or `[B, T, D]` without ``rows``, there 0 past ``lengths``. No gradient flows to ``layers``.
+        fp32 `[N, D]`, or `[B, T, D]` without ``rows``, there 0 past ``lengths``. A constant: ``layers`` get no
+        derivative in any mode, as if they were detached.
 
     Raises:
         ValueError: What is not as described above.
         IndexError: On a CPU, a row outside [0, B * T) or past its sample's length, a length outside [0, T]. A GPU is
-            not waited for: there a row outside [0, B * T) gives NaN.
+            not waited for: there a row outside [0, B * T) gives NaN, as it does under ``torch.vmap``.
 
     Example:
         >>> topk_target([torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 8.0]]])], rows=torch.tensor([0]))

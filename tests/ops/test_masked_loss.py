@@ -173,8 +173,7 @@ def test_backward_that_is_not_plain(device):
     factor = torch.tensor(2.0, device=device, requires_grad=True)
     loss = masked_smooth_l1(pred, target, beta=1.0).loss
     (first,) = torch.autograd.grad(loss * factor, pred, create_graph=True, retain_graph=False)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(first.sum(), factor)
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), factor)[0], base.sum())
 
     class Blocks(torch.autograd.Function):
         @staticmethod
@@ -209,14 +208,12 @@ def test_fp16_does_not_underflow(device):
     assert ((got.double() - right).abs() <= 1.5e-3 * right.abs() + 1e-7).all()
 
 
-def test_gradient_of_target_and_second_derivative(device):
+def test_target_is_a_constant(device):
     pred, target, _ = make(device, 4, 3, torch.float32)
     target.requires_grad_()
     loss = masked_smooth_l1(pred, target).loss
-    assert torch.autograd.grad(loss, target, retain_graph=True, allow_unused=True)[0] is None
-    (first,) = torch.autograd.grad(loss * pred.sum(), pred, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        first.sum().backward()
+    assert torch.autograd.grad(loss, target, allow_unused=True)[0] is None
+    assert not masked_smooth_l1(pred.detach(), target).loss.requires_grad
 
 
 def test_no_slope_without_gradient(device):

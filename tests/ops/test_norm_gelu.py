@@ -215,9 +215,6 @@ def test_what_needs_no_gradient(device):
         (got,) = torch.autograd.grad(layer_norm_gelu(*inputs), inputs[i], grad)
         assert torch.equal(got, want[i])
     assert not layer_norm_gelu(x.detach(), weight.detach(), bias.detach()).requires_grad
-    (first,) = torch.autograd.grad((layer_norm_gelu(x, weight, bias) ** 2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        first.sum().backward()
 
 
 def test_reference_agrees(device):

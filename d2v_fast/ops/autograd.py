@@ -1,0 +1,102 @@
+"""Differentiate operations and hand-written backward passes in every mode of PyTorch, or refuse with an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from d2v_fast.ops._library import library
+
+
+def register_autograd(
+    name: str, num_inputs: int, ordinary: Callable[..., Any], transformed: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register how the operation ``d2v::<name>`` is differentiated in every mode of PyTorch.
+
+    Args:
+        name: The operation, already defined.
+        num_inputs: How many of its first arguments are tensors with a derivative.
+        ordinary: Runs the operation where an input requires a gradient: ``apply`` of a ``torch.autograd.Function``, of
+            the operation, the inputs, and a tuple of the other arguments, all of which cost time one by one.
+        transformed: Runs it under the transforms of ``torch.func`` and on inputs with a forward-mode tangent, from
+            differentiable PyTorch operations, or raises.
+
+    Returns:
+        A function that runs the operation with the same arguments. It does in one Python call what the dispatcher
+        would do in several, and leaves compilers and transforms to the dispatcher.
+    """
+    operation = getattr(torch.ops.d2v, name).default
+
+    def differentiate(*args: Any) -> Any:
+        inputs = args[:num_inputs]
+        if torch.is_grad_enabled() and [x for x in inputs if x.requires_grad]:
+            return ordinary(operation, *inputs, args[num_inputs:])
+        with below_autograd():
+            return operation(*args)
+
+    def on_autograd(*args: Any) -> Any:
+        return transformed(*args) if is_transformed(*args[:num_inputs]) else differentiate(*args)
+
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or is_transformed(*args[:num_inputs]):
+            return operation(*args)
+        return differentiate(*args)
+
+    library.impl(name, on_autograd, "Autograd")
+    return run
+
+
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+"""Context in which an operation neither is differentiated nor raises version counters: the caller does both."""
+
+
+def is_transformed(*inputs: Tensor) -> bool:
+    """True under a transform of ``torch.func``, and if an input has a forward-mode tangent."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return len([x for x in inputs if unpack_dual(x).tangent is not None]) > 0
+
+
+def once_differentiable(message: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the ``backward`` of a ``torch.autograd.Function`` that has a derivative only once.
+
+    A second derivative raises ``RuntimeError(message)``. ``torch.autograd.function.once_differentiable`` raises only
+    where the incoming gradient has a graph itself, and else gives a gradient that is silently constant in the inputs.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def wrapped(ctx: Any, *grads: Tensor | None) -> Any:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return results
+            return refuse_derivative(message, results, (*grads, *ctx.saved_tensors))
+
+        return wrapped
+
+    return decorate
+
+
+def refuse_derivative(message: str, results: Sequence[Any], inputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The same results, whose derivative with respect to any of the inputs raises ``RuntimeError(message)``."""
+    tensors = [x for x in inputs if x is not None and x.requires_grad]
+    refused = iter(_Refusal.apply(message, tuple(x for x in results if x is not None), *tensors))
+    return tuple(None if x is None else next(refused) for x in results)
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, message: str, results: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
+        ctx.set_materialize_grads(False)
+        return tuple(x.detach() for x in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        raise RuntimeError(ctx.message)
