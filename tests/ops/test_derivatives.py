@@ -117,8 +117,10 @@ MODES: dict[str, Callable[[Function, Tensor], Tensor]] = {
 
 # `torch.func.linearize` warns of how it writes its own graph
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(n, m) for n in NAMES for m in MODES if m != "linearize" or n in ("masked rows beta", "norm x")],
+)
 def test_every_mode_matches_fp64(device, name, mode):
     ours, plain, x = pair(name, device)
     got = MODES[mode](ours, x)
