@@ -88,7 +88,7 @@ ARROWS = {
         "d2v_fast.pre_norm",
     },
     "d2v_fast.encoder": set(),
-    "d2v_fast.layers": set(),
+    "d2v_fast.layers": {"d2v_fast.ops"},
     "d2v_fast.pre_norm": {"d2v_fast.layers"},
     "d2v_fast.post_norm": {"d2v_fast.encoder", "d2v_fast.layers"},
     "d2v_fast.data2vec": {*MODEL, "d2v_fast.ops"},
