@@ -149,7 +149,7 @@ class Checkpoint:
         # hidden files are left by desktops and network file systems
         others = [name for name in os.listdir(self.folder) if name not in self._held and not name.startswith(".")]
         if others:
-            raise DamageError(f"{printable(min(others))} is not listed in {MANIFEST}")
+            raise DamageError(f"{printable(min(others))} is not listed in {MANIFEST}: move it out of the folder")
 
     def _hold(self, name: str) -> HeldFile:
         fault_point("load.open")

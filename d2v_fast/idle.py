@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -53,10 +54,13 @@ def clock() -> float:
 
 def end_process(message: str) -> None:
     """Print an error and end this process with status 1 and all its children, whatever its threads are waiting for."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    # the process ends whatever becomes of the message: its reader may be gone, and a child may end by itself meanwhile
+    with suppress(OSError, ValueError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
     for child in children_of(os.getpid()):
         # a loader worker that is stopped would stay for ever
-        os.kill(child, signal.SIGKILL)
+        with suppress(OSError):
+            os.kill(child, signal.SIGKILL)
     os._exit(1)
 
 

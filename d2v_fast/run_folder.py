@@ -131,7 +131,8 @@ class RunFolder:
     def _open(cls, path: Path, *, reopened: bool = False, replaced: bool = False) -> RunFolder:
         if (path / "checkpoints").exists() and not (path / "checkpoints").is_dir():
             raise RunError(f"{path / 'checkpoints'} must be a folder, but is none: bring back the one that was there.")
-        if (path / "lock").exists() and not (path / "lock").is_file():
+        if os.path.lexists(path / "lock") and ((path / "lock").is_symlink() or not (path / "lock").is_file()):
+            # opened through a link, a file from elsewhere would be emptied
             raise RunError(f"{path / 'lock'} must be a file, but is none: remove it.")
         for place in (path, path / "checkpoints"):
             # found out now, and not when hours of training are to be saved

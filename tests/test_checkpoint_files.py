@@ -64,8 +64,8 @@ def test_copy_over_a_folder_with_more_shards_is_no_mixture(checkpoints: Checkpoi
     assert found is not None
     assert found.step == 1
     assert told == [
-        "checkpoint step-2 is damaged (shard-00001.safetensors is not listed in manifest.json): "
-        "kept as step-2.damaged, falling back to the one before it"
+        "checkpoint step-2 is damaged (shard-00001.safetensors is not listed in manifest.json: move it out of the "
+        "folder): kept as step-2.damaged, falling back to the one before it"
     ]
     read = torch.zeros(3, 5)
     found.reader().read(kept("student", "a.weight", read))
@@ -79,7 +79,7 @@ def test_what_the_manifest_does_not_list_is_an_error(name: str, checkpoints: Che
         (folder / name).mkdir()
     else:
         shutil.copy(folder / SHARD, folder / name)
-    assert problem(folder, 5) == f"{name.rstrip('/')} is not listed in manifest.json"
+    assert problem(folder, 5) == f"{name.rstrip('/')} is not listed in manifest.json: move it out of the folder"
     # what a desktop, or a network file system, leaves in every folder
     (folder / name).rename(folder / ".nfs0001")
     verified_checkpoint(folder, 5).close()
@@ -118,7 +118,7 @@ def test_linked_folders_are_not_followed(checkpoints: Checkpoints, tmp_path: Pat
     assert problem(folder, 5) == f'manifest.json names "inside/{SHARD}", which is not a file of a checkpoint'
     (folder / MANIFEST).write_text(manifest)
     shutil.move(tmp_path / "outside" / SHARD, folder / SHARD)
-    assert problem(folder, 5) == "inside is not listed in manifest.json"
+    assert problem(folder, 5) == "inside is not listed in manifest.json: move it out of the folder"
     (folder / "inside").unlink()
     folder.rename(tmp_path / "outside" / "step-5")
     folder.symlink_to(tmp_path / "outside" / "step-5")
@@ -179,7 +179,7 @@ def test_shard_that_is_left_out_of_the_manifest(checkpoints: Checkpoints) -> Non
     folder = save(checkpoints, 5)
     write_shards_anew(folder, *ranges(5, 4, 9))
     write_manifest(folder, without="shard-00001.safetensors")
-    assert problem(folder, 5) == "shard-00001.safetensors is not listed in manifest.json"
+    assert problem(folder, 5) == "shard-00001.safetensors is not listed in manifest.json: move it out of the folder"
     (folder / "shard-00001.safetensors").unlink()
     assert problem(folder, 5) == "no file holds student/a.weight from 4 on"
 

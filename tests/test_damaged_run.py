@@ -213,6 +213,15 @@ def test_places_that_cannot_be_repaired_are_named(run: Path, tmp_path: Path) -> 
     os.mkfifo(run / "lock")
     with pytest.raises(RunError, match="lock must be a file, but is none: remove it"):
         RunFolder.reopen(run.parent, "r")
+    elsewhere = tmp_path / "of the user"
+    for content in ("kept", None):
+        # it would be emptied, or made
+        (run / "lock").unlink()
+        (run / "lock").symlink_to(elsewhere)
+        elsewhere.write_text(content) if content else elsewhere.unlink()
+        with pytest.raises(RunError, match="lock must be a file, but is none: remove it"):
+            RunFolder.reopen(run.parent, "r")
+        assert (elsewhere.read_text() if elsewhere.exists() else None) == content
     (run / "lock").unlink()
     (run / "lock").write_bytes(b"pid \xff\n")
     RunFolder.reopen(run.parent, "r").close()

@@ -63,6 +63,16 @@ def test_idle_process_ends_with_its_children(tmp_path: Path) -> None:
     until(lambda: state_of(child) == "dead")
 
 
+def test_idle_process_ends_where_nobody_reads_its_message(tmp_path: Path) -> None:
+    def close_the_reader_and_wait() -> None:
+        reading, writing = os.pipe()
+        os.close(reading)
+        sys.stderr = os.fdopen(writing, "w")
+        wait_for_nothing()
+
+    assert wait(fork(watched(close_the_reader_and_wait), tmp_path / "output"), timeout_s=20) == [1]
+
+
 def compute() -> None:
     sum(range(10_000))
 
