@@ -8,6 +8,7 @@ children count as progress, and so does `alive`.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -101,7 +102,7 @@ class IdleWatch:
                 looks += 1
             last = now
             if looks >= LOOKS:
-                if _is_debugged():
+                if _is_debugged() or _is_output_held():
                     looks = 0
                     continue
                 self._end(self._message())
@@ -172,6 +173,15 @@ def _places() -> list[str]:
                 break
             frame = frame.f_back
     return places
+
+
+def _is_output_held() -> bool:
+    """Whether whoever reads the output has stopped to: a pager that waits for a key, a terminal after Ctrl-S."""
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, select.POLLOUT)
+    # a closed one is in the answer as an error
+    return len(outputs.poll(0)) < 2
 
 
 def _is_debugged() -> bool:

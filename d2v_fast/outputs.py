@@ -31,6 +31,8 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 _ALWAYS = (RECORD, "config.json", "README.md", _WEIGHTS)
 # what an export without a record may have written
 _NAMES = (*_ALWAYS, "preprocessor_config.json", *_TOKENIZER)
+# what every checkpoint holds
+_CHECKPOINT = ("manifest.json", "state.json")
 _MAX_RECORD_BYTES = 2**20
 _NUM_NAMED = 5
 # of an export from before there were records: the time from its weights to its configuration, which it wrote last
@@ -40,21 +42,20 @@ _LEFTOVER_SECONDS = 60
 
 
 def require_free(path: Path, overwrite: bool = False, option: str = "`--to`") -> None:
-    """Check that a file or folder may be written.
+    """Check that a folder may be written.
 
     Args:
-        path: of the file, or of the folder, which may exist if it is empty.
+        path: of the folder, which may exist if it is empty.
         overwrite: the user asked to replace what is there.
         option: that names the path, for the message.
     Raises:
-        OptionError: it exists, and the user did not ask.
+        OptionError: it holds something, and the user did not ask; it is a file; or it is in a checkpoint.
     """
-    if overwrite or not os.path.lexists(path):
-        return
+    _require_no_checkpoint(path, option)
     shown = printable(str(path))
-    if not path.is_dir():
-        raise OptionError(f"{option} must be a new file, but {shown} exists. `--overwrite` replaces it.")
-    if there := sorted(entry.name for entry in path.iterdir()):
+    if os.path.lexists(path) and not path.is_dir():
+        raise OptionError(f"{option} must be a new or empty folder, but {shown} is none.")
+    if not overwrite and path.is_dir() and (there := sorted(entry.name for entry in path.iterdir())):
         raise OptionError(
             f"{option} must be a new or empty folder, but {shown} holds {_listed(there)}. `--overwrite` replaces what "
             "an earlier export wrote there, and keeps the rest."
@@ -62,17 +63,20 @@ def require_free(path: Path, overwrite: bool = False, option: str = "`--to`") ->
 
 
 def require_file(path: Path, overwrite: bool = False, option: str = "`--to`") -> None:
-    """Check that a file may be written: as `require_free`, but a folder in its place is always an error.
+    """Check that a file may be written; see `require_free`.
 
     Raises:
-        OptionError: it exists, and the user did not ask; it is a folder; or its folder is a file.
+        OptionError: it exists, and the user did not ask; it is a folder; its folder is a file, or that of a checkpoint.
     """
+    _require_no_checkpoint(path, option)
+    shown = printable(str(path))
     if path.is_dir():
-        raise OptionError(f"{option} must be a file, but {printable(str(path))} is a folder.")
+        raise OptionError(f"{option} must be a file, but {shown} is a folder.")
     parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir():
         raise OptionError(f"{option} must be in a folder, but {printable(str(parent))} is none.")
-    require_free(path, overwrite, option)
+    if not overwrite and os.path.lexists(path):
+        raise OptionError(f"{option} must be a new file, but {shown} exists. `--overwrite` replaces it.")
 
 
 def require_writable(folder: Path, option: str = "`--to`") -> None:
@@ -149,6 +153,17 @@ def set_aside_changed(folder: Path) -> str | None:
     )
     folder.rename(other)
     return f"kept what was in {folder} as {other}: it was not written by an export, or was changed since"
+
+
+def _require_no_checkpoint(path: Path, option: str) -> None:
+    """OptionError if the path is in a checkpoint, which counts as damaged once it holds anything else."""
+    real = path.resolve()
+    for folder in (real, *real.parents):
+        if all((folder / name).is_file() for name in _CHECKPOINT):
+            raise OptionError(
+                f"{option} must be outside of checkpoints, but {printable(str(path))} is in {printable(str(folder))}. "
+                "Choose another place."
+            )
 
 
 def _own_files(target: Path) -> dict[str, dict[str, Any]]:

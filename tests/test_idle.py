@@ -111,6 +111,23 @@ def test_a_person_at_the_debugger_is_waited_for(tmp_path: Path) -> None:
     assert wait(fork(debugged, tmp_path / "output"), timeout_s=20) == [0]
 
 
+def test_a_pager_that_waits_for_a_key_is_waited_for(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+
+    def print_more_than_a_pipe_holds() -> int:
+        os.dup2(writing, 1)
+        with IdleWatch(LIMIT_S):
+            os.write(1, b"-" * 300_000)
+        return 0
+
+    child = fork(print_more_than_a_pipe_holds, tmp_path / "output")
+    os.close(writing)
+    time.sleep(3 * LIMIT_S)
+    with open(reading, "rb") as pager:
+        assert len(pager.read()) == 300_000
+    assert wait(child, timeout_s=20) == [0], (tmp_path / "output").read_text()
+
+
 def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
     """Stopped for longer than the limit, in the middle of a short wait."""
     child = fork(watched(lambda: time.sleep(2 * LIMIT_S + 1)), tmp_path / "output")

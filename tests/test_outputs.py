@@ -227,6 +227,31 @@ def test_file_targets(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert f"must be in a folder, but {run / 'config.json'} is none" in capsys.readouterr().err
 
 
+def test_nothing_is_written_into_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = next((run / "checkpoints").iterdir())
+    before = content_of(checkpoint)
+    (run.parent / "link").symlink_to(checkpoint)
+    for words in (
+        ["export", str(run), "--to", str(checkpoint), "--overwrite"],
+        ["export", str(run), "--to", str(run.parent / "link" / "deep" / "below")],
+        ["export", str(run), "--format", "beit", "--to", str(checkpoint / "a.pth")],
+        ["embed", str(run), str(run), "--to", str(checkpoint / "a.npy")],
+        ["draw", str(run), "--out", str(checkpoint / "a.png")],
+        ["presets", "digits", "--to", str(run.parent / "link" / "a.json")],
+    ):
+        assert main(words) == 2
+        assert "must be outside of checkpoints" in capsys.readouterr().err
+    assert content_of(checkpoint) == before
+
+
+def test_a_file_in_the_place_of_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.parent / "file").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        assert main(["export", str(run), "--to", str(run.parent / "file"), *more]) == 2
+        assert "must be a new or empty folder, but" in capsys.readouterr().err
+    assert (run.parent / "file").read_text() == "mine"
+
+
 def test_default_place_that_cannot_be_written(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
