@@ -210,6 +210,12 @@ void check(const Lists& lists) {
           " student tensors");
   require(working.empty() || working.size() == teacher.size(), "ema_update_: ", teacher.size(),
           " teacher and ", working.size(), " working tensors");
+  for (int kind = 0; kind < 3; ++kind) {
+    const auto& group = kind == 0 ? teacher : kind == 1 ? student : working;
+    for (size_t i = 0; i < group.size(); ++i)
+      require(!group[i].is_cpu() || group[i].numel() == 0 || group[i].const_data_ptr() != nullptr, "ema_update_: ",
+              kNames[kind], " ", i, " has no memory");
+  }
   for (size_t i = 0; i < teacher.size(); ++i) {
     require(teacher[i].scalar_type() == ScalarType::Float, "ema_update_: teacher ", i, " must be fp32");
     for (int kind = 1; kind < (working.empty() ? 2 : 3); ++kind) {

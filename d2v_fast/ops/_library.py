@@ -174,6 +174,11 @@ def check_tensors(name: str, values: Iterable[Any]) -> None:
         raise TypeError(f"`{name}[{i}]` must be a tensor, but is {type(value).__name__} instead{hint}.")
 
 
+def is_observed() -> bool:
+    """Whether a mode of `torch.utils._python_dispatch` is on, as that of fake tensors, which sees every operation."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:
     first = args[0]
     return first if isinstance(first, Tensor) else first[0]

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops import _library
-from d2v_fast.ops._library import FLOAT_DTYPES, check_tensors, define, define_in_cpp, has_triton, in_cpp, tensor_list
+from d2v_fast.ops._library import (
+    FLOAT_DTYPES,
+    check_tensors,
+    define,
+    define_in_cpp,
+    has_triton,
+    in_cpp,
+    is_observed,
+    tensor_list,
+)
+from d2v_fast.ops.memory_checks import check_memory, check_overlap
 
 Tensors = Iterable[Tensor] | Mapping[str, Tensor]
 """Tensors in an order, or by name."""
@@ -123,6 +133,7 @@ def ema_update_(
     The EMA of data2vec (arXiv 2202.03555, section 3.2, "teacher parameterization") for a list of tensors at once:
     one kernel launch on a GPU, one parallel loop on a CPU. Arithmetic is fp32 in the form of ``torch.lerp``. Version
     counters of what is written are raised: autograd refuses a backward pass through values that an update replaced.
+    The update itself has no derivative, as under ``torch.no_grad()``.
     For the same tensors at every step, `EmaUpdate` is faster.
 
     Args:
@@ -131,14 +142,16 @@ def ema_update_(
             bool tensor (a counter of batches) is not averaged: it becomes a copy of the student's, unless decay is 1.
         student: As many tensors of the same shapes on the same device; fp32, bf16 or fp16. Only read. A dict where
             ``teacher`` is one, with the same names: dicts are matched by name, lists by position.
-        decay: In [0, 1]. A float, or a 0-d fp64 or fp32 tensor on that device, which a CUDA graph can capture. 1
-            changes nothing, 0 copies. Under `torch.compile` a float may change without another compilation.
+        decay: In [0, 1]. A float, or a 0-d fp64 or fp32 tensor on that device, which a CUDA graph can capture. The
+            value of a tensor on a GPU is not checked. 1 changes nothing, 0 copies. Under `torch.compile` a float may
+            change without another compilation.
         working: Optional tensors of the same shapes, fp32, bf16 or fp16, that receive the updated teacher in the
             same pass (the copy that the teacher's forward runs on). A dict where ``teacher`` is one.
 
     Raises:
         ValueError: Lists of different lengths, dicts of different names, different shapes or devices, a dtype not
-            listed above, a decay outside [0, 1], a teacher that shares memory with the student or the working copy, or
+            listed above, a decay outside [0, 1], a tensor that is not dense or is distributed, a batch of
+            ``torch.vmap``, a teacher that shares memory with the student or the working copy, or
             a teacher or working copy with several elements in one place of memory (an expanded tensor). Entries of a
             dict that share all of their memory on every side (tied weights) are updated once.
         TypeError: A module, a single tensor, or a list that holds None or something else that is no tensor.
@@ -207,7 +220,7 @@ class EmaUpdate:
             return
         if value == 1.0 and decay_tensor is None:
             return
-        if _is_observed() or not self._run_prepared(value, decay_tensor):
+        if is_observed() or not self._run_prepared(value, decay_tensor):
             _update(self._lists, value, decay_tensor)
         _copy_integers(self._integers, value, decay_tensor)
 
@@ -219,7 +232,7 @@ class EmaUpdate:
         self._prepared = None
         _check(self._lists)
         self._is_direct = in_cpp("ema_prepare") and _is_direct(self._lists)
-        if self._is_direct and not _is_observed():
+        if self._is_direct and not is_observed():
             self._prepared = _Prepared(self._lists)
 
     def _run_prepared(self, value: float, decay_tensor: Tensor | None) -> bool:
@@ -257,11 +270,6 @@ class _Prepared:
         return True
 
 
-def _is_observed() -> bool:
-    """Whether a mode of `torch.utils._python_dispatch` is on, as that of fake tensors, which sees every operation."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def _is_direct(lists: _Lists) -> bool:
     """Whether `_Prepared` handles these tensors."""
     if not lists.teacher:
@@ -270,7 +278,9 @@ def _is_direct(lists: _Lists) -> bool:
     if device.type != "cpu" and not (device.type == "cuda" and has_triton()):
         return False
     every = [x for group in lists for x in group]
-    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device == device and x.is_contiguous() for x in every)
+    plain = (Tensor, torch.nn.Parameter)
+    # of a negative view, C++ would keep a copy, and later changes would not be seen
+    return all(type(x) in plain and x.device == device and x.is_contiguous() and not x.is_neg() for x in every)
 
 
 def _update(lists: _Lists, value: float, decay_tensor: Tensor | None) -> None:
@@ -331,7 +341,10 @@ def _read_decay(decay: float | Tensor, lists: _Lists) -> tuple[float, Tensor | N
         first = lists.teacher[0] if lists.teacher else None
         if isinstance(first, Tensor) and decay.device != first.device:
             raise ValueError(f"`decay` must be on {first.device}, but is on {decay.device} instead.")
-        return 1.0, decay
+        if decay.device.type != "cpu" or type(decay) is not Tensor or is_observed() or torch.compiler.is_compiling():
+            return 1.0, decay
+        # without a device to wait for, it is checked as a float is
+        decay = decay.item()
     if not torch.compiler.is_compiling():
         try:
             decay = float(decay)
@@ -348,6 +361,9 @@ def _paired(teacher: Tensors, student: Tensors, working: Tensors | None) -> _Lis
     named = {name: _as_dict(side) for name, side in sides.items()}
     if not any(isinstance(side, dict) for side in named.values()):
         lists = [tensor_list(name, side) for name, side in sides.items()]
+        if len(lists) > 2 and lists[0] and not lists[2]:
+            # an empty list stands for no working copy from here on
+            raise ValueError(f"`working` must have as many tensors as `teacher` ({len(lists[0])}), but has 0 instead.")
         return _Lists(lists[0], lists[1], lists[2] if len(lists) > 2 else [])
     by_name: dict[str, dict[str, Tensor]] = {}
     for name, side in named.items():
@@ -367,6 +383,7 @@ def _paired(teacher: Tensors, student: Tensors, working: Tensors | None) -> _Lis
                 f"{', '.join(differing[:5])}."
             )
         check_tensors(name, other.values())
+        check_memory(name, other.values())
     lists = [[other[key] for key in mine] for other in by_name.values()]
     return _untied(_Lists(lists[0], lists[1], lists[2] if len(lists) > 2 else []))
 
@@ -409,10 +426,12 @@ def _sorted_out(lists: _Lists) -> tuple[_Lists, _Lists]:
 
 
 def _check(lists: _Lists) -> None:
+    for name, group in zip(_Lists._fields, lists, strict=True):
+        check_memory(name, group)
     _check_alike(lists)
     # under torch.compile, and with fake tensors, there are no addresses to compare
-    if not torch.compiler.is_compiling() and not _is_observed():
-        _check_overlap(*lists)
+    if not torch.compiler.is_compiling() and not is_observed():
+        check_overlap(*lists)
 
 
 def _check_lengths(lists: _Lists) -> None:
@@ -443,44 +462,3 @@ def _check_alike(lists: _Lists) -> None:
             raise ValueError(
                 f"`teacher[{i}]` must be fp32 (lower precision loses most updates), but is {t.dtype} instead."
             )
-
-
-def _overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements may share memory: where a dimension does not step over all that the smaller ones reach."""
-    if x.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
-
-
-def _check_overlap(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) -> None:
-    """Refuse memory that is written through one name and read or written through another one."""
-    spans = []
-    for kind, tensors in (("teacher", teacher), ("student", student), ("working", working)):
-        for i, x in enumerate(tensors):
-            # meta tensors have no memory
-            if x.numel() and not x.is_meta:
-                if kind != "student" and _overlaps_itself(x):
-                    raise ValueError(
-                        f"`{kind}[{i}]` must have a place in memory for each of its elements, but has strides "
-                        f"{x.stride()} for shape {tuple(x.shape)} instead (use `.clone()`)."
-                    )
-                start = x.data_ptr()
-                # the last element that the strides reach
-                reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-                spans.append((start, start + (reach + 1) * x.element_size(), kind, i))
-    spans.sort()
-    furthest = {"teacher": (0, 0), "student": (0, 0), "working": (0, 0)}
-    for start, end, kind, i in spans:
-        for other, (other_end, j) in furthest.items():
-            if start < other_end and not (kind == other == "student"):
-                raise ValueError(
-                    f"`{kind}[{i}]` and `{other}[{j}]` share memory; "
-                    "every tensor that is written must have its own (use `.clone()`)."
-                )
-        furthest[kind] = max(furthest[kind], (end, i))

@@ -195,6 +195,8 @@ def check_rows(layers: list[Tensor], rows: Tensor | None, lengths: Tensor | None
 
 def check_indices(name: str, x: Tensor, device: torch.device) -> None:
     """Refuse what is not a 1-d int64 tensor on `device`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a 1-d int64 tensor, but is {type(x).__name__} instead.")
     if x.dtype != torch.int64 or x.ndim != 1:
         raise ValueError(f"`{name}` must be a 1-d int64 tensor, but is {x.dtype} of shape {tuple(x.shape)} instead.")
     if x.device != device:
