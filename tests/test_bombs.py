@@ -161,6 +161,8 @@ def test_harmless_pickles_are_read(tmp_path: Path) -> None:
         found = read_pickle(tmp_path / name)
         assert found["kinds"] == {torch.float16}
         assert torch.equal(found["model"]["b"], tied)
+    torch.save({"ids": torch.arange(3).to(torch.uint16)}, tmp_path / "ids.pt")
+    assert read_pickle(tmp_path / "ids.pt")["ids"].tolist() == [0, 1, 2]
 
 
 def texts(path: Path, **options: Any) -> str:
@@ -223,6 +225,7 @@ def test_dictionary_that_repeats_a_long_text(tmp_path: Path, monkeypatch: pytest
 def test_pages_that_become_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = table_of(tmp_path / "a.parquet", ["a" * 70_000_000], compression="zstd", use_dictionary=False)
     assert path.stat().st_size < 30_000
+    monkeypatch.setattr(parquet_files, "MIN_LIMIT", 1 << 26)
     used, found = measured(lambda: texts(tmp_path))
     assert "decompresses to more than 67,108,864 bytes" in found
     assert used < 50e6
@@ -231,6 +234,18 @@ def test_pages_that_become_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     used, found = measured(lambda: texts(tmp_path))
     assert "is more than 60,000,000" in found
     assert used < 50e6
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}])
+def test_text_that_repeats_itself_is_read(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A log or a set of prompts may be compressed thousandfold, and is read to its end."""
+    line = "the same words again and again. " * 1500
+    path = table_of(tmp_path / "a.parquet", [line + str(i) for i in range(1600)], compression="zstd", **options)
+    assert os.path.getsize(path) < 76_000_000 / 500
+    with open(path, "rb") as file:
+        rows = [row[0] for _, row in parquet_files.parquet_rows(file, {"text": "`d2v.data.field`"})]
+    assert len(rows) == 1600
+    assert rows[-1] == line + "1599"
 
 
 def test_lists_are_refused_before_they_are_decoded(tmp_path: Path) -> None:

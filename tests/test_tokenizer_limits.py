@@ -55,7 +55,8 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "patterns": ({"normalizer": sequence(*[replace("aa", "aaaa")] * 30)}, "1,073,741,824 times as long, more than 32"),
     "expressions": ({"normalizer": sequence(*[replace("", "aa", "Regex")] * 20)}, "times as long, more than 32"),
-    "many": ({"normalizer": sequence(*[replace("a", "aa")] * 200)}, "its normalizer has 200 parts, more than 32"),
+    "classes": ({"normalizer": sequence(*[replace("[a]", "aa", "Regex")] * 6)}, "64 times as long, more than 32"),
+    "many": ({"normalizer": sequence(*[replace("a", "aa")] * 400)}, "its normalizer has 400 parts, more than 256"),
     "long": ({"normalizer": replace("a", "a" * 1_000_000)}, "inserts 1,000,000 characters at a time, more than 100"),
     "prefix": ({"normalizer": sequence(*[{"type": "Prepend", "prepend": "aaa"}] * 9)}, "times as long, more than 32"),
     "bytes": (
@@ -85,6 +86,26 @@ def test_tokenizers_that_would_become_large(tmp_path: Path, kind: str) -> None:
     assert used < 60e6
 
 
+def test_normalizers_that_clean_text_are_read(tmp_path: Path) -> None:
+    """Expressions that replace what is there make nothing longer; a table of letters has a part for each."""
+    clean = {r"\s+": " ", "[“”„]": '"', "[‘’]": "'", "[–—]": "-", "…": "...", r"https?://\S+": "url", " {2,}": " "}
+    clean |= {r"\p{Cc}": "", r"[\u200c\u200d]": ""}
+    expressions = [replace(pattern, content, "Regex") for pattern, content in clean.items()]
+    letters = [replace(chr(0x660 + digit), "ab"[digit % 2]) for digit in range(10)]
+    parts = [*expressions, *letters, *[replace(chr(code), "") for code in range(0x64B, 0x660)]]
+    assert len(parts) > 32
+    tokenizer = load(tmp_path, normalizer=sequence(*parts))
+    ids, sizes = tokenizer.encode(["\u0660\u0661\u064b\u200c" * 100, "ab" * 100])
+    assert sizes.tolist() == [100, 100]
+    assert len(set(ids.tolist())) == 1
+
+
+@pytest.mark.parametrize("pattern", [r"\s*", "a?", "a|", "(?=a)", "^", "a{0,3}", "a{,3}", r"a\K", "[a]*", "a|b*"])
+def test_expressions_that_match_between_letters(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(DataError, match="a text up to 64 times as long"):
+        load(tmp_path, normalizer=sequence(*[replace(pattern, "a", "Regex")] * 6))
+
+
 def test_frames_that_double_are_replaced(tmp_path: Path) -> None:
     text = {"Sequence": {"id": "A", "type_id": 0}}
     twice = {"type": "TemplateProcessing", "single": [text, text], "pair": [text, text], "special_tokens": {}}
@@ -100,7 +121,7 @@ def test_longer_texts_are_tokenized_in_parts_with_the_same_ids(tmp_path: Path, m
         tmp_path, normalizer=sequence({"type": "NFKC"}, replace("b", "ab"), replace(" {2,}", " ", "Regex"))
     )
     texts = ["ab", "", "\ufdfa", "aab" * 50, "b" * 99, "a"]
-    assert tokenizer._growth.lengths(texts) == [6, 0, 36, 400, 396, 2]
+    assert tokenizer._growth.lengths(texts) == [3, 0, 18, 200, 198, 1]
     together = tokenizer.encode(texts)
     monkeypatch.setattr(tokenizer_limits, "MAX_TOGETHER", 100)
     apart = tokenizer.encode(texts)

@@ -24,7 +24,7 @@ __all__ = ["parquet_rows"]
 # rows that are decoded together, and bytes: fewer rows where they are long
 MAX_ROWS, MAX_BATCH_BYTES = 256, 1 << 26
 # of a page when it is decompressed: writers put a thousand rows into one, whatever their length
-MAX_PAGE_BYTES = 1 << 29
+MAX_PAGE_BYTES = 1 << 30
 # of the metadata at the end, which takes up to a hundred times as much memory
 MAX_FOOTER_BYTES = 1 << 24
 # bytes that are read of a column at a time
@@ -95,7 +95,10 @@ class _Pages:
                 for page in self._pages_of(metadata.row_group(group).column(place)):
                     total += page.num_bytes
                     if page.num_bytes > MAX_PAGE_BYTES:
-                        raise UnreadableFile(f"a page of {page.num_bytes:,} bytes is more than {MAX_PAGE_BYTES:,}")
+                        raise UnreadableFile(
+                            f"a page of {page.num_bytes:,} bytes is more than {MAX_PAGE_BYTES:,}: write "
+                            "smaller pages (`write_batch_size` of pyarrow)"
+                        )
                     if total > limit:
                         raise UnreadableFile(f"decompresses to more than {limit:,} bytes, {MAX_RATIO} times its size")
                     # of a dictionary, one entry may be all of it, and in every row

@@ -23,8 +23,8 @@ COMPRESSED = (".gz", ".zst")
 CHUNK = 1 << 20
 MAX_LINE = 1 << 26
 MAX_SIZE = 1 << 62
-# no text is compressed more than so much; what is small may be
-MAX_RATIO, MIN_LIMIT = 200, 1 << 26
+# no corpus is compressed more than so much; a text that repeats itself is, and 1 GiB of it does no harm
+MAX_RATIO, MIN_LIMIT = 200, 1 << 30
 # where zero bytes are replaced, a file is binary with more than one of so many bytes that no text holds
 STRANGE = 20
 _OF_TEXT = bytes({*range(32, 256), *b"\t\n\v\f\r\x1b"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -17,8 +18,8 @@ import numpy.typing as npt
 
 __all__ = ["MAX_SECONDS", "Growth", "check_parts", "within_limits"]
 
-# parts of a normalizer, of a pre-tokenizer and of a decoder; published ones have up to ten
-MAX_PARTS = 32
+# parts of a normalizer, of a pre-tokenizer and of a decoder; one that replaces digits and letters has dozens
+MAX_PARTS = 256
 # characters that a part may put in the place of a match, and of a word that is taken apart in time that grows with its
 # cube; both far above what published tokenizers have
 MAX_CONTENT, MAX_WORD = 100, 256
@@ -30,6 +31,14 @@ NO_GROWTH = 4
 MAX_TOGETHER = 1 << 23
 # a batch takes seconds, on the slowest of machines
 MAX_SECONDS = 600.0
+
+# a regular expression that begins with a letter, an escape or a class which has to be there, so that it never matches
+# between two letters; `\K` or an alternative could change that
+_NEVER_EMPTY = re.compile(
+    r"(?:\\[sSdDwWnrtf]|\\[pP]\{\w+\}|\\u[0-9a-fA-F]{4}|\\[^\w\s]|\[\^?(?:\\.|[^][\\&])+\]|[^\\^$|?*+()\[\]{}])"
+    r"(?![*?]|\{(?![1-9]))(?:(?!\\K)[^|])*",
+    re.DOTALL,
+)
 
 _Value = TypeVar("_Value")
 
@@ -198,6 +207,8 @@ def _factor(part: dict[str, Any], letters: bool = False) -> float:
     pattern = part.get("pattern")
     if isinstance(pattern, dict) and isinstance(text := pattern.get("String"), str):
         return 1.0 if len(text) == 1 and not letters else max(1.0, inserted / max(1, len(text)))
+    if isinstance(regex := _regex(part), str) and _NEVER_EMPTY.fullmatch(regex):
+        return max(1.0, inserted)
     # may match between any two letters
     return 1.0 + inserted
 

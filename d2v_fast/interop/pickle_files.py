@@ -34,8 +34,8 @@ MAX_RATIO, MIN_LIMIT = 4, 1 << 26
 NUM_LEGACY = 5
 # what weights are made with; the other functions that torch allows allocate what their arguments say
 _HARMLESS = re.compile(
-    r"collections\.OrderedDict|builtins\.(?:set|complex)|torch\.(?:\w+Storage|Size|device)|torch\.nn\.parameter\.Parameter"
-    r"|torch\._utils\._rebuild_(?:tensor|tensor_v2|parameter|parameter_with_state)"
+    r"collections\.OrderedDict|builtins\.(?:set|complex)|torch\.(?:\w+Storage|Size|device)|torch\.storage\.UntypedStorage|torch\.nn\.parameter\.Parameter"
+    r"|torch\._utils\._rebuild_(?:tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
 )
 
 

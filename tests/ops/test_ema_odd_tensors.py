@@ -55,7 +55,9 @@ def test_tensors_without_memory(update, make, message, side, as_dict):
     sides[side][1] = make()
     if as_dict:
         sides = {name: dict(enumerate(tensors)) for name, tensors in sides.items()}
-    with pytest.raises((ValueError, RuntimeError), match=rf"`{side}\[1\]` must be an ordinary dense tensor.* {message}"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=rf"`{side}\[1\]` must be an ordinary dense tensor.* {message}"
+    ):
         update(sides["teacher"], sides["student"], 0.5, working=sides["working"])
 
 
