@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from d2v_fast.process_state import children_of, cpu_ticks, state_of
+from d2v_fast.process_state import cpu_ticks, descendants_of, state_of
 
 # how often progress is looked at within the limit. Looks are counted, not seconds, so that neither a jump of the clock
 # nor the time for which a process is stopped as a whole counts as waiting
@@ -58,7 +58,7 @@ def end_process(message: str) -> None:
     # the process ends whatever becomes of the message: its reader may be gone, and a child may end by itself meanwhile
     with suppress(OSError, ValueError):
         print(f"error: {message}", file=sys.stderr, flush=True)
-    for child in children_of(os.getpid()):
+    for child in descendants_of(os.getpid()):
         # a loader worker that is stopped would stay for ever
         with suppress(OSError):
             os.kill(child, signal.SIGKILL)
@@ -110,7 +110,7 @@ class IdleWatch:
 
     def _message(self) -> str:
         places = "; ".join(_places()) or "outside of Python"
-        bad = [(child, state_of(child)) for child in children_of(os.getpid())]
+        bad = [(child, state_of(child)) for child in descendants_of(os.getpid())]
         children = "".join(f" Its process {child} is {state}." for child, state in bad if state is not None)
         return (
             f"this process (pid {os.getpid()}) has neither computed nor read nor written anything for "
@@ -144,7 +144,7 @@ class _Activity(NamedTuple):
             except (OSError, ValueError, IndexError, KeyError):
                 # it has ended, or the system does not count that
                 continue
-        ticks |= {child: cpu_ticks(child) or 0 for child in children_of(os.getpid())}
+        ticks |= {child: cpu_ticks(child) or 0 for child in descendants_of(os.getpid())}
         return cls(_signs, ticks, faults, num_bytes)
 
     def differs(self, before: _Activity, enough_ticks: int) -> bool:

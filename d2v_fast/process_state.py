@@ -45,10 +45,9 @@ def start_of(pid: int) -> int | None:
 
 
 def cpu_ticks(pid: int) -> int | None:
-    """Return the processor time that a process has used, in ticks; None for one that does not exist."""
+    """Return the processor time of a process and of the children that it has waited for, in ticks; None for none."""
     try:
-        fields = _stat(pid)
-        return int(fields[11]) + int(fields[12])
+        return sum(map(int, _stat(pid)[11:15]))
     except (OSError, IndexError, ValueError):
         return None
 
@@ -64,6 +63,17 @@ def children_of(pid: int) -> list[int]:
         # it has ended
         return []
     return sorted(found)
+
+
+def descendants_of(pid: int) -> list[int]:
+    """Return the children of a process, their children, and so on."""
+    found, seen = children_of(pid), {pid}
+    for child in found:
+        # a number may be given to another process meanwhile
+        if child not in seen:
+            seen.add(child)
+            found += children_of(child)
+    return sorted(seen - {pid})
 
 
 def own_record() -> str:

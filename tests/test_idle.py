@@ -16,7 +16,7 @@ import pytest
 
 from d2v_fast import atomic, checkpoints, console, idle
 from d2v_fast.idle import IdleWatch
-from d2v_fast.process_state import state_of
+from d2v_fast.process_state import children_of, state_of
 from tests.runs import fork, leave_out_reports, run_forked, run_here, start, tiny_file, until, wait
 
 LIMIT_S = 0.8
@@ -91,7 +91,13 @@ def compute_in_a_child() -> None:
     subprocess.run([sys.executable, "-S", "-c", "for _ in range(10**6): pass"], check=True)
 
 
-@pytest.mark.parametrize("work", [compute, read, say_so, compute_in_a_child])
+def compile_below_a_child() -> None:
+    """As a compiler below a build tool: the child itself only waits."""
+    command = f"{sys.executable} -S -c 'for _ in range(10**7): pass'; true"
+    subprocess.run(["sh", "-c", command], check=True)
+
+
+@pytest.mark.parametrize("work", [compute, read, say_so, compute_in_a_child, compile_below_a_child])
 def test_long_work_is_no_wait(work: Callable[[], None], tmp_path: Path) -> None:
     assert wait(fork(watched(lambda: work_for(3 * LIMIT_S, work)), tmp_path / "output")) == [0]
 
@@ -198,7 +204,7 @@ def test_stopped_worker_ends_a_run_and_a_stopped_run_goes_on(tmp_path: Path, mon
         os.setpgid(0, 0)
 
     def worker() -> int:
-        return next(iter(idle.children_of(run)))
+        return next(iter(children_of(run)))
 
     arguments: list[object] = ["--ds_config", file, "--run", "r"]
     run = start(arguments, output, before=slowly)
