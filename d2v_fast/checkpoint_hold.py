@@ -55,8 +55,11 @@ def hold(checkpoint: Path) -> Iterator[None]:
 def alone_with(checkpoint: Path) -> Iterator[bool]:
     """Yield whether nobody reads a checkpoint; if so, nobody begins to while the block runs."""
     lock = None
-    with suppress(OSError):
-        lock = os.open(checkpoint / _MANIFEST, os.O_RDWR | os.O_NONBLOCK)
+    # NFS locks alone only what may be written; elsewhere a manifest that is protected from writing is locked as well
+    for access in (os.O_RDWR, os.O_RDONLY):
+        with suppress(OSError):
+            lock = os.open(checkpoint / _MANIFEST, access | os.O_NONBLOCK)
+            break
     if lock is None:
         yield True
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -184,3 +185,20 @@ def test_lock_is_the_systems(checkpoints: Checkpoints) -> None:
         fcntl.flock(other, fcntl.LOCK_UN)
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_manifest_protected_from_writing_is_held_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    open_file = os.open
+
+    def open_protected(path: Path, flags: int) -> int:
+        # as for a user who is not root, after `chmod a-w`
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_file(path, flags)
+
+    monkeypatch.setattr(checkpoint_hold.os, "open", open_protected)
+    with hold(tmp_path), alone_with(tmp_path) as is_free:
+        assert not is_free
+    with alone_with(tmp_path) as is_free:
+        assert is_free
