@@ -83,7 +83,7 @@ def strip(path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 
 def imported_config(path: Path, *options: str) -> dict[str, Any]:
-    assert main(["import", str(path), "--to", str(path.parent / "out"), *options]) == 0
+    assert main(["import", str(path), "--to", str(path.parent / "out"), "--overwrite", *options]) == 0
     config: dict[str, Any] = json.loads((path.parent / "out" / "config.json").read_text())
     return config
 

@@ -435,9 +435,10 @@ def test_import_to_transformers(weights: str, tmp_path: Path, capsys: pytest.Cap
     assert "`d2v.model.vocab_size` must be >= 360" in capsys.readouterr().err
     content["model"][f"{PREFIX}embed_tokens.weight"] = torch.randn(360, 32)
     content["model"]["encoder._ema"]["embed_tokens.weight"] = torch.randn(360, 32)
-    assert main(["import", str(saved(content, tmp_path)), "--to", str(out), *given]) == 0
+    again = ["--to", str(out), "--overwrite", *given]
+    assert main(["import", str(saved(content, tmp_path)), *again]) == 0
     assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 16
-    assert main(["import", str(saved(pretrained_speech(), tmp_path)), "--to", str(out), *given]) == 2
+    assert main(["import", str(saved(pretrained_speech(), tmp_path)), *again]) == 2
     assert "`--tokenizer` is for text" in capsys.readouterr().err
 
 

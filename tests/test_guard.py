@@ -183,7 +183,8 @@ def test_loss_scale_that_never_fits(nonfinite: str, allowed: int, tmp_path: Path
 
 
 def entry(step: int, **changes: float) -> dict[str, float]:
-    return {"step": step, "loss": 0.5, "target_std": 0.9, "prediction_std": 0.4, **changes}
+    figures = {"loss": 0.5, "target_std": 0.9, "prediction_std": 0.4, "lr": 1e-3, "grad_norm": 1.0}
+    return {"step": step, **figures, **changes}
 
 
 def test_collapse_guard() -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2v_fast import evaluation
-from d2v_fast.export import choose_checkpoint, load_encoder, read_run_config
+from d2v_fast.export import load_encoder, open_checkpoint, read_run_config
 from d2v_fast.saved_probe import probe_checkpoint
 from tests.runs import TINY, TINY_SPEECH, leave_out_reports, run_forked, run_here, tiny_file
 
@@ -50,10 +50,10 @@ def test_weights_are_those_of_the_checkpoint(
     statuses = run_forked("--ds_config", file, "--run", "r", output=output, num_processes=processes, before=prepare)
     assert statuses == [0] * processes, output.read_text()
     run = tmp_path / "runs" / "r"
-    checkpoint, _ = choose_checkpoint(run, 3)
     for name in ("student", "teacher"):
         probed = load_file(tmp_path / f"{name}.safetensors")
-        saved = load_encoder(checkpoint, read_run_config(run), name).state_dict()
+        with open_checkpoint(run, 3) as checkpoint:
+            saved = load_encoder(checkpoint, read_run_config(run), name).state_dict()
         assert probed.keys() == saved.keys()
         for key, value in saved.items():
             assert probed[key].dtype == torch.float32, key

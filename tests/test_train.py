@@ -361,7 +361,7 @@ def test_flags_are_frozen() -> None:
     flags = {flag for action in parser()._actions for flag in action.option_strings}
     assert flags == {
         *("-h", "--help", "--ds_config", "--set", "--run", "--run-name"),
-        *("--resume", "--supervise", "--dry-run", "--profile", "--local_rank"),
+        *("--resume", "--supervise", "--dry-run", "--profile", "--local_rank", "--version"),
     }
 
 
