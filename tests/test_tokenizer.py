@@ -16,6 +16,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.data.text import make_tokenizer
 from d2v_fast.data.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, train_tokenizer
 from d2v_fast.text_config import TextModelConfig
+from tests.runs import fork, wait
 from tests.text_files import config, sentences, small_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -282,3 +283,15 @@ def test_made_from_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 1 files .* has any"):
         make_tokenizer(config(tmp_path / "b.txt"), 360, tmp_path / "other")
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt", "made"]
+
+
+def test_forked_process_encodes_and_trains(tmp_path: Path) -> None:
+    """The threads of the library do not exist in a process that is forked once they were used."""
+    tokenizer = small_tokenizer()
+    tokenizer.encode(TEXTS * 100)
+
+    def again() -> int:
+        tokenizer.encode(TEXTS * 100)
+        return 0 if train_tokenizer(sentences(300), 360).vocab_size == tokenizer.vocab_size else 1
+
+    assert wait(fork(again, tmp_path / "output"), timeout_s=60) == [0]

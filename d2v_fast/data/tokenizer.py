@@ -7,6 +7,7 @@ digest that tells tokenizers apart.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -348,9 +349,15 @@ def missing_tokens(tokenizer: Tokenizer, vocab_size: int) -> str | None:
     )
 
 
+@functools.cache
+def _use_threads_until_forked() -> None:
+    """Let the library use its threads, but not in a forked process: they do not exist there, and a call would hang."""
+    if os.environ.setdefault("TOKENIZERS_PARALLELISM", "true") == "true":
+        os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
+
+
 def _library() -> Any:
-    # with this unset, every data loading worker that is forked later prints a warning
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _use_threads_until_forked()
     try:
         import tokenizers
         import tokenizers.models
