@@ -82,7 +82,7 @@ ALLOWED = {
     # for the lock alone, without waiting
     "checkpoint_hold": {
         "os.open(path, os.O_RDONLY | os.O_NONBLOCK)",
-        "os.open(checkpoint / _MANIFEST, os.O_RDWR | os.O_NONBLOCK)",
+        "os.open(checkpoint / _MANIFEST, access | os.O_NONBLOCK)",
     },
     # for reading and writing, which waits for nobody
     "data.cache": {"os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 438)"},

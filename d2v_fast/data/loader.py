@@ -248,7 +248,12 @@ def _stop_workers(iterator: object) -> None:
             os.kill(worker.pid, signal.SIGCONT)
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down is not None:
-        shut_down()
+        try:
+            shut_down()
+        except RuntimeError as error:
+            # torch's handler of SIGCHLD interrupts whatever runs when one dies, the end of all of them included
+            if worker_died(error) is None:
+                raise
     for worker in workers:
         worker.kill()
 
