@@ -33,6 +33,7 @@ _BYTES, _FAULTS = 1 << 16, 20
 # modules in which a main thread waits for a person
 _DEBUGGERS = ("bdb", "pdb", "ipdb", "pudb", "debugpy", "pydevd", "IPython", "code")
 _PACKAGE = Path(__file__).resolve().parent
+_TASKS = Path("/proc/self/task")
 
 _signs = 0
 
@@ -50,7 +51,7 @@ def late(since: float, now: float, interval_s: float) -> bool:
 
 def clock() -> float:
     """Return seconds that go on while the machine sleeps, and that no change of the time of day moves."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def end_process(message: str) -> None:
@@ -78,7 +79,9 @@ class IdleWatch:
         self._limit_s, self._advice, self._end = limit_s, advice, end
         self._closed = threading.Event()
         self._enough_ticks = max(_FEWEST_TICKS, int(_CPU_SHARE * limit_s * os.sysconf("SC_CLK_TCK")))
-        threading.Thread(target=self._watch, name="d2v_fast idle", daemon=True).start()
+        # only Linux tells what a process does
+        if _TASKS.is_dir():
+            threading.Thread(target=self._watch, name="d2v_fast idle", daemon=True).start()
 
     def __enter__(self) -> IdleWatch:
         return self
@@ -132,7 +135,7 @@ class _Activity(NamedTuple):
         ticks: dict[int, int] = {}
         faults: dict[int, int] = {}
         num_bytes: dict[int, int] = {}
-        for task in Path("/proc/self/task").iterdir():
+        for task in _TASKS.iterdir():
             if int(task.name) in serving:
                 continue
             try:

@@ -79,12 +79,13 @@ class Watch:
         self._is_meeting = True
         try:
             absent = self._asking.wait_for_all(timedelta(seconds=self._limit_s))
+            if not absent:
+                return None
+            text = f"{self._asking.names(absent)} {'has' if len(absent) == 1 else 'have'} not come"
+            # the process that holds the store waits until the others have heard it
+            return self._asking.report(Missing(absent, text)).text
         finally:
             self._is_meeting = False
-        if not absent:
-            return None
-        text = f"{self._asking.names(absent)} {'has' if len(absent) == 1 else 'have'} not come"
-        return self._asking.report(Missing(absent, text)).text
 
     def missing(self) -> str | None:
         """Return which process is missing, as a sentence without its end, once a connection to it has been lost.
