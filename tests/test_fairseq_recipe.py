@@ -91,8 +91,17 @@ def imported_config(path: Path, *options: str) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("what", ["args beside cfg", "cfg of namespaces", "args alone", "enumerations", "omegaconf"])
-@pytest.mark.parametrize("kind", ["text", "speech"])
+FORMS = ("args beside cfg", "cfg of namespaces", "args alone", "enumerations", "omegaconf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        *[("speech", form) for form in FORMS],
+        ("text", "omegaconf"),
+        *[pytest.param("text", form, marks=pytest.mark.slow) for form in FORMS[:-1]],
+    ],
+)
 def test_what_is_plain_of_the_configuration_is_kept(
     kind: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
