@@ -97,8 +97,10 @@ FORMS = ("args beside cfg", "cfg of namespaces", "args alone", "enumerations", "
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        *[("speech", form) for form in FORMS],
+        ("speech", "args beside cfg"),
+        ("speech", "enumerations"),
         ("text", "omegaconf"),
+        *[pytest.param("speech", form, marks=pytest.mark.slow) for form in FORMS if form not in FORMS[::3]],
         *[pytest.param("text", form, marks=pytest.mark.slow) for form in FORMS[:-1]],
     ],
 )

@@ -116,7 +116,7 @@ def test_killed_rank_of_three_is_named(rank: int, meeting: int, tmp_path: Path) 
     assert wait(ranks.pids[rank]) == [-signal.SIGKILL]
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_stopped_rank_of_three_is_named(rank: int, tmp_path: Path) -> None:
     ranks = Ranks(3, tmp_path, at(rank, 6, send_myself(signal.SIGSTOP)))
     try:
@@ -144,7 +144,7 @@ def test_killed_rank_of_four_is_named_by_one_that_was_busy(tmp_path: Path) -> No
         assert named(text, own) == {3}, text
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_rank_that_never_comes_is_named(rank: int, tmp_path: Path) -> None:
     def begin(own: int) -> None:
         if own == rank:

@@ -130,6 +130,7 @@ def test_source_archive_is_complete(source: Path, archive: Path) -> None:
 
 @needs_build
 @pytest.mark.alone
+@pytest.mark.slow
 def test_wheel_with_kernels(source: Path, wheel: Path) -> None:
     assert re.fullmatch(rf"{NAME}-py3-none-(linux|macosx)_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as opened:
@@ -144,6 +145,7 @@ def test_wheel_with_kernels(source: Path, wheel: Path) -> None:
 
 @needs_build
 @pytest.mark.alone
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_kernels_name_no_folder_and_nothing_new(wheel: Path, tmp_path: Path) -> None:
     """One library for every torch from 2.10 on: nothing of the torch that it was built with but functions of 2.10."""
@@ -164,6 +166,7 @@ def test_kernels_name_no_folder_and_nothing_new(wheel: Path, tmp_path: Path) -> 
 
 @needs_build
 @pytest.mark.alone
+@pytest.mark.slow
 def test_wheel_without_kernels_is_pure(archive: Path, wheel: Path, tmp_path: Path) -> None:
     """Where a wheel with kernels was built before, whose library still lies in build/."""
     assert list(archive.glob("build/lib*/d2v_fast/_C.so"))
@@ -198,6 +201,7 @@ torch.testing.assert_close(y, torch.nn.functional.gelu(torch.nn.functional.layer
 
 @needs_build
 @pytest.mark.alone
+@pytest.mark.slow
 def test_installed_wheel_works_anywhere(python: Path, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()

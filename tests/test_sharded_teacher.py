@@ -152,7 +152,7 @@ def one_process() -> dict[str, dict[str, Tensor]]:
     ("processes", "names"),
     [
         (1, list(RUNS)),
-        (2, list(RUNS)),
+        pytest.param(2, list(RUNS), marks=pytest.mark.slow),
         (4, STAGES),
         pytest.param(4, [name for name in RUNS if name not in STAGES], marks=pytest.mark.slow),
     ],
