@@ -213,8 +213,8 @@ void check(const Lists& lists) {
   for (int kind = 0; kind < 3; ++kind) {
     const auto& group = kind == 0 ? teacher : kind == 1 ? student : working;
     for (size_t i = 0; i < group.size(); ++i)
-      require(!group[i].is_cpu() || group[i].numel() == 0 || group[i].const_data_ptr() != nullptr, "ema_update_: ",
-              kNames[kind], " ", i, " has no memory");
+      require(!group[i].is_cpu() || group[i].numel() == 0 || group[i].const_data_ptr() != nullptr,
+              "ema_update_: ", kNames[kind], " ", i, " has no memory");
   }
   for (size_t i = 0; i < teacher.size(); ++i) {
     require(teacher[i].scalar_type() == ScalarType::Float, "ema_update_: teacher ", i, " must be fp32");
