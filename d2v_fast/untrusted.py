@@ -74,13 +74,7 @@ def open_regular(path: str | Path, *, below: str | Path | None = None) -> Buffer
         flags |= os.O_NOFOLLOW
         _refuse_links(path, below)
     _require_regular(os.stat(path), path)
-    handle = os.open(path, flags)
-    try:
-        _require_regular(os.fstat(handle), path)
-        return open(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
+    return open(_regular_handle(path, flags), "rb")
 
 
 def append_regular(path: str | Path) -> BufferedWriter:
@@ -93,13 +87,18 @@ def append_regular(path: str | Path) -> BufferedWriter:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     if os.path.exists(path):
         _require_regular(os.stat(path), path)
+    return open(_regular_handle(path, flags), "ab")
+
+
+def _regular_handle(path: str | Path, flags: int) -> int:
+    """Return a descriptor of what lies at `path` at the moment at which it is opened."""
     handle = os.open(path, flags, 0o666)
     try:
         _require_regular(os.fstat(handle), path)
-        return open(handle, "ab")
     except BaseException:
         os.close(handle)
         raise
+    return handle
 
 
 def require_regular(path: str | Path, *, below: str | Path | None = None) -> None:

@@ -39,7 +39,8 @@ WRITES = {"w", "wb", "x", "xb"}
 ALLOWED = {
     # the home of open_regular
     "untrusted": {
-        *("os.open(path, flags)", "open(handle, 'rb')", "os.open(path, flags, 438)", "open(handle, 'ab')"),
+        "os.open(path, flags, 438)",
+        *("open(_regular_handle(path, flags), 'rb')", "open(_regular_handle(path, flags), 'ab')"),
         *("read_bytes(path, max_bytes, below=below)", "read_text(path, max_bytes, below=below)"),
     },
     # files of the system
