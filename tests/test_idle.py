@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 from d2v_fast import atomic, checkpoints, console, idle
+from d2v_fast.data.worker_watch import WorkerWatch
 from d2v_fast.idle import IdleWatch
 from d2v_fast.process_state import children_of, state_of
 from tests.runs import fork, leave_out_reports, run_forked, run_here, start, tiny_file, until, wait
@@ -224,3 +226,17 @@ def test_stopped_worker_ends_a_run_and_a_stopped_run_goes_on(tmp_path: Path, mon
     time.sleep(4.5)
     os.killpg(run, signal.SIGCONT)
     assert wait(run, timeout_s=60) == [0], output.read_text()
+
+
+def test_death_of_a_worker_that_is_ended_is_raised_nowhere_else() -> None:
+    """torch raises the death of a worker out of a signal handler, which would hide what the worker was ended for."""
+    iterator = iter(DataLoader(range(100), num_workers=1))
+    (worker,) = iterator._workers
+    watch = WorkerWatch(iterator, 0.4)
+    os.kill(worker.pid, signal.SIGSTOP)
+    with watch.awaiting():
+        until(lambda: not worker.is_alive(), timeout_s=20)
+        time.sleep(0.1)
+    watch.close()
+    assert watch.problem == f"A data loader worker gave no batch for 0.4 s: worker 0 (pid {worker.pid}) is stopped."
+    iterator._shutdown_workers()

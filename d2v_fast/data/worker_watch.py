@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from d2v_fast.idle import LOOKS, alive, clock, late
 from d2v_fast.process_state import state_of
 
@@ -68,9 +70,19 @@ class WorkerWatch:
             last = now
             if looks >= LOOKS:
                 self.problem = self._diagnosis()
+                self._expect_deaths()
                 for worker in self._iterator._workers:
                     worker.kill()
                 return
+
+    def _expect_deaths(self) -> None:
+        """Take the workers off the list of those whose death torch raises wherever the main thread is at that moment.
+
+        It would take the place of `problem`. Their death is noticed where the batch is awaited.
+        """
+        if getattr(self._iterator, "_worker_pids_set", False):
+            self._iterator._worker_pids_set = False
+            torch._C._remove_worker_pids(id(self._iterator))
 
     def _diagnosis(self) -> str:
         waited = f"A data loader worker gave no batch for {self._limit_s:g} s"
