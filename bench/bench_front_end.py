@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.measure import compared, describe_device, peak_bytes, quantiles
 from d2v_fast.config import SpeechModelConfig
-from d2v_fast.modalities.conv_stack import ConvStack
+from d2v_fast.modalities.speech.conv_stack import ConvStack
 
 SECONDS, BATCH = 5, 2
 NUM_ROUNDS = 5

@@ -27,13 +27,15 @@ from bench import peers_speech, peers_text, peers_vision
 from bench.measure import compared, describe_device, peak_bytes, quantiles
 from d2v_fast.config import D2VConfig, RunConfig, SpeechConfig, TextConfig, VisionConfig, load_config
 from d2v_fast.data import Batch
-from d2v_fast.data2vec import build_model
-from d2v_fast.engine import make_engine
-from d2v_fast.interop import huggingface_speech, huggingface_text, huggingface_vision
+from d2v_fast.distributed.world import World
 from d2v_fast.masking import block_mask_rows, span_mask_rows, token_mask_rows
-from d2v_fast.stepclock import StepClock
+from d2v_fast.modalities.speech import huggingface as huggingface_speech
+from d2v_fast.modalities.text import huggingface as huggingface_text
+from d2v_fast.modalities.vision import huggingface as huggingface_vision
+from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.teacher import Teacher
-from d2v_fast.world import World
+from d2v_fast.training.engine import make_engine
+from d2v_fast.training.stepclock import StepClock
 
 PEERS: Any = {"speech": peers_speech, "text": peers_text, "vision": peers_vision}
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from d2v_fast.config import load_config
-from d2v_fast.memory import Prediction, Shapes, predict, predict_from, shapes_of
-from d2v_fast.step_memory import StepMemory, step_memory
+from d2v_fast.memory.predict import Prediction, Shapes, predict, predict_from, shapes_of
+from d2v_fast.memory.step import StepMemory, step_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import RunConfig
 from d2v_fast.data import Batch
-from d2v_fast.layers import Linear
+from d2v_fast.models.layers import Linear
 
 
 def plain_head(head: nn.Module) -> nn.Module:

@@ -18,8 +18,8 @@ from bench import peers
 from bench.bench_masking import published_spans
 from d2v_fast.config import RunConfig
 from d2v_fast.data import Batch
-from d2v_fast.data2vec import Data2Vec
-from d2v_fast.interop.huggingface_speech import export_speech
+from d2v_fast.modalities.speech.huggingface import export_speech
+from d2v_fast.objectives.data2vec import Data2Vec
 
 
 class PeerModel(nn.Module):

@@ -18,8 +18,8 @@ from transformers import Data2VecTextModel
 from bench import peers
 from d2v_fast.config import RunConfig, TextConfig
 from d2v_fast.data import Batch
-from d2v_fast.data2vec import Data2Vec
-from d2v_fast.interop.huggingface_text import export_text
+from d2v_fast.modalities.text.huggingface import export_text
+from d2v_fast.objectives.data2vec import Data2Vec
 
 
 def mask_options(config: TextConfig) -> dict[str, Any]:

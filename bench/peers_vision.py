@@ -15,8 +15,8 @@ from transformers import Data2VecVisionModel
 from bench import peers
 from d2v_fast.config import RunConfig
 from d2v_fast.data import Batch
-from d2v_fast.data2vec import Data2Vec
-from d2v_fast.interop.huggingface_vision import export_vision
+from d2v_fast.modalities.vision.huggingface import export_vision
+from d2v_fast.objectives.data2vec import Data2Vec
 
 
 class PeerModel(nn.Module):

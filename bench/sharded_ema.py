@@ -32,10 +32,10 @@ from bench.bench_ema import vit_shapes
 from bench.measure import compared, describe_device, quantiles
 from bench.report import RESULTS, _time, machine_name
 from d2v_fast.config import TeacherConfig
-from d2v_fast.shards import find_shards
+from d2v_fast.distributed.shards import find_shards
+from d2v_fast.distributed.world import World
 from d2v_fast.teacher import Teacher
-from d2v_fast.world import World
-from tests.runs import in_processes
+from tests.helpers.runs import in_processes
 
 DECAY = 0.9998
 PROCESSES, WARM_UP = 2, 2

@@ -1,8 +1,22 @@
 """`python -m d2v_fast`, which is the `d2v-fast` command."""
 
+from __future__ import annotations
+
 import sys
 
-from d2v_fast.command import main
+from d2v_fast.processes.signals import end_on_import
+
+
+def main() -> int:
+    """Run the command line of this process and return its exit status.
+
+    Signals are set up first: everything else takes time to import.
+    """
+    end_on_import()
+    from d2v_fast.commands.console import main as console
+
+    return console()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -39,7 +39,7 @@ def install_command(module: str) -> str:
 
 def import_problem(error: ImportError) -> str:
     """Say which package cannot be imported, why, and which extra installs it."""
-    from d2v_fast.commands import tool_command
+    from d2v_fast.command_lines import tool_command
 
     if isinstance(error, MissingPackageError):
         return str(error)

@@ -27,28 +27,28 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     # run as a file, Python looks for modules in this folder first; they are to be found by their full names only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from d2v_fast.stop_request import end_on_import
+    from d2v_fast.processes.signals import end_on_import
 
     end_on_import()
 
-from d2v_fast.cli import config_stem, is_first_process, read_config, read_options
-from d2v_fast.io_errors import error_text
-from d2v_fast.stop_request import EndOnSignal, Interrupted, StopRequest
+from d2v_fast.commands.cli import config_stem, is_first_process, read_config, read_options
+from d2v_fast.files.io_errors import error_text
+from d2v_fast.processes.signals import EndOnSignal, Interrupted, StopRequest
 
 if TYPE_CHECKING:
     from d2v_fast.config import BatchSplit, RunConfig
     from d2v_fast.data import StepLoader
-    from d2v_fast.data2vec import Data2Vec
-    from d2v_fast.engine import Engine
-    from d2v_fast.guard import Guard
-    from d2v_fast.metrics import Log
-    from d2v_fast.peak_memory import PeakMemory
-    from d2v_fast.run_folder import RunFolder
-    from d2v_fast.run_state import RunState
-    from d2v_fast.schedules import LearningRate
-    from d2v_fast.stepclock import StepClock
+    from d2v_fast.distributed.world import World
+    from d2v_fast.memory.peak import PeakMemory
+    from d2v_fast.objectives.data2vec import Data2Vec
     from d2v_fast.teacher import Teacher
-    from d2v_fast.world import World
+    from d2v_fast.training.engine import Engine
+    from d2v_fast.training.guard import Guard
+    from d2v_fast.training.metrics import Log
+    from d2v_fast.training.run_folder import RunFolder
+    from d2v_fast.training.run_state import RunState
+    from d2v_fast.training.schedules import LearningRate
+    from d2v_fast.training.stepclock import StepClock
 
 # of the run folder: the unreadable files of the data set, as `path: reason`
 BAD_FILES = "bad_files.txt"
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
     if options.supervise is not None and not options.dry_run:
-        from d2v_fast.supervise import supervise
+        from d2v_fast.training.supervise import supervise
 
         status = supervise(config, arguments, options.supervise)
         if status is not None:
@@ -98,7 +98,7 @@ def _main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _in_words(error: Exception) -> str | None:
     """What to tell; None where `error` is a fault of this library, "" where another process says it."""
     if isinstance(error, ImportError):
-        from d2v_fast.error_words import in_words
+        from d2v_fast.commands.error_words import in_words
 
         return in_words(error)
     if isinstance(error, OSError):
@@ -106,7 +106,7 @@ def _in_words(error: Exception) -> str | None:
     import torch
 
     from d2v_fast.data import DataError, worker_died
-    from d2v_fast.world import RunError, lost_connection
+    from d2v_fast.distributed.world import RunError, lost_connection
 
     if isinstance(error, RunError):
         # raised by all processes alike
@@ -127,10 +127,10 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, ste
     Raises:
         ConfigError, DataError, RunError: with a message for the user.
     """
-    from d2v_fast.commands import resume_command
+    from d2v_fast.command_lines import resume_command
     from d2v_fast.data.listing import counted
-    from d2v_fast.peak_memory import format_bytes
-    from d2v_fast.world import RunError, lost_connection
+    from d2v_fast.distributed.world import RunError, lost_connection
+    from d2v_fast.memory.peak import format_bytes
 
     with ExitStack() as opened:
         stop = StopRequest()
@@ -195,24 +195,25 @@ def prepare(
     """
     import torch
 
-    from d2v_fast import evaluation
-    from d2v_fast.checkpoints import Checkpoints
-    from d2v_fast.data import StepLoader, batch_maker, resolved, steps_per_epoch
+    from d2v_fast.checkpoints.store import Checkpoints
+    from d2v_fast.data import StepLoader, steps_per_epoch
     from d2v_fast.data.listing import counted, print_listing
-    from d2v_fast.data2vec import build_model
-    from d2v_fast.engine import compute_dtype, import_engine, make_engine
-    from d2v_fast.guard import Guard
-    from d2v_fast.idle import IdleWatch
-    from d2v_fast.metrics import NoLog, RunLog, import_reports
-    from d2v_fast.peak_memory import PeakMemory
-    from d2v_fast.preflight import check_name, check_packages, check_room, report_missing_kernels
-    from d2v_fast.resume_rules import too_short
-    from d2v_fast.run_folder import RunFolder
-    from d2v_fast.run_state import RunState, samples_of
-    from d2v_fast.schedules import LearningRate
-    from d2v_fast.stepclock import StepClock
+    from d2v_fast.distributed.world import RunError, World, world_size
+    from d2v_fast.evaluation import run as evaluation
+    from d2v_fast.memory.peak import PeakMemory
+    from d2v_fast.modalities.data_sets import batch_maker, resolved
+    from d2v_fast.objectives.data2vec import build_model
+    from d2v_fast.processes.idle import IdleWatch
     from d2v_fast.teacher import Teacher
-    from d2v_fast.world import RunError, World, world_size
+    from d2v_fast.training.engine import compute_dtype, import_engine, make_engine
+    from d2v_fast.training.guard import Guard
+    from d2v_fast.training.metrics import NoLog, RunLog, import_reports
+    from d2v_fast.training.preflight import check_name, check_packages, check_room, report_missing_kernels
+    from d2v_fast.training.resume_rules import too_short
+    from d2v_fast.training.run_folder import RunFolder
+    from d2v_fast.training.run_state import RunState, samples_of
+    from d2v_fast.training.schedules import LearningRate
+    from d2v_fast.training.stepclock import StepClock
 
     split = config.deepspeed.batch_split(world_size())
     advice = "If that is normal here, raise `d2v.run.timeout_minutes`."
@@ -226,7 +227,7 @@ def prepare(
     epoch_steps = steps_per_epoch(maker, split)
     schedule = LearningRate(d2v.schedule, config.deepspeed.optimizer.params.lr, epoch_steps)
     if dry_run:
-        from d2v_fast.dry_run import describe
+        from d2v_fast.commands.dry_run import describe
 
         if is_first_process():
             device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -334,9 +335,9 @@ def is_finished(folder: RunFolder, num_steps: int, steps_per_epoch: int) -> bool
     Raises:
         RunError: it was brought to the end of a longer one.
     """
-    from d2v_fast.checkpoint_files import complete_steps
-    from d2v_fast.resume_rules import too_short
-    from d2v_fast.world import RunError
+    from d2v_fast.checkpoints.files import complete_steps
+    from d2v_fast.distributed.world import RunError
+    from d2v_fast.training.resume_rules import too_short
 
     saved, finished = complete_steps(folder.path / "checkpoints"), folder.finished_steps()
     if finished > num_steps:
@@ -349,8 +350,8 @@ def loop(run: Run, stop: StopRequest) -> int:
     """Train until the end of the schedule or until asked to stop; returns the number of steps made."""
     import torch
 
-    from d2v_fast.faults import fault_point
-    from d2v_fast.metrics import Speed, loss_and_deviations
+    from d2v_fast.files.faults import fault_point
+    from d2v_fast.training.metrics import Speed, loss_and_deviations
 
     section, width = run.config.d2v.run, run.config.d2v.model.width
     divisor = run.config.d2v.loss.divisor(width)
@@ -428,7 +429,7 @@ def run_probe(run: Run, step: int) -> str | None:
 
     A probe that fails is reported and stops nothing.
     """
-    from d2v_fast import evaluation
+    from d2v_fast.evaluation import run as evaluation
 
     d2v, is_last = run.config.d2v, step == run.schedule.num_steps
     if not evaluation.has_labels(d2v):
@@ -461,8 +462,8 @@ def finish(run: Run) -> None:
     Raises:
         RunError: the run has collapsed.
     """
-    from d2v_fast import evaluation
-    from d2v_fast.guard import judge_end
+    from d2v_fast.evaluation import run as evaluation
+    from d2v_fast.training.guard import judge_end
 
     unknown = run.world.decide(lambda: judge_end(run.folder.path, run.config.d2v.guard, run.schedule.num_steps))
     if unknown is not None:

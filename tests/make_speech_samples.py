@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
-FOLDER = Path(__file__).resolve().parent.parent / "d2v_fast" / "data" / "speech_samples"
+FOLDER = Path(__file__).resolve().parent.parent / "d2v_fast" / "modalities" / "speech" / "speech_samples"
 RATE = 16_000
 DIGITS = "zero one two three four five six seven eight nine"
 OTHERS = (

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from tests.soak_runs import BASES, Runs, is_alive, soak_file, warm_up
-from tests.soak_sequences import soak_sequences
+from tests.helpers.soak_runs import BASES, Runs, is_alive, soak_file, warm_up
+from tests.helpers.soak_sequences import soak_sequences
 
 # optimizer steps of a run; it has two and a bit epochs
 STEPS = 150

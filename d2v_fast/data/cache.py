@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from d2v_fast.atomic import flush, make_beside
 from d2v_fast.data.batch import DataError
-from d2v_fast.faults import fault_point
-from d2v_fast.idle import alive
-from d2v_fast.io_errors import advice
-from d2v_fast.process_state import Holder, cpu_ticks, own_record
-from d2v_fast.untrusted import printable
+from d2v_fast.files.atomic import flush, make_beside
+from d2v_fast.files.faults import fault_point
+from d2v_fast.files.io_errors import advice
+from d2v_fast.files.reading import printable
+from d2v_fast.processes.idle import alive
+from d2v_fast.processes.state import Holder, cpu_ticks, own_record
 
 __all__ = ["made_once"]
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import FileKinds, Listing, count_endings, describe_listing, ending_of
-from d2v_fast.io_errors import advice, error_number, is_of_system
-from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, NotRegularError, is_pointer, open_regular, printable
+from d2v_fast.files.io_errors import advice, error_number, is_of_system
+from d2v_fast.files.reading import MAX_POINTER_BYTES, POINTER, NotRegularError, is_pointer, open_regular, printable
 
 __all__ = [
     "NUM_CHECKED",

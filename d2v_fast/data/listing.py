@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TextIO
 
-from d2v_fast.untrusted import printable
+from d2v_fast.files.reading import printable
 
 __all__ = [
     "ARCHIVES",

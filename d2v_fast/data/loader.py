@@ -23,7 +23,7 @@ from d2v_fast.data.batch import Batch, DataError
 from d2v_fast.data.makers import BatchMaker
 from d2v_fast.data.order import MicroStep, StepOrder
 from d2v_fast.data.worker_watch import WorkerWatch
-from d2v_fast.idle import LOOKS
+from d2v_fast.processes.idle import LOOKS
 
 if TYPE_CHECKING:
     from d2v_fast.config import D2VConfig

@@ -13,13 +13,13 @@ from d2v_fast.data.listing import Listing
 from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
 from d2v_fast.masking import block_mask_rows, span_mask_rows, token_mask_rows
-from d2v_fast.streams import DROP, stream_keys
+from d2v_fast.masking.streams import DROP, stream_keys
 
 if TYPE_CHECKING:
     from d2v_fast.config import SpeechConfig, TextConfig, VisionConfig
-    from d2v_fast.data.audio import AudioDataset
-    from d2v_fast.data.text import TextDataset, TokenBlocks
     from d2v_fast.masking import TokenMasks
+    from d2v_fast.modalities.speech.audio import AudioDataset
+    from d2v_fast.modalities.text.tasks import TextDataset, TokenBlocks
 
 __all__ = ["BatchMaker", "ImageBatches", "SpeechBatches", "TextBatches"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from d2v_fast.io_errors import error_number, is_of_system
+from d2v_fast.files.io_errors import error_number, is_of_system
 
 if TYPE_CHECKING:
     from d2v_fast.data.files import PathList

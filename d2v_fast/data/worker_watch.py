@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from d2v_fast.idle import LOOKS, alive, clock, late
-from d2v_fast.process_state import state_of
+from d2v_fast.processes.idle import LOOKS, alive, clock, late
+from d2v_fast.processes.state import state_of
 
 __all__ = ["WorkerWatch"]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from d2v_fast.config import D2VConfig, SpeechConfig, SpeechModelConfig, TextConfig, TextModelConfig
 from d2v_fast.interop.fairseq_files import TEXT_PREFIX, check_weights, chosen, read_checkpoint
 from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, Settings
-from d2v_fast.interop.fairseq_speech import AVERAGE as SPEECH_AVERAGE
-from d2v_fast.interop.fairseq_speech import FairseqSpeech, save_fairseq_speech, speech_of
-from d2v_fast.interop.fairseq_text import AVERAGE as TEXT_AVERAGE
-from d2v_fast.interop.fairseq_text import FairseqText, save_fairseq_text, text_of
-from d2v_fast.modalities import Student
+from d2v_fast.modalities.speech.fairseq import AVERAGE as SPEECH_AVERAGE
+from d2v_fast.modalities.speech.fairseq import FairseqSpeech, save_fairseq_speech, speech_of
+from d2v_fast.modalities.text.fairseq import AVERAGE as TEXT_AVERAGE
+from d2v_fast.modalities.text.fairseq import FairseqText, save_fairseq_text, text_of
+from d2v_fast.models.student import Student
 
 
 def read_fairseq(path: str | os.PathLike[str], *, heads: int | None = None) -> FairseqSpeech | FairseqText:

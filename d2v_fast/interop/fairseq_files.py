@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.atomic import replaced
+from d2v_fast.files.atomic import replaced
+from d2v_fast.files.reading import NotRegularError, open_regular, printable, refuse_pointer
 from d2v_fast.interop.fairseq_recipe import AVERAGED_UPDATES, strip_script
 from d2v_fast.interop.layout import Layout, Misfit
 from d2v_fast.interop.pickle_files import NeededClass, RefusedPickle, check_pickles, check_values
-from d2v_fast.untrusted import NotRegularError, open_regular, printable, refuse_pointer
 
 # names that tell models of this family apart
 TEXT_PREFIX = "encoder.sentence_encoder."

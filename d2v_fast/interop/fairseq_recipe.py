@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2v_fast.config_errors import show
+from d2v_fast.config.errors import show
 
 # run by whoever trusts the file. A class that is not installed becomes an empty one that keeps what was stored in it;
 # `_content` and `_val` are where omegaconf keeps sections and values, `_value_` is where an enumeration does

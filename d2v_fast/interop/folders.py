@@ -12,12 +12,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2v_fast.atomic import write_tensors, write_text
-from d2v_fast.config import MAX_FILE_BYTES, D2VConfig
-from d2v_fast.config_errors import show
+from d2v_fast.config import D2VConfig
+from d2v_fast.config.errors import show
+from d2v_fast.config.schema import MAX_FILE_BYTES
+from d2v_fast.files.atomic import write_tensors, write_text
+from d2v_fast.files.reading import NotRegularError, open_regular, read_json, refuse_pointer
 from d2v_fast.interop.layout import Layout
 from d2v_fast.interop.sources import explain
-from d2v_fast.untrusted import NotRegularError, open_regular, read_json, refuse_pointer
 
 # of one file of weights, as Transformers divides them
 MAX_WEIGHTS_BYTES = 5 * 10**9

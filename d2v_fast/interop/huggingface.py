@@ -20,10 +20,10 @@ from d2v_fast.config import (
     VisionModelConfig,
 )
 from d2v_fast.interop.folders import read_model_config
-from d2v_fast.interop.huggingface_speech import export_speech, import_speech
-from d2v_fast.interop.huggingface_text import export_text, import_text
-from d2v_fast.interop.huggingface_vision import export_vision, import_vision
-from d2v_fast.modalities import Student
+from d2v_fast.modalities.speech.huggingface import export_speech, import_speech
+from d2v_fast.modalities.text.huggingface import export_text, import_text
+from d2v_fast.modalities.vision.huggingface import export_vision, import_vision
+from d2v_fast.models.student import Student
 
 
 def export_model(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2v_fast.untrusted import printable
+from d2v_fast.files.reading import printable
 
 MAX_SHOWN = 10
 

@@ -29,14 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_fast.atomic import replaced
 from d2v_fast.config import D2VConfig, SpeechConfig, VisionConfig
-from d2v_fast.modalities import Student
-from d2v_fast.modalities.conv_stack import ConvStack
-from d2v_fast.modalities.speech import SpeechModel
-from d2v_fast.modalities.text import TextModel
+from d2v_fast.files.atomic import replaced
+from d2v_fast.modalities.speech.conv_stack import ConvStack
+from d2v_fast.modalities.speech.encoder import SpeechModel
+from d2v_fast.modalities.text.config import POSITION_OFFSET
+from d2v_fast.modalities.text.encoder import TextModel
+from d2v_fast.models.student import Student
 from d2v_fast.packages import install_command
-from d2v_fast.text_config import POSITION_OFFSET
 
 OUTPUT = "last_hidden_state"
 OPSET = 18

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from d2v_fast.untrusted import printable
+from d2v_fast.files.reading import printable
 
 __all__ = ["NeededClass", "RefusedPickle", "check_pickles", "check_values"]
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from d2v_fast.config import SpeechModelConfig, TextModelConfig, VisionModelConfig
-from d2v_fast.interop import fairseq_speech, fairseq_text
-from d2v_fast.interop.beit import AVERAGE, BeitVision, beit_of, is_beit
 from d2v_fast.interop.fairseq import fairseq_of
 from d2v_fast.interop.fairseq_files import NeedsClass, check_weights, chosen, read_pickle, require_checkpoint
 from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, Settings
-from d2v_fast.interop.fairseq_speech import FairseqSpeech
-from d2v_fast.interop.fairseq_text import FairseqText
-from d2v_fast.modalities import Student
+from d2v_fast.modalities.speech import fairseq as fairseq_speech
+from d2v_fast.modalities.speech.fairseq import FairseqSpeech
+from d2v_fast.modalities.text import fairseq as fairseq_text
+from d2v_fast.modalities.text.fairseq import FairseqText
+from d2v_fast.modalities.vision.beit import AVERAGE, BeitVision, beit_of, is_beit
+from d2v_fast.models.student import Student
 
 _AVERAGES = {FairseqSpeech: fairseq_speech.AVERAGE, FairseqText: fairseq_text.AVERAGE, BeitVision: AVERAGE}
 

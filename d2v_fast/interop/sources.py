@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from d2v_fast.commands import path_words, tool_command
-from d2v_fast.config import MAX_FILE_BYTES
-from d2v_fast.untrusted import MAX_POINTER_BYTES, POINTER, is_pointer, printable, read_bytes, read_json
+from d2v_fast.command_lines import path_words, tool_command
+from d2v_fast.config.schema import MAX_FILE_BYTES
+from d2v_fast.files.reading import MAX_POINTER_BYTES, POINTER, is_pointer, printable, read_bytes, read_json
 
 # files of pickles that Transformers, DeepSpeed and PyTorch Lightning write
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

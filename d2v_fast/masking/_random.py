@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from d2v_fast.streams import GOLDEN
+from d2v_fast.masking.streams import GOLDEN
 
 __all__ = ["below", "checked_ids", "choose", "compiled", "unit"]
 

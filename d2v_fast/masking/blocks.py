@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.masking._random import below, checked_ids, compiled, unit
-from d2v_fast.streams import GOLDEN, MASK, stream_keys
+from d2v_fast.masking.streams import GOLDEN, MASK, stream_keys
 
 __all__ = ["block_mask_reference", "block_mask_rows", "block_masks"]
 

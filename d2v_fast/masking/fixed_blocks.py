@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.masking._random import below, checked_ids, compiled
-from d2v_fast.streams import GOLDEN, MASK, clone_keys, stream_keys
+from d2v_fast.masking.streams import GOLDEN, MASK, clone_keys, stream_keys
 
 __all__ = [
     "block_mask_1d_reference",

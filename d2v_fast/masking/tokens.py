@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.masking._random import below, checked_ids, choose, compiled, unit
-from d2v_fast.streams import GOLDEN, MASK, stream_keys
+from d2v_fast.masking.streams import GOLDEN, MASK, stream_keys
 
 __all__ = ["TokenMasks", "token_mask_reference", "token_mask_rows"]
 

@@ -7,7 +7,7 @@ import torch
 
 from d2v_fast.ops import HAS_CPP, data2vec_loss, masked_smooth_l1, topk_target
 from d2v_fast.ops.data2vec_loss import data2vec_loss_reference
-from tests.common import (
+from tests.helpers.common import (
     DTYPES,
     assert_within_twice,
     compile_facts,
@@ -16,14 +16,7 @@ from tests.common import (
     run_python,
     width_bytes,
 )
-from tests.ops.target_reference import (
-    FINAL_NORMS,
-    LAYER_NORMS,
-    make_layers,
-    plain_loss,
-    plain_moments,
-    plain_target,
-)
+from tests.ops.target_reference import FINAL_NORMS, LAYER_NORMS, make_layers, plain_loss, plain_moments, plain_target
 
 every_pair = pytest.mark.parametrize(
     ("layer_norm", "final_norm"), [(first, final) for first in LAYER_NORMS for final in FINAL_NORMS]

@@ -14,8 +14,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from d2v_fast import layers as model_layers
-from d2v_fast.modalities.conv_stack import ConvStack
+from d2v_fast.modalities.speech.conv_stack import ConvStack
+from d2v_fast.models import layers as model_layers
 from d2v_fast.ops import data2vec_loss, layer_norm_gelu, masked_smooth_l1, topk_target
 from d2v_fast.ops.norm_gelu import (
     layer_norm_gelu_,

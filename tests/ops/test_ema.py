@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2v_fast.ops import HAS_CPP, ema_update_
 from d2v_fast.ops.ema import ema_update_reference
-from tests.common import DTYPES, compile_facts, every_capability, non_contiguous, run_python, width_bytes
+from tests.helpers.common import DTYPES, compile_facts, every_capability, non_contiguous, run_python, width_bytes
 
 SHAPES = [(768, 33), (1,), (63,), (1023,), (16384 + 5,), (0,), (3, 0, 2), (), (2, 3, 5, 7)]
 WORKING = [None, *DTYPES]

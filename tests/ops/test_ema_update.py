@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2v_fast.ops import EmaUpdate, ema, ema_update_
 from d2v_fast.ops._library import in_cpp
-from tests.common import DTYPES, non_contiguous
+from tests.helpers.common import DTYPES, non_contiguous
 from tests.ops.test_ema import SHAPES, WORKING, expected, make
 
 HAS_CPP = in_cpp("ema_prepare")

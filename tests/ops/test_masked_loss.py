@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from d2v_fast.ops import masked_smooth_l1
 from d2v_fast.ops.masked_loss import masked_smooth_l1_reference, scale_gradient_reference
-from tests.common import DTYPES, assert_within_twice, compile_facts, every_capability, non_contiguous, width_bytes
+from tests.helpers.common import (
+    DTYPES,
+    assert_within_twice,
+    compile_facts,
+    every_capability,
+    non_contiguous,
+    width_bytes,
+)
 from tests.ops.target_reference import plain_loss, plain_moments
 
 BETAS = [0.0, 0.25, 2.0]

@@ -15,7 +15,7 @@ from d2v_fast.ops.norm_gelu import (
     layer_norm_gelu_forward,
     layer_norm_gelu_reference,
 )
-from tests.common import (
+from tests.helpers.common import (
     DTYPES,
     assert_within_twice,
     compile_facts,

@@ -14,7 +14,7 @@ from d2v_fast.ops.norm_gelu import (
     layer_norm_gelu_forward,
     layer_norm_gelu_inplace_reference,
 )
-from tests.common import DTYPES
+from tests.helpers.common import DTYPES
 from tests.ops.test_norm_gelu import make
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from d2v_fast.ops import topk_target
 from d2v_fast.ops.topk_target import topk_target_reference
-from tests.common import DTYPES, assert_within_twice, compile_facts, every_capability, width_bytes
+from tests.helpers.common import DTYPES, assert_within_twice, compile_facts, every_capability, width_bytes
 from tests.ops.target_reference import FINAL_NORMS, LAYER_NORMS, make_layers, plain_target
 
 every_pair = pytest.mark.parametrize(

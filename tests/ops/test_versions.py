@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2v_fast.ops import ema_update_
 from d2v_fast.ops.norm_gelu import layer_norm_gelu_, layer_norm_gelu_backward_
-from tests.common import run_python
+from tests.helpers.common import run_python
 
 operations = torch.ops.d2v
 

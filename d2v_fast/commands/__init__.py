@@ -1,0 +1,1 @@
+"""The `d2v-fast` command: one module per subcommand."""

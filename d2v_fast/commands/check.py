@@ -1,0 +1,244 @@
+"""`d2v-fast check`: what a run would be, and some of its steps, measured. No run folder is made, and nothing is written
+but the cached tokens of text."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from d2v_fast.commands.dry_run import describe
+from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
+from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
+from d2v_fast.data import Batch, BatchMaker, steps_per_epoch
+from d2v_fast.data.bad_files import BadFiles
+from d2v_fast.data.order import StepOrder
+from d2v_fast.data.progress import duration
+from d2v_fast.distributed.world import RunError, World, world_size
+from d2v_fast.evaluation import run as evaluation
+from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
+from d2v_fast.memory.predict import predict
+from d2v_fast.modalities.data_sets import batch_maker, resolved
+from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.teacher import Teacher
+from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine
+from d2v_fast.training.preflight import check_packages
+from d2v_fast.training.schedules import LearningRate
+
+# of the steps that are tried: at least, and at most, until there is enough, and when to give up on the rest
+MIN_STEPS, MAX_STEPS = 3, 30
+ENOUGH_SECONDS, MAX_SECONDS = 2.0, 30.0
+
+
+def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int | None = None) -> bool:
+    """Validate a configuration, try it, and print what was found.
+
+    Args:
+        file, overrides: as of `load_config`.
+        num_processes: of the run that is planned; None is what a launcher has started, or 1. One of them is tried.
+    Returns:
+        Whether a run could go on like this.
+    Raises:
+        ConfigError: the configuration is refused.
+        DataError, RunError: there is nothing to train on, or nothing to train with; with a message for the user.
+    """
+    processes = world_size() if num_processes is None else num_processes
+    config = load_config(file, overrides, processes)
+    print(f"configuration   {file} is valid", flush=True)
+    check_packages(config, processes)
+    config = resolved(config)
+    split = config.deepspeed.batch_split(processes)
+    maker = batch_maker(config.d2v)
+    schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, steps_per_epoch(maker, split))
+    world = World(config.d2v.run.device)
+    dtype = compute_dtype(config, world.device)
+    print(describe(config, split, schedule, maker, dtype, world.device.type), flush=True)
+    print("".join(f"{line}\n" for line in evaluation.check_labels(config.d2v)), end="", flush=True)
+    plain = _without_deepspeed(config, split)
+    _require_memory(plain, dtype, world.device)
+
+    print(f"trying          {MIN_STEPS} to {MAX_STEPS} steps ...", flush=True)
+    found = _try(plain, world, maker, split, schedule)
+    print(_about(found.batches, config.d2v, maker.what))
+
+    compute = split.accumulation * found.micro_seconds + found.update_seconds
+    data = split.accumulation * found.data_seconds
+    workers = config.d2v.data.num_workers
+    seconds = max(compute, data / workers) if workers else compute + data
+    beside = f"made by {workers} workers meanwhile" if workers else "made in between"
+    print(_about_memory(found, plain, dtype, world.device.type))
+    print(
+        f"micro-step      {_span(found.micro_seconds)} forward and backward, update {_span(found.update_seconds)} "
+        f"({_device(world.device)}, {str(dtype)[6:]}); its batch {_span(found.data_seconds)}, {beside}"
+    )
+    print(
+        f"step            {_span(seconds)}: {split.accumulation} x micro-step + update"
+        + (", or its batches, which take longer: more `d2v.data.num_workers`" if seconds > compute and workers else "")
+        + (", without the exchange between processes" if config.deepspeed.needs_deepspeed(processes) else "")
+    )
+    length = duration(schedule.num_steps * seconds)
+    print(f"whole run       {length} for {schedule.num_steps:,} steps, without checkpoints and probes")
+    if not math.isfinite(found.loss):
+        print(f"problem: the loss must be finite, but is {found.loss} in the first step: lower the learning rate?")
+        return False
+    print("nothing was started, and no run folder was made")
+    return True
+
+
+def _without_deepspeed(config: RunConfig, split: BatchSplit) -> RunConfig:
+    """The share of one process as a configuration for plain torch."""
+    deepspeed = config.deepspeed
+    changes: dict[str, object] = {
+        "train_batch_size": split.micro_batch * split.accumulation,
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation,
+        "zero_optimization": ZeroConfig(),
+        "optimizer": OptimizerConfig(params=deepspeed.optimizer.params),
+    }
+    return config.model_copy(update={"deepspeed": deepspeed.model_copy(update=changes)})
+
+
+def _require_memory(config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """RunError where one process cannot hold the model by itself: the system would kill it without a word."""
+    needed = predict(config, 1, dtype, device.type).device_peak
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is not None and needed > free:
+        raise RunError(
+            f"a step cannot be tried here: one process by itself needs {format_bytes(needed)}, and "
+            f"{format_bytes(free)} are free on this {device.type}. Lower `train_micro_batch_size_per_gpu`, set "
+            f"`d2v.model.gradient_checkpointing`, or shard with `zero_optimization.stage` over more processes."
+        )
+
+
+class _Found(NamedTuple):
+    """What trying showed: the loss of the first micro-step, seconds, bytes, and the batches."""
+
+    loss: float
+    data_seconds: float
+    micro_seconds: float
+    update_seconds: float
+    peak_bytes: int
+    batches: list[Batch]
+
+
+def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, schedule: LearningRate) -> _Found:
+    """Some steps of one micro-step each, as the first process would make them, on different batches."""
+    d2v, device = config.d2v, world.device
+    maker.warm_up()
+    import_engine(config, world)
+    memory = PeakMemory(device)
+    torch.manual_seed(d2v.run.seed)
+    model = build_model(d2v).to(device)
+    copied = copy.deepcopy(model.student.averaged)
+    engine = PlainEngine(model, config, world)
+    # without a gradient and at a rate of 0 it changes nothing, but makes the moments: a run has them beside the
+    # activations from its second step on, and a large model is tried for one step only
+    engine.step(0.0)
+    teacher = Teacher(model.student.averaged, d2v.teacher, compute_dtype=engine.compute_dtype, module=copied)
+    divisor = d2v.loss.divisor(d2v.model.width)
+    order = StepOrder(
+        maker.num_samples,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        world_size=split.world_size,
+        rank=0,
+        seed=d2v.run.seed,
+        start_step=0,
+        num_steps=None,
+        lengths=maker.lengths,
+        max_step_length=maker.max_step_length,
+    )
+    losses, batches, times = [], [], []
+    bad = BadFiles(d2v.data, maker)
+    start = time.monotonic()
+    for step, of_step in enumerate(islice(order, 0, None, split.accumulation), start=1):
+        before = time.perf_counter()
+        made = maker.make(of_step, d2v.run.seed)
+        batch = made.to(device)
+        _wait(device)
+        has_data = time.perf_counter()
+        num_values = max(1, len(batch.rows)) * divisor
+        output = engine.forward(batch, teacher.module)
+        engine.backward(output.loss_sum / num_values)
+        _wait(device)
+        has_gradient = time.perf_counter()
+        engine.step(schedule.at(min(step, schedule.num_steps) - 1))
+        teacher.update(step)
+        _wait(device)
+        times.append((has_data - before, has_gradient - has_data, time.perf_counter() - has_gradient))
+        losses.append(float(output.loss_sum.detach()) / num_values)
+        batches.append(_without_values(made))
+        bad.add(made)
+        elapsed = time.monotonic() - start
+        if step == MAX_STEPS or elapsed > MAX_SECONDS or (step > MIN_STEPS and elapsed > ENOUGH_SECONDS):
+            break
+    # the first is left out, if there are others: in it much is allocated and compiled
+    columns = zip(*(times[1:] or times), strict=True)
+    # steps of ragged samples differ, and count by what they take; others only by accident
+    middle = statistics.median if maker.lengths is None else statistics.fmean
+    data, micro_step, update = (middle(column) for column in columns)
+    return _Found(losses[0], data, micro_step, update, memory.bytes(), batches)
+
+
+def _about_memory(found: _Found, config: RunConfig, dtype: torch.dtype, device_type: str) -> str:
+    """What was measured, beside what is predicted for batches of the size that was tried, and for the largest."""
+    largest = max(found.batches, key=lambda batch: batch.inputs.numel())
+    of_these = format_bytes(predict(config, 1, dtype, device_type, like=largest).resident_peak)
+    of_any = format_bytes(predict(config, 1, dtype, device_type).resident_peak)
+    beyond = "" if of_these == of_any else f", and {of_any} for the largest that the run can have"
+    return (
+        f"peak memory     {format_bytes(found.peak_bytes)} measured in these steps; at most {of_these} predicted for "
+        f"their batches{beyond}"
+    )
+
+
+def _without_values(batch: Batch) -> Batch:
+    """The batch without its inputs' values: those of all steps together would count as memory of a run."""
+    masked = None if batch.masked_inputs is None else batch.masked_inputs.to("meta")
+    return replace(batch, inputs=batch.inputs.to("meta"), masked_inputs=masked, kept=None, offsets=None)
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _about(batches: list[Batch], config: D2VConfig, what: str) -> str:
+    """Samples, places, and the shares of them that are masked and that are padding."""
+    samples = places = padding = masked = 0
+    for batch in batches:
+        if isinstance(config, VisionConfig):
+            width = config.model.num_patches
+        elif isinstance(config, SpeechConfig):
+            width = config.model.num_frames(batch.inputs.shape[1])
+        else:
+            width = batch.inputs.shape[1]
+        whole = len(batch.sample_ids) * width
+        samples += len(batch.sample_ids)
+        places += whole
+        padding += 0 if batch.lengths is None else whole - int(batch.lengths.sum())
+        masked += len(batch.rows)
+    place = {"vision": "patches", "speech": "frames", "text": "tokens"}[config.modality]
+    line = (
+        f"batch           {samples / len(batches):.3g} {what}s, {places / samples:.3g} {place} each: "
+        f"{100 * padding / places:.1f} % padding, {100 * masked / (places - padding):.1f} % of the others masked "
+        f"(mean of {len(batches)} micro-steps)"
+    )
+    bad = dict.fromkeys(file for batch in batches for file in batch.bad)
+    return line + "".join(f"\n  unreadable and replaced: {file}" for file in bad)
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _span(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

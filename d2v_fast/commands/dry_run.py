@@ -1,0 +1,87 @@
+"""What a run would be: parameters, memory and length, without a step of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.data import BatchMaker, steps_per_epoch
+from d2v_fast.data.listing import counted, describe_listing
+from d2v_fast.memory.peak import format_bytes
+from d2v_fast.memory.predict import predict
+from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.training.schedules import LearningRate
+
+
+def describe(
+    config: RunConfig,
+    split: BatchSplit,
+    schedule: LearningRate,
+    maker: BatchMaker,
+    dtype: torch.dtype,
+    device_type: str = "cpu",
+) -> str:
+    """The lines that `--dry-run` prints.
+
+    Args:
+        maker: of the data set.
+        dtype: of the forward pass.
+        device_type: "cpu" or "cuda", where it would run.
+    """
+    with torch.device("meta"):
+        model = build_model(config.d2v)
+    student, head = _count(model.student), _count(model.head)
+    epoch_steps = steps_per_epoch(maker, split)
+    lines = [
+        f"parameters      student {student:,}, head {head:,}, teacher {student:,}",
+        *_memory(config, split.world_size, dtype, device_type),
+        *_data(maker),
+        f"global batch    {split.global_batch:,} = {split.micro_batch} per micro-step x {split.accumulation} "
+        f"micro-steps x {split.world_size} processes",
+        f"length          {schedule.num_steps:,} optimizer steps, {epoch_steps:,} per epoch, "
+        f"{schedule.num_steps / epoch_steps:.1f} epochs",
+        f"learning rate   {schedule.peak:g} after {schedule.warmup_steps:,} steps of warm-up, then "
+        f"{config.d2v.schedule.kind} to {schedule.at(schedule.num_steps - 1):.3g}",
+    ]
+    return "\n".join(lines + config.without_effect(split.world_size))
+
+
+def _data(maker: BatchMaker) -> list[str]:
+    """What is used and what is left out, one line each."""
+    first, *others = describe_listing(maker.listing, counted(maker.num_samples, maker.what))
+    return [f"data            {first}", *(f"{'':16}{line}" for line in others)]
+
+
+def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str) -> list[str]:
+    """What `memory.predict` finds, one line per part."""
+    found = predict(config, num_processes, dtype, device_type)
+    on_host = found.host_state > 0
+
+    def line(name: str, device: int, host: int, meaning: str) -> str:
+        sizes = f"{format_bytes(device):>8}" + (f" {format_bytes(host):>8}" if on_host else "")
+        return f"  {name:30}{sizes}  {meaning}"
+
+    besides = ""
+    if found.kept:
+        besides = f"; at most {format_bytes(found.resident_peak)} resident with what malloc keeps and libraries need"
+    lines = [
+        f"memory          {format_bytes(found.device_peak)} of tensors per process, predicted for the largest batch "
+        f"({str(dtype)[6:]}, {num_processes} process{'es' if num_processes > 1 else ''}, {device_type}){besides}",
+    ]
+    if on_host:
+        lines.append(f"{'':34}on {device_type}  on host")
+    lines += [line(part.name, part.device, part.host, part.meaning) for part in found.parts]
+    lines.append(line("stays from step to step", found.device_state, found.host_state, ""))
+    lines += [line(f"+ {m.name}", m.device, m.host, m.meaning) for m in found.moments]
+    lines.append(line("activations", found.activations, 0, "of which: saved for the backward pass"))
+    lines.append(line("while it is built, in all", found.build, 0, "of every process, whatever the number"))
+    if found.save:
+        meaning = "host memory of the copy that a checkpoint is written from"
+        sizes = (0, found.save) if on_host else (found.save, 0)
+        lines.append(line("while a checkpoint is written", *sizes, meaning))
+    return lines
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,215 @@
+"""`d2v-fast embed`: features of files by a pre-trained encoder, as an array or a table."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2v_fast.commands.inputs import Sample, Source, open_source
+from d2v_fast.config.errors import OptionError
+from d2v_fast.data import DataError
+from d2v_fast.data.files import NUM_NAMED
+from d2v_fast.data.listing import counted, print_listing
+from d2v_fast.data.progress import Progress
+from d2v_fast.distributed.world import World
+from d2v_fast.evaluation.features import patch_features, sequence_features
+from d2v_fast.files.atomic import replaced, write_text
+from d2v_fast.files.outputs import require_file
+from d2v_fast.files.reading import printable
+from d2v_fast.models.student import Student
+from d2v_fast.packages import install_command
+
+Rows = npt.NDArray[np.float32]
+
+# no .txt of the same stem: that may be what is read
+_BESIDE = ".paths.txt"
+_BATCH = {"image": 64, "recording": 8, "line": 32}
+
+
+def embed(
+    model: Path,
+    inputs: Path,
+    to: Path,
+    *,
+    frames: bool = False,
+    weights: str | None = None,
+    step: int | None = None,
+    tokenizer: Path | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> str:
+    """Write the features of all files below `inputs`, in the order of their sorted paths; returns a line for the user.
+
+    Of an image, features are the last block's output at its patches, layer-normalised, as the probe takes them; of a
+    recording or a line of text, the encoder's output at its frames or tokens. What cannot be read is left out, named
+    on the error stream, and counted.
+
+    Args:
+        model: a run folder, or a Transformers folder.
+        inputs: a folder of images or recordings; or .txt files, or one, of which every line is a sample.
+        to: `.npy` (fp32 `[S, D]`, the mean over the places of each sample; names in a `.paths.txt` beside it) or
+            `.parquet` (columns `path` and `feature`); with `frames` an `.npz`, where `[P, D]` has the sample's name.
+        weights: "student" or "teacher", of a run folder; None is the student.
+        step: of the checkpoint of a run folder; None takes the newest.
+        tokenizer: of a text model; None is what the run names, or the folder holds.
+        batch_size: samples that are encoded together; None is 64 images, 8 recordings or 32 lines.
+        device: "auto", "cpu" or "cuda".
+        overwrite: replace `to`, and the names beside it.
+    Raises:
+        ValueError: a wrong suffix or model, no input that can be read, or a package is missing.
+        RunError: there is no such device.
+    """
+    write = _writer(to, frames)
+    for file in (to, to.with_suffix(_BESIDE)) if to.suffix == ".npy" else (to,):
+        require_file(file, overwrite)
+    source = open_source(model, inputs, weights, step, tokenizer)
+    size = _BATCH[source.what] if batch_size is None else batch_size
+    encoder = source.model.to(World(device).device).eval()
+    print_listing(source.listing, f"{source.what}s")
+    bad: list[str] = []
+
+    def features() -> Iterator[tuple[str, Rows]]:
+        done = 0
+        with Progress("encoding", source.num_bytes) as progress:
+            # some batches at once, so that those of like length can be encoded together
+            for samples in _chunks(_readable(source, bad), 4 * size):
+                for sample, rows in zip(samples, encode(encoder, source, samples, size), strict=True):
+                    yield sample.name, rows
+                done += sum(sample.num_bytes for sample in samples)
+                progress.show(done, f"{len(bad)} unreadable")
+
+    with replaced(to) as part:
+        count, width = write(part, features())
+        if count == 0:
+            raise DataError(f"none of the {source.what}s in '{printable(str(inputs))}' can be read:{_named(bad)}")
+    if bad:
+        print(
+            f"{len(bad):,} of {count + len(bad):,} {source.what}s are unreadable and left out:{_named(bad)}",
+            file=sys.stderr,
+        )
+    if source.num_cut:
+        lines = counted(source.num_cut, source.what)
+        print(f"only the beginning is read of {lines} longer than the model reads", file=sys.stderr)
+    if problem := source.problem():
+        print(f"warning: {problem}", file=sys.stderr)
+    beside = f", their names in {to.with_suffix(_BESIDE)}" if to.suffix == ".npy" else ""
+    rows = f"{count:,} {source.what}s x {width} features"
+    return f"embed: {to} ({rows}{', one row per place' if frames else ''}, by the {source.origin}{beside})"
+
+
+def _readable(source: Source, bad: list[str]) -> Iterator[Sample]:
+    for found in source.samples():
+        if isinstance(found, Sample):
+            yield found
+        else:
+            bad.append(found)
+
+
+def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    while chunk := list(islice(samples, size)):
+        yield chunk
+
+
+def _named(bad: list[str]) -> str:
+    more = len(bad) - NUM_NAMED
+    return "".join(f"\n  {text}" for text in bad[:NUM_NAMED]) + (f"\n  and {more} more" if more > 0 else "")
+
+
+def encode(model: Student, source: Source, samples: Sequence[Sample], batch_size: int | None = None) -> list[Rows]:
+    """Features `[P, D]` of every sample, fp32; parts of a sample one after the other.
+
+    Args:
+        model: An encoder of what `source` reads.
+        source: Where the samples come from.
+        samples: Samples that it has read.
+        batch_size: Parts that are encoded together; None is 64 images, 8 recordings or 32 lines.
+    """
+    size = _BATCH[source.what] if batch_size is None else batch_size
+    parts = [part for sample in samples for part in sample.parts]
+    if source.num_places is None:
+        batches = [torch.stack(parts[start : start + size]) for start in range(0, len(parts), size)]
+        features = [rows for batch in batches for rows in patch_features(model, batch, top_k=1).cpu()]
+    else:
+        features = sequence_features(
+            model, parts, num_places=source.num_places, padding=source.padding, batch_size=size
+        )
+    encoded = iter(features)
+    return [torch.cat(list(islice(encoded, len(sample.parts)))).numpy() for sample in samples]
+
+
+Write = Callable[[Path, Iterable[tuple[str, Rows]]], tuple[int, int]]
+"""From a path and (name, features `[P, D]`) to how many there were, and D."""
+
+
+def _writer(to: Path, frames: bool) -> Write:
+    suffixes = [".npz"] if frames else [".npy", ".parquet"]
+    if to.suffix not in suffixes:
+        must = "end with .npz with `--frames`" if frames else "end with .npy or .parquet"
+        raise OptionError(f"`--to` must {must}, but is {to} instead.")
+    if not to.absolute().parent.is_dir():
+        raise OptionError(f"`--to` must be in a folder that exists, but {to.absolute().parent} does not.")
+    if to.suffix == ".parquet":
+        # now, and not when hours of work are to be written
+        arrow = _arrow()
+        return lambda path, features: _write_parquet(path, features, arrow)
+    if frames:
+        return _write_npz
+    return lambda path, features: _write_npy(path, features, to.with_suffix(_BESIDE))
+
+
+def _means(features: Iterable[tuple[str, Rows]]) -> tuple[list[str], Rows]:
+    names, means = [], []
+    for name, rows in features:
+        names.append(name)
+        means.append(rows.mean(0))
+    return names, np.stack(means) if means else np.empty((0, 0), np.float32)
+
+
+def _write_npy(path: Path, features: Iterable[tuple[str, Rows]], beside: Path) -> tuple[int, int]:
+    names, means = _means(features)
+    if names:
+        with path.open("wb") as file:
+            np.save(file, means)
+        write_text(beside, "".join(f"{name}\n" for name in names))
+    return means.shape
+
+
+def _write_npz(path: Path, features: Iterable[tuple[str, Rows]]) -> tuple[int, int]:
+    count = width = 0
+    # array by array: all of them may be more than fits into memory
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, rows in features:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(rows))
+            count, width = count + 1, rows.shape[1]
+    return count, width
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+
+        return pyarrow
+    except Exception as error:
+        raise ValueError(
+            f"a .parquet file is written with pyarrow, which cannot be imported ({type(error).__name__}: {error}). "
+            f"Install it with `{install_command('pyarrow')}`, or write an .npy file."
+        ) from None
+
+
+def _write_parquet(path: Path, features: Iterable[tuple[str, Rows]], arrow: Any) -> tuple[int, int]:
+    names, means = _means(features)
+    if names:
+        values = arrow.FixedSizeListArray.from_arrays(arrow.array(means.reshape(-1)), means.shape[1])
+        arrow.parquet.write_table(arrow.table({"path": arrow.array(names), "feature": values}), str(path))
+    return means.shape

@@ -1,0 +1,81 @@
+"""`d2v-fast tokenize`: a tokenizer from text, and the tokens of a configuration before a run asks for them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2v_fast.command_lines import path_override
+from d2v_fast.config import ConfigError, TextConfig, TextDataConfig, apply_overrides, load_config
+from d2v_fast.config.errors import OptionError, check
+from d2v_fast.data.listing import print_listing
+from d2v_fast.memory.peak import format_bytes
+
+
+def tokenise(file: Path, overrides: Sequence[str] = ()) -> str:
+    """Tokenise the text of a configuration into the cache that training reads; returns lines for the user.
+
+    Raises:
+        ConfigError: the configuration is refused, or is not of text.
+        DataError: see `TextDataset`.
+    """
+    config = load_config(file, overrides).d2v
+    if not isinstance(config, TextConfig):
+        raise ConfigError([f'`d2v.modality` must be "text", but is "{config.modality}" instead.'], str(file))
+    from d2v_fast.modalities.text.files import TextFiles
+    from d2v_fast.modalities.text.tasks import TextDataset
+
+    if config.data.kind != "docs":
+        print_listing(TextFiles(config.data).listing, "text")
+    dataset = TextDataset(config.data, config.model, patience_s=config.run.timeout_s)
+    tokens, found = dataset.tokens, dataset.tokens.manifest
+    size = sum(entry.stat().st_size for entry in tokens.folder.iterdir())
+    lines = [
+        f"tokenize: {tokens.num_tokens:,} tokens of {tokens.num_documents:,} documents, "
+        f"{len(dataset):,} blocks of at most {config.data.block_size} tokens",
+        f"cache: {tokens.folder} ({format_bytes(size)})",
+    ]
+    left_out = {"empty": found["num_empty"], "too short": found["num_short"], "unreadable": found["num_unreadable"]}
+    if any(left_out.values()):
+        lines.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count))
+    lines += [f"  {text}" for text in found["unreadable"]]
+    return "\n".join(lines)
+
+
+def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrides: Sequence[str] = ()) -> str:
+    """Train a byte-level BPE on text; returns lines for the user.
+
+    Args:
+        source: a file or a folder of text, see `TextFiles`.
+        vocab_size: its tokens.
+        to: the folder to write; it must not exist.
+        overrides: `d2v.data.KEY=VALUE`, how the text is read.
+    Raises:
+        ConfigError: an override is refused.
+        DataError: see `make_tokenizer`.
+        OptionError: `vocab_size` or `to` is missing, or `vocab_size` is too small.
+    """
+    if vocab_size is None or to is None:
+        raise OptionError("`--train` needs `--vocab-size N` and `--to FOLDER`.")
+    raw = apply_overrides({}, overrides)
+    given = raw.pop("d2v", {})
+    section = given.pop("data", {}) if isinstance(given, dict) else {}
+    problems = [f"`{key}` has no effect on a tokenizer: only `d2v.data.KEY` has." for key in [*raw, *given]]
+    # the tokenizer does not exist yet, and is not read
+    section = {**section, "kind": "text", "path": str(source), "tokenizer": str(to)}
+    data, found = check(TextDataConfig, section, "d2v.data")
+    if data is None or problems:
+        raise ConfigError([*problems, *found], "options")
+    from d2v_fast.modalities.text.files import TextFiles
+    from d2v_fast.modalities.text.tasks import make_tokenizer
+    from d2v_fast.modalities.text.tokenizer import MIN_VOCAB_SIZE, missing_tokens
+
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise OptionError(f"`--vocab-size` must be >= {MIN_VOCAB_SIZE}, but is {vocab_size} instead.")
+    print_listing(TextFiles(data).listing, "text")
+    tokenizer = make_tokenizer(data, vocab_size, to)
+    option = shlex.join(path_override("d2v.data.tokenizer", to))
+    line = f"tokenize: {to} ({tokenizer.vocab_size:,} tokens); for a run: {option}"
+    short = missing_tokens(tokenizer, vocab_size)
+    return line if short is None else f"{line}\nit has {short}"

@@ -1,0 +1,266 @@
+"""Base class of every configuration section, and the one error that lists everything wrong with a file.
+
+No torch here: a wrong file must be refused before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import Self
+
+from d2v_fast.files.paths import PathError, expand_path
+from d2v_fast.files.reading import printable
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a section {...}",
+    "model_type": "a section {...}",
+    "finite_number": "a finite number",
+}
+
+
+# beyond any model, and small enough to be checked at once
+MAX_SIZE = 1 << 16
+# beyond any run: steps and what is counted in them, samples, loader workers
+MAX_STEPS = 10**12
+MAX_SAMPLES = 10**9
+MAX_WORKERS = 1024
+# what every key can hold: counters are 64-bit integers, and what is computed with is fp32
+_MAX_INTEGER = 2**63 - 1
+_MAX_FLOAT = 1e38
+
+AnySection = TypeVar("AnySection", bound="Section")
+
+
+def _expanded(text: str) -> str:
+    try:
+        return expand_path(text)
+    except PathError as error:
+        raise ValueError(error.must) from None
+
+
+# the type of every key that holds a path
+PathText = Annotated[str, AfterValidator(_expanded)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. `problems` holds one sentence per problem."""
+
+    def __init__(self, problems: Iterable[str], source: str = "configuration") -> None:
+        self.problems = tuple(map(printable, problems))
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in self.problems)]))
+
+
+class OptionError(ValueError):
+    """An option of a command that is wrong whatever the files hold: a value, or one that does not go with another."""
+
+
+class Problem(NamedTuple):
+    """One impossible value: `key` (dotted, within its section) must `must`, but is `value`; `hint` helps."""
+
+    key: str
+    must: str
+    value: Any
+    hint: str = ""
+
+
+class Section(BaseModel):
+    """Frozen, strict (no text for numbers, no 1.0 for 1), no unknown keys, no NaN or infinity."""
+
+    # by unknown key, what to do instead of taking the nearest known one
+    hints: ClassVar[dict[str, str]] = {}
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        """Refuse numbers that no later computation could hold, whatever the key."""
+        refuse_if(
+            Problem(key, f"be of a magnitude of at most {_limit_of(one):g}", value)
+            for key, value in self
+            for one in (value if isinstance(value, tuple) else (value,))
+            if isinstance(one, (int, float)) and abs(one) > _limit_of(one)
+        )
+        return self
+
+
+def _limit_of(number: float) -> float:
+    return _MAX_INTEGER if isinstance(number, int) else _MAX_FLOAT
+
+
+def refuse_if(problems: Iterable[Problem]) -> None:
+    """Raise what a pydantic validator may raise when there is any problem."""
+    found = [problem._asdict() for problem in problems]
+    if found:
+        text = "; ".join(say(Problem(**problem)) for problem in found)
+        raise PydanticCustomError("problems", "{text}", {"text": text, "problems": found})
+
+
+def say(problem: Problem, prefix: str = "") -> str:
+    """The problem as a sentence; `prefix` is the dotted key of the section that holds it."""
+    key = ".".join(part for part in (prefix, problem.key) if part)
+    text = f"`{key}` must {problem.must}, but is {show(problem.value)} instead."
+    return f"{text} {problem.hint}".rstrip()
+
+
+def problem_of_heads(width: int, heads: int) -> list[Problem]:
+    """The problem of attention heads that do not divide the width, if there is one."""
+    if width % heads == 0:
+        return []
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    near = min(divisors, key=lambda n: abs(n - heads))
+    hint = f"The nearest number of heads that does is {near}."
+    return [Problem("heads", f"divide `width` ({width})", heads, hint)]
+
+
+def check(
+    model: type[AnySection], raw: Any, prefix: str = "", also: Iterable[str] = ()
+) -> tuple[AnySection | None, list[str]]:
+    """The section, or None, and every problem as a sentence with dotted key, value and nearest valid key.
+
+    Args:
+        raw: what the file holds for this section.
+        prefix: dotted key of `model` in the file.
+        also: dotted keys outside `model` that a misplaced key may have meant.
+    """
+    elsewhere = [*known_keys(model, prefix), *also]
+    problems: list[str] = []
+    try:
+        return model.model_validate(raw), problems
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
+    if unknown:
+        # without the unknown keys, so that what else is wrong in those sections comes to light as well
+        problems += [_sentence(detail, model, prefix, elsewhere) for detail in unknown]
+        _, more = check(model, _without(raw, [detail["loc"] for detail in unknown]), prefix, also)
+        return None, problems + more
+    for detail in details:
+        if detail["type"] == "problems":
+            section = ".".join([*filter(None, [prefix]), *map(str, detail["loc"])])
+            problems += [say(Problem(**problem), section) for problem in detail["ctx"]["problems"]]
+        else:
+            problems.append(_sentence(detail, model, prefix, elsewhere))
+    return None, problems
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all keys below `model`, sections included."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        key = f"{prefix}.{name}" if prefix else name
+        keys.append(key)
+        nested = _section_of(field.annotation)
+        if nested is not None:
+            keys += known_keys(nested, key)
+    return keys
+
+
+def nearest_key(key: str, siblings: Iterable[str], elsewhere: Iterable[str]) -> str:
+    """A hint for an unknown dotted key: the closest sibling, or the same name in another section."""
+    section, _, name = key.rpartition(".")
+    close = difflib.get_close_matches(name, list(siblings), n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean `{'.'.join(filter(None, [section, close[0]]))}`?"
+    moved = [other for other in elsewhere if other.rpartition(".")[2] == name and other != key]
+    if moved:
+        return f"Did you mean `{moved[0]}`?"
+    by_name = {other.rpartition(".")[2]: other for other in elsewhere}
+    similar = difflib.get_close_matches(name, list(by_name), n=1, cutoff=0.75)
+    if similar:
+        return f"Did you mean `{by_name[similar[0]]}`?"
+    return f"Known here: {', '.join(siblings)}."
+
+
+def show(value: Any) -> str:
+    """The value as it would stand in the JSON file, shortened."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _sentence(detail: ErrorDetails, model: type[BaseModel], prefix: str, elsewhere: list[str]) -> str:
+    loc, kind, context = detail["loc"], detail["type"], detail.get("ctx", {})
+    key = ".".join([*filter(None, [prefix]), *map(str, loc)])
+    if kind == "missing":
+        return f"`{key}` is required, but missing."
+    if kind == "extra_forbidden":
+        section = _walk(model, loc[:-1])
+        siblings = list(section.model_fields) if section else []
+        value = show(detail["input"])
+        hint = getattr(section, "hints", {}).get(str(loc[-1])) or nearest_key(key, siblings, elsewhere)
+        return f"`{key}` (value {value}) is not a known key. {hint}"
+    if kind == "literal_error":
+        expected = f"be {context['expected']}"
+    elif kind in ("too_short", "too_long"):
+        length = context.get("min_length", context.get("max_length"))
+        expected = f"be a list of {length} values"
+    elif kind in _EXPECTED:
+        expected = f"be {_EXPECTED[kind]}"
+    elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        expected = _interval(model, loc) or detail["msg"].removeprefix("Input should ")
+    else:
+        expected = detail["msg"].removeprefix("Input should ").removeprefix("Value error, ")
+    # what tools that fill in a DeepSpeed file themselves expect there
+    hint = " `auto` is filled in by Transformers' Trainer: write the value." if detail["input"] == "auto" else ""
+    return f"`{key}` must {expected}, but is {show(detail['input'])} instead.{hint}"
+
+
+def _without(raw: Any, locations: Iterable[tuple[int | str, ...]]) -> Any:
+    copy = json.loads(json.dumps(raw))
+    for loc in locations:
+        section = copy
+        for part in loc[:-1]:
+            section = section[part]
+        section.pop(loc[-1], None)
+    return copy
+
+
+def _interval(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    section = _walk(model, loc[:-1])
+    if section is None or loc[-1] not in section.model_fields:
+        return ""
+    bounds: dict[str, Any] = {}
+    for constraint in section.model_fields[str(loc[-1])].metadata:
+        bounds |= {name: getattr(constraint, name) for name in ("gt", "ge", "lt", "le") if hasattr(constraint, name)}
+    if not bounds.keys() & {"lt", "le"}:
+        return f"be > {bounds['gt']}" if "gt" in bounds else f"be >= {bounds['ge']}"
+    left = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-infinity')}"
+    right = f"{bounds['le']}]" if "le" in bounds else f"{bounds['lt']})"
+    return f"be in {left}, {right}"
+
+
+def _walk(model: type[BaseModel], loc: Iterable[int | str]) -> type[BaseModel] | None:
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        nested = _section_of(field.annotation) if field else None
+        if nested is None:
+            return None
+        model = nested
+    return model
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class in `X`, `X | None` or `Annotated[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None

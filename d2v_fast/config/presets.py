@@ -1,0 +1,100 @@
+"""The configurations that come with this library, in the source tree and in an installed package alike."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from d2v_fast.command_lines import path_words, tool_command
+from d2v_fast.config import D2VConfig, check_d2v
+from d2v_fast.config.errors import OptionError
+from d2v_fast.config.file import PRESETS, preset_names
+from d2v_fast.files.atomic import write_text
+from d2v_fast.files.outputs import require_file
+from d2v_fast.files.reading import read_json
+
+_MAX_BYTES = 1_000_000
+
+# by name: parameters of the encoder, which a test counts (to build one takes longer than anybody waits for a list), and
+# what it is for
+_ABOUT = {
+    "digits": ("451 k", "handwritten digits that scikit-learn ships: a first run, in minutes"),
+    "digits_long": ("563 k", "the same for 20 minutes, beyond raw pixels"),
+    "images_small": ("2.75 M", "a folder of your own images, on one GPU or a patient CPU"),
+    "speech": ("2.55 M", "300 spoken words that this library ships"),
+    "speech_base": ("93.2 M", "the published Base run, for a folder of recordings"),
+    "speech_large": ("313 M", "the published Large run, for a folder of recordings"),
+    "speech_small": ("2.55 M", "a folder of your own recordings, on one GPU or a patient CPU"),
+    "text_small": (
+        "11.5 M",
+        "your own text and a tokenizer (parameters: with 50,265 tokens), on one GPU or a patient CPU",
+    ),
+    "text": ("735 k", "the reference pages that Python carries"),
+    "text_base": ("124 M", "the published Base run, for a folder of text and a tokenizer"),
+    "text_large": ("354 M", "the published Large run, for a folder of text and a tokenizer"),
+    "vision_base": ("85.7 M", "the published ViT-B run, for a folder of images"),
+    "vision_large": ("303 M", "the published ViT-L run, for a folder of images"),
+}
+_UNSAID = "?"
+
+
+def list_presets() -> str:
+    """A table: name, modality, sizes of the encoder, its parameters, and what it is for."""
+    rows = [("name", "modality", "blocks x width", "parameters", "")]
+    for name in preset_names():
+        config = read_preset(name)
+        shape = f"{config.model.depth} x {config.model.width}"
+        rows.append((name, config.modality, shape, *_ABOUT.get(name, ("", ""))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, f"in {PRESETS}; to change one: {tool_command('presets', 'NAME', '--to', 'FILE')}"])
+
+
+def preset_text(name: str) -> str:
+    """The file of a configuration.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    known = preset_names()
+    if name not in known:
+        if not known:
+            raise ValueError(f"there are no configurations in {PRESETS}: install d2v_fast again.")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise OptionError(f"`NAME` must be one of {', '.join(known)}, but is {name} instead. The nearest is {near}.")
+    return (PRESETS / f"{name}.json").read_text(encoding="utf-8")
+
+
+def write_preset(name: str | None, to: Path, overwrite: bool = False) -> str:
+    """Write a configuration to a file; returns a line for the user.
+
+    Args:
+        name: of the configuration.
+        to: the file.
+        overwrite: replace it where it exists.
+    Raises:
+        ValueError: there is none of this name, or the file exists.
+    """
+    if name is None:
+        raise OptionError(
+            f"`--to` needs the name of a configuration before it: `{tool_command('presets')}` lists them."
+        )
+    text = preset_text(name)
+    require_file(to, overwrite)
+    write_text(to, text)
+    config = read_preset(name)
+    missing = [key for key in ("path", "tokenizer") if config.data.model_dump().get(key) == _UNSAID]
+    needs = [word for key in missing for word in ("--set", f"d2v.data.{key}=...")]
+    return f"presets: {to}; to train: {tool_command('train', path_words(to), *needs)}"
+
+
+def read_preset(name: str) -> D2VConfig:
+    """The `"d2v"` section of a configuration; what its user has to say (where the data is) is "?"."""
+    raw: Any = read_json(PRESETS / f"{name}.json", _MAX_BYTES)["d2v"]
+    unsaid = {key for key in ("path", "tokenizer") if key in raw["data"] and raw["data"][key] is None}
+    data = raw["data"] | dict.fromkeys(unsaid, _UNSAID)
+    config, problems = check_d2v({**raw, "data": data})
+    if config is None:
+        raise ValueError(f"{PRESETS / name}.json is not a configuration: {problems[0]}")
+    return config

@@ -1,0 +1,477 @@
+"""One JSON file per run: DeepSpeed's keys, and a `"d2v"` section that holds everything else.
+
+`load_config` reads it, applies `--set` overrides, and refuses every unknown key, wrong type and impossible
+value in one message. What only one modality has is in `vision_config`, `speech_config` and `text_config`. No torch is
+imported here, so a typing error costs no time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from d2v_fast.config.deepspeed import REFUSED_KEYS, BatchSplit, DeepSpeedConfig, refused
+from d2v_fast.config.errors import (
+    MAX_SIZE,
+    MAX_STEPS,
+    ConfigError,
+    PathText,
+    Problem,
+    Section,
+    check,
+    known_keys,
+    refuse_if,
+    say,
+)
+from d2v_fast.config.file import apply_overrides, changed_keys, configuration_file, read_sections
+from d2v_fast.config.probe import ProbeConfig, TextProbeConfig, VisionProbeConfig
+from d2v_fast.files.reading import NotRegularError, read_text
+from d2v_fast.modalities.speech.config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
+from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig, TokenMaskConfig
+from d2v_fast.modalities.vision.config import BlockMaskConfig, VisionDataConfig, VisionModelConfig
+
+__all__ = [
+    "EARLIER_VALUES",
+    "BatchSplit",
+    "BlockMaskConfig",
+    "ConfigError",
+    "D2VConfig",
+    "DeepSpeedConfig",
+    "GuardConfig",
+    "LossConfig",
+    "ProbeConfig",
+    "RunConfig",
+    "RunSection",
+    "ScheduleConfig",
+    "SpanMaskConfig",
+    "SpeechConfig",
+    "SpeechDataConfig",
+    "SpeechModelConfig",
+    "TargetConfig",
+    "TeacherConfig",
+    "TextConfig",
+    "TextDataConfig",
+    "TextModelConfig",
+    "TextProbeConfig",
+    "TokenMaskConfig",
+    "VisionConfig",
+    "VisionDataConfig",
+    "VisionModelConfig",
+    "VisionProbeConfig",
+    "apply_overrides",
+    "changed_keys",
+    "check_d2v",
+    "load_config",
+    "parse_config",
+]
+
+MAX_FILE_BYTES = 1_000_000
+# of `d2v`: what every run did before there was the key
+EARLIER_VALUES = {"decay_1d": False}
+_COMPILE = (
+    "The model is not compiled: the fused operations of d2v_fast take the place of `torch.compile`. DeepSpeed's "
+    "section `compile` is about its own compiler passes, which a run does not use either."
+)
+
+
+class TargetConfig(Section):
+    """What the student regresses: the mean of the teacher's last `top_k` block outputs, each normalised by
+    `layer_norm`, the mean normalised by `final_norm`."""
+
+    top_k: int = Field(default=6, ge=1, le=MAX_SIZE)
+    layer_norm: Literal["none", "layer", "instance", "batch"] = "layer"
+    final_norm: Literal["none", "layer", "instance"] = "layer"
+    eps: float = Field(default=1e-5, gt=0, le=1)
+
+
+class LossConfig(Section):
+    """Smooth L1: quadratic below `beta`; 0 is the squared error. A masked place's loss is the "sum" over the channels,
+    their "mean", or the sum over the root of their number ("rsqrt"); the loss is the mean over the masked places."""
+
+    beta: float = Field(default=2.0, ge=0, le=1e6)
+    channel_reduction: Literal["mean", "rsqrt", "sum"] = "mean"
+
+    def divisor(self, width: int) -> float:
+        """What the sum over `width` channels is divided by."""
+        return {"mean": width, "rsqrt": width**0.5, "sum": 1}[self.channel_reduction]
+
+
+class TeacherConfig(Section):
+    """EMA decay: linear from `decay_start` to `decay_end` over `decay_steps` optimizer steps; 1 freezes."""
+
+    decay_start: float = Field(default=0.9998, ge=0, le=1)
+    decay_end: float = Field(default=0.9998, ge=0, le=1)
+    decay_steps: int = Field(default=0, ge=0, le=MAX_STEPS)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.decay_start != self.decay_end and self.decay_steps == 0:
+            must = f"be >= 1 while `decay_start` ({self.decay_start}) and `decay_end` ({self.decay_end}) differ"
+            refuse_if([Problem("decay_steps", must, 0)])
+        return self
+
+
+def shorter_warmup(key: str, length: float) -> str:
+    """Return the hint for a warm-up that is longer than a run of `length` steps or epochs."""
+    tenth = int(length) // 10 if key == "warmup_steps" else round(length / 10, 6)
+    return f"Shorten it with the run, for example to a tenth: `--set d2v.schedule.{key}={tenth:g}`."
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run, as a factor on `optimizer.params.lr`, and how long the run is.
+
+    Exactly one of `epochs` and `steps` (optimizer steps). All kinds rise linearly from `initial_lr_ratio` to 1
+    during the warm-up. `constant` stays there; `cosine` falls to `final_lr_ratio` at the last step; `tri_stage`
+    holds for `hold_ratio` of the run and then falls exponentially to `final_lr_ratio`.
+    """
+
+    kind: Literal["cosine", "tri_stage", "constant"] = "cosine"
+    epochs: int | None = Field(default=None, ge=1, le=10**6)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    warmup_epochs: float | None = Field(default=None, ge=0, le=10**6)
+    warmup_steps: int | None = Field(default=None, ge=0, le=MAX_STEPS)
+    initial_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    hold_ratio: float = Field(default=0.9, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if (self.epochs is None) == (self.steps is None):
+            lengths = {"epochs": self.epochs, "steps": self.steps}
+            both = "Set the one that does not count to null: `--set d2v.schedule.epochs=null`." if self.epochs else ""
+            problems.append(Problem("epochs", "be given, or `steps`, and not both", lengths, both))
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            warmups: dict[str, float | None] = {
+                "warmup_epochs": self.warmup_epochs,
+                "warmup_steps": self.warmup_steps,
+            }
+            problems.append(Problem("warmup_epochs", "be given, or `warmup_steps`, and not both", warmups))
+        for unit in ("epochs", "steps"):
+            length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
+            if length is not None and warmup is not None and warmup > length:
+                hint = shorter_warmup(f"warmup_{unit}", length)
+                problems.append(Problem(f"warmup_{unit}", f"be <= `{unit}` ({length})", warmup, hint))
+        if self.kind == "tri_stage" and self.final_lr_ratio == 0:
+            hint = "An exponential decay never reaches 0; the published value is 0.05."
+            problems.append(Problem("final_lr_ratio", "be > 0 with `kind` tri_stage", 0.0, hint))
+        refuse_if(problems)
+        return self
+
+
+class GuardConfig(Section):
+    """When a run stops itself. It has collapsed when a standard deviation is under its limit after `after_steps`
+    steps, or after two thirds of a shorter run, and at its end; fewer than 20 steps are not judged, and a limit of 0
+    never stops. A NaN or infinite loss or gradient stops it at once with `nonfinite` "stop", after `nonfinite_patience`
+    such steps in a row with "skip"; they change nothing. A loss above `loss_spike` times its running median is logged;
+    None: never."""
+
+    after_steps: int = Field(default=5000, ge=0, le=MAX_STEPS)
+    min_target_std: float = Field(default=0.1, ge=0, le=1e6)
+    min_prediction_std: float = Field(default=0.01, ge=0, le=1e6)
+    nonfinite: Literal["skip", "stop"] = "skip"
+    nonfinite_patience: int = Field(default=3, ge=1, le=10**6)
+    loss_spike: float | None = Field(default=None, gt=1, le=1e6)
+
+
+class RunSection(Section):
+    """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in
+    optimizer steps; `keep` is the number of checkpoints that stay; with `background_save` training goes on while one is
+    written, for a second copy of the state in host memory. After `timeout_minutes` of waiting for another process, or
+    for a batch, a process ends with an error instead of waiting for ever."""
+
+    hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}
+
+    dir: PathText = "runs"
+    name: str | None = None
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    log_every: int = Field(default=10, ge=1, le=MAX_STEPS)
+    save_every: int = Field(default=1000, ge=1, le=MAX_STEPS)
+    keep: int = Field(default=3, ge=1, le=10**6)
+    background_save: bool = True
+    timeout_minutes: float = Field(default=10.0, gt=0, le=525_600)
+    profile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def timeout_s(self) -> float:
+        """`timeout_minutes` in seconds."""
+        return 60 * self.timeout_minutes
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        name, problems = self.name, []
+        if name is not None and (not name.strip(".") or not all(c.isalnum() or c in "._-" for c in name)):
+            problems.append(Problem("name", "be letters, digits, `.`, `_` and `-` only", name))
+        refuse_if(problems)
+        return self
+
+
+class D2VConfig(Section):
+    """The `"d2v"` section: what all modalities have. Each has a class of its own, with its sections and defaults.
+
+    `decay_1d` applies `optimizer.params.weight_decay` to 1-D parameters (biases, norms, LayerScale, the class token)
+    as well. The published speech and text recipes do, the published vision recipe does not.
+    """
+
+    hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}
+
+    modality: str
+    decay_1d: bool = False
+    model: VisionModelConfig | SpeechModelConfig | TextModelConfig
+    mask: BlockMaskConfig | SpanMaskConfig | TokenMaskConfig
+    target: TargetConfig
+    loss: LossConfig
+    teacher: TeacherConfig
+    schedule: ScheduleConfig
+    data: VisionDataConfig | SpeechDataConfig | TextDataConfig
+    guard: GuardConfig = GuardConfig()
+    probe: ProbeConfig = ProbeConfig()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse_if(self.problems_across({name: getattr(self, name) for name in type(self).model_fields}))
+        return self
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        """What no section can see alone. Sections that are themselves wrong are left out by the caller."""
+        model, target = sections.get("model"), sections.get("target")
+        if model and target and target.top_k > model.depth:
+            hint = "There are no more blocks to average: lower it or raise `d2v.model.depth`."
+            yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
+
+    def problems_of_a_run(self) -> list[Problem]:
+        """What is wrong only where the section is to be trained with."""
+        return []
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the dotted keys that differ from their defaults and that a run does not read, each with the reason."""
+        data, schedule, guard = self.data, self.schedule, self.guard
+        kind = f'`d2v.data.kind` is "{data.kind}"'
+        idle: list[tuple[str, Section, str, str]] = [
+            ("data", data, key, kind) for other, keys in data.only_for.items() if other != data.kind for key in keys
+        ]
+        shape = f'`d2v.schedule.kind` is "{schedule.kind}"'
+        if schedule.kind != "tri_stage":
+            idle.append(("schedule", schedule, "hold_ratio", shape))
+        if schedule.kind == "constant":
+            idle.append(("schedule", schedule, "final_lr_ratio", shape))
+        if guard.nonfinite == "stop":
+            idle.append(("guard", guard, "nonfinite_patience", '`d2v.guard.nonfinite` is "stop"'))
+        return {
+            f"d2v.{name}.{key}": reason
+            for name, section, key, reason in idle
+            if getattr(section, key) != type(section).model_fields[key].default
+        }
+
+
+class VisionConfig(D2VConfig):
+    """Images. The defaults are the published ViT-B run."""
+
+    modality: Literal["vision"] = "vision"
+    model: VisionModelConfig = VisionModelConfig()
+    mask: BlockMaskConfig = BlockMaskConfig()
+    target: TargetConfig = TargetConfig()
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    schedule: ScheduleConfig = ScheduleConfig(epochs=800, warmup_epochs=10, final_lr_ratio=0.005)
+    data: VisionDataConfig = VisionDataConfig()
+    probe: VisionProbeConfig = VisionProbeConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        model, mask = sections.get("model"), sections.get("mask")
+        data, probe = sections.get("data"), sections.get("probe")
+        if model and mask and mask.num_patches >= model.num_patches:
+            must = f"be in [1, {model.num_patches - 1}]"
+            hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
+            yield Problem("mask.num_patches", must, mask.num_patches, hint)
+        yield from super().problems_across(sections)
+        if model and probe and probe.grid > model.grid_size:
+            must = f"be in [1, {model.grid_size}]"
+            hint = f"An image has {model.grid_size} x {model.grid_size} patches."
+            yield Problem("probe.grid", must, probe.grid, hint)
+        for name in ("mean", "std"):
+            if model and data and len(getattr(data, name)) not in (1, model.channels):
+                hint = f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
+                yield Problem(f"data.{name}", f"hold {model.channels} values", getattr(data, name), hint)
+
+    def problems_of_a_run(self) -> list[Problem]:
+        if self.data.kind != "digits" or self.model.channels == 1:
+            return []
+        must = 'be 1 with `d2v.data.kind` "digits"'
+        return [Problem("model.channels", must, self.model.channels, "The digits are grey.")]
+
+
+class SpeechConfig(D2VConfig):
+    """Recordings. The defaults are the published Base run on LibriSpeech."""
+
+    modality: Literal["speech"] = "speech"
+    decay_1d: bool = True
+    model: SpeechModelConfig = SpeechModelConfig()
+    mask: SpanMaskConfig = SpanMaskConfig()
+    target: TargetConfig = TargetConfig(top_k=8, layer_norm="instance", final_norm="none")
+    loss: LossConfig = LossConfig(beta=0.0, channel_reduction="rsqrt")
+    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=30_000)
+    schedule: ScheduleConfig = ScheduleConfig(
+        kind="tri_stage", steps=400_000, warmup_steps=12_000, initial_lr_ratio=0.01, final_lr_ratio=0.01
+    )
+    data: SpeechDataConfig = SpeechDataConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        yield from super().problems_across(sections)
+        model, data = sections.get("model"), sections.get("data")
+        if model and data and model.num_frames(int(data.min_seconds * model.sample_rate)) < 2:
+            fewest = model.num_samples(2) / model.sample_rate
+            hint = "A recording needs a frame to mask and one to stay visible."
+            yield Problem("data.min_seconds", f"be >= {fewest:.4g}, two frames", data.min_seconds, hint)
+
+
+class TextConfig(D2VConfig):
+    """Text. The defaults are the published Base run, with its released recipe's masks."""
+
+    modality: Literal["text"] = "text"
+    decay_1d: bool = True
+    model: TextModelConfig = TextModelConfig()
+    mask: TokenMaskConfig = TokenMaskConfig()
+    target: TargetConfig = TargetConfig(top_k=10, layer_norm="layer", final_norm="none")
+    loss: LossConfig = LossConfig(beta=4.0, channel_reduction="sum")
+    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=100_000)
+    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", steps=1_000_000, warmup_steps=10_000)
+    data: TextDataConfig = TextDataConfig()
+    probe: TextProbeConfig = TextProbeConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        yield from super().problems_across(sections)
+        model, data = sections.get("model"), sections.get("data")
+        if model and data and data.block_size > model.max_positions:
+            must = f"be <= `d2v.model.max_positions` ({model.max_positions})"
+            yield Problem("data.block_size", must, data.block_size)
+
+
+MODALITIES: dict[str, type[D2VConfig]] = {"vision": VisionConfig, "speech": SpeechConfig, "text": TextConfig}
+
+
+def check_d2v(raw: Any, also: Iterable[str] = ()) -> tuple[D2VConfig | None, list[str]]:
+    """The `"d2v"` section of a file, or None, and every problem as a sentence; `also` as for `check`."""
+    name = raw.get("modality", "vision") if isinstance(raw, dict) else "vision"
+    if not isinstance(name, str) or name not in MODALITIES:
+        names = " or ".join(f'"{known}"' for known in MODALITIES)
+        return None, [say(Problem("d2v.modality", f"be {names}", name))]
+    config, problems = check(MODALITIES[name], raw, "d2v", also=also)
+    return config, problems + (_more_problems(MODALITIES[name], raw) if config is None else [])
+
+
+class RunConfig(Section):
+    """A whole file: `deepspeed` is everything outside `"d2v"`."""
+
+    deepspeed: DeepSpeedConfig
+    d2v: D2VConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file again: DeepSpeed's keys as given, `"d2v"` with every default written out."""
+        return {**self.deepspeed.asked_for(), "d2v": self.d2v.model_dump(mode="json")}
+
+    def without_effect(self, world_size: int) -> list[str]:
+        """Return a line per reason why keys of the file have no effect on a run of so many processes."""
+        keys: dict[str, list[str]] = {}
+        for key, reason in (self.deepspeed.without_effect(world_size) | self.d2v.without_effect()).items():
+            keys.setdefault(reason, []).append(f"`{key}`")
+        return [f"no effect of {', '.join(names)}: {reason}" for reason, names in keys.items()]
+
+    def digest(self) -> str:
+        """SHA-256 over what decides the numbers of a run: not its name or folder, nor how often it reports."""
+        content = self.to_dict()
+        for section in ("run", "probe"):
+            content["d2v"].pop(section)
+        for key in ("num_workers", "on_change"):
+            content["d2v"]["data"].pop(key)
+        content["d2v"]["seed"] = self.d2v.run.seed
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int = 1) -> RunConfig:
+    """Read, override and check a configuration file.
+
+    Args:
+        path: a JSON file, or the name of a preset where there is no such file.
+        overrides: `dotted.key=value` each, the value in JSON (bare words are text).
+        world_size: number of processes, for the batch sizes.
+    Raises:
+        ConfigError: with every problem of the file at once.
+    """
+    return parse_config(apply_overrides(_read(path), overrides), world_size, source=str(path))
+
+
+def with_earlier_values(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run saved, with what it was trained with if it began before there was a key for it."""
+    d2v = saved.get("d2v")
+    return {**saved, "d2v": {**EARLIER_VALUES, **d2v}} if isinstance(d2v, dict) else dict(saved)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    file = configuration_file(path)
+    try:
+        text = read_text(file, MAX_FILE_BYTES)
+    except NotRegularError as error:
+        # several processes of a run read it, and again to resume
+        advice = "It is read more than once: write it to a file first."
+        raise ConfigError([f"`--ds_config` must be a readable JSON file, but {error}. {advice}"], str(path)) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"`--ds_config` must be a readable JSON file: {error}"], str(path)) from None
+    return read_sections(text, str(path))
+
+
+def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "configuration") -> RunConfig:
+    """Check a configuration given as nested dictionaries; `ConfigError` lists every problem."""
+    outside = {key: value for key, value in raw.items() if key != "d2v"}
+    problems = refused(outside)
+    outside = {key: value for key, value in outside.items() if key not in REFUSED_KEYS}
+    deepspeed, found = check(DeepSpeedConfig, outside, also=["d2v", *_all_known_keys()])
+    problems += found
+    if deepspeed is not None:
+        try:
+            deepspeed.batch_split(world_size)
+        except ConfigError as error:
+            problems += error.problems
+    d2v = None
+    if "d2v" not in raw:
+        problems.append("`d2v` is required, but missing. It holds model, mask, target, schedule, data and run.")
+    else:
+        d2v, found = check_d2v(raw["d2v"], also=known_keys(DeepSpeedConfig))
+        problems += found
+    if d2v is not None:
+        problems += [say(problem, "d2v") for problem in d2v.problems_of_a_run()]
+    if deepspeed is not None and deepspeed.fp16.enabled and not deepspeed.needs_deepspeed(world_size):
+        hint = "One process without ZeRO runs on plain torch: use bf16, or `zero_optimization.stage` 1."
+        problems.append(say(Problem("fp16.enabled", "be false without DeepSpeed", True, hint)))
+    if problems or deepspeed is None or d2v is None:
+        raise ConfigError(dict.fromkeys(problems), source)
+    return RunConfig(deepspeed=deepspeed, d2v=d2v)
+
+
+def _all_known_keys() -> list[str]:
+    return list(dict.fromkeys(key for section in MODALITIES.values() for key in known_keys(section, "d2v")))
+
+
+def _more_problems(config: type[D2VConfig], raw: Any) -> list[str]:
+    """Problems between those sections that are right in themselves."""
+    sections: dict[str, Any] = {}
+    for name, field in config.model_fields.items():
+        if isinstance(field.default, Section) and isinstance(raw, dict):
+            # a wrong section is left out: what it holds says nothing about the others
+            with contextlib.suppress(ValidationError):
+                given = name in raw
+                sections[name] = type(field.default).model_validate(raw[name]) if given else field.default
+    return [say(problem, "d2v") for problem in config.problems_across(sections)]

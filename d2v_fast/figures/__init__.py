@@ -1,0 +1,1 @@
+"""Pictures that runs and commands draw."""

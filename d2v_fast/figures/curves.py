@@ -1,0 +1,138 @@
+"""`curves.png`: what a run logged over its steps, with the limits of the collapse check and the probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2v_fast.config import GuardConfig
+from d2v_fast.files.atomic import replaced
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Entry = Mapping[str, Any]
+Scores = Mapping[str, Mapping[str, float]]
+
+# panels beside the deviations: title, and the key of the log
+_PANELS = (("loss", "loss"), ("learning rate", "lr"), ("gradient norm", "grad_norm"))
+_DEVIATIONS = {"target": "C0", "prediction": "C1"}
+# of networks that train; every other name in a probe is a baseline
+_TRAINED = {"student": "C0", "teacher": "C1"}
+_PANELS_PER_ROW = 3
+# inches
+_PANEL_WIDTH, _PANEL_HEIGHT = 4.6, 3.1
+# the part of the deviations' axis that is linear, so that zero has a place on it
+_LINEAR_UP_TO = 0.01
+
+
+def draw_curves(
+    entries: Sequence[Entry], path: Path, guard: GuardConfig | None = None, probes: Sequence[Entry] = ()
+) -> None:
+    """Replace the PNG file `path` by `curves_figure`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = curves_figure(entries, guard, probes)
+    FigureCanvasAgg(figure)
+    with replaced(path) as part:
+        figure.savefig(part, format="png", dpi=100)
+
+
+def curves_figure(entries: Sequence[Entry], guard: GuardConfig | None = None, probes: Sequence[Entry] = ()) -> Figure:
+    """Draw loss, deviations, learning rate, gradient norm and probes over the steps.
+
+    Args:
+        entries: Of `log.jsonl`.
+        guard: Its limits are drawn beside the deviations; None draws none.
+        probes: Of `probe.json`.
+    Raises:
+        ImportError: There is no matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    questions = _questions(probes)
+    num_panels = 1 + len(_PANELS) + len(questions)
+    columns = 2 if num_panels == 4 else _PANELS_PER_ROW
+    rows = math.ceil(num_panels / columns)
+    width, height = columns * _PANEL_WIDTH, rows * _PANEL_HEIGHT
+    figure = Figure(figsize=(width, height))
+    # by hand: an automatic layout draws everything twice
+    figure.subplots_adjust(
+        left=0.6 / width, right=1 - 0.15 / width, bottom=0.55 / height, top=1 - 0.35 / height, hspace=0.4, wspace=0.2
+    )
+    panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    (first, key), *others = _PANELS
+    _plot(next(panels), first, entries, key)
+    _plot_deviations(next(panels), entries, guard)
+    for title, key in others:
+        _plot(next(panels), title, entries, key)
+    for question, by_step in questions.items():
+        _plot_probe(next(panels), question, by_step)
+    for unused in panels:
+        unused.remove()
+    return figure
+
+
+def _plot(axes: Axes, title: str, entries: Sequence[Entry], key: str) -> None:
+    axes.plot(*_points(entries, key))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    _finish(axes, title)
+
+
+def _plot_deviations(axes: Axes, entries: Sequence[Entry], guard: GuardConfig | None) -> None:
+    """Both deviations from zero on, logarithmic above `_LINEAR_UP_TO`, and the limit of each as a dashed line."""
+    highest = 1.0
+    for what, color in _DEVIATIONS.items():
+        steps, values = _points(entries, f"{what}_std")
+        axes.plot(steps, values, color=color, label=what)
+        highest = max(highest, *values, 0.0)
+        limit = 0.0 if guard is None else getattr(guard, f"min_{what}_std")
+        if limit > 0:
+            axes.axhline(limit, color=color, linestyle="--", linewidth=1, label=f"collapse: {what} < {limit:g}")
+    axes.set_yscale("symlog", linthresh=_LINEAR_UP_TO, linscale=0.6)
+    axes.set_ylim(0, 1.5 * highest)
+    ticks = [tick for tick in (0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if tick <= 1.5 * highest]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.legend(fontsize=8)
+    _finish(axes, "standard deviation")
+
+
+def _plot_probe(axes: Axes, question: str, by_step: Mapping[int, Scores]) -> None:
+    """The linear probe on all labels: networks that train over the steps, and the baselines as dotted lines."""
+    names = dict.fromkeys(name for scores in by_step.values() for name in scores)
+    last = by_step[max(by_step)]
+    for name in names:
+        if name in _TRAINED:
+            points = [(step, scores[name]["linear"]) for step, scores in sorted(by_step.items()) if name in scores]
+            axes.plot(*zip(*points, strict=True), color=_TRAINED[name], marker="o", markersize=4, label=name)
+    for number, name in enumerate(name for name in last if name not in _TRAINED):
+        axes.axhline(last[name]["linear"], color=f"C{number + 2}", linestyle=":", label=name)
+    axes.legend(fontsize=8)
+    _finish(axes, f"linear probe{f', {question}' if question else ''}, accuracy in %")
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _points(entries: Sequence[Entry], key: str) -> tuple[list[int], list[float]]:
+    points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _questions(probes: Sequence[Entry]) -> dict[str, dict[int, Scores]]:
+    """Scores by question and step; a probe of one question has the name ""."""
+    found: dict[str, dict[int, Scores]] = {}
+    for probe in probes:
+        step, scores = probe["step"], {key: value for key, value in probe.items() if key != "step"}
+        is_nested = all(isinstance(inner, Mapping) for value in scores.values() for inner in value.values())
+        for question, of_question in (scores if is_nested else {"": scores}).items():
+            found.setdefault(question, {})[step] = of_question
+    return found

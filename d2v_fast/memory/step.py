@@ -1,0 +1,319 @@
+"""What a forward and a backward pass hold in memory besides parameters, found without computing anything.
+
+Teacher and student run on PyTorch's `meta` device, whose tensors have shapes and no values, and every storage is
+counted from the operation that makes it to the moment when it is freed: outputs, what autograd saves, what a backward
+pass needs for a moment, gradients. What an operation allocates inside itself is not seen.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
+from d2v_fast.modalities.speech.conv_stack import ConvStack
+from d2v_fast.models.encoder import Encoder
+from d2v_fast.models.pre_norm import attention_with_bias_gradient
+from d2v_fast.models.student import MaskedBatch
+from d2v_fast.objectives.data2vec import build_model
+
+# what none of the samples loses to stochastic depth has the size of all of them: the most that a step can need
+_RARE = 1e-12
+# glibc takes blocks of up to so many bytes from its heap, and keeps them when they are freed
+HEAP_BLOCK = 32 << 20
+
+
+class Arrival(NamedTuple):
+    """A gradient of a parameter that is complete.
+
+    Attributes:
+        elements: of the parameter.
+        most: largest bytes since the arrival before, this gradient included, without the ones before it.
+        rest: bytes that are left without it.
+    """
+
+    elements: int
+    most: int
+    rest: int
+
+
+class StepMemory(NamedTuple):
+    """Bytes of one micro-step of one process besides parameters and their gradients, unless said otherwise.
+
+    Attributes:
+        batch: pixels and rows of the masked places.
+        saved: what the backward pass finds, the batch aside.
+        forward: largest while teacher and student run.
+        backward: largest during the backward pass, the gradient being made included until it is accumulated.
+        with_gradients: the same with the gradients that are there already.
+        arrivals: gradients of the parameters, in the order in which the backward pass completes them.
+        small: largest of what is in blocks of at most `HEAP_BLOCK` bytes, with the gradients that are there already.
+    """
+
+    batch: int
+    saved: int
+    forward: int
+    backward: int
+    with_gradients: int
+    arrivals: tuple[Arrival, ...]
+    small: int = 0
+
+
+def step_memory(
+    config: D2VConfig,
+    micro_batch: int,
+    dtype: torch.dtype,
+    *,
+    autocast: bool = False,
+    device_type: str = "cpu",
+    like: MaskedBatch | None = None,
+) -> StepMemory:
+    """Count a micro-step.
+
+    Args:
+        config: the model, its mask and its target. Stochastic depth is taken to keep every sample.
+        micro_batch: samples.
+        dtype: of the forward pass.
+        autocast: the student's parameters are fp32 and cast in the forward pass; else they are of `dtype`.
+        device_type: "cpu" or "cuda": they attend in different ways.
+        like: a batch of the wanted size, taken to be full; None for the largest that a run can have.
+    """
+    with torch.device("meta"):
+        model = build_model(_without_rare_savings(config))
+        teacher = build_model(config).student.averaged.eval().requires_grad_(False).to(dtype)
+        if not autocast:
+            model.to(dtype)
+        batch = largest_batch(config, micro_batch) if like is None else _empty_like(like)
+    as_on = _AsOn(device_type, dtype if autocast else None)
+    for part in model.modules():
+        if isinstance(part, Encoder):
+            for block in part.blocks:
+                # the backward pass takes modes of this kind off: recomputed blocks put them on again
+                block.forward = _within(as_on, block.forward)
+        elif isinstance(part, ConvStack) and autocast:
+            part.compute_dtype = dtype
+    live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])
+    with torch.device("meta"), live, as_on:
+        live.add((batch.inputs, batch.rows))
+        in_batch = live.bytes
+        loss = model(batch, teacher).loss_sum
+        saved, forward = live.bytes, live.peak
+        as_on.end_forward()
+        gradients = _Gradients(model.parameters(), live)
+        live.peak = live.bytes
+        loss.backward()
+    arrivals = tuple(gradients.arrivals)
+    return StepMemory(in_batch, saved - in_batch, forward, live.peak, gradients.peak, arrivals, live.small_peak)
+
+
+def _within(mode: TorchFunctionMode, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def called(*args: Any) -> Tensor:
+        with torch.device("meta"), mode:
+            return call(*args)
+
+    return called
+
+
+def _without_rare_savings(config: D2VConfig) -> D2VConfig:
+    """Return the configuration with stochastic depth that keeps every sample, computed as in training, and without
+    layer-drop, which computes a block that all samples keep as if there were none."""
+    if isinstance(config, VisionConfig) and config.model.drop_path > 0:
+        return config.model_copy(update={"model": config.model.model_copy(update={"drop_path": _RARE})})
+    if isinstance(config, SpeechConfig | TextConfig):
+        return config.model_copy(update={"model": config.model.model_copy(update={"layer_drop": 0.0})})
+    return config
+
+
+class _Batch(NamedTuple):
+    inputs: Tensor
+    rows: Tensor
+    lengths: Tensor | None = None
+    kept: Tensor | None = None
+    masked_inputs: Tensor | None = None
+    offsets: Tensor | None = None
+    drop_keys: None = None
+
+
+def _empty_like(batch: MaskedBatch) -> MaskedBatch:
+    """Of the same shapes, on torch's current device, without padding."""
+    masked = None if batch.masked_inputs is None else torch.empty(batch.masked_inputs.shape, dtype=torch.int64)
+    inputs = torch.empty(batch.inputs.shape, dtype=batch.inputs.dtype)
+    return _Batch(inputs, torch.empty(batch.rows.shape, dtype=torch.int64), masked_inputs=masked)
+
+
+def largest_batch(config: D2VConfig, size: int) -> MaskedBatch:
+    """Of the size of the largest batch of the loader, on torch's current device."""
+    if isinstance(config, VisionConfig):
+        model = config.model
+        pixels = torch.empty(size, model.channels, model.image_size, model.image_size)
+        return _Batch(pixels, torch.empty(size * min(config.mask.num_patches, model.num_patches), dtype=torch.int64))
+    if isinstance(config, TextConfig):
+        tokens = torch.empty(size, config.data.block_size, dtype=torch.int64)
+        masked = 1 - math.exp(-config.mask.prob)
+        rows = torch.empty(int(size * config.data.block_size * masked), dtype=torch.int64)
+        return _Batch(tokens, rows, masked_inputs=torch.empty_like(tokens))
+    assert isinstance(config, SpeechConfig)
+    num_samples = int(config.data.max_seconds * config.model.sample_rate)
+    num_frames = config.model.num_frames(num_samples)
+    # the share that is masked where spans overlap at random
+    masked = 1 - math.exp(-config.mask.prob)
+    waveforms = torch.empty(size, num_samples)
+    return _Batch(waveforms, torch.empty(int(size * num_frames * masked), dtype=torch.int64))
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that exist.
+
+    Attributes:
+        bytes: now.
+        peak: the most so far; may be set back.
+        small_peak: the most so far in blocks of at most `HEAP_BLOCK` bytes, what is held included.
+        watcher: is called whenever `bytes` has grown.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.small_peak = self._small = 0
+        self._held: set[int] = set()
+        self.watcher: Callable[[], None] = lambda: None
+        # by address of the storage: a storage that is freed takes its entry along
+        self._known: dict[int, tuple[int, Any]] = {x.untyped_storage()._cdata: (0, None) for x in ignored}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.add(result)
+        return result
+
+    def add(self, tensors: Any) -> None:
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._known:
+                continue
+            size = storage.nbytes()
+            self._known[key] = (size, weakref.ref(storage, partial(self._free, key)))
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            if size <= HEAP_BLOCK:
+                self._small += size
+                self.small_peak = max(self.small_peak, self._small)
+            self.watcher()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor` in `small_peak` from now on, also when it is freed: a run keeps it."""
+        self._held.add(tensor.untyped_storage()._cdata)
+
+    def _free(self, key: int, _: Any) -> None:
+        size, _ = self._known.pop(key)
+        self.bytes -= size
+        if key in self._held:
+            self._held.remove(key)
+        elif size <= HEAP_BLOCK:
+            self._small -= size
+
+
+class _Gradients:
+    """Takes the gradients of parameters out of `live` when they are complete, and counts them apart.
+
+    Attributes:
+        arrivals: in order.
+        peak: largest sum of the gradients that have come and of everything else that is live.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], live: _LiveBytes) -> None:
+        self.arrivals: list[Arrival] = []
+        self.peak = 0
+        self._live, self._bytes = live, 0
+        self._most = live.bytes
+        live.watcher = self._watch
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._take)
+
+    def _watch(self) -> None:
+        self.peak = max(self.peak, self._live.bytes + self._bytes)
+        self._most = max(self._most, self._live.bytes)
+
+    def _take(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._bytes += parameter.grad.untyped_storage().nbytes()
+        self._live.hold(parameter.grad)
+        parameter.grad = None
+        self.arrivals.append(Arrival(parameter.numel(), self._most, self._live.bytes))
+        self._most = self._live.bytes
+
+
+class _AsOn(TorchFunctionMode):
+    """On `meta`: the attention that a device runs, and autocast, which `meta` has none of.
+
+    Attributes:
+        keeps: whether cast parameters are kept for the next use, as autocast does until the forward pass ends.
+    """
+
+    def __init__(self, device_type: str, autocast_to: torch.dtype | None) -> None:
+        super().__init__()
+        self._device_type, self._dtype = device_type, autocast_to
+        self._cast: dict[int, Tensor] = {}
+        self.keeps = True
+
+    def end_forward(self) -> None:
+        self._cast.clear()
+        self.keeps = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if self._dtype is not None and func in (F.linear, F.conv1d, torch.matmul):
+            args = tuple(self._lower(x) if isinstance(x, Tensor) else x for x in args)
+            kwargs = {key: self._lower(x) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _lower(self, x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter) or not x.requires_grad or not self.keeps:
+            return x.to(self._dtype)
+        if id(x) not in self._cast:
+            self._cast[id(x)] = x.to(self._dtype)
+        return self._cast[id(x)]
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+    ) -> Tensor:
+        bias = q.new_empty(1, 1, 1, 1) if attn_mask is None else attn_mask.to(q.dtype)
+        if not torch.is_grad_enabled() or not q.requires_grad:
+            # a kernel in tiles writes nothing but its result, laid out as `[B, T, H, D / H]`
+            return torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+        if self._device_type == "cpu" and (bias.requires_grad or dropout_p > 0):
+            return attention_with_bias_gradient(q, k, v, bias, dropout_p)
+        return _TiledAttention.apply(q, k, v, bias)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Sizes of memory-efficient attention with a bias: what it saves, and the bias's gradient for every sample."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+        logsumexp = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, bias, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, *_ = ctx.saved_tensors
+        of_bias = None
+        if bias.requires_grad:
+            of_bias = bias.new_empty(len(q), *bias.shape[1:]).sum(0, keepdim=True)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), of_bias

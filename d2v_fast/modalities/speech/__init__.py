@@ -1,0 +1,1 @@
+"""Speech: waveform or log-mel input, one row per frame."""

@@ -1,0 +1,157 @@
+"""The sections of `"d2v"` that are speech's own. Defaults: the published Base run (arXiv 2202.03555, section 4.2)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
+
+
+class SpeechModelConfig(Section):
+    """The speech encoder: convolutions over the waveform, convolutional positions, post-norm blocks.
+
+    `conv_kernels` and `conv_strides` in samples of the layer's input, one per layer, all of `conv_width` channels;
+    `position_depth` layers of `position_kernel` frames in `position_groups` groups. `layer_drop` lets a sample skip a
+    block; `input_dropout` is on the features that the student masks, `dropout` on tokens and branches,
+    `activation_dropout` inside the MLP. `position_in_teacher` "averaged": the teacher has an average of the positions
+    as of the blocks; "shared": it takes the student's, as the published recipe does. `attention` "padded" pads to the
+    longest utterance; "packed" computes no padding, on a GPU and in 16 bits. `front_end_checkpointing` computes part of
+    the front end again in the backward pass instead of keeping it.
+    """
+
+    sample_rate: int = Field(default=16_000, ge=1_000, le=192_000)
+    conv_width: int = Field(default=512, ge=1, le=MAX_SIZE)
+    conv_kernels: tuple[int, ...] = Field(default=(10, 3, 3, 3, 3, 2, 2), strict=False)
+    conv_strides: tuple[int, ...] = Field(default=(5, 2, 2, 2, 2, 2, 2), strict=False)
+    position_depth: int = Field(default=5, ge=1, le=64)
+    position_kernel: int = Field(default=19, ge=1, le=1024)
+    position_groups: int = Field(default=16, ge=1, le=MAX_SIZE)
+    position_in_teacher: Literal["averaged", "shared"] = "shared"
+    width: int = Field(default=768, ge=1, le=MAX_SIZE)
+    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
+    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
+    activation_dropout: float = Field(default=0.0, ge=0, lt=1)
+    input_dropout: float = Field(default=0.0, ge=0, lt=1)
+    layer_drop: float = Field(default=0.05, ge=0, lt=1)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1)
+    attention: Literal["padded", "packed"] = "padded"
+    gradient_checkpointing: bool = False
+    front_end_checkpointing: bool = False
+
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next."""
+        product = 1
+        for stride in self.conv_strides:
+            product *= stride
+        return product
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees, and so the fewest that make one."""
+        field, hop = 1, 1
+        for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
+            field += (kernel - 1) * hop
+            hop *= stride
+        return field
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames that a waveform of so many samples becomes: 0 if it is too short for one."""
+        for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
+            num_samples = (num_samples - kernel) // stride + 1 if num_samples >= kernel else 0
+        return num_samples
+
+    def num_samples(self, num_frames: int) -> int:
+        """The fewest samples that become so many frames."""
+        return (num_frames - 1) * self.hop + self.receptive_field
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = problem_of_heads(self.width, self.heads)
+        if self.width % self.position_groups:
+            problems.append(Problem("position_groups", f"divide `width` ({self.width})", self.position_groups))
+        if self.position_kernel % 2 == 0:
+            problems.append(Problem("position_kernel", "be odd", self.position_kernel))
+        if int(self.width * self.mlp_ratio) < 1:
+            problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
+        if not 1 <= len(self.conv_kernels) <= 16:
+            problems.append(Problem("conv_kernels", "hold 1 to 16 values", self.conv_kernels))
+        if len(self.conv_kernels) != len(self.conv_strides):
+            must = f"hold as many values as `conv_kernels` ({len(self.conv_kernels)})"
+            problems.append(Problem("conv_strides", must, self.conv_strides))
+        for name in ("conv_kernels", "conv_strides"):
+            if not all(1 <= value <= 1024 for value in getattr(self, name)):
+                problems.append(Problem(name, "hold values in [1, 1024]", getattr(self, name)))
+        refuse_if(problems)
+        return self
+
+
+class SpanMaskConfig(Section):
+    """Spans of `length` frames; `prob` is the share of frames that they would mask if none overlapped. With
+    `equal_counts` every utterance of a step is cut to the count of the smallest, as published; without, the counts
+    differ. An utterance has at least `min_masks` spans."""
+
+    kind: Literal["span"] = "span"
+    prob: float = Field(default=0.65, gt=0, le=1)
+    length: int = Field(default=10, ge=1, le=MAX_SIZE)
+    min_masks: int = Field(default=1, ge=1, le=MAX_SIZE)
+    equal_counts: bool = True
+
+
+class SpeechDataConfig(Section):
+    """Where the recordings come from, and what of them a step sees.
+
+    `kind` "audio" is a folder tree, or a manifest (`.tsv`) of WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU, CAF, W64
+    and NIST files; "speech" the sample set that ships with this library. Shorter ones than `min_seconds` are left out;
+    of longer ones than `max_seconds` a step sees a random part. Utterances of like length make a step: at most
+    `train_batch_size` of them and at most `max_batch_seconds` of sound (None: no limit). `lengths` "crop" cuts all to
+    the shortest of the step, to a multiple of 8 frames; "pad" keeps all and pads.
+
+    More than `max_bad_fraction` unreadable files stop the run, or with `strict` the first one. Silent files (no sample
+    above `silence` of full scale in what is read) and files with samples that are not finite count as unreadable. Of a
+    file larger than `max_file_bytes` nothing is read; links that lead out of `path` are not followed unless
+    `follow_outside`.
+
+    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
+    error, "accept" logs the difference and goes on.
+    """
+
+    # keys that only one kind reads
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {"audio": ("follow_outside",)}
+
+    kind: Literal["speech", "audio"] = "speech"
+    path: PathText | None = None
+    on_change: Literal["refuse", "accept"] = "refuse"
+    num_workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
+    min_seconds: float = Field(default=2.0, gt=0, le=1e6)
+    max_seconds: float = Field(default=20.0, gt=0, le=1e6)
+    max_batch_seconds: float | None = Field(default=None, gt=0, le=1e9)
+    lengths: Literal["crop", "pad"] = "crop"
+    silence: float = Field(default=1e-4, ge=0, lt=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    strict: bool = False
+    max_file_bytes: int = Field(default=4_000_000_000, ge=1, le=10**15)
+    follow_outside: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.kind == "audio" and not self.path:
+            hint = "Name the folder or the manifest: `--set d2v.data.path=/my/recordings`."
+            problems.append(Problem("path", 'be a folder or a .tsv manifest with `kind` "audio"', self.path, hint))
+        if self.kind == "speech" and self.path is not None:
+            hint = 'Your own recordings are `kind` "audio", for which the preset `speech_small` is made.'
+            problems.append(Problem("path", 'be null with `kind` "speech", a sample set', self.path, hint))
+        if self.max_seconds < self.min_seconds:
+            problems.append(Problem("max_seconds", f"be >= `min_seconds` ({self.min_seconds})", self.max_seconds))
+        if self.max_batch_seconds is not None and self.max_batch_seconds < self.max_seconds:
+            must = f"be >= `max_seconds` ({self.max_seconds})"
+            problems.append(Problem("max_batch_seconds", must, self.max_batch_seconds))
+        refuse_if(problems)
+        return self

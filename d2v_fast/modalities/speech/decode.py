@@ -1,0 +1,320 @@
+"""A part of one audio file to a waveform. The file may be damaged or hostile: whatever it does, `UnreadableAudio`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.files import UnreadableFile, open_sample, refuse_system_error
+from d2v_fast.modalities.speech.headers.layout import NOT_AUDIO, pieces_of_file
+from d2v_fast.modalities.speech.headers.view import FileView
+from d2v_fast.packages import install_command
+
+__all__ = ["AudioHeader", "AudioLimits", "UnreadableAudio", "import_audio", "read_header", "read_part", "read_whole"]
+
+# only these decoders run, whatever the file is called
+FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC", "OGG", "MP3")
+MAX_CHANNELS = 64
+MIN_RATE, MAX_RATE = 1_000, 768_000
+# silence needs the fewest bytes: a second of it takes some 50 in FLAC, and Ogg and MP3 do not get far below
+MAX_SAMPLES_PER_BYTE = 10_000
+# samples that are decoded at a time, over all channels
+BLOCK = 1 << 20
+# 4.6 hours at 16 kHz, and 1 GiB of memory
+MAX_WHOLE = 1 << 28
+# no instrument gives such a sample, and its square is still a number
+MAX_PEAK = 1e12
+# a file may end by this share earlier than it says
+MAX_MISSING = 0.01
+# averaging channels that leaves less of their power takes the loudest one instead
+CANCELLED = 0.01
+# MP3 frames take bits of those before them; without these, the first ones behind a seek are silent or wrong
+MP3_REACH = 32 * 576
+# the resampling filter sees less of its surroundings, counted at the lower of both rates
+FILTER_REACH = 256
+
+
+@dataclass(frozen=True)
+class AudioLimits:
+    """What is expected of a file.
+
+    Attributes:
+        sample_rate: of the waveforms, in Hz. Files of another rate are resampled.
+        max_bytes: size of the file.
+        silence: a part in which no sample differs from the mean by more than this share of full scale is refused.
+        root: absolute folder without links in it, which no file may lie outside of; None for any place.
+    """
+
+    sample_rate: int
+    max_bytes: int
+    silence: float
+    root: str | None = None
+
+
+@dataclass(frozen=True)
+class AudioHeader:
+    """What a file says of itself: its samples per channel, and its own rate in Hz."""
+
+    num_samples: int
+    sample_rate: int
+
+    def length(self, sample_rate: int) -> int:
+        """Samples per channel at another rate."""
+        return self.num_samples * sample_rate // self.sample_rate
+
+
+class UnreadableAudio(UnreadableFile):
+    """A file that cannot be used as audio; the message is the reason in a few words."""
+
+
+def import_audio(name: str) -> Any:
+    """The package `soundfile` or `soxr`, imported when it is first needed.
+
+    Raises:
+        DataError: if it cannot be imported, with the extra that has it.
+    """
+    try:
+        if name == "soundfile":
+            import soundfile
+
+            return soundfile
+        import soxr
+
+        return soxr
+    except Exception as error:
+        # also OSError: a soundfile built without libsndfile looks for the system's
+        job = "read" if name == "soundfile" else "resampled"
+        raise DataError(
+            f"audio is {job} with {name}, which cannot be imported ({type(error).__name__}: {error}). Install it with "
+            f"`{install_command(name)}`."
+        ) from None
+
+
+def read_header(path: str, limits: AudioLimits) -> AudioHeader:
+    """Length and rate of a file, without its samples.
+
+    Raises:
+        UnreadableAudio: for anything that is wrong with the file.
+    """
+    with _reasons(path), _opened(path, limits) as opened:
+        return AudioHeader(opened.num_samples, opened.file.samplerate)
+
+
+def read_part(path: str, num_samples: int, place: float, limits: AudioLimits) -> npt.NDArray[np.float32]:
+    """A part of a file, at the rate of `limits`; no more than that and what the resampling filter sees is read.
+
+    Args:
+        path: a file of one of `FORMATS` and any rate. Channels are averaged; where that would cancel them, the loudest
+            one is taken.
+        num_samples: length of the part.
+        place: in [0, 1), from the first possible part to the last.
+    Returns:
+        fp32 `[num_samples]`, finite; full scale is 1.
+    Raises:
+        UnreadableAudio: for anything that is wrong with the file, or what is read of it.
+        DataError: if a package is missing.
+    """
+    with _reasons(path), _opened(path, limits) as opened:
+        length = opened.length(limits.sample_rate)
+        if length < num_samples:
+            raise UnreadableAudio(f"shorter than it was said to be: {length:,} samples instead of {num_samples:,}")
+        return _audible(_samples(opened, place, num_samples, limits), limits.silence)
+
+
+def read_whole(path: str, limits: AudioLimits) -> npt.NDArray[np.float32]:
+    """All of a file, fp32 `[N]`; otherwise as `read_part`."""
+    with _reasons(path), _opened(path, limits) as opened:
+        if opened.num_samples > MAX_WHOLE:
+            raise UnreadableAudio(f"{opened.num_samples:,} samples are more than {MAX_WHOLE:,}")
+        return _audible(_samples(opened, 0.0, None, limits), limits.silence)
+
+
+@contextmanager
+def _reasons(path: str) -> Iterator[None]:
+    """Whatever goes wrong inside, in words."""
+    try:
+        yield
+    except (UnreadableAudio, DataError):
+        raise
+    except UnreadableFile as error:
+        raise UnreadableAudio(str(error)) from None
+    except OSError as error:
+        refuse_system_error(error, path)
+        raise UnreadableAudio(f"cannot be opened: {error.strerror or type(error).__name__}") from None
+    except Exception as error:
+        # libsndfile's own words, where it has some
+        words = getattr(error, "error_string", f"{type(error).__name__}: {error}").strip().rstrip(".")
+        raise UnreadableAudio(f"cannot be decoded{words and ': '}{words[:200]}") from None
+
+
+@dataclass
+class _Opened:
+    """An open recording.
+
+    Attributes:
+        file: the `soundfile.SoundFile`.
+        num_samples: per channel, at the file's own rate; lowered where it turns out to end a little earlier.
+        channel: the one that is read; None averages all.
+    """
+
+    file: Any
+    num_samples: int
+    channel: int | None = None
+
+    def length(self, sample_rate: int) -> int:
+        """Samples per channel at another rate."""
+        return AudioHeader(self.num_samples, self.file.samplerate).length(sample_rate)
+
+
+@contextmanager
+def _opened(path: str, limits: AudioLimits) -> Iterator[_Opened]:
+    """A file whose header makes sense."""
+    soundfile = import_audio("soundfile")
+    with open_sample(path, limits.root, limits.max_bytes) as opened:
+        handle, size = opened.fileno(), os.fstat(opened.fileno()).st_size
+        pieces = pieces_of_file(handle, size)
+        source = handle if pieces is None else FileView(handle, pieces)
+        with soundfile.SoundFile(source, closefd=False) as file:
+            if file.format not in FORMATS:
+                raise UnreadableAudio(NOT_AUDIO)
+            if not 1 <= file.channels <= MAX_CHANNELS:
+                raise UnreadableAudio(f"{file.channels} channels")
+            if not MIN_RATE <= file.samplerate <= MAX_RATE:
+                raise UnreadableAudio(f"a rate of {file.samplerate:,} Hz")
+            if file.frames <= 0:
+                raise UnreadableAudio("holds no samples")
+            if file.frames > size * MAX_SAMPLES_PER_BYTE:
+                raise UnreadableAudio(f"its header promises {file.frames:,} samples, and it has {size:,} bytes")
+            yield _Opened(file, file.frames)
+
+
+def _samples(opened: _Opened, place: float, num_samples: int | None, limits: AudioLimits) -> npt.NDArray[np.float32]:
+    """Mono samples of a part, counted at the rate of `limits`.
+
+    Args:
+        place: in [0, 1), where the part begins.
+        num_samples: of the part; None is the whole file.
+    """
+    rate = limits.sample_rate
+    while True:
+        length = opened.length(rate)
+        wanted = length if num_samples is None else num_samples
+        # of a file that ends a little earlier than it says, what is there
+        present = min(wanted, length)
+        start = min(math.floor(place * (length - present + 1)), length - present)
+        try:
+            part = _resampled(opened, start, present, rate)
+        except _EndsEarly as error:
+            if error.num_samples < (1 - MAX_MISSING) * opened.num_samples:
+                raise UnreadableAudio(str(error)) from None
+            opened.num_samples = error.num_samples
+            continue
+        return part if present == wanted else np.pad(part, (0, wanted - present))
+
+
+class _EndsEarly(Exception):
+    """A file has fewer samples than it says."""
+
+    def __init__(self, num_samples: int, said: int) -> None:
+        super().__init__(f"ends after {num_samples:,} of {said:,} samples")
+        self.num_samples = num_samples
+
+
+def _resampled(opened: _Opened, start: int, num_samples: int, sample_rate: int) -> npt.NDArray[np.float32]:
+    """Mono samples `start` to `start + num_samples`, counted at `sample_rate`."""
+    own_rate = opened.file.samplerate
+    if own_rate == sample_rate:
+        return _mono(opened, start, num_samples)
+    soxr = import_audio("soxr")
+    # the shortest stretches of whole samples at both rates
+    divisor = math.gcd(own_rate, sample_rate)
+    ours, theirs = sample_rate // divisor, own_rate // divisor
+    margin = FILTER_REACH * max(1, -(-sample_rate // own_rate))
+    first, last = max(0, start - margin) // ours, -(-(start + num_samples + margin) // ours)
+    source = _mono(opened, first * theirs, min(last * theirs, opened.num_samples) - first * theirs)
+    offset = start - first * ours
+    part: npt.NDArray[np.float32] = soxr.resample(source, own_rate, sample_rate, quality="HQ")
+    return part[offset : offset + num_samples].copy()
+
+
+def _mono(opened: _Opened, start: int, num_samples: int) -> npt.NDArray[np.float32]:
+    """Samples at the file's own rate, averaged over its channels; the loudest channel where they would cancel."""
+    mono = np.empty(num_samples, dtype=np.float32)
+    power = _Power(opened.file.channels)
+    done = 0
+    for block in _blocks(opened, start, num_samples):
+        peak = float(np.abs(block).max())
+        if not math.isfinite(peak):
+            raise UnreadableAudio("samples that are not finite")
+        if peak > MAX_PEAK:
+            raise UnreadableAudio(f"samples of up to {peak:.0e} times full scale")
+        if opened.channel is not None:
+            mixed = block[:, opened.channel]
+        else:
+            mixed = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+            power.add(block, mixed)
+        mono[done : done + len(block)] = mixed
+        done += len(block)
+    if opened.channel is None and (loudest := power.loudest_if_cancelled()) is not None:
+        return _mono(dataclasses.replace(opened, channel=loudest), start, num_samples)
+    return mono
+
+
+def _blocks(opened: _Opened, start: int, num_samples: int) -> Iterator[npt.NDArray[np.float32]]:
+    """Samples fp32 `[N, C]` from `start` on, in pieces."""
+    file = opened.file
+    # some codecs can only be decoded from the beginning
+    seekable = file.seekable()
+    done = -start if not seekable else 0
+    while done < num_samples:
+        # soundfile seeks behind every read as well, so that each block has to begin early
+        before = min(start + done, MP3_REACH) if file.format == "MP3" else 0
+        if seekable:
+            file.seek(start + done - before)
+        wanted = min(BLOCK // file.channels, (num_samples if done >= 0 else 0) - done)
+        block = file.read(before + wanted, dtype="float32", always_2d=True)[before:]
+        if len(block) == 0:
+            raise _EndsEarly(start + done, opened.num_samples)
+        if done >= 0:
+            yield block
+        done += len(block)
+
+
+class _Power:
+    """Variances of channels and of their average, to notice that they cancel."""
+
+    def __init__(self, num_channels: int) -> None:
+        self._sums = np.zeros((2, num_channels + 1))
+        self._count = 0
+
+    def add(self, block: npt.NDArray[np.float32], mixed: npt.NDArray[np.float32]) -> None:
+        """Take in samples fp32 `[N, C]` and their average `[N]`."""
+        if block.shape[1] == 1:
+            return
+        self._count += len(block)
+        columns = np.column_stack((block, mixed)).astype(np.float64)
+        self._sums += np.stack((columns.sum(axis=0), np.square(columns).sum(axis=0)))
+
+    def loudest_if_cancelled(self) -> int | None:
+        """The loudest channel if averaging loses nearly all of the sound, as of opposite phase; None otherwise."""
+        if not self._count:
+            return None
+        means = self._sums / self._count
+        *channels, mixed = (means[1] - np.square(means[0])).tolist()
+        cancelled = mixed < CANCELLED * sum(channels) / len(channels)
+        return int(np.argmax(channels)) if cancelled else None
+
+
+def _audible(samples: npt.NDArray[np.float32], silence: float) -> npt.NDArray[np.float32]:
+    if np.abs(samples - float(samples.mean(dtype=np.float64))).max() <= silence:
+        raise UnreadableAudio(f"silent: no sample above {silence:g} of full scale (`d2v.data.silence`)")
+    return samples

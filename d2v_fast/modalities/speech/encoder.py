@@ -1,0 +1,195 @@
+"""The speech encoder: convolutions over the waveform, convolutional positions, post-norm blocks.
+
+Shape letters: B batch, N samples, T frames, D width, M masked rows.
+
+The published data2vec audio model (arXiv 2202.03555, section 4.2). The convolutions are trained with the student and
+feed the teacher as they are; the teacher is an average of what follows them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.config import SpeechModelConfig
+from d2v_fast.modalities.speech.conv_stack import ConvStack
+from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.layers import Linear, dropout
+from d2v_fast.models.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
+from d2v_fast.models.student import MaskedBatch, Student
+
+
+class FrontEnd(nn.Module):
+    """Waveform to frames of the encoder's width, and the vector that stands for masked ones."""
+
+    def __init__(self, config: SpeechModelConfig) -> None:
+        super().__init__()
+        self.convolutions = ConvStack(
+            config.conv_width, config.conv_kernels, config.conv_strides, recompute=config.front_end_checkpointing
+        )
+        self.norm = nn.LayerNorm(config.conv_width, eps=config.norm_eps)
+        self.projection = Linear(config.conv_width, config.width)
+        self.mask_token = nn.Parameter(torch.empty(config.width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initialisation: the mask token uniform in [0, 1), the rest PyTorch's."""
+        nn.init.uniform_(self.mask_token)
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """`[B, N]` to `[B, T, D]`."""
+        frames: Tensor = self.projection(self.norm(self.convolutions(waveforms)))
+        return frames
+
+
+class ConvPositions(nn.Module):
+    """What a frame's neighbourhood tells about its position: grouped convolutions, norm without affine, and GELU."""
+
+    def __init__(self, config: SpeechModelConfig) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(
+                config.width,
+                config.width,
+                config.position_kernel,
+                padding=config.position_kernel // 2,
+                groups=config.position_groups,
+            )
+            for _ in range(config.position_depth)
+        )
+
+    def forward(self, frames: Tensor, is_padding: Tensor | None) -> Tensor:
+        """`[B, T, D]` to `[B, T, D]`, to be added.
+
+        Args:
+            is_padding: bool `[B, T, 1]`; such frames are zero for every convolution. The public code zeroes them for
+                the first one only, so that the end of an utterance depends on how far it is padded.
+        """
+        x = frames
+        for convolution in self.convolutions:
+            if is_padding is not None:
+                x = x.masked_fill(is_padding, 0)
+            x = convolution(x.transpose(1, 2)).transpose(1, 2)
+            x = F.gelu(F.layer_norm(x, x.shape[-1:]))
+        return x
+
+
+class SpeechContext(nn.Module):
+    """Positions, norm and blocks.
+
+    Args:
+        config: sizes and rates.
+        own_positions: whether the positions are a part of it, or handed in with the frames.
+    """
+
+    def __init__(self, config: SpeechModelConfig, own_positions: bool) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.packs = config.attention == "packed"
+        self.positions = ConvPositions(config) if own_positions else None
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.encoder = post_norm_encoder(config)
+
+    def forward(
+        self,
+        frames: Tensor,
+        lengths: Tensor | None = None,
+        kept: Tensor | None = None,
+        drop_keys: npt.NDArray[np.uint64] | None = None,
+        top_k: int = 0,
+        output_rows: Tensor | None = None,
+    ) -> EncoderOutput:
+        """Encode frames.
+
+        Args:
+            frames: `[B, T, D]`, masked or not.
+            lengths: int64 `[B]`, frames of each utterance that are not padding; None: all.
+            kept: int64 `[M]`, flat indices `b * T + t` of these frames, ascending, for packed attention.
+            drop_keys: uint64 `[B]`, as of `data.Batch`.
+            top_k: K, how many of the last blocks' features to return.
+            output_rows: int64 `[N]`, flat indices: the only frames at which the last block's output is wanted.
+        Returns:
+            `last_hidden` `[B, T, D]` and K features of that shape; with `output_rows`, `last_hidden` and the last
+            feature are `[N, D]`. At padding they are without meaning.
+        """
+        T = frames.shape[1]
+        # the frames may come from a student that keeps other precision than its teacher
+        x = frames = frames.to(self.norm.weight.dtype)
+        is_padding = None if lengths is None else padding_of(lengths, T)
+        if self.positions is not None:
+            x = x + self.positions(frames, None if is_padding is None else is_padding[:, :, None])
+        x = dropout(self.norm(x), self.dropout, self.training)
+        if lengths is None or kept is None or not self.packs:
+            attendable: Attendable = None if is_padding is None else ~is_padding[:, None, None, :]
+            padded: EncoderOutput = self.encoder(x, attendable, top_k, output_rows, drop_keys)
+            return padded
+        offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows, drop_keys)
+
+
+class SpeechModel(Student):
+    """The speech encoder: the teacher shares the convolutions, and the positions where the configuration says so.
+
+    Args:
+        config: sizes and rates. The parameters are drawn from torch's global generator.
+    """
+
+    averaged_name = "context"
+    entrance_name = "front_end"
+
+    def __init__(self, config: SpeechModelConfig) -> None:
+        super().__init__()
+        self.width, self.input_dropout = config.width, config.input_dropout
+        self.front_end = FrontEnd(config)
+        shares_positions = config.position_in_teacher == "shared"
+        self.positions = ConvPositions(config) if shares_positions else None
+        self.context = SpeechContext(config, own_positions=not shares_positions)
+
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None, kept: Tensor | None = None, top_k: int = 0
+    ) -> EncoderOutput:
+        """Encode utterances, unmasked.
+
+        Args:
+            waveforms: `[B, N]`, each normalised to zero mean and unit variance, zero after its end.
+            lengths: int64 `[B]`, frames of each; None: all. `kept` and `top_k` as for `SpeechContext`.
+        """
+        frames = self._with_positions(self.front_end(waveforms), lengths)
+        output: EncoderOutput = self.context(frames, lengths, kept, top_k=top_k)
+        return output
+
+    def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
+        """See `Student`."""
+        output: EncoderOutput = self(inputs, lengths, top_k=top_k)
+        return output.features
+
+    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """See `Student`."""
+        frames = self.front_end(batch.inputs)
+        with torch.no_grad():
+            unmasked = self._with_positions(frames, batch.lengths).detach()
+        masked = dropout(frames, self.input_dropout, self.training).flatten(0, 1)
+        token = self.front_end.mask_token.to(masked.dtype)
+        masked = masked.index_copy(0, batch.rows, token.expand(len(batch.rows), -1)).view_as(frames)
+        masked = self._with_positions(masked, batch.lengths)
+        return (masked, batch.lengths, batch.kept, batch.drop_keys), (unmasked, batch.lengths, batch.kept)
+
+    def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
+        """See `Student`."""
+        B, T, _ = embedded[0].shape
+        return B, T
+
+    def make_head(self) -> Linear:
+        """See `Student`: with PyTorch's initialisation."""
+        return Linear(self.width, self.width)
+
+    def _with_positions(self, frames: Tensor, lengths: Tensor | None) -> Tensor:
+        if self.positions is None:
+            return frames
+        is_padding = None if lengths is None else padding_of(lengths, frames.shape[1])[:, :, None]
+        return frames + self.positions(frames, is_padding)

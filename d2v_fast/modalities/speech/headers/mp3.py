@@ -1,0 +1,312 @@
+"""Where the frames of an MPEG audio file are, and how many: libsndfile guesses where no header tells.
+
+A file without a Xing, Info or VBRI header has as many samples as its frames, which are counted once. What lies between
+frames (tags, zeros, junk) is left out, and a header with the number of frames is put in front, so that libsndfile's
+decoder needs no guess. Everything is bounded: the frames of a file, and the bytes that are searched for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from dataclasses import dataclass
+
+from d2v_fast.data.files import UnreadableFile
+from d2v_fast.modalities.speech.headers.view import Piece
+
+__all__ = ["is_mpeg_start", "mp3_pieces", "skip_id3v2"]
+
+# 30 hours at 44.1 kHz: counting takes seconds
+MAX_FRAMES = 1 << 22
+# bytes that are skipped in search of frames, places in them that are tried, and gaps between frames
+MAX_JUNK, MAX_TRIES, MAX_GAPS = 1 << 22, 1 << 17, 4096
+MAX_TAGS = 16
+CHUNK = 1 << 20
+# a file that has less of the frames that its header promises was cut
+MIN_SHARE = 0.9
+# a frame of free format ends at the next header of its kind; bit rates of use make one of so many bytes
+MIN_FREE, MAX_FREE = 1 << 7, 1 << 13
+# what begins in the middle of a frame, as recordings of broadcasts do, is MP3 if so many frames follow each other soon
+MAX_REST, NUM_CERTAIN = 1 << 12, 8
+MAX_REMEMBERED = 1 << 16
+
+# kbit/s by index 1 to 14: MPEG 1 layers I, II, III; MPEG 2 and 2.5 layers I, II and III
+_RATES_1 = {
+    3: (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    2: (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+}
+_LOW = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+_RATES_2 = {3: (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256), 2: _LOW, 1: _LOW}
+# Hz of MPEG 1; MPEG 2 has half of it, MPEG 2.5 a quarter
+_HERTZ = (44_100, 48_000, 32_000)
+# of a header's 32 bits: sync, version, layer and rate are those of every frame of a file
+_SAME = 0xFFFE0C00
+_LAYER_3 = 1
+# the first three bytes of a header
+_SYNC = re.compile(
+    b"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff][%s]"
+    % b"".join(re.escape(bytes([byte])) for byte in range(0xF0) if byte >> 2 & 3 != 3)
+)
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """The frames of a file.
+
+    Attributes:
+        runs: offset and length of every range of the file in which frames follow each other.
+        count: of the frames.
+        has_header: the first of them says their number rightly, or they need no such header.
+        first: header of the first frame.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    count: int
+    has_header: bool
+    first: int
+
+
+_remembered: dict[tuple[int, ...], _Frames] = {}
+
+
+def is_mpeg_start(handle: int) -> bool:
+    """Whether a file may hold MPEG frames: it begins with one, a tag, zeros, or the rest of a frame before others."""
+    head = os.pread(handle, 8, 0)
+    is_frame = _size_of(int.from_bytes(head[:4], "big")) is not None
+    if is_frame or head[:3] == b"ID3" or head == b"APETAGEX":
+        return True
+    reader = _Reader(handle)
+    position = _next_frame(reader, 0, MAX_JUNK if head[:4] == bytes(4) else MAX_REST, None)
+    for _ in range(NUM_CERTAIN):
+        length = _frame_size(reader, position, reader.word(position)) if position >= 0 else 0
+        if not length:
+            return False
+        position += length
+    return True
+
+
+def skip_id3v2(handle: int) -> int:
+    """Offset behind the ID3v2 tags at the beginning of a file."""
+    position = 0
+    for _ in range(MAX_TAGS):
+        tag = os.pread(handle, 10, position)
+        if len(tag) < 10 or tag[:3] != b"ID3" or max(tag[6:]) >= 0x80:
+            break
+        size = 0
+        for byte in tag[6:]:
+            size = size << 7 | byte
+        position += 10 + size + (10 if tag[5] & 0x10 else 0)
+    return position
+
+
+def mp3_pieces(handle: int, size: int, start: int) -> list[Piece] | None:
+    """What libsndfile is to read of a file; None: the file as it is.
+
+    Args:
+        handle: file descriptor.
+        size: of the file in bytes.
+        start: offset behind its first tags.
+    Raises:
+        UnreadableFile: there are no frames, too many, or far fewer than the file's own header says.
+    """
+    status = os.fstat(handle)
+    key = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
+    if key not in _remembered:
+        found = _find_frames(handle, size, start)
+        if len(_remembered) >= MAX_REMEMBERED:
+            _remembered.clear()
+        _remembered[key] = found
+    found = _remembered[key]
+    if not found.has_header:
+        return [_info_frame(found.first, found.count, sum(length for _, length in found.runs)), *found.runs]
+    return None if len(found.runs) == 1 and found.runs[0][0] == start else list(found.runs)
+
+
+class _Reader:
+    """Bytes of a file at ascending offsets, read in chunks."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._base, self._chunk = 0, b""
+        self._tries = MAX_TRIES
+
+    def at(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset` on; fewer at the end of the file."""
+        inside = offset - self._base
+        if inside < 0 or inside + count > len(self._chunk):
+            self._base, self._chunk, inside = offset, os.pread(self._handle, CHUNK, offset), 0
+        return self._chunk[inside : inside + count]
+
+    def word(self, offset: int) -> int:
+        """Big-endian number of four bytes; -1 behind the end."""
+        found = self.at(offset, 4)
+        return int.from_bytes(found, "big") if len(found) == 4 else -1
+
+    def find_sync(self, offset: int, most: int) -> int:
+        """Offset of the next bytes that may begin a frame, at most `most` on; -1 if there is none, or none is tried."""
+        end = offset + most
+        while offset < end and self._tries > 0:
+            window = self.at(offset, 4096)
+            if len(window) < 3:
+                break
+            if match := _SYNC.search(window):
+                self._tries -= 1
+                return offset + match.start() if offset + match.start() < end else -1
+            # what begins a frame may lie across the end of the window
+            offset += len(window) - 2
+        return -1
+
+
+def _find_frames(handle: int, size: int, start: int) -> _Frames:
+    reader = _Reader(handle)
+    position = _next_frame(reader, start, MAX_JUNK, None)
+    if position < 0:
+        raise UnreadableFile("no MP3 frame was found")
+    first = reader.word(position)
+    said = _said(reader, position, first)
+    first_size = _frame_size(reader, position, first)
+    if said is not None:
+        count, num_bytes = said
+        if count and num_bytes and _ends_at(reader, position + num_bytes, size):
+            return _Frames(((position, size - position),), count, has_header=True, first=first)
+        # the header itself is a frame without sound
+        position += first_size
+    runs, count = _runs(reader, position, size, first)
+    if said is not None and count == said[0] and len(runs) == 1:
+        # it is right, and says how much of the first and last frame is sound
+        run = (position - first_size, runs[0][1] + first_size)
+        return _Frames((run,), count, has_header=True, first=first)
+    if not count:
+        raise UnreadableFile("holds no samples")
+    if said is not None and count < MIN_SHARE * said[0]:
+        raise UnreadableFile(f"cut: {count:,} of {said[0]:,} MP3 frames are there")
+    # other layers know no such header
+    return _Frames(tuple(runs), count, has_header=first >> 17 & 3 != _LAYER_3, first=first)
+
+
+def _ends_at(reader: _Reader, end: int, size: int) -> bool:
+    """Whether the file, or all of it but tags, ends where its header says that the frames end."""
+    return end == size or (end < size and reader.at(end, 8).startswith((b"TAG", b"APETAGEX", b"LYRICSBE", b"ID3")))
+
+
+def _runs(reader: _Reader, position: int, size: int, first: int) -> tuple[list[tuple[int, int]], int]:
+    """Ranges of frames that follow each other, and the number of all frames."""
+    runs: list[tuple[int, int]] = []
+    count, begin, junk = 0, position, MAX_JUNK
+    free = _free_size(reader, position, first) if first >> 12 & 15 == 0 else 0
+    while count <= MAX_FRAMES:
+        word = reader.word(position)
+        length = _size_of(word) if word >= 0 and (word ^ first) & _SAME == 0 else None
+        if length == 0:
+            length = free + (word >> 9 & 1) if free else None
+        # a frame that is cut at the end of the file is not decoded
+        if length and position + length <= size:
+            count += 1
+            position += length
+            continue
+        if position > begin:
+            runs.append((begin, position - begin))
+        if length or word < 0 or len(runs) > MAX_GAPS:
+            break
+        begin = _next_frame(reader, position, junk, first)
+        if begin < 0:
+            break
+        junk -= begin - position
+        position = begin
+    else:
+        raise UnreadableFile(f"more than {MAX_FRAMES:,} MP3 frames")
+    return runs, count
+
+
+def _next_frame(reader: _Reader, position: int, most: int, first: int | None) -> int:
+    """Offset of the next header that is followed by another of its kind or the end of the file; -1 if there is none."""
+    end = position + most
+    while (position := reader.find_sync(position, end - position)) >= 0:
+        word = reader.word(position)
+        kind = word if first is None else first
+        length = _frame_size(reader, position, word) if word >= 0 and (word ^ kind) & _SAME == 0 else 0
+        if length:
+            after = reader.word(position + length)
+            if after >= 0 and (after ^ word) & _SAME == 0 and _size_of(after) is not None:
+                return position
+            # the last frame, or one before a tag
+            if len(reader.at(position, length)) == length and (first is not None or after < 0):
+                return position
+        position += 1
+    return -1
+
+
+@functools.lru_cache(4096)
+def _size_of(word: int) -> int | None:
+    """Bytes of the frame that a header begins: 0 for free format; None: these bits are no header."""
+    version, layer = word >> 19 & 3, word >> 17 & 3
+    rate, hertz, padding = word >> 12 & 15, word >> 10 & 3, word >> 9 & 1
+    if word >> 21 != 0x7FF or version == 1 or layer == 0 or rate == 15 or hertz == 3:
+        return None
+    if rate == 0:
+        return 0
+    bits = 1000 * (_RATES_1 if version == 3 else _RATES_2)[layer][rate - 1]
+    per_second = _HERTZ[hertz] >> {3: 0, 2: 1, 0: 2}[version]
+    if layer == 3:
+        return 4 * (12 * bits // per_second + padding)
+    return (72 if layer == _LAYER_3 and version != 3 else 144) * bits // per_second + padding
+
+
+def _frame_size(reader: _Reader, position: int, word: int) -> int:
+    """Bytes of a frame; of free format it is searched; 0: it is none."""
+    length = _size_of(word)
+    if length is None:
+        return 0
+    return length or (_free_size(reader, position, word) + (word >> 9 & 1))
+
+
+def _free_size(reader: _Reader, position: int, word: int) -> int:
+    """Bytes without padding of the frames of free format that begin at `position`; 0 if no other follows."""
+    offset = position + 4
+    while (offset := reader.find_sync(offset, position + MAX_FREE - offset)) >= 0:
+        other = reader.word(offset)
+        if other >= 0 and (other ^ word) & _SAME == 0 and _size_of(other) == 0:
+            length = offset - position - (word >> 9 & 1)
+            third = reader.word(offset + length + (other >> 9 & 1))
+            if third < 0 or ((third ^ word) & _SAME == 0 and _size_of(third) == 0):
+                return length if length >= MIN_FREE else 0
+        offset += 1
+    return 0
+
+
+def _side_info(word: int) -> int:
+    """Bytes between the header of a frame of layer III and its data, where a Xing header stands."""
+    is_mono, is_first = word >> 6 & 3 == 3, word >> 19 & 3 == 3
+    return {(True, True): 17, (False, True): 32, (True, False): 9, (False, False): 17}[is_mono, is_first]
+
+
+def _said(reader: _Reader, position: int, word: int) -> tuple[int, int] | None:
+    """Number of frames and of bytes (0: not said) of a Xing, Info or VBRI header; None: the frame is none."""
+    offset = position + 4 + _side_info(word)
+    tag = reader.at(offset, 16)
+    if tag[:4] in (b"Xing", b"Info") and len(tag) == 16:
+        flags = int.from_bytes(tag[4:8], "big")
+        count = int.from_bytes(tag[8:12], "big") if flags & 1 else 0
+        after = tag[12:16] if flags & 1 else tag[8:12]
+        return count, int.from_bytes(after, "big") if flags & 2 else 0
+    tag = reader.at(position + 36, 18)
+    if tag[:4] == b"VBRI" and len(tag) == 18:
+        return int.from_bytes(tag[14:18], "big"), int.from_bytes(tag[10:14], "big")
+    return None
+
+
+def _info_frame(first: int, count: int, num_bytes: int) -> bytes:
+    """A frame without sound that says how many frames follow; of other layers than III nothing."""
+    if first >> 17 & 3 != _LAYER_3:
+        return b""
+    side = _side_info(first)
+    for rate in range(1, 15):
+        # without checksum and padding
+        word = first & ~0xF200 | 0x10000 | rate << 12
+        length = _size_of(word)
+        if length is not None and length >= 4 + side + 16:
+            tag = b"Xing" + (3).to_bytes(4, "big") + count.to_bytes(4, "big") + (num_bytes + length).to_bytes(4, "big")
+            return (word.to_bytes(4, "big") + bytes(side) + tag).ljust(length, b"\0")
+    raise AssertionError("every version of layer III has a bit rate that is high enough")

@@ -1,0 +1,296 @@
+"""Speech encoders as Hugging Face Transformers folders, in both directions, without importing Transformers.
+
+`export_speech` writes what `Data2VecAudioModel.from_pretrained` reads; `import_speech` reads it back. The two libraries
+compute the same features: `last_hidden_state` there is `last_hidden` here. Of padded batches that holds for the longest
+utterance only: Transformers, like fairseq, lets what stands at padding flow from one positional convolution into
+the next, so that the end of a padded utterance is another than without padding
+(https://github.com/huggingface/transformers/issues/25621); here both are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_fast.config import ConfigError, SpeechConfig, SpeechModelConfig
+from d2v_fast.config.errors import check
+from d2v_fast.config.schema import MAX_FILE_BYTES
+from d2v_fast.files.atomic import write_text
+from d2v_fast.files.outputs import model_folder
+from d2v_fast.files.reading import printable, read_json
+from d2v_fast.interop.folders import (
+    MAX_WEIGHTS_BYTES,
+    as_json,
+    mlp_ratio,
+    model_card,
+    read_model_config,
+    read_weights,
+    require_values,
+    whole_number,
+    write_weights,
+)
+from d2v_fast.interop.layout import Layout, within
+from d2v_fast.modalities.speech.encoder import SpeechModel
+from d2v_fast.modalities.speech.layout import SpeechNames, speech_layout
+from d2v_fast.models.student import Student
+
+# in front of all names where a model is built around the encoder, such as one for CTC
+BASE_PREFIX = "data2vec_audio."
+
+NAMES = SpeechNames(
+    convolution="feature_extractor.conv_layers.{}.conv",
+    convolution_norm="feature_extractor.conv_layers.{}.layer_norm",
+    front_norm="feature_projection.layer_norm",
+    projection="feature_projection.projection",
+    mask_token="masked_spec_embed",
+    position="encoder.pos_conv_embed.layers.{}.conv",
+    norm="encoder.layer_norm",
+    block="encoder.layers.{}",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    output="attention.out_proj",
+    attention_norm="layer_norm",
+    fc1="feed_forward.intermediate_dense",
+    fc2="feed_forward.output_dense",
+    mlp_norm="final_layer_norm",
+)
+
+
+_log = logging.getLogger(__name__)
+
+
+def export_speech(
+    model: Student | Mapping[str, Tensor],
+    config: SpeechConfig | SpeechModelConfig,
+    folder: str | os.PathLike[str],
+    *,
+    info: Mapping[str, object] | None = None,
+    max_file_bytes: int = MAX_WEIGHTS_BYTES,
+) -> None:
+    """Write `config.json`, the weights (fp32), `preprocessor_config.json` and a model card.
+
+    Args:
+        model: student or whole teacher, on any device and in any dtype, or its state by name: a mapping that reads
+            each tensor when it is asked for keeps no more than one file of them in memory.
+        config: of the run; or of the model alone, where it is not known how it was trained.
+        folder: made if missing; files that an earlier export wrote there are replaced, see `model_folder`.
+        info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
+        max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
+    """
+    state = model if isinstance(model, Mapping) else model.state_dict()
+    sizes = config.model if isinstance(config, SpeechConfig) else config
+    with model_folder(folder) as target:
+        write_weights(target, layout(sizes), state, max_file_bytes)
+        write_text(target / "README.md", _model_card(config, sizes, info or {}))
+        write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes)))
+        write_text(target / "config.json", as_json(_foreign_config(sizes)))
+
+
+def import_speech(folder: str | os.PathLike[str]) -> tuple[SpeechModel, SpeechModelConfig]:
+    """Read a folder that holds a `Data2VecAudioModel`, or a model around one.
+
+    Args:
+        folder: with `config.json` and `model.safetensors`, or several files of weights and their index; the sample
+            rate is that of `preprocessor_config.json`, 16 kHz without one.
+    Returns:
+        The model, fp32 on the CPU, in training mode, and its configuration. What the folder does not tell is left at
+        the published recipe's, such as what a teacher would share.
+    Raises:
+        ValueError: for an architecture that this encoder is not, and for missing, unknown or misshapen tensors.
+    """
+    source = Path(folder)
+    config = _own_config(read_model_config(source), _sample_rate(source), str(source / "config.json"))
+    theirs, path = read_weights(source)
+    theirs = within(theirs, BASE_PREFIX, f"`{path}`")
+    layout(config).require_finite(theirs, f"`{path}`")
+    if NAMES.mask_token not in theirs:
+        # Transformers makes none for a model that is fine-tuned without masks
+        _log.warning(
+            "`%s` holds no mask token: a new one is drawn, which pre-training learns and features do not use",
+            printable(str(path)),
+        )
+        theirs = {**theirs, NAMES.mask_token: new_mask_token(config)}
+    return build_speech(config, layout(config), theirs, f"`{path}` does not fit its `config.json`"), config
+
+
+def new_mask_token(config: SpeechModelConfig) -> Tensor:
+    """The published initial value, fp32 `[D]`; each time the same."""
+    return torch.rand(config.width, generator=torch.Generator().manual_seed(0))
+
+
+def build_speech(config: SpeechModelConfig, layout: Layout, theirs: Mapping[str, Tensor], what: str) -> SpeechModel:
+    """A model with other names' weights, in training mode.
+
+    Raises:
+        Misfit: see `Layout.ours`; nothing of the model's size has been made by then.
+    """
+    with torch.device("meta"):
+        model = SpeechModel(config)
+    state = layout.ours(theirs, {name: value.shape for name, value in model.state_dict().items()}, what)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def layout(config: SpeechModelConfig) -> Layout:
+    """Transformers' names and shapes."""
+    return speech_layout(config, NAMES)
+
+
+def _foreign_config(config: SpeechModelConfig) -> dict[str, Any]:
+    num_layers = len(config.conv_kernels)
+    return {
+        "architectures": ["Data2VecAudioModel"],
+        "model_type": "data2vec-audio",
+        "dtype": "float32",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": int(config.width * config.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": config.norm_eps,
+        "initializer_range": 0.02,
+        "hidden_dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "activation_dropout": config.activation_dropout,
+        "feat_proj_dropout": config.input_dropout,
+        "final_dropout": config.dropout,
+        "layerdrop": config.layer_drop,
+        "num_feat_extract_layers": num_layers,
+        "feat_extract_activation": "gelu",
+        "conv_dim": [config.conv_width] * num_layers,
+        "conv_kernel": list(config.conv_kernels),
+        "conv_stride": list(config.conv_strides),
+        "conv_bias": False,
+        "conv_pos_kernel_size": config.position_kernel,
+        # of layers: only in other models of this family is it the kernel's size
+        "num_conv_pos_embeddings": config.position_depth,
+        "num_conv_pos_embedding_groups": config.position_groups,
+        # for fine-tuning; above zero, or the base model would have no mask vector
+        "mask_time_prob": 0.05,
+        "mask_time_length": 10,
+        "mask_time_min_masks": 2,
+        "mask_feature_prob": 0.0,
+        "mask_feature_length": 10,
+        "mask_feature_min_masks": 0,
+        "add_adapter": False,
+        # characters, which a tokenizer of the fine-tuning decides
+        "vocab_size": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _own_config(raw: Mapping[str, Any], sample_rate: int, path: str) -> SpeechModelConfig:
+    """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
+    required = {
+        "model_type": "data2vec-audio",
+        "hidden_act": "gelu",
+        "feat_extract_activation": "gelu",
+        "conv_bias": False,
+        "add_adapter": False,
+    }
+    require_values(raw, required, {key: value for key, value in required.items() if key != "model_type"}, path)
+    kernels = raw.get("conv_kernel", [10, 3, 3, 3, 3, 2, 2])
+    widths = raw.get("conv_dim", [512] * 7)
+    if not isinstance(widths, list) or not widths or any(width != widths[0] for width in widths):
+        raise ValueError(f"`conv_dim` in {path} must be one number, repeated, but is {json.dumps(widths)} instead.")
+    if not isinstance(kernels, list) or len(kernels) != len(widths):
+        must = f"be a list of {len(widths)} numbers, as `conv_dim` is"
+        raise ValueError(f"`conv_kernel` in {path} must {must}, but is {json.dumps(kernels)} instead.")
+    width = whole_number(raw, "hidden_size", 768, path)
+    config, problems = check(
+        SpeechModelConfig,
+        {
+            "sample_rate": sample_rate,
+            "conv_width": widths[0],
+            "conv_kernels": kernels,
+            "conv_strides": raw.get("conv_stride", [5, 2, 2, 2, 2, 2, 2]),
+            "position_depth": raw.get("num_conv_pos_embeddings", 5),
+            "position_kernel": raw.get("conv_pos_kernel_size", 19),
+            "position_groups": raw.get("num_conv_pos_embedding_groups", 16),
+            "width": width,
+            "depth": raw.get("num_hidden_layers", 12),
+            "heads": raw.get("num_attention_heads", 12),
+            "mlp_ratio": mlp_ratio(width, whole_number(raw, "intermediate_size", 3072, path)),
+            "dropout": raw.get("hidden_dropout", 0.1),
+            "attention_dropout": raw.get("attention_dropout", 0.1),
+            "activation_dropout": raw.get("activation_dropout", 0.1),
+            "input_dropout": raw.get("feat_proj_dropout", 0.0),
+            "layer_drop": raw.get("layerdrop", 0.1),
+            "norm_eps": raw.get("layer_norm_eps", 1e-5),
+        },
+    )
+    if config is None:
+        raise ConfigError(problems, path)
+    return config
+
+
+def _preprocessor_config(config: SpeechModelConfig) -> dict[str, Any]:
+    """Each utterance with zero mean and unit variance, as in training."""
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": config.sample_rate,
+        "do_normalize": True,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+    }
+
+
+def _sample_rate(folder: Path) -> int:
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        _log.warning("`%s` holds no %s: its sample rate is taken to be 16,000 Hz", printable(str(folder)), path.name)
+        return 16_000
+    try:
+        raw = read_json(path, MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{path}` must be a preprocessor's configuration, but: {error}") from None
+    return whole_number(raw if isinstance(raw, dict) else {}, "sampling_rate", 16_000, str(path))
+
+
+def _model_card(config: SpeechConfig | SpeechModelConfig, model: SpeechModelConfig, info: Mapping[str, object]) -> str:
+    by = "by d2v_fast: a student" if isinstance(config, SpeechConfig) else "with data2vec: a student"
+    return model_card(
+        title=f"data2vec speech encoder, {model.depth} blocks of width {model.width}",
+        task="feature-extraction",
+        tags=["data2vec", "self-supervised", "audio", "speech"],
+        text=f"""\
+Pre-trained without labels {by} predicts, at masked frames, the averaged upper layers of a
+teacher that is a moving average of the student and hears the whole recording (data2vec, arXiv 2202.03555).""",
+        use=f"""\
+Input: mono recordings at {model.sample_rate:,} Hz, normalised by the feature extractor in this folder; a frame
+is {model.hop} samples.
+
+```python
+from transformers import AutoFeatureExtractor, AutoModel
+
+extractor = AutoFeatureExtractor.from_pretrained(".")
+encoder = AutoModel.from_pretrained(".")
+inputs = extractor(waveform, sampling_rate={model.sample_rate}, return_tensors="pt")
+features = encoder(**inputs).last_hidden_state
+```
+
+In a padded batch, Transformers computes the last frames of the shorter recordings differently than alone
+(https://github.com/huggingface/transformers/issues/25621).
+
+To fine-tune for speech recognition, with a tokenizer of 32 characters:
+
+```python
+from transformers import Data2VecAudioForCTC
+
+model = Data2VecAudioForCTC.from_pretrained(".", vocab_size=32, ctc_loss_reduction="mean")
+```""",
+        info=info,
+        config=config,
+    )

@@ -1,0 +1,113 @@
+"""The 420 spoken words that ship with this library: synthetic speech that needs no download.
+
+Thirty words by fourteen voices of eSpeak NG (`speech_samples/README.md`). Four voices are held out: pre-training hears
+only the others, and never a label. `speech_for_probe` is the one door to the labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.listing import Listing
+from d2v_fast.modalities.speech.audio import AudioDataset, normalised
+from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
+from d2v_fast.modalities.speech.decode import AudioLimits, read_whole
+
+if TYPE_CHECKING:
+    from d2v_fast.config import D2VConfig
+
+__all__ = ["HELD_OUT_VOICES", "SpeechProbeData", "SpeechSamples", "speech_for_probe"]
+
+FOLDER = Path(__file__).resolve().parent / "speech_samples"
+
+# one of each accent that has another voice to learn from, and one accent that is never heard
+HELD_OUT_VOICES = ("en-us+f5", "en-gb+m6", "en-gb-x-gbcwmd+f1", "en-029+m3")
+# of the words, for telling voices apart: the fourth, the eighth, and so on
+HELD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class SpeechProbeData:
+    """Labeled recordings for two probes: which word, by voices never heard; and which voice, by other words.
+
+    Attributes:
+        waveforms: fp32 `[N]` each, at the model's rate, whole, of zero mean and unit variance; `S` of them.
+        words, voices: int64 `[S]`, positions in `word_names` and `voice_names`.
+        word_names, voice_names: what they stand for.
+        word_train_indices, word_test_indices: int64, positions in `waveforms`. The test part are the held-out voices,
+            which pre-training did not hear.
+        voice_train_indices, voice_test_indices: the same for the voices that pre-training heard. The test part are
+            words that the train part does not have.
+    """
+
+    waveforms: list[Tensor]
+    words: Tensor
+    voices: Tensor
+    word_names: tuple[str, ...]
+    voice_names: tuple[str, ...]
+    word_train_indices: Tensor
+    word_test_indices: Tensor
+    voice_train_indices: Tensor
+    voice_test_indices: Tensor
+
+
+class SpeechSamples(AudioDataset):
+    """The recordings of one split, without labels. They last 0.3 to 0.8 s: `data.min_seconds` must let them pass."""
+
+    def __init__(
+        self, data: SpeechDataConfig, model: SpeechModelConfig, split: Literal["train", "test"] = "train"
+    ) -> None:
+        self.listing = Listing()
+        rows = sorted(row for row in _index() if (row.voice in HELD_OUT_VOICES) == (split == "test"))
+        self._fill(data, model, str(FOLDER), [row.path for row in rows], np.array([row.num_samples for row in rows]))
+
+
+def speech_for_probe(config: D2VConfig) -> SpeechProbeData:
+    """All recordings with their labels, whatever their length, at the rate that `config` says.
+
+    Raises:
+        DataError: if `config` is not for speech.
+    """
+    data, model = config.data, config.model
+    if not isinstance(data, SpeechDataConfig) or not isinstance(model, SpeechModelConfig):
+        raise DataError("`d2v.model` must be a speech model to be probed on speech, but is another one instead.")
+    rows = _index()
+    limits = AudioLimits(model.sample_rate, data.max_file_bytes, data.silence)
+    waveforms = [normalised(read_whole(str(FOLDER / row.path), limits)) for row in rows]
+    word_names = tuple(dict.fromkeys(row.word for row in rows))
+    voice_names = tuple(dict.fromkeys(row.voice for row in rows))
+    words = torch.tensor([word_names.index(row.word) for row in rows])
+    voices = torch.tensor([voice_names.index(row.voice) for row in rows])
+    voice_is_new = torch.tensor([row.voice in HELD_OUT_VOICES for row in rows])
+    word_is_new = words % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return SpeechProbeData(
+        waveforms,
+        words,
+        voices,
+        word_names,
+        voice_names,
+        word_train_indices=torch.nonzero(~voice_is_new)[:, 0],
+        word_test_indices=torch.nonzero(voice_is_new)[:, 0],
+        voice_train_indices=torch.nonzero(~voice_is_new & ~word_is_new)[:, 0],
+        voice_test_indices=torch.nonzero(~voice_is_new & word_is_new)[:, 0],
+    )
+
+
+class _Row(NamedTuple):
+    path: str
+    word: str
+    voice: str
+    num_samples: int
+
+
+def _index() -> list[_Row]:
+    lines = (FOLDER / "index.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    fields = [line.split("\t") for line in lines]
+    return [_Row(path, word, voice, int(samples)) for path, word, voice, _, samples in fields]

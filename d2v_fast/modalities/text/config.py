@@ -1,0 +1,184 @@
+"""The sections of `"d2v"` that are text's own. Defaults: the published Base run (arXiv 2202.03555, section 4.3), with
+the masks of its released recipe."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
+
+# rows in front of the first learned position: that of a padding token, and one before it, as in RoBERTa
+POSITION_OFFSET = 2
+MAX_VOCAB = 1 << 24
+# of RoBERTa, and so of the published runs: what a model has that no tokenizer has given its own
+PUBLISHED_VOCAB, PUBLISHED_PADDING = 50_265, 1
+
+# what `mode` stands for where a file says nothing else: the paper's main text, and its released recipe
+_MODES: dict[str, dict[str, Any]] = {
+    "bert": {"prob": 0.15, "length": 1, "keep_prob": 0.1, "random_prob": 0.1},
+    "span": {"prob": 0.35, "length": 4, "keep_prob": 0.0, "random_prob": 0.0},
+}
+
+
+class TextModelConfig(Section):
+    """The text encoder: token and position embeddings, a norm, post-norm blocks.
+
+    `vocab_size` is the number of token embeddings, at least that of the tokenizer; null takes the tokenizer's number.
+    `padding_id` is the id of the padding token, whose embedding stays zero; null takes the tokenizer's, and no other is
+    accepted. `max_positions` is the longest sequence in tokens, specials included. `dropout` is on embeddings and
+    branches, `activation_dropout` inside the MLP; `layer_drop` lets a sample skip a block. `attention` "padded" pads to
+    the longest block; "packed" computes no padding, on a GPU and in 16 bits.
+    """
+
+    vocab_size: int | None = Field(default=None, ge=8, le=MAX_VOCAB)
+    padding_id: int | None = Field(default=None, ge=0, lt=MAX_VOCAB)
+    max_positions: int = Field(default=512, ge=4, le=MAX_SIZE)
+    width: int = Field(default=768, ge=1, le=MAX_SIZE)
+    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
+    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
+    activation_dropout: float = Field(default=0.0, ge=0, lt=1)
+    layer_drop: float = Field(default=0.0, ge=0, lt=1)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1)
+    attention: Literal["padded", "packed"] = "padded"
+    gradient_checkpointing: bool = False
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of learned positions: the first token of a sequence has row 2, padding row 1."""
+        return self.max_positions + POSITION_OFFSET
+
+    @property
+    def token_rows(self) -> int:
+        """Rows of the table of tokens: `vocab_size`, or RoBERTa's where no tokenizer has been asked."""
+        return PUBLISHED_VOCAB if self.vocab_size is None else self.vocab_size
+
+    @property
+    def padding_row(self) -> int:
+        """The row that stays zero: `padding_id`, or RoBERTa's where no tokenizer has been asked."""
+        return PUBLISHED_PADDING if self.padding_id is None else self.padding_id
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = problem_of_heads(self.width, self.heads)
+        if int(self.width * self.mlp_ratio) < 1:
+            problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
+        if self.padding_row >= self.token_rows:
+            problems.append(Problem("padding_id", f"be < `vocab_size` ({self.token_rows})", self.padding_row))
+        refuse_if(problems)
+        return self
+
+
+class TokenMaskConfig(Section):
+    """Which tokens the student does not see as they are, drawn anew every epoch.
+
+    `mode` "span" hides spans of `length` tokens, "bert" single ones; `prob` is the share of tokens that they would hide
+    if none overlapped. Of the chosen tokens, `keep_prob` stay as they are and `random_prob` become another token, drawn
+    from the vocabulary; the rest become the mask token. The loss is taken at the mask tokens, as in the published code,
+    and with `loss_on_kept` at the kept and the replaced ones too. Special tokens (begin, end, padding, unknown, mask)
+    are never chosen unless `mask_specials`, which is how the published code treats begin and end.
+
+    What is not given follows from the mode: "span" 0.35, 4, 0, 0; "bert" 0.15, 1, 0.1, 0.1.
+    """
+
+    kind: Literal["token"] = "token"
+    mode: Literal["span", "bert"] = "span"
+    prob: float = Field(default=0.35, gt=0, le=1)
+    length: int = Field(default=4, ge=1, le=MAX_SIZE)
+    keep_prob: float = Field(default=0.0, ge=0, le=1)
+    random_prob: float = Field(default=0.0, ge=0, le=1)
+    loss_on_kept: bool = False
+    mask_specials: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_mode(cls, raw: Any) -> Any:
+        mode = raw.get("mode", "span") if isinstance(raw, dict) else None
+        return {**_MODES[mode], **raw} if isinstance(mode, str) and mode in _MODES else raw
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.mode == "bert" and self.length != 1:
+            problems.append(Problem("length", 'be 1 with `mode` "bert"', self.length, 'Spans are `mode` "span".'))
+        if self.keep_prob + self.random_prob > 1:
+            must = f"be <= {1 - self.random_prob:g}, what `random_prob` ({self.random_prob}) leaves"
+            problems.append(Problem("keep_prob", must, self.keep_prob))
+        if self.keep_prob + self.random_prob == 1 and not self.loss_on_kept:
+            hint = "No token would become the mask token, and there would be no loss."
+            problems.append(Problem("loss_on_kept", "be true where `keep_prob` + `random_prob` is 1", False, hint))
+        refuse_if(problems)
+        return self
+
+
+class TextDataConfig(Section):
+    """Where the text comes from, and what of it a step sees.
+
+    `kind` "text" is a file, or a folder tree, of .txt, JSON lines (.jsonl, .ndjson, .json) and .parquet, the first two
+    also as .gz and .zst; "docs" the sample set, Python's own
+    reference pages, of which `test_fraction` is held out. `field` is the field of a .jsonl line and the column of a
+    .parquet file that holds the text. A line or row is a document; of a .txt file, the whole "file" is, or every
+    "paragraph" (between empty lines), or every "line" (`documents`). Text is UTF-8: what is not counts as unreadable,
+    or with `encoding_errors` "replace" has its wrong bytes, and zero bytes among text, replaced by U+FFFD.
+
+    `tokenizer` is a `tokenizer.json`, or a folder with one or with vocab.json and merges.txt; the sample set has one
+    made if none is named. Text is tokenised once, into a folder below `tokens_path` (null: `d2v_fast` in the user's
+    cache folder), which is used again while files, tokenizer and settings are the same.
+
+    A sample is a block of at most `block_size` tokens, special tokens included. `packing` "document" fills it with
+    whole documents, in their order, and cuts only those that are longer than a block; "stream" fills every block to
+    its end. With `separate_documents` those of one block do not attend to each other, and each begins with the begin
+    token. Documents of fewer than `min_tokens` tokens are left out.
+
+    More than `max_bad_fraction` unreadable files, lines and rows stop the run, or with `strict` the first one. Links
+    that lead out of `path` are not followed unless `follow_outside`.
+
+    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
+    error, "accept" logs the difference and goes on.
+    """
+
+    # keys that only one kind reads
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
+        "docs": ("test_fraction",),
+        "text": ("field", "documents", "encoding_errors", "max_bad_fraction", "strict", "follow_outside"),
+    }
+
+    kind: Literal["docs", "text"] = "docs"
+    path: PathText | None = None
+    on_change: Literal["refuse", "accept"] = "refuse"
+    field: str = "text"
+    documents: Literal["file", "paragraph", "line"] = "file"
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    tokenizer: PathText | None = None
+    tokens_path: PathText | None = None
+    block_size: int = Field(default=512, ge=4, le=MAX_SIZE)
+    packing: Literal["document", "stream"] = "document"
+    separate_documents: bool = False
+    min_tokens: int = Field(default=2, ge=1, le=MAX_SIZE)
+    num_workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    strict: bool = False
+    follow_outside: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.kind == "text" and not self.path:
+            hint = "Name the file or the folder: `--set d2v.data.path=/my/text`."
+            problems.append(Problem("path", 'be a file or a folder with `kind` "text"', self.path, hint))
+        if self.kind == "docs" and self.path is not None:
+            hint = 'Your own text is `kind` "text", for which the preset `text_small` is made.'
+            problems.append(Problem("path", 'be null with `kind` "docs", a sample set', self.path, hint))
+        if self.kind == "text" and not self.tokenizer:
+            hint = "A file of Hugging Face tokenizers, or a folder with vocab.json and merges.txt."
+            problems.append(Problem("tokenizer", 'be a file or a folder with `kind` "text"', self.tokenizer, hint))
+        if not self.field:
+            problems.append(Problem("field", "name a field or column", self.field))
+        refuse_if(problems)
+        return self

@@ -1,0 +1,179 @@
+"""The text encoder: token and position embeddings, a norm, post-norm blocks.
+
+Shape letters: B batch, T tokens, D width, M kept tokens.
+
+The published data2vec text model (arXiv 2202.03555, section 4.3), built as RoBERTa is. Embeddings are trained with the
+student, and the teacher reads through them as they are; the teacher is an average of the blocks. It sees the whole
+text, as the paper says: the public code shows it the labels of the masked tokens instead, and padding everywhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.config import TextModelConfig
+from d2v_fast.modalities.text.config import POSITION_OFFSET
+from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.layers import INIT_STD, Linear, dropout
+from d2v_fast.models.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
+from d2v_fast.models.student import MaskedBatch, Student
+
+
+class TextEmbedding(nn.Module):
+    """Tokens and their positions, normalised."""
+
+    def __init__(self, config: TextModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.max_positions = config.max_positions
+        self.token = nn.Embedding(config.token_rows, config.width, padding_idx=config.padding_row)
+        self.position = nn.Parameter(torch.empty(config.position_rows, config.width))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initialisation: N(0, 0.02), the padding token and position zero."""
+        nn.init.normal_(self.token.weight, std=INIT_STD)
+        nn.init.normal_(self.position, std=INIT_STD)
+        with torch.no_grad():
+            self.token.weight[self.token.padding_idx].zero_()
+            self.position[POSITION_OFFSET - 1].zero_()
+
+    def forward(self, tokens: Tensor, drops: bool = True) -> Tensor:
+        """int64 `[B, T]` to `[B, T, D]`; `drops`: with dropout in training.
+
+        Raises:
+            ValueError: there are more tokens than positions.
+        """
+        T = tokens.shape[1]
+        if self.max_positions < T:
+            raise ValueError(f"`tokens` must be [B, T] with T <= {self.max_positions}, but T is {T} instead.")
+        positions = self.position[POSITION_OFFSET : POSITION_OFFSET + T]
+        return dropout(self.norm(self.token(tokens) + positions), self.dropout, self.training and drops)
+
+
+class TextContext(nn.Module):
+    """The blocks."""
+
+    def __init__(self, config: TextModelConfig) -> None:
+        super().__init__()
+        self.packs = config.attention == "packed"
+        self.encoder = post_norm_encoder(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        kept: Tensor | None = None,
+        offsets: Tensor | None = None,
+        drop_keys: npt.NDArray[np.uint64] | None = None,
+        top_k: int = 0,
+        output_rows: Tensor | None = None,
+    ) -> EncoderOutput:
+        """Encode embedded tokens.
+
+        Args:
+            x: `[B, T, D]`.
+            lengths: int64 `[B]`, tokens of each sample that are not padding; None: all.
+            kept: int64 `[M]`, flat indices `b * T + t` of these tokens, ascending; None: all.
+            offsets: int32 `[S + 1]`, where the documents start among the kept tokens, and their number: only tokens of
+                one document attend to each other. None: those of a sample do.
+            drop_keys: uint64 `[B]`, as of `data.Batch`.
+            top_k: K, how many of the last blocks' features to return.
+            output_rows: int64 `[N]`, flat indices: the only tokens at which the last block's output is wanted.
+        Returns:
+            `last_hidden` `[B, T, D]` and K features of that shape; with `output_rows`, `last_hidden` and the last
+            feature are `[N, D]`. At padding they are without meaning.
+        """
+        B, T, _ = x.shape
+        # the embeddings may come from a student that keeps other precision than its teacher
+        x = x.to(next(self.parameters()).dtype)
+        if self.packs and (offsets is not None or kept is not None):
+            if offsets is None:
+                assert lengths is not None
+                offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows, drop_keys)
+        attendable: Attendable = None
+        if offsets is not None:
+            attendable = _same_document(offsets, kept, B, T)
+        elif lengths is not None:
+            attendable = ~padding_of(lengths, T)[:, None, None, :]
+        output: EncoderOutput = self.encoder(x, attendable, top_k, output_rows, drop_keys)
+        return output
+
+
+class TextModel(Student):
+    """The text encoder: the teacher shares the embeddings.
+
+    Args:
+        config: sizes and rates. The parameters are drawn from torch's global generator.
+    """
+
+    averaged_name = "context"
+    entrance_name = "embedding"
+
+    def __init__(self, config: TextModelConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.embedding = TextEmbedding(config)
+        self.context = TextContext(config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        kept: Tensor | None = None,
+        offsets: Tensor | None = None,
+        top_k: int = 0,
+    ) -> EncoderOutput:
+        """Encode text as it is, masked or not.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            lengths, kept, offsets, top_k: as for `TextContext`.
+        """
+        output: EncoderOutput = self.context(self.embedding(tokens), lengths, kept, offsets, top_k=top_k)
+        return output
+
+    def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
+        """See `Student`."""
+        output: EncoderOutput = self(inputs, lengths, top_k=top_k)
+        return output.features
+
+    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """See `Student`: the mask is a token, and the teacher reads without dropout."""
+        assert batch.masked_inputs is not None
+        structure = batch.lengths, batch.kept, batch.offsets
+        with torch.no_grad():
+            unmasked = self.embedding(batch.inputs, drops=False)
+        return (self.embedding(batch.masked_inputs), *structure, batch.drop_keys), (unmasked, *structure)
+
+    def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
+        """See `Student`."""
+        B, T, _ = embedded[0].shape
+        return B, T
+
+    def make_head(self) -> nn.Module:
+        """See `Student`: two layers."""
+        wide, narrow = Linear(self.width, 2 * self.width), Linear(2 * self.width, self.width)
+        for linear in (wide, narrow):
+            nn.init.normal_(linear.weight, std=INIT_STD)
+            nn.init.zeros_(linear.bias)
+        return nn.Sequential(wide, nn.GELU(), narrow)
+
+
+def _same_document(offsets: Tensor, kept: Tensor | None, num_samples: int, num_tokens: int) -> Tensor:
+    """Bool `[B, 1, T, T]`, True where two tokens are of one document; every padding token is its own."""
+    total = num_samples * num_tokens
+    document = -1 - torch.arange(total, device=offsets.device)
+    among_kept = torch.arange(total if kept is None else len(kept), device=offsets.device)
+    ids = torch.searchsorted(offsets.to(torch.int64), among_kept, right=True)
+    document = ids if kept is None else document.index_copy(0, kept, ids)
+    document = document.view(num_samples, num_tokens)
+    return (document[:, :, None] == document[:, None, :])[:, None]

@@ -1,0 +1,365 @@
+"""Text checkpoints of fairseq's data2vec (version 1), in both directions, without importing fairseq.
+
+`model` in a checkpoint holds the student under `encoder.sentence_encoder`, under `encoder.regression_head` its head of
+two layers, and under `encoder._ema` the teacher's fp32 average, whose names are relative to `sentence_encoder`. There
+the embeddings are copies of the student's; what the average holds is what the teacher has. The released checkpoint
+has an `encoder.lm_head` instead of the regression head, which the public code no longer builds and nothing here uses.
+
+Row `i` of the table of tokens is the token of id `i` in both libraries: nothing is put into another order. fairseq's
+ids are those of its dictionary: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then the lines of its `dict.txt`, and `<mask>`
+last. RoBERTa's `dict.txt` (50,260 lines) and Hugging Face's `tokenizer.json` of RoBERTa agree in that, and the released
+checkpoint was trained with them. For any other dictionary the tokenizer must number its tokens in the order of the
+lines; a tokenizer that was trained here needs a `dict.txt` with its tokens from id 4 to the last but one, in their
+order. A tokenizer whose padding token is not 1, as BERT's is not, has no dictionary of fairseq.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.config import ConfigError, TextConfig, TextModelConfig
+from d2v_fast.config.errors import check
+from d2v_fast.files.reading import printable
+from d2v_fast.interop.fairseq_files import (
+    TEXT_PREFIX,
+    as_fp32,
+    average_of,
+    check_weights,
+    chosen,
+    read_checkpoint,
+    refuse_others,
+    require_average,
+    require_shapes,
+    require_tensors,
+    section,
+    state_of,
+    write_checkpoint,
+)
+from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, POST_NORM, Gathered, Settings, pending_decay, told_by
+from d2v_fast.interop.folders import mlp_ratio, require_values
+from d2v_fast.interop.layout import Misfit, log_unused, require_finite
+from d2v_fast.modalities.text.config import POSITION_OFFSET
+from d2v_fast.modalities.text.encoder import TextModel
+from d2v_fast.modalities.text.huggingface import build_text
+from d2v_fast.modalities.text.layout import TextNames, text_layout
+from d2v_fast.models.student import Student
+
+NAMES = TextNames(
+    token=f"{TEXT_PREFIX}embed_tokens.weight",
+    position=f"{TEXT_PREFIX}embed_positions.weight",
+    norm=f"{TEXT_PREFIX}layernorm_embedding",
+    block=f"{TEXT_PREFIX}layers.{{}}",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.out_proj",
+    attention_norm="self_attn_layer_norm",
+    fc1="fc1",
+    fc2="fc2",
+    mlp_norm="final_layer_norm",
+)
+AVERAGE = "encoder._ema"
+HEAD = "encoder.regression_head."
+# of fairseq's Transformer, a buffer: where its norms are
+VERSION, VERSION_VALUE = "version", 3.0
+# of the released checkpoint, and of a fine-tuned one
+IGNORED = ("encoder.lm_head.", "classification_heads.")
+# of every norm: fairseq has no option for it
+NORM_EPS = 1e-5
+
+# of every dictionary: <s>, <pad>, </s> and <unk>
+SPECIAL_IDS = (0, 1, 2, 3)
+
+PUBLISHED = TextModelConfig()
+# rates, by fairseq's name
+_RATES = (
+    ("dropout", "dropout"),
+    ("attention_dropout", "attention_dropout"),
+    ("activation_dropout", "activation_dropout"),
+    ("layerdrop", "layer_drop"),
+)
+
+
+class FairseqText(NamedTuple):
+    """What a checkpoint holds, fp32 on the CPU, models in training mode.
+
+    Attributes:
+        student: the student, or the encoder of a fine-tuned model.
+        teacher: a whole one, which is all of the average; what the average lacks it has in common with the student,
+            memory included. None where the checkpoint has no average.
+        head: `0.weight`, `0.bias`, `2.weight` and `2.bias` of the regression head; None where there is none.
+        config: of the model.
+        assumed: what of the configuration neither the checkpoint nor the caller tells, in words.
+        pending_decay: of the update that the average still lacks; None where it lacks none, or where that is unknown.
+    """
+
+    student: TextModel
+    teacher: TextModel | None
+    head: dict[str, Tensor] | None
+    config: TextModelConfig
+    assumed: tuple[str, ...] = ()
+    pending_decay: float | None = None
+
+
+def load_fairseq_text(
+    path: str | os.PathLike[str],
+    *,
+    weights: str = "student",
+    config: TextModelConfig | None = None,
+    heads: int | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> tuple[TextModel, dict[str, Tensor] | None, TextModelConfig]:
+    """Student or teacher of a checkpoint.
+
+    Args:
+        path: a `.pt` of pre-training, or of fine-tuning for classification, whose encoder is read.
+        weights: "student", or "teacher": the average.
+        config: of the model. None: sizes are those of the tensors, rates those of the checkpoint's `cfg` or `args` or,
+            without one, the published ones.
+        heads: of attention, which no tensor tells. None: of `cfg`; without one, as many as are 64 wide.
+        given: values of the model's configuration by key, in place of what the checkpoint says.
+    Returns:
+        The model, fp32 on the CPU, in training mode; the regression head's tensors, or None; and the model's
+        configuration.
+    Raises:
+        ValueError: it is no such checkpoint, or damaged; it would execute code; it has no average; or it is of
+            another architecture. `Misfit` names every missing, unknown and misshapen tensor.
+    """
+    check_weights(weights)
+    found = text_of(read_checkpoint(Path(path)), Path(path), config=config, settings=Settings.of(given, heads))
+    return chosen(found.student, found.teacher, weights, path, AVERAGE), found.head, found.config
+
+
+def read_fairseq_text(
+    path: str | os.PathLike[str], *, config: TextModelConfig | None = None, heads: int | None = None
+) -> FairseqText:
+    """Everything of a checkpoint; arguments and errors as of `load_fairseq_text`."""
+    path = Path(path)
+    return text_of(read_checkpoint(path), path, config=config, settings=Settings.of(None, heads))
+
+
+def text_of(
+    content: Mapping[str, Any],
+    path: Path,
+    *,
+    config: TextModelConfig | None = None,
+    settings: Settings = NO_SETTINGS,
+) -> FairseqText:
+    """Everything of what `read_checkpoint` has read; see `load_fairseq_text`."""
+    model, average, head = _divide(content["model"], path)
+    cfg = told_by(content)
+    assumed: list[str] = []
+    if config is None:
+        config, assumed = _config_of(model, cfg, settings, str(path))
+    layout = text_layout(config, NAMES)
+    what = f"`{path}` is no data2vec text model of {config.depth} blocks of width {config.width}"
+    named_head = {HEAD + name: value for name, value in (head or {}).items()}
+    require_finite([*model.items(), *(average or {}).items(), *named_head.items()], f"`{path}`")
+    if head is not None:
+        _check_head(head, config.width, what)
+    student = build_text(config, layout, model, what, _is_ignored)
+    teacher = None
+    if average is not None:
+        blocks = {n for names in layout.names.values() for n in names if n.startswith(f"{TEXT_PREFIX}layers.")}
+        require_average(average, model, blocks, TEXT_PREFIX, AVERAGE, what)
+        teacher = build_text(config, layout, {**model, **average}, f"the teacher of {what}", _is_ignored)
+    pending = None if teacher is None else pending_decay(content, cfg)
+    return FairseqText(student, teacher, head, config, tuple(assumed), pending)
+
+
+def save_fairseq_text(
+    model: Student | Mapping[str, Tensor],
+    head: nn.Module | Mapping[str, Tensor] | None,
+    teacher: Student | Mapping[str, Tensor] | None,
+    config: TextConfig,
+    path: str | os.PathLike[str],
+    *,
+    num_updates: int = 0,
+) -> None:
+    """Write a checkpoint with fairseq's names and shapes: fp32 tensors and plain values, no code.
+
+    Args:
+        model: the student, or its state by name.
+        head: the regression head, or its tensors by name; None leaves it out.
+        teacher: the whole teacher, or its state by name; None leaves the average out.
+        config: of the run.
+        path: the `.pt` file: replaced as a whole.
+        num_updates: optimizer steps that the student has made.
+    Raises:
+        ValueError: the norms add another number than fairseq's do, or padding has another id than in its dictionaries.
+    """
+    sizes = config.model
+    if sizes.padding_row != SPECIAL_IDS[1]:
+        raise ValueError(
+            f"`d2v.model.padding_id` must be {SPECIAL_IDS[1]} for fairseq, whose dictionaries have no other, but is "
+            f"{sizes.padding_row} instead. `--format transformers` has room for it."
+        )
+    if sizes.norm_eps != NORM_EPS:
+        raise ValueError(f"`d2v.model.norm_eps` must be {NORM_EPS} for fairseq, but is {sizes.norm_eps} instead.")
+    layout = text_layout(sizes, NAMES)
+    weights: dict[str, Any] = dict(layout.all_theirs(state_of(model)))
+    weights[TEXT_PREFIX + VERSION] = torch.tensor([VERSION_VALUE])
+    if head is not None:
+        weights |= as_fp32(state_of(head), HEAD)
+    if teacher is not None:
+        average = average_of(layout, state_of(teacher), TEXT_PREFIX)
+        weights[AVERAGE] = average | {VERSION: torch.tensor([VERSION_VALUE])}
+    write_checkpoint(path, weights, _foreign_config(config, num_updates), num_updates)
+
+
+def _divide(
+    model: Mapping[Any, Any], path: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor] | None]:
+    """Encoder, average and head: the first two by fairseq's names, the head by those within it."""
+    refuse_others(model, "a text model", path)
+    nested = model.get(AVERAGE)
+    average: dict[str, Tensor] | None = None
+    if isinstance(nested, Mapping):
+        average = {TEXT_PREFIX + str(name): value for name, value in nested.items() if name != VERSION}
+    own = {str(name): value for name, value in model.items() if name != AVERAGE}
+    require_tensors([own, average], f"`{path}` is no data2vec text model")
+    log_unused([name for name in own if name.startswith(IGNORED)], f"`{path}`")
+    named = [name for name in own if name.startswith(HEAD)]
+    head = {name.removeprefix(HEAD): own.pop(name).to(torch.float32) for name in named}
+    return own, average, head or None
+
+
+def _check_head(head: Mapping[str, Tensor], width: int, what: str) -> None:
+    """Misfit unless the head has the two layers that are published."""
+    shapes = {
+        "0.weight": [2 * width, width],
+        "0.bias": [2 * width],
+        "2.weight": [width, 2 * width],
+        "2.bias": [width],
+    }
+    problems = [f"`{HEAD}{name}` is missing" for name in shapes if name not in head]
+    problems += [f"`{HEAD}{printable(name)}` has no place in a head of 2 layers" for name in head if name not in shapes]
+    if problems:
+        raise Misfit(what, problems)
+    require_shapes(head, shapes, HEAD, what)
+
+
+def _is_ignored(name: str) -> bool:
+    return name.startswith(IGNORED) or name == TEXT_PREFIX + VERSION
+
+
+def _config_of(
+    model: Mapping[str, Tensor], cfg: Mapping[str, Any], settings: Settings, path: str
+) -> tuple[TextModelConfig, list[str]]:
+    """The model's configuration, and what of it is assumed: sizes of the tensors, the rest of `cfg` or `settings`.
+
+    Where a tensor is missing, its size is the published one, so that the error names the tensor and not what follows
+    from it.
+    """
+
+    def size(name: str, dim: int, default: int) -> int:
+        value = model.get(name)
+        return value.shape[dim] if value is not None and value.dim() > dim and value.shape[dim] > 0 else default
+
+    told, knows_norms = _recipe(cfg, path)
+    gathered = Gathered(told, settings, path)
+    width = size(NAMES.token, 1, size(f"{NAMES.norm}.weight", 0, PUBLISHED.width))
+    layers = {found[1] for name in model if (found := re.match(re.escape(TEXT_PREFIX) + r"layers\.(\d+)\.", name))}
+    gathered.heads(width)
+    gathered.published({own: getattr(PUBLISHED, own) for _, own in _RATES}, "as published")
+    sizes = {
+        "vocab_size": size(NAMES.token, 0, PUBLISHED.token_rows),
+        "padding_id": SPECIAL_IDS[1],
+        "max_positions": size(NAMES.position, 0, PUBLISHED.position_rows) - POSITION_OFFSET,
+        "width": width,
+        "depth": len(layers) or PUBLISHED.depth,
+        "mlp_ratio": mlp_ratio(width, size(f"{NAMES.block.format(0)}.fc1.weight", 0, 4 * width)),
+        "norm_eps": NORM_EPS,
+    }
+    if not knows_norms:
+        gathered.assumed.append(POST_NORM)
+    config, problems = check(TextModelConfig, {**sizes, **gathered.values})
+    if config is None:
+        raise ConfigError(problems, path)
+    return config, gathered.assumed
+
+
+def _recipe(cfg: Mapping[str, Any], path: str) -> tuple[dict[str, Any], bool]:
+    """What `cfg` tells of the model, nothing where there is none; and whether it tells where the norms are.
+
+    Raises:
+        ValueError: it tells of another architecture.
+    """
+    # old files have all of it in one flat section, where the encoder's keys begin with its name
+    flat = section(cfg, "model")
+    transformer = {**flat, **section(flat, "transformer")}
+    named = {key.removeprefix("encoder_"): value for key, value in flat.items() if key.startswith("encoder_")}
+    encoder = {**named, **section(transformer, "encoder")}
+    where = f"the `cfg` of {path}"
+    for part, required in (
+        (transformer, {"activation_fn": "gelu", "layernorm_embedding": True, "no_scale_embedding": True}),
+        (encoder, {"normalize_before": False, "learned_pos": True}),
+    ):
+        require_values(part, {key: value for key, value in required.items() if key in part}, {}, where)
+    both = {**transformer, **encoder}
+    keys = (*_RATES, ("attention_heads", "heads"))
+    recipe = {own: both[key] for key, own in keys if isinstance(both.get(key), (int, float))}
+    return recipe, "normalize_before" in encoder
+
+
+def _foreign_config(config: TextConfig, num_updates: int) -> dict[str, Any]:
+    """The parts of fairseq's configuration that building the model again, and fine-tuning it, read."""
+    model, mask, target, teacher = config.model, config.mask, config.target, config.teacher
+    steps = config.schedule.steps or num_updates
+    return {
+        "common": {"tpu": False},
+        "model": {
+            "_name": "data2vec_text",
+            "max_positions": model.max_positions,
+            "head_layers": 2,
+            "load_checkpoint_heads": False,
+            "transformer": {
+                "dropout": model.dropout,
+                "attention_dropout": model.attention_dropout,
+                "activation_dropout": model.activation_dropout,
+                "activation_fn": "gelu",
+                "layernorm_embedding": True,
+                "no_scale_embedding": True,
+                "max_source_positions": model.max_positions,
+                "encoder": {
+                    "embed_dim": model.width,
+                    "ffn_embed_dim": int(model.width * model.mlp_ratio),
+                    "layers": model.depth,
+                    "attention_heads": model.heads,
+                    "normalize_before": False,
+                    "learned_pos": True,
+                    "layerdrop": model.layer_drop,
+                },
+            },
+            "average_top_k_layers": target.top_k,
+            "layer_norm_target_layer": target.layer_norm == "layer",
+            "instance_norm_target_layer": target.layer_norm == "instance",
+            "batch_norm_target_layer": target.layer_norm == "batch",
+            "layer_norm_targets": target.final_norm == "layer",
+            "instance_norm_targets": target.final_norm == "instance",
+            "loss_beta": config.loss.beta,
+            "loss_scale": 1 / config.loss.divisor(model.width),
+            "ema_decay": teacher.decay_start,
+            "ema_end_decay": teacher.decay_end,
+            "ema_anneal_end_step": teacher.decay_steps,
+            "ema_transformer_layers_only": True,
+        },
+        "task": {
+            "_name": "masked_lm",
+            "data": "",
+            "tokens_per_sample": model.max_positions,
+            "include_target_tokens": True,
+            "mask_prob": mask.prob,
+            "mask_multiple_length": mask.length,
+            "leave_unmasked_prob": mask.keep_prob,
+            "random_token_prob": mask.random_prob,
+        },
+        "optimization": {"max_update": steps},
+    }

@@ -1,0 +1,459 @@
+"""Text that others wrote: .txt, JSON lines and .parquet of any size, read in pieces; what is wrong is counted."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import io
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files, refuse_system_error
+from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings, describe_listing, name_list
+from d2v_fast.files.reading import parse_json, printable
+from d2v_fast.modalities.text.parquet import parquet_rows
+from d2v_fast.modalities.text.streams import (
+    COMPRESSED,
+    MAX_LINE,
+    check_byte_order_mark,
+    check_text,
+    not_utf8,
+    open_text,
+    text_ending,
+)
+
+if TYPE_CHECKING:
+    from d2v_fast.modalities.text.config import TextDataConfig
+
+__all__ = ["KINDS", "PIECE", "BadText", "Piece", "TextFiles", "pieces_of"]
+
+_CONVERT = "convert them to .txt or .jsonl"
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+KINDS = FileKinds(
+    "text",
+    read=(*(kind + ending for kind in (".txt", *_JSON_LINES) for ending in ("", *COMPRESSED)), ".parquet"),
+    unread={
+        **ARCHIVES,
+        **dict.fromkeys((".arrow", ".csv", ".doc", ".docx", ".epub", ".htm", ".html", ".md"), _CONVERT),
+        **dict.fromkeys((".odt", ".pdf", ".rst", ".rtf", ".tex", ".tsv", ".warc", ".xml"), _CONVERT),
+    },
+)
+
+# characters of a piece; longer documents are divided, at white space where there is any
+PIECE = 1 << 16
+ROWS_AT_A_TIME = 256
+# reading stops early where more than so many times what is allowed of all text is unreadable
+HOPELESS = 2
+# stands for what is no text
+REPLACEMENT = "\ufffd"
+# of a .json file, so many lines are looked at
+NUM_PEEKED = 10
+
+_log = logging.getLogger(__name__)
+
+
+class Piece(NamedTuple):
+    """A part of a document, and whether it is the last."""
+
+    text: str
+    ends: bool
+
+
+class BadText:
+    """Counts and names what cannot be read, and stops when it is too much.
+
+    Args:
+        max_fraction, strict: of `data`.
+        what: what is counted, in the plural.
+        share_read: returns how much of all text has been read so far, in [0, 1].
+    Attributes:
+        named: the first of them, as `path: reason`; there are `num_bad` of `num_entries` in all.
+        what: what is counted, in the plural.
+    """
+
+    def __init__(
+        self, max_fraction: float, strict: bool, what: str, share_read: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self.named: list[str] = []
+        self.num_bad = self.num_entries = 0
+        self.what = what
+        self._max_fraction, self._strict, self._share_read = max_fraction, strict, share_read
+
+    def add(self, where: str, reason: str) -> None:
+        """Count an entry that cannot be read.
+
+        Raises:
+            DataError: with `strict`; or so many are unreadable that what is left to read cannot make up for it.
+        """
+        self.num_entries += 1
+        self.num_bad += 1
+        if len(self.named) < NUM_NAMED:
+            text = printable(f"{where}: {reason}")
+            self.named.append(text)
+            _log.warning("skipped unreadable text: %s", text)
+        if self._strict:
+            self.judge()
+        share = self._share_read()
+        if share > 0 and self.num_bad >= NUM_NEIGHBOURS and self._max_fraction < 1:
+            allowed = math.ceil(self._max_fraction * self.num_entries / min(share, 1.0))
+            if self.num_bad > HOPELESS * allowed:
+                self._stop()
+
+    def judge(self) -> None:
+        """Raise DataError if too many of all entries are unreadable."""
+        if self._strict and self.num_bad:
+            raise DataError(f"unreadable text, and `d2v.data.strict` is true:\n  {self.named[0]}")
+        if self.num_bad > math.ceil(self._max_fraction * self.num_entries):
+            self._stop()
+
+    def _stop(self) -> None:
+        more = self.num_bad - len(self.named)
+        raise DataError(
+            f"{self.num_bad} of {self.num_entries} {self.what} are unreadable, and `d2v.data.max_bad_fraction` is "
+            f"{self._max_fraction}. Repair or remove them, or raise that limit:\n  "
+            + "\n  ".join(self.named)
+            + (f"\n  and {more} more" if more > 0 else "")
+        )
+
+
+class TextFiles:
+    """The files of text that `data.path` names or holds (`KINDS`), ordered by path.
+
+    Attributes:
+        bad: what could not be read, after `pieces`.
+        num_empty: documents without text, after `pieces`.
+        listing: which files are used, and which others are not.
+        num_bytes: of all files.
+        num_read: bytes read so far, while `pieces` goes on.
+    Raises:
+        DataError: at once, if there is no such file or folder, or no such file in the folder.
+    """
+
+    def __init__(self, data: TextDataConfig) -> None:
+        if data.path is None:
+            raise DataError("`d2v.data.path` must be a file or a folder that holds text, but is null instead.")
+        path = os.path.abspath(data.path)
+        if os.path.isfile(path):
+            self.root, name = os.path.split(path)
+            self._names, self._inside = [name], None
+            self.listing = Listing(count_endings(self._names))
+            if not path.lower().endswith(KINDS.read):
+                raise DataError(
+                    f"`d2v.data.path` must be a folder, or a file that ends with {', '.join(KINDS.read)}, but is "
+                    f"'{printable(path)}' instead."
+                )
+        else:
+            self.root = path
+            self._inside = None if data.follow_outside else os.path.realpath(path)
+            self._names, self.listing = find_files(path, self._inside, KINDS)
+        self._data = data
+        self._replaces = data.encoding_errors == "replace"
+        self._leave_out_json()
+        self._reset()
+        self.num_bytes = sum(size for _, size, _ in self._listing())
+
+    def _leave_out_json(self) -> None:
+        """Keep those .json files that hold JSON lines with the field: others describe data rather than hold it."""
+        known = [name for name in self._names if text_ending(name) == ".json"]
+        others = {name for name in known if not self._holds_lines(os.path.join(self.root, name))}
+        if not others:
+            return
+        self._names = [name for name in self._names if name not in others]
+        first = printable(min(others))
+        why = f"without JSON lines that have the field '{self._data.field}' (`d2v.data.field`): {first}"
+        listing = replace(self.listing, used=count_endings(self._names))
+        self.listing = listing.without(len(others), ".json file", why)
+        if not self._names:
+            raise DataError(
+                f"`d2v.data.path` must hold text, but '{printable(self.root)}' has none. A .json file is read if every "
+                f"line is an object {{...}} with the field '{self._data.field}' (`d2v.data.field`)."
+                + "".join(f"\n  {line}" for line in describe_listing(self.listing, "")[1:])
+            )
+
+    def _holds_lines(self, path: str) -> bool:
+        """Whether one of the first lines is what `_jsonl` reads; True for a damaged file, so that it is counted."""
+        try:
+            with open_text(path, self._inside) as stream:
+                for number in range(NUM_PEEKED):
+                    line = stream.content.readline(MAX_LINE)
+                    if line.lstrip(codecs.BOM_UTF8).lstrip()[:1] not in (b"{", b""):
+                        return False
+                    with contextlib.suppress(UnreadableFile):
+                        if self._field(line, first=number == 0) is not None:
+                            return True
+        except (OSError, UnreadableFile):
+            return True
+        return False
+
+    def _reset(self) -> None:
+        data = self._data
+        self.bad = BadText(data.max_bad_fraction, data.strict, "files, lines and rows", self._share_read)
+        self.num_empty = self.num_read = 0
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _share_read(self) -> float:
+        return self.num_read / max(1, self.num_bytes)
+
+    def digest(self) -> str:
+        """SHA-256 over names, sizes and times of change of all files, and over how they are read."""
+        data = self._data
+        settings = (data.field, data.documents, data.encoding_errors)
+        state = hashlib.sha256(repr(settings).encode())
+        for name, size, changed in self._listing():
+            state.update(os.fsencode(name) + f"\0{size}\0{changed}\n".encode())
+        return state.hexdigest()
+
+    def pieces(self) -> Iterator[Piece]:
+        """All documents, one after the other, in pieces of at most `PIECE` characters.
+
+        Raises:
+            DataError: too much is unreadable, or there is no text at all.
+        """
+        self._reset()
+        num_documents = before = 0
+        for name in self._names:
+            path = os.path.join(self.root, name)
+            read = {".txt": self._txt, ".parquet": self._parquet}.get(text_ending(name), self._jsonl)
+            parts = read(path)
+            for piece in pieces_of(parts):
+                if piece.ends and not piece.text:
+                    self.num_empty += 1
+                    continue
+                num_documents += piece.ends
+                yield piece
+            before += _size(path)
+            self.num_read = before
+        self.bad.judge()
+        if num_documents == 0:
+            first = "".join(f"\n  {text}" for text in self.bad.named)
+            raise DataError(
+                f"`d2v.data.path` must hold text, but none of {len(self)} files in '{printable(self.root)}' has any "
+                f"({self.num_empty} empty documents, {self.bad.num_bad} unreadable).{first}"
+            )
+        if self.num_empty:
+            _log.info("left out %d empty documents", self.num_empty)
+
+    def _listing(self) -> Iterator[tuple[str, int, int]]:
+        for name in self._names:
+            try:
+                status = os.stat(os.path.join(self.root, name))
+                yield name, status.st_size, status.st_mtime_ns
+            except OSError:
+                # whoever reads it says why it cannot be read
+                yield name, 0, 0
+
+    def _txt(self, path: str) -> Iterator[str | None]:
+        try:
+            with open_text(path, self._inside) as stream:
+                check_text(stream.content, self._replaces)
+            with open_text(path, self._inside) as stream:
+                self.bad.num_entries += 1
+                errors = "replace" if self._replaces else "strict"
+                lines = io.TextIOWrapper(stream.content, encoding="utf-8-sig", errors=errors)
+                yield from self._documents(iter(lambda: lines.readline(PIECE), ""), stream.file)
+                lines.detach()
+        except UnicodeDecodeError:
+            raise DataError(f"'{printable(path)}' was changed while it was read: begin again.") from None
+        except (OSError, UnreadableFile) as error:
+            # the tokens are kept: a file that is left out of them would be for good
+            refuse_system_error(error, path, is_lasting=True)
+            self.bad.add(path, _reason(error))
+
+    def _documents(self, lines: Iterable[str], file: IO[bytes]) -> Iterator[str | None]:
+        """The lines with None where a document ends. A line of more than `PIECE` characters comes in parts."""
+        before = self.num_read
+        kind, starts, is_open = self._data.documents, True, False
+        for line in lines:
+            is_empty = starts and line.isspace()
+            starts = line.endswith("\n")
+            if self._replaces:
+                line = line.replace("\0", REPLACEMENT)
+            if kind == "file" or not is_empty:
+                yield line
+                is_open = True
+            if is_open and ((kind == "line" and starts) or (kind == "paragraph" and is_empty)):
+                yield None
+                is_open = False
+            self.num_read = before + file.tell()
+        if is_open or kind == "file":
+            yield None
+
+    def _jsonl(self, path: str) -> Iterator[str | None]:
+        number, before = 0, self.num_read
+        try:
+            with open_text(path, self._inside) as stream:
+                while line := stream.content.readline(MAX_LINE + 1):
+                    number += 1
+                    self.num_read = before + stream.file.tell()
+                    if number == 1:
+                        check_byte_order_mark(line)
+                    try:
+                        text = self._field(_whole_line(line, stream.content), first=number == 1)
+                    except UnreadableFile as error:
+                        self.bad.add(f"{path}, line {number}", _reason(error))
+                        continue
+                    if text is not None:
+                        self.bad.num_entries += 1
+                        yield text
+                        yield None
+        except (OSError, UnreadableFile) as error:
+            # the tokens are kept: a file that is left out of them would be for good
+            refuse_system_error(error, path, is_lasting=True)
+            self.bad.add(path, _reason(error))
+
+    def _field(self, line: bytes, first: bool) -> str | None:
+        """The text of a line of JSON; None for an empty line."""
+        if first and line.startswith(codecs.BOM_UTF8):
+            line = line[len(codecs.BOM_UTF8) :]
+        try:
+            content = line.rstrip(b"\r\n").decode("utf-8", "replace" if self._replaces else "strict")
+        except UnicodeDecodeError as error:
+            raise UnreadableFile(not_utf8(line, error.start)) from None
+        if not content.strip():
+            return None
+        if self._replaces:
+            content = content.replace("\0", REPLACEMENT)
+        try:
+            # no other field is of interest, and some hold numbers of twenty digits
+            entry = parse_json(content, parse_int=_no_number)
+        except ValueError as error:
+            raise UnreadableFile(str(error)) from None
+        field = self._data.field
+        if not isinstance(entry, dict):
+            raise UnreadableFile("no JSON object {...}")
+        if field not in entry:
+            raise UnreadableFile(f"no field '{field}' (`d2v.data.field`); it has {name_list(entry)}")
+        return self._checked(entry[field], f"field '{field}'")
+
+    def _parquet(self, path: str) -> Iterator[str | None]:
+        number, before, size = 0, self.num_read, _size(path)
+        try:
+            with open_text(path, self._inside) as stream:
+                for share, row in parquet_rows(stream.file, self._columns()):
+                    number += 1
+                    try:
+                        text = self._text_of_row(row)
+                    except UnreadableFile as error:
+                        self.bad.add(f"{path}, row {number}", _reason(error))
+                        continue
+                    self.bad.num_entries += 1
+                    yield text
+                    yield None
+                    self.num_read = before + int(share * size)
+        except (OSError, UnreadableFile) as error:
+            refuse_system_error(error, path, is_lasting=True)
+            self.bad.add(path if number == 0 else f"{path}, after row {number}", _reason(error))
+
+    def _columns(self) -> dict[str, str]:
+        """The columns of a .parquet file that are read, the text first, and the keys that name them."""
+        return {self._data.field: "`d2v.data.field`"}
+
+    def _text_of_row(self, row: tuple[Any, ...]) -> str:
+        """The text of a row of a .parquet file, given by the values of `_columns`."""
+        return self._checked(row[0], f"column '{self._data.field}'")
+
+    def _checked(self, value: Any, where: str) -> str:
+        if isinstance(value, bytes):
+            try:
+                value = value.decode("utf-8", "replace" if self._replaces else "strict")
+            except UnicodeDecodeError as error:
+                raise UnreadableFile(f"{where} is {not_utf8(value, error.start)}") from None
+        if not isinstance(value, str):
+            what = "null" if value is None else type(value).__name__
+            raise UnreadableFile(f"{where} holds {what} instead of text")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            if not self._replaces:
+                raise UnreadableFile(f"{where} holds half a surrogate pair at character {error.start}") from None
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+
+
+def pieces_of(parts: Iterable[str | None]) -> Iterator[Piece]:
+    """Documents in pieces of at most `PIECE` characters, without white space at their ends.
+
+    A document without text is a single empty piece.
+
+    Args:
+        parts: of documents, of any length; None ends one.
+    """
+    held: list[str] = []
+    size, starts = 0, True
+    for part in _ended(parts):
+        if part is not None:
+            held.append(part.lstrip() if starts and not held else part)
+            size += len(held[-1])
+            if size < 2 * PIECE:
+                continue
+        text = "".join(held)
+        if starts:
+            text = text.lstrip()
+        begin, left = 0, len(text)
+        while left >= 2 * PIECE or (part is None and left > PIECE):
+            # cutting off what has been yielded each time would take hours for a line of 64 MiB
+            cut = _cut(text[begin : begin + PIECE + 1])
+            yield Piece(text[begin : begin + cut], ends=False)
+            begin, left, starts = begin + cut, left - cut, False
+        text = text[begin:]
+        held, size = [text], len(text)
+        if part is None:
+            # what follows a piece is not empty
+            yield Piece(text.rstrip() or text, ends=True)
+            held, size, starts = [], 0, True
+
+
+def _ended(parts: Iterable[str | None]) -> Iterator[str | None]:
+    """The parts, and None behind a document that breaks off."""
+    part: str | None = None
+    for part in parts:
+        yield part
+    if part is not None:
+        yield None
+
+
+def _cut(text: str) -> int:
+    """Where to divide a text, at most `PIECE` from its start, so that tokenizers do not notice."""
+    # a single line break or blank between words; the break goes with what is before, the blank with what follows
+    for mark, before in (("\n", 1), (" ", 0)):
+        position = PIECE - 1
+        for _ in range(64):
+            position = text.rfind(mark, PIECE // 2, position)
+            if position < 0:
+                break
+            if not text[position - 1].isspace() and not text[position + 1].isspace():
+                return position + before
+    return PIECE
+
+
+def _whole_line(line: bytes, file: IO[bytes]) -> bytes:
+    if len(line) <= MAX_LINE:
+        return line
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE)
+    raise UnreadableFile(f"a line of more than {MAX_LINE:,} bytes")
+
+
+def _no_number(digits: str) -> int:
+    return 0
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")

@@ -1,0 +1,139 @@
+"""Is text being learned? Which word stood at a masked place, and what a paragraph is about.
+
+For words, single tokens of held-out blocks are masked, and the encoder's output there is to tell which of the most
+frequent words it was: only the words around it can. Beside the network before training stands the guess that needs no
+context, the most frequent word. For topics, features are averaged over a paragraph, beside a bag of words: counts of
+tokens, weighted by how rare they are. The classifiers are those of `probe`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_fast.config import TextConfig
+from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task, most_frequent, score
+from d2v_fast.evaluation.features import sequence_features
+from d2v_fast.modalities.text.reference_pages import TextProbeData
+from d2v_fast.modalities.text.tasks import TextDataset
+from d2v_fast.models.student import Student
+
+_log = logging.getLogger(__name__)
+
+NUM_WORDS = 200
+MASKED_SHARE = 0.15
+UNIGRAM, BAG_OF_WORDS = "most frequent word", "bag of words"
+# masked places of each part
+MAX_TRAIN, MAX_TEST = 8000, 4000
+# columns of a bag of words: a vocabulary of 50,000 tokens would take longer to classify than all features
+MAX_BAG = 5000
+
+
+class MaskedWords(NamedTuple):
+    """Blocks in which frequent words are masked.
+
+    Attributes:
+        tokens: int64 `[T]` each.
+        places: int64, the masked positions of each block.
+        words: int64 `[S]`, which word stood there, over all blocks.
+        num_train: how many of them are of the blocks that pre-training saw.
+    """
+
+    tokens: list[Tensor]
+    places: list[Tensor]
+    words: NDArray[np.int64]
+    num_train: int
+
+
+def masked_words(config: TextConfig) -> MaskedWords:
+    """Mask `MASKED_SHARE` of the tokens, among the places of the most frequent words, the same in every run."""
+    parts = [TextDataset(config.data, config.model, split) for split in ("train", "test")]
+    blocks = []
+    for part in parts:
+        read = part.read(np.arange(len(part), dtype=np.int64))
+        blocks.append([row[:length] for row, length in zip(read.tokens, read.lengths, strict=True)])
+    counts = np.bincount(np.concatenate(blocks[0]), minlength=parts[0].vocab_size)
+    is_word = np.zeros(len(counts), dtype=np.bool_)
+    for token in np.argsort(-counts, kind="stable").tolist():
+        is_word[token] = counts[token] > 0 and _is_word(parts[0].tokenizer.decode([token, token]))
+        if is_word.sum() == NUM_WORDS:
+            break
+    number = np.cumsum(is_word) - 1
+    rng = np.random.default_rng(0)
+    tokens, places, words, totals = [], [], [], []
+    for rows, most in zip(blocks, (MAX_TRAIN, MAX_TEST), strict=True):
+        total = 0
+        for index in rng.permutation(len(rows)).tolist():
+            row = rows[index].copy()
+            candidates = np.flatnonzero(is_word[row])
+            size = min(len(candidates), int(MASKED_SHARE * len(row)), most - total)
+            if size == 0:
+                continue
+            chosen = np.sort(rng.choice(candidates, size, replace=False))
+            words.append(number[row[chosen]])
+            row[chosen] = parts[0].specials.mask
+            tokens.append(torch.from_numpy(row))
+            places.append(torch.from_numpy(chosen))
+            total += size
+        totals.append(total)
+    return MaskedWords(tokens, places, np.concatenate(words or [np.empty(0, np.int64)]), totals[0])
+
+
+def _is_word(twice: str) -> bool:
+    """Whether a token is a word, from the text of it and itself again: parts of words would be one word together."""
+    parts = twice.split()
+    return len(parts) == 2 and parts[0] == parts[1] and parts[0].isalpha()
+
+
+def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: TextConfig) -> ProbeReports:
+    """Score every model's features on both questions.
+
+    Args:
+        models: encoders, by the name they get in the tables.
+        data: labeled paragraphs.
+        config: of the run.
+    """
+    masked, padding = masked_words(config), data.specials.pad
+    has_words = 0 < masked.num_train < len(masked.words)
+    if not has_words:
+        _log.warning("the probe of masked words is left out: no token of this tokenizer is a frequent word")
+    order = np.arange(len(masked.words))
+    word = Task(masked.words, order[: masked.num_train], order[masked.num_train :])
+    topic = Task(*map(np.asarray, (data.labels, data.train_indices, data.test_indices)))
+    of_words, of_topics = {}, {}
+    for name, model in models.items():
+        if has_words:
+            outputs = sequence_features(model, masked.tokens, num_places=int, padding=padding)
+            at_masks = [output[place] for output, place in zip(outputs, masked.places, strict=True)]
+            of_words[name] = score(torch.cat(at_masks).numpy(), word, config.probe)
+        paragraphs = sequence_features(model, data.tokens, num_places=int, padding=padding)
+        of_topics[name] = score(torch.stack([rows.mean(0) for rows in paragraphs]).numpy(), topic, config.probe)
+    if has_words:
+        of_words[UNIGRAM] = most_frequent(word)
+    of_topics[BAG_OF_WORDS] = score(bag_of_words(data.tokens, topic), topic, config.probe)
+    reports = {"word": ProbeReport(of_words, config.probe, "masked words")} if has_words else {}
+    return ProbeReports({**reports, "topic": ProbeReport(of_topics, config.probe, "topics")})
+
+
+def bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
+    """Count tokens, times the logarithm of how rare they are among the training part.
+
+    Args:
+        tokens: int64 `[T]` each.
+        task: which of them are the training part.
+    Returns:
+        fp32 `[S, V]`, rows of length 1, for the V <= `MAX_BAG` tokens that the most samples of the training part hold.
+    """
+    vocabulary = 1 + max(int(row.max()) for row in tokens)
+    counts = np.stack([np.bincount(row.numpy(), minlength=vocabulary) for row in tokens]).astype(np.float32)
+    held = (counts[task.train] > 0).sum(0)
+    chosen = np.sort(np.argsort(-held, kind="stable")[: min(MAX_BAG, int((held > 0).sum()))])
+    weighted = counts[:, chosen] * np.log(len(task.train) / held[chosen]).astype(np.float32)
+    lengths = np.linalg.norm(weighted, axis=1, keepdims=True)
+    return np.asarray(weighted / np.maximum(lengths, 1e-12), dtype=np.float32)

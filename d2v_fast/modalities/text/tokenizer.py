@@ -1,0 +1,431 @@
+"""Tokenizers: read from what others wrote, or a byte-level BPE trained here; text to token ids with all cores.
+
+Hugging Face's `tokenizers` does the work (extra `train`), imported when it is needed. What this module adds: which ids
+are special, that text which spells a special token stays text, that nothing is truncated or drawn at random, and a
+digest that tells tokenizers apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.files.paths import expand_path
+from d2v_fast.files.reading import printable
+from d2v_fast.modalities.text.config import MAX_VOCAB, TextModelConfig
+from d2v_fast.modalities.text.tokenizer_files import (
+    MASK_TOKEN,
+    ROLES,
+    added_token,
+    byte_level,
+    check_added,
+    read_tokenizer_files,
+)
+from d2v_fast.modalities.text.tokenizer_limits import (
+    MAX_GROWTH,
+    Growth,
+    check_parts,
+    groups,
+    is_simple_frame,
+    within_limits,
+)
+from d2v_fast.packages import install_command
+
+__all__ = ["MIN_VOCAB_SIZE", "Specials", "Tokenizer", "load_tokenizer", "missing_tokens", "train_tokenizer"]
+
+# RoBERTa's first four, in this order; the mask is last
+FIRST_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+# these, and a token for every byte
+MIN_VOCAB_SIZE = len(FIRST_TOKENS) + 256 + 1
+
+_WHAT = {"bos": "begin", "pad": "padding", "eos": "end", "unk": "unknown", "mask": "mask"}
+# parts of tokenizer.json that decide which ids a text becomes; the others are for decoding, and for callers
+_DECISIVE = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+
+
+class Specials(NamedTuple):
+    """Ids of the special tokens: begin, padding, end, unknown (None where there is none), mask."""
+
+    bos: int
+    pad: int
+    eos: int
+    unk: int | None
+    mask: int
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All of them, ascending, each once."""
+        return tuple(sorted({special for special in self if special is not None}))
+
+
+class Tokenizer:
+    """Text to token ids.
+
+    Attributes:
+        specials: see `Specials`.
+        vocab_size: the largest id, plus 1.
+        digest: SHA-256 over everything that decides which ids a text becomes, and over `specials`.
+        dtype: of ids: uint16, or uint32 where they need it.
+        name: where it is from, for messages.
+    """
+
+    def __init__(self, inner: Any, content: dict[str, Any], names: dict[str, str], name: str) -> None:
+        # a text that spells <mask> is a text; special tokens without a role are meant to be found in it
+        self._others = {
+            entry["content"]
+            for entry in content.get("added_tokens") or []
+            if entry.get("special") and entry["content"] not in names.values()
+        }
+        # what was read is what is saved: the library changes the last digits of scores when it writes them
+        self._content = json.dumps({**content, "truncation": None, "padding": None}, ensure_ascii=False)
+        if self._others:
+            content = _not_special(content, self._others)
+            inner = _library().Tokenizer.from_str(json.dumps(content))
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        self._inner, self._names = inner, names
+        self._growth = Growth(content, _normalizer)
+        self.name = name
+        found = {role: inner.token_to_id(token) for role, token in names.items()}
+        self.specials = Specials(found["bos"], found["pad"], found["eos"], found.get("unk"), found["mask"])
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > MAX_VOCAB:
+            # the model would have a row for each
+            raise DataError(
+                f"`d2v.data.tokenizer` must have ids < {MAX_VOCAB:,}, but {name} has {self.vocab_size - 1:,}."
+            )
+        self.dtype: type[np.unsignedinteger] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        decisive = {part: content.get(part) for part in _DECISIVE} | {"specials": self.specials}
+        self.digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        self._reserved = np.array([i for i in self.specials.ids if i != self.specials.unk], dtype=self.dtype)
+
+    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
+        """The token ids of all texts, one after the other, without special tokens, and how many each has, int64 `[B]`.
+
+        Uses all cores.
+
+        Raises:
+            DataError: a text has what is not in the vocabulary, and the tokenizer has no token for that.
+        """
+        texts = list(texts)
+        sizes = self._growth.lengths(texts)
+        for text, size in zip(texts, sizes, strict=True):
+            if size > MAX_GROWTH * len(text) + 1000:
+                raise self._fails(f"its normalizer makes {size:,} characters of {len(text):,}")
+        parts = [self._encode(texts[part]) for part in groups(sizes)]
+        if len(parts) == 1:
+            return parts[0]
+        ids = np.concatenate([np.empty(0, dtype=self.dtype), *(part[0] for part in parts)])
+        return ids, np.concatenate([np.empty(0, dtype=np.int64), *(part[1] for part in parts)])
+
+    def _encode(self, texts: list[str]) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
+        try:
+            # the library gives the lock of Python free only for batches
+            found = within_limits(lambda: self._inner.encode_batch_fast(texts, add_special_tokens=False), "encoding")
+        except (TimeoutError, RuntimeError) as error:
+            raise self._fails(str(error)) from None
+        except Exception as error:
+            # the library raises plain exceptions
+            advice = "Name an unknown token (`unk_token`, `unk_id`) of its vocabulary in it."
+            raise self._fails(str(error), advice) from None
+        lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
+        each = chain.from_iterable(encoding.ids for encoding in found)
+        ids = np.fromiter(each, dtype=self.dtype, count=int(lengths.sum()))
+        taken = np.isin(ids, self._reserved)
+        if taken.any():
+            # some tokenizers take the name of a special token for it all the same
+            lengths -= np.bincount(np.repeat(np.arange(len(found)), lengths)[taken], minlength=len(found))
+            ids = ids[~taken]
+        return ids, lengths
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special ones by their names.
+
+        Raises:
+            DataError: the tokenizer cannot decode.
+        """
+        numbers = [int(i) for i in ids]
+        return self._called(lambda: str(self._inner.decode(numbers, skip_special_tokens=False)), "decoding")
+
+    def round_trip(self, text: str) -> tuple[str, str]:
+        """A text as the tokenizer normalizes it, and what its known tokens say of it, normalized as well.
+
+        Where a tokenizer cannot decode, both are parts of the text itself: all of it, and what its tokens come from.
+        """
+        # the batch without offsets gives the ids of training
+        [encoding] = self._called(lambda: self._inner.encode_batch([text], add_special_tokens=False), "encoding")
+        left_out = {self.specials.unk, *self._reserved.tolist()}
+        known = [position for position, token in enumerate(encoding.ids) if token not in left_out]
+        if self._inner.decoder is None:
+            # blanks divide words, and belong to none
+            covered = np.array([letter.isspace() for letter in text], dtype=np.bool_)
+            for position in known:
+                covered[slice(*encoding.offsets[position])] = True
+            return text, "".join(letter for letter, there in zip(text, covered, strict=True) if there)
+        decoded = self.decode([encoding.ids[position] for position in known])
+        # CLIP's decoder leaves the ends of words in what it decodes
+        if suffix := getattr(self._inner.model, "end_of_word_suffix", None):
+            decoded = decoded.replace(suffix, " ")
+        normalizer = self._inner.normalizer
+        # both: some decoders turn a part of the normalization around, such as another letter for the blank
+        if normalizer is None:
+            return text, decoded
+        both = (text, decoded)
+        first, second = self._called(lambda: [str(normalizer.normalize_str(one)) for one in both], "normalizing")
+        return first, second
+
+    def _called(self, call: Callable[[], Any], what: str) -> Any:
+        """What the library returns.
+
+        Raises:
+            DataError: it fails, or does not end.
+        """
+        try:
+            return within_limits(call, what)
+        except Exception as error:
+            raise self._fails(str(error)) from None
+
+    def _fails(self, reason: str, advice: str = "Name another one.") -> DataError:
+        return DataError(
+            f"`d2v.data.tokenizer` must be a tokenizer that encodes any text, but {self.name} does not: "
+            f"{printable(reason)[:300].rstrip('.')}. {advice}"
+        )
+
+    def require(self, digest: str, where: str) -> None:
+        """Raise DataError unless this is the tokenizer of the given digest; `where` says whose that is."""
+        if digest != self.digest:
+            raise DataError(
+                f"`d2v.data.tokenizer` must be the tokenizer that {where} was trained with (digest {digest[:12]}), but "
+                f"is {self.name} (digest {self.digest[:12]}) instead: its ids stand for other tokens."
+            )
+
+    def fit(self, model: TextModelConfig) -> None:
+        """Raise DataError unless a model of this configuration has all tokens and the same padding token.
+
+        What the configuration leaves to the tokenizer fits.
+        """
+        if model.vocab_size is not None and self.vocab_size > model.vocab_size:
+            raise DataError(
+                f"`d2v.model.vocab_size` must be >= {self.vocab_size}, the tokens of {self.name}, but is "
+                f"{model.vocab_size} instead. Leave it out: it follows the tokenizer."
+            )
+        if model.padding_id not in (None, self.specials.pad):
+            raise DataError(
+                f"`d2v.model.padding_id` must be {self.specials.pad}, the padding token of {self.name}, but is "
+                f"{model.padding_id} instead. Leave it out for a new run, or name the tokenizer that the weights were "
+                f"trained with."
+            )
+
+    def save(self, folder: str | Path, max_length: int = 512) -> None:
+        """Write what `transformers.AutoTokenizer.from_pretrained` reads, and encodes as training does.
+
+        Begin and end tokens are around every text there, whatever the tokenizer that was read puts there.
+
+        Args:
+            folder: must exist; `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` are replaced.
+            max_length: longest sequence of the model, in tokens.
+        """
+        names = {key: self._names[role] for role, (keys, _) in ROLES.items() if role in self._names for key in keys}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "right",
+            "truncation_side": "right",
+            "clean_up_tokenization_spaces": False,
+            **names,
+        }
+        content = json.loads(self._content)
+        if not self._is_framed():
+            content["post_processor"] = _frame(self._names, self.specials)
+        files = {
+            "tokenizer.json": json.dumps(content, ensure_ascii=False, separators=(",", ":")),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
+            "special_tokens_map.json": json.dumps(names, indent=2, ensure_ascii=False),
+        }
+        for file, text in files.items():
+            (Path(folder) / file).write_text(text + "\n", encoding="utf-8")
+
+    def _is_framed(self) -> bool:
+        """Whether the post-processor puts begin and end token around a text, and does nothing else."""
+        specials = self.specials
+        if not is_simple_frame(json.loads(self._content).get("post_processor")):
+            return False
+        for text in ("", "a b"):
+            try:
+                ids, _ = self.encode([text])
+            except DataError:
+                # letters that are not in the vocabulary, and no unknown token
+                return False
+            [framed] = self._called(partial(self._inner.encode_batch, [text]), "encoding")
+            if framed.ids != [specials.bos, *ids.tolist(), specials.eos]:
+                return False
+        return True
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer: a `tokenizer.json` file, a folder with one, or a folder with vocab.json and merges.txt.
+
+    Vocabulary and merges are a byte-level BPE like GPT-2's and RoBERTa's, or of a class that a file beside them names;
+    added_tokens.json and `added_tokens_decoder` of tokenizer_config.json are read with them. Special tokens are those
+    that special_tokens_map.json or tokenizer_config.json of the folder name, else RoBERTa's or BERT's.
+
+    Raises:
+        DataError: there is none, it cannot be read, or it lacks a special token.
+    """
+    path = Path(os.path.abspath(expand_path(path)))
+    name = f"'{printable(str(path))}'"
+    try:
+        files = read_tokenizer_files(path)
+        content = files.content
+        if content["model"].get("dropout") is not None:
+            content["model"]["dropout"] = None
+        check_parts(content)
+        inner = within_limits(lambda: _library().Tokenizer.from_str(json.dumps(content)), "reading it")
+        check_added(content, inner.token_to_id)
+        names = _names_of_specials(inner, files.names, name)
+        return Tokenizer(inner, content, names, name)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"`d2v.data.tokenizer` must be a tokenizer, but {name}: {error.strerror or error}.") from None
+    except Exception as error:
+        # the library raises plain exceptions
+        text = printable(str(error))[:1000]
+        raise DataError(f"`d2v.data.tokenizer` must be a tokenizer, but {name} cannot be read: {text}") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "the trained tokenizer") -> Tokenizer:
+    """A byte-level BPE with RoBERTa's special tokens: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, and `<mask>` last.
+
+    The same texts give the same tokenizer, with any number of threads. Memory grows with the number of different words,
+    not with the length of the text.
+
+    Args:
+        vocab_size: tokens in all; fewer come out if the texts do not have as many pairs that occur twice.
+        name: for messages.
+    Raises:
+        ValueError: `vocab_size` is too small for the bytes and the special tokens.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"`vocab_size` must be >= {MIN_VOCAB_SIZE}, but is {vocab_size} instead.")
+    library = _library()
+    raw = library.Tokenizer(library.models.BPE())
+    raw.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        special_tokens=list(FIRST_TOKENS),
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(iter(texts), trainer)
+    model = json.loads(raw.to_str())["model"]
+    model["vocab"][MASK_TOKEN] = len(model["vocab"])
+    content = byte_level(model, [added_token(token, model["vocab"][token]) for token in (*FIRST_TOKENS, MASK_TOKEN)])
+    inner = library.Tokenizer.from_str(json.dumps(content))
+    return Tokenizer(inner, content, _names_of_specials(inner, {}, name), name)
+
+
+def missing_tokens(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """Why a trained tokenizer has fewer tokens than it was to have; None if it has not."""
+    if tokenizer.vocab_size >= vocab_size:
+        return None
+    return (
+        f"{tokenizer.vocab_size:,} tokens instead of {vocab_size:,}: no further pair of tokens occurs twice within the "
+        f"words of this text. More text gives more tokens."
+    )
+
+
+@functools.cache
+def _use_threads_until_forked() -> None:
+    """Let the library use its threads, but not in a forked process: they do not exist there, and a call would hang."""
+    if os.environ.setdefault("TOKENIZERS_PARALLELISM", "true") == "true":
+        os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
+
+
+def _library() -> Any:
+    _use_threads_until_forked()
+    try:
+        import tokenizers
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except Exception as error:
+        raise DataError(
+            f"text is tokenised with tokenizers, which cannot be imported ({type(error).__name__}: {error}): "
+            f"{install_command('tokenizers')}"
+        ) from None
+    return tokenizers
+
+
+def _normalizer(section: dict[str, Any]) -> Any:
+    """The normalizer of a section of tokenizer.json."""
+    model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+    return _library().Tokenizer.from_str(json.dumps({"model": model, "normalizer": section})).normalizer
+
+
+def _not_special(content: dict[str, Any], tokens: set[str]) -> dict[str, Any]:
+    """The content of tokenizer.json in which some added tokens are none that text is kept from spelling."""
+    added = content["added_tokens"]
+    changed = [{**entry, "special": False} if entry["content"] in tokens else entry for entry in added]
+    return {**content, "added_tokens": changed}
+
+
+def _frame(names: dict[str, str], specials: Specials) -> dict[str, Any]:
+    """The section `post_processor` that puts begin and end token around a text, and one more behind a second one."""
+
+    def token(role: str) -> dict[str, Any]:
+        return {"SpecialToken": {"id": names[role], "type_id": 0}}
+
+    def text(which: str) -> dict[str, Any]:
+        return {"Sequence": {"id": which, "type_id": 0}}
+
+    single = [token("bos"), text("A"), token("eos")]
+    ids = {"bos": specials.bos, "eos": specials.eos}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, text("B"), token("eos")],
+        "special_tokens": {
+            names[role]: {"id": names[role], "ids": [ids[role]], "tokens": [names[role]]} for role in ids
+        },
+    }
+
+
+def _names_of_specials(inner: Any, said: dict[str, str], name: str) -> dict[str, str]:
+    """The special tokens by role; DataError names those that are missing."""
+    names: dict[str, str] = {}
+    missing = []
+    for role, (keys, defaults) in ROLES.items():
+        wanted = [said[key] for key in keys if key in said] or list(defaults)
+        found = [token for token in wanted if inner.token_to_id(token) is not None]
+        if found:
+            names[role] = found[0]
+        elif role != "unk":
+            missing.append(f"no {_WHAT[role]} token ({' or '.join(map(printable, wanted))})")
+    if missing:
+        raise DataError(
+            f"`d2v.data.tokenizer` must have all special tokens, but {name} has {', '.join(missing)}. Add them to it, "
+            f"or name them in a special_tokens_map.json beside it."
+        )
+    for role in ("mask", "pad"):
+        others = [other for other in names if other != role and names[other] == names[role]]
+        if others:
+            raise DataError(
+                f"`d2v.data.tokenizer` must have a {_WHAT[role]} token of its own, but {name} uses "
+                f"'{printable(names[role])}' as {_WHAT[others[0]]} token, too."
+            )
+    return names

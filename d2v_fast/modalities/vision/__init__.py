@@ -1,0 +1,1 @@
+"""Images: patches, one row per patch."""

@@ -1,0 +1,146 @@
+"""The sections of `"d2v"` that are vision's own. Defaults: the published ViT-B run (arXiv 2202.03555, section 4.1, and
+its released recipe)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
+
+
+class VisionModelConfig(Section):
+    """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and falls
+    linearly to 0 at the first. `absolute_position` adds learned position embeddings to the tokens, which the published
+    models do without: a small model on small images needs fewer steps with them. The attention bias for relative
+    positions is one table that all blocks share, as in the published pre-training, or with `position_bias` "per_block"
+    one table in each block, as in the published fine-tuned models."""
+
+    image_size: int = Field(default=224, ge=1, le=MAX_SIZE)
+    patch_size: int = Field(default=16, ge=1, le=MAX_SIZE)
+    channels: int = Field(default=3, ge=1, le=MAX_SIZE)
+    width: int = Field(default=768, ge=1, le=MAX_SIZE)
+    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
+    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
+    drop_path: float = Field(default=0.25, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.05, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    layer_scale: float = Field(default=1e-4, gt=0, le=1e6)
+    norm_eps: float = Field(default=1e-6, gt=0, le=1)
+    absolute_position: bool = False
+    position_bias: Literal["shared", "per_block"] = "shared"
+    gradient_checkpointing: bool = False
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in the image, without the CLS token."""
+        return self.grid_size**2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = problem_of_heads(self.width, self.heads)
+        if self.image_size % self.patch_size:
+            size = max(1, round(self.image_size / self.patch_size)) * self.patch_size
+            hint = f"The nearest image size that fits is {size}."
+            must = f"be a multiple of `patch_size` ({self.patch_size})"
+            problems.append(Problem("image_size", must, self.image_size, hint))
+        if int(self.width * self.mlp_ratio) < 1:
+            problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
+        refuse_if(problems)
+        return self
+
+
+class BlockMaskConfig(Section):
+    """Block-wise masks: rectangles of `min_patches` to `max_patches` (None: as many as are still to be
+    masked), aspect ratio in [`min_aspect`, 1/`min_aspect`], until `num_patches` patches are masked."""
+
+    kind: Literal["block"] = "block"
+    num_patches: int = Field(default=120, ge=1)
+    min_patches: int = Field(default=16, ge=1)
+    max_patches: int | None = Field(default=None, ge=1, le=MAX_SIZE**2)
+    min_aspect: float = Field(default=0.3, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.min_patches > self.num_patches:
+            problems.append(Problem("min_patches", f"be <= `num_patches` ({self.num_patches})", self.min_patches))
+        if self.max_patches is not None and self.max_patches < self.min_patches:
+            problems.append(Problem("max_patches", f"be >= `min_patches` ({self.min_patches})", self.max_patches))
+        refuse_if(problems)
+        return self
+
+
+class VisionDataConfig(Section):
+    """Where the images come from, and how they are changed at random.
+
+    `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of the area; `zoom` 0.1 is up to
+    10 % larger or smaller; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction`
+    unreadable files stop the run, or with `strict` the first one.
+
+    A file of more than `max_image_bytes`, an image of more than `max_image_pixels` (width times height) or with a side
+    under `min_image_side` pixels counts as unreadable, and so does a link that leads out of `path` unless
+    `follow_outside`. A decoder needs up to 24 bytes per pixel in each worker.
+
+    `bit_depth` is how many bits the values of PNG and TIFF images have that are stored in more, such as 12 in a 16-bit
+    file. None takes what a file says of itself, else all bits, and warns where the images then are dark.
+
+    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
+    error, "accept" logs the difference and goes on.
+    """
+
+    # keys that only one kind reads
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {
+        "digits": ("rotation_degrees", "zoom", "shift_pixels", "test_fraction"),
+        "images": (
+            *("crop_scale", "flip_prob", "color_jitter", "max_bad_fraction", "strict"),
+            *("max_image_pixels", "max_image_bytes", "min_image_side", "follow_outside"),
+        ),
+    }
+
+    kind: Literal["digits", "images"] = "digits"
+    path: PathText | None = None
+    on_change: Literal["refuse", "accept"] = "refuse"
+    num_workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
+    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), strict=False)
+    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), strict=False)
+    crop_scale: tuple[float, float] = Field(default=(0.08, 1.0), strict=False)
+    flip_prob: float = Field(default=0.5, ge=0, le=1)
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+    rotation_degrees: float = Field(default=0.0, ge=0, le=180)
+    zoom: float = Field(default=0.0, ge=0, lt=1)
+    shift_pixels: float = Field(default=0.0, ge=0, le=MAX_SIZE)
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    strict: bool = False
+    # Pillow refuses twice its own limit, whatever is asked for
+    max_image_pixels: int = Field(default=64_000_000, ge=1, le=178_956_970)
+    max_image_bytes: int = Field(default=256_000_000, ge=1, le=10**15)
+    min_image_side: int = Field(default=2, ge=1, le=MAX_SIZE)
+    follow_outside: bool = False
+    bit_depth: int | None = Field(default=None, ge=1, le=16)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        if self.kind == "images" and not self.path:
+            hint = "Name the folder that holds the images: `--set d2v.data.path=/my/images`."
+            problems.append(Problem("path", 'be a folder with `kind` "images"', self.path, hint))
+        if self.kind == "digits" and self.path is not None:
+            hint = 'Your own images are `kind` "images", for which the preset `images_small` is made.'
+            problems.append(Problem("path", 'be null with `kind` "digits", a sample set', self.path, hint))
+        if any(value <= 0 for value in self.std):
+            problems.append(Problem("std", "be > 0 in every channel", self.std))
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            problems.append(Problem("crop_scale", "be [low, high] with 0 < low <= high <= 1", self.crop_scale))
+        refuse_if(problems)
+        return self

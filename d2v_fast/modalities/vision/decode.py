@@ -1,0 +1,288 @@
+"""One image file to a square of pixels. The file may be damaged or hostile: whatever it does,
+`UnreadableImage`."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+
+from d2v_fast.data.files import UnreadableFile, open_sample, refuse_system_error
+from d2v_fast.modalities.vision.bit_depth import Dim, eight_bits
+
+__all__ = ["Box", "Limits", "SmallImage", "UnreadableImage", "centre_box", "check_header", "read_square"]
+
+# only these decoders run, whatever the file is called
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+_NAMES = "JPEG, PNG, WebP, TIFF, BMP or GIF"
+# of TIFF, by Pillow's names; the others are rare, and some of their decoders old or greedy
+_COMPRESSIONS = (
+    *("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "jpeg", "zstd", "webp"),
+    *("tiff_ccitt", "group3", "group4"),
+)
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STRIPS, _TILES, _TILE_WIDTH, _TILE_LENGTH = 273, 324, 322, 323
+# as many tiles of 16 x 16 as the most pixels have by default; Pillow keeps a list of them
+MAX_STRIPS = 300_000
+MAX_TAGS = 4096
+# Pillow decodes them in Python, pixel by pixel at worst
+MAX_RLE_BYTES = 4_000_000
+# a progressive JPEG has about ten, but a scan of all pixels can be written in 15 bytes and takes as long as any other
+MAX_SCANS = 200
+
+Box = tuple[int, int, int, int]
+
+EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may ask for.
+
+    Attributes:
+        max_pixels: width times height. The header is asked, before anything is decoded.
+        max_bytes: size of the file.
+        min_side: width and height, in pixels.
+        root: absolute folder without links in it, which no file may lie outside of; None for any place.
+    """
+
+    max_pixels: int
+    max_bytes: int
+    min_side: int
+    root: str | None = None
+
+
+class UnreadableImage(UnreadableFile):
+    """A file that cannot be used as an image; the message is the reason in a few words."""
+
+
+class SmallImage(UnreadableImage):
+    """An image with a side below the limit."""
+
+
+def read_square(
+    path: str,
+    size: int,
+    channels: int,
+    choose_box: Callable[[int, int], Box],
+    limits: Limits,
+    *,
+    bit_depth: int | None = None,
+    note: Callable[[Dim], None] | None = None,
+) -> Image.Image:
+    """Decode a file, crop it, and resize the crop (cubic, antialiased).
+
+    Args:
+        path: a JPEG, PNG, WebP, TIFF, BMP or GIF file of any mode: grey, color, palette, CMYK, 16 bit, with alpha (laid
+            on white). Of several pages or frames, the first.
+        size: width and height of the result in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        choose_box: from width and height of the file's image to the crop, (left, top, width, height). The camera's
+            orientation tag is obeyed after the crop.
+        limits: what goes beyond them is not decoded.
+        bit_depth, note: as for `eight_bits`.
+    Returns:
+        An image of mode "L" or "RGB".
+    Raises:
+        UnreadableImage: for anything that is wrong with the file.
+    """
+    with _reasons(path, limits):
+        return _read_square(path, size, channels, choose_box, limits, bit_depth, note)
+
+
+def check_header(path: str, limits: Limits) -> None:
+    """Raise UnreadableImage where the header of a file is that of no image, or of one beyond the limits."""
+    with _reasons(path, limits), _open(path, limits) as file, Image.open(file, formats=FORMATS) as image:
+        _check_size(image, limits)
+
+
+def _open(path: str, limits: Limits) -> BinaryIO:
+    """Open an image file for reading."""
+    file = open_sample(path, limits.root, limits.max_bytes)
+    if os.fstat(file.fileno()).st_size == 0:
+        file.close()
+        raise UnreadableImage("an empty file")
+    return file
+
+
+@contextmanager
+def _reasons(path: str, limits: Limits) -> Iterator[None]:
+    """Whatever goes wrong inside, in words."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of much that is harmless here
+            warnings.simplefilter("ignore")
+            yield
+    except UnreadableImage:
+        raise
+    except UnreadableFile as error:
+        raise UnreadableImage(str(error)) from None
+    except Image.DecompressionBombError:
+        # Pillow's own limit, on the way to ours
+        raise UnreadableImage(f"more than {limits.max_pixels:,} pixels") from None
+    except UnidentifiedImageError:
+        raise UnreadableImage(_unidentified(path, limits)) from None
+    except Exception as error:
+        refuse_system_error(error, path)
+        # decoders let nearly every type of exception escape from damaged files
+        raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
+
+
+def centre_box(width: int, height: int) -> Box:
+    """The largest square in the middle."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
+def _read_square(
+    path: str,
+    size: int,
+    channels: int,
+    choose_box: Callable[[int, int], Box],
+    limits: Limits,
+    bit_depth: int | None,
+    note: Callable[[Dim], None] | None,
+) -> Image.Image:
+    with _open(path, limits) as file:
+        content = file.read(os.fstat(file.fileno()).st_size)
+    if content.startswith(_TIFF_STARTS):
+        _check_directory(content)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        width, height = _check_size(image, limits)
+        if image.format in ("JPEG", "MPO") and _has_too_many_scans(content):
+            raise UnreadableImage(f"more than {MAX_SCANS} scans")
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff(image, content, limits)
+        if image.format == "BMP" and len(content) > MAX_RLE_BYTES and _is_run_length_encoded(image):
+            raise UnreadableImage(f"a run-length encoded bitmap of more than {MAX_RLE_BYTES:,} bytes")
+        left, top, crop_width, crop_height = choose_box(width, height)
+        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as leaves the crop no smaller than wanted
+        wanted = math.ceil(width * size / crop_width), math.ceil(height * size / crop_height)
+        image.draft("L" if channels == 1 else "RGB", wanted)
+        image.load()
+        right, bottom = left + crop_width, top + crop_height
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, right * across, bottom * down)
+        levels = eight_bits(image, content, bit_depth, note)
+        square = _plain_mode(levels, channels).resize((size, size), Image.Resampling.BICUBIC, box)
+        turn = _TURNS.get(_orientation(image))
+    return square if turn is None else square.transpose(turn)
+
+
+def _check_size(image: Image.Image, limits: Limits) -> tuple[int, int]:
+    """Width and height of an image that is within the limits."""
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise UnreadableImage(f"{width}x{height} is more than {limits.max_pixels:,} pixels")
+    if min(width, height) < limits.min_side:
+        raise SmallImage(f"{width}x{height} is smaller than {limits.min_side} pixels")
+    return width, height
+
+
+# a marker that begins a segment, or the end: neither a stuffed byte nor a fill byte nor one that has no content
+_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+
+
+def _has_too_many_scans(content: bytes) -> bool:
+    """Looks at the first image of a JPEG file: cameras append thumbnails and films to it."""
+    scans, position = 0, 2
+    while scans <= MAX_SCANS and (match := _MARKER.search(content, position)):
+        marker = match[1][0]
+        if marker == _END_OF_IMAGE:
+            break
+        scans += marker == _START_OF_SCAN
+        position = match.end() + int.from_bytes(content[match.end() : match.end() + 2], "big")
+    return scans > MAX_SCANS
+
+
+def _plain_mode(image: Image.Image, channels: int) -> Image.Image:
+    """The image in mode "L" or "RGB"."""
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode and "transparency" not in image.info:
+        return image
+    if image.mode == "LAB":
+        raise UnreadableImage("CIELAB colors, whose white point the file does not tell: save it as RGB")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        # a fourth byte that is no opacity
+        image = image.convert("RGB")
+    elif image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _is_run_length_encoded(image: Image.Image) -> bool:
+    return any("rle" in tile.codec_name for tile in getattr(image, "tile", []))
+
+
+def _check_directory(content: bytes) -> None:
+    """Count the strips and tiles of a TIFF, as its first directory states them, before Pillow makes a list of them."""
+    order: Literal["little", "big"] = "little" if content.startswith(b"II") else "big"
+    is_big = content[2:4] in (b"+\0", b"\0+")
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(content[position : position + size], order)
+
+    start, size = (number(8, 8), 8) if is_big else (number(4, 4), 2)
+    num_tags, width = number(start, size), 20 if is_big else 12
+    if num_tags > MAX_TAGS:
+        raise UnreadableImage(f"a TIFF directory of more than {MAX_TAGS:,} entries")
+    for index in range(num_tags):
+        entry = start + size + index * width
+        if number(entry, 2) in (_STRIPS, _TILES) and number(entry + 4, 8 if is_big else 4) > MAX_STRIPS:
+            raise UnreadableImage(f"more than {MAX_STRIPS:,} strips or tiles")
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes, limits: Limits) -> None:
+    compression = image.info.get("compression")
+    if compression not in _COMPRESSIONS:
+        raise UnreadableImage(f"TIFF compression {compression} is not read: save it without, or as PNG")
+    tile_width, tile_length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+    if tile_width * tile_length > limits.max_pixels:
+        # which the image is a part of
+        raise UnreadableImage(f"a tile of {tile_width}x{tile_length} is more than {limits.max_pixels:,} pixels")
+    strips = sum(len(image.tag_v2.get(tag, ())) for tag in (_STRIPS, _TILES))
+    # in compressed data the marker does not occur
+    if compression == "jpeg" and content.count(bytes((0xFF, _START_OF_SCAN))) > MAX_SCANS + 4 * strips:
+        raise UnreadableImage(f"more than {MAX_SCANS} scans")
+
+
+def _unidentified(path: str, limits: Limits) -> str:
+    """Why Pillow reads no file that it has looked at."""
+    try:
+        with _open(path, limits) as file:
+            start = file.read(4)
+    except (OSError, UnreadableFile):
+        start = b""
+    if start in _TIFF_STARTS:
+        return (
+            "a TIFF that is damaged, or of a layout that is not read: save it as gray, RGB or RGBA with 8 or 16 bits "
+            "per value"
+        )
+    return f"not a {_NAMES} image"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:
+        # a damaged tag does not make the picture unreadable
+        return 1

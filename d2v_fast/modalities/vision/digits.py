@@ -1,0 +1,141 @@
+"""The 1,797 handwritten digits that scikit-learn ships: real data that needs no download.
+
+Each is an 8x8 scan in 17 grey levels (UCI, Optical Recognition of Handwritten Digits). A fixed part is held
+out: pre-training sees only the rest, and never a label. `digits_for_probe` is the one door to the labels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.listing import Listing
+from d2v_fast.data.samples import digest_of
+from d2v_fast.masking.streams import AUGMENT, SPLIT, permutation, stream_keys, uniforms
+from d2v_fast.modalities.vision.affine import warp
+
+if TYPE_CHECKING:
+    from d2v_fast.config import VisionConfig, VisionDataConfig, VisionModelConfig
+
+__all__ = ["DigitsDataset", "ProbeData", "digits_for_probe"]
+
+SCAN_SIZE = 8
+
+# the held-out digits are the same in every run, so that figures of different runs can be compared
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Labeled images for a probe.
+
+    Attributes:
+        images: fp32 `[S, C, H, W]`, normalised as for the encoder, not augmented.
+        labels: int64 `[S]`.
+        train_indices, test_indices: int64, positions in `images`. Pre-training saw the train part only.
+    """
+
+    images: Tensor
+    labels: Tensor
+    train_indices: Tensor
+    test_indices: Tensor
+
+
+class DigitsDataset:
+    """The digits of one split, without labels.
+
+    Augmented digits are rotated, enlarged or shrunk, and shifted, in one cubic resampling; outside of the
+    scan is paper. The other options of `VisionDataConfig` (crop, flip, colour) are for photographs and have no
+    effect here.
+    """
+
+    channels = 1
+    listing = Listing()
+
+    def __init__(
+        self, data: VisionDataConfig, model: VisionModelConfig, split: Literal["train", "test"] = "train"
+    ) -> None:
+        if model.channels != 1:
+            raise DataError(f"`d2v.model.channels` must be 1 for digits, but is {model.channels} instead.")
+        scans, labels = _load_scans()
+        train, test = _split(labels, data.test_fraction)
+        self.image_size = model.image_size
+        self._scans = scans[train if split == "train" else test]
+        self._mean, self._std = data.mean[0], data.std[0]
+        self._max_turn = math.radians(data.rotation_degrees)
+        self._max_log_zoom = math.log1p(data.zoom)
+        # given in pixels of the model's input, used in pixels of the scan
+        self._max_shift = data.shift_pixels * SCAN_SIZE / model.image_size
+        # compiles the resampling here, once, and not in every worker
+        self.plain(np.zeros(1, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._scans)
+
+    def __getitem__(self, sample_id: int) -> Tensor:
+        """One digit, fp32 `[1, H, W]`, normalised, not augmented."""
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"sample {sample_id} of {len(self)}")
+        return self.plain(np.array([sample_id]))[0]
+
+    def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
+        """See `Dataset`; no digit is ever replaced."""
+        draws = 2 * uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), 4) - 1
+        limits = np.array([self._max_turn, self._max_log_zoom, self._max_shift, self._max_shift])
+        return self._pixels(sample_ids, draws * limits), ()
+
+    def names_digest(self) -> str:
+        """Return a digest of the scans: they have no names."""
+        return digest_of(self._scans)
+
+    def sizes_digest(self) -> str:
+        """Return a digest of the scans' shape."""
+        return digest_of(str(self._scans.shape).encode())
+
+    def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
+        """See `Dataset`."""
+        return self._pixels(sample_ids, np.zeros((len(sample_ids), 4)))
+
+    def _pixels(self, sample_ids: npt.NDArray[np.int64], motions: npt.NDArray[np.float64]) -> Tensor:
+        pixels = np.empty((len(sample_ids), 1, self.image_size, self.image_size), dtype=np.float32)
+        warp(pixels[:, 0], self._scans, np.ascontiguousarray(sample_ids), motions)
+        return torch.from_numpy(pixels).sub_(self._mean).div_(self._std)
+
+
+def digits_for_probe(config: VisionConfig) -> ProbeData:
+    """All digits with their labels, prepared as `config` says, and the split that pre-training respects."""
+    _, labels = _load_scans()
+    train, test = _split(labels, config.data.test_fraction)
+    images = torch.empty(len(labels), 1, config.model.image_size, config.model.image_size)
+    train_set = DigitsDataset(config.data, config.model, "train")
+    test_set = DigitsDataset(config.data, config.model, "test")
+    for dataset, indices in ((train_set, train), (test_set, test)):
+        images[indices] = dataset.plain(np.arange(len(dataset), dtype=np.int64))
+    return ProbeData(images, torch.from_numpy(labels), torch.from_numpy(train), torch.from_numpy(test))
+
+
+def _load_scans() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Scans `[S, 8, 8]` in [0, 1] and labels `[S]`."""
+    # a slow import, needed once
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
+
+
+def _split(labels: npt.NDArray[np.int64], test_fraction: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Sorted train and test positions; every class is divided in the same proportion."""
+    held_out = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = permutation(SPLIT_SEED, SPLIT, int(label), len(members))
+        num_test = min(max(1, round(test_fraction * len(members))), len(members) - 1)
+        held_out[members[order[:num_test]]] = True
+    return np.flatnonzero(~held_out).astype(np.int64), np.flatnonzero(held_out).astype(np.int64)

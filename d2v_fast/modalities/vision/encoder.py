@@ -1,0 +1,156 @@
+"""The image encoder: patch embeddings, the mask token at masked patches, the class token in front, pre-norm blocks.
+
+Shape letters: B batch, C channels, P patches, D width, N masked rows, G patches along one side of the grid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.config import VisionModelConfig
+from d2v_fast.models.encoder import Encoder, EncoderOutput
+from d2v_fast.models.layers import Linear, init_linear_, truncated_normal_
+from d2v_fast.models.pre_norm import PreNormBlock, RelativePositionBias
+from d2v_fast.models.student import MaskedBatch, Student
+
+
+class VisionEmbedding(nn.Module):
+    """Non-overlapping square patches through one linear map; positions enter later, as an attention bias, unless
+    `absolute_position` adds learned embeddings here as well.
+
+    The map is the published model's convolution with `kernel = stride = patch_size`, written as a matrix
+    product: its weight `[D, C * patch_size ** 2]` is the convolution's weight, flattened.
+    """
+
+    def __init__(self, config: VisionModelConfig) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.patch_size = config.patch_size
+        self.channels = config.channels
+        self.grid_size = config.grid_size
+        patch_values = config.channels * config.patch_size * config.patch_size
+        self.projection = Linear(patch_values, config.width)
+        # the published recipe decays the mask token but not the class token: the shapes tell them apart,
+        # since 1-D parameters are not decayed
+        self.cls_token = nn.Parameter(torch.empty(config.width))
+        self.mask_token = nn.Parameter(torch.empty(1, config.width))
+        shape = (1 + config.num_patches, config.width)
+        self.position = nn.Parameter(torch.empty(shape)) if config.absolute_position else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initialisation: truncated normal everywhere, zero bias."""
+        init_linear_(self.projection)
+        truncated_normal_(self.cls_token)
+        truncated_normal_(self.mask_token)
+        if self.position is not None:
+            truncated_normal_(self.position)
+
+    def forward(self, pixels: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Embed a batch of images.
+
+        Args:
+            pixels: `[B, C, image_size, image_size]`, normalised.
+            rows: int64 `[N]`, flat indices `b * P + p`, without repeats, of the patches to mask.
+        Returns:
+            `[B, 1 + P, D]`, class token first.
+        """
+        expected = (self.channels, self.image_size, self.image_size)
+        if pixels.dim() != 4 or pixels.shape[1:] != expected:
+            raise ValueError(
+                f"`pixels` must be [B, {', '.join(map(str, expected))}], but is {list(pixels.shape)} instead."
+            )
+        B, G, S = pixels.shape[0], self.grid_size, self.patch_size
+        # a low-precision copy of the model takes the loader's fp32 pixels
+        pixels = pixels.to(self.projection.weight.dtype)
+        patches = pixels.view(B, self.channels, G, S, G, S).permute(0, 2, 4, 1, 3, 5)
+        tokens = self.projection(patches.reshape(B * G * G, self.projection.in_features))
+        if rows is not None:
+            # in place: `tokens` is new, and the projection's backward does not read it
+            tokens.index_copy_(0, rows, self.mask_token.to(tokens.dtype).expand(len(rows), -1))
+        cls_token = self.cls_token.expand(B, 1, -1)
+        tokens = torch.cat((cls_token, tokens.view(B, G * G, self.projection.out_features)), dim=1)
+        if self.position is not None:
+            tokens = tokens + self.position
+        return self.dropout(tokens)
+
+
+class VisionModel(Student):
+    """The image encoder, averaged into the teacher as a whole.
+
+    Args:
+        config: sizes and rates. The parameters are drawn from torch's global generator.
+    """
+
+    num_prefix_tokens = 1
+    entrance_name = "embedding"
+
+    def __init__(self, config: VisionModelConfig) -> None:
+        super().__init__()
+        self.width = config.width
+        self.num_patches = config.num_patches
+        self.embedding = VisionEmbedding(config)
+        # of all blocks, unless each has its own
+        shared = config.position_bias == "shared"
+        self.position_bias = RelativePositionBias(config.grid_size, config.heads) if shared else None
+        self.encoder = Encoder(
+            (PreNormBlock(config, index) for index in range(config.depth)),
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        rows: Tensor | None = None,
+        drop_keys: npt.NDArray[np.uint64] | None = None,
+        top_k: int = 0,
+        output_rows: Tensor | None = None,
+    ) -> EncoderOutput:
+        """Encode a batch of images. `norm` is left to the caller, who may want it on some rows only.
+
+        Args:
+            pixels: `[B, C, H, W]`, normalised.
+            rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; None masks nothing.
+            drop_keys: uint64 `[B]`, as of `data.Batch`.
+            top_k: K, how many of the last blocks' outputs to return.
+            output_rows: int64 `[M]`, flat indices `b * P + p`: the only patches at which the last block's output is
+                wanted; None: the whole output.
+        Returns:
+            `last_hidden` `[B, 1 + P, D]`, class token first, and K features of that shape. With `output_rows`,
+            `last_hidden` and the last feature are `[M, D]`.
+        """
+        token_rows = None if output_rows is None else self.token_rows(output_rows, self.num_patches)
+        bias = None if self.position_bias is None else self.position_bias()
+        output: EncoderOutput = self.encoder(self.embedding(pixels, rows), bias, top_k, token_rows, drop_keys)
+        return output
+
+    def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
+        """See `Student`; images have no `lengths`."""
+        output: EncoderOutput = self(inputs, top_k=top_k)
+        return [feature[:, 1:] for feature in output.features]
+
+    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """See `Student`: nothing is shared."""
+        return (batch.inputs, batch.rows, batch.drop_keys), (batch.inputs,)
+
+    def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
+        """See `Student`."""
+        return len(embedded[0]), self.num_patches
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """See `Student`: the last norm."""
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def make_head(self) -> Linear:
+        """See `Student`."""
+        head = Linear(self.width, self.width)
+        init_linear_(head)
+        return head

@@ -1,0 +1,296 @@
+"""Vision encoders as Hugging Face Transformers folders, in both directions, without importing Transformers.
+
+`export_vision` writes what `Data2VecVisionModel.from_pretrained` reads; `import_vision` reads it back. The two
+libraries compute the same features: `hidden_states[-1]` there is `last_hidden` here, `last_hidden_state` there is
+`last_hidden` after `norm`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from d2v_fast.config import ConfigError, VisionConfig, VisionDataConfig, VisionModelConfig
+from d2v_fast.config.errors import check
+from d2v_fast.files.atomic import write_text
+from d2v_fast.files.outputs import model_folder
+from d2v_fast.interop.folders import (
+    MAX_WEIGHTS_BYTES,
+    as_json,
+    mlp_ratio,
+    model_card,
+    read_model_config,
+    read_weights,
+    require_values,
+    whole_number,
+    write_weights,
+)
+from d2v_fast.interop.layout import Layout
+from d2v_fast.modalities.vision.encoder import VisionModel
+from d2v_fast.modalities.vision.layout import VisionNames, build_vision, gammas, vision_layout
+from d2v_fast.models.student import Student
+
+KIND = "data2vec-vision"
+
+# norms of the published models use 1e-6; configurations made by Transformers' own converter say 1e-12 instead
+PUBLISHED_NORM_EPS = 1e-6
+CONVERTER_NORM_EPS = 1e-12
+
+# what a folder may hold beside the encoder: what is built around it, and tables of indices in old folders
+UNUSED_PREFIXES = ("classifier.", "pooler.", "decode_head.", "auxiliary_head.", "fpn1.", "fpn2.", "fpn3.", "fpn4.")
+IGNORED_SUFFIX = "relative_position_index"
+BASE_PREFIX = "data2vec_vision."
+
+RESAMPLE_BICUBIC = 3
+
+_log = logging.getLogger(__name__)
+
+NAMES = VisionNames(
+    cls_token="embeddings.cls_token",
+    mask_token="embeddings.mask_token",
+    position="embeddings.position_embeddings",
+    projection="embeddings.patch_embeddings.projection",
+    bias="encoder.relative_position_bias.relative_position_bias_table",
+    norm="layernorm",
+    block="encoder.layer.{}",
+    qkv=tuple(f"attention.attention.{name}.weight" for name in ("query", "key", "value")),
+    q_bias="attention.attention.query.bias",
+    v_bias="attention.attention.value.bias",
+    gamma1="lambda_1",
+    gamma2="lambda_2",
+    block_bias="attention.attention.relative_position_bias.relative_position_bias_table",
+    modules={
+        "norm1": "layernorm_before",
+        "attention.proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    },
+)
+
+
+def export_vision(
+    model: Student | Mapping[str, Tensor],
+    config: VisionConfig | VisionModelConfig,
+    folder: str | os.PathLike[str],
+    *,
+    info: Mapping[str, object] | None = None,
+    max_file_bytes: int = MAX_WEIGHTS_BYTES,
+) -> None:
+    """Write `config.json`, the weights (fp32), `preprocessor_config.json` and a model card.
+
+    Args:
+        model: student or teacher, on any device and in any dtype, or its state by name: a mapping that reads each
+            tensor when it is asked for keeps no more than one file of them in memory.
+        config: of the run: sizes from `config.model`, image preparation from `config.data`; or of the model alone,
+            where it is not known how it was trained: images are prepared as for the published models.
+        max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
+        folder: made if missing; files that an earlier export wrote there are replaced, see `model_folder`.
+        info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
+    """
+    state = model if isinstance(model, Mapping) else model.state_dict()
+    sizes = config.model if isinstance(config, VisionConfig) else config
+    with model_folder(folder) as target:
+        write_weights(target, layout(sizes), state, max_file_bytes)
+        write_text(target / "README.md", _model_card(config, sizes, info or {}))
+        data = config.data if isinstance(config, VisionConfig) else VisionDataConfig()
+        scans = isinstance(config, VisionConfig) and data.kind == "digits"
+        write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes, data, scans)))
+        write_text(target / "config.json", as_json(_foreign_config(sizes)))
+
+
+def import_vision(
+    folder: str | os.PathLike[str], *, norm_eps: float | None = None
+) -> tuple[VisionModel, VisionModelConfig]:
+    """Read a folder that holds a `Data2VecVisionModel`, or a model around one.
+
+    Args:
+        folder: with `config.json` and `model.safetensors`, or several files of weights and their index.
+        norm_eps: of all norms, instead of the folder's `layer_norm_eps`.
+    Returns:
+        The model, fp32 on the CPU, in training mode, and its configuration.
+    Raises:
+        ValueError: for an architecture that this encoder is not, and for missing, unknown or misshapen tensors.
+    """
+    source = Path(folder)
+    raw = read_model_config(source)
+    config = _own_config(raw, norm_eps, str(source / "config.json"))
+    foreign, path = read_weights(source)
+    theirs = {name.removeprefix(BASE_PREFIX): value for name, value in foreign.items()}
+    theirs = {name: value for name, value in theirs.items() if not name.endswith(IGNORED_SUFFIX)}
+    may_lack = gammas(config) if raw.get("layer_scale_init_value", 0.1) == 0 else set()
+    if raw.get("use_mean_pooling", True):
+        # the norm has given way to one behind the mean
+        may_lack |= {"norm.weight", "norm.bias"}
+    if not raw.get("use_shared_relative_position_bias", False):
+        # a table that the folder's own model does not use is as good as none
+        may_lack.add("position_bias.table")
+        theirs.pop(NAMES.bias, None)
+    model = build_vision(
+        config,
+        layout(config),
+        theirs,
+        f"`{path}`",
+        "does not fit its `config.json`",
+        may_lack=frozenset(may_lack),
+        unused=UNUSED_PREFIXES,
+    )
+    return model, config
+
+
+def layout(config: VisionModelConfig) -> Layout:
+    """Transformers' names and shapes."""
+    return vision_layout(config, NAMES)
+
+
+def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["Data2VecVisionModel"],
+        "model_type": "data2vec-vision",
+        "dtype": "float32",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": int(config.width * config.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": config.norm_eps,
+        "layer_scale_init_value": config.layer_scale,
+        "drop_path_rate": config.drop_path,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "initializer_range": 0.02,
+        "use_mask_token": True,
+        "use_absolute_position_embeddings": config.absolute_position,
+        "use_relative_position_bias": config.position_bias == "per_block",
+        "use_shared_relative_position_bias": config.position_bias == "shared",
+        # true would drop the final norm from the base model
+        "use_mean_pooling": False,
+    }
+
+
+def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> VisionModelConfig:
+    """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
+    required = {
+        "model_type": KIND,
+        "hidden_act": "gelu",
+    }
+    require_values(raw, required, {"hidden_act": "gelu"}, path)
+    per_block = raw.get("use_relative_position_bias", False) is True
+    if per_block:
+        # both at once add two tables
+        key = "use_shared_relative_position_bias"
+        require_values(raw, {key: False}, {key: False}, path)
+    if norm_eps is None:
+        norm_eps = raw.get("layer_norm_eps", CONVERTER_NORM_EPS)
+        if norm_eps == CONVERTER_NORM_EPS:
+            _log.warning(
+                "`layer_norm_eps` in %s is %s and is kept, so that features agree with Transformers. The published "
+                "models were trained with %s: if this is one of them, write that there, or pass `norm_eps` from Python",
+                path,
+                CONVERTER_NORM_EPS,
+                PUBLISHED_NORM_EPS,
+            )
+    width = whole_number(raw, "hidden_size", 768, path)
+    config, problems = check(
+        VisionModelConfig,
+        {
+            "image_size": _side(raw, "image_size", 224, path),
+            "patch_size": _side(raw, "patch_size", 16, path),
+            "channels": raw.get("num_channels", 3),
+            "width": width,
+            "depth": raw.get("num_hidden_layers", 12),
+            "heads": raw.get("num_attention_heads", 12),
+            "mlp_ratio": mlp_ratio(width, whole_number(raw, "intermediate_size", 3072, path)),
+            "drop_path": raw.get("drop_path_rate", 0.1),
+            "attention_dropout": raw.get("attention_probs_dropout_prob", 0.0),
+            "dropout": raw.get("hidden_dropout_prob", 0.0),
+            # none is a scale of one
+            "layer_scale": raw.get("layer_scale_init_value", 0.1) or 1.0,
+            "norm_eps": norm_eps,
+            "absolute_position": raw.get("use_absolute_position_embeddings", False),
+            "position_bias": "per_block" if per_block else "shared",
+        },
+    )
+    if config is None:
+        raise ConfigError(problems, path)
+    return config
+
+
+def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
+    """One side of a square that is given as a number or as two equal ones."""
+    value = raw.get(key, default)
+    if isinstance(value, list):
+        if len(value) != 2 or value[0] != value[1]:
+            raise ValueError(f"`{key}` in {path} must be square, but is {value} instead.")
+        value = value[0]
+    return whole_number({key: value}, key, default, path)
+
+
+def _preprocessor_config(model: VisionModelConfig, data: VisionDataConfig, scans: bool) -> dict[str, Any]:
+    """Image preparation as in this library's own evaluation: the largest square in the middle, at input size."""
+    size = model.image_size
+    return {
+        "image_processor_type": "BeitImageProcessor",
+        # grey images stay grey
+        "do_convert_rgb": model.channels == 3,
+        # digits come at the size of the scan, 8x8, in grey levels from 0 to 16
+        "do_resize": not (scans and size == 8),
+        "size": {"shortest_edge": size},
+        "resample": RESAMPLE_BICUBIC,
+        "do_center_crop": not scans,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 16 if scans else 1 / 255,
+        "do_normalize": True,
+        "image_mean": _per_channel(data.mean, model.channels),
+        "image_std": _per_channel(data.std, model.channels),
+        "do_reduce_labels": False,
+        # Transformers' own processor does not know it
+        **({} if data.bit_depth is None else {"bit_depth": data.bit_depth}),
+    }
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> list[float]:
+    return list(values) * channels if len(values) == 1 else list(values)
+
+
+def _model_card(config: VisionConfig | VisionModelConfig, model: VisionModelConfig, info: Mapping[str, object]) -> str:
+    by = "by d2v_fast: a student" if isinstance(config, VisionConfig) else "with data2vec: a student"
+    return model_card(
+        title=f"data2vec vision encoder, {model.depth} blocks of width {model.width}",
+        task="image-feature-extraction",
+        tags=["data2vec", "self-supervised", "vision"],
+        text=f"""\
+Pre-trained without labels {by} predicts, at masked patches, the averaged upper layers of a
+teacher that is a moving average of the student and sees the whole image (data2vec, arXiv 2202.03555).""",
+        use=f"""\
+Input: {model.channels} x {model.image_size} x {model.image_size} pixels, prepared by the image processor in this
+folder; patches of {model.patch_size} x {model.patch_size}.
+
+```python
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained(".")
+encoder = AutoModel.from_pretrained(".")
+features = encoder(**processor(image, return_tensors="pt")).last_hidden_state  # class token first
+```
+
+To fine-tune a classifier on the mean of the patch features, as is usual for this family of models (the final norm,
+`layernorm`, then gives way to a new one behind the mean, and is reported as unexpected):
+
+```python
+from transformers import Data2VecVisionForImageClassification
+
+model = Data2VecVisionForImageClassification.from_pretrained(".", num_labels=10, use_mean_pooling=True)
+```""",
+        info=info,
+        config=config,
+    )

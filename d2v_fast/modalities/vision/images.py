@@ -1,0 +1,301 @@
+"""Any folder of photographs: a tree of JPEG, PNG, WebP, TIFF, BMP and GIF files, without labels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from d2v_fast.data.batch import DataError
+from d2v_fast.data.files import NUM_CHECKED, PathList, find_files, tried_in_order
+from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
+from d2v_fast.data.samples import digest_of, file_sizes
+from d2v_fast.files.reading import printable
+from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
+from d2v_fast.modalities.vision.bit_depth import Dim
+from d2v_fast.modalities.vision.decode import (
+    Box,
+    Limits,
+    SmallImage,
+    UnreadableImage,
+    centre_box,
+    check_header,
+    read_square,
+)
+
+if TYPE_CHECKING:
+    from d2v_fast.config import VisionDataConfig, VisionModelConfig
+
+__all__ = ["KINDS", "ImagesDataset", "random_box"]
+
+_CONVERT = "convert them to PNG or JPEG"
+KINDS = FileKinds(
+    "images",
+    read=(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
+    unread={
+        **ARCHIVES,
+        **dict.fromkeys(VIDEOS, "extract the frames as PNG or JPEG files"),
+        **dict.fromkeys((".arrow", ".parquet", ".tfrecord"), "extract the images as files"),
+        **dict.fromkeys((".apng", ".avif", ".dcm", ".dds", ".dib", ".exr", ".hdr", ".heic"), _CONVERT),
+        **dict.fromkeys((".heif", ".hif", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".nii"), _CONVERT),
+        **dict.fromkeys((".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga"), _CONVERT),
+        # cameras' raw files
+        **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"), _CONVERT),
+    },
+)
+# of files whose values may have other than 8 bits
+_MANY_DEPTHS = (".png", ".tif", ".tiff")
+# headers that are read before training starts, to count what cannot be used
+NUM_HEADERS = 1000
+MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
+NUM_CROP_TRIES = 10
+
+# what the numbers of an image's stream decide
+_CROP = slice(0, 4 * NUM_CROP_TRIES)
+_FLIP = _CROP.stop
+_JITTER = slice(_FLIP + 1, _FLIP + 5)
+
+_log = logging.getLogger(__name__)
+
+
+class ImagesDataset:
+    """All images below `data.path`, ordered by path; hidden files and folders are left out.
+
+    Links are followed where they stay below `data.path`, and everywhere if `data.follow_outside`.
+
+    Augmented images are random resized crops (`crop_scale` of the area, aspect 3/4 to 4/3, cubic), flipped left to
+    right, and changed in brightness, contrast and saturation if `color_jitter` > 0. A file that cannot be read, or is
+    beyond the limits of `data`, is replaced by the next readable one in the order.
+
+    Attributes:
+        listing: which files are used, and which others are not.
+
+    Raises:
+        DataError: at once, if there is no such folder, no image in it, or none that can be read.
+    """
+
+    def __init__(self, data: VisionDataConfig, model: VisionModelConfig) -> None:
+        if model.channels not in (1, 3):
+            raise DataError(f"`d2v.model.channels` must be 1 or 3, but is {model.channels} instead.")
+        if data.path is None:
+            raise DataError("`d2v.data.path` must be the folder that holds the images, but is null instead.")
+        self.image_size = model.image_size
+        self.channels = model.channels
+        self.root = os.path.abspath(data.path)
+        self._limits = Limits(
+            max_pixels=data.max_image_pixels,
+            max_bytes=data.max_image_bytes,
+            min_side=data.min_image_side,
+            root=None if data.follow_outside else os.path.realpath(self.root),
+        )
+        paths, self.listing = find_files(self.root, self._limits.root, KINDS)
+        self._paths = PathList(paths)
+        self._crop_scale = data.crop_scale
+        self._flip_prob = data.flip_prob
+        self._jitter = data.color_jitter
+        # per channel, in grey levels
+        self._mean = np.array(data.mean, dtype=np.float32)[:, None, None] * 255
+        self._std = np.array(data.std, dtype=np.float32)[:, None, None] * 255
+        self._bit_depth = data.bit_depth
+        self._has_told_dim = False
+        self._check_some()
+        self._check_depths()
+        self._count_unusable()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, sample_id: int) -> Tensor:
+        """One image, fp32 `[C, H, W]`, normalised, not augmented."""
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"sample {sample_id} of {len(self)}")
+        return self.plain(np.array([sample_id]))[0]
+
+    def exactly(self, sample_id: int) -> Tensor:
+        """One image as `__getitem__` returns it, and never another in its place.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        path = self.path(sample_id)
+        try:
+            return self._normalised([self._read(path, centre_box)])[0]
+        except UnreadableImage as error:
+            raise DataError(printable(f"{path}: {error}")) from None
+
+    def path(self, sample_id: int) -> str:
+        """The file of a sample."""
+        return os.path.join(self.root, self._paths[sample_id])
+
+    def names_digest(self) -> str:
+        """Return a digest of the paths below `data.path`, in order."""
+        return digest_of(*self._paths.content)
+
+    def sizes_digest(self) -> str:
+        """Return a digest of the sizes of the files, asked for now."""
+        return digest_of(file_sizes(self.root, self._paths))
+
+    def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
+        """See `Dataset`. A replaced image is cropped and flipped as the unreadable one would have been.
+
+        Raises:
+            DataError: if an image and its next neighbours are all unreadable.
+        """
+        draws = uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), _JITTER.stop)
+        squares, bad = [], []
+        for sample_id, numbers in zip(sample_ids.tolist(), draws, strict=True):
+            choose_box = functools.partial(random_box, numbers[_CROP], self._crop_scale)
+            square, failures = self._read_or_replace(sample_id, choose_box)
+            squares.append(self._change(square, numbers))
+            bad += failures
+        return self._normalised(squares), tuple(bad)
+
+    def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
+        """See `Dataset`: the largest square in the middle. Unreadable files are replaced here too, with a warning."""
+        squares = []
+        for sample_id in sample_ids.tolist():
+            square, failures = self._read_or_replace(sample_id, centre_box)
+            squares.append(square)
+            for failure in failures:
+                _log.warning("skipped unreadable image: %s", failure)
+        return self._normalised(squares)
+
+    def _read_or_replace(self, sample_id: int, choose_box: Callable[[int, int], Box]) -> tuple[Image.Image, list[str]]:
+        failures: list[str] = []
+        for distance in tried_in_order(len(self)):
+            path = self.path((sample_id + distance) % len(self))
+            try:
+                return self._read(path, choose_box), failures
+            except UnreadableImage as error:
+                failures.append(printable(f"{path}: {error}"))
+        raise DataError(
+            f"{len(failures)} files that were tried one after the other are unreadable. Remove or repair them:\n  "
+            + "\n  ".join(failures)
+        )
+
+    def _read(self, path: str, choose_box: Callable[[int, int], Box]) -> Image.Image:
+        # told once: a folder of such images has too many of them
+        note = None if self._has_told_dim else functools.partial(self._tell_dim, path)
+        return read_square(
+            path,
+            self.image_size,
+            self.channels,
+            choose_box,
+            self._limits,
+            bit_depth=self._bit_depth,
+            note=note,
+        )
+
+    def _tell_dim(self, path: str, dim: Dim) -> None:
+        self._has_told_dim = True
+        _log.warning("%s: %s", printable(path), dim)
+
+    def _change(self, square: Image.Image, numbers: npt.NDArray[np.float64]) -> Image.Image:
+        if numbers[_FLIP] < self._flip_prob:
+            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self._jitter > 0:
+            order, *strengths = numbers[_JITTER].tolist()
+            square = _jittered(square, order, [1 + self._jitter * (2 * s - 1) for s in strengths])
+        return square
+
+    def _normalised(self, squares: list[Image.Image]) -> Tensor:
+        pixels = np.empty((len(squares), self.channels, self.image_size, self.image_size), dtype=np.float32)
+        for pixel, square in zip(pixels, squares, strict=True):
+            # image by image, while it is in the cache
+            pixel[...] = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1)
+            pixel -= self._mean
+            pixel /= self._std
+        return torch.from_numpy(pixels)
+
+    def _check_depths(self) -> None:
+        """Say before training starts that images are darker than they were meant to be."""
+        for sample_id in self._spread():
+            path = self.path(sample_id)
+            if path.lower().endswith(_MANY_DEPTHS) and not self._has_told_dim:
+                # whether it can be read is another question
+                with contextlib.suppress(UnreadableImage):
+                    self._read(path, centre_box)
+
+    def _count_unusable(self) -> None:
+        """Note in the listing how many images will be replaced by others, as far as their headers tell."""
+        small: list[str] = []
+        unreadable: list[str] = []
+        ids = self._spread(NUM_HEADERS)
+        for sample_id in ids:
+            try:
+                check_header(self.path(sample_id), self._limits)
+            except UnreadableImage as error:
+                kind = small if isinstance(error, SmallImage) else unreadable
+                kind.append(printable(self._paths[sample_id]))
+        of_all = "" if len(ids) == len(self) else f" (of {len(ids):,} whose headers were read)"
+        limit = f"`d2v.data.min_image_side` ({self._limits.min_side})"
+        for found, why in ((small, f"smaller than {limit}"), (unreadable, "unreadable")):
+            if found:
+                reason = f"{why}{of_all}, such as {found[0]}; training replaces it by another"
+                self.listing = self.listing.without(len(found), "image", reason)
+
+    def _spread(self, count: int = NUM_CHECKED) -> list[int]:
+        """A few samples, from the first to the last."""
+        return np.unique(np.linspace(0, len(self) - 1, count, dtype=np.int64)).tolist()
+
+    def _check_some(self) -> None:
+        """Fail before training does, when nothing can be read."""
+        failures = []
+        for sample_id in self._spread():
+            try:
+                self._read(self.path(sample_id), centre_box)
+                return
+            except UnreadableImage as error:
+                failures.append(printable(f"{self.path(sample_id)}: {error}"))
+        raise DataError(
+            f"`d2v.data.path` must hold readable images, but of {len(self)} in '{printable(self.root)}' "
+            f"{len(failures)} were tried and none can be read:\n  " + "\n  ".join(failures)
+        )
+
+
+def random_box(numbers: npt.NDArray[np.float64], scale: tuple[float, float], width: int, height: int) -> Box:
+    """The crop (left, top, width, height) of an Inception-style random resized crop.
+
+    Args:
+        numbers: fp64 `[40]` uniform in [0, 1): ten tries of four.
+        scale: smallest and largest share of the image's area.
+        width, height: of the image, in pixels.
+    """
+    log_low, log_high = math.log(MIN_ASPECT), math.log(MAX_ASPECT)
+    low, high = scale
+    for share, ratio, across, down in numbers.reshape(-1, 4).tolist():
+        area = width * height * (low + (high - low) * share)
+        aspect = math.exp(log_low + (log_high - log_low) * ratio)
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = math.floor(across * (width - crop_width + 1))
+            return left, math.floor(down * (height - crop_height + 1)), crop_width, crop_height
+    # a very long or very small image: as much of its middle as the aspect allows
+    crop_width = max(1, min(width, round(height * MAX_ASPECT)))
+    crop_height = max(1, min(height, round(width / MIN_ASPECT)))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def _jittered(square: Image.Image, order: float, strengths: list[float]) -> Image.Image:
+    """Scale brightness, contrast and saturation; `order` in [0, 1) picks one of their six orders."""
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    if square.mode == "L":
+        # grey has no saturation
+        enhancers.pop()
+    steps = list(zip(enhancers, strengths, strict=False))
+    order *= math.factorial(len(steps))
+    while steps:
+        index, order = divmod(order, math.factorial(len(steps) - 1))
+        enhancer, strength = steps.pop(int(index))
+        square = enhancer(square).enhance(strength)
+    return square

@@ -1,0 +1,1 @@
+"""Transformer encoders without anything that only one modality has."""

@@ -1,0 +1,1 @@
+"""Training objectives: student outputs and teacher targets in, loss out."""

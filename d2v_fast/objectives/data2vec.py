@@ -1,0 +1,144 @@
+"""data2vec: the student regresses what the teacher makes of the unmasked input (arXiv 2202.03555, section 3).
+
+Shape letters: B batch, P places (patches, frames), T tokens: the places and what stands before them, D width, N masked
+rows, K averaged layers.
+
+The teacher is an average of the student's encoder over time. It is handed in at every step and is no
+submodule, so neither the optimizer nor DeepSpeed takes it for a part of the model.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast import ops
+from d2v_fast.config import D2VConfig
+from d2v_fast.modalities import build_student
+from d2v_fast.models.student import MaskedBatch
+
+
+class StepOutput(NamedTuple):
+    """One forward pass of the objective.
+
+    Attributes:
+        loss_sum: 0-d fp32, the loss summed over masked rows and channels: whoever trains divides by the rows
+            of the global batch, so that the loss does not depend on how that batch is split.
+        num_rows: N, masked rows of this batch.
+        moments: fp32 `[4, D]`, sums over the rows of prediction, prediction^2, target, target^2; no gradient.
+    """
+
+    loss_sum: Tensor
+    num_rows: int
+    moments: Tensor
+
+
+class Data2Vec(nn.Module):
+    """Student encoder, regression head, and the objective.
+
+    Args:
+        config: the model, which of the teacher's layers make the target and how, and the loss.
+    """
+
+    def __init__(self, config: D2VConfig) -> None:
+        super().__init__()
+        self.target = config.target
+        # statistics over positions need the last layer at all of them
+        self.target_is_per_row = {config.target.layer_norm, config.target.final_norm} <= {"none", "layer"}
+        self.beta = config.loss.beta
+        self.student = build_student(config)
+        self.head = self.student.make_head()
+
+    def forward(self, batch: MaskedBatch, teacher: nn.Module) -> StepOutput:
+        """Loss of one batch against a teacher: of the class of `student.averaged`, in eval mode, of any floating dtype.
+
+        Raises:
+            ValueError: `batch` is not as `MaskedBatch` describes it. Rows out of range are torch's IndexError or
+                RuntimeError on a CPU; a GPU is not waited for.
+        """
+        rows = batch.rows
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise ValueError(
+                f"`rows` must be a 1-d int64 tensor, but is {rows.dtype} of shape {list(rows.shape)} instead. "
+                "A mask `[B, P]`, True where masked, has the rows `mask.flatten().nonzero()[:, 0]`."
+            )
+        if rows.device != batch.inputs.device:
+            raise ValueError(
+                f"`rows` must be on {batch.inputs.device} as `inputs` are, but is on {rows.device} instead."
+            )
+        masked, unmasked = self.embed(batch)
+        # the teacher goes first: its working memory is free again when the student's activations pile up
+        features = self.teacher_features(unmasked, teacher, rows)
+        return self.objective(self.student_forward(masked, rows), features, rows, batch.lengths)
+
+    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What student and teacher share, computed once: see `Student.embed`."""
+        return self.student.embed(batch)
+
+    def student_forward(self, masked: tuple[Any, ...], rows: Tensor) -> Tensor:
+        """Predictions `[N, D]` at the masked places of the masked samples; norm and head see no other row."""
+        hidden = self.student.encode(masked, output_rows=rows)
+        prediction: Tensor = self.head(self.student.finish(hidden))
+        return prediction
+
+    @torch.no_grad()
+    def teacher_features(self, unmasked: tuple[Any, ...], teacher: nn.Module, rows: Tensor) -> list[Tensor]:
+        """Features `[B, P, D]` of the teacher's last K blocks at the places of the unmasked samples.
+
+        Where the target is a function of each row alone, the last of them is computed at `rows` only: its other rows
+        are uninitialised.
+
+        Args:
+            unmasked: of `student.embed`.
+            rows: int64 `[N]`, the masked places.
+        """
+        if teacher.training:
+            raise ValueError("`teacher` must be in eval mode, but is in training mode instead: `teacher.eval()`.")
+        # a working copy in the compute dtype needs no autocast, which would only run its norms in fp32
+        is_working_copy = next(teacher.parameters()).dtype != torch.float32
+        device_type = rows.device.type
+        without_autocast = is_working_copy and torch.amp.is_autocast_available(device_type)
+        with torch.autocast(device_type, enabled=False) if without_autocast else nullcontext():
+            output_rows = rows if self.target_is_per_row else None
+            *features, last = teacher(*unmasked, top_k=self.target.top_k, output_rows=output_rows).features
+        skipped = self.student.num_prefix_tokens
+        features = [feature[:, skipped:] for feature in features]
+        if output_rows is None:
+            return [*features, last[:, skipped:]]
+        # laid out as the other layers are, prefix and all: layers with different strides would be copied
+        num_samples, num_places = self.student.num_places(unmasked)
+        scattered = last.new_empty(num_samples, skipped + num_places, last.shape[1])
+        scattered.flatten(0, 1).index_copy_(0, self.student.token_rows(output_rows, num_places), last)
+        return [*features, scattered[:, skipped:]]
+
+    def objective(
+        self, prediction: Tensor, features: list[Tensor], rows: Tensor, lengths: Tensor | None = None
+    ) -> StepOutput:
+        """Regress the normalised average of the features at the masked places.
+
+        Args:
+            prediction: `[N, D]`, of `student_forward`.
+            features: K tensors `[B, P, D]`, of `teacher_features`.
+            rows: int64 `[N]`.
+            lengths: int64 `[B]`, for statistics over places; None: all are full.
+        """
+        loss, moments = ops.data2vec_loss(
+            prediction,
+            features,
+            layer_norm=self.target.layer_norm,
+            final_norm=self.target.final_norm,
+            rows=rows,
+            lengths=lengths,
+            eps=self.target.eps,
+            beta=self.beta,
+            reduction="sum",
+        )
+        return StepOutput(loss, len(rows), moments)
+
+
+def build_model(config: D2VConfig) -> Data2Vec:
+    """A student with the published initialisation; seed torch before calling."""
+    return Data2Vec(config)

@@ -1,0 +1,282 @@
+"""Weights of other libraries: as a Transformers folder, or as the beginning of a run.
+
+    d2v-fast import audio_base_ls.pt --to exported                    # fairseq -> Transformers
+    d2v-fast import beit_base_checkpoint.pth --to exported            # of images -> Transformers
+    d2v-fast import nlp_base.pt --tokenizer roberta --to exported     # of text, with its tokenizer
+    d2v-fast import audio_base_ls.pt --to runs/more --ds_config configs/speech_base.json
+    python d2v_fast/train.py --run more --resume                      # pre-training goes on from these weights
+
+A run that begins with given weights is one that was saved before its first step: student, head and teacher are there,
+the optimizer has no moments yet, and the schedules are at their beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2v_fast.checkpoints.shard_files import Kept
+from d2v_fast.checkpoints.store import Checkpoints
+from d2v_fast.command_lines import resume_command
+from d2v_fast.config import RunConfig, SpeechModelConfig, TextModelConfig, VisionModelConfig, load_config
+from d2v_fast.config.errors import ConfigError, OptionError, Section
+from d2v_fast.config.file import apply_overrides
+from d2v_fast.distributed.shards import find_shards
+from d2v_fast.distributed.world import World
+from d2v_fast.files.outputs import require_free
+from d2v_fast.interop.fairseq_recipe import Settings
+from d2v_fast.interop.folders import read_model_config
+from d2v_fast.interop.huggingface import export_model, import_model
+from d2v_fast.interop.sources import explain
+from d2v_fast.modalities.vision.huggingface import CONVERTER_NORM_EPS, KIND
+from d2v_fast.models.student import Student
+from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.teacher import Teacher
+from d2v_fast.training.resume_rules import FREE_MODEL_KEYS
+from d2v_fast.training.run_folder import RunFolder
+from d2v_fast.training.run_state import RunState
+
+# of files that are a part of a folder
+_PARTS = (".json", ".model", ".safetensors", ".txt")
+
+
+def import_folder(
+    source: Path,
+    to: Path,
+    *,
+    weights: str = "student",
+    heads: int | None = None,
+    tokenizer: Path | None = None,
+    overrides: Iterable[str] = (),
+    overwrite: bool = False,
+) -> str:
+    """Write a Transformers folder from a checkpoint of the published code; returns lines for the user.
+
+    Args:
+        source: the `.pt` file of fairseq, or the `.pth` file of the code for images.
+        to: the folder to write.
+        weights, heads: as of `load_published`.
+        tokenizer: of text, to put into the folder, since a `.pt` has none; as of `load_tokenizer`.
+        overwrite: replace in `to` what an earlier export wrote.
+        overrides: `d2v.model.KEY=VALUE` each, in place of what the checkpoint says of the model or leaves open.
+    Raises:
+        ValueError: see `load_published`; the source is a folder; or the tokenizer cannot be read, or is not the
+            model's.
+        ConfigError: an override is of another section, or its value is refused.
+    """
+    from d2v_fast.interop.published import choose, read_published
+
+    _require_weights(source)
+    if source.is_dir():
+        raise OptionError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
+    require_free(to, overwrite)
+    settings = Settings.of(_model_overrides(overrides), heads)
+    found = read_published(source, settings)
+    model, config = choose(found, weights, source), found.config
+    options: dict[str, Any] = {}
+    if tokenizer is not None:
+        if not isinstance(config, TextModelConfig):
+            raise OptionError(f"`--tokenizer` is for text, but `{source}` holds another model.")
+        from d2v_fast.modalities.text.tokenizer import load_tokenizer
+
+        options["tokenizer"] = load_tokenizer(tokenizer)
+    export_model(model, config, to, info={"weights": weights, "from": "a checkpoint of the published code"}, **options)
+    return f"import: {to} ({weights} of {source.name}, for Transformers){_told(source, found.assumed)}"
+
+
+def start_run(
+    source: Path, to: Path, ds_config: Path, *, overrides: Iterable[str] = (), heads: int | None = None
+) -> str:
+    """Make the folder of a run whose first checkpoint, `step-0`, holds given weights; returns a line for the user.
+
+    Args:
+        source: a fairseq `.pt` or a `.pth` of the code for images, whose head and average go along; or a Transformers
+            folder, which has neither: then the head is new, and the teacher begins as the student. With a
+            `tokenizer.json` in it, the run does not go on with another tokenizer. A teacher shares with the student
+            what the run's configuration says, whatever else the average of a `.pt` holds.
+        to: the folder of the run, `DIR/NAME`; it must not exist.
+        ds_config, overrides: the configuration of the run.
+        heads: of attention, where a `.pt` does not tell.
+    Raises:
+        ValueError: the source cannot be read, or is of another encoder than the configuration says.
+        RunError: there is such a run.
+    """
+    named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
+    config = load_config(ds_config, [*overrides, *named])
+    _require_weights(source)
+    weights = _read(source, heads, config.d2v.model)
+    student, teacher, head, found = weights.student, weights.teacher, weights.head, weights.config
+    config = _with_vocabulary(config, found)
+    _require_same(config.d2v.model, found, source, ds_config)
+    torch.manual_seed(config.d2v.run.seed)
+    model = build_model(config.d2v)
+    model.student.load_state_dict(_arranged(student.state_dict(), model.student))
+    if head is not None:
+        model.head.load_state_dict(head)
+    average = Teacher(model.student.averaged, config.d2v.teacher)
+    if teacher is not None:
+        whole = _arranged(teacher.state_dict(), model.student)
+        prefix = model.student.averaged_prefix()
+        for shard in average.shards:
+            value = shard.master.copy_(whole[prefix + shard.name].view(-1))
+            if weights.pending_decay is not None:
+                own = model.student.get_parameter(prefix + shard.name).detach().view(-1)
+                value.lerp_(own, 1 - weights.pending_decay)
+        average.refresh(0)
+    world = World("cpu", False)
+    try:
+        is_new = not to.exists()
+        folder = RunFolder.create(to.parent, to.name, to.name)
+        try:
+            checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world)
+            unstarted: Any = _Unstarted(model)
+            RunState(config, world, model, average, unstarted, checkpoints, _vocabulary(source, found)).save(0)
+            folder.write_config(config)
+        except BaseException:
+            # it holds nothing that a run could begin with
+            if is_new:
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+        finally:
+            folder.close()
+    finally:
+        world.close()
+    beside = "its own teacher" if teacher is not None else "the student as teacher"
+    if weights.pending_decay is not None:
+        beside += f", after the update of decay {weights.pending_decay:.6g} that it lacked"
+    line = f"import: {to} begins with {source.name} ({beside}); to train: {resume_command(to)}"
+    return line + _told(source, weights.assumed)
+
+
+class _Weights(NamedTuple):
+    """What a run begins with; see `FairseqSpeech`."""
+
+    student: Student
+    teacher: Student | None
+    head: dict[str, Tensor] | None
+    config: Section
+    assumed: tuple[str, ...] = ()
+    pending_decay: float | None = None
+
+
+class _Unstarted:
+    """In the place of an engine: what a checkpoint keeps of a model that no optimizer has stepped."""
+
+    def __init__(self, model: Data2Vec) -> None:
+        self._model = model
+
+    def kept(self) -> list[Kept]:
+        return [Kept("student", shard) for shard in find_shards(self._model.named_parameters(), None)]
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer_step": 0}
+
+    def signature(self) -> dict[str, Any]:
+        return {"engine": None, "processes": None, "zero_stage": None, "optimizer": None}
+
+
+def _require_weights(source: Path) -> None:
+    """ValueError that says what a path is that can be neither a checkpoint nor a Transformers folder."""
+    is_pickle = source.suffix == ".bin" and (source.parent / "config.json").is_file()
+    if source.is_dir() or (source.is_file() and (source.suffix in _PARTS or is_pickle)):
+        reason = explain(source)
+        if reason is not None:
+            raise ValueError(
+                f"`SOURCE` must be a Transformers folder, or a .pt or .pth file of the published code. {reason}"
+            )
+
+
+def _read(source: Path, heads: int | None, wanted: Section) -> _Weights:
+    """What a path holds, for a run with the configuration `wanted`."""
+    if source.is_dir():
+        options = {}
+        raw = read_model_config(source)
+        eps = raw.get("layer_norm_eps", CONVERTER_NORM_EPS)
+        if isinstance(wanted, VisionModelConfig) and (raw.get("model_type"), eps) == (KIND, CONVERTER_NORM_EPS):
+            # not what the weights were trained with, but what Transformers' converter leaves
+            options["norm_eps"] = wanted.norm_eps
+        model, found = import_model(source, **options)
+        return _Weights(model, None, None, found)
+    from d2v_fast.interop.published import read_published
+
+    return _Weights(*read_published(source, Settings.of(None, heads)._replace(run=wanted.model_dump())))
+
+
+def _model_overrides(overrides: Iterable[str]) -> Mapping[str, Any]:
+    """What overrides say of the model.
+
+    Raises:
+        ConfigError: one is of another section.
+    """
+    overrides = list(overrides)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not key.startswith("d2v.model."):
+            problem = f"`--set {override}` must name a key of `d2v.model`, unless `--ds_config` names a configuration."
+            raise ConfigError([problem], "command line")
+    return apply_overrides({}, overrides).get("d2v", {}).get("model", {})
+
+
+def _told(source: Path, assumed: Sequence[str]) -> str:
+    """What was assumed of a model, as further lines for the user."""
+    if not assumed:
+        return ""
+    lines = "".join(f"\n  {phrase}" for phrase in assumed)
+    return f"\n{source.name} does not say all of it. Assumed, unless `--set d2v.model.KEY=VALUE` says otherwise:{lines}"
+
+
+def _with_vocabulary(config: RunConfig, found: Section) -> RunConfig:
+    """The run's configuration with the vocabulary of the weights where it leaves it to the tokenizer."""
+    model = config.d2v.model
+    if not isinstance(found, TextModelConfig) or not isinstance(model, TextModelConfig):
+        return config
+    keys = [key for key in ("vocab_size", "padding_id") if getattr(model, key) is None]
+    model = model.model_copy(update={key: getattr(found, key) for key in keys})
+    return config.model_copy(update={"d2v": config.d2v.model_copy(update={"model": model})})
+
+
+def _vocabulary(source: Path, config: Section) -> str | None:
+    """Digest of the tokenizer that lies beside a text model; None where there is none."""
+    if not isinstance(config, TextModelConfig) or not (source / "tokenizer.json").is_file():
+        return None
+    from d2v_fast.modalities.text.tokenizer import load_tokenizer
+
+    return load_tokenizer(source).digest
+
+
+def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path) -> None:
+    """ValueError that lists every size in which the run's encoder is another one."""
+    if type(wanted) is not type(found):
+        kinds = {SpeechModelConfig: "speech", TextModelConfig: "text"}
+        kind = kinds.get(type(found), "vision")
+        raise ValueError(f'`d2v.modality` in {ds_config} must be "{kind}" as in {source}, but is another.')
+    lines = []
+    for key, value in found:
+        mine = getattr(wanted, key)
+        if key == "mlp_ratio":
+            # of which only the product with the width counts
+            same = int(wanted.width * mine) == int(found.width * value)  # type: ignore[attr-defined]
+        else:
+            same = mine == value or key in FREE_MODEL_KEYS
+        if not same:
+            shown, own = (json.dumps(list(v) if isinstance(v, tuple) else v) for v in (value, mine))
+            lines.append(f"`d2v.model.{key}` must be {shown}, but is {own} instead")
+    if lines:
+        raise ValueError(f"{source} is of another encoder than {ds_config} says:\n  " + "\n  ".join(lines))
+
+
+def _arranged(state: Mapping[str, Tensor], model: Student) -> dict[str, Tensor]:
+    """The state with the positional convolutions where this model has them: in the averaged part, or before it."""
+    expected = model.state_dict().keys()
+    prefix = model.averaged_prefix()
+    arranged = {}
+    for name, value in state.items():
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        arranged[name if name in expected else other] = value
+    return arranged

@@ -1,0 +1,431 @@
+"""What runs a step: plain torch for one process, DeepSpeed for several, for ZeRO and for offload.
+
+Both engines offer the same few methods, so that the training loop does not know which one it has. A step whose loss
+or gradient is not finite changes nothing, on every process alike:
+
+- a loss that is not finite is multiplied by NaN before the backward pass, so that every gradient of this process is
+  NaN, and so is every gradient of the others once they are averaged;
+- where plain torch's AdamW runs the step (`PlainEngine`, DeepSpeed without ZeRO in fp32), it is handed a flag on the
+  device, 1 where the gradient norm is not finite, and leaves parameters and moments as they are. The host never waits
+  for that flag: `step` returns it, and whoever updates the teacher masks that update with it on the device;
+- everywhere else DeepSpeed makes the same check itself, and the host knows at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.checkpoints.shard_files import Kept
+from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.distributed.shards import Shard, find_shards
+from d2v_fast.distributed.world import RunError, World
+from d2v_fast.packages import install_command
+from d2v_fast.training.optimizers import (
+    MOMENTS,
+    check_optimizer_available,
+    make_optimizer,
+    optimizer_step,
+    restore_optimizer,
+)
+
+# what a loss scaler of DeepSpeed's goes by
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Engine(ABC):
+    """A model with its optimizer.
+
+    Attributes:
+        model: the bare module.
+        compute_dtype: dtype of the forward pass, and of the teacher's working copy.
+        grad_norm: 0-d, norm of the last step's gradient before clipping, over all processes.
+    """
+
+    model: nn.Module
+    compute_dtype: torch.dtype
+    grad_norm: Tensor
+
+    @abstractmethod
+    def forward(self, *inputs: Any) -> Any:
+        """The model's forward pass in training mode, in the compute dtype."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-step. The loss is divided by the number of micro-steps, and gradients are
+        averaged over the processes."""
+
+    @abstractmethod
+    def step(self, lr: float) -> Tensor:
+        """Clip and apply the gradients of all micro-steps at this learning rate, then clear them.
+
+        Returns:
+            0-d bool on the model's device: whether anything was changed. On the CPU it can be read at no cost.
+        """
+
+    @abstractmethod
+    def signature(self) -> dict[str, Any]:
+        """What the last digits of a result depend on: it is compared when a run is resumed."""
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> Any:
+        """The optimizer that steps the fp32 values."""
+
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's engine, for whoever must know how it shards; None without DeepSpeed."""
+        return None
+
+    def shards(self) -> list[Shard]:
+        """The ranges of the parameters that this process trains: fp32, live."""
+        return find_shards(self.model.named_parameters(), self.deepspeed)
+
+    def kept(self) -> list[Kept]:
+        """What a checkpoint keeps of the model and its optimizer."""
+        shards = self.shards()
+        kept = [Kept("student", shard) for shard in shards]
+        if self._step_count(shards) > 0:
+            for moment in MOMENTS:
+                for shard in shards:
+                    value = self.optimizer.state[shard.stepped][moment]
+                    kept.append(Kept(moment, shard._replace(master=shard.state(_local(value)))))
+        return kept
+
+    def state(self) -> dict[str, Any]:
+        """The rest of what a checkpoint keeps, which JSON can express."""
+        return {"optimizer_step": self._step_count(self.shards())}
+
+    def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
+        """Bring model and optimizer into a saved state, whatever engine it is from.
+
+        Args:
+            read: fills the tensor of what it is given.
+            state: what `state` returned.
+        """
+        restore_optimizer(self.optimizer, _distinct(shard.stepped for shard in self.shards()), state["optimizer_step"])
+        for kept in self.kept():
+            read(kept)
+
+    def _step_count(self, shards: list[Shard]) -> int:
+        return optimizer_step(self.optimizer, _distinct(shard.stepped for shard in shards))
+
+
+def make_engine(model: nn.Module, config: RunConfig, world: World) -> Engine:
+    """The engine that the configuration and the number of processes ask for. `model` is on its device, in fp32."""
+    if not config.deepspeed.needs_deepspeed(world.size):
+        return PlainEngine(model, config, world)
+    return DeepSpeedEngine(model, config, world)
+
+
+def check_engine_available(config: RunConfig, num_processes: int) -> None:
+    """RunError where DeepSpeed is needed and not installed, or the optimizer is not to be had."""
+    if config.deepspeed.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
+        raise RunError(
+            "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
+            f"`{install_command('deepspeed')}`. One process without `zero_optimization` needs none."
+        )
+    if config.deepspeed.optimizer.type != "AdamW":
+        check_optimizer_available(config)
+
+
+def import_engine(config: RunConfig, world: World) -> None:
+    """Import what building and stepping an engine would import: its memory is not that of the run."""
+    importlib.import_module("torch._dynamo")
+    if config.deepspeed.needs_deepspeed(world.size):
+        try:
+            _import_deepspeed(world.device)
+        except Exception as error:
+            # a package that does not fit the others raises what it likes
+            raise RunError(f"deepspeed cannot be imported: {type(error).__name__}: {error}") from error
+        if config.deepspeed.zero_optimization.stage > 0:
+            # whichever optimizer it is
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+class PlainEngine(Engine):
+    """One process. fp32 parameters and AdamW; bf16 means autocast, so that the optimizer keeps fp32 values."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+        self.model = model
+        self.compute_dtype = compute_dtype(config, world.device)
+        self.grad_norm = torch.zeros((), device=world.device)
+        self._device_type = world.device.type
+        self._accumulation = _batch_split(config, world).accumulation
+        self._clipping = config.deepspeed.gradient_clipping
+        self._optimizer = _make_optimizer(model, config)
+        model.train()
+
+    def forward(self, *inputs: Any) -> Any:
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(self._device_type, self.compute_dtype, enabled=enabled):
+            return self.model(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        (_nan_unless_finite(loss) / self._accumulation).backward()
+
+    def step(self, lr: float) -> Tensor:
+        _set_lr(self._optimizer, lr)
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                # of a block that was skipped: its moments and its decay go on, as they do in several processes
+                parameter.grad = torch.zeros_like(parameter)
+        self.grad_norm, applied = _clip(self.model, self._optimizer, self._clipping)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return applied
+
+    def signature(self) -> dict[str, Any]:
+        return {"engine": "plain torch", "processes": 1, "zero_stage": 0, "optimizer": type(self._optimizer).__name__}
+
+    @property
+    def optimizer(self) -> Any:
+        return self._optimizer
+
+
+class DeepSpeedEngine(Engine):
+    """Several processes, ZeRO, offload to the host."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+        deepspeed = _import_deepspeed(world.device)
+        split = _batch_split(config, world)
+        self.model = model
+        self.compute_dtype = compute_dtype(config, world.device)
+        self.grad_norm = torch.zeros((), device=world.device)
+        self._device = world.device
+        self._world_size, self._stage = world.size, config.deepspeed.zero_optimization.stage
+        self._micro_steps, self._accumulation = 0, split.accumulation
+        # without ZeRO and without loss scaling DeepSpeed hands the step to AdamW unchecked: it is checked here
+        self._checks_here = self._stage == 0 and self.compute_dtype == torch.float32
+        self._clipping = config.deepspeed.gradient_clipping
+        settings = _deepspeed_settings(config, split, self.compute_dtype, sum(p.numel() for p in model.parameters()))
+        if self._checks_here:
+            settings["gradient_clipping"] = 0.0
+        # made here: DeepSpeed's names for optimizers leave open which one is meant
+        del settings["optimizer"]
+        optimizer = _make_optimizer(model, config)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=settings, dist_init_required=False
+                )
+        except (ValueError, AssertionError) as error:
+            raise RunError(f"DeepSpeed cannot run this configuration here: {error}") from error
+        except Exception as error:
+            # without an account or a network, these cannot begin to report
+            package = type(error).__module__.partition(".")[0]
+            if package not in ("wandb", "comet_ml"):
+                raise
+            raise RunError(
+                f"{package} cannot report this run: {error} Mend that, or set its `enabled` to false."
+            ) from error
+        if hasattr(self._loss_scaler(), "raise_error_at_min_scale"):
+            # the guard stops the run, with what was seen
+            self._loss_scaler().raise_error_at_min_scale = False
+        self._engine.train()
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(_nan_unless_finite(loss))
+        self._micro_steps += 1
+        if self._micro_steps < self._accumulation:
+            # DeepSpeed counts micro-steps in its own `step`, which changes nothing before the last one
+            self._engine.step()
+
+    def step(self, lr: float) -> Tensor:
+        self._micro_steps = 0
+        _set_lr(self._engine.optimizer, lr)
+        if self._checks_here:
+            self.grad_norm, applied = _clip(self.model, self._engine.optimizer, self._clipping)
+            self._engine.step()
+            return applied
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        self.grad_norm = torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32)
+        return torch.full((), self._engine.was_step_applied(), device=self._device)
+
+    def signature(self) -> dict[str, Any]:
+        name = type(self.optimizer).__name__
+        return {"engine": "DeepSpeed", "processes": self._world_size, "zero_stage": self._stage, "optimizer": name}
+
+    @property
+    def optimizer(self) -> Any:
+        return self._engine.basic_optimizer
+
+    @property
+    def deepspeed(self) -> Any:
+        return self._engine
+
+    def state(self) -> dict[str, Any]:
+        scaler = self._loss_scaler()
+        return {
+            **super().state(),
+            "loss_scale": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+        }
+
+    def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
+        super().restore(read, state)
+        scaler = self._loss_scaler()
+        saved = state.get("loss_scale", {})
+        for name in _SCALER:
+            if name in saved and hasattr(scaler, name):
+                setattr(scaler, name, saved[name])
+        _write_low_precision(self._engine.optimizer)
+
+    def _loss_scaler(self) -> Any:
+        """What fp16 scales its loss with; None in the other dtypes, which need no scale."""
+        if self.compute_dtype != torch.float16:
+            return None
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """Dtype of the forward pass: `bf16.enabled` "auto" is bf16 on a GPU that computes in it, fp32 elsewhere."""
+    wanted = config.deepspeed.bf16.enabled
+    if wanted == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        wanted = has_bf16 and not config.deepspeed.fp16.enabled
+    if wanted:
+        return torch.bfloat16
+    return torch.float16 if config.deepspeed.fp16.enabled else torch.float32
+
+
+def _batch_split(config: RunConfig, world: World) -> BatchSplit:
+    return config.deepspeed.batch_split(world.size)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float, decay_1d: bool) -> list[dict[str, Any]]:
+    """Return two groups, matrices and 1-D parameters (biases, norms, LayerScale, the class token).
+
+    Args:
+        weight_decay: of the matrices.
+        decay_1d: whether 1-D parameters have the same weight decay; otherwise they have none.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": weight_decay if decay_1d else 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    weight_decay = config.deepspeed.optimizer.params.weight_decay
+    return make_optimizer(config, _parameter_groups(model, weight_decay, config.d2v.decay_1d))
+
+
+def _set_lr(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _nan_unless_finite(loss: Tensor) -> Tensor:
+    # a factor on the device, so that the host need not look; an infinite loss can have finite gradients
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
+def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip the gradients and tell AdamW whether to leave everything as it is: (norm, applied), both 0-d, no sync."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    applied = torch.isfinite(norm)
+    optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+    return norm, applied
+
+
+def _deepspeed_settings(
+    config: RunConfig, split: BatchSplit, dtype: torch.dtype, num_parameters: int
+) -> dict[str, Any]:
+    """The file's DeepSpeed keys with everything resolved that it leaves open."""
+    settings = config.deepspeed.for_deepspeed(split.world_size)
+    settings |= {
+        "train_batch_size": split.global_batch,
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation,
+        "zero_allow_untested_optimizer": config.deepspeed.zero_allow_untested_optimizer,
+        "zero_force_ds_cpu_optimizer": config.deepspeed.zero_force_ds_cpu_optimizer,
+        "bf16": {**settings.get("bf16", {}), "enabled": dtype == torch.bfloat16},
+    }
+    settings.setdefault("steps_per_print", 10**9)
+    zero = settings.setdefault("zero_optimization", {})
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        # the default is a buffer of 2 GB; no bucket needs to be larger than the model
+        zero.setdefault(bucket, min(getattr(config.deepspeed.zero_optimization, bucket), num_parameters))
+    return settings
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed loads its own checkpoints with pickle unless told otherwise
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    _hide_broken_apex()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # ZeRO calls two collectives by names that torch 2.13 deprecates
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if device.type == "cpu":
+        # only a shared-memory collective asks this table, and would be compiled; the optimizers do not ask
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    return deepspeed
+
+
+def _hide_broken_apex() -> None:
+    """DeepSpeed takes apex where it can be imported, and bears no other error there than a missing one."""
+    try:
+        importlib.import_module("apex")
+    except ImportError:
+        pass
+    except Exception:
+        # None makes the next import say that it is missing
+        sys.modules["apex"] = None  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _write_low_precision(optimizer: Any) -> None:
+    """Make DeepSpeed's copies of the fp32 values follow them, as at the end of its `step`."""
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "grad_position"):
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+    elif hasattr(optimizer, "refresh_fp32_params"):
+        flat = getattr(optimizer, "fp32_groups_flat", None)
+        for index, group in enumerate(optimizer.fp16_groups):
+            if flat is not None:
+                optimizer.fp16_groups_flat[index].copy_(flat[index])
+                continue
+            for low, high in zip(group, optimizer.fp32_groups[index], strict=True):
+                low.copy_(high)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _local(value: Any) -> Tensor:
+    local: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local

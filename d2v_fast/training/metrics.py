@@ -1,0 +1,324 @@
+"""What a run tells about itself: `log.jsonl`, TensorBoard events, `curves.png`, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from d2v_fast.config import GuardConfig
+from d2v_fast.data.listing import counted
+from d2v_fast.data.progress import TimeLeft
+from d2v_fast.figures.curves import draw_curves
+from d2v_fast.files.reading import append_regular, open_regular, parse_json, read_json
+from d2v_fast.training.run_folder import RunFolder, is_number, is_probes
+
+Entry = dict[str, Any]
+
+LOG = "log.jsonl"
+# lines that were in the log and are no entries
+_BAD_LINES = "log.bad.txt"
+# of an entry, which has some hundred bytes
+_MAX_LINE_BYTES = 2**20
+_MAX_PROBES_BYTES = 64_000_000
+_NUM_NAMED = 5
+# what every entry holds, and what the curves and the guard read
+_FIGURES = ("loss", "target_std", "prediction_std", "lr", "grad_norm")
+
+_EPSILON = 1e-6
+
+
+class Deviations(NamedTuple):
+    """Mean over the channels of the standard deviation over all masked positions."""
+
+    target: float
+    prediction: float
+
+
+def deviations(moments: Tensor, num_rows: int) -> Deviations:
+    """What tells a collapse: how much target and prediction differ from place to place.
+
+    Args:
+        moments: `[4, D]`, sums over all rows of prediction, prediction^2, target, target^2.
+        num_rows: N, over all processes.
+    Returns:
+        mean over channels of sqrt(unbiased variance + 1e-6), as the published code does; NaN for fewer than 2 rows.
+    """
+    if num_rows < 2:
+        return Deviations(math.nan, math.nan)
+    # the difference of two large sums: fp64
+    total = moments.double().cpu()
+
+    def deviation(sums: Tensor, squares: Tensor) -> float:
+        variance = (squares - sums**2 / num_rows) / (num_rows - 1)
+        return (variance.clamp_min(0) + _EPSILON).sqrt().mean().item()
+
+    return Deviations(target=deviation(total[2], total[3]), prediction=deviation(total[0], total[1]))
+
+
+def loss_and_deviations(sums: Tensor, num_rows: int, width: int, divisor: float) -> Entry:
+    """The figures of a step: `loss` per masked place, `target_std`, `prediction_std`.
+
+    Args:
+        sums: `[1 + 4 * D]`, the loss and the flattened moments, summed over all processes.
+        num_rows: N, over all processes.
+        width: D.
+        divisor: of the sum over channels, D for the loss per masked value.
+    """
+    spread = deviations(sums[1:].view(4, width), num_rows)
+    return {
+        "loss": sums[0].item() / (num_rows * divisor),
+        "target_std": spread.target,
+        "prediction_std": spread.prediction,
+    }
+
+
+class Speed:
+    """Samples per second of training, and seconds since the start of this process."""
+
+    def __init__(self, samples: int) -> None:
+        self._start = self._last = time.monotonic()
+        self._samples = samples
+
+    def since_last(self, samples: int) -> Entry:
+        """`samples_per_s` since the last call, and `seconds`; `samples` is how many have been seen in all."""
+        now = time.monotonic()
+        speed = (samples - self._samples) / max(1e-9, now - self._last)
+        self._last, self._samples = now, samples
+        return {"samples_per_s": round(speed, 1), "seconds": round(now - self._start, 3)}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of the block for the speed: it is no training."""
+        started = time.monotonic()
+        yield
+        self._last += time.monotonic() - started
+
+
+class Log(Protocol):
+    """What the loop tells."""
+
+    def write(self, entry: Entry) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def draw_curves(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class NoLog:
+    """The log of every process but the first: nothing."""
+
+    def write(self, entry: Entry) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def draw_curves(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def import_reports() -> None:
+    """Import what a `RunLog` imports later: its memory is not that of the run. What is missing is said when needed."""
+    for module in ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        with suppress(Exception):
+            importlib.import_module(module)
+
+
+class RunLog:
+    """Writes the log of a run. Only the first process has one.
+
+    Args:
+        folder: the run folder.
+        num_steps: optimizer steps of the whole run.
+        start_step: steps already made; what the log holds beyond them belongs to a lost part of the run and is dropped.
+        guard: its limits are drawn in `curves.png`; None draws none.
+    """
+
+    def __init__(self, folder: RunFolder, num_steps: int, start_step: int, guard: GuardConfig | None = None) -> None:
+        self._folder, self._guard = folder, guard
+        self._num_steps = num_steps
+        self._left = TimeLeft(num_steps)
+        self._progress: _Bar | None = None
+        entries, bad = _read_lines(folder.path / LOG)
+        if bad:
+            # before they are taken out of the log
+            with append_regular(folder.path / _BAD_LINES) as file:
+                file.write(b"".join(bad.values()).rstrip(b"\n") + b"\n")
+            numbers = ", ".join(map(str, list(bad)[:_NUM_NAMED])) + (", ..." if len(bad) > _NUM_NAMED else "")
+            self.say(
+                f"{LOG} holds {counted(len(bad), 'line')} that cannot be read (line {numbers}): moved to {_BAD_LINES}, "
+                "the rest stays"
+            )
+        entries = [entry for entry in entries if entry["step"] <= start_step]
+        folder.write_text(LOG, "".join(json.dumps(entry) + "\n" for entry in entries))
+        self._file = (folder.path / LOG).open("a", encoding="utf-8")
+        self._events = _tensorboard(folder.path, start_step)
+        self._progress = _progress_bar(num_steps, start_step) if sys.stdout.isatty() else None
+
+    def write(self, entry: Entry) -> None:
+        """Record one logged step; NaN and infinity become null, which JSON can hold."""
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for key, value in clean.items():
+            if self._events is not None and key != "step" and isinstance(value, int | float):
+                self._events.add_scalar(key, value, entry["step"])
+        if self._progress is not None:
+            self._progress.show(_figures(entry))
+        else:
+            self.say(f"step {entry['step']}/{self._num_steps}  {_figures(entry)}{self._left}")
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar and the step number beside it; costs next to nothing."""
+        self._left.report(step)
+        if self._progress is not None:
+            self._progress.advance(step, str(self._left))
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar where there is one."""
+        if self._progress is not None:
+            self._progress.say(text)
+        else:
+            print(text, flush=True)
+
+    def draw_curves(self) -> None:
+        """Replace `curves.png` by the curves of the whole log and all probes; without matplotlib, say so once."""
+        try:
+            import matplotlib.backends.backend_agg  # noqa: F401
+        except Exception as error:
+            _say_missing(self.say, "curves.png", "matplotlib", error)
+            return
+        path = self._folder.path
+        draw_curves(read_log(path), path / "curves.png", self._guard, read_probes(path))
+
+    def close(self) -> None:
+        """End progress bar and files; the log stays, and `say` goes on. May be called twice."""
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        if self._events is not None:
+            self._events.close()
+        self._file.close()
+
+
+def read_log(folder: Path) -> list[Entry]:
+    """Return the entries of `log.jsonl`, without lines that cannot be read."""
+    return _read_lines(folder / LOG)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[Entry], dict[int, bytes]]:
+    """Return the entries of a log, and by their numbers from 1 on the lines that are none."""
+    entries: list[Entry] = []
+    bad: dict[int, bytes] = {}
+    if not path.exists():
+        return entries, bad
+    with open_regular(path) as file:
+        number = 0
+        while line := file.readline(_MAX_LINE_BYTES):
+            number += 1
+            try:
+                # a power cut leaves zero bytes before what was written next
+                entry = parse_json(line.strip(b"\0\r\n").decode())
+            except ValueError:
+                entry = None
+            if _is_entry(entry):
+                entries.append(entry)
+            elif line.strip(b"\0 \t\r\n"):
+                bad[number] = line
+    return entries, bad
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not is_number(entry.get("step"), int):
+        return False
+    return all(key in entry and (entry[key] is None or is_number(entry[key])) for key in _FIGURES)
+
+
+def read_probes(folder: Path) -> list[Entry]:
+    """Return the entries of `probe.json`; none where nothing has been probed, or the file cannot be read."""
+    with suppress(OSError, ValueError):
+        found = read_json(folder / "probe.json", _MAX_PROBES_BYTES)
+        if is_probes(found):
+            entries: list[Entry] = found
+            return entries
+    return []
+
+
+def _figures(entry: Mapping[str, Any]) -> str:
+    return (
+        f"loss {entry['loss']:.4f}  target std {entry['target_std']:.3f}  "
+        f"prediction std {entry['prediction_std']:.3f}  {entry['samples_per_s']:.0f} samples/s"
+    )
+
+
+class _Bar:
+    """The progress bar on a terminal."""
+
+    def __init__(self, num_steps: int, start_step: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+        self._num_steps, self._step = num_steps, start_step
+        self._figures, self._left = "making the first batch", ""
+        self._bar = Progress(*columns, refresh_per_second=4)
+        self._task = self._bar.add_task("", total=num_steps)
+        self._update()
+        self._bar.start()
+
+    def advance(self, step: int, left: str) -> None:
+        self._step, self._left = step, left
+        self._update()
+
+    def show(self, figures: str) -> None:
+        """Replace the figures, which stay until the next step that is logged."""
+        self._figures = figures
+        self._update()
+
+    def _update(self) -> None:
+        text = f"step {self._step}/{self._num_steps}  {self._figures}{self._left}"
+        self._bar.update(self._task, completed=self._step, description=text)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _progress_bar(num_steps: int, start_step: int) -> _Bar | None:
+    try:
+        return _Bar(num_steps, start_step)
+    except Exception as error:
+        _say_missing(print, "progress bar", "rich", error)
+        return None
+
+
+def _tensorboard(folder: Path, start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:
+        _say_missing(print, "TensorBoard events", "tensorboard", error)
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+
+_said: set[str] = set()
+
+
+def _say_missing(say: Any, what: str, package: str, error: Exception) -> None:
+    """Say once that a report is left out. A package that does not fit the others can raise anything when imported."""
+    if isinstance(error, ModuleNotFoundError):
+        reason = "is not installed"
+    else:
+        lines = str(error).splitlines() or [""]
+        reason = f"cannot be imported ({type(error).__name__}: {lines[0]})"
+    text = f"no {what}: {package} {reason}"
+    if text not in _said:
+        _said.add(text)
+        say(text)

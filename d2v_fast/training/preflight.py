@@ -1,0 +1,131 @@
+"""What can be found wrong before a run folder is made: packages that are missing, memory and room on the disk."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from shutil import disk_usage
+
+import torch
+
+from d2v_fast.command_lines import SUPERVISION
+from d2v_fast.config import RunConfig
+from d2v_fast.distributed.world import RunError, World
+from d2v_fast.evaluation import run as evaluation
+from d2v_fast.memory.peak import available_memory, format_bytes
+from d2v_fast.memory.predict import Shapes, predict_from, shapes_of
+from d2v_fast.memory.step import StepMemory
+from d2v_fast.ops import missing_kernels
+from d2v_fast.packages import install_command
+from d2v_fast.training.engine import check_engine_available
+from d2v_fast.training.run_folder import refuse_saved
+
+# what lives as long as the run does not depend on it
+_NO_STEP = StepMemory(batch=0, saved=0, forward=0, backward=0, with_gradients=0, arrivals=())
+
+
+def check_name(config: RunConfig, resume: bool) -> None:
+    """Check that a new run's name is free, before its data are listed or tokenized.
+
+    Raises:
+        RunError: it is that of a run that has saved something.
+    """
+    run = config.d2v.run
+    # under supervision the run of an earlier attempt goes on
+    if run.name is not None and not resume and SUPERVISION not in os.environ:
+        refuse_saved(Path(run.dir) / run.name)
+
+
+def check_packages(config: RunConfig, num_processes: int) -> None:
+    """Check that every package is there that the run will need, at its end or for its reports.
+
+    Args:
+        num_processes: of the run.
+    Raises:
+        RunError: one is missing or cannot be imported.
+        ImportError: it is safetensors.
+    """
+    # or the first checkpoint fails, and with it the run
+    importlib.import_module("safetensors.torch")
+    check_engine_available(config, num_processes)
+    if config.deepspeed.needs_deepspeed(num_processes):
+        for monitor, package in config.deepspeed.monitor_packages().items():
+            try:
+                importlib.import_module(package)
+            except Exception as error:
+                name = package.rpartition(".")[2]
+                raise RunError(
+                    f"`{monitor}.enabled` needs the package {name}, which cannot be imported ({error}): "
+                    f"`pip install {name}`, or set it to false."
+                ) from error
+    # labels of the user's own are checked by `evaluation.check_labels`
+    if (
+        config.d2v.probe.path is None
+        and evaluation.has_labels(config.d2v)
+        and importlib.util.find_spec("sklearn") is None
+    ):
+        command = install_command("sklearn")
+        raise RunError(f"the probe of this data needs scikit-learn, which is not installed: `{command}`.")
+
+
+def report_missing_kernels(world: World, say: Callable[[str], None]) -> None:
+    """Say at the start of a run that its operations take the slower reference, where they do.
+
+    Args:
+        world: of the run.
+        say: prints a line, in one process.
+    """
+    missing = missing_kernels(world.device.type)
+    if missing is not None:
+        say(f"note: {missing}")
+        # the first operation would warn of the same, in every process
+        warnings.filterwarnings("ignore", message=re.escape(missing))
+
+
+def check_room(config: RunConfig, world: World, dtype: torch.dtype) -> None:
+    """Check that parameters and optimizer fit into memory, and a checkpoint on the disk. Every process calls it.
+
+    What a step needs on top is left to `check`, which tries some.
+
+    Args:
+        world: of the run.
+        dtype: of the forward pass.
+    Raises:
+        RunError: they do not fit, in one of the processes; in all of them.
+    """
+    shapes = shapes_of(config)
+    problems = world.collect(_memory_problem(config, world, dtype, shapes) or _disk_problem(config, shapes))
+    if problem := next(filter(None, problems), None):
+        raise RunError(problem)
+
+
+def _memory_problem(config: RunConfig, world: World, dtype: torch.dtype, shapes: Shapes) -> str | None:
+    device = world.device
+    needed = predict_from(config, world.size, dtype, device.type, shapes, _NO_STEP).device_state
+    here = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is None or here * needed <= free:
+        return None
+    several = f", in each of {here} processes" if here > 1 else ""
+    return (
+        f"the model and its optimizer need {format_bytes(needed)}{several}, and {format_bytes(free)} are free on this "
+        f"{device.type}. Take a smaller model, or shard it with `zero_optimization.stage` over more processes."
+    )
+
+
+def _disk_problem(config: RunConfig, shapes: Shapes) -> str | None:
+    needed = 4 * (3 * shapes.trained + shapes.teacher)
+    root = Path(config.d2v.run.dir).absolute()
+    disk = disk_usage(next(folder for folder in (root, *root.parents) if folder.is_dir()))
+    # a file system of the kernel has no size, and no folder for runs
+    if needed <= disk.free or disk.total == 0:
+        return None
+    return (
+        f"a checkpoint takes {format_bytes(needed)}, and {format_bytes(disk.free)} are left on the disk of {root}. "
+        "Make room, or choose another folder with `--set d2v.run.dir=FOLDER`."
+    )

@@ -1,0 +1,257 @@
+"""What a checkpoint holds of a run, and how a run is put back into that state."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import d2v_fast
+from d2v_fast.checkpoints.files import Checkpoint
+from d2v_fast.checkpoints.saved_counters import check_counters
+from d2v_fast.checkpoints.shard_files import Kept
+from d2v_fast.checkpoints.store import Checkpoints, require_same_shapes
+from d2v_fast.config import RunConfig, changed_keys
+from d2v_fast.data import BatchMaker, Samples
+from d2v_fast.distributed.shards import full_shape, gather_whole
+from d2v_fast.distributed.world import RunError, World
+from d2v_fast.models.student import Student
+from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.teacher import Teacher
+from d2v_fast.training.engine import Engine
+from d2v_fast.training.resume_rules import refused_changes, reported_changes
+
+
+class RunState:
+    """Student, teacher, optimizer and counters of a run.
+
+    The order of the data, masks, augmentation, dropout and schedules follow from the seed and the step number.
+
+    Args:
+        vocabulary: of the `BatchMaker`: a checkpoint of another one is refused.
+        samples: what the run trains on. A checkpoint of others is refused, unless `d2v.data.on_change` accepts it. None
+            where nothing has been trained yet.
+
+    Attributes:
+        skipped: 0-d int64 on the device, steps that changed nothing because something was not finite.
+        streak: the same, of those in a row up to now.
+        longest_streak: the longest of these since the start of this process.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        model: Data2Vec,
+        teacher: Teacher,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        vocabulary: str | None = None,
+        samples: Samples | None = None,
+    ) -> None:
+        self._vocabulary, self._samples = vocabulary, samples
+        self._config, self._world = config, world
+        self._model, self._teacher, self._engine = model, teacher, engine
+        self._checkpoints = checkpoints
+        self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.streak = torch.zeros_like(self.skipped)
+        self.longest_streak = torch.zeros_like(self.skipped)
+
+    def follow(self, step: int, applied: Tensor) -> None:
+        """Let the teacher follow the student where step number `step` was applied, and count it where it was not.
+
+        A step that was not applied keeps its place in the order of the data and in the schedules, which are
+        functions of the step number. On the CPU the flag can be read. On a GPU nothing waits for it: a decay of 1
+        leaves the teacher as it is.
+        """
+        skipped = ~applied
+        self.skipped += skipped
+        self.streak = (self.streak + 1) * skipped
+        self.longest_streak = torch.maximum(self.longest_streak, self.streak)
+        if applied.device.type != "cpu":
+            self._teacher.update(step, applied)
+        elif applied:
+            self._teacher.update(step)
+
+    def save(self, step: int, *, wait: bool = True) -> None:
+        """Write the checkpoint of `step`; every process calls it.
+
+        Args:
+            wait: for the disk, too, and not for the copy to host memory only.
+        """
+        state = {
+            "global_batch": self._global_batch,
+            "vocabulary": self._vocabulary,
+            "samples": None if self._samples is None else self._samples._asdict(),
+            "skipped": int(self.skipped),
+            "streak": int(self.streak),
+            "teacher_step": self._teacher.last_step,
+            "engine": {**self._engine.signature(), **self._engine.state()},
+            "digest": self._config.digest(),
+            "config": self._config.to_dict(),
+            "conditions": _conditions(self._world.device),
+        }
+        in_background = self._config.d2v.run.background_save and not wait
+        self._checkpoints.save(step, state, self._kept(), in_background=in_background)
+
+    def advance_save(self) -> None:
+        """Give a checkpoint that was written in the background its name once it is on the disk."""
+        self._checkpoints.advance()
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is being written in the background."""
+        self._checkpoints.finish()
+
+    def restore(self, tell: Callable[[str], None]) -> int:
+        """Load the newest good checkpoint, of whatever engine, number of processes and ZeRO stage; returns its step,
+        0 where nothing has been saved yet.
+
+        Raises:
+            RunError: it is of another model, seed or global batch, or of other samples and these are not accepted.
+        """
+        checkpoint = self._checkpoints.newest(tell, check_counters)
+        if checkpoint is None:
+            tell("nothing has been saved yet: starting from the beginning")
+            return 0
+        with checkpoint:
+            return self._restore_from(checkpoint, tell)
+
+    def _restore_from(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> int:
+        state = checkpoint.state
+        # weights that no step was made from have seen no sample
+        if state["step"] and state["global_batch"] != self._global_batch:
+            raise RunError(
+                f"`train_batch_size` must be {state['global_batch']} as in the checkpoint, but is "
+                f"{self._global_batch} instead: other samples would be seen twice or not at all in this epoch."
+            )
+        # weights from elsewhere may not say which they need
+        if state["vocabulary"] not in (None, self._vocabulary):
+            raise RunError(
+                "`d2v.data.tokenizer` must be the tokenizer that the checkpoint was trained with, but is another one: "
+                "its tokens have other meanings. Name that one, or start a new run."
+            )
+        self._compare_samples(state, tell)
+        expected = {f"student/{name}": full_shape(p) for name, p in self._model.named_parameters()}
+        expected |= {f"teacher/{name}": shape for name, shape in self._teacher.shapes.items()}
+        saved = {name: shape for name, shape in state["shapes"].items() if name.startswith(("student/", "teacher/"))}
+        require_same_shapes(saved, expected, "state")
+        if state["step"] and (refused := refused_changes(state["config"], self._config)):
+            raise RunError("\n  ".join(refused))
+        reader = checkpoint.reader()
+        self._engine.restore(reader.read, state["engine"])
+        for shard in self._teacher.shards:
+            reader.read(Kept("teacher", shard))
+        self._teacher.refresh(state["teacher_step"])
+        self.skipped.fill_(state["skipped"])
+        self.streak.fill_(state["streak"])
+        self._tell_changes(state, tell)
+        tell(f"resumed after step {state['step']}")
+        return int(state["step"])
+
+    def whole_encoders(self) -> tuple[Student, Student] | None:
+        """Return student and teacher in fp32, with the weights that a checkpoint holds, as modules that the first
+        process can run alone; None in the other processes. Every process calls it. They are the modules of the run, or
+        copies where the run computes in 16 bits or ZeRO-3 has partitioned these."""
+        teacher = self._teacher.module
+        parameters = [*self._model.parameters(), *teacher.parameters()]
+        if all(p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in parameters):
+            student = self._model.student
+            return (student, student.with_averaged(teacher)) if self._world.is_first else None
+        names = {n: full_shape(p) for n, p in self._model.named_parameters() if n.startswith("student.")}
+        weights = gather_whole(self._engine.shards(), names, self._world)
+        average = gather_whole(self._teacher.shards, self._teacher.shapes, self._world)
+        if not self._world.is_first:
+            return None
+        prefix = self._model.student.averaged_prefix()
+        shared = {name.removeprefix("student."): value for name, value in weights.items()}
+        encoders = []
+        for state in (shared, shared | {prefix + name: value for name, value in average.items()}):
+            encoder = build_model(self._config.d2v).student.to(self._world.device)
+            encoder.load_state_dict(state)
+            encoders.append(encoder)
+        return encoders[0], encoders[1]
+
+    @property
+    def _global_batch(self) -> int:
+        return self._config.deepspeed.batch_split(self._world.size).global_batch
+
+    def _compare_samples(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
+        """Refuse a checkpoint that was trained on other samples, or report the difference where that is accepted."""
+        if state["step"] == 0 or self._samples is None:
+            return
+        if state.get("samples") is None:
+            tell(
+                "the checkpoint does not record its samples, so that changes of the data since then cannot be found. "
+                "The next one will."
+            )
+            return
+        difference = Samples(**state["samples"]).difference(self._samples)
+        if difference is None:
+            return
+        keys = changed_keys(state["config"]["d2v"]["data"], self._config.to_dict()["d2v"]["data"], "d2v.data.")
+        changes = [key for key in keys if not key.startswith(("d2v.data.on_change", "d2v.data.num_workers"))]
+        also = f" (changed since then: {'; '.join(changes)})" if changes else ""
+        if self._config.d2v.data.on_change == "refuse":
+            raise RunError(
+                f"the data have changed since the checkpoint of step {state['step']}: {difference}{also}. In the rest "
+                "of this epoch some samples would be seen twice and others not at all. Bring the data back as they "
+                "were, or go on with them as they are by `--set d2v.data.on_change=accept`."
+            )
+        tell(
+            f"the data have changed since the checkpoint: {difference}{also}. This is accepted "
+            "(`d2v.data.on_change`): the rest of this epoch follows the order of the new data, in which some samples "
+            "are seen twice and others not at all. From the next epoch on every sample is seen once."
+        )
+
+    def _kept(self) -> list[Kept]:
+        return [*self._engine.kept(), *(Kept("teacher", shard) for shard in self._teacher.shards)]
+
+    def _tell_changes(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
+        if changes := reported_changes(state["config"], self._config):
+            tell(f"changed since the checkpoint, and followed from here on: {'; '.join(changes)}")
+        if state["step"] == 0:
+            # no step was made under any conditions
+            return
+        conditions = changed_keys(
+            {**state["conditions"], **{key: state["engine"][key] for key in self._engine.signature()}},
+            {**_conditions(self._world.device), **self._engine.signature()},
+        )
+        if conditions:
+            tell(f"not the conditions of the checkpoint, the last digits may differ: {'; '.join(conditions)}")
+
+
+def samples_of(maker: BatchMaker, world: World) -> Samples:
+    """Return which samples a run trains on; every process calls it.
+
+    Raises:
+        RunError: the processes do not have the same samples, so that none of them would follow the order of the others.
+    """
+    names = maker.source.names_digest()
+    everywhere = [Samples(maker.what, number, found, "") for number, found in world.collect([maker.num_samples, names])]
+    for rank, other in enumerate(everywhere):
+        if other != everywhere[0]:
+            counts = f"{everywhere[0].number:,} {maker.what}s of rank 0 and {other.number:,} of rank {rank}"
+            raise RunError(
+                f"`d2v.data.path` must hold the same files for every process, but the {counts} are not the same. Copy "
+                "the data anew to the machines that differ, or put them on a file system that all of them share."
+            )
+    return everywhere[0]._replace(sizes=world.decide(maker.source.sizes_digest))
+
+
+def _conditions(device: torch.device) -> dict[str, Any]:
+    """What the last digits of a result depend on."""
+    deepspeed = sys.modules.get("deepspeed")
+    return {
+        "d2v_fast": d2v_fast.__version__,
+        "torch": torch.__version__,
+        "deepspeed": getattr(deepspeed, "__version__", None),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
+    }

@@ -1,0 +1,113 @@
+"""Where the time of a step goes. Every part waits for the device, so only a run with `--profile` is measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from d2v_fast.objectives.data2vec import Data2Vec
+
+Result = TypeVar("Result")
+
+PARTS = (
+    "data",
+    "teacher forward",
+    "student forward",
+    "target + loss",
+    "backward",
+    "optimizer",
+    "EMA",
+    "everything else",
+)
+# steps that fill caches and start workers
+_WARMUP_STEPS = 3
+
+
+class StepClock:
+    """Adds up the seconds of the parts of a step; does nothing unless `enabled`."""
+
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        self.enabled = enabled
+        self._device = device
+        self._num_steps, self._num_measured = 0, 0
+        self._step_started = 0.0
+        # of this step, and of all measured ones
+        self._current, self._seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time of the block for this part."""
+        if not self.enabled:
+            yield
+            return
+        started = self._now()
+        yield
+        self._current[name] += self._now() - started
+
+    def each(self, items: Iterable[Result], name: str) -> Iterator[Result]:
+        """Iterate, and count the time that every item takes to come for this part."""
+        iterator = iter(items)
+        while True:
+            with self.part(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def watch(self, model: Data2Vec) -> None:
+        """Count the parts of the model's forward pass."""
+        if self.enabled:
+            for method, part in (
+                ("embed", "student forward"),
+                ("teacher_features", "teacher forward"),
+                ("student_forward", "student forward"),
+                ("objective", "target + loss"),
+            ):
+                setattr(model, method, self._timed(getattr(model, method), part))
+
+    def end_step(self) -> None:
+        """Close a step: what no part has counted is everything else."""
+        if not self.enabled:
+            return
+        now = self._now()
+        if self._num_steps >= _WARMUP_STEPS:
+            self._current["everything else"] = now - self._step_started - sum(self._current.values())
+            for part, seconds in self._current.items():
+                self._seconds[part] += seconds
+            self._num_measured += 1
+        self._current = dict.fromkeys(PARTS, 0.0)
+        self._step_started = now
+        self._num_steps += 1
+
+    def report(self) -> dict[str, Any]:
+        """Milliseconds per step, and the share of the step in percent, by part."""
+        steps, total = max(1, self._num_measured), sum(self._seconds.values()) or 1.0
+        return {
+            "steps": self._num_measured,
+            "ms_per_step": {part: 1e3 * seconds / steps for part, seconds in self._seconds.items()},
+            "percent": {part: 100 * seconds / total for part, seconds in self._seconds.items()},
+        }
+
+    def __str__(self) -> str:
+        report = self.report()
+        lines = [f"share of a step, over {report['steps']} steps:"]
+        for part in PARTS:
+            lines.append(f"  {part:16} {report['ms_per_step'][part]:9.2f} ms {report['percent'][part]:6.1f} %")
+        return "\n".join(lines)
+
+    def _timed(self, call: Callable[..., Result], part: str) -> Callable[..., Result]:
+        def timed(*args: Any, **kwargs: Any) -> Result:
+            with self.part(part):
+                return call(*args, **kwargs)
+
+        return timed
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

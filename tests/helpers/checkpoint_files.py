@@ -1,0 +1,62 @@
+"""Checkpoints for tests: small ones that are written as a run writes them, and edits that keep their manifest right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d2v_fast.checkpoints.files import MANIFEST, STATE
+from d2v_fast.checkpoints.shard_files import Kept
+from d2v_fast.checkpoints.store import Checkpoints
+from d2v_fast.distributed.shards import Shard
+
+
+def kept(kind: str, name: str, value: Tensor) -> Kept:
+    """A whole tensor, to be written or to be read into."""
+    return Kept(kind, Shard(name, value.shape, 0, value.view(-1), value, 0, replicated=True))
+
+
+def save(checkpoints: Checkpoints, step: int, in_background: bool = False, **state: Any) -> Path:
+    """A checkpoint of two kinds of tensors."""
+    tensors = [
+        kept("student", "a.weight", torch.full((3, 5), float(step))),
+        kept("student", "b", torch.tensor(step, dtype=torch.bfloat16)),
+        kept("teacher", "t", torch.randn(4, 3)),
+    ]
+    checkpoints.save(step, {"skipped": 1, **state}, tensors, in_background=in_background)
+    return checkpoints.folder / f"step-{step}"
+
+
+def write_manifest(folder: Path, *, without: str = "") -> None:
+    """Let the manifest list every file as it is, so that no hash is wrong; `without` names one to leave out."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in folder.iterdir()
+        if path.name not in (MANIFEST, without)
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def edit_state(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change `state.json` of a checkpoint, with a manifest that fits."""
+    state = json.loads((folder / STATE).read_text())
+    edit(state)
+    (folder / STATE).write_text(json.dumps(state))
+    write_manifest(folder)
+
+
+def write_shards_anew(folder: Path, *shards: Mapping[str, Tensor]) -> None:
+    """Replace the shards of a checkpoint, with a manifest that fits."""
+    for path in folder.glob("shard-*"):
+        path.unlink()
+    for number, tensors in enumerate(shards):
+        save_file(dict(tensors), folder / f"shard-{number:05d}.safetensors")
+    write_manifest(folder)

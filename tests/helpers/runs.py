@@ -1,0 +1,292 @@
+"""Training runs for tests: a tiny configuration, and processes that are forked from the test, so that starting one is
+cheap and killing one is real."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2v_fast.distributed.world import World
+from d2v_fast.evaluation import run as evaluation
+from d2v_fast.train import main
+from d2v_fast.training import engine, metrics
+
+TINY: dict[str, Any] = {
+    "train_batch_size": 24,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "weight_decay": 0.05}},
+    "d2v": {
+        "model": {
+            "image_size": 8,
+            "patch_size": 2,
+            "channels": 1,
+            "width": 16,
+            "depth": 2,
+            "heads": 2,
+            "drop_path": 0.1,
+            "attention_dropout": 0.1,
+            "layer_scale": 0.1,
+        },
+        "mask": {"num_patches": 9, "min_patches": 2},
+        "target": {"top_k": 2},
+        "teacher": {"decay_start": 0.9, "decay_end": 0.95, "decay_steps": 10},
+        "schedule": {"steps": 12, "warmup_steps": 3},
+        "data": {
+            "kind": "digits",
+            "num_workers": 0,
+            "mean": [0.3],
+            "std": [0.38],
+            "crop_scale": [1.0, 1.0],
+            "flip_prob": 0.0,
+            "shift_pixels": 1.0,
+        },
+        "probe": {"num_draws": 1, "labels_per_class": 2},
+        "run": {"log_every": 1, "save_every": 3, "keep": 2, "device": "cpu", "timeout_minutes": 1},
+    },
+}
+
+# on the recordings that ship with the library
+TINY_SPEECH: dict[str, Any] = {
+    **TINY,
+    "d2v": {
+        **{key: TINY["d2v"][key] for key in ("teacher", "schedule", "probe", "run")},
+        "modality": "speech",
+        "model": {
+            "sample_rate": 8000,
+            "conv_width": 8,
+            "conv_kernels": [10, 3, 3, 2],
+            "conv_strides": [5, 2, 4, 4],
+            "position_depth": 2,
+            "position_kernel": 5,
+            "position_groups": 4,
+            "width": 16,
+            "depth": 3,
+            "heads": 2,
+            "layer_drop": 0.3,
+        },
+        "mask": {"length": 3, "equal_counts": False},
+        "target": {"top_k": 2, "layer_norm": "instance", "final_norm": "none"},
+        "data": {"num_workers": 0, "min_seconds": 0.3, "max_seconds": 0.6, "max_batch_seconds": 12, "lengths": "pad"},
+    },
+}
+
+# on the reference pages that Python carries
+TINY_TEXT: dict[str, Any] = {
+    **TINY,
+    "d2v": {
+        **{key: TINY["d2v"][key] for key in ("teacher", "schedule", "probe", "run")},
+        "modality": "text",
+        "model": {"vocab_size": 400, "max_positions": 32, "width": 16, "depth": 3, "heads": 2, "layer_drop": 0.3},
+        "mask": {"mode": "bert"},
+        "target": {"top_k": 2, "layer_norm": "layer", "final_norm": "none"},
+        "loss": {"beta": 4.0, "channel_reduction": "sum"},
+        "data": {"num_workers": 0, "block_size": 32},
+    },
+}
+
+# what must be equal, bit for bit, in a resumed run
+FIGURES = ("step", "epoch", "loss", "target_std", "prediction_std", "lr", "decay", "grad_norm", "skipped", "samples")
+
+
+def tiny_file(folder: Path, base: dict[str, Any] = TINY, **changes: Any) -> Path:
+    """A tiny configuration as a file; `changes` are dotted keys with `__` for the dot."""
+    raw = copy.deepcopy(base)
+    raw["d2v"]["run"]["dir"] = str(folder / "runs")
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = raw
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> None:
+    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
+    patch(metrics, "draw_curves", lambda *arguments: None)
+    patch(metrics, "_tensorboard", lambda *arguments: None)
+    patch(metrics, "import_reports", lambda: None)
+    patch(evaluation, "has_labels", lambda config: False)
+    patch(evaluation, "export", lambda *arguments: "no export")
+
+
+def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:
+    """The log of a run without what differs from time to time."""
+    lines = (folder / "runs" / name / "log.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line)[key] for key in FIGURES) for line in lines]
+
+
+def failure_status(said: str) -> int:
+    """The exit status of a command that failed with this message: 2 where an option is wrong whatever files hold."""
+    return 2 if said.startswith(("error: `--", "error: `NAME`")) else 1
+
+
+def run_here(*arguments: object) -> int:
+    """Run the command line in this process."""
+    return main([str(argument) for argument in arguments])
+
+
+def start(
+    arguments: list[object],
+    output: Path,
+    environment: dict[str, str] | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> int:
+    """Fork a process that runs the command line, after `before`; its output goes to a file. Returns its id."""
+
+    def work() -> int:
+        # the threads with which this process may have tokenised do not live on in a fork
+        os.environ.update({"TOKENIZERS_PARALLELISM": "false", **(environment or {})})
+        torch.set_num_threads(1)
+        before()
+        return run_here(*arguments)
+
+    return fork(work, output)
+
+
+def fork(work: Callable[[], int], output: Path) -> int:
+    """Fork a process that ends with the status that `work` returns; its output goes to a file. Returns its id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        status = work()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 98
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(*children: int, timeout_s: float = 120) -> list[int]:
+    """Exit statuses of forked processes; minus the signal's number where a signal ended one."""
+    statuses, deadline = [], time.monotonic() + timeout_s
+    for child in children:
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                for other in children[len(statuses) :]:
+                    os.kill(other, signal.SIGKILL)
+                    os.waitpid(other, 0)
+                raise TimeoutError(f"process {child} did not end in {timeout_s} s")
+            time.sleep(0.01)
+        statuses.append(os.waitstatus_to_exitcode(ended[1]))
+    return statuses
+
+
+def run_forked(
+    *arguments: object, output: Path, num_processes: int = 1, before: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Run the command line in forked processes, as a launcher would describe them; returns their exit statuses."""
+    return wait(*start_ranks(list(arguments), output, num_processes, before))
+
+
+def start_ranks(
+    arguments: list[object], output: Path, num_processes: int, before: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Fork the processes of one run, as a launcher would describe them; returns their ids by rank."""
+    if num_processes == 1:
+        return [start(arguments, output, before=before)]
+    import_deepspeed()
+    common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start(arguments, output, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, before)
+        for rank in range(num_processes)
+    ]
+
+
+def in_processes(count: int, folder: Path, work: Callable[[World, Path], Any], timeout_s: float = 120) -> list[Any]:
+    """What `work` returns, as JSON, in each of `count` forked processes that form a world, with one thread each."""
+    import_deepspeed()
+    described = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def child(rank: int) -> int:
+        os.environ.update({**described, "RANK": str(rank), "LOCAL_RANK": str(rank), "DEEPSPEED_TIMEOUT": "1"})
+        torch.set_num_threads(1)
+        try:
+            world = World("cpu", grouped=True)
+            (folder / f"{rank}.json").write_text(json.dumps(work(world, folder)))
+            world.close()
+        except Exception:
+            (folder / f"{rank}.json").write_text(json.dumps(traceback.format_exc()))
+            return 1
+        return 0
+
+    children = [fork(lambda rank=rank: child(rank), folder / f"{rank}.out") for rank in range(count)]
+    statuses = wait(*children, timeout_s=timeout_s)
+    results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+    assert statuses == [0] * count, results
+    return results
+
+
+def import_deepspeed() -> None:
+    """Import it here, with what ZeRO needs: slow, and once is enough for all processes that are forked from here."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine._import_deepspeed(torch.device("cpu"))
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+def processes(*words: str) -> dict[int, dict[str, str]]:
+    """Running processes whose command line holds all these words: their ids, and their environments."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        # any of them may end while it is looked at
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if folder.name.isdecimal() and all(word in line for word in words):
+                entries = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                found[int(folder.name)] = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    return found
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"did not happen in {timeout_s} s")
+        time.sleep(0.02)
+
+
+def logged_steps(folder: Path, name: str) -> int:
+    """How many steps the log of a run holds so far."""
+    path = folder / "runs" / name / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def free_port() -> int:
+    """A port that no one listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,112 @@
+"""What is installed: pyproject.toml asks for ranges, constraints.txt names one version of each, requirements.lock their
+hashes. The three agree."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.helpers.places import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    pytest.skip("the lock is for Python 3.11 and later", allow_module_level=True)
+
+PYTHONS = ("3.11", "3.12", "3.13")
+HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
+
+
+def pins() -> dict[str, str]:
+    """Versions in constraints.txt by name."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    found = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(pin) == 2 for pin in found)
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def lock() -> dict[str, tuple[str, list[str]]]:
+    """Version and hashes in requirements.lock by name."""
+    text = (ROOT / "requirements.lock").read_text().replace("\\\n", "")
+    found = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name(pin.split("==")[0]): (pin.split("==")[1], hashes) for pin, *hashes in found}
+
+
+def asked_for() -> list[tuple[str, Requirement]]:
+    """What pyproject.toml asks for in the extras that `make setup` installs, and for the build."""
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, extras = content["project"], content["project"]["optional-dependencies"]
+    wanted = project["dependencies"] + [text for name in ("train", "test", "bench", "hf") for text in extras[name]]
+    return [("pyproject.toml", Requirement(text)) for text in wanted + content["build-system"]["requires"]]
+
+
+def closure() -> dict[str, list[tuple[str, Requirement]]]:
+    """Everything that follows from it, by name, with who asks: by what the installed packages say of themselves.
+
+    What a CUDA build of torch brings is left out: nobody pins that here.
+    """
+    found: dict[str, list[tuple[str, Requirement]]] = {}
+    seen, waiting = set(), [(who, requirement, None) for who, requirement in asked_for()]
+    while waiting:
+        who, requirement, extra = waiting.pop()
+        key = (who, str(requirement), extra)
+        if key in seen or not needed(requirement, extra):
+            continue
+        seen.add(key)
+        name = canonicalize_name(requirement.name)
+        if who == "torch" and name not in pins():
+            continue
+        found.setdefault(name, []).append((who, requirement))
+        for text in distribution(name).requires or []:
+            waiting += [(name, Requirement(text), inner) for inner in [None, *requirement.extras]]
+    return found
+
+
+def needed(requirement: Requirement, extra: str | None) -> bool:
+    environments = [
+        {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux", "extra": extra or ""}
+        for python in PYTHONS
+    ]
+    return requirement.marker is None or any(requirement.marker.evaluate(one) for one in environments)
+
+
+def test_lock_has_the_versions_of_the_constraints() -> None:
+    wanted = {name: version for name, version in pins().items() if name != "torch"}
+    assert {name: version for name, (version, _) in lock().items()} == wanted, "run `make lock`"
+
+
+def test_every_version_has_hashes() -> None:
+    for name, (_, hashes) in lock().items():
+        assert hashes, name
+        assert all(HASH.fullmatch(text) for text in hashes), name
+
+
+def test_lock_names_no_place() -> None:
+    assert not re.search(r"://|index-url|find-links|trusted-host", (ROOT / "requirements.lock").read_text())
+
+
+def test_constraints_hold_what_pyproject_leads_to() -> None:
+    versions = pins()
+    try:
+        found = closure()
+    except PackageNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed: what it asks for is unknown here")
+    for name in set(found) & set(versions):
+        # a build may name itself after its hardware: 2.13.0+cpu
+        installed = distribution(name).version.partition("+")[0]
+        if installed != versions[name]:
+            pytest.skip(f"{name} {installed} is installed instead of {versions[name]}: so are its requirements")
+    assert sorted(set(found) - set(versions)) == [], "missing in constraints.txt"
+    assert sorted(set(versions) - set(found)) == [], "no one asks for it, remove it from constraints.txt"
+    wrong = [
+        f"{who} asks for {requirement}, and {name} is pinned to {versions[name]}"
+        for name, requirements in found.items()
+        for who, requirement in requirements
+        if not requirement.specifier.contains(versions[name], prereleases=True)
+    ]
+    assert wrong == []

@@ -1,0 +1,308 @@
+"""The teacher under every ZeRO stage, in one, two and four processes, beside one plain process."""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2v_fast.config import RunConfig, TeacherConfig, parse_config
+from d2v_fast.data.batch import Batch
+from d2v_fast.distributed.shards import gather_whole
+from d2v_fast.distributed.world import World
+from d2v_fast.masking import block_mask_rows
+from d2v_fast.models import layers
+from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.teacher import Teacher
+from d2v_fast.training.engine import Engine, make_engine
+from tests.helpers.runs import TINY, in_processes
+
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
+]
+
+STEPS, GLOBAL_BATCH = 20, 8
+# what is tried at every number of processes, as changes of the configuration
+RUNS: dict[str, dict[str, Any]] = {
+    "0": {"zero_optimization": {"stage": 0}},
+    "1": {"zero_optimization": {"stage": 1}},
+    "2": {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2},
+    "2, round robin": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+    "3": {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 2},
+    "3, all partitioned": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    "3, checkpointing": {"zero_optimization": {"stage": 3}, "gradient_checkpointing": True},
+    "1, offload": {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+    "2, offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    "3, offload": {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "cpu"},
+        }
+    },
+}
+STAGES = ["0", "1", "2", "3"]
+BF16 = {name: {**RUNS[name], "bf16": {"enabled": True}} for name in ("0", "1", "2", "3", "2, offload", "3, offload")}
+
+
+def run_config(changes: dict[str, Any], world_size: int) -> RunConfig:
+    raw = copy.deepcopy(TINY)
+    changes = dict(changes)
+    raw["train_batch_size"] = GLOBAL_BATCH
+    raw["d2v"]["model"] |= {"drop_path": 0.0, "attention_dropout": 0.0, "width": 32}
+    raw["d2v"]["model"]["gradient_checkpointing"] = changes.pop("gradient_checkpointing", False)
+    # a small epsilon makes large steps out of the rounding of tiny gradients
+    raw["optimizer"]["params"]["eps"] = 1e-6
+    # every teacher's decay is another one, so that a second or a missing update shows
+    raw["d2v"]["teacher"] = {"decay_start": 0.5, "decay_end": 0.9, "decay_steps": 30}
+    return parse_config({**raw, **changes}, world_size)
+
+
+class Trial:
+    """Student, engine and teacher of a configuration, trained on batches that depend on the step only."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        torch.manual_seed(3)
+        model = build_model(config.d2v)
+        # a position bias that starts at 0 has gradients of its own size only later
+        torch.nn.init.normal_(model.student.position_bias.table, std=0.02)
+        copied = copy.deepcopy(model.student)
+        self.engine: Engine = make_engine(model, config, world)
+        self.model = model
+        self.teacher = Teacher(
+            model.student,
+            config.d2v.teacher,
+            compute_dtype=self.engine.compute_dtype,
+            module=copied,
+            engine=self.engine.deepspeed,
+        )
+
+    def step(self, step: int, poison: bool = False) -> bool:
+        split, width = self.config.deepspeed.batch_split(self.world.size), self.config.d2v.model.width
+        pixels = torch.randn(GLOBAL_BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+        if poison:
+            pixels[-1, 0, 0, 0] = torch.nan
+        ids = torch.arange(GLOBAL_BATCH)
+        rows = torch.from_numpy(block_mask_rows(7, step, ids.numpy(), 4, 9, 2, None, 0.3))
+        num_patches = self.config.d2v.model.num_patches
+        for micro_step in range(split.accumulation):
+            first = (micro_step * self.world.size + self.world.rank) * split.micro_batch
+            mine = (rows >= first * num_patches) & (rows < (first + split.micro_batch) * num_patches)
+            part = slice(first, first + split.micro_batch)
+            batch = Batch(pixels[part], rows[mine] - first * num_patches, ids[part], global_rows=len(rows))
+            output = self.engine.forward(batch, self.teacher.module)
+            share = split.accumulation * self.world.size / (len(rows) * width)
+            self.engine.backward(output.loss_sum * share)
+        applied = bool(self.engine.step(1e-3))
+        if applied:
+            self.teacher.update(step)
+        return applied
+
+    def student(self) -> dict[str, Tensor]:
+        """The trained values of the encoder, whole, in the first process."""
+        shapes = {f"student.{name}": shape for name, shape in self.teacher.shapes.items()}
+        whole = gather_whole(self.engine.shards(), shapes, self.world)
+        return {name.removeprefix("student."): value for name, value in whole.items()}
+
+    def average(self) -> dict[str, Tensor]:
+        """The average, whole, in the first process."""
+        return gather_whole(self.teacher.shards, self.teacher.shapes, self.world)
+
+    def seen(self) -> dict[str, Tensor]:
+        """The parameters of the teacher's module as a forward pass of this process sees them."""
+        module = self.teacher.module
+        if not any(hasattr(p, "ds_id") for p in module.parameters()):
+            return {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        import deepspeed
+
+        found = {}
+        for name, p in module.named_parameters():
+            with deepspeed.zero.GatheredParameters([p]):
+                found[name] = p.detach().float().clone()
+        return found
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference of a parameter, and which one it is."""
+    assert found.keys() == expected.keys()
+    return max(
+        (((found[name] - value).norm() / value.norm().clamp_min(1e-30)).item(), name)
+        for name, value in expected.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, dict[str, Tensor]]:
+    """Student and average after 20 steps of one plain process."""
+    trial = Trial(run_config({}, 1), World("cpu"))
+    for step in range(1, STEPS + 1):
+        assert trial.step(step)
+    return {"student": trial.student(), "average": trial.average()}
+
+
+@pytest.mark.parametrize(
+    ("processes", "names"),
+    [
+        (1, list(RUNS)),
+        pytest.param(2, list(RUNS), marks=pytest.mark.slow),
+        (4, STAGES),
+        pytest.param(4, [name for name in RUNS if name not in STAGES], marks=pytest.mark.slow),
+    ],
+    ids=["1", "2", "4", "4, the others"],
+)
+def test_equals_one_process(processes: int, names: list[str], tmp_path: Path, one_process) -> None:
+    def work(world: World, folder: Path) -> Any:
+        report = {}
+        for name in names:
+            changes = RUNS[name]
+            trial = Trial(run_config(changes, world.size), world)
+            before = trial.seen()
+            for step in range(1, STEPS + 1):
+                assert trial.step(step)
+            student, average, seen = trial.student(), trial.average(), trial.seen()
+            # the average of the first process, told to all
+            told = {key: world.sum(average.get(key, torch.zeros_like(value))) for key, value in seen.items()}
+            report[name] = {
+                "stale": [key for key, value in seen.items() if not torch.equal(value, told[key])],
+                "still": [key for key, value in seen.items() if torch.equal(value, before[key])],
+                "student": worst(student, one_process["student"]) if world.is_first else None,
+                "average": worst(average, one_process["average"]) if world.is_first else None,
+            }
+        return report
+
+    reports = in_processes(processes, tmp_path, work, timeout_s=280)
+    print(json.dumps(reports[0]))
+    for report in reports:
+        for name, found in report.items():
+            # on every rank a fresh gather returns the average, and every parameter has moved
+            assert found["stale"] == [], name
+            assert found["still"] == [], name
+    for name, found in reports[0].items():
+        assert found["student"][0] <= 1e-6, (name, found)
+        assert found["average"][0] <= 1e-6, (name, found)
+
+
+def test_linear_maps_by_onednn(tmp_path: Path, one_process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their backward pass reads weights that are partitioned between the passes."""
+    monkeypatch.setattr("d2v_fast.models.layers._LARGE", 1)
+    original, calls = layers._ONEDNN_LINEAR, []
+    if original is None:
+        pytest.skip("torch has no oneDNN")
+    monkeypatch.setattr("d2v_fast.models.layers._ONEDNN_LINEAR", lambda *inputs: calls.append(1) or original(*inputs))
+
+    def work(world: World, folder: Path) -> Any:
+        trial = Trial(run_config(RUNS["3, all partitioned"], world.size), world)
+        for step in range(1, STEPS + 1):
+            assert trial.step(step)
+        assert len(calls) > STEPS
+        found = {"student": trial.student(), "average": trial.average()}
+        return {key: worst(found[key], one_process[key]) for key in found} if world.is_first else None
+
+    for error, where in in_processes(2, tmp_path, work)[0].values():
+        assert error <= 1e-6, where
+
+
+def test_half_precision_follows_the_fp32_values(tmp_path: Path) -> None:
+    """In bf16 the average follows what the optimizer steps, not its rounded copy, and the module holds the nearest
+    bf16 values of it, on every process."""
+
+    def work(world: World, folder: Path) -> Any:
+        report = {}
+        for name, changes in BF16.items():
+            trial = Trial(run_config(changes, world.size), world)
+            expected = {key: value.double() for key, value in trial.student().items()}
+            for step in range(1, 7):
+                assert trial.step(step)
+                decay = trial.teacher.decay(step)
+                for key, value in trial.student().items():
+                    expected[key].lerp_(value.double(), 1 - decay)
+            average, seen = trial.average(), trial.seen()
+            rounded = {key: world.sum(average.get(key, torch.zeros_like(value))) for key, value in seen.items()}
+            report[name] = {
+                "dtypes": sorted({str(p.dtype) for p in trial.teacher.module.parameters()}),
+                "stale": [
+                    key for key, value in seen.items() if not torch.equal(value, rounded[key].bfloat16().float())
+                ],
+                "average": worst({key: value.double() for key, value in average.items()}, expected)
+                if world.is_first
+                else None,
+            }
+        return report
+
+    for rank, report in enumerate(in_processes(2, tmp_path, work, timeout_s=280)):
+        for name, found in report.items():
+            assert found["dtypes"] == ["torch.bfloat16"], name
+            assert found["stale"] == [], name
+            if rank == 0:
+                assert found["average"][0] <= 1e-6, (name, found)
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_nan_of_one_process_reaches_nothing(processes: int, tmp_path: Path) -> None:
+    """A NaN in the last process's images leaves student, optimizer and teacher as they are, under every stage."""
+
+    def held(trial: Trial) -> list[Tensor]:
+        tensors = [kept.shard.master for kept in trial.engine.kept()]
+        return [tensor.clone() for tensor in (*tensors, *(shard.master for shard in trial.teacher.shards))]
+
+    def work(world: World, folder: Path) -> Any:
+        report = {}
+        for name, changes in {**RUNS, **{f"{name}, bf16": changes for name, changes in BF16.items()}}.items():
+            trial = Trial(run_config(changes, world.size), world)
+            assert trial.step(1)
+            before, seen = held(trial), trial.seen()
+            refused = not trial.step(2, poison=True)
+            after, seen_after = held(trial), trial.seen()
+            assert trial.step(3)
+            report[name] = [
+                refused,
+                all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
+                all(torch.equal(seen[key], seen_after[key]) for key in seen),
+                all(bool(tensor.isfinite().all()) for tensor in held(trial)),
+            ]
+        return report
+
+    for report in in_processes(processes, tmp_path, work, timeout_s=280):
+        for name, found in report.items():
+            assert found == [True] * 4, name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_process_without_a_part_of_the_student(stage: int, tmp_path: Path) -> None:
+    """The averaged part is so small that the second process trains nothing of it: it takes part in the exchange all the
+    same, and sees the average."""
+
+    def work(world: World, folder: Path) -> Any:
+        import deepspeed
+
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 500))
+        copied = copy.deepcopy(model[0])
+        before = copied.weight.item()
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
+        }
+        adamw = torch.optim.AdamW(model.parameters(), lr=0.1)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
+        schedule = TeacherConfig(decay_start=0.5, decay_end=0.5)
+        teacher = Teacher(engine.module[0], schedule, module=copied, engine=engine)
+        for step in (1, 2):
+            engine.backward(engine(torch.ones(1, 1)).square().mean())
+            engine.step()
+            teacher.update(step)
+        return [len(teacher.shards), before, teacher.module(torch.ones(1, 1)).item()]
+
+    first, second = in_processes(2, tmp_path, work)
+    assert (first[0], second[0]) == (1, 0)
+    assert first[1:] == second[1:]
+    assert first[2] != first[1]
