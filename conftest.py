@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # a GPU machine without network may lack some of these; the operations need torch only
 NEEDED_FOR_TRAINING = ("pydantic", "numba", "numpy", "safetensors", "sklearn", "PIL")
 MISSING = [name for name in NEEDED_FOR_TRAINING if find_spec(name) is None]
-collect_ignore_glob = ["tests/test_*.py"] if MISSING else []
+TESTS_OF_TRAINING = [
+    f"tests/{folder.name}/*"
+    for folder in (Path(__file__).parent / "tests").iterdir()
+    if folder.is_dir() and folder.name != "ops"
+]
+collect_ignore_glob = [*TESTS_OF_TRAINING] if MISSING else []
 if "numba" in MISSING:
     collect_ignore_glob.append("bench/bench_masking.py")
 if MISSING or find_spec("transformers") is None:
@@ -33,7 +39,7 @@ if find_spec("hypothesis") is None:
     MISSING.append("hypothesis")
     for name in ("masked_loss", "odd_inputs", "topk_target"):
         collect_ignore_glob.append(f"tests/ops/test_{name}.py")
-    collect_ignore_glob.append("tests/test_*.py")
+    collect_ignore_glob.extend(TESTS_OF_TRAINING)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

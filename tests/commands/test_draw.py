@@ -30,6 +30,7 @@ from d2v_fast.distributed.shards import Shard
 from d2v_fast.distributed.world import World
 from d2v_fast.figures.sheet import Sheet, save_figure
 from d2v_fast.objectives.data2vec import build_model
+from tests.helpers.places import ROOT
 from tests.helpers.runs import failure_status
 
 CONFIG = VisionConfig(
@@ -262,7 +263,7 @@ def test_recordings_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     # both colours of the similarities, and the marks of the mask
     assert ((image[..., 0] > 150) & (image[..., 2] < 100)).sum() > 100
     assert ((image[..., 2] > 150) & (image[..., 0] < 100)).sum() > 100
-    samples = Path(draw.__file__).parent / "data" / "speech_samples" / "en-us+f2"
+    samples = ROOT / "d2v_fast" / "modalities" / "speech" / "speech_samples" / "en-us+f2"
     other = draw.draw(folder, data=samples, count=3, out=tmp_path / "other.png")
     assert pixels_of(other).shape[1] > image.shape[1]
 
