@@ -38,57 +38,60 @@ WRITES = {"w", "wb", "x", "xb"}
 # calls that open what is no path of anybody else's, or what was opened by `open_regular`; by module
 ALLOWED = {
     # the home of open_regular
-    "untrusted": {
+    "files.reading": {
         "os.open(path, flags, 438)",
         *("open(_regular_handle(path, flags), 'rb')", "open(_regular_handle(path, flags), 'ab')"),
         *("read_bytes(path, max_bytes, below=below)", "read_text(path, max_bytes, below=below)"),
     },
     # files of the system
-    "commands": {"(folder / 'cmdline').read_bytes()", "(folder / 'stat').read_text()"},
-    "doctor": {"Path('/sys/fs/cgroup/cpu.max').read_text()"},
-    "peak_memory": {"_MEMORY.read_text()", "_STATUS.read_text()"},
-    "idle": {
+    "command_lines": {"(folder / 'cmdline').read_bytes()", "(folder / 'stat').read_text()"},
+    "commands.doctor": {"Path('/sys/fs/cgroup/cpu.max').read_text()"},
+    "memory.peak": {"_MEMORY.read_text()", "_STATUS.read_text()"},
+    "processes.idle": {
         *("(task / 'stat').read_text(errors='replace')", "(task / 'io').read_text()"),
         "Path('/proc/self/status').read_text()",
     },
-    "process_state": {
+    "processes.state": {
         "(task / 'children').read_text()",
         "(_PROCESSES / str(pid) / 'stat').read_text(errors='replace')",
     },
     # files of the package
-    "data.speech": {"(FOLDER / 'index.tsv').read_text(encoding='utf-8')"},
-    "presets": {"(PRESETS / f'{name}.json').read_text(encoding='utf-8')"},
+    "modalities.speech.samples": {"(FOLDER / 'index.tsv').read_text(encoding='utf-8')"},
+    "config.presets": {"(PRESETS / f'{name}.json').read_text(encoding='utf-8')"},
     # open files and bytes in memory
-    "data.audio_decode": {"soundfile.SoundFile(source, closefd=False)"},
-    "data.bit_depth": {"Image.open(io.BytesIO(content), formats=('PNG', 'TIFF'))"},
-    "data.decode": {"Image.open(file, formats=FORMATS)", "Image.open(io.BytesIO(content), formats=FORMATS)"},
-    "data.text_streams": {"gzip.GzipFile(fileobj=file)"},
-    "data.parquet_files": {"arrow.parquet.ParquetFile(file, buffer_size=READ_AHEAD)"},
-    "data.tokens": {"np.fromfile(file, dtype='<i8')", "np.memmap(file, dtype=self._dtype, mode='r')"},
+    "modalities.speech.decode": {"soundfile.SoundFile(source, closefd=False)"},
+    "modalities.vision.bit_depth": {"Image.open(io.BytesIO(content), formats=('PNG', 'TIFF'))"},
+    "modalities.vision.decode": {
+        "Image.open(file, formats=FORMATS)",
+        "Image.open(io.BytesIO(content), formats=FORMATS)",
+    },
+    "modalities.text.streams": {"gzip.GzipFile(fileobj=file)"},
+    "modalities.text.parquet": {"arrow.parquet.ParquetFile(file, buffer_size=READ_AHEAD)"},
+    "modalities.text.tokens": {"np.fromfile(file, dtype='<i8')", "np.memmap(file, dtype=self._dtype, mode='r')"},
     "interop.fairseq_files": {"torch.load(file, map_location='cpu', weights_only=True)"},
     "interop.pickle_files": {"zipfile.ZipFile(file)", "archive.open(entry)"},
-    "shard_files": {"safe_open(f'/proc/self/fd/{self._handle}', framework='pt')"},
+    "checkpoints.shard_files": {"safe_open(f'/proc/self/fd/{self._handle}', framework='pt')"},
     # checked before
     "interop.folders": {"safe_open(path, framework='pt')"},
-    "outputs": {
+    "files.outputs": {
         "(target / 'README.md').read_bytes()",
         *("os.open(aside, os.O_RDONLY | os.O_DIRECTORY)", "os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)"),
     },
-    "run_folder": {"(path / 'lock').open('a+', encoding='utf-8', errors='replace')"},
+    "training.run_folder": {"(path / 'lock').open('a+', encoding='utf-8', errors='replace')"},
     # written before
-    "atomic": {"os.open(path, os.O_RDONLY)"},
-    "metrics": {"(folder.path / LOG).open('a', encoding='utf-8')"},
+    "files.atomic": {"os.open(path, os.O_RDONLY)"},
+    "training.metrics": {"(folder.path / LOG).open('a', encoding='utf-8')"},
     # a pipe of its own, and what takes anything
-    "stop_request": {"os.open(os.devnull, os.O_WRONLY)", "open(reading, 'rb', buffering=0)"},
+    "processes.signals": {"os.open(os.devnull, os.O_WRONLY)", "open(reading, 'rb', buffering=0)"},
     # for the lock alone, without waiting
-    "checkpoint_hold": {
+    "checkpoints.hold": {
         "os.open(path, os.O_RDONLY | os.O_NONBLOCK)",
         "os.open(checkpoint / _MANIFEST, access | os.O_NONBLOCK)",
     },
     # for reading and writing, which waits for nobody
     "data.cache": {"os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 438)"},
     # written
-    "embed": {"zipfile.ZipFile(path, 'w')"},
+    "commands.embed": {"zipfile.ZipFile(path, 'w')"},
     # a function of that name
     "train": {"RunFolder.open(config, world, resume=resume, stem=stem)"},
 }

@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs" / "teacher.md").read_text()
 def test_example_is_short() -> None:
     assert len([line for line in EXAMPLE.splitlines() if not line.startswith(("import", "from")) and line]) <= 20
     assert "tests/teacher/test_teacher_traps.py" in PAGE
-    assert (Path(__file__).parent / "test_teacher_traps.py").exists()
+    assert (ROOT / "tests" / "teacher" / "test_teacher_traps.py").exists()
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
