@@ -39,7 +39,7 @@ def published_spans(
     return masks
 
 
-def vectorised_spans(
+def vectorized_spans(
     generator: np.random.Generator, num_rows: int, num_positions: int, prob: float, length: int
 ) -> np.ndarray:
     """Only the starts are drawn row by row; the spans of the batch are written at once, and counts stay ragged."""
@@ -97,9 +97,9 @@ def published_fixed_blocks(
     samples = []
     for _ in range(num_samples):
         marked = np.zeros((num_masks, size), dtype=bool)
-        centres = generator.integers(0, size, (num_masks, num_blocks))
-        rows = centres[:, :, None, None] // shape[1] + (np.arange(block[0]) - block[0] // 2)[:, None]
-        cols = centres[:, :, None, None] % shape[1] + (np.arange(block[1]) - block[1] // 2)
+        centers = generator.integers(0, size, (num_masks, num_blocks))
+        rows = centers[:, :, None, None] // shape[1] + (np.arange(block[0]) - block[0] // 2)[:, None]
+        cols = centers[:, :, None, None] % shape[1] + (np.arange(block[1]) - block[1] // 2)
         cells = rows.clip(0, shape[0] - 1) * shape[1] + cols.clip(0, shape[1] - 1)
         np.put_along_axis(marked, cells.reshape(num_masks, -1), True, axis=1)
         for mask in marked:
@@ -117,7 +117,7 @@ class Case:
         ours: epoch -> rows of `num_ours` masks.
         peer: () -> bool `[num_peer, num_positions]`.
         num_batches: calls of `ours` that are timed together, to make a round long enough.
-        neighbours: distances of positions that lie side by side.
+        neighbors: distances of positions that lie side by side.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Case:
     peer: Callable[[], np.ndarray]
     num_peer: int
     num_positions: int
-    neighbours: tuple[int, ...]
+    neighbors: tuple[int, ...]
 
 
 GENERATOR, PYTHON_GENERATOR = np.random.default_rng(0), random.Random(0)
@@ -144,7 +144,7 @@ CASES = [
         peer=lambda: published_spans(GENERATOR, 32, 1000, 0.65, 10),
         num_peer=32,
         num_positions=1000,
-        neighbours=(1,),
+        neighbors=(1,),
     ),
     Case(
         "spans 0.65/10, ragged, 32 x 1000",
@@ -152,10 +152,10 @@ CASES = [
         lambda epoch: span_mask_rows(0, epoch, IDS[:32], 1000, 0.65, 10, equal_counts=False),
         num_ours=32,
         num_batches=25,
-        peer=lambda: vectorised_spans(GENERATOR, 32, 1000, 0.65, 10),
+        peer=lambda: vectorized_spans(GENERATOR, 32, 1000, 0.65, 10),
         num_peer=32,
         num_positions=1000,
-        neighbours=(1,),
+        neighbors=(1,),
     ),
     Case(
         "rectangles, 14 x 14, 120 patches",
@@ -166,7 +166,7 @@ CASES = [
         peer=lambda: published_blocks(PYTHON_GENERATOR, 64, 14, 120, 16, 0.3),
         num_peer=64,
         num_positions=196,
-        neighbours=(1, 14),
+        neighbors=(1, 14),
     ),
     Case(
         "inverse blocks of 3, 14 x 14, 16 masks of 0.8",
@@ -177,7 +177,7 @@ CASES = [
         peer=lambda: published_fixed_blocks(GENERATOR, 16, 16, (14, 14), (3, 3), 0.2, 0.07, inverse=True),
         num_peer=256,
         num_positions=196,
-        neighbours=(1, 14),
+        neighbors=(1, 14),
     ),
     Case(
         "blocks of 5, 1000 frames, 8 masks of 0.5",
@@ -188,7 +188,7 @@ CASES = [
         peer=lambda: published_fixed_blocks(GENERATOR, 12, 8, (1, 1000), (1, 5), 0.5, 0.05, inverse=False),
         num_peer=96,
         num_positions=1000,
-        neighbours=(1,),
+        neighbors=(1,),
     ),
 ]
 
@@ -200,10 +200,10 @@ def as_masks(case: Case, epoch: int) -> np.ndarray:
 
 
 def figures(case: Case, masks: np.ndarray) -> list[float]:
-    """Masked share at all positions, at the two ends and in the middle; how often neighbours differ."""
+    """Masked share at all positions, at the two ends and in the middle; how often neighbors differ."""
     middle = case.num_positions // 2
     parts = (masks, masks[:, 0], masks[:, -1], masks[:, middle : middle + 5])
-    differ = (masks[:, distance:] != masks[:, :-distance] for distance in case.neighbours)
+    differ = (masks[:, distance:] != masks[:, :-distance] for distance in case.neighbors)
     return [float(part.mean()) for part in (*parts, *differ)]
 
 

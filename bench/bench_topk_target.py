@@ -40,7 +40,7 @@ Target = Callable[[list[Tensor], Tensor], Tensor]
 
 
 def published(size: Size) -> Target:
-    """Every layer in fp32, normalised at every position, averaged, normalised, and only then the masked rows."""
+    """Every layer in fp32, normalized at every position, averaged, normalized, and only then the masked rows."""
     shape = (size.width,)
 
     def target(layers: list[Tensor], rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The peer of a whole step: data2vec around Transformers' own model, as the published code trains it.
 
-Beside what `peers` says: all hidden states are kept, targets are normalised and averaged at every position.
+Beside what `peers` says: all hidden states are kept, targets are normalized and averaged at every position.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
 
     rows = [row for row in rows if row["peers"]]
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    colours = {name: plt.get_cmap("tab10").colors[i % 10] for i, name in enumerate(peers)}
+    colors = {name: plt.get_cmap("tab10").colors[i % 10] for i, name in enumerate(peers)}
     figure, axis = plt.subplots(figsize=(10, 0.34 * len(rows) + 1.8), layout="constrained")
     labels = []
     for y, row in enumerate(reversed(rows)):
@@ -195,7 +195,7 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
         for name, peer in row["peers"].items():
             ratio = peer["ratio"]
             spread = [[ratio["p50"] - ratio["p20"]], [ratio["p80"] - ratio["p50"]]]
-            axis.errorbar(ratio["p50"], y, xerr=spread, fmt="o", color=colours[name], capsize=2, markersize=5)
+            axis.errorbar(ratio["p50"], y, xerr=spread, fmt="o", color=colors[name], capsize=2, markersize=5)
     axis.axvline(1, color="black", linewidth=1)
     axis.axvspan(axis.get_xlim()[0], 1, color="tab:red", alpha=0.06)
     axis.set_xscale("log")
@@ -208,7 +208,7 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
     axis.set_xlabel(
         "time of the peer / time of ours, median and\n20th to 80th percentile (left of 1: the peer is faster)"
     )
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colours[name], label=name) for name in peers]
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colors[name], label=name) for name in peers]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(peers)), fontsize=8)
     return _save(figure, stem, "speedup")
 
@@ -231,11 +231,11 @@ def _draw_bandwidth(rows: list[Row], stem: Path) -> Path | None:
         )
         axis.plot(size, [row["gb_per_s"] for row in cases], "o", color="tab:blue", label="ours")
         for name, style in (("published", "v:tab:red"), ("stock", "s:tab:orange"), ("torch.compile", "x:tab:green")):
-            marker, _, colour = style.partition(":")
+            marker, _, color = style.partition(":")
             found = [(row["bytes"], row["peers"][name]["p50_s"]) for row in cases if name in row["peers"]]
             if found:
                 speed = [b / s / 1e9 for b, s in found]
-                axis.plot([b / 1e6 for b, _ in found], speed, marker, color=colour, label=name, alpha=0.7)
+                axis.plot([b / 1e6 for b, _ in found], speed, marker, color=color, label=name, alpha=0.7)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("{x:g}")
@@ -263,12 +263,12 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
         bars.append((f"{row['case']}\nours", row["shares"], row["p50_s"], None))
     parts = list(dict.fromkeys(part for _, shares, _, _ in bars for part in shares))
     figure, axis = plt.subplots(figsize=(10, 0.8 * len(bars) + 1.5), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    colors = plt.get_cmap("tab20").colors
     for y, (_, shares, seconds, ratio) in enumerate(bars):
         left = 0.0
-        for part, colour in zip(parts, colours, strict=False):
+        for part, color in zip(parts, colors, strict=False):
             width = shares.get(part, 0.0) * seconds / sum(shares.values())
-            axis.barh(y, width, left=left, color=colour)
+            axis.barh(y, width, left=left, color=color)
             if shares.get(part, 0.0) >= 4:
                 label = ratio or f"{shares[part]:.0f} %"
                 axis.text(left + width / 2, y, label, ha="center", va="center", fontsize=8)
@@ -277,7 +277,7 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
     axis.set_xlabel("seconds of one step")
     axis.margins(y=0.02)
     axis.set_xlim(0, 1.03 * max(seconds for _, _, seconds, _ in bars))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=p) for p, c in zip(parts, colours, strict=False)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=p) for p, c in zip(parts, colors, strict=False)]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(parts)), fontsize=8)
     return _save(figure, stem, "step")
 

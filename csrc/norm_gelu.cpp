@@ -192,7 +192,7 @@ struct RowSums {
   V slope{}, slope_normal{};
 };
 
-// sums [2, width]: gradients of weight and bias; slope [width]: gradient of the normalised row.
+// sums [2, width]: gradients of weight and bias; slope [width]: gradient of the normalized row.
 template <typename V, int n, typename T>
 D2V_INLINE void backward_channels(const Plan& plan, const T* x, const T* grad, Moments moments, int64_t i,
                                   float* sums, float* slope, RowSums<V>& row) {

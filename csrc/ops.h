@@ -26,8 +26,8 @@ bool ema_is_current(int64_t handle);
 bool ema_run(int64_t handle, double decay, std::optional<Tensor> decay_tensor);
 void ema_release(int64_t handle);
 
-// Target rows: K layers [B, T, D] fp32 | bf16 | fp16, each normalised (0 none, 1 layer, 2 instance, 3 batch),
-// averaged, the average normalised (0 none, 1 layer, 2 instance); rows int64 [N] of B * T -> fp32 [N, D],
+// Target rows: K layers [B, T, D] fp32 | bf16 | fp16, each normalized (0 none, 1 layer, 2 instance, 3 batch),
+// averaged, the average normalized (0 none, 1 layer, 2 instance); rows int64 [N] of B * T -> fp32 [N, D],
 // without rows [B, T, D]. lengths int64 [B]: statistics over positions leave out those past the length.
 Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final_norm,
                    std::optional<Tensor> rows, std::optional<Tensor> lengths, double eps);

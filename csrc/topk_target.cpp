@@ -34,7 +34,7 @@ struct Scratch {
   std::vector<Moments> moments;
 };
 
-// out[i] <- the average of the normalised layers at kVectors vectors of channels from i on; V is Lanes, or
+// out[i] <- the average of the normalized layers at kVectors vectors of channels from i on; V is Lanes, or
 // float for a single channel.
 template <typename V, int kVectors, Norm kNorm, typename T>
 D2V_INLINE void average_channels(const LayerRow* layers, int64_t num_layers, int64_t i, float share,
@@ -76,17 +76,17 @@ D2V_INLINE void average_layers(const LayerRow* layers, int64_t num_layers, int64
 
 // out[i] <- (out[i] - mean) * scale, with one mean and scale or, where `step` is 1, one for each channel.
 template <typename V>
-D2V_INLINE void normalise_channels(float* out, const float* mean, const float* scale, bool by_channel,
+D2V_INLINE void normalize_channels(float* out, const float* mean, const float* scale, bool by_channel,
                                    int64_t i) {
   const V x = load<V>(out + i);
   store<V>(out + i, by_channel ? (x - load<V>(mean + i)) * load<V>(scale + i) : (x - *mean) * *scale);
 }
 
-D2V_INLINE void normalise_row(float* out, const float* mean, const float* scale, bool by_channel,
+D2V_INLINE void normalize_row(float* out, const float* mean, const float* scale, bool by_channel,
                               int64_t width) {
   int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) normalise_channels<Lanes>(out, mean, scale, by_channel, i);
-  for (; i < width; ++i) normalise_channels<float>(out, mean, scale, by_channel, i);
+  for (; i + kLanes <= width; i += kLanes) normalize_channels<Lanes>(out, mean, scale, by_channel, i);
+  for (; i < width; ++i) normalize_channels<float>(out, mean, scale, by_channel, i);
 }
 
 // The target of `row`; those of `next_row` are fetched meanwhile.
@@ -120,10 +120,10 @@ D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, int64_t next_row
   }
   if (plan.final_norm == Norm::layer) {
     const Moments m = row_moments(out, out, width, plan.eps);
-    normalise_row(out, &m.mean, &m.rstd, false, width);
+    normalize_row(out, &m.mean, &m.rstd, false, width);
   } else if (plan.final_norm == Norm::instance && !plan.average_mean.empty()) {
     // while the average's own statistics are collected they are not there yet
-    normalise_row(out, plan.average_mean.data() + sample * width, plan.average_scale.data() + sample * width,
+    normalize_row(out, plan.average_mean.data() + sample * width, plan.average_scale.data() + sample * width,
                   true, width);
   }
 }

@@ -125,7 +125,7 @@ def data2vec_loss(
     mean: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the statistics that the norms need, the loss, and the sum over its blocks; no host synchronisation."""
+    """Launch the statistics that the norms need, the loss, and the sum over its blocks; no host synchronization."""
     num_preds, width = pred.shape
     num_samples, num_positions, _ = layers[0].shape
     slope = pred.new_empty(pred.shape if need_grad else (0,))

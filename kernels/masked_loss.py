@@ -204,7 +204,7 @@ def masked_smooth_l1(
     mean: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the loss and the sum over its blocks; no host synchronisation."""
+    """Launch the loss and the sum over its blocks; no host synchronization."""
     num_rows, width = pred.shape
     slope = pred.new_empty(pred.shape if need_grad else (0,))
     if pred.numel() == 0:

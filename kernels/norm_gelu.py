@@ -202,7 +202,7 @@ def tile_of(width: int) -> dict[str, int]:
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward pass: ``(y, mean, rstd)``; no host synchronisation."""
+    """Launch the forward pass: ``(y, mean, rstd)``; no host synchronization."""
     y = x.new_empty(x.shape)
     return y, *_forward_into(y, x, weight, bias, eps)
 

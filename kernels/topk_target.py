@@ -1,4 +1,4 @@
-"""The target: K layers normalised, averaged, normalised again, at the asked rows. Reference: ``ops/topk_target.py``.
+"""The target: K layers normalized, averaged, normalized again, at the asked rows. Reference: ``ops/topk_target.py``.
 
 Norms that need one row only (none, layer) are one kernel: a program reads K rows and writes one, so the traffic is that
 of the asked rows. Norms over positions take statistics first. ``instance``: one more kernel that reads every layer
@@ -66,7 +66,7 @@ def target_row(
         if LAYER_NORM == NONE:
             b_sum += b_x
         elif LAYER_NORM == LAYER:
-            b_sum += _normalise_row(b_x, inside, eps, D) * (1.0 / K)
+            b_sum += _normalize_row(b_x, inside, eps, D) * (1.0 / K)
         else:
             group = k if LAYER_NORM == BATCH else k * num_samples + sample
             b_mean = tl.load(layer_mean + group * D + cols, mask=inside, other=0.0)
@@ -75,7 +75,7 @@ def target_row(
     if LAYER_NORM == NONE:
         b_sum *= 1.0 / K
     if FINAL_NORM == LAYER:
-        b_sum = _normalise_row(b_sum, inside, eps, D)
+        b_sum = _normalize_row(b_sum, inside, eps, D)
     elif FINAL_NORM == INSTANCE:
         b_mean = tl.load(average_mean + sample * D + cols, mask=inside, other=0.0)
         b_scale = tl.load(average_scale + sample * D + cols, mask=inside, other=0.0)
@@ -84,7 +84,7 @@ def target_row(
 
 
 @triton.jit
-def _normalise_row(b_x, inside, eps, D: tl.constexpr):
+def _normalize_row(b_x, inside, eps, D: tl.constexpr):
     mean = tl.sum(b_x, 0) / D
     b_difference = tl.where(inside, b_x - mean, 0.0)
     variance = tl.sum(b_difference * b_difference, 0) / D
@@ -430,7 +430,7 @@ def topk_target(
     lengths: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Launch the statistics that the norms need and one program for each row; no host synchronisation."""
+    """Launch the statistics that the norms need and one program for each row; no host synchronization."""
     num_samples, num_positions, width = layers[0].shape
     if rows is None:
         out = layers[0].new_empty((num_samples, num_positions, width), dtype=torch.float32)

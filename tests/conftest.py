@@ -1,4 +1,4 @@
-"""What every test gets: a seed, and poisoned uninitialised memory."""
+"""What every test gets: a seed, and poisoned uninitialized memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @pytest.fixture(autouse=True)
 def _seed_and_poison() -> Iterator[None]:
-    """Seed torch, and fill uninitialised memory with NaN: whoever reads what was never written fails."""
+    """Seed torch, and fill uninitialized memory with NaN: whoever reads what was never written fails."""
     torch.manual_seed(1234)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

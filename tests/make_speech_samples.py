@@ -40,7 +40,7 @@ VOICES = {
     "en-gb-x-gbcwmd+f1": (130, 40),
     "en-029+m3": (145, 60),
 }
-# of full scale: a waveform is normalised before anything looks at it, and what is softer takes fewer bits
+# of full scale: a waveform is normalized before anything looks at it, and what is softer takes fewer bits
 PEAK = 0.1
 # beginning and end are where the envelope passes this share of the peak; so much more is kept on both sides
 EDGE, MARGIN_S = 0.02, 0.02

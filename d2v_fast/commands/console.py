@@ -138,16 +138,16 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
-    from d2v_fast.commands.tokenize import new_tokenizer, tokenise
+    from d2v_fast.commands.tokenize import new_tokenizer, tokenize
 
     if options.train:
         print(new_tokenizer(options.source, options.vocab_size, options.to, options.overrides))
     elif options.to is not None or options.vocab_size is not None:
         from d2v_fast.config.errors import OptionError
 
-        raise OptionError("`--to` and `--vocab-size` are for `--train`: a data set is tokenised into its cache folder.")
+        raise OptionError("`--to` and `--vocab-size` are for `--train`: a data set is tokenized into its cache folder.")
     else:
-        print(tokenise(options.source, options.overrides))
+        print(tokenize(options.source, options.overrides))
     return 0
 
 
@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     """The options of all commands."""
     parser = argparse.ArgumentParser(
         prog="d2v-fast",
-        description="Pre-train data2vec, look at what was learnt, and carry weights in and out.",
+        description="Pre-train data2vec, look at what was learned, and carry weights in and out.",
         epilog="example: d2v-fast presets; d2v-fast COMMAND --help shows one for each command",
         allow_abbrev=False,
     )
@@ -427,8 +427,8 @@ def _add_import(add: _Add) -> None:
 def _add_data(add: _Add) -> None:
     tokenize = add(
         "tokenize",
-        "train a tokenizer, or tokenise the text of a configuration now",
-        "Without --train, SOURCE is a configuration, and its text is tokenised into the cache that training reads. "
+        "train a tokenizer, or tokenize the text of a configuration now",
+        "Without --train, SOURCE is a configuration, and its text is tokenized into the cache that training reads. "
         "With --train, SOURCE is a file or a folder of .txt, JSON lines and .parquet, to train a byte-level BPE on.",
         "tokenize /my/text --train --vocab-size 32000 --to my_tokenizer",
     )

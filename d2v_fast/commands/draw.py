@@ -142,9 +142,9 @@ def principal_colors(features: Tensor) -> NDArray[np.float32]:
     that the features do not have (three or fewer patches, width under 3) are 0.5.
     """
     points = features.flatten(0, 1).double()
-    centred = points - points.mean(0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    projected = centred @ directions[:3].T
+    centered = points - points.mean(0)
+    _, _, directions = torch.linalg.svd(centered, full_matrices=False)
+    projected = centered @ directions[:3].T
     projected = projected * projected.pow(3).sum(0).sign()
     low, high = (projected.quantile(share, dim=0) for share in (LOWEST_SHARE, HIGHEST_SHARE))
     span = high - low
@@ -206,7 +206,7 @@ def _draw_masks(config: VisionConfig, sample_ids: NDArray[np.int64]) -> NDArray[
 
 
 def _displayable(pixels: Tensor, config: VisionConfig) -> NDArray[np.float32]:
-    """Undo the normalisation: `[B, H, W, 3]` in [0, 1]."""
+    """Undo the normalization: `[B, H, W, 3]` in [0, 1]."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.data.mean, config.data.std))
     shown = (pixels * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     return shown.expand(-1, -1, -1, 3).numpy()

@@ -49,7 +49,7 @@ def embed(
 ) -> str:
     """Write the features of all files below `inputs`, in the order of their sorted paths; returns a line for the user.
 
-    Of an image, features are the last block's output at its patches, layer-normalised, as the probe takes them; of a
+    Of an image, features are the last block's output at its patches, layer-normalized, as the probe takes them; of a
     recording or a line of text, the encoder's output at its frames or tokens. What cannot be read is left out, named
     on the error stream, and counted.
 

@@ -161,7 +161,7 @@ class Images(Source):
         self._limits = Limits(data.max_image_pixels, data.max_image_bytes, data.min_image_side, self._inside)
         self._size_px, self._channels = config.image_size, config.channels
         self._bit_depth, self._has_told_dim = data.bit_depth, False
-        # per channel, in grey levels
+        # per channel, in gray levels
         self._mean, self._std = (np.array(v, np.float32)[:, None, None] * 255 for v in (data.mean, data.std))
 
     def samples(self) -> Iterator[Sample | str]:
@@ -169,11 +169,11 @@ class Images(Source):
         yield from self._decoded(self._decode)
 
     def _decode(self, path: str) -> list[Tensor]:
-        from d2v_fast.modalities.vision.decode import centre_box, read_square
+        from d2v_fast.modalities.vision.decode import center_box, read_square
 
         note = None if self._has_told_dim else functools.partial(self._tell_dim, path)
         square = read_square(
-            path, self._size_px, self._channels, centre_box, self._limits, bit_depth=self._bit_depth, note=note
+            path, self._size_px, self._channels, center_box, self._limits, bit_depth=self._bit_depth, note=note
         )
         levels = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1).astype(np.float32)
         return [torch.from_numpy((levels - self._mean) / self._std)]
@@ -213,10 +213,10 @@ class Recordings(Source):
         yield from self._decoded(self._decode)
 
     def _decode(self, path: str) -> list[Tensor]:
-        from d2v_fast.modalities.speech.audio import normalised
+        from d2v_fast.modalities.speech.audio import normalized
         from d2v_fast.modalities.speech.decode import read_whole
 
-        wave = normalised(read_whole(path, self._limits))
+        wave = normalized(read_whole(path, self._limits))
         if len(wave) < self._fewest:
             raise UnreadableFile(f"{len(wave)} samples are fewer than make a frame ({self._fewest})")
         return list(wave.tensor_split(-(-len(wave) // self._most)))
@@ -238,12 +238,12 @@ class Middles(Recordings):
         self._most = min(self._most, max(int(max_seconds * config.sample_rate), 2 * self._fewest))
 
     def _decode(self, path: str) -> list[Tensor]:
-        from d2v_fast.modalities.speech.audio import normalised
+        from d2v_fast.modalities.speech.audio import normalized
         from d2v_fast.modalities.speech.decode import read_header, read_part
 
         if read_header(path, self._limits).length(self._limits.sample_rate) <= self._most:
             return [torch.cat(super()._decode(path))]
-        return [normalised(read_part(path, self._most, 0.5, self._limits))]
+        return [normalized(read_part(path, self._most, 0.5, self._limits))]
 
 
 class Lines(Source):

@@ -13,8 +13,8 @@ from d2v_fast.data.listing import print_listing
 from d2v_fast.memory.peak import format_bytes
 
 
-def tokenise(file: Path, overrides: Sequence[str] = ()) -> str:
-    """Tokenise the text of a configuration into the cache that training reads; returns lines for the user.
+def tokenize(file: Path, overrides: Sequence[str] = ()) -> str:
+    """Tokenize the text of a configuration into the cache that training reads; returns lines for the user.
 
     Raises:
         ConfigError: the configuration is refused, or is not of text.

@@ -1,6 +1,6 @@
 """DeepSpeed's part of the configuration file: which keys there are, and which of them have an effect on a run.
 
-DeepSpeed 0.19.8 ignores a misspelt top-level key in silence, and some of its sections ignore a misspelt key as well.
+DeepSpeed 0.19.8 silently ignores a misspelled top-level key, and some of its sections ignore a misspelled key as well.
 Here every key is known by name. A key without an effect is left out of what DeepSpeed gets, and the run says so.
 """
 
@@ -39,7 +39,7 @@ REFUSED_KEYS = {
     "bfloat16": "Write it as `bf16`.",
     "torch_autocast": 'Use "bf16": {"enabled": "auto"}.',
     "managed_gradient_accumulation": "The training loop drives the accumulation itself.",
-    "gradient_allreduce_op": "The loss is normalised over all ranks and needs the mean.",
+    "gradient_allreduce_op": "The loss is normalized over all ranks and needs the mean.",
     "data_efficiency": "The order of the data is d2v_fast's own, so that a run can be resumed exactly.",
     "curriculum_learning": "The order of the data is d2v_fast's own, so that a run can be resumed exactly.",
     "autotuning": "The batch sizes are fixed by the file.",
@@ -49,7 +49,7 @@ REFUSED_KEYS = {
     "expert_parallel": "Expert parallelism is not supported.",
     "sequence_parallel_size": "Sequence parallelism is not supported.",
     "seq_parallel_communication_data_type": "Sequence parallelism is not supported.",
-    "weight_quantization": "Quantised weights are for inference.",
+    "weight_quantization": "Quantized weights are for inference.",
     "use_data_before_expert_parallelism": "Expert parallelism is not supported.",
     "datastates_ckpt": "Checkpoints are d2v_fast's own.",
     "zenflow": "ZenFlow applies gradients late, and the teacher follows what is applied.",

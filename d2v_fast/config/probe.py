@@ -9,7 +9,7 @@ from d2v_fast.config.errors import MAX_SAMPLES, PathText, Problem, Section, refu
 
 
 class ProbeConfig(Section):
-    """k-nearest-neighbour and linear probe on labeled data; `every_epochs` 0 means only at the end.
+    """k-nearest-neighbor and linear probe on labeled data; `every_epochs` 0 means only at the end.
 
     `path` is a folder of labeled data, of which every sub-folder is a class; without it, the sample sets have labels
     of their own. Of each class `test_fraction` is held out. At most `max_samples` samples are used, as evenly over the

@@ -82,8 +82,8 @@ _COMPILE = (
 
 
 class TargetConfig(Section):
-    """What the student regresses: the mean of the teacher's last `top_k` block outputs, each normalised by
-    `layer_norm`, the mean normalised by `final_norm`."""
+    """What the student regresses: the mean of the teacher's last `top_k` block outputs, each normalized by
+    `layer_norm`, the mean normalized by `final_norm`."""
 
     top_k: int = Field(default=6, ge=1, le=MAX_SIZE)
     layer_norm: Literal["none", "layer", "instance", "batch"] = "layer"
@@ -309,7 +309,7 @@ class VisionConfig(D2VConfig):
         if self.data.kind != "digits" or self.model.channels == 1:
             return []
         must = 'be 1 with `d2v.data.kind` "digits"'
-        return [Problem("model.channels", must, self.model.channels, "The digits are grey.")]
+        return [Problem("model.channels", must, self.model.channels, "The digits are gray.")]
 
 
 class SpeechConfig(D2VConfig):

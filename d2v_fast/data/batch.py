@@ -26,7 +26,7 @@ class Batch:
     """One micro batch of one process. It holds no labels.
 
     Attributes:
-        inputs: pixels fp32 `[B, C, H, W]`, normalised; waveforms fp32 `[B, N]`, normalised, zero after their end;
+        inputs: pixels fp32 `[B, C, H, W]`, normalized; waveforms fp32 `[B, N]`, normalized, zero after their end;
             tokens int64 `[B, T]`, padding tokens after their end.
         rows: int64 `[N]`, flat indices `b * P + p` of the places in the loss (patches, frames, tokens), ascending.
         sample_ids: int64 `[B]`, positions in the data set.
@@ -36,7 +36,7 @@ class Batch:
             the encoder puts its mask token at `rows`.
         offsets: int32 `[S + 1]`, where the documents start in the row of all places that are not padding, and its
             length; None: a sample is one document.
-        bad: the unreadable files that were replaced by a neighbour, as `path: reason`.
+        bad: the unreadable files that were replaced by a neighbor, as `path: reason`.
         drop_keys: uint64 `[B]`, always on the host: keys of the streams (`streams.DROP`) from which stochastic depth
             and layer-drop decide what each sample skips; None: new ones, drawn from torch's generator.
         global_rows: masked places of the whole optimizer step, over all its micro steps and processes; None when the
@@ -77,12 +77,12 @@ class ImageDataset(SampleSource, Protocol):
     def __len__(self) -> int: ...
 
     def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
-        """Pixels fp32 `[B, C, H, W]`, randomly changed and normalised, and the files that had to be replaced.
+        """Pixels fp32 `[B, C, H, W]`, randomly changed and normalized, and the files that had to be replaced.
 
         Each sample depends on (seed, epoch, its id) and on nothing else, bit for bit.
         """
         ...
 
     def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
-        """Pixels fp32 `[B, C, H, W]`, unchanged but for size and normalisation."""
+        """Pixels fp32 `[B, C, H, W]`, unchanged but for size and normalization."""
         ...

@@ -19,7 +19,7 @@ from d2v_fast.files.reading import MAX_POINTER_BYTES, POINTER, NotRegularError, 
 __all__ = [
     "NUM_CHECKED",
     "NUM_NAMED",
-    "NUM_NEIGHBOURS",
+    "NUM_NEIGHBORS",
     "PathList",
     "UnreadableFile",
     "find_files",
@@ -27,9 +27,9 @@ __all__ = [
     "refuse_system_error",
 ]
 
-# files looked at before training starts, and neighbours tried in place of an unreadable file
+# files looked at before training starts, and neighbors tried in place of an unreadable file
 NUM_CHECKED = 16
-NUM_NEIGHBOURS = 64
+NUM_NEIGHBORS = 64
 NUM_NAMED = 10
 # of what is left out of a folder, so many are named where the rest is only counted
 NUM_EXAMPLES = 3
@@ -110,11 +110,11 @@ def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[st
 def tried_in_order(count: int) -> list[int]:
     """Return the distances at which a readable file is looked for, from a file on, in a circle of `count` files.
 
-    Of at most `NUM_NEIGHBOURS`, half are the next ones, and the others are spread over the rest: unreadable files often
+    Of at most `NUM_NEIGHBORS`, half are the next ones, and the others are spread over the rest: unreadable files often
     lie side by side.
     """
-    near = min(count, NUM_NEIGHBOURS // 2)
-    far = np.linspace(near, count - 1, min(count, NUM_NEIGHBOURS) - near, dtype=np.int64)
+    near = min(count, NUM_NEIGHBORS // 2)
+    far = np.linspace(near, count - 1, min(count, NUM_NEIGHBORS) - near, dtype=np.int64)
     return [*range(near), *far.tolist()]
 
 

@@ -1,8 +1,8 @@
 """Is it learning? Two probes on frozen features, beside two baselines.
 
-Features of an image are the last block's output, layer-normalised, averaged over the patches: over all of them, or over
+Features of an image are the last block's output, layer-normalized, averaged over the patches: over all of them, or over
 those of every cell of a coarse grid, so that the classifier sees roughly where in the image something is (with 2x2, the
-four quadrants of Coates, Ng and Lee, AISTATS 2011). On them, a k-nearest-neighbour classifier and a logistic regression
+four quadrants of Coates, Ng and Lee, AISTATS 2011). On them, a k-nearest-neighbor classifier and a logistic regression
 are fitted to the labeled images of the training part and scored on the held-out part. The baselines are the same
 network before training, and the raw pixels.
 """
@@ -37,7 +37,7 @@ class Scores:
         few_labels: Linear probe on `labels_per_class` labeled images a class, mean over the label draws.
         few_labels_std: Standard deviation over the draws.
         linear: Linear probe on all labeled training images.
-        knn: k nearest neighbours by cosine among all labeled training images.
+        knn: k nearest neighbors by cosine among all labeled training images.
     """
 
     few_labels: float
@@ -116,7 +116,7 @@ class Task(NamedTuple):
 def score(features: NDArray[np.float32], task: Task, config: ProbeConfig) -> Scores:
     """Fit both classifiers on the training part of `features` `[S, F]` and score them on the held-out part.
 
-    Standardisation uses the whole training part, for it needs no labels. The label draws are the same for whatever
+    Standardization uses the whole training part, for it needs no labels. The label draws are the same for whatever
     features.
     """
     from sklearn.linear_model import LogisticRegression
@@ -131,8 +131,8 @@ def score(features: NDArray[np.float32], task: Task, config: ProbeConfig) -> Sco
         return 100 * float(classifier.score(scaled[test], labels[test]))
 
     few = [linear(_draw(labels, train, config.labels_per_class, seed)) for seed in range(config.num_draws)]
-    neighbours = min(config.neighbours, len(train))
-    knn = KNeighborsClassifier(neighbours, metric="cosine", weights="distance").fit(features[train], labels[train])
+    neighbors = min(config.neighbours, len(train))
+    knn = KNeighborsClassifier(neighbors, metric="cosine", weights="distance").fit(features[train], labels[train])
     return Scores(
         few_labels=float(np.mean(few)),
         few_labels_std=float(np.std(few)),
@@ -154,7 +154,7 @@ def run_probe(models: Mapping[str, Student], data: ProbeData, config: VisionProb
     Args:
         models: Networks as `Student` describes them, by the name they get in the table.
         data: Images as the network takes them, labels, and the split.
-        config: Cells of the features, labels per class, draws, neighbours.
+        config: Cells of the features, labels per class, draws, neighbors.
     """
     images = torch.as_tensor(data.images)
     task = Task(*(np.asarray(part) for part in (data.labels, data.train_indices, data.test_indices)))

@@ -30,7 +30,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def patch_features(model: Student, images: Tensor, top_k: int) -> Tensor:
-    """`[B, P, D]`, fp32: the mean of the last K blocks' outputs, each layer-normalised, as in the target of training.
+    """`[B, P, D]`, fp32: the mean of the last K blocks' outputs, each layer-normalized, as in the target of training.
 
     The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
     """

@@ -146,7 +146,7 @@ def model_card(
 
     Args:
         title, task, tags: for readers, and for those who search.
-        text: what was learnt, and how, in a paragraph.
+        text: what was learned, and how, in a paragraph.
         use: how to use it.
         info: what is known of these weights, as a table.
         config: of the run: its recipe is told in full; None where it is not known.

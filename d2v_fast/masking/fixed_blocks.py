@@ -198,7 +198,7 @@ def _fill_rows(
         state = keys[b]
         count = 0
         for _ in range(num_blocks):
-            # the centre; two draws cost less than one and a division
+            # the center; two draws cost less than one and a division
             state += GOLDEN
             top = below(state, height) - block_height // 2
             state += GOLDEN

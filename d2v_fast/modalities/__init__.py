@@ -14,7 +14,7 @@ __all__ = ["build_student", "encoder_class"]
 
 
 def build_student(config: D2VConfig) -> Student:
-    """The encoder of the modality, with the published initialisation drawn from torch's global generator."""
+    """The encoder of the modality, with the published initialization drawn from torch's global generator."""
     make: Any = encoder_class(config)
     student: Student = make(config.model)
     return student

@@ -136,7 +136,7 @@ class PostNormBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation: N(0, 0.02), zero bias."""
+        """Published initialization: N(0, 0.02), zero bias."""
         for linear in (self.attention.qkv, self.attention.proj, self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=INIT_STD)
             nn.init.zeros_(linear.bias)

@@ -2,7 +2,7 @@
 
 Shape letters: B batch, T tokens, D width, H heads, N rows.
 
-Architecture and initialisation are those of the BEiT-style code behind the published vision results of
+Architecture and initialization are those of the BEiT-style code behind the published vision results of
 data2vec (arXiv 2202.03555, section 4.1):
 
     x = x + drop_path(gamma_1 * attention(norm_1(x)))
@@ -191,7 +191,7 @@ class PreNormBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation: the deeper the block, the less it writes into the residual stream."""
+        """Published initialization: the deeper the block, the less it writes into the residual stream."""
         self.attention.qkv.reset_parameters()
         for layer in (self.attention.proj, self.mlp.fc1, self.mlp.fc2):
             init_linear_(layer)

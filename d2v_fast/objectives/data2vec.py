@@ -89,7 +89,7 @@ class Data2Vec(nn.Module):
         """Features `[B, P, D]` of the teacher's last K blocks at the places of the unmasked samples.
 
         Where the target is a function of each row alone, the last of them is computed at `rows` only: its other rows
-        are uninitialised.
+        are uninitialized.
 
         Args:
             unmasked: of `student.embed`.
@@ -117,7 +117,7 @@ class Data2Vec(nn.Module):
     def objective(
         self, prediction: Tensor, features: list[Tensor], rows: Tensor, lengths: Tensor | None = None
     ) -> StepOutput:
-        """Regress the normalised average of the features at the masked places.
+        """Regress the normalized average of the features at the masked places.
 
         Args:
             prediction: `[N, D]`, of `student_forward`.
@@ -140,5 +140,5 @@ class Data2Vec(nn.Module):
 
 
 def build_model(config: D2VConfig) -> Data2Vec:
-    """A student with the published initialisation; seed torch before calling."""
+    """A student with the published initialization; seed torch before calling."""
     return Data2Vec(config)

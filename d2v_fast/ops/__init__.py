@@ -3,7 +3,7 @@
 ========================  =========================================================================
 ``ema_update_``           EMA of a whole model, with an optional working copy in another dtype
 ``EmaUpdate``             the same for tensors that stay, checked once
-``topk_target``           normalise K layers, average them, normalise the average, keep some rows
+``topk_target``           normalize K layers, average them, normalize the average, keep some rows
 ``masked_smooth_l1``      Smooth L1 (or squared error) over rows, with the moments of both sides
 ``data2vec_loss``         the two above in one pass, the target is never written to memory
 ``layer_norm_gelu``       layer norm over channels and exact GELU, as after every convolution of speech

@@ -128,7 +128,7 @@ def ema_update_(
     *,
     working: Tensors | None = None,
 ) -> None:
-    """Move the teacher towards the student, in place: ``teacher <- decay * teacher + (1 - decay) * student``.
+    """Move the teacher toward the student, in place: ``teacher <- decay * teacher + (1 - decay) * student``.
 
     The EMA of data2vec (arXiv 2202.03555, section 3.2, "teacher parameterization") for a list of tensors at once:
     one kernel launch on a GPU, one parallel loop on a CPU. Arithmetic is fp32 in the form of ``torch.lerp``. Version

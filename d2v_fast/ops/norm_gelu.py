@@ -170,7 +170,7 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
         `[..., C]` in the dtype of ``x``, contiguous.
 
     Backward:
-        Gradients to all three, each in its dtype. Saved are ``x`` itself and two fp32 numbers a row; normalised values
+        Gradients to all three, each in its dtype. Saved are ``x`` itself and two fp32 numbers a row; normalized values
         and GELU are computed again. A gradient made with ``create_graph``, forward mode and the transforms of
         ``torch.func`` run a slower composition of PyTorch operations, with derivatives of any order.
 

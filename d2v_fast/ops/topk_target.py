@@ -1,4 +1,4 @@
-"""The regression target of data2vec: K layers normalised, averaged, normalised again, at the asked rows."""
+"""The regression target of data2vec: K layers normalized, averaged, normalized again, at the asked rows."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1)}
 def topk_target_reference(
     layers: Sequence[Tensor], layer_norm: int, final_norm: int, rows: Tensor | None, lengths: Tensor | None, eps: float
 ) -> Tensor:
-    """Normalise every layer, average, normalise the average, keep `rows`; all in fp32, and constant in `layers`."""
+    """Normalize every layer, average, normalize the average, keep `rows`; all in fp32, and constant in `layers`."""
     _, num_positions, _ = layers[0].shape
     valid = None
     if lengths is not None:
         check_range("lengths", lengths, num_positions + 1)
         valid = (torch.arange(num_positions, device=lengths.device) < lengths[:, None])[:, :, None]
-    normalised = (_normalise(x.detach().float(), LAYER_NORMS[layer_norm], valid, eps) for x in layers)
-    total = reduce(torch.add, normalised)
-    target = _normalise(total / len(layers), FINAL_NORMS[final_norm], valid, eps)
+    normalized = (_normalize(x.detach().float(), LAYER_NORMS[layer_norm], valid, eps) for x in layers)
+    total = reduce(torch.add, normalized)
+    target = _normalize(total / len(layers), FINAL_NORMS[final_norm], valid, eps)
     if rows is None:
         return target if valid is None else target.masked_fill(~valid, 0.0)
     kept = take_rows("rows", target.flatten(0, 1), rows)
@@ -42,7 +42,7 @@ def topk_target_reference(
     return kept
 
 
-def _normalise(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor:
+def _normalize(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor:
     """Zero mean and unit (biased) variance over the dimensions of `norm`, of the `valid` `[B, T, 1]` positions only."""
     if norm == "none":
         return x
@@ -105,9 +105,9 @@ def topk_target(
     lengths: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Build the regression target: normalise each of K layers, average them, normalise the average, keep some rows.
+    """Build the regression target: normalize each of K layers, average them, normalize the average, keep some rows.
 
-    The target of data2vec (arXiv 2202.03555, section 3.3). Every normalisation is free of parameters, with the biased
+    The target of data2vec (arXiv 2202.03555, section 3.3). Every normalization is free of parameters, with the biased
     variance and ``eps`` added to it. Arithmetic is fp32 whatever the storage. Nothing of the size of a layer is
     allocated besides the result: with ``none`` and ``layer`` only the asked rows are read; ``instance`` and ``batch``
     keep statistics of `K * B * D` numbers, a final ``instance`` partial sums over groups of positions.

@@ -203,7 +203,7 @@ def _worker(config: RunConfig, arguments: Sequence[str]) -> WorkerSpec:
 
 
 def _own_address(master: str, port: int) -> str:
-    """The address of this machine that the others see: that of the interface towards `master`. Sends nothing."""
+    """The address of this machine that the others see: that of the interface toward `master`. Sends nothing."""
     family, kind, protocol, _, target = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)

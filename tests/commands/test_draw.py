@@ -1,4 +1,4 @@
-"""Features as colours: the projection, what is read from a run folder, and the picture itself."""
+"""Features as colors: the projection, what is read from a run folder, and the picture itself."""
 
 from __future__ import annotations
 
@@ -67,33 +67,33 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_colours_are_the_principal_components() -> None:
+def test_colors_are_the_principal_components() -> None:
     features = torch.randn(20, 9, 7) * torch.tensor([27.0, 9.0, 3.0, 0.1, 0.1, 0.1, 0.1])
-    colours = draw.principal_colors(features)
-    assert colours.shape == (20, 9, 3)
-    assert colours.dtype == np.float32
+    colors = draw.principal_colors(features)
+    assert colors.shape == (20, 9, 3)
+    assert colors.dtype == np.float32
     for channel in range(3):
-        values = colours[..., channel].ravel()
+        values = colors[..., channel].ravel()
         assert (values.min(), values.max()) == (0.0, 1.0)
-        # a component is almost the coordinate with that much spread, up to sign, centre and scale
+        # a component is almost the coordinate with that much spread, up to sign, center and scale
         coordinate = features[..., channel].flatten().numpy()
         assert abs(np.corrcoef(values, coordinate)[0, 1]) > 0.9
 
 
-def test_colours_do_not_depend_on_the_basis() -> None:
+def test_colors_do_not_depend_on_the_basis() -> None:
     features = torch.randn(4, 6, 9, dtype=torch.float64) * torch.linspace(5, 1, 9)
     rotation, _ = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))
     turned = features @ rotation * 3 + 7
     np.testing.assert_allclose(draw.principal_colors(turned), draw.principal_colors(features), atol=1e-5)
 
 
-def test_colours_of_degenerate_features() -> None:
+def test_colors_of_degenerate_features() -> None:
     np.testing.assert_array_equal(draw.principal_colors(torch.full((2, 4, 5), 3.7)), 0.5)
     assert draw.principal_colors(torch.randn(1, 2, 5)).shape == (1, 2, 3)
     assert draw.principal_colors(torch.randn(2, 4, 1)).shape == (2, 4, 3)
     two = torch.randn(2, 5)[torch.tensor([[0, 1, 1], [1, 0, 0]])]
-    colours = draw.principal_colors(two)
-    assert np.unique(colours.reshape(-1, 3).round(4), axis=0).shape == (2, 3)
+    colors = draw.principal_colors(two)
+    assert np.unique(colors.reshape(-1, 3).round(4), axis=0).shape == (2, 3)
 
 
 def test_features_are_those_of_the_target() -> None:
@@ -260,7 +260,7 @@ def test_recordings_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path = draw.draw(folder, count=2, weights="teacher")
     assert path == folder / "features.png"
     image = pixels_of(path)
-    # both colours of the similarities, and the marks of the mask
+    # both colors of the similarities, and the marks of the mask
     assert ((image[..., 0] > 150) & (image[..., 2] < 100)).sum() > 100
     assert ((image[..., 2] > 150) & (image[..., 0] < 100)).sum() > 100
     samples = ROOT / "d2v_fast" / "modalities" / "speech" / "speech_samples" / "en-us+f2"

@@ -37,7 +37,7 @@ def embed(*arguments: object) -> None:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Seven images in two folders, grey and in colour."""
+    """Seven images in two folders, gray and in color."""
     rng = np.random.default_rng(0)
     for index, name in enumerate(["b/2.png", "b/10.png", "a/x.jpg", "a/y.webp", "c.png", "d.png", "ä.png"]):
         path = tmp_path / "photographs" / name
@@ -245,7 +245,7 @@ def test_mistakes_are_named(photographs: Path, tmp_path: Path, capsys: pytest.Ca
     assert "is for models of text" in said(tmp_path / "r", photographs, *to, "--tokenizer", tmp_path)
     (tmp_path / "exported/preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2]}')
     assert "must hold 1 values, but holds 2" in said(tmp_path / "exported", photographs, *to)
-    (tmp_path / "exported/preprocessor_config.json").write_text('{"image_mean": "grey"}')
+    (tmp_path / "exported/preprocessor_config.json").write_text('{"image_mean": "gray"}')
     assert "names no preparation of images" in said(tmp_path / "exported", photographs, *to)
     (tmp_path / "exported/config.json").write_text("[")
     assert "not valid JSON" in said(tmp_path / "exported", photographs, *to)

@@ -50,7 +50,7 @@ def write_texts(path: Path) -> None:
 
 
 def scores_of(table: str, name: str) -> list[float]:
-    """few labels, all labels, nearest neighbours."""
+    """few labels, all labels, nearest neighbors."""
     (line,) = [line for line in table.splitlines() if line.startswith(name)]
     few, linear, knn = re.findall(r"([\d.]+) ± [\d.]+ +([\d.]+) +([\d.]+)$", line)[0]
     return [float(few), float(linear), float(knn)]

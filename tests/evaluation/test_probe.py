@@ -60,7 +60,7 @@ def test_finds_what_is_there():
 
 
 def test_scores_only_held_out_images():
-    """Random labels can be learnt by heart, and still nothing is found."""
+    """Random labels can be learned by heart, and still nothing is found."""
     scores = score(make_data(False).images.reshape(400, -1), task_of(make_data(False)), VisionProbeConfig())
     assert scores.linear < 45
     assert scores.knn < 45

@@ -152,7 +152,7 @@ def start(
     """Fork a process that runs the command line, after `before`; its output goes to a file. Returns its id."""
 
     def work() -> int:
-        # the threads with which this process may have tokenised do not live on in a fork
+        # the threads with which this process may have tokenized do not live on in a fork
         os.environ.update({"TOKENIZERS_PARALLELISM": "false", **(environment or {})})
         torch.set_num_threads(1)
         before()

@@ -14,7 +14,7 @@ from tests.helpers.vision_reference import layer_norm
 Weights = dict[str, Tensor]
 
 
-def randomise_(module: nn.Module) -> None:
+def randomize_(module: nn.Module) -> None:
     """Give every parameter a value that matters."""
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1 and "norm" in name and ("weight" in name):

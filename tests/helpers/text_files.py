@@ -10,7 +10,7 @@ import numpy as np
 from d2v_fast.modalities.text.config import TextDataConfig
 from d2v_fast.modalities.text.files import TextFiles
 from d2v_fast.modalities.text.tokenizer import Tokenizer, train_tokenizer
-from d2v_fast.modalities.text.tokens import Tokens, tokenised
+from d2v_fast.modalities.text.tokens import Tokens, tokenized
 
 TEXT = """the student reads what is left of a sentence and guesses what the teacher made of all of it while every word
 that was hidden counts once and naïve letters such as é or 你 and numbers like 2202 count as bytes"""
@@ -36,8 +36,8 @@ def config(path: Path, **options: object) -> TextDataConfig:
 
 
 def tokens_of(path: Path, root: Path, min_tokens: int = 1, **options: object) -> Tokens:
-    """Tokenised by `small_tokenizer`."""
-    return tokenised(TextFiles(config(path, **options)), small_tokenizer(), str(root), min_tokens=min_tokens)
+    """Tokenized by `small_tokenizer`."""
+    return tokenized(TextFiles(config(path, **options)), small_tokenizer(), str(root), min_tokens=min_tokens)
 
 
 def documents(tokens: Tokens) -> list[str]:

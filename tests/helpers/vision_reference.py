@@ -12,7 +12,7 @@ from d2v_fast.config import VisionConfig, VisionModelConfig
 Weights = dict[str, Tensor]
 
 
-def randomise_(module: nn.Module) -> None:
+def randomize_(module: nn.Module) -> None:
     """Give every parameter a value that matters: gammas, biases and the position table are not left at their init."""
     for name, parameter in module.named_parameters():
         if "gamma" in name or (parameter.dim() == 1 and "norm" in name and "weight" in name):
@@ -101,8 +101,8 @@ def attention(w: Weights, config: VisionModelConfig, x: Tensor, bias: Tensor) ->
 
 
 def layer_norm(x: Tensor, eps: float, weight: Tensor | float = 1.0, bias: Tensor | float = 0.0) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
 
 
 def step(

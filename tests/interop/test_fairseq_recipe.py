@@ -26,7 +26,7 @@ from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.common import opened
 from tests.helpers.fairseq_reference import closed_as_fine_tuning_sets_it
 from tests.helpers.runs import TINY_SPEECH, tiny_file
-from tests.helpers.speech_reference import randomise_
+from tests.helpers.speech_reference import randomize_
 from tests.modalities.speech.test_fairseq_speech import pretrained as speech
 from tests.modalities.speech.test_fairseq_speech import saved
 from tests.modalities.speech.test_speech import make_config, make_pair
@@ -265,8 +265,8 @@ def test_a_run_begins_with_the_update_that_the_average_lacks(
     file = tiny_file(tmp_path, TINY_SPEECH)
     config = load_config(file).d2v
     model, other = build_model(config), build_model(config)
-    randomise_(model)
-    randomise_(other)
+    randomize_(model)
+    randomize_(other)
     teacher = model.student.with_averaged(other.student.averaged)
     save_fairseq_speech(model.student, model.head, teacher, config, tmp_path / "a.pt", num_updates=4)
     content = torch.load(tmp_path / "a.pt", weights_only=True)

@@ -17,7 +17,7 @@ from d2v_fast.config import load_config
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, tiny_file
-from tests.helpers.vision_reference import randomise_
+from tests.helpers.vision_reference import randomize_
 from tests.modalities.vision.test_beit import NEITHER, PER_BLOCK, UNSCALED, assert_same_features, reference
 
 transformers = pytest.importorskip("transformers")
@@ -68,7 +68,7 @@ def test_every_class_comes_back(
     file = tiny_file(tmp_path, base)
     config = load_config(file).d2v
     initial = build_model(config).student
-    randomise_(initial)
+    randomize_(initial)
     export_model(initial, config, tmp_path / "export")
     theirs = getattr(transformers, name).from_pretrained(tmp_path / "export", **OPTIONS.get(name, {})).eval()
     for parameter in theirs.parameters():

@@ -20,7 +20,7 @@ from d2v_fast.models.student import Student
 from d2v_fast.objectives.data2vec import build_model
 from tests.checkpoints.test_export import CONFIG, write_run
 from tests.helpers.common import opened
-from tests.helpers.speech_reference import randomise_
+from tests.helpers.speech_reference import randomize_
 from tests.modalities.speech.test_speech import make_config as speech_config
 from tests.modalities.text.test_text import make_config as text_config
 
@@ -44,7 +44,7 @@ class Exported:
             pytest.importorskip(name)
         runtime = pytest.importorskip("onnxruntime")
         self.model: Student = build_model(config).student.eval()
-        randomise_(self.model)
+        randomize_(self.model)
         self.path, self.folder = folder / "model.onnx", folder / "model"
         export_onnx(self.model, config, self.path)
         export_model(self.model, config, self.folder)

@@ -48,7 +48,7 @@ def test_same_distribution_as_reference(options: tuple) -> None:
     for row in range(options[0]):
         for col in range(options[0]):
             assert_same_share(compiled[:, row, col], reference[:, row, col])
-    # neighbours are masked together: blocks, not scattered patches
+    # neighbors are masked together: blocks, not scattered patches
     assert_same_share(
         (compiled[:, :, 1:] != compiled[:, :, :-1]).mean(axis=(1, 2)) > 0.3,
         (reference[:, :, 1:] != reference[:, :, :-1]).mean(axis=(1, 2)) > 0.3,

@@ -132,7 +132,7 @@ def test_same_distribution_as_reference(options: dict, row: list[int], mask_spec
         assert_same_share(ours_in_loss[:, position], theirs_in_loss[:, position])
         for token in np.union1d(ours[:, position], theirs[:, position]):
             assert_same_share(ours[:, position] == token, theirs[:, position] == token)
-        # neighbours: spans
+        # neighbors: spans
         assert_same_share(
             ours_in_loss[:, position] & ours_in_loss[:, position - 1],
             theirs_in_loss[:, position] & theirs_in_loss[:, position - 1],

@@ -1,4 +1,4 @@
-"""The Transformer: position bias, block, stochastic depth, kept layers, recomputation, initialisation."""
+"""The Transformer: position bias, block, stochastic depth, kept layers, recomputation, initialization."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_position_bias_is_in_the_dtype_of_attention() -> None:
 
 def test_block_matches_formula() -> None:
     block = PreNormBlock(SMALL, index=2).double()
-    reference.randomise_(block)
+    reference.randomize_(block)
     x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL))
     weights = {f"block.{name}": parameter for name, parameter in block.named_parameters()}
     leaves = {"x": x, "bias": bias, **weights}
@@ -135,14 +135,14 @@ def test_drop_is_dropout(prob: float) -> None:
     torch.testing.assert_close(y, torch.where(kept, x / (1 - rounded), 0.0))
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, kept.double() / (1 - rounded))
-    # neighbours are independent: lanes of one drawn number are
+    # neighbors are independent: lanes of one drawn number are
     pairs = kept.flatten()[:-1] & kept.flatten()[1:]
     assert abs(pairs.double().mean().item() - (1 - rounded) ** 2) <= 8 * deviation
 
 
 def test_drop_path_keeps_or_drops_whole_samples() -> None:
     block = PreNormBlock(small(drop_path=0.5, depth=2), index=1).double()
-    reference.randomise_(block)
+    reference.randomize_(block)
     torch.nn.init.zeros_(block.gamma2)  # one branch, so that its factor can be read off
     x, bias = (tensor.double() for tensor in inputs(SMALL, batch_size=64))
     branch = block.eval()(x, bias)[0] - x
@@ -161,7 +161,7 @@ def test_drop_path_keeps_or_drops_whole_samples() -> None:
 def test_dropped_samples_are_multiplied_by_zero(with_rows: bool) -> None:
     """Values and gradients are those of a branch that is computed for every sample and then scaled by 0 or 1 / keep."""
     block = PreNormBlock(small(drop_path=0.4, depth=2), index=1).double()
-    reference.randomise_(block)
+    reference.randomize_(block)
     x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL, batch_size=7))
     rows = random_rows(x) if with_rows else None
     leaves = [x, bias, *block.parameters()]
@@ -200,7 +200,7 @@ def test_dropped_samples_are_not_computed() -> None:
 def test_what_a_sample_drops_is_its_own() -> None:
     """A function of its key: neither of the other samples, nor of their order, nor of torch's generator."""
     encoder = make_encoder(small(drop_path=0.5)).double()
-    reference.randomise_(encoder)
+    reference.randomize_(encoder)
     x, bias = (tensor.double() for tensor in inputs(SMALL, batch_size=8))
     keys = random_keys(8)
     whole = encoder(x, bias, drop_keys=keys).last_hidden
@@ -259,7 +259,7 @@ def test_dropouts_act_in_training_only() -> None:
     x, bias = inputs(SMALL)
     for rate in ("drop_path", "attention_dropout", "dropout"):
         encoder = make_encoder(small(**{rate: 0.5}))
-        reference.randomise_(encoder)
+        reference.randomize_(encoder)
         assert not torch.equal(encoder(x, bias).last_hidden, encoder(x, bias).last_hidden), rate
         encoder.eval()
         assert torch.equal(encoder(x, bias).last_hidden, encoder(x, bias).last_hidden), rate
@@ -267,7 +267,7 @@ def test_dropouts_act_in_training_only() -> None:
 
 def test_features_are_the_last_block_outputs() -> None:
     encoder = make_encoder(SMALL).eval()
-    reference.randomise_(encoder)
+    reference.randomize_(encoder)
     x, bias = inputs(SMALL)
     outputs = [x]
     for block in encoder.blocks:
@@ -282,7 +282,7 @@ def test_features_are_the_last_block_outputs() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_rows_are_those_of_the_whole_output(checkpointing: bool) -> None:
     encoder = make_encoder(small(drop_path=0.3, gradient_checkpointing=checkpointing)).double()
-    reference.randomise_(encoder)
+    reference.randomize_(encoder)
     x, bias = (tensor.double().requires_grad_() for tensor in inputs(SMALL))
     rows = random_rows(x)
     leaves = [x, bias, *encoder.parameters()]
@@ -333,7 +333,7 @@ def test_only_kept_layers_stay_alive() -> None:
 def test_gradient_checkpointing_changes_memory_only() -> None:
     config = small(drop_path=0.5, attention_dropout=0.3, dropout=0.2)
     plain, checkpointed = make_encoder(config), make_encoder(config.model_copy(update={"gradient_checkpointing": True}))
-    reference.randomise_(plain)
+    reference.randomize_(plain)
     checkpointed.load_state_dict(plain.state_dict())
     x, bias = inputs(config)
     bias.requires_grad_()
@@ -358,7 +358,7 @@ def test_gradient_checkpointing_changes_memory_only() -> None:
     assert checkpointed_bytes < plain_bytes / 3
 
 
-def test_published_initialisation() -> None:
+def test_published_initialization() -> None:
     config = VisionModelConfig(depth=3, layer_scale=1e-5)
     encoder = make_encoder(config)
     deviation = 0.02 * 0.5396  # of a unit normal cut off at one deviation

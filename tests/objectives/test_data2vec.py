@@ -62,8 +62,8 @@ def random_pair(config: VisionConfig = CONFIG) -> tuple[Data2Vec, VisionModel]:
     """A model and a teacher of other weights."""
     model = Data2Vec(config)
     teacher = VisionModel(config.model).eval().requires_grad_(False)
-    reference.randomise_(model)
-    reference.randomise_(teacher)
+    reference.randomize_(model)
+    reference.randomize_(teacher)
     return model, teacher
 
 
@@ -261,7 +261,7 @@ def test_compiles_without_graph_breaks(autocast: bool) -> None:
         torch.testing.assert_close(actual_grad, expected_grad, rtol=tolerance, atol=tolerance)
 
 
-def test_seed_decides_the_initialisation() -> None:
+def test_seed_decides_the_initialization() -> None:
     def build(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
         return build_model(CONFIG).state_dict()

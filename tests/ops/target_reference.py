@@ -24,7 +24,7 @@ def make_layers(
     ]
 
 
-def _normalised(x: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
+def _normalized(x: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
     mean = x.mean(dim, keepdim=True)
     return (x - mean) / torch.sqrt((x - mean).square().mean(dim, keepdim=True) + eps)
 
@@ -34,16 +34,16 @@ def _apply(x: Tensor, norm: str, lengths: list[int], eps: float) -> Tensor:
     if norm == "none":
         return x
     if norm == "layer":
-        return _normalised(x, 2, eps)
+        return _normalized(x, 2, eps)
     out = x.clone()
     if norm == "instance":
         for b, n in enumerate(lengths):
             if n:
-                out[b, :n] = _normalised(x[b, :n], 0, eps)
+                out[b, :n] = _normalized(x[b, :n], 0, eps)
         return out
     flat = torch.cat([x[b, :n] for b, n in enumerate(lengths)])
     if flat.shape[0]:
-        for b, part in enumerate(_normalised(flat, 0, eps).split(lengths)):
+        for b, part in enumerate(_normalized(flat, 0, eps).split(lengths)):
             out[b, : lengths[b]] = part
     return out
 

@@ -335,7 +335,7 @@ def test_shared_memory_is_refused():
         ema_update_([x], [torch.zeros(4)], 0.9, working=[x])
     with pytest.raises(ValueError, match="share memory"):
         ema_update_([flat[:5], flat[4:9]], [torch.zeros(5), torch.zeros(5)], 0.9)
-    ema_update_([flat[:5]], [flat[5:]], 0.9)  # neighbours in one buffer are fine
+    ema_update_([flat[:5]], [flat[5:]], 0.9)  # neighbors in one buffer are fine
     ema_update_([torch.zeros(4), torch.zeros(4)], [x, x], 0.9)  # a tied student parameter is only read
 
 

@@ -127,7 +127,7 @@ def test_ema_of_any_layout(shape, dtype, working, kinds) -> None:
 
 def test_every_fp16_number() -> None:
     """Read as what it is, and written by rounding to the nearest: every number, every middle of two, and their
-    neighbours in fp32."""
+    neighbors in fp32."""
     half = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     read = topk_target([half.view(1, 128, 512)], layer_norm="none", final_norm="none").flatten()
     assert torch.equal(read.nan_to_num(1.5), half.float().nan_to_num(1.5))

@@ -21,15 +21,15 @@ from d2v_fast.modalities.text.encoder import TextModel
 from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from tests.helpers.common import opened
 from tests.helpers.runs import TINY_SPEECH, TINY_TEXT, failure_status, figures, leave_out_reports, run_forked, tiny_file
-from tests.helpers.speech_reference import randomise_
+from tests.helpers.speech_reference import randomize_
 
 
 def given(file: Path) -> tuple[D2VConfig, Data2Vec, nn.Module]:
     """The configuration of a file, a random model of it, and a teacher of other weights."""
     config = load_config(file).d2v
     model, other = build_model(config), build_model(config)
-    randomise_(model)
-    randomise_(other)
+    randomize_(model)
+    randomize_(other)
     return config, model, model.student.with_averaged(other.student.averaged)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBOURS, PathList, find_files, tried_in_order
+from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBORS, PathList, find_files, tried_in_order
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds, Listing, count_endings
 from d2v_fast.data.samples import digest_of, file_sizes
 from d2v_fast.files.reading import NotRegularError, is_path, open_regular, printable, refuse_pointer
@@ -34,7 +34,7 @@ from d2v_fast.modalities.speech.decode import (
 if TYPE_CHECKING:
     from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
 
-__all__ = ["KINDS", "AudioDataset", "normalised"]
+__all__ = ["KINDS", "AudioDataset", "normalized"]
 
 _CONVERT = "convert them, for example with `ffmpeg -i FILE FILE.flac`"
 _EXTRACT = "extract the recordings as WAV or FLAC files"
@@ -82,7 +82,7 @@ class AudioDataset:
     Channels are averaged, unless they would cancel each other: then the loudest one is taken. Other rates than the
     model's are resampled. Recordings shorter than `data.min_seconds`, or
     than one frame, are left out. A file that cannot be read, is silent in what is read of it, or beyond the limits of
-    `data` is replaced by a neighbour; one whose header cannot be read is left out.
+    `data` is replaced by a neighbor; one whose header cannot be read is left out.
 
     Attributes:
         lengths: int64 `[S]`, samples at the model's rate that a step may use: at most `data.max_seconds`.
@@ -178,7 +178,7 @@ class AudioDataset:
             `path: reason`.
         Raises:
             ValueError: if a size is out of range.
-            DataError: if a recording and its next neighbours are all unreadable.
+            DataError: if a recording and its next neighbors are all unreadable.
         """
         if len(sizes) and (sizes.min() < 1 or (sizes > self.lengths[sample_ids]).any()):
             raise ValueError("`sizes` must be in [1, `lengths[sample_ids]`], but some are not.")
@@ -189,7 +189,7 @@ class AudioDataset:
             waves, sample_ids.tolist(), sizes.tolist(), places.tolist(), strict=True
         ):
             samples, failures = self._read_or_replace(sample_id, size, place)
-            wave[:size] = normalised(samples)
+            wave[:size] = normalized(samples)
             bad += failures
         return waves, tuple(bad)
 
@@ -202,7 +202,7 @@ class AudioDataset:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         try:
-            return normalised(read_whole(self.path(sample_id), self._limits))
+            return normalized(read_whole(self.path(sample_id), self._limits))
         except UnreadableAudio as error:
             raise DataError(printable(f"{self.path(sample_id)}: {error}")) from None
 
@@ -228,10 +228,10 @@ class AudioDataset:
         others = np.roll(enough, -int(np.searchsorted(enough, sample_id, side="right")))
         others = others[others != sample_id]
         yield from (int(others[distance - 1]) for distance in tried_in_order(len(others) + 1)[1:])
-        if len(enough) < NUM_NEIGHBOURS:
+        if len(enough) < NUM_NEIGHBORS:
             shorter = np.flatnonzero(self.lengths < size)
             longest_first = shorter[np.argsort(-self.lengths[shorter], kind="stable")]
-            yield from longest_first[: NUM_NEIGHBOURS - len(enough)].tolist()
+            yield from longest_first[: NUM_NEIGHBORS - len(enough)].tolist()
 
     def _believes(self, paths: list[str], counts: npt.NDArray[np.int64]) -> bool:
         """Whether a few headers agree with the numbers of a manifest, and have the model's rate."""
@@ -304,7 +304,7 @@ class AudioDataset:
         )
 
 
-def normalised(samples: npt.NDArray[np.float32]) -> Tensor:
+def normalized(samples: npt.NDArray[np.float32]) -> Tensor:
     """Samples fp32 `[N]` as the model takes them: of zero mean and unit variance."""
     wave = torch.from_numpy(samples)
     return F.layer_norm(wave, wave.shape, eps=NORM_EPS)

@@ -4,7 +4,7 @@ Shape letters: B batch, N samples, T frames of a layer, C channels, R rows of an
 
 A layer is a convolution without bias, layer norm over the channels and GELU (wav2vec 2.0, arXiv 2006.11477, section
 2, with layer norm in every layer). Channels last, a convolution of kernel k and stride s is k / s matrix products,
-rounded up: s neighbouring frames are one contiguous row of s * C numbers, and rows follow each other without a gap.
+rounded up: s neighboring frames are one contiguous row of s * C numbers, and rows follow each other without a gap.
 The utterances follow each other without a gap, too: each layer has s times the rows of the next one. For that, the
 waveforms are filled up by little more than a frame of the last layer. What comes of it, or of a window that reaches
 into the next utterance, is past what the next layers read, is set to zero, and is cut off at last.
@@ -66,7 +66,7 @@ class ConvStack(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation: Kaiming normal over the inputs of a window."""
+        """Published initialization: Kaiming normal over the inputs of a window."""
         for weight, norm_weight, norm_bias in zip(self.weights, self.norm_weights, self.norm_biases, strict=True):
             fan_in = weight.shape[1] * weight.shape[2]
             nn.init.normal_(weight, std=(2.0 / fan_in) ** 0.5)

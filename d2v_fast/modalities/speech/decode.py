@@ -36,7 +36,7 @@ MAX_PEAK = 1e12
 # a file may end by this share earlier than it says
 MAX_MISSING = 0.01
 # averaging channels that leaves less of their power takes the loudest one instead
-CANCELLED = 0.01
+CANCELED = 0.01
 # MP3 frames take bits of those before them; without these, the first ones behind a seek are silent or wrong
 MP3_REACH = 32 * 576
 # the resampling filter sees less of its surroundings, counted at the lower of both rates
@@ -264,7 +264,7 @@ def _mono(opened: _Opened, start: int, num_samples: int) -> npt.NDArray[np.float
             power.add(block, mixed)
         mono[done : done + len(block)] = mixed
         done += len(block)
-    if opened.channel is None and (loudest := power.loudest_if_cancelled()) is not None:
+    if opened.channel is None and (loudest := power.loudest_if_canceled()) is not None:
         return _mono(dataclasses.replace(opened, channel=loudest), start, num_samples)
     return mono
 
@@ -304,14 +304,14 @@ class _Power:
         columns = np.column_stack((block, mixed)).astype(np.float64)
         self._sums += np.stack((columns.sum(axis=0), np.square(columns).sum(axis=0)))
 
-    def loudest_if_cancelled(self) -> int | None:
+    def loudest_if_canceled(self) -> int | None:
         """The loudest channel if averaging loses nearly all of the sound, as of opposite phase; None otherwise."""
         if not self._count:
             return None
         means = self._sums / self._count
         *channels, mixed = (means[1] - np.square(means[0])).tolist()
-        cancelled = mixed < CANCELLED * sum(channels) / len(channels)
-        return int(np.argmax(channels)) if cancelled else None
+        canceled = mixed < CANCELED * sum(channels) / len(channels)
+        return int(np.argmax(channels)) if canceled else None
 
 
 def _audible(samples: npt.NDArray[np.float32], silence: float) -> npt.NDArray[np.float32]:

@@ -38,7 +38,7 @@ class FrontEnd(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation: the mask token uniform in [0, 1), the rest PyTorch's."""
+        """Published initialization: the mask token uniform in [0, 1), the rest PyTorch's."""
         nn.init.uniform_(self.mask_token)
 
     def forward(self, waveforms: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class FrontEnd(nn.Module):
 
 
 class ConvPositions(nn.Module):
-    """What a frame's neighbourhood tells about its position: grouped convolutions, norm without affine, and GELU."""
+    """What a frame's neighborhood tells about its position: grouped convolutions, norm without affine, and GELU."""
 
     def __init__(self, config: SpeechModelConfig) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class SpeechModel(Student):
         """Encode utterances, unmasked.
 
         Args:
-            waveforms: `[B, N]`, each normalised to zero mean and unit variance, zero after its end.
+            waveforms: `[B, N]`, each normalized to zero mean and unit variance, zero after its end.
             lengths: int64 `[B]`, frames of each; None: all. `kept` and `top_k` as for `SpeechContext`.
         """
         frames = self._with_positions(self.front_end(waveforms), lengths)
@@ -185,7 +185,7 @@ class SpeechModel(Student):
         return B, T
 
     def make_head(self) -> Linear:
-        """See `Student`: with PyTorch's initialisation."""
+        """See `Student`: with PyTorch's initialization."""
         return Linear(self.width, self.width)
 
     def _with_positions(self, frames: Tensor, lengths: Tensor | None) -> Tensor:

@@ -269,7 +269,7 @@ def _model_card(config: SpeechConfig | SpeechModelConfig, model: SpeechModelConf
 Pre-trained without labels {by} predicts, at masked frames, the averaged upper layers of a
 teacher that is a moving average of the student and hears the whole recording (data2vec, arXiv 2202.03555).""",
         use=f"""\
-Input: mono recordings at {model.sample_rate:,} Hz, normalised by the feature extractor in this folder; a frame
+Input: mono recordings at {model.sample_rate:,} Hz, normalized by the feature extractor in this folder; a frame
 is {model.hop} samples.
 
 ```python

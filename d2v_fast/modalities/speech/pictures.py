@@ -154,5 +154,5 @@ def _draw_spectrum(
 
 def self_similarity(features: Tensor) -> NDArray[np.float32]:
     """Cosine of every pair of frames `[T, T]`, their mean over time taken out: what all frames share tells nothing."""
-    centred = torch.nn.functional.normalize(features - features.mean(0), dim=-1)
-    return (centred @ centred.T).numpy()
+    centered = torch.nn.functional.normalize(features - features.mean(0), dim=-1)
+    return (centered @ centered.T).numpy()

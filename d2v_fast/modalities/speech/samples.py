@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import Listing
-from d2v_fast.modalities.speech.audio import AudioDataset, normalised
+from d2v_fast.modalities.speech.audio import AudioDataset, normalized
 from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
 from d2v_fast.modalities.speech.decode import AudioLimits, read_whole
 
@@ -80,7 +80,7 @@ def speech_for_probe(config: D2VConfig) -> SpeechProbeData:
         raise DataError("`d2v.model` must be a speech model to be probed on speech, but is another one instead.")
     rows = _index()
     limits = AudioLimits(model.sample_rate, data.max_file_bytes, data.silence)
-    waveforms = [normalised(read_whole(str(FOLDER / row.path), limits)) for row in rows]
+    waveforms = [normalized(read_whole(str(FOLDER / row.path), limits)) for row in rows]
     word_names = tuple(dict.fromkeys(row.word for row in rows))
     voice_names = tuple(dict.fromkeys(row.voice for row in rows))
     words = torch.tensor([word_names.index(row.word) for row in rows])

@@ -127,7 +127,7 @@ class TextDataConfig(Section):
     or with `encoding_errors` "replace" has its wrong bytes, and zero bytes among text, replaced by U+FFFD.
 
     `tokenizer` is a `tokenizer.json`, or a folder with one or with vocab.json and merges.txt; the sample set has one
-    made if none is named. Text is tokenised once, into a folder below `tokens_path` (null: `d2v_fast` in the user's
+    made if none is named. Text is tokenized once, into a folder below `tokens_path` (null: `d2v_fast` in the user's
     cache folder), which is used again while files, tokenizer and settings are the same.
 
     A sample is a block of at most `block_size` tokens, special tokens included. `packing` "document" fills it with

@@ -26,7 +26,7 @@ from d2v_fast.models.student import MaskedBatch, Student
 
 
 class TextEmbedding(nn.Module):
-    """Tokens and their positions, normalised."""
+    """Tokens and their positions, normalized."""
 
     def __init__(self, config: TextModelConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TextEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation: N(0, 0.02), the padding token and position zero."""
+        """Published initialization: N(0, 0.02), the padding token and position zero."""
         nn.init.normal_(self.token.weight, std=INIT_STD)
         nn.init.normal_(self.position, std=INIT_STD)
         with torch.no_grad():

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from d2v_fast.data.batch import DataError
-from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBOURS, UnreadableFile, find_files, refuse_system_error
+from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBORS, UnreadableFile, find_files, refuse_system_error
 from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings, describe_listing, name_list
 from d2v_fast.files.reading import parse_json, printable
 from d2v_fast.modalities.text.parquet import parquet_rows
@@ -100,7 +100,7 @@ class BadText:
         if self._strict:
             self.judge()
         share = self._share_read()
-        if share > 0 and self.num_bad >= NUM_NEIGHBOURS and self._max_fraction < 1:
+        if share > 0 and self.num_bad >= NUM_NEIGHBORS and self._max_fraction < 1:
             allowed = math.ceil(self._max_fraction * self.num_entries / min(share, 1.0))
             if self.num_bad > HOPELESS * allowed:
                 self._stop()

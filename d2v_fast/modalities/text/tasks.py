@@ -1,4 +1,4 @@
-"""Text for pre-training: blocks of tokens, from files or from the sample set, tokenised once."""
+"""Text for pre-training: blocks of tokens, from files or from the sample set, tokenized once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from d2v_fast.modalities.text.files import TextFiles
 from d2v_fast.modalities.text.packing import pack
 from d2v_fast.modalities.text.reference_pages import DocsSource, Split, docs_tokenizer
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from d2v_fast.modalities.text.tokens import TextSource, tokenised
+from d2v_fast.modalities.text.tokens import TextSource, tokenized
 
 if TYPE_CHECKING:
     from d2v_fast.config import TextConfig
@@ -51,7 +51,7 @@ class TokenBlocks(NamedTuple):
 class TextDataset:
     """The blocks of all documents, in the order of files and of documents in them.
 
-    At the first use the text is tokenised, with all cores and a progress bar, and written below `data.tokens_path`;
+    At the first use the text is tokenized, with all cores and a progress bar, and written below `data.tokens_path`;
     later uses, of other processes too, read what is there. What is mapped into memory is shared by the workers.
 
     Attributes:
@@ -90,7 +90,7 @@ class TextDataset:
         source: TextSource = DocsSource(data, split) if data.kind == "docs" else TextFiles(data)
         self.specials, self.vocab_size = self.tokenizer.specials, self.tokenizer.vocab_size
         limits: dict[str, Any] = {"min_tokens": data.min_tokens, "verify": verify, "patience_s": patience_s}
-        self.tokens = tokenised(source, self.tokenizer, data.tokens_path, **limits)
+        self.tokens = tokenized(source, self.tokenizer, data.tokens_path, **limits)
         self.listing = _listing(source.listing, self.tokens.manifest, data.min_tokens)
         self._separate = data.separate_documents
         self._division = (data.block_size, data.packing, data.separate_documents)

@@ -365,7 +365,7 @@ def _library() -> Any:
         import tokenizers.trainers
     except Exception as error:
         raise DataError(
-            f"text is tokenised with tokenizers, which cannot be imported ({type(error).__name__}: {error}): "
+            f"text is tokenized with tokenizers, which cannot be imported ({type(error).__name__}: {error}): "
             f"{install_command('tokenizers')}"
         ) from None
     return tokenizers

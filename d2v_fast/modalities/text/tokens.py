@@ -1,4 +1,4 @@
-"""Text that was tokenised once: memory-mapped shards of token ids, with a manifest, checked before they are used.
+"""Text that was tokenized once: memory-mapped shards of token ids, with a manifest, checked before they are used.
 
 A folder holds `tokens-00000.bin` (uint16 or uint32, little-endian, the tokens of one document after the other, without
 special tokens), `documents-00000.bin` (int64, their lengths) and so on, and `manifest.json`: how they were made, how
@@ -32,7 +32,7 @@ from d2v_fast.modalities.text.files import PIECE, BadText, Piece
 from d2v_fast.modalities.text.round_trip import RoundTrip
 from d2v_fast.modalities.text.tokenizer import Tokenizer
 
-__all__ = ["TextSource", "Tokens", "tokenised"]
+__all__ = ["TextSource", "Tokens", "tokenized"]
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16_000_000
@@ -40,7 +40,7 @@ MAX_MANIFEST_BYTES = 16_000_000
 FORMAT = 2
 # a shard ends with the document that reaches it
 SHARD_TOKENS = 1 << 26
-# characters that are tokenised together: per core, and at least; twice as many wait
+# characters that are tokenized together: per core, and at least; twice as many wait
 BATCH_PER_CORE, MIN_BATCH, MAX_BATCH = 1 << 18, 1 << 20, 1 << 23
 HASH_CHUNK = 1 << 22
 
@@ -75,7 +75,7 @@ class TextSource(Protocol):
         ...
 
 
-def tokenised(
+def tokenized(
     source: TextSource,
     tokenizer: Tokenizer,
     root: str | None,
@@ -104,14 +104,14 @@ def tokenised(
 
     def make(folder: Path) -> None:
         writer, kept = _Writer(folder, tokenizer, min_tokens), RoundTrip()
-        with Progress("tokenising", source.num_bytes) as progress:
+        with Progress("tokenizing", source.num_bytes) as progress:
             for batch in _encoded(source, tokenizer, kept):
                 writer.add(*batch)
                 progress.show(source.num_read, f"{writer.num_taken:,} tokens")
             writer.finish()
             progress.close(f"{writer.num_tokens:,} tokens, {writer.num_documents:,} documents")
         if source.digest() != inputs:
-            raise DataError("`d2v.data.path` must not change while it is tokenised, but it has: begin again.")
+            raise DataError("`d2v.data.path` must not change while it is tokenized, but it has: begin again.")
         if writer.num_documents == 0:
             raise DataError(
                 f"`d2v.data.min_tokens` must leave some documents, but all {writer.num_short} have fewer than "
@@ -149,7 +149,7 @@ class Tokens:
     """Written tokens. What is read of them is mapped into memory, so that processes share it and none holds it all.
 
     Args:
-        folder: of `tokenised`.
+        folder: of `tokenized`.
         settings: what the manifest must say; None: anything.
         verify: compare all files with their checksums; in threads, about as fast as the disk.
     Attributes:
@@ -388,7 +388,7 @@ class _File:
 
 
 def _encoded(source: TextSource, tokenizer: Tokenizer, kept: RoundTrip) -> Iterator[_Batch]:
-    """Token ids of pieces, many at a time; while some are tokenised, the next are read. `kept` counts what is lost."""
+    """Token ids of pieces, many at a time; while some are tokenized, the next are read. `kept` counts what is lost."""
     batch_size = min(MAX_BATCH, max(MIN_BATCH, (os.cpu_count() or 1) * BATCH_PER_CORE))
 
     def encode(pieces: list[Piece]) -> tuple[_Batch, RoundTrip]:

@@ -1,4 +1,4 @@
-"""Rotation, zoom and shift of small grey images in one cubic resampling, compiled, a whole batch in one
+"""Rotation, zoom and shift of small gray images in one cubic resampling, compiled, a whole batch in one
 call."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def warp(
     """
     side, source = out.shape[1], images.shape[1]
     step = source / side
-    centre = (source - 1) / 2
+    center = (source - 1) / 2
     weights = np.empty(4)
     for b in range(len(ids)):
         image = images[ids[b]]
@@ -52,10 +52,10 @@ def warp(
         for row in range(side):
             for col in range(side):
                 # from the output's pixel back to a point of the source
-                u = (col + 0.5) * step - 0.5 - centre - right
-                v = (row + 0.5) * step - 0.5 - centre - down
-                x = along * u + across * v + centre
-                y = along * v - across * u + centre
+                u = (col + 0.5) * step - 0.5 - center - right
+                v = (row + 0.5) * step - 0.5 - center - down
+                x = along * u + across * v + center
+                y = along * v - across * u + center
                 x0, y0 = math.floor(x), math.floor(y)
                 for k in range(4):
                     weights[k] = _cubic(x - (x0 - 1 + k))

@@ -18,7 +18,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from d2v_fast.data.files import UnreadableFile, open_sample, refuse_system_error
 from d2v_fast.modalities.vision.bit_depth import Dim, eight_bits
 
-__all__ = ["Box", "Limits", "SmallImage", "UnreadableImage", "centre_box", "check_header", "read_square"]
+__all__ = ["Box", "Limits", "SmallImage", "UnreadableImage", "center_box", "check_header", "read_square"]
 
 # only these decoders run, whatever the file is called
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -90,10 +90,10 @@ def read_square(
     """Decode a file, crop it, and resize the crop (cubic, antialiased).
 
     Args:
-        path: a JPEG, PNG, WebP, TIFF, BMP or GIF file of any mode: grey, color, palette, CMYK, 16 bit, with alpha (laid
+        path: a JPEG, PNG, WebP, TIFF, BMP or GIF file of any mode: gray, color, palette, CMYK, 16 bit, with alpha (laid
             on white). Of several pages or frames, the first.
         size: width and height of the result in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
         choose_box: from width and height of the file's image to the crop, (left, top, width, height). The camera's
             orientation tag is obeyed after the crop.
         limits: what goes beyond them is not decoded.
@@ -145,7 +145,7 @@ def _reasons(path: str, limits: Limits) -> Iterator[None]:
         raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
-def centre_box(width: int, height: int) -> Box:
+def center_box(width: int, height: int) -> Box:
     """The largest square in the middle."""
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, side, side

@@ -1,6 +1,6 @@
 """The 1,797 handwritten digits that scikit-learn ships: real data that needs no download.
 
-Each is an 8x8 scan in 17 grey levels (UCI, Optical Recognition of Handwritten Digits). A fixed part is held
+Each is an 8x8 scan in 17 gray levels (UCI, Optical Recognition of Handwritten Digits). A fixed part is held
 out: pre-training sees only the rest, and never a label. `digits_for_probe` is the one door to the labels.
 """
 
@@ -37,7 +37,7 @@ class ProbeData:
     """Labeled images for a probe.
 
     Attributes:
-        images: fp32 `[S, C, H, W]`, normalised as for the encoder, not augmented.
+        images: fp32 `[S, C, H, W]`, normalized as for the encoder, not augmented.
         labels: int64 `[S]`.
         train_indices, test_indices: int64, positions in `images`. Pre-training saw the train part only.
     """
@@ -52,7 +52,7 @@ class DigitsDataset:
     """The digits of one split, without labels.
 
     Augmented digits are rotated, enlarged or shrunk, and shifted, in one cubic resampling; outside of the
-    scan is paper. The other options of `VisionDataConfig` (crop, flip, colour) are for photographs and have no
+    scan is paper. The other options of `VisionDataConfig` (crop, flip, color) are for photographs and have no
     effect here.
     """
 
@@ -80,7 +80,7 @@ class DigitsDataset:
         return len(self._scans)
 
     def __getitem__(self, sample_id: int) -> Tensor:
-        """One digit, fp32 `[1, H, W]`, normalised, not augmented."""
+        """One digit, fp32 `[1, H, W]`, normalized, not augmented."""
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         return self.plain(np.array([sample_id]))[0]

@@ -45,7 +45,7 @@ class VisionEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation: truncated normal everywhere, zero bias."""
+        """Published initialization: truncated normal everywhere, zero bias."""
         init_linear_(self.projection)
         truncated_normal_(self.cls_token)
         truncated_normal_(self.mask_token)
@@ -56,7 +56,7 @@ class VisionEmbedding(nn.Module):
         """Embed a batch of images.
 
         Args:
-            pixels: `[B, C, image_size, image_size]`, normalised.
+            pixels: `[B, C, image_size, image_size]`, normalized.
             rows: int64 `[N]`, flat indices `b * P + p`, without repeats, of the patches to mask.
         Returns:
             `[B, 1 + P, D]`, class token first.
@@ -116,7 +116,7 @@ class VisionModel(Student):
         """Encode a batch of images. `norm` is left to the caller, who may want it on some rows only.
 
         Args:
-            pixels: `[B, C, H, W]`, normalised.
+            pixels: `[B, C, H, W]`, normalized.
             rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; None masks nothing.
             drop_keys: uint64 `[B]`, as of `data.Batch`.
             top_k: K, how many of the last blocks' outputs to return.

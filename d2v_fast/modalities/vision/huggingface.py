@@ -239,9 +239,9 @@ def _preprocessor_config(model: VisionModelConfig, data: VisionDataConfig, scans
     size = model.image_size
     return {
         "image_processor_type": "BeitImageProcessor",
-        # grey images stay grey
+        # gray images stay gray
         "do_convert_rgb": model.channels == 3,
-        # digits come at the size of the scan, 8x8, in grey levels from 0 to 16
+        # digits come at the size of the scan, 8x8, in gray levels from 0 to 16
         "do_resize": not (scans and size == 8),
         "size": {"shortest_edge": size},
         "resample": RESAMPLE_BICUBIC,

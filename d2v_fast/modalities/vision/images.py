@@ -28,7 +28,7 @@ from d2v_fast.modalities.vision.decode import (
     Limits,
     SmallImage,
     UnreadableImage,
-    centre_box,
+    center_box,
     check_header,
     read_square,
 )
@@ -103,7 +103,7 @@ class ImagesDataset:
         self._crop_scale = data.crop_scale
         self._flip_prob = data.flip_prob
         self._jitter = data.color_jitter
-        # per channel, in grey levels
+        # per channel, in gray levels
         self._mean = np.array(data.mean, dtype=np.float32)[:, None, None] * 255
         self._std = np.array(data.std, dtype=np.float32)[:, None, None] * 255
         self._bit_depth = data.bit_depth
@@ -116,7 +116,7 @@ class ImagesDataset:
         return len(self._paths)
 
     def __getitem__(self, sample_id: int) -> Tensor:
-        """One image, fp32 `[C, H, W]`, normalised, not augmented."""
+        """One image, fp32 `[C, H, W]`, normalized, not augmented."""
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         return self.plain(np.array([sample_id]))[0]
@@ -129,7 +129,7 @@ class ImagesDataset:
         """
         path = self.path(sample_id)
         try:
-            return self._normalised([self._read(path, centre_box)])[0]
+            return self._normalized([self._read(path, center_box)])[0]
         except UnreadableImage as error:
             raise DataError(printable(f"{path}: {error}")) from None
 
@@ -149,7 +149,7 @@ class ImagesDataset:
         """See `Dataset`. A replaced image is cropped and flipped as the unreadable one would have been.
 
         Raises:
-            DataError: if an image and its next neighbours are all unreadable.
+            DataError: if an image and its next neighbors are all unreadable.
         """
         draws = uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), _JITTER.stop)
         squares, bad = [], []
@@ -158,17 +158,17 @@ class ImagesDataset:
             square, failures = self._read_or_replace(sample_id, choose_box)
             squares.append(self._change(square, numbers))
             bad += failures
-        return self._normalised(squares), tuple(bad)
+        return self._normalized(squares), tuple(bad)
 
     def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
         """See `Dataset`: the largest square in the middle. Unreadable files are replaced here too, with a warning."""
         squares = []
         for sample_id in sample_ids.tolist():
-            square, failures = self._read_or_replace(sample_id, centre_box)
+            square, failures = self._read_or_replace(sample_id, center_box)
             squares.append(square)
             for failure in failures:
                 _log.warning("skipped unreadable image: %s", failure)
-        return self._normalised(squares)
+        return self._normalized(squares)
 
     def _read_or_replace(self, sample_id: int, choose_box: Callable[[int, int], Box]) -> tuple[Image.Image, list[str]]:
         failures: list[str] = []
@@ -208,7 +208,7 @@ class ImagesDataset:
             square = _jittered(square, order, [1 + self._jitter * (2 * s - 1) for s in strengths])
         return square
 
-    def _normalised(self, squares: list[Image.Image]) -> Tensor:
+    def _normalized(self, squares: list[Image.Image]) -> Tensor:
         pixels = np.empty((len(squares), self.channels, self.image_size, self.image_size), dtype=np.float32)
         for pixel, square in zip(pixels, squares, strict=True):
             # image by image, while it is in the cache
@@ -224,7 +224,7 @@ class ImagesDataset:
             if path.lower().endswith(_MANY_DEPTHS) and not self._has_told_dim:
                 # whether it can be read is another question
                 with contextlib.suppress(UnreadableImage):
-                    self._read(path, centre_box)
+                    self._read(path, center_box)
 
     def _count_unusable(self) -> None:
         """Note in the listing how many images will be replaced by others, as far as their headers tell."""
@@ -253,7 +253,7 @@ class ImagesDataset:
         failures = []
         for sample_id in self._spread():
             try:
-                self._read(self.path(sample_id), centre_box)
+                self._read(self.path(sample_id), center_box)
                 return
             except UnreadableImage as error:
                 failures.append(printable(f"{self.path(sample_id)}: {error}"))
@@ -290,7 +290,7 @@ def _jittered(square: Image.Image, order: float, strengths: list[float]) -> Imag
     """Scale brightness, contrast and saturation; `order` in [0, 1) picks one of their six orders."""
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     if square.mode == "L":
-        # grey has no saturation
+        # gray has no saturation
         enhancers.pop()
     steps = list(zip(enhancers, strengths, strict=False))
     order *= math.factorial(len(steps))

@@ -21,7 +21,7 @@ from d2v_fast.data import DataError
 from d2v_fast.data.files import tried_in_order
 from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.modalities.speech import audio as audio_module
-from d2v_fast.modalities.speech.audio import AudioDataset, normalised
+from d2v_fast.modalities.speech.audio import AudioDataset, normalized
 from d2v_fast.modalities.speech.decode import AudioLimits, UnreadableAudio, read_header, read_part, read_whole
 from tests.modalities.speech.test_data_audio import RATE, make_dataset, tone, write_manifest
 
@@ -352,7 +352,7 @@ def test_of_ten_hours_only_a_part_is_read(folder: Path) -> None:
     waves, bad = dataset.read(np.array([2]), np.array([LENGTH]), 0, 0)
     assert time.process_time() - began < 1
     assert bad == ()
-    assert torch.equal(waves[0], normalised(NOISE))
+    assert torch.equal(waves[0], normalized(NOISE))
     with pytest.raises(DataError, match="576,000,000 samples are more than 268,435,456"):
         dataset.whole(2)
 

@@ -1,4 +1,4 @@
-"""Recordings that are read: which part, resampled, mixed, normalised; folders and manifests."""
+"""Recordings that are read: which part, resampled, mixed, normalized; folders and manifests."""
 
 from __future__ import annotations
 

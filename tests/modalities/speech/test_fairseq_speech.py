@@ -25,7 +25,7 @@ from d2v_fast.modalities.speech.huggingface import import_speech
 from d2v_fast.modalities.speech.layout import speech_layout
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.fairseq_reference import Data2VecAudio
-from tests.helpers.speech_reference import randomise_
+from tests.helpers.speech_reference import randomize_
 from tests.modalities.speech.test_speech import make_config, make_pair
 
 KERNELS = (10, 3, 3, 3, 3, 2, 2)
@@ -146,7 +146,7 @@ def test_a_model_of_fairseqs_build_fits(tmp_path: Path) -> None:
     theirs.encoder.load_state_dict(ema)
     torch.testing.assert_close(theirs(waveforms), teacher(waveforms).last_hidden, rtol=0, atol=1e-5)
 
-    randomise_(theirs)
+    randomize_(theirs)
     torch.save({"model": theirs.state_dict(), "cfg": raw["cfg"]}, tmp_path / "b.pt")
     ours, _, _ = load_fairseq_speech(tmp_path / "b.pt")
     torch.testing.assert_close(ours.eval()(waveforms).last_hidden, theirs(waveforms), rtol=0, atol=1e-5)

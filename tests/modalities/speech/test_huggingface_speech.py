@@ -21,7 +21,7 @@ from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.modalities.speech.encoder import SpeechModel
 from d2v_fast.modalities.speech.huggingface import export_speech, import_speech
 from tests.helpers.common import run_python
-from tests.helpers.speech_reference import randomise_
+from tests.helpers.speech_reference import randomize_
 from tests.modalities.speech.test_speech import SIZES as SMALL
 from tests.modalities.speech.test_speech import make_config
 
@@ -50,7 +50,7 @@ THEIRS = {
 def build(config: SpeechConfig) -> SpeechModel:
     """A random encoder, not one parameter at its initial value."""
     model = SpeechModel(config.model).eval()
-    randomise_(model)
+    randomize_(model)
     return model
 
 
@@ -130,7 +130,7 @@ def test_base_size_agrees_both_ways(tmp_path: Path) -> None:
 
 def test_import_base_size_that_transformers_saved(tmp_path: Path) -> None:
     theirs = transformers.Data2VecAudioModel(transformers.Data2VecAudioConfig())
-    randomise_(theirs)
+    randomize_(theirs)
     theirs.save_pretrained(tmp_path)
     model, config = import_model(tmp_path)
     assert config == SpeechModelConfig(activation_dropout=0.1, layer_drop=0.1)
@@ -141,7 +141,7 @@ def test_import_base_size_that_transformers_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("around", ["Data2VecAudioModel", "Data2VecAudioForCTC", "Data2VecAudioForXVector"])
 def test_import_what_transformers_saved(around: str, tmp_path: Path) -> None:
     theirs = getattr(transformers, around)(transformers.Data2VecAudioConfig(**THEIRS))
-    randomise_(theirs)
+    randomize_(theirs)
     theirs.save_pretrained(tmp_path)
     model, config = import_speech(tmp_path)
     assert (config.position_kernel, config.position_depth, config.sample_rate) == (7, 2, 16_000)
@@ -189,8 +189,8 @@ def test_padding(attention: str, tmp_path: Path) -> None:
         assert leaks == (num_frames < int(lengths.max())), "Transformers has changed: the documentation must, too"
 
 
-def test_recordings_are_normalised_as_in_training(tmp_path: Path) -> None:
-    from d2v_fast.modalities.speech.audio import normalised
+def test_recordings_are_normalized_as_in_training(tmp_path: Path) -> None:
+    from d2v_fast.modalities.speech.audio import normalized
 
     config = make_config(sample_rate=8_000)
     export_speech(build(config), config, tmp_path)
@@ -202,32 +202,32 @@ def test_recordings_are_normalised_as_in_training(tmp_path: Path) -> None:
     assert inputs["attention_mask"].sum(1).tolist() == [700, 431]
     for values, wave in zip(inputs["input_values"], samples, strict=True):
         # their 1e-7 under the root and our 1e-5 differ by 5e-4 of the value at this loudness
-        torch.testing.assert_close(values[: len(wave)], normalised(wave), rtol=6e-4, atol=1e-6)
+        torch.testing.assert_close(values[: len(wave)], normalized(wave), rtol=6e-4, atol=1e-6)
         assert values[len(wave) :].abs().sum() == 0
     loud = [10 * wave for wave in samples]
     inputs = extractor(loud, sampling_rate=8_000, padding=True, return_tensors="pt")
     for values, wave in zip(inputs["input_values"], loud, strict=True):
-        torch.testing.assert_close(values[: len(wave)], normalised(wave), rtol=0, atol=1e-4)
+        torch.testing.assert_close(values[: len(wave)], normalized(wave), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="8000"):
         extractor(samples, sampling_rate=16_000)
 
 
-def test_a_recogniser_learns(tmp_path: Path) -> None:
+def test_a_recognizer_learns(tmp_path: Path) -> None:
     """CTC on four utterances that can be told apart."""
     torch.manual_seed(0)
     np.random.seed(0)
     config = make_config()
     export_speech(SpeechModel(config.model), config, tmp_path)
-    recogniser = transformers.Data2VecAudioForCTC.from_pretrained(
+    recognizer = transformers.Data2VecAudioForCTC.from_pretrained(
         tmp_path, vocab_size=6, pad_token_id=0, ctc_loss_reduction="mean", mask_time_length=2
     )
     waveforms, mask = padded_batch(700, 700, 640, 580)
     labels = torch.tensor([[1, 2, 3], [3, 2, 1], [4, 5, -100], [5, 4, -100]])
-    optimizer = torch.optim.AdamW(recogniser.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(recognizer.parameters(), lr=3e-3)
     losses = []
-    recogniser.train()
+    recognizer.train()
     for _ in range(40):
-        loss = recogniser(waveforms, attention_mask=mask, labels=labels).loss
+        loss = recognizer(waveforms, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -46,8 +46,8 @@ def make_pair(config: SpeechConfig) -> tuple[Data2Vec, torch.nn.Module]:
     """A model and a teacher of other weights."""
     model = build_model(config)
     teacher = copy.deepcopy(model.student.averaged).eval().requires_grad_(False)
-    reference.randomise_(model)
-    reference.randomise_(teacher)
+    reference.randomize_(model)
+    reference.randomize_(teacher)
     return model, teacher
 
 
@@ -114,7 +114,7 @@ def test_convolutions(
     kernels: tuple[int, ...], strides: tuple[int, ...], num_samples: int, width: int, recompute: bool
 ) -> None:
     stack = ConvStack(width, kernels, strides, recompute=recompute)
-    reference.randomise_(stack)
+    reference.randomize_(stack)
     waveforms = torch.randn(3, num_samples, requires_grad=True)
     actual = stack(waveforms)
     actual.square().sum().backward()
@@ -298,7 +298,7 @@ def test_skipped_blocks_pass_samples_on(attention: str, with_rows: bool) -> None
     """Each sample goes through the blocks that it keeps and no others, and has the gradient of those."""
     config = make_config(layer_drop=0.5, attention=attention)
     context = build_model(config).student.context.double()
-    reference.randomise_(context)
+    reference.randomize_(context)
     lengths = torch.tensor([7, 4, 9, 5, 9])
     places = (torch.arange(9) < lengths[:, None]).flatten()
     rows = places.nonzero()[::2, 0] if with_rows else None
@@ -359,7 +359,7 @@ def test_bf16_autocast(working_copy: bool) -> None:
     assert torch.cosine_similarity(flat, expected_flat, dim=0) > 0.98
 
 
-def test_initialisation_is_the_published_one() -> None:
+def test_initialization_is_the_published_one() -> None:
     torch.manual_seed(1)
     model = build_model(SpeechConfig(model=SpeechModelConfig(depth=8)))
     student = model.student

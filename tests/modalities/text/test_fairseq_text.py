@@ -28,7 +28,7 @@ from d2v_fast.objectives.data2vec import build_model
 from tests.checkpoints.test_export import write_run
 from tests.helpers.common import opened
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_here, tiny_file
-from tests.helpers.speech_reference import randomise_
+from tests.helpers.speech_reference import randomize_
 from tests.helpers.text_files import small_tokenizer
 from tests.modalities.speech.test_fairseq_speech import pretrained as pretrained_speech
 from tests.modalities.text.test_text import make_config, make_pair
@@ -251,7 +251,7 @@ def test_fine_tuned_model(tmp_path: Path) -> None:
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     config = make_config()
     model, average = make_pair(config)
-    randomise_(average)
+    randomize_(average)
     teacher = model.student.with_averaged(average)
     save_fairseq_text(model.student, model.head, teacher, config, tmp_path / "a.pt", num_updates=12)
     found = read_fairseq_text(tmp_path / "a.pt")
@@ -452,8 +452,8 @@ def test_run_begins_with_given_weights(
     config = load_config(file).d2v
     assert isinstance(config, TextConfig)
     model, other = build_model(config), build_model(config)
-    randomise_(model)
-    randomise_(other)
+    randomize_(model)
+    randomize_(other)
     teacher = model.student.with_averaged(other.student.averaged if kind == "fairseq" else model.student.averaged)
     source = tmp_path / kind
     if kind == "fairseq":

@@ -20,7 +20,7 @@ from d2v_fast.modalities.text.encoder import TextModel
 from d2v_fast.modalities.text.huggingface import export_text, import_text
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
 from tests.checkpoints.test_export import write_run
-from tests.helpers.speech_reference import randomise_
+from tests.helpers.speech_reference import randomize_
 from tests.helpers.text_files import small_tokenizer
 from tests.modalities.text.test_text import make_config
 from tests.modalities.text.test_tokenizer import tokenizer_with_padding_at
@@ -46,7 +46,7 @@ THEIRS = {
 def build(config: TextConfig) -> TextModel:
     """A random encoder, not one parameter at its initial value, not even those that no text reaches."""
     model = TextModel(config.model).eval()
-    randomise_(model)
+    randomize_(model)
     return model
 
 
@@ -125,7 +125,7 @@ def test_base_size_agrees_both_ways(tmp_path: Path) -> None:
 def test_import_what_transformers_saved(around: str, tmp_path: Path) -> None:
     """With two types of tokens, of which the first is everywhere."""
     theirs = getattr(transformers, around)(transformers.Data2VecTextConfig(**THEIRS))
-    randomise_(theirs)
+    randomize_(theirs)
     theirs.save_pretrained(tmp_path)
     model, config = import_text(tmp_path)
     expected = {"vocab_size": 60, "max_positions": 18, "width": 36, "depth": 2, "heads": 3, "norm_eps": 1e-12}

@@ -14,7 +14,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.modalities.text.files import TextFiles
 from d2v_fast.modalities.text.round_trip import RoundTrip
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer
-from d2v_fast.modalities.text.tokens import tokenised
+from d2v_fast.modalities.text.tokens import tokenized
 from tests.helpers.text_files import config, sentences, small_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -447,7 +447,7 @@ def test_lost_characters_are_reported(
     for _ in range(2):
         # when it is tokenized, and when the tokens are there
         caplog.clear()
-        tokenised(TextFiles(config(tmp_path / "a.txt")), tokenizer, str(tmp_path / "cache"))
+        tokenized(TextFiles(config(tmp_path / "a.txt")), tokenizer, str(tmp_path / "cache"))
         assert "% of the characters of this text" in caplog.text
         assert example in caplog.text
 

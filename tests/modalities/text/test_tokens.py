@@ -1,4 +1,4 @@
-"""Tokenised shards: what is in them, when they are used again, and what happens to them."""
+"""Tokenized shards: what is in them, when they are used again, and what happens to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.files import faults
 from d2v_fast.modalities.text import tokens as tokens_module
 from d2v_fast.modalities.text.files import PIECE, Piece, TextFiles, pieces_of
-from d2v_fast.modalities.text.tokens import Tokens, tokenised
+from d2v_fast.modalities.text.tokens import Tokens, tokenized
 from tests.helpers.places import ROOT
 from tests.helpers.text_files import config, documents, sentences, small_tokenizer, tokens_of
 
@@ -171,7 +171,7 @@ def test_document_over_several_batches(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def made_again(monkeypatch: pytest.MonkeyPatch, *arguments: object, **options: object) -> bool:
-    """Whether `tokens_of` tokenises."""
+    """Whether `tokens_of` tokenizes."""
     calls = []
     encode = type(small_tokenizer()).encode
     with monkeypatch.context() as patch:
@@ -218,8 +218,8 @@ def test_files_that_change_meanwhile(text: Path, tmp_path: Path, monkeypatch: py
         (text / "a.txt").write_text("another")
 
     monkeypatch.setattr(source, "pieces", and_change)
-    with pytest.raises(DataError, match="must not change while it is tokenised, but it has: begin again"):
-        tokenised(source, small_tokenizer(), str(tmp_path / "out"))
+    with pytest.raises(DataError, match="must not change while it is tokenized, but it has: begin again"):
+        tokenized(source, small_tokenizer(), str(tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -287,7 +287,7 @@ def test_worker_gets_no_copy(text: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pickle.loads(sent).read(0, tokens.num_tokens), expected)
 
 
-TOKENISE = """
+TOKENIZE = """
 import sys
 from pathlib import Path
 from tests.helpers.text_files import tokens_of
@@ -297,7 +297,7 @@ print(tokens_of(Path(sys.argv[1]), Path(sys.argv[2])).num_tokens)
 
 def start(text: Path, root: Path, **environment: str) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-c", TOKENISE, str(text), str(root)]
+    command = [sys.executable, "-c", TOKENIZE, str(text), str(root)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 

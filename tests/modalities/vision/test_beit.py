@@ -22,7 +22,7 @@ from d2v_fast.modalities.vision.encoder import VisionModel
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.common import opened
 from tests.helpers.runs import TINY, leave_out_reports, run_forked, tiny_file
-from tests.helpers.vision_reference import randomise_
+from tests.helpers.vision_reference import randomize_
 
 transformers = pytest.importorskip("transformers")
 
@@ -197,8 +197,8 @@ def test_a_run_begins_with_it_and_is_exported_again(
     file = tiny_file(tmp_path, TINY, **changes)
     config = load_config(file).d2v
     model, other = build_model(config), build_model(config)
-    randomise_(model)
-    randomise_(other)
+    randomize_(model)
+    randomize_(other)
     save_beit(model.student, model.head, other.student, config, tmp_path / "a.pth")
     run = tmp_path / "runs" / "more"
     assert main(["import", str(tmp_path / "a.pth"), "--to", str(run), "--ds_config", str(file)]) == 0

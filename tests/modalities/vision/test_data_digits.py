@@ -78,9 +78,9 @@ def test_augmentation_moves_every_digit_differently() -> None:
     assert bad == ()
     assert pixels.shape == (200, 1, 8, 8)
     assert pixels.isfinite().all()
-    grey = pixels * 0.35 + 0.3
-    assert grey.min() > -1e-6
-    assert grey.max() < 1 + 1e-6
+    gray = pixels * 0.35 + 0.3
+    assert gray.min() > -1e-6
+    assert gray.max() < 1 + 1e-6
     plain = dataset.plain(ids)
     change = (pixels - plain).abs().mean(dim=(1, 2, 3))
     assert change.min() > 0
@@ -135,7 +135,7 @@ def test_upscaling_is_cubic() -> None:
     np.testing.assert_allclose(out[0, 6:-6, 6:-6], expected[6:-6, 6:-6], atol=1e-6)
 
 
-def test_colour_is_refused() -> None:
+def test_color_is_refused() -> None:
     config = make_config()
     with pytest.raises(DataError, match=r"`d2v.model.channels` must be 1 for digits, but is 3"):
         DigitsDataset(config.data, config.model.model_copy(update={"channels": 3}))

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from d2v_fast.config import VisionConfig
 from d2v_fast.data import DataError
 from d2v_fast.modalities.data_sets import image_dataset
-from d2v_fast.modalities.vision.decode import Limits, UnreadableImage, centre_box, read_square
+from d2v_fast.modalities.vision.decode import Limits, UnreadableImage, center_box, read_square
 from d2v_fast.modalities.vision.images import ImagesDataset, random_box
 
 LIMITS = Limits(max_pixels=64_000_000, max_bytes=256_000_000, min_side=2)
@@ -37,7 +37,7 @@ def make_dataset(folder: Path, channels: int = 3, image_size: int = 16, **data: 
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    """Smooth and colourful, so that JPEG and resizing change it little."""
+    """Smooth and colorful, so that JPEG and resizing change it little."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -49,11 +49,11 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def levels(path: Path, size: int = 16, channels: int = 3) -> np.ndarray:
-    return np.asarray(read_square(str(path), size, channels, centre_box, LIMITS)).astype(int)
+    return np.asarray(read_square(str(path), size, channels, center_box, LIMITS)).astype(int)
 
 
 def expected_levels(image: Image.Image, size: int = 16) -> np.ndarray:
-    left, top, width, height = centre_box(*image.size)
+    left, top, width, height = center_box(*image.size)
     box = (left, top, left + width, top + height)
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box)).astype(int)
 
@@ -118,16 +118,16 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 READABLE: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "colour.png": lambda image: image,
+    "color.png": lambda image: image,
     "alpha.png": lambda image: image.convert("RGBA"),
     "palette.png": lambda image: image.quantize(256),
-    "grey.png": lambda image: image.convert("L"),
-    "grey_alpha.png": lambda image: image.convert("LA"),
+    "gray.png": lambda image: image.convert("L"),
+    "gray_alpha.png": lambda image: image.convert("LA"),
     "black_white.png": lambda image: image.convert("1"),
     "cmyk.jpg": lambda image: image.convert("CMYK"),
-    "colour.jpg": lambda image: image,
-    "grey.JPG": lambda image: image.convert("L"),
-    "colour.webp": lambda image: image,
+    "color.jpg": lambda image: image,
+    "gray.JPG": lambda image: image.convert("L"),
+    "color.webp": lambda image: image,
     "alpha.webp": lambda image: image.convert("RGBA"),
 }
 
@@ -139,9 +139,9 @@ def test_every_mode(tmp_path: Path, name: str) -> None:
     actual = levels(tmp_path / name)
     assert actual.shape == (16, 16, 3)
     assert np.abs(actual - expected_levels(image)).mean() < 4
-    grey = levels(tmp_path / name, channels=1)
-    assert grey.shape == (16, 16)
-    assert np.abs(grey - np.asarray(Image.fromarray(actual.astype(np.uint8)).convert("L"))).mean() < 4
+    gray = levels(tmp_path / name, channels=1)
+    assert gray.shape == (16, 16)
+    assert np.abs(gray - np.asarray(Image.fromarray(actual.astype(np.uint8)).convert("L"))).mean() < 4
 
 
 @pytest.mark.parametrize("mode", ["palette", "RGBA", "LA", "key"])
@@ -165,7 +165,7 @@ def test_transparent_is_white(tmp_path: Path, mode: str) -> None:
     assert (actual[:, 10:] == ink).all()
 
 
-def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+def test_sixteen_bit_gray_keeps_its_range(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1))
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     actual = levels(tmp_path / "deep.png", 32)
@@ -334,7 +334,7 @@ def test_unreadable_file_is_replaced_by_the_next(tree: Path, caplog: pytest.LogC
     assert [text.split(": ")[1] for text in caplog.messages] == spoilt[:2]
 
 
-def test_no_readable_neighbour(tree: Path) -> None:
+def test_no_readable_neighbor(tree: Path) -> None:
     dataset = make_dataset(tree)
     for i in range(12):
         Path(dataset.path(i)).write_bytes(b"junk")

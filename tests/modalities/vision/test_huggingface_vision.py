@@ -18,7 +18,7 @@ from d2v_fast.files.outputs import RECORD
 from d2v_fast.modalities.vision.encoder import VisionModel
 from d2v_fast.modalities.vision.huggingface import export_vision, import_vision
 from tests.helpers.common import run_python
-from tests.helpers.vision_reference import randomise_
+from tests.helpers.vision_reference import randomize_
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,7 +41,7 @@ def build(**sizes: Any) -> tuple[VisionModel, VisionConfig]:
         data=VisionDataConfig(mean=(0.3,) * channels, std=(0.2, 0.3, 0.4)[:channels]),
     )
     model = VisionModel(model_config).eval()
-    randomise_(model)
+    randomize_(model)
     return model, config
 
 
@@ -138,7 +138,7 @@ def test_a_low_precision_copy_is_exported_in_fp32(tmp_path: Path) -> None:
 def test_export_replaces_an_earlier_one_and_leaves_nothing_behind(tmp_path: Path) -> None:
     model, config = build(**SIZES["digits"])
     export_vision(model, config, tmp_path, info={"weights": "student", "step": 5})
-    randomise_(model)
+    randomize_(model)
     export_vision(model, config, tmp_path, info={"weights": "teacher", "step": 750})
     assert_state_equal(import_vision(tmp_path)[0], model)
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -19,7 +19,7 @@ from d2v_fast.commands.console import main
 from d2v_fast.config import load_config
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.modalities.vision.bit_depth import Dim
-from d2v_fast.modalities.vision.decode import MAX_SCANS, Limits, UnreadableImage, centre_box, read_square
+from d2v_fast.modalities.vision.decode import MAX_SCANS, Limits, UnreadableImage, center_box, read_square
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.image_files import blocks, chunk, png, tiff
 from tests.helpers.runs import tiny_file
@@ -32,7 +32,7 @@ COLORS = np.array([[[200, 30, 60], [20, 160, 240]], [[250, 250, 5], [90, 90, 90]
 def centers(content: bytes, tmp_path: Path, channels: int = 3, **options: Any) -> NDArray[np.int64]:
     """What is read at the middles of the four squares, `[2, 2]` or `[2, 2, 3]`."""
     (tmp_path / "a").write_bytes(content)
-    read = read_square(str(tmp_path / "a"), 40, channels, centre_box, LIMITS, **options)
+    read = read_square(str(tmp_path / "a"), 40, channels, center_box, LIMITS, **options)
     return np.asarray(read).astype(int)[10::20, 10::20]
 
 
@@ -438,4 +438,4 @@ def test_limits_hold_for_them(folder: Path) -> None:
     small = Limits(max_pixels=1199, max_bytes=100_000, min_side=2)
     for name in NAMES:
         with pytest.raises(UnreadableImage, match="40x30 is more than 1,199 pixels"):
-            read_square(str(folder / name), 16, 3, centre_box, small)
+            read_square(str(folder / name), 16, 3, center_box, small)

@@ -17,7 +17,7 @@ GEOMETRIES = [(9, 3, 1), (10, 2, 3), (5, 5, 3), (7, 1, 1), (28, 4, 2)]
 def build(image_size: int = 10, patch_size: int = 2, channels: int = 3) -> tuple[VisionModelConfig, VisionEmbedding]:
     config = VisionModelConfig(image_size=image_size, patch_size=patch_size, channels=channels, width=12, heads=2)
     embedding = VisionEmbedding(config)
-    reference.randomise_(embedding)
+    reference.randomize_(embedding)
     return config, embedding
 
 
@@ -96,7 +96,7 @@ def test_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
         embedding(torch.randn(shape))
 
 
-def test_published_initialisation() -> None:
+def test_published_initialization() -> None:
     embedding = VisionEmbedding(VisionModelConfig())
     assert not embedding.projection.bias.any()
     for parameter in (embedding.projection.weight, embedding.cls_token, embedding.mask_token):
