@@ -75,7 +75,7 @@ class OurStep:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         world = World(device.type)
         self.model = build_model(config.d2v).to(device)
-        self.engine = make_engine(self.model, config, world)
+        self.engine = make_engine(self.model, config.deepspeed, world, decay_1d=config.d2v.decay_1d)
         self.teacher = Teacher(self.model.student.averaged, config.d2v.teacher, compute_dtype=self.engine.compute_dtype)
         self.clock = StepClock(device, enabled=True)
         self.clock.watch(self.model)
@@ -89,9 +89,9 @@ class OurStep:
     def __call__(self, batch: Batch) -> None:
         """A whole step."""
         self._step += 1
-        loss = self.loss(batch)
+        output = self.engine.forward(batch, self.teacher.module)
         with self.clock.part("backward"):
-            self.engine.backward(loss)
+            self.engine.backward(output.loss_sum, output.num_rows * self._divisor)
         with self.clock.part("optimizer"):
             applied = self.engine.step(LR)
         with self.clock.part("EMA"):

@@ -231,7 +231,7 @@ def prepare(
 
         if is_first_process():
             device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")
-            print(describe(config, split, schedule, maker, compute_dtype(config, device), device.type))
+            print(describe(config, split, schedule, maker, compute_dtype(config.deepspeed, device), device.type))
             print("".join(f"{line}\n" for line in evaluation.check_labels(d2v)), end="")
         return None
 
@@ -250,8 +250,8 @@ def prepare(
     say = functools.partial(print, flush=True) if world.is_first else lambda *_: None
     report_missing_kernels(world, say)
     say("importing the engine ...")
-    import_engine(config, world)
-    check_room(config, world, compute_dtype(config, world.device))
+    import_engine(config.deepspeed, world)
+    check_room(config, world, compute_dtype(config.deepspeed, world.device))
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
     replaced = " (the run in it ended before it saved anything)" if folder.replaced else ""
@@ -277,7 +277,7 @@ def prepare(
         model.to(world.device)
     # copied before an engine shards the student
     copied = copy.deepcopy(model.student.averaged)
-    engine = make_engine(model, config, world)
+    engine = make_engine(model, config.deepspeed, world, decay_1d=d2v.decay_1d)
     teacher = Teacher(
         model.student.averaged,
         d2v.teacher,
@@ -371,11 +371,8 @@ def loop(run: Run, stop: StopRequest) -> int:
             torch.manual_seed(dropout_seed(section.seed, step, micro_step, run.world.rank))
             output = run.engine.forward(batch, run.teacher.module)
             run.guard.see_loss(output.loss_sum)
-            # the engine averages over micro-steps and processes; what is wanted is the mean over all masked
-            # rows of the global batch, however it is split
-            share = run.split.accumulation * run.world.size / (num_rows * divisor)
             with run.clock.part("backward"):
-                run.engine.backward(output.loss_sum * share)
+                run.engine.backward(output.loss_sum, num_rows * divisor)
             if is_logged:
                 totals += torch.cat((output.loss_sum.detach().view(1), output.moments.flatten()))
 

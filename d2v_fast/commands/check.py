@@ -59,7 +59,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     maker = batch_maker(config.d2v)
     schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, steps_per_epoch(maker, split))
     world = World(config.d2v.run.device)
-    dtype = compute_dtype(config, world.device)
+    dtype = compute_dtype(config.deepspeed, world.device)
     print(describe(config, split, schedule, maker, dtype, world.device.type), flush=True)
     print("".join(f"{line}\n" for line in evaluation.check_labels(config.d2v)), end="", flush=True)
     plain = _without_deepspeed(config, split)
@@ -133,12 +133,12 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
     """Some steps of one micro-step each, as the first process would make them, on different batches."""
     d2v, device = config.d2v, world.device
     maker.warm_up()
-    import_engine(config, world)
+    import_engine(config.deepspeed, world)
     memory = PeakMemory(device)
     torch.manual_seed(d2v.run.seed)
     model = build_model(d2v).to(device)
     copied = copy.deepcopy(model.student.averaged)
-    engine = PlainEngine(model, config, world)
+    engine = PlainEngine(model, config.deepspeed, world, decay_1d=d2v.decay_1d)
     # without a gradient and at a rate of 0 it changes nothing, but makes the moments: a run has them beside the
     # activations from its second step on, and a large model is tried for one step only
     engine.step(0.0)
@@ -167,7 +167,7 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
         has_data = time.perf_counter()
         num_values = max(1, len(batch.rows)) * divisor
         output = engine.forward(batch, teacher.module)
-        engine.backward(output.loss_sum / num_values)
+        engine.backward(output.loss_sum, num_values)
         _wait(device)
         has_gradient = time.perf_counter()
         engine.step(schedule.at(min(step, schedule.num_steps) - 1))

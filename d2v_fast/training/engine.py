@@ -28,9 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.checkpoints.shard_files import Kept
-from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.config import BatchSplit, DeepSpeedConfig
+from d2v_fast.data import Batch
 from d2v_fast.distributed.shards import Shard, find_shards
 from d2v_fast.distributed.world import RunError, World
+from d2v_fast.objectives.data2vec import StepOutput
 from d2v_fast.packages import install_command
 from d2v_fast.training.optimizers import (
     MOMENTS,
@@ -58,13 +60,25 @@ class Engine(ABC):
     grad_norm: Tensor
 
     @abstractmethod
-    def forward(self, *inputs: Any) -> Any:
-        """The model's forward pass in training mode, in the compute dtype."""
+    def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
+        """Run the model on one micro-batch in training mode, in the compute dtype.
+
+        Args:
+            batch: the micro-batch, on the model's device.
+            teacher: the network whose features are the targets, in eval mode.
+        """
 
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-step. The loss is divided by the number of micro-steps, and gradients are
-        averaged over the processes."""
+    def backward(self, loss_sum: Tensor, num_values: float) -> None:
+        """Add the gradient of one micro-batch to those of the step.
+
+        After all micro-batches the gradient is that of the mean: the sum of `loss_sum` over all micro-batches and
+        processes, divided by `num_values`.
+
+        Args:
+            loss_sum: 0-d fp32, the loss summed over this micro-batch.
+            num_values: the number of terms in the whole step; the same for all its micro-batches and processes.
+        """
 
     @abstractmethod
     def step(self, lr: float) -> Tensor:
@@ -122,34 +136,45 @@ class Engine(ABC):
         return optimizer_step(self.optimizer, _distinct(shard.stepped for shard in shards))
 
 
-def make_engine(model: nn.Module, config: RunConfig, world: World) -> Engine:
-    """The engine that the configuration and the number of processes ask for. `model` is on its device, in fp32."""
-    if not config.deepspeed.needs_deepspeed(world.size):
-        return PlainEngine(model, config, world)
-    return DeepSpeedEngine(model, config, world)
+def make_engine(model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> Engine:
+    """Return the engine that the configuration and the number of processes need.
+
+    Args:
+        model: on its device, in fp32. `forward` takes a batch and a teacher and returns a `StepOutput`.
+        config: the file without its `"d2v"` section.
+        world: of the run.
+        decay_1d: whether biases and norms have weight decay.
+    """
+    if not config.needs_deepspeed(world.size):
+        return PlainEngine(model, config, world, decay_1d=decay_1d)
+    return DeepSpeedEngine(model, config, world, decay_1d=decay_1d)
 
 
-def check_engine_available(config: RunConfig, num_processes: int) -> None:
-    """RunError where DeepSpeed is needed and not installed, or the optimizer is not to be had."""
-    if config.deepspeed.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
+def check_engine_available(config: DeepSpeedConfig, num_processes: int) -> None:
+    """Check that DeepSpeed, where it is needed, and the optimizer can be imported.
+
+    Raises:
+        RunError: one of them cannot.
+    """
+    if config.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
         raise RunError(
             "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
             f"`{install_command('deepspeed')}`. One process without `zero_optimization` needs none."
         )
-    if config.deepspeed.optimizer.type != "AdamW":
-        check_optimizer_available(config)
+    if config.optimizer.type != "AdamW":
+        check_optimizer_available(config.optimizer)
 
 
-def import_engine(config: RunConfig, world: World) -> None:
-    """Import what building and stepping an engine would import: its memory is not that of the run."""
+def import_engine(config: DeepSpeedConfig, world: World) -> None:
+    """Import what an engine imports, before the memory of the run is measured."""
     importlib.import_module("torch._dynamo")
-    if config.deepspeed.needs_deepspeed(world.size):
+    if config.needs_deepspeed(world.size):
         try:
             _import_deepspeed(world.device)
         except Exception as error:
             # a package that does not fit the others raises what it likes
             raise RunError(f"deepspeed cannot be imported: {type(error).__name__}: {error}") from error
-        if config.deepspeed.zero_optimization.stage > 0:
+        if config.zero_optimization.stage > 0:
             # whichever optimizer it is
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
@@ -157,22 +182,25 @@ def import_engine(config: RunConfig, world: World) -> None:
 class PlainEngine(Engine):
     """One process. fp32 parameters and AdamW; bf16 means autocast, so that the optimizer keeps fp32 values."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+    def __init__(self, model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> None:
         self.model = model
         self.compute_dtype = compute_dtype(config, world.device)
         self.grad_norm = torch.zeros((), device=world.device)
         self._device_type = world.device.type
-        self._accumulation = _batch_split(config, world).accumulation
-        self._clipping = config.deepspeed.gradient_clipping
-        self._optimizer = _make_optimizer(model, config)
+        self._accumulation = config.batch_split(world.size).accumulation
+        self._clipping = config.gradient_clipping
+        self._optimizer = _make_optimizer(model, config, decay_1d)
         model.train()
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
         enabled = self.compute_dtype != torch.float32
         with torch.autocast(self._device_type, self.compute_dtype, enabled=enabled):
-            return self.model(*inputs)
+            output: StepOutput = self.model(batch, teacher)
+        return output
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss_sum: Tensor, num_values: float) -> None:
+        # scaled and divided as DeepSpeed does, so that both engines round alike
+        loss = loss_sum * (self._accumulation / num_values)
         (_nan_unless_finite(loss) / self._accumulation).backward()
 
     def step(self, lr: float) -> Tensor:
@@ -197,24 +225,24 @@ class PlainEngine(Engine):
 class DeepSpeedEngine(Engine):
     """Several processes, ZeRO, offload to the host."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, world: World) -> None:
+    def __init__(self, model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> None:
         deepspeed = _import_deepspeed(world.device)
-        split = _batch_split(config, world)
+        split = config.batch_split(world.size)
         self.model = model
         self.compute_dtype = compute_dtype(config, world.device)
         self.grad_norm = torch.zeros((), device=world.device)
         self._device = world.device
-        self._world_size, self._stage = world.size, config.deepspeed.zero_optimization.stage
+        self._world_size, self._stage = world.size, config.zero_optimization.stage
         self._micro_steps, self._accumulation = 0, split.accumulation
         # without ZeRO and without loss scaling DeepSpeed hands the step to AdamW unchecked: it is checked here
         self._checks_here = self._stage == 0 and self.compute_dtype == torch.float32
-        self._clipping = config.deepspeed.gradient_clipping
+        self._clipping = config.gradient_clipping
         settings = _deepspeed_settings(config, split, self.compute_dtype, sum(p.numel() for p in model.parameters()))
         if self._checks_here:
             settings["gradient_clipping"] = 0.0
         # made here: DeepSpeed's names for optimizers leave open which one is meant
         del settings["optimizer"]
-        optimizer = _make_optimizer(model, config)
+        optimizer = _make_optimizer(model, config, decay_1d)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -236,10 +264,13 @@ class DeepSpeedEngine(Engine):
             self._loss_scaler().raise_error_at_min_scale = False
         self._engine.train()
 
-    def forward(self, *inputs: Any) -> Any:
-        return self._engine(*inputs)
+    def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
+        output: StepOutput = self._engine(batch, teacher)
+        return output
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss_sum: Tensor, num_values: float) -> None:
+        # DeepSpeed divides by the number of micro-steps, and averages over the processes
+        loss = loss_sum * (self._accumulation * self._world_size / num_values)
         self._engine.backward(_nan_unless_finite(loss))
         self._micro_steps += 1
         if self._micro_steps < self._accumulation:
@@ -294,19 +325,18 @@ class DeepSpeedEngine(Engine):
         return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
-def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """Dtype of the forward pass: `bf16.enabled` "auto" is bf16 on a GPU that computes in it, fp32 elsewhere."""
-    wanted = config.deepspeed.bf16.enabled
+def compute_dtype(config: DeepSpeedConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of the forward pass.
+
+    `bf16.enabled` "auto" means bf16 on a GPU that supports it natively, and fp32 elsewhere.
+    """
+    wanted = config.bf16.enabled
     if wanted == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        wanted = has_bf16 and not config.deepspeed.fp16.enabled
+        wanted = has_bf16 and not config.fp16.enabled
     if wanted:
         return torch.bfloat16
-    return torch.float16 if config.deepspeed.fp16.enabled else torch.float32
-
-
-def _batch_split(config: RunConfig, world: World) -> BatchSplit:
-    return config.deepspeed.batch_split(world.size)
+    return torch.float16 if config.fp16.enabled else torch.float32
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float, decay_1d: bool) -> list[dict[str, Any]]:
@@ -324,9 +354,9 @@ def _parameter_groups(model: nn.Module, weight_decay: float, decay_1d: bool) -> 
     return [group for group in groups if group["params"]]
 
 
-def _make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    weight_decay = config.deepspeed.optimizer.params.weight_decay
-    return make_optimizer(config, _parameter_groups(model, weight_decay, config.d2v.decay_1d))
+def _make_optimizer(model: nn.Module, config: DeepSpeedConfig, decay_1d: bool) -> torch.optim.Optimizer:
+    groups = _parameter_groups(model, config.optimizer.params.weight_decay, decay_1d)
+    return make_optimizer(config.optimizer, groups)
 
 
 def _set_lr(optimizer: Any, lr: float) -> None:
@@ -351,23 +381,23 @@ def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -
 
 
 def _deepspeed_settings(
-    config: RunConfig, split: BatchSplit, dtype: torch.dtype, num_parameters: int
+    config: DeepSpeedConfig, split: BatchSplit, dtype: torch.dtype, num_parameters: int
 ) -> dict[str, Any]:
     """The file's DeepSpeed keys with everything resolved that it leaves open."""
-    settings = config.deepspeed.for_deepspeed(split.world_size)
+    settings = config.for_deepspeed(split.world_size)
     settings |= {
         "train_batch_size": split.global_batch,
         "train_micro_batch_size_per_gpu": split.micro_batch,
         "gradient_accumulation_steps": split.accumulation,
-        "zero_allow_untested_optimizer": config.deepspeed.zero_allow_untested_optimizer,
-        "zero_force_ds_cpu_optimizer": config.deepspeed.zero_force_ds_cpu_optimizer,
+        "zero_allow_untested_optimizer": config.zero_allow_untested_optimizer,
+        "zero_force_ds_cpu_optimizer": config.zero_force_ds_cpu_optimizer,
         "bf16": {**settings.get("bf16", {}), "enabled": dtype == torch.bfloat16},
     }
     settings.setdefault("steps_per_print", 10**9)
     zero = settings.setdefault("zero_optimization", {})
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         # the default is a buffer of 2 GB; no bucket needs to be larger than the model
-        zero.setdefault(bucket, min(getattr(config.deepspeed.zero_optimization, bucket), num_parameters))
+        zero.setdefault(bucket, min(getattr(config.zero_optimization, bucket), num_parameters))
     return settings
 
 

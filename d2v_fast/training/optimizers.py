@@ -12,26 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_fast.config import RunConfig
+from d2v_fast.config.deepspeed_sections import OptimizerConfig
 from d2v_fast.distributed.world import RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_optimizer_available(config: RunConfig) -> None:
+def check_optimizer_available(config: OptimizerConfig) -> None:
     """RunError where the optimizer is not installed or cannot run here, with the reason."""
     _optimizer_class(config)
 
 
-def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay, as `optimizer.type` names it, over groups that hold their `weight_decay`.
 
     Raises:
         RunError: it is not installed, or cannot be built here.
     """
-    params = config.deepspeed.optimizer.params
+    params = config.params
     common = {"lr": params.lr, "betas": params.betas, "eps": params.eps}
-    kind = config.deepspeed.optimizer.type
+    kind = config.type
     options: dict[str, dict[str, Any]] = {
         # fused: one pass over the memory, and the only form that takes the flag of a step that is not finite
         "AdamW": {"fused": True},
@@ -56,8 +56,8 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
 
 
-def _optimizer_class(config: RunConfig) -> Any:
-    kind = config.deepspeed.optimizer.type
+def _optimizer_class(config: OptimizerConfig) -> Any:
+    kind = config.type
     if kind == "AdamW":
         return torch.optim.AdamW
     if kind == "ApexFusedAdam" and not torch.cuda.is_available():

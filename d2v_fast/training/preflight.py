@@ -52,7 +52,7 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
     """
     # or the first checkpoint fails, and with it the run
     importlib.import_module("safetensors.torch")
-    check_engine_available(config, num_processes)
+    check_engine_available(config.deepspeed, num_processes)
     if config.deepspeed.needs_deepspeed(num_processes):
         for monitor, package in config.deepspeed.monitor_packages().items():
             try:

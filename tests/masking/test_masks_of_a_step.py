@@ -11,11 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from d2v_fast.config import BlockMaskConfig, TargetConfig, VisionConfig, VisionModelConfig
-from d2v_fast.distributed.world import World
 from d2v_fast.masking import block_mask_rows
-from d2v_fast.training.engine import PlainEngine
 from tests.objectives.test_data2vec import CONFIG, Images, images, random_images, random_pair
 from tests.training.test_engine import config as run_config
+from tests.training.test_engine import plain_engine
 
 NORMS = [(first, last) for first in ("none", "layer", "instance", "batch") for last in ("none", "layer", "instance")]
 
@@ -101,9 +100,9 @@ def test_step_without_a_masked_patch_is_one_without_gradient() -> None:
     """It counts as a step, with a loss of 0, a gradient norm of 0, and no effect but that of weight decay."""
     model, teacher = random_pair()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine = PlainEngine(model, run_config(), World("cpu"))
+    engine = plain_engine(run_config(), model)
     output = engine.forward(masked_as("none masked"), teacher)
-    engine.backward(output.loss_sum)
+    engine.backward(output.loss_sum, 1)
     assert engine.step(0.1)
     assert output.loss_sum == 0
     assert engine.grad_norm == 0

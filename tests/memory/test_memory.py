@@ -365,11 +365,11 @@ def test_check_measures_the_moments_beside_the_activations(tmp_path: Path, monke
     monkeypatch.setattr(check_module, "MAX_STEPS", 1)
     forward, found = PlainEngine.forward, []
 
-    def forward_that_looks(self: PlainEngine, *inputs: Any) -> Any:
+    def forward_that_looks(self: PlainEngine, batch: Any, teacher: Any) -> Any:
         moments = [value for state in self.optimizer.state.values() for value in state.values() if value.dim() > 0]
         weights = [float(p.detach().square().sum()) for p in self.model.parameters()]
         found.append((sum(value.numel() for value in moments), weights))
-        return forward(self, *inputs)
+        return forward(self, batch, teacher)
 
     monkeypatch.setattr(PlainEngine, "forward", forward_that_looks)
     file = tiny_file(tmp_path)

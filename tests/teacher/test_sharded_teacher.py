@@ -75,7 +75,7 @@ class Trial:
         # a position bias that starts at 0 has gradients of its own size only later
         torch.nn.init.normal_(model.student.position_bias.table, std=0.02)
         copied = copy.deepcopy(model.student)
-        self.engine: Engine = make_engine(model, config, world)
+        self.engine: Engine = make_engine(model, config.deepspeed, world, decay_1d=config.d2v.decay_1d)
         self.model = model
         self.teacher = Teacher(
             model.student,
@@ -99,8 +99,7 @@ class Trial:
             part = slice(first, first + split.micro_batch)
             batch = Batch(pixels[part], rows[mine] - first * num_patches, ids[part], global_rows=len(rows))
             output = self.engine.forward(batch, self.teacher.module)
-            share = split.accumulation * self.world.size / (len(rows) * width)
-            self.engine.backward(output.loss_sum * share)
+            self.engine.backward(output.loss_sum, len(rows) * width)
         applied = bool(self.engine.step(1e-3))
         if applied:
             self.teacher.update(step)

@@ -14,13 +14,22 @@ from torch import Tensor, nn
 
 from d2v_fast.commands.cli import read_config, read_options
 from d2v_fast.config import RunConfig, check_d2v, load_config, parse_config
+from d2v_fast.data import Batch
 from d2v_fast.distributed.shards import full_shape, gather_whole
 from d2v_fast.distributed.world import RunError, World
-from d2v_fast.objectives.data2vec import build_model
-from d2v_fast.training.engine import PlainEngine, _parameter_groups, check_engine_available, compute_dtype, make_engine
+from d2v_fast.objectives.data2vec import StepOutput, build_model
+from d2v_fast.training.engine import (
+    Engine,
+    PlainEngine,
+    _parameter_groups,
+    check_engine_available,
+    compute_dtype,
+    make_engine,
+)
 from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY, TINY_SPEECH, in_processes, tiny_file
 
+WIDTH = 3
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
@@ -36,17 +45,38 @@ def config(world_size: int = 1, **changes: Any) -> RunConfig:
     return parse_config(raw, world_size)
 
 
-def network() -> nn.Module:
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(5, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, 3))
+class Network(nn.Sequential):
+    """Regresses the output of a few layers on 1; without a teacher."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(7)
+        super().__init__(nn.Linear(5, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, WIDTH))
+
+    def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
+        output = super().forward(batch.inputs)
+        self.output_dtype = output.dtype
+        loss = (output.float() - 1).square().sum()
+        return StepOutput(loss, len(batch.inputs), torch.zeros(4, WIDTH))
 
 
-def batch(step: int) -> Tensor:
+def network() -> Network:
+    return Network()
+
+
+def inputs_of(step: int) -> Tensor:
     return torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
 
 
-def loss_of(output: Tensor) -> Tensor:
-    return (output.float() - 1).square().mean()
+def plain_engine(settings: RunConfig, model: nn.Module | None = None) -> PlainEngine:
+    model = network() if model is None else model
+    return PlainEngine(model, settings.deepspeed, World("cpu"), decay_1d=settings.d2v.decay_1d)
+
+
+def add_gradient(engine: Engine, inputs: Tensor, num_samples: int = 6, extra_loss: float = 0.0) -> None:
+    """One micro-step of a step of `num_samples` samples in all."""
+    ids = torch.arange(len(inputs))
+    output = engine.forward(Batch(inputs, ids, ids), nn.Identity())
+    engine.backward(output.loss_sum + extra_loss, num_samples * WIDTH)
 
 
 def reference_run(steps: int, lr: float, weight_decay: float, max_norm: float) -> nn.Module:
@@ -56,7 +86,8 @@ def reference_run(steps: int, lr: float, weight_decay: float, max_norm: float) -
     beta1, beta2, eps = 0.9, 0.999, 1e-8
     for step in range(1, steps + 1):
         model.zero_grad()
-        (model(batch(step).double()) - 1).square().mean().backward()
+        inputs = inputs_of(step).double()
+        (model(Batch(inputs, inputs, inputs), nn.Identity()).loss_sum / (6 * WIDTH)).backward()
         norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
         factor = min(1.0, max_norm / (norm.item() + 1e-6))
         with torch.no_grad():
@@ -75,10 +106,10 @@ def reference_run(steps: int, lr: float, weight_decay: float, max_norm: float) -
 def test_plain_engine_matches_adamw_in_fp64(accumulation: int) -> None:
     settings = config(gradient_accumulation_steps=accumulation, optimizer__params={"lr": 1.0, "weight_decay": 0.1})
     model = network()
-    engine = PlainEngine(model, settings, World("cpu"))
+    engine = plain_engine(settings, model)
     for step in range(1, 6):
-        for part in batch(step).split(6 // accumulation):
-            engine.backward(loss_of(engine.forward(part)))
+        for part in inputs_of(step).split(6 // accumulation):
+            add_gradient(engine, part)
         assert engine.step(1e-2 * step)
     truth = reference_run(5, 1e-2, 0.1, 0.5)
     for (name, p), expected in zip(model.named_parameters(), truth.parameters(), strict=True):
@@ -88,8 +119,8 @@ def test_plain_engine_matches_adamw_in_fp64(accumulation: int) -> None:
 def test_grad_norm_is_before_clipping() -> None:
     for clipping in (0.0, 1e-3):
         model = network()
-        engine = PlainEngine(model, config(gradient_clipping=clipping), World("cpu"))
-        engine.backward(loss_of(engine.forward(batch(0))))
+        engine = plain_engine(config(gradient_clipping=clipping), model)
+        add_gradient(engine, inputs_of(0))
         expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
         engine.step(1e-3)
         torch.testing.assert_close(engine.grad_norm, expected)
@@ -118,7 +149,7 @@ def test_decay_of_1d_parameters_is_applied(decay_1d: bool) -> None:
     """With a gradient of zero a step of AdamW multiplies a parameter by 1 - lr * weight_decay and does nothing else."""
     settings = config(optimizer__params={"lr": 1.0, "weight_decay": 0.1}, d2v__decay_1d=decay_1d)
     model = build_model(settings.d2v)
-    engine = PlainEngine(model, settings, World("cpu"))
+    engine = plain_engine(settings, model)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -158,14 +189,13 @@ def test_presets_decay_what_the_publication_decays(name: str, decay_1d: bool) ->
 @pytest.mark.parametrize("poison", ["nan input", "infinite loss with finite gradients"])
 def test_nonfinite_step_changes_nothing(poison: str) -> None:
     model = network()
-    engine = PlainEngine(model, config(), World("cpu"))
+    engine = plain_engine(config(), model)
 
     def step(number: int, bad: bool) -> bool:
-        inputs = batch(number)
+        inputs = inputs_of(number)
         if bad and poison == "nan input":
             inputs[2, 3] = torch.nan
-        loss = loss_of(engine.forward(inputs))
-        engine.backward(loss + torch.inf if bad and poison != "nan input" else loss)
+        add_gradient(engine, inputs, extra_loss=torch.inf if bad and poison != "nan input" else 0.0)
         return bool(engine.step(1e-2))
 
     def snapshot() -> list[Tensor]:
@@ -181,9 +211,9 @@ def test_nonfinite_step_changes_nothing(poison: str) -> None:
     assert not engine.grad_norm.isfinite()
     assert step(3, bad=False)
     # as if the bad steps had never been
-    other = PlainEngine(network(), config(), World("cpu"))
+    other = plain_engine(config())
     for number in (1, 3):
-        other.backward(loss_of(other.forward(batch(number))))
+        add_gradient(other, inputs_of(number))
         other.step(1e-2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.model.parameters(), strict=True))
 
@@ -199,16 +229,16 @@ def restore(engine: Any, saved: tuple[dict[str, Tensor], dict[str, Any]]) -> Non
 
 
 def test_plain_state_is_restored_exactly() -> None:
-    first = PlainEngine(network(), config(), World("cpu"))
+    first = plain_engine(config())
 
     def train(engine: PlainEngine, steps: range) -> None:
         for number in steps:
-            engine.backward(loss_of(engine.forward(batch(number))))
+            add_gradient(engine, inputs_of(number))
             engine.step(1e-2)
 
     train(first, range(3))
     saved = saved_state(first)
-    second = PlainEngine(network(), config(), World("cpu"))
+    second = plain_engine(config())
     restore(second, saved)
     train(first, range(3, 6))
     train(second, range(3, 6))
@@ -216,34 +246,33 @@ def test_plain_state_is_restored_exactly() -> None:
 
 
 def test_compute_dtype() -> None:
-    cpu = torch.device("cpu")
-    assert compute_dtype(config(), cpu) == torch.float32
-    assert compute_dtype(config(bf16__enabled="auto"), cpu) == torch.float32
-    assert compute_dtype(config(bf16__enabled=True), cpu) == torch.bfloat16
-    assert compute_dtype(config(fp16__enabled=True, zero_optimization__stage=1), cpu) == torch.float16
-    assert (
-        compute_dtype(config(fp16__enabled=True, bf16__enabled="auto", zero_optimization__stage=1), cpu)
-        == torch.float16
-    )
+    def on_cpu(**changes: Any) -> torch.dtype:
+        return compute_dtype(config(**changes).deepspeed, torch.device("cpu"))
+
+    assert on_cpu() == torch.float32
+    assert on_cpu(bf16__enabled="auto") == torch.float32
+    assert on_cpu(bf16__enabled=True) == torch.bfloat16
+    assert on_cpu(fp16__enabled=True, zero_optimization__stage=1) == torch.float16
+    assert on_cpu(fp16__enabled=True, bf16__enabled="auto", zero_optimization__stage=1) == torch.float16
 
 
 def test_bf16_keeps_fp32_parameters() -> None:
-    engine = make_engine(network(), config(bf16__enabled=True), World("cpu"))
+    model = network()
+    engine = make_engine(model, config(bf16__enabled=True).deepspeed, World("cpu"), decay_1d=False)
     assert isinstance(engine, PlainEngine)
-    output = engine.forward(batch(0))
-    assert output.dtype == torch.bfloat16
-    engine.backward(loss_of(output))
+    add_gradient(engine, inputs_of(0))
+    assert model.output_dtype == torch.bfloat16
     assert engine.step(1e-2)
     assert all(shard.master.dtype == torch.float32 for shard in engine.shards())
 
 
 def test_missing_deepspeed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_engine_available(config(), 1)
+    check_engine_available(config().deepspeed, 1)
     with pytest.raises(RunError, match="not installed"):
-        check_engine_available(config(), 2)
+        check_engine_available(config().deepspeed, 2)
     with pytest.raises(RunError, match="not installed"):
-        check_engine_available(config(zero_optimization__stage=1), 1)
+        check_engine_available(config(zero_optimization__stage=1).deepspeed, 1)
 
 
 def test_world_of_one() -> None:
@@ -302,24 +331,27 @@ def test_deepspeed_engine(stage: int, accumulation: int, bf16: bool, tmp_path: P
     def train(engine: Any, world: World, steps: range, bad: int = -1) -> list[bool]:
         applied = []
         for number in steps:
-            inputs = torch.cat((batch(number), batch(number + 100)))
+            inputs = torch.cat((inputs_of(number), inputs_of(number + 100)))
             if number == bad:
                 # the last sample, which the last process has
                 inputs[-1] = torch.nan
             mine = inputs.chunk(world.size)[world.rank]
             for part in mine.split(12 // world.size // accumulation):
                 dtype = torch.float32 if isinstance(engine, PlainEngine) else engine.compute_dtype
-                engine.backward(loss_of(engine.forward(part.to(dtype))))
+                add_gradient(engine, part.to(dtype), num_samples=12)
             applied.append(bool(engine.step(1e-2)))
         return applied
 
+    def deepspeed_engine(world: World) -> Engine:
+        return make_engine(network(), config(world_size=2, **settings).deepspeed, world, decay_1d=False)
+
     def work(world: World, folder: Path) -> Any:
-        engine = make_engine(network(), config(world_size=2, **settings), world)
+        engine = deepspeed_engine(world)
         applied = train(engine, world, range(4), bad=2)
         saved = saved_state(engine)
         applied += train(engine, world, range(4, 6))
         values = whole(engine, world)
-        again = make_engine(network(), config(world_size=2, **settings), world)
+        again = deepspeed_engine(world)
         restore(again, saved)
         train(again, world, range(4, 6))
         return {
@@ -337,7 +369,7 @@ def test_deepspeed_engine(stage: int, accumulation: int, bf16: bool, tmp_path: P
     assert first["signature"] == {"engine": "DeepSpeed", "processes": 2, "zero_stage": stage, "optimizer": "AdamW"}
     if bf16:
         return
-    plain = PlainEngine(network(), config(**{**settings, "zero_optimization__stage": 0}), World("cpu"))
+    plain = plain_engine(config(**{**settings, "zero_optimization__stage": 0}))
     assert train(plain, World("cpu"), range(6), bad=2) == first["applied"]
     for name, p in plain.model.named_parameters():
         torch.testing.assert_close(p.detach(), torch.tensor(first["values"][name]), rtol=1e-5, atol=1e-6)

@@ -108,7 +108,7 @@ def test_wrong_apex(kind: str, apex: Path) -> None:
     for name, code in files.items():
         (apex / name).write_text(code)
     with pytest.raises(RunError) as caught:
-        check_optimizer_available(parsed("ApexFusedAdam", 1))
+        check_optimizer_available(parsed("ApexFusedAdam", 1).deepspeed.optimizer)
     said = str(caught.value)
     assert said.startswith('`optimizer.type` "ApexFusedAdam" needs NVIDIA\'s apex (that of PyPI is another project)')
     assert reason in said
@@ -125,8 +125,10 @@ def test_right_apex(apex: Path) -> None:
         "        super().__init__(params, lr)\n"
         "        self.asked = (betas, eps, adam_w_mode)\n"
     )
-    check_optimizer_available(parsed("ApexFusedAdam", 1))
-    made: Any = make_optimizer(parsed("ApexFusedAdam", 1), [{"params": [nn.Parameter(torch.ones(1))]}])
+    check_optimizer_available(parsed("ApexFusedAdam", 1).deepspeed.optimizer)
+    made: Any = make_optimizer(
+        parsed("ApexFusedAdam", 1).deepspeed.optimizer, [{"params": [nn.Parameter(torch.ones(1))]}]
+    )
     assert made.asked == ((0.9, 0.999), 1e-8, True)
 
 
@@ -139,7 +141,7 @@ def test_failed_build_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(optimizers, "_optimizer_class", lambda config: fails)
     with pytest.raises(RunError) as caught:
-        make_optimizer(parsed("CPUAdam", 2, **ON_HOST), [])
+        make_optimizer(parsed("CPUAdam", 2, **ON_HOST).deepspeed.optimizer, [])
     assert str(caught.value) == (
         '`optimizer.type` "CPUAdam" cannot be built here: No such file or directory: \'g++\'. "AdamW" needs nothing.'
     )

@@ -21,7 +21,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fail_while_it_is_built(monkeypatch: pytest.MonkeyPatch, file: Path, *arguments: str) -> None:
     with monkeypatch.context() as patch:
 
-        def fail(*arguments: object) -> None:
+        def fail(*arguments: object, **options: object) -> None:
             raise RunError("no")
 
         patch.setattr("d2v_fast.training.engine.make_engine", fail)
