@@ -196,12 +196,11 @@ def prepare(
     import torch
 
     from d2v_fast.checkpoints.store import Checkpoints
-    from d2v_fast.data import StepLoader, steps_per_epoch
+    from d2v_fast.data import StepLoader, batch_maker, resolved, steps_per_epoch
     from d2v_fast.data.listing import counted, print_listing
     from d2v_fast.distributed.world import RunError, World, world_size
     from d2v_fast.evaluation import run as evaluation
     from d2v_fast.memory.peak import PeakMemory
-    from d2v_fast.modalities.data_sets import batch_maker, resolved
     from d2v_fast.objectives.data2vec import build_model
     from d2v_fast.processes.idle import IdleWatch
     from d2v_fast.teacher import Teacher

@@ -29,7 +29,7 @@ from d2v_fast.config.errors import OptionError
 from d2v_fast.files.outputs import require_file, require_free, require_writable, set_aside_changed
 from d2v_fast.interop.layout import require_finite
 from d2v_fast.interop.sources import explain
-from d2v_fast.modalities import build_student, encoder_class
+from d2v_fast.modalities import build_student, modality_of
 from d2v_fast.models.student import Student
 
 WEIGHTS = ("student", "teacher")
@@ -163,7 +163,7 @@ def load_encoder(checkpoint: Checkpoint, config: D2VConfig, weights: str) -> Stu
         ValueError: see `load_weights`.
     """
     model = build_student(config)
-    saved = SavedWeights(checkpoint, weights, encoder_class(config).averaged_prefix())
+    saved = SavedWeights(checkpoint, weights, modality_of(config).encoder().averaged_prefix())
     load_weights(model, saved, checkpoint.folder)
     return model
 
@@ -261,7 +261,7 @@ def _export_folder(
 ) -> None:
     from d2v_fast.interop.huggingface import export_model
 
-    saved = SavedWeights(checkpoint, weights, encoder_class(config).averaged_prefix())
+    saved = SavedWeights(checkpoint, weights, modality_of(config).encoder().averaged_prefix())
     # before anything is written; one tensor is in memory at a time
     require_finite(saved.items(), f"`{checkpoint.folder}`")
     if isinstance(config, TextConfig):
@@ -272,7 +272,7 @@ def _export_folder(
 
 def _export_file(checkpoint: Checkpoint, config: D2VConfig, to: Path) -> str:
     """Write student, head and teacher for the published code of the modality; returns whose it is."""
-    prefix = encoder_class(config).averaged_prefix()
+    prefix = modality_of(config).encoder().averaged_prefix()
     saved, teacher = (SavedWeights(checkpoint, weights, prefix) for weights in WEIGHTS)
     head = saved.head()
     for part in (saved, teacher, head):

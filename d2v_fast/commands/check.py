@@ -18,7 +18,7 @@ import torch
 from d2v_fast.commands.dry_run import describe
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
 from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
-from d2v_fast.data import Batch, BatchMaker, steps_per_epoch
+from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
 from d2v_fast.data.order import StepOrder
 from d2v_fast.data.progress import duration
@@ -26,7 +26,6 @@ from d2v_fast.distributed.world import RunError, World, world_size
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
 from d2v_fast.memory.predict import predict
-from d2v_fast.modalities.data_sets import batch_maker, resolved
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine

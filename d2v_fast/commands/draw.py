@@ -31,7 +31,7 @@ from d2v_fast.evaluation.features import patch_features
 from d2v_fast.figures.sheet import MAX_COUNT, Sheet, choose_samples, label_of, save_figure, say_if_fewer
 from d2v_fast.files.outputs import require_file, require_writable
 from d2v_fast.masking import block_masks
-from d2v_fast.modalities.data_sets import image_dataset
+from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.images import ImagesDataset
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.data2vec import build_model

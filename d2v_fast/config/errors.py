@@ -82,8 +82,16 @@ class Section(BaseModel):
 
     # by unknown key, what to do instead of taking the nearest known one
     hints: ClassVar[dict[str, str]] = {}
+    # fields that every subclass must define
+    required: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        missing = [name for name in cls.required if name not in cls.model_fields]
+        if missing and "required" not in vars(cls):
+            raise TypeError(f"{cls.__module__}.{cls.__name__} must define the fields {', '.join(missing)}.")
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -136,12 +144,13 @@ def check(
         prefix: dotted key of `model` in the file.
         also: dotted keys outside `model` that a misplaced key may have meant.
     """
-    elsewhere = [*known_keys(model, prefix), *also]
     problems: list[str] = []
     try:
         return model.model_validate(raw), problems
     except ValidationError as error:
         details = error.errors(include_url=False)
+    also = list(also)
+    elsewhere = [*known_keys(model, prefix), *also]
     unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
     if unknown:
         # without the unknown keys, so that what else is wrong in those sections comes to light as well

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
-from d2v_fast.config.errors import MAX_SAMPLES, PathText, Problem, Section, refuse_if
+from d2v_fast.config.errors import MAX_SAMPLES, PathText, Section
 
 
 class ProbeConfig(Section):
@@ -23,27 +22,3 @@ class ProbeConfig(Section):
     path: PathText | None = None
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     max_samples: int = Field(default=2000, ge=4, le=MAX_SAMPLES)
-
-
-class VisionProbeConfig(ProbeConfig):
-    """Features are averages over the patches of each cell of a `grid` x `grid` division of the image; 1 averages over
-    all patches."""
-
-    grid: int = Field(default=1, ge=1)
-
-
-class TextProbeConfig(ProbeConfig):
-    """`path` may also be a file. The class of a row of .jsonl or .parquet is its `label_field`, and its text its
-    `field` (None: `d2v.data.field`); the class of a .txt file is the sub-folder that it lies in."""
-
-    field: str | None = None
-    label_field: str = "label"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        named = {"field": self.field, "label_field": self.label_field}
-        problems = [Problem(key, "name a field or column", value) for key, value in named.items() if value == ""]
-        if self.field == self.label_field:
-            problems.append(Problem("label_field", "be another field than `field`", self.label_field))
-        refuse_if(problems)
-        return self

@@ -1,18 +1,19 @@
 """One JSON file per run: DeepSpeed's keys, and a `"d2v"` section that holds everything else.
 
 `load_config` reads it, applies `--set` overrides, and refuses every unknown key, wrong type and impossible
-value in one message. What only one modality has is in `vision_config`, `speech_config` and `text_config`. No torch is
-imported here, so a typing error costs no time.
+value in one message. The sections that only one modality has are in `modalities.<name>.config`, and the registry of
+modalities names the class of a `"d2v"` section. No torch is imported here, so that a wrong file is refused at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -31,40 +32,26 @@ from d2v_fast.config.errors import (
     say,
 )
 from d2v_fast.config.file import apply_overrides, changed_keys, configuration_file, read_sections
-from d2v_fast.config.probe import ProbeConfig, TextProbeConfig, VisionProbeConfig
+from d2v_fast.config.probe import ProbeConfig
 from d2v_fast.files.reading import NotRegularError, read_text
-from d2v_fast.modalities.speech.config import SpanMaskConfig, SpeechDataConfig, SpeechModelConfig
-from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig, TokenMaskConfig
-from d2v_fast.modalities.vision.config import BlockMaskConfig, VisionDataConfig, VisionModelConfig
+from d2v_fast.modalities import BUILT_IN, ModalityError, modality_named, modality_names
 
 __all__ = [
     "EARLIER_VALUES",
     "BatchSplit",
-    "BlockMaskConfig",
     "ConfigError",
     "D2VConfig",
+    "DataSection",
     "DeepSpeedConfig",
     "GuardConfig",
     "LossConfig",
+    "ModelSection",
     "ProbeConfig",
     "RunConfig",
     "RunSection",
     "ScheduleConfig",
-    "SpanMaskConfig",
-    "SpeechConfig",
-    "SpeechDataConfig",
-    "SpeechModelConfig",
     "TargetConfig",
     "TeacherConfig",
-    "TextConfig",
-    "TextDataConfig",
-    "TextModelConfig",
-    "TextProbeConfig",
-    "TokenMaskConfig",
-    "VisionConfig",
-    "VisionDataConfig",
-    "VisionModelConfig",
-    "VisionProbeConfig",
     "apply_overrides",
     "changed_keys",
     "check_d2v",
@@ -75,10 +62,38 @@ __all__ = [
 MAX_FILE_BYTES = 1_000_000
 # of `d2v`: what every run did before there was the key
 EARLIER_VALUES = {"decay_1d": False}
+# of a file without the key `d2v.modality`
+DEFAULT_MODALITY = "vision"
 _COMPILE = (
     "The model is not compiled: the fused operations of d2v_fast take the place of `torch.compile`. DeepSpeed's "
     "section `compile` is about its own compiler passes, which a run does not use either."
 )
+
+
+class ModelSection(Section):
+    """The sizes of an encoder. A modality's class defines the fields, because the saved file has them in its order."""
+
+    required: ClassVar = ("width", "depth")
+    if TYPE_CHECKING:
+        width: int
+        depth: int
+
+
+class DataSection(Section):
+    """Where the samples come from. A modality's class defines the fields, because the saved file has them in its order.
+
+    Attributes:
+        only_for: by value of `kind`, the keys that a run reads with this kind only.
+    """
+
+    required: ClassVar = ("kind", "on_change", "num_workers", "max_bad_fraction", "strict")
+    only_for: ClassVar[dict[str, tuple[str, ...]]] = {}
+    if TYPE_CHECKING:
+        kind: str
+        on_change: Literal["refuse", "accept"]
+        num_workers: int
+        max_bad_fraction: float
+        strict: bool
 
 
 class TargetConfig(Section):
@@ -215,7 +230,7 @@ class RunSection(Section):
 
 
 class D2VConfig(Section):
-    """The `"d2v"` section: what all modalities have. Each has a class of its own, with its sections and defaults.
+    """The `"d2v"` section: what all modalities have. Each modality has a subclass with its own sections and defaults.
 
     `decay_1d` applies `optimizer.params.weight_decay` to 1-D parameters (biases, norms, LayerScale, the class token)
     as well. The published speech and text recipes do, the published vision recipe does not.
@@ -225,13 +240,13 @@ class D2VConfig(Section):
 
     modality: str
     decay_1d: bool = False
-    model: VisionModelConfig | SpeechModelConfig | TextModelConfig
-    mask: BlockMaskConfig | SpanMaskConfig | TokenMaskConfig
+    model: ModelSection
+    mask: Section
     target: TargetConfig
     loss: LossConfig
     teacher: TeacherConfig
     schedule: ScheduleConfig
-    data: VisionDataConfig | SpeechDataConfig | TextDataConfig
+    data: DataSection
     guard: GuardConfig = GuardConfig()
     probe: ProbeConfig = ProbeConfig()
     run: RunSection = RunSection()
@@ -274,103 +289,27 @@ class D2VConfig(Section):
         }
 
 
-class VisionConfig(D2VConfig):
-    """Images. The defaults are the published ViT-B run."""
-
-    modality: Literal["vision"] = "vision"
-    model: VisionModelConfig = VisionModelConfig()
-    mask: BlockMaskConfig = BlockMaskConfig()
-    target: TargetConfig = TargetConfig()
-    loss: LossConfig = LossConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    schedule: ScheduleConfig = ScheduleConfig(epochs=800, warmup_epochs=10, final_lr_ratio=0.005)
-    data: VisionDataConfig = VisionDataConfig()
-    probe: VisionProbeConfig = VisionProbeConfig()
-
-    @classmethod
-    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        model, mask = sections.get("model"), sections.get("mask")
-        data, probe = sections.get("data"), sections.get("probe")
-        if model and mask and mask.num_patches >= model.num_patches:
-            must = f"be in [1, {model.num_patches - 1}]"
-            hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
-            yield Problem("mask.num_patches", must, mask.num_patches, hint)
-        yield from super().problems_across(sections)
-        if model and probe and probe.grid > model.grid_size:
-            must = f"be in [1, {model.grid_size}]"
-            hint = f"An image has {model.grid_size} x {model.grid_size} patches."
-            yield Problem("probe.grid", must, probe.grid, hint)
-        for name in ("mean", "std"):
-            if model and data and len(getattr(data, name)) not in (1, model.channels):
-                hint = f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
-                yield Problem(f"data.{name}", f"hold {model.channels} values", getattr(data, name), hint)
-
-    def problems_of_a_run(self) -> list[Problem]:
-        if self.data.kind != "digits" or self.model.channels == 1:
-            return []
-        must = 'be 1 with `d2v.data.kind` "digits"'
-        return [Problem("model.channels", must, self.model.channels, "The digits are gray.")]
-
-
-class SpeechConfig(D2VConfig):
-    """Recordings. The defaults are the published Base run on LibriSpeech."""
-
-    modality: Literal["speech"] = "speech"
-    decay_1d: bool = True
-    model: SpeechModelConfig = SpeechModelConfig()
-    mask: SpanMaskConfig = SpanMaskConfig()
-    target: TargetConfig = TargetConfig(top_k=8, layer_norm="instance", final_norm="none")
-    loss: LossConfig = LossConfig(beta=0.0, channel_reduction="rsqrt")
-    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=30_000)
-    schedule: ScheduleConfig = ScheduleConfig(
-        kind="tri_stage", steps=400_000, warmup_steps=12_000, initial_lr_ratio=0.01, final_lr_ratio=0.01
-    )
-    data: SpeechDataConfig = SpeechDataConfig()
-
-    @classmethod
-    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        yield from super().problems_across(sections)
-        model, data = sections.get("model"), sections.get("data")
-        if model and data and model.num_frames(int(data.min_seconds * model.sample_rate)) < 2:
-            fewest = model.num_samples(2) / model.sample_rate
-            hint = "A recording needs a frame to mask and one to stay visible."
-            yield Problem("data.min_seconds", f"be >= {fewest:.4g}, two frames", data.min_seconds, hint)
-
-
-class TextConfig(D2VConfig):
-    """Text. The defaults are the published Base run, with its released recipe's masks."""
-
-    modality: Literal["text"] = "text"
-    decay_1d: bool = True
-    model: TextModelConfig = TextModelConfig()
-    mask: TokenMaskConfig = TokenMaskConfig()
-    target: TargetConfig = TargetConfig(top_k=10, layer_norm="layer", final_norm="none")
-    loss: LossConfig = LossConfig(beta=4.0, channel_reduction="sum")
-    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=100_000)
-    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", steps=1_000_000, warmup_steps=10_000)
-    data: TextDataConfig = TextDataConfig()
-    probe: TextProbeConfig = TextProbeConfig()
-
-    @classmethod
-    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        yield from super().problems_across(sections)
-        model, data = sections.get("model"), sections.get("data")
-        if model and data and data.block_size > model.max_positions:
-            must = f"be <= `d2v.model.max_positions` ({model.max_positions})"
-            yield Problem("data.block_size", must, data.block_size)
-
-
-MODALITIES: dict[str, type[D2VConfig]] = {"vision": VisionConfig, "speech": SpeechConfig, "text": TextConfig}
-
-
 def check_d2v(raw: Any, also: Iterable[str] = ()) -> tuple[D2VConfig | None, list[str]]:
-    """The `"d2v"` section of a file, or None, and every problem as a sentence; `also` as for `check`."""
-    name = raw.get("modality", "vision") if isinstance(raw, dict) else "vision"
-    if not isinstance(name, str) or name not in MODALITIES:
-        names = " or ".join(f'"{known}"' for known in MODALITIES)
-        return None, [say(Problem("d2v.modality", f"be {names}", name))]
-    config, problems = check(MODALITIES[name], raw, "d2v", also=also)
-    return config, problems + (_more_problems(MODALITIES[name], raw) if config is None else [])
+    """Return the `"d2v"` section of a file, or None, and every problem as a sentence; `also` as for `check`."""
+    name = raw.get("modality", DEFAULT_MODALITY) if isinstance(raw, dict) else DEFAULT_MODALITY
+    section, problems = _section_named(name)
+    if section is None:
+        return None, problems
+    config, problems = check(section, raw, "d2v", also=also)
+    return config, problems + (_more_problems(section, raw) if config is None else [])
+
+
+def _section_named(name: Any) -> tuple[type[D2VConfig] | None, list[str]]:
+    """Return the class of the section whose `modality` is `name`, or None and what is wrong with the name."""
+    if name not in BUILT_IN and name not in modality_names():
+        names = [f'"{known}"' for known in modality_names()]
+        near = difflib.get_close_matches(name, modality_names(), n=1) if isinstance(name, str) else []
+        hint = f'Did you mean "{near[0]}"?' if near else "If a package defines it, install that package."
+        return None, [say(Problem("d2v.modality", f"be {' or '.join(names)}", name, hint))]
+    try:
+        return modality_named(name).config, []
+    except ModalityError as error:
+        return None, [f"`d2v.modality`: {error}"]
 
 
 class RunConfig(Section):
@@ -438,7 +377,7 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
     outside = {key: value for key, value in raw.items() if key != "d2v"}
     problems = refused(outside)
     outside = {key: value for key, value in outside.items() if key not in REFUSED_KEYS}
-    deepspeed, found = check(DeepSpeedConfig, outside, also=["d2v", *_all_known_keys()])
+    deepspeed, found = check(DeepSpeedConfig, outside, also=_keys_of_d2v(raw.get("d2v")))
     problems += found
     if deepspeed is not None:
         try:
@@ -461,8 +400,13 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
     return RunConfig(deepspeed=deepspeed, d2v=d2v)
 
 
-def _all_known_keys() -> list[str]:
-    return list(dict.fromkeys(key for section in MODALITIES.values() for key in known_keys(section, "d2v")))
+def _keys_of_d2v(raw: Any) -> Iterator[str]:
+    """Yield the dotted keys of the `"d2v"` sections of this library's modalities and of the file's own."""
+    yield "d2v"
+    own = raw.get("modality") if isinstance(raw, dict) else None
+    names = dict.fromkeys([*BUILT_IN, *([own] if isinstance(own, str) else [])])
+    sections = [_section_named(name)[0] for name in names]
+    yield from dict.fromkeys(key for section in sections if section for key in known_keys(section, "d2v"))
 
 
 def _more_problems(config: type[D2VConfig], raw: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from d2v_fast.config import BatchSplit
 from d2v_fast.data.batch import Batch, DataError, ImageDataset
 from d2v_fast.data.loader import StepLoader, worker_died
-from d2v_fast.data.makers import BatchMaker
+from d2v_fast.data.makers import BatchMaker, batch_maker, resolved
 from d2v_fast.data.order import StepOrder
 from d2v_fast.data.samples import Samples
 
@@ -16,6 +16,8 @@ __all__ = [
     "ImageDataset",
     "Samples",
     "StepLoader",
+    "batch_maker",
+    "resolved",
     "steps_per_epoch",
     "worker_died",
 ]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from d2v_fast.data.batch import Batch, DataError
 from d2v_fast.data.files import NUM_NAMED
-from d2v_fast.data.makers import BatchMaker
 
 if TYPE_CHECKING:
-    from d2v_fast.config import SpeechDataConfig, TextDataConfig, VisionDataConfig
+    from d2v_fast.config import DataSection
+    from d2v_fast.data.makers import BatchMaker
 
 __all__ = ["BadFiles", "judge_listing"]
 
@@ -37,7 +37,7 @@ class BadFiles:
 
     def __init__(
         self,
-        config: VisionDataConfig | SpeechDataConfig | TextDataConfig,
+        config: DataSection,
         maker: BatchMaker,
         on_bad: Callable[[str], None] = lambda file: None,
     ) -> None:
@@ -83,7 +83,7 @@ class BadFiles:
         return new
 
 
-def judge_listing(config: VisionDataConfig | SpeechDataConfig | TextDataConfig, maker: BatchMaker) -> None:
+def judge_listing(config: DataSection, maker: BatchMaker) -> None:
     """Compare the files that were found unreadable when a data set was listed with `max_bad_fraction` of all files.
 
     Raises:

@@ -71,7 +71,7 @@ def find_labeled(config: D2VConfig, key: str = "`d2v.probe.path`") -> LabeledSet
     Raises:
         DataError: There are none, or fewer than two classes.
     """
-    path, most, follow = str(config.probe.path), config.probe.max_samples, config.data.follow_outside
+    path, most = str(config.probe.path), config.probe.max_samples
     if isinstance(config, TextConfig):
         from d2v_fast.modalities.text.labels import labeled_texts
 
@@ -79,10 +79,11 @@ def find_labeled(config: D2VConfig, key: str = "`d2v.probe.path`") -> LabeledSet
     if isinstance(config, SpeechConfig):
         from d2v_fast.modalities.speech.audio import KINDS as recordings
 
-        return labeled_files(path, recordings, most, follow_outside=follow, key=key)
+        return labeled_files(path, recordings, most, follow_outside=config.data.follow_outside, key=key)
+    assert isinstance(config, VisionConfig)
     from d2v_fast.modalities.vision.images import KINDS as images
 
-    return labeled_files(path, images, most, follow_outside=follow, key=key)
+    return labeled_files(path, images, most, follow_outside=config.data.follow_outside, key=key)
 
 
 def describe_labeled(config: D2VConfig) -> list[str]:

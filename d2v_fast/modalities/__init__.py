@@ -1,39 +1,163 @@
-"""Encoders, one module per modality: raw input to token embeddings, and the blocks on top of them."""
+"""The modalities: one record for each, and the registry that finds a record by its name.
+
+The registry imports no torch, no numba and no configuration, because the configuration asks it for the class of a
+`"d2v"` section. A record's functions import the heavy modules when they are called.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import d2v_fast.config  # noqa: F401  first: it imports the configurations of all modalities
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from d2v_fast.config import D2VConfig
+    from d2v_fast.data import BatchMaker
     from d2v_fast.models.student import Student
 
-__all__ = ["build_student", "encoder_class"]
+__all__ = [
+    "BUILT_IN",
+    "ENTRY_POINTS",
+    "Modality",
+    "ModalityError",
+    "all_modalities",
+    "build_student",
+    "modality_named",
+    "modality_names",
+    "modality_of",
+    "register",
+]
+
+# each is a folder beside this file whose `__init__.py` defines MODALITY
+BUILT_IN = ("vision", "speech", "text")
+# the entry-point group in which other packages name their records
+ENTRY_POINTS = "d2v_fast.modalities"
+
+ConfigT = TypeVar("ConfigT", bound="D2VConfig")
+
+
+def _unchanged(config: ConfigT) -> ConfigT:
+    return config
+
+
+class ModalityError(ValueError):
+    """A modality that does not exist, cannot be imported, or is defined twice."""
+
+
+@dataclass(frozen=True)
+class Modality(Generic[ConfigT]):
+    """Everything that the rest of the library asks of one modality.
+
+    Attributes:
+        name: value of `d2v.modality`, such as "speech".
+        place: one position that may be masked, in a word, such as "frame".
+        config: class of the `"d2v"` section.
+        encoder: return the encoder class, which is built from `config.model`.
+        batches: return the maker of the training batches. Raise DataError where there is nothing to train on.
+        resolved: return the section with everything filled in that follows from the data, such as a vocabulary's size.
+    """
+
+    name: str
+    place: str
+    config: type[ConfigT]
+    encoder: Callable[[], type[Student]]
+    batches: Callable[[ConfigT], BatchMaker]
+    resolved: Callable[[ConfigT], ConfigT] = _unchanged
+
+
+_registered: dict[str, Modality[Any]] = {}
+
+
+def register(modality: Modality[Any]) -> None:
+    """Add a modality to those of this process.
+
+    A package that other processes must find as well, such as those of a launcher, names its record in the entry-point
+    group `d2v_fast.modalities` instead.
+
+    Raises:
+        ModalityError: another modality has this name.
+    """
+    if modality.name in BUILT_IN or _registered.setdefault(modality.name, modality) is not modality:
+        raise ModalityError(f'there is already a modality "{modality.name}": give the new one another name.')
+
+
+def modality_named(name: str) -> Modality[Any]:
+    """Return the record of a modality: of this library, registered, or named by the entry point of another package.
+
+    Raises:
+        ModalityError: there is none of this name, or its package cannot be imported or does not define it.
+    """
+    if name in BUILT_IN:
+        modality: Modality[Any] = import_module(f"{__name__}.{name}").MODALITY
+        return modality
+    if name not in _registered:
+        _registered[name] = _installed(name)
+    return _registered[name]
+
+
+def modality_names() -> list[str]:
+    """Return the names of all modalities, without importing those of other packages."""
+    return list(dict.fromkeys([*BUILT_IN, *_registered, *(point.name for point in entry_points(group=ENTRY_POINTS))]))
+
+
+def all_modalities() -> list[Modality[Any]]:
+    """Return the records of all modalities.
+
+    Raises:
+        ModalityError: one of another package cannot be imported or does not define it.
+    """
+    return [modality_named(name) for name in modality_names()]
+
+
+def modality_of(config: D2VConfig) -> Modality[Any]:
+    """Return the record of the modality that a `"d2v"` section is of.
+
+    Raises:
+        ModalityError: see `modality_named`.
+        TypeError: the section is not of the class that its modality has.
+    """
+    modality = modality_named(config.modality)
+    if not isinstance(config, modality.config):
+        raise TypeError(
+            f'the section of modality "{modality.name}" must be a {modality.config.__name__}, but is a '
+            f"{type(config).__name__} instead."
+        )
+    return modality
 
 
 def build_student(config: D2VConfig) -> Student:
-    """The encoder of the modality, with the published initialization drawn from torch's global generator."""
-    make: Any = encoder_class(config)
+    """Return the encoder of the configuration, with the published initialization drawn from torch's generator."""
+    make: Any = modality_of(config).encoder()
     student: Student = make(config.model)
     return student
 
 
-def encoder_class(config: D2VConfig) -> type[Student]:
-    """The encoder of the modality; it is built from `config.model`."""
-    from d2v_fast.config import SpeechConfig, TextConfig, VisionConfig
+def _installed(name: str) -> Modality[Any]:
+    """Return the record that another package's entry point names."""
+    points = entry_points(group=ENTRY_POINTS, name=name)
+    if not points:
+        raise ModalityError(f'there is no modality "{name}". {_hint(name)}')
+    if len(points) > 1:
+        both = " and ".join(sorted(f"`{point.value}`" for point in points))
+        raise ModalityError(f'the modality "{name}" is defined by {both}: uninstall one of these packages.')
+    point: EntryPoint = next(iter(points))
+    where = f'`{point.value}`, the entry point of the modality "{name}",'
+    try:
+        modality = point.load()
+    except Exception as error:
+        raise ModalityError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(modality, Modality) or modality.name != name:
+        found = f'the modality "{modality.name}"' if isinstance(modality, Modality) else f"a {type(modality).__name__}"
+        raise ModalityError(f"{where} must be a Modality of this name, but is {found}.")
+    return modality
 
-    if isinstance(config, VisionConfig):
-        from d2v_fast.modalities.vision.encoder import VisionModel
 
-        return VisionModel
-    if isinstance(config, SpeechConfig):
-        from d2v_fast.modalities.speech.encoder import SpeechModel
-
-        return SpeechModel
-    if isinstance(config, TextConfig):
-        from d2v_fast.modalities.text.encoder import TextModel
-
-        return TextModel
-    raise TypeError(f"no encoder for {type(config).__name__}")
+def _hint(name: str) -> str:
+    """Say which modalities there are, and which is the nearest."""
+    names = modality_names()
+    near = difflib.get_close_matches(name, names, n=1)
+    known = ", ".join(f'"{one}"' for one in names)
+    return f'Did you mean "{near[0]}"? Known are {known}.' if near else f"Known are {known}."

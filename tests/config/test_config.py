@@ -25,7 +25,7 @@ from d2v_fast.config import (
     load_config,
     parse_config,
 )
-from d2v_fast.config.schema import MODALITIES
+from d2v_fast.modalities import all_modalities
 from tests.helpers.places import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -80,8 +80,11 @@ def test_speech_defaults_are_the_published_base_run() -> None:
 
 
 def test_sections_of_another_modality_are_refused() -> None:
-    [found] = problems(d2v__modality="speach")
-    assert found == '`d2v.modality` must be "vision" or "speech" or "text", but is "speach" instead.'
+    must = '`d2v.modality` must be "vision" or "speech" or "text", but is'
+    assert problems(d2v__modality="speach") == (f'{must} "speach" instead. Did you mean "speech"?',)
+    for name in ("points", 3, ["speech"], {"name": "speech"}):
+        [found] = problems(d2v__modality=name)
+        assert found == f"{must} {json.dumps(name)} instead. If a package defines it, install that package."
     found = problems(d2v__modality="speech", d2v__data={"kind": "audio", "path": "/x"}, d2v__model={"patch_size": 4})
     assert any("`d2v.model.patch_size` (value 4) is not a known key" in text for text in found)
 
@@ -136,7 +139,8 @@ def test_keys_of_another_kind_have_no_effect() -> None:
     assert list(found.d2v.without_effect()) == ["d2v.data.flip_prob", "d2v.data.strict", "d2v.guard.nonfinite_patience"]
     constant = parse(d2v__schedule={"kind": "constant", "steps": 5, "hold_ratio": 0.5, "final_lr_ratio": 0.5})
     assert list(constant.d2v.without_effect()) == ["d2v.schedule.hold_ratio", "d2v.schedule.final_lr_ratio"]
-    for section in MODALITIES.values():
+    for modality in all_modalities():
+        section = modality.config
         data = section.model_fields["data"].default
         assert {key for keys in data.only_for.values() for key in keys} <= set(type(data).model_fields)
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from d2v_fast.commands.console import main
 from d2v_fast.config import ConfigError, D2VConfig, DeepSpeedConfig, apply_overrides, parse_config
 from d2v_fast.config.errors import MAX_STEPS, MAX_WORKERS, _section_of
-from d2v_fast.config.schema import MODALITIES
+from d2v_fast.modalities import all_modalities, modality_named
 from d2v_fast.train import dropout_seed
 from d2v_fast.training.schedules import LearningRate
 
@@ -67,7 +67,7 @@ def raw_with(modality: str, key: Key, value: Any) -> dict[str, Any]:
 
 
 def all_keys() -> list[tuple[str, Key]]:
-    own = [(name, ("d2v", *key)) for name, section in MODALITIES.items() for key in number_keys(section)]
+    own = [(modality.name, ("d2v", *key)) for modality in all_modalities() for key in number_keys(modality.config)]
     return [*own, *(("vision", key) for key in number_keys(DeepSpeedConfig))]
 
 
@@ -118,7 +118,7 @@ def largest(section: type[D2VConfig], key: Key) -> float:
 
 
 def test_largest_values_are_small_enough_for_what_follows() -> None:
-    section = MODALITIES["vision"]
+    section = modality_named("vision").config
     minutes = largest(section, ("run", "timeout_minutes"))
     assert timedelta(minutes=minutes) < timedelta.max
     # torch hands time-outs on in nanoseconds
@@ -133,7 +133,7 @@ def test_largest_values_are_small_enough_for_what_follows() -> None:
     config = parse_config(raw)
     schedule = LearningRate(config.d2v.schedule, 1e-3, 10**6)
     assert math.isfinite(schedule.at(steps - 1))
-    speech = MODALITIES["speech"]
+    speech = modality_named("speech").config
     assert largest(speech, ("data", "max_seconds")) * largest(speech, ("model", "sample_rate")) < 2**63
     epochs = largest(section, ("schedule", "epochs"))
     assert epochs * 1e9 < 2**63

@@ -16,10 +16,9 @@ import pytest
 from PIL import Image
 
 from d2v_fast.config import check_d2v
-from d2v_fast.data import Samples
+from d2v_fast.data import Samples, batch_maker
 from d2v_fast.data.samples import digest_of
 from d2v_fast.distributed.world import RunError, World
-from d2v_fast.modalities.data_sets import batch_maker
 from d2v_fast.training import run_state
 from d2v_fast.training.run_state import samples_of
 from tests.helpers.runs import (

@@ -24,9 +24,8 @@ from d2v_fast.data import Batch, DataError, ImageDataset, StepLoader
 from d2v_fast.data import loader as loader_module
 from d2v_fast.data.bad_files import BadFiles, judge_listing
 from d2v_fast.data.listing import Listing
-from d2v_fast.data.makers import ImageBatches
 from d2v_fast.masking import block_mask_rows
-from d2v_fast.modalities.data_sets import image_dataset
+from d2v_fast.modalities.vision.batches import ImageBatches, image_dataset
 
 NUM_PATCHES = 16
 

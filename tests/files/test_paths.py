@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from d2v_fast.commands import cli, console
 from d2v_fast.config import ConfigError, DeepSpeedConfig, load_config
 from d2v_fast.config.errors import PathText
-from d2v_fast.config.schema import MODALITIES
 from d2v_fast.files.paths import PathError, expand_path, path_argument
+from d2v_fast.modalities import all_modalities
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
 from tests.helpers.runs import TINY, leave_out_reports, tiny_file
 
@@ -59,7 +59,8 @@ def text_fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, bool
 
 def all_text_fields() -> dict[str, bool]:
     found = dict(text_fields(DeepSpeedConfig, ""))
-    for section in MODALITIES.values():
+    for modality in all_modalities():
+        section = modality.config
         found |= dict(text_fields(section, "d2v."))
     return found
 

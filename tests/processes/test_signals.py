@@ -44,7 +44,7 @@ def test_while_data_are_listed(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At once, and not after a first step: it may take hours until then."""
-    monkeypatch.setattr("d2v_fast.modalities.data_sets.batch_maker", raising(number))
+    monkeypatch.setattr("d2v_fast.data.batch_maker", raising(number))
     assert run_here(tiny_file(tmp_path), "--run", "r") == 128 + number
     words = f"interrupted by {number.name} before a step was made; the same command begins again"
     assert words in capsys.readouterr().err

@@ -109,7 +109,7 @@ def test_stop_at_the_first(tmp_path: Path, monkeypatch, capsys) -> None:
 
 def test_dumped_step_can_be_made_again(tmp_path: Path, monkeypatch) -> None:
     """Seed, step and sample ids of the dump give the batches of the step, bit for bit."""
-    from d2v_fast.modalities.data_sets import image_dataset
+    from d2v_fast.modalities.vision.batches import image_dataset
 
     seen = {}
     forward = Data2Vec.forward

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.config import D2VConfig, parse_config
-from d2v_fast.data import Batch, BatchMaker, StepLoader
-from d2v_fast.modalities.data_sets import batch_maker
+from d2v_fast.data import Batch, BatchMaker, StepLoader, batch_maker
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, tiny_file
 

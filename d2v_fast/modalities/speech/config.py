@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
+from d2v_fast.config.schema import (
+    D2VConfig,
+    DataSection,
+    LossConfig,
+    ModelSection,
+    ScheduleConfig,
+    TargetConfig,
+    TeacherConfig,
+)
 
 
-class SpeechModelConfig(Section):
+class SpeechModelConfig(ModelSection):
     """The speech encoder: convolutions over the waveform, convolutional positions, post-norm blocks.
 
     `conv_kernels` and `conv_strides` in samples of the layer's input, one per layer, all of `conv_width` channels;
@@ -104,7 +114,7 @@ class SpanMaskConfig(Section):
     equal_counts: bool = True
 
 
-class SpeechDataConfig(Section):
+class SpeechDataConfig(DataSection):
     """Where the recordings come from, and what of them a step sees.
 
     `kind` "audio" is a folder tree, or a manifest (`.tsv`) of WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU, CAF, W64
@@ -155,3 +165,28 @@ class SpeechDataConfig(Section):
             problems.append(Problem("max_batch_seconds", must, self.max_batch_seconds))
         refuse_if(problems)
         return self
+
+
+class SpeechConfig(D2VConfig):
+    """Recordings. The defaults are the published Base run on LibriSpeech."""
+
+    modality: Literal["speech"] = "speech"
+    decay_1d: bool = True
+    model: SpeechModelConfig = SpeechModelConfig()
+    mask: SpanMaskConfig = SpanMaskConfig()
+    target: TargetConfig = TargetConfig(top_k=8, layer_norm="instance", final_norm="none")
+    loss: LossConfig = LossConfig(beta=0.0, channel_reduction="rsqrt")
+    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=30_000)
+    schedule: ScheduleConfig = ScheduleConfig(
+        kind="tri_stage", steps=400_000, warmup_steps=12_000, initial_lr_ratio=0.01, final_lr_ratio=0.01
+    )
+    data: SpeechDataConfig = SpeechDataConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        yield from super().problems_across(sections)
+        model, data = sections.get("model"), sections.get("data")
+        if model and data and model.num_frames(int(data.min_seconds * model.sample_rate)) < 2:
+            fewest = model.num_samples(2) / model.sample_rate
+            hint = "A recording needs a frame to mask and one to stay visible."
+            yield Problem("data.min_seconds", f"be >= {fewest:.4g}, two frames", data.min_seconds, hint)

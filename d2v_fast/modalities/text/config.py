@@ -3,12 +3,23 @@ the masks of its released recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
+from d2v_fast.config.probe import ProbeConfig
+from d2v_fast.config.schema import (
+    D2VConfig,
+    DataSection,
+    LossConfig,
+    ModelSection,
+    ScheduleConfig,
+    TargetConfig,
+    TeacherConfig,
+)
 
 # rows in front of the first learned position: that of a padding token, and one before it, as in RoBERTa
 POSITION_OFFSET = 2
@@ -23,7 +34,7 @@ _MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class TextModelConfig(Section):
+class TextModelConfig(ModelSection):
     """The text encoder: token and position embeddings, a norm, post-norm blocks.
 
     `vocab_size` is the number of token embeddings, at least that of the tokenizer; null takes the tokenizer's number.
@@ -116,7 +127,7 @@ class TokenMaskConfig(Section):
         return self
 
 
-class TextDataConfig(Section):
+class TextDataConfig(DataSection):
     """Where the text comes from, and what of it a step sees.
 
     `kind` "text" is a file, or a folder tree, of .txt, JSON lines (.jsonl, .ndjson, .json) and .parquet, the first two
@@ -182,3 +193,43 @@ class TextDataConfig(Section):
             problems.append(Problem("field", "name a field or column", self.field))
         refuse_if(problems)
         return self
+
+
+class TextProbeConfig(ProbeConfig):
+    """`path` may also be a file. The class of a row of .jsonl or .parquet is its `label_field`, and its text its
+    `field` (None: `d2v.data.field`); the class of a .txt file is the sub-folder that it lies in."""
+
+    field: str | None = None
+    label_field: str = "label"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        named = {"field": self.field, "label_field": self.label_field}
+        problems = [Problem(key, "name a field or column", value) for key, value in named.items() if value == ""]
+        if self.field == self.label_field:
+            problems.append(Problem("label_field", "be another field than `field`", self.label_field))
+        refuse_if(problems)
+        return self
+
+
+class TextConfig(D2VConfig):
+    """Text. The defaults are the published Base run, with its released recipe's masks."""
+
+    modality: Literal["text"] = "text"
+    decay_1d: bool = True
+    model: TextModelConfig = TextModelConfig()
+    mask: TokenMaskConfig = TokenMaskConfig()
+    target: TargetConfig = TargetConfig(top_k=10, layer_norm="layer", final_norm="none")
+    loss: LossConfig = LossConfig(beta=4.0, channel_reduction="sum")
+    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=100_000)
+    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", steps=1_000_000, warmup_steps=10_000)
+    data: TextDataConfig = TextDataConfig()
+    probe: TextProbeConfig = TextProbeConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        yield from super().problems_across(sections)
+        model, data = sections.get("model"), sections.get("data")
+        if model and data and data.block_size > model.max_positions:
+            must = f"be <= `d2v.model.max_positions` ({model.max_positions})"
+            yield Problem("data.block_size", must, data.block_size)

@@ -15,8 +15,7 @@ from d2v_fast.modalities.text.files import REPLACEMENT, TextFiles
 from d2v_fast.modalities.text.streams import text_ending
 
 if TYPE_CHECKING:
-    from d2v_fast.config.probe import TextProbeConfig
-    from d2v_fast.modalities.text.config import TextDataConfig
+    from d2v_fast.modalities.text.config import TextDataConfig, TextProbeConfig
 
 __all__ = ["labeled_texts"]
 

@@ -3,15 +3,26 @@ its released recipe)."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
+from d2v_fast.config.probe import ProbeConfig
+from d2v_fast.config.schema import (
+    D2VConfig,
+    DataSection,
+    LossConfig,
+    ModelSection,
+    ScheduleConfig,
+    TargetConfig,
+    TeacherConfig,
+)
 
 
-class VisionModelConfig(Section):
+class VisionModelConfig(ModelSection):
     """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and falls
     linearly to 0 at the first. `absolute_position` adds learned position embeddings to the tokens, which the published
     models do without: a small model on small images needs fewer steps with them. The attention bias for relative
@@ -79,7 +90,7 @@ class BlockMaskConfig(Section):
         return self
 
 
-class VisionDataConfig(Section):
+class VisionDataConfig(DataSection):
     """Where the images come from, and how they are changed at random.
 
     `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of the area; `zoom` 0.1 is up to
@@ -144,3 +155,48 @@ class VisionDataConfig(Section):
             problems.append(Problem("crop_scale", "be [low, high] with 0 < low <= high <= 1", self.crop_scale))
         refuse_if(problems)
         return self
+
+
+class VisionProbeConfig(ProbeConfig):
+    """Features are averages over the patches of each cell of a `grid` x `grid` division of the image; 1 averages over
+    all patches."""
+
+    grid: int = Field(default=1, ge=1)
+
+
+class VisionConfig(D2VConfig):
+    """Images. The defaults are the published ViT-B run."""
+
+    modality: Literal["vision"] = "vision"
+    model: VisionModelConfig = VisionModelConfig()
+    mask: BlockMaskConfig = BlockMaskConfig()
+    target: TargetConfig = TargetConfig()
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    schedule: ScheduleConfig = ScheduleConfig(epochs=800, warmup_epochs=10, final_lr_ratio=0.005)
+    data: VisionDataConfig = VisionDataConfig()
+    probe: VisionProbeConfig = VisionProbeConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        model, mask = sections.get("model"), sections.get("mask")
+        data, probe = sections.get("data"), sections.get("probe")
+        if model and mask and mask.num_patches >= model.num_patches:
+            must = f"be in [1, {model.num_patches - 1}]"
+            hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
+            yield Problem("mask.num_patches", must, mask.num_patches, hint)
+        yield from super().problems_across(sections)
+        if model and probe and probe.grid > model.grid_size:
+            must = f"be in [1, {model.grid_size}]"
+            hint = f"An image has {model.grid_size} x {model.grid_size} patches."
+            yield Problem("probe.grid", must, probe.grid, hint)
+        for name in ("mean", "std"):
+            if model and data and len(getattr(data, name)) not in (1, model.channels):
+                hint = f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
+                yield Problem(f"data.{name}", f"hold {model.channels} values", getattr(data, name), hint)
+
+    def problems_of_a_run(self) -> list[Problem]:
+        if self.data.kind != "digits" or self.model.channels == 1:
+            return []
+        must = 'be 1 with `d2v.data.kind` "digits"'
+        return [Problem("model.channels", must, self.model.channels, "The digits are gray.")]

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from d2v_fast.config import SpeechConfig, parse_config
-from d2v_fast.data import StepLoader
-from d2v_fast.modalities.data_sets import batch_maker
+from d2v_fast.data import StepLoader, batch_maker
 from d2v_fast.modalities.speech.log_mel import log_mel
 from d2v_fast.training.run_state import RunState
 from tests.helpers.runs import TINY_SPEECH, figures, leave_out_reports, run_forked, run_here, tiny_file

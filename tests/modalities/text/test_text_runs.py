@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from d2v_fast.commands.console import main
 from d2v_fast.config import TextConfig, parse_config
-from d2v_fast.data import StepLoader
-from d2v_fast.modalities.data_sets import batch_maker
+from d2v_fast.data import StepLoader, batch_maker
 from d2v_fast.modalities.text.probe import masked_words, run_text_probe
 from d2v_fast.modalities.text.reference_pages import docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of

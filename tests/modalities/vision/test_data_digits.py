@@ -7,8 +7,8 @@ from PIL import Image
 
 from d2v_fast.config import VisionConfig
 from d2v_fast.data import DataError
-from d2v_fast.modalities.data_sets import image_dataset
 from d2v_fast.modalities.vision.affine import warp
+from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.digits import DigitsDataset, digits_for_probe
 
 

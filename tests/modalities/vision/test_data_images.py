@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from d2v_fast.config import VisionConfig
 from d2v_fast.data import DataError
-from d2v_fast.modalities.data_sets import image_dataset
+from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.decode import Limits, UnreadableImage, center_box, read_square
 from d2v_fast.modalities.vision.images import ImagesDataset, random_box
 

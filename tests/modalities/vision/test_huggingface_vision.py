@@ -162,7 +162,7 @@ def test_writing_and_reading_need_no_transformers() -> None:
 def test_digits_are_prepared_as_in_training(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    from d2v_fast.modalities.data_sets import image_dataset
+    from d2v_fast.modalities.vision.batches import image_dataset
 
     model, config = build(**SIZES["digits"])
     export_vision(model, config, tmp_path)
@@ -178,7 +178,7 @@ def test_digits_are_prepared_as_in_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(40, 30), (35, 91), (35, 35)], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_prepared_as_in_training(size: tuple[int, int], channels: int, tmp_path: Path) -> None:
-    from d2v_fast.modalities.data_sets import image_dataset
+    from d2v_fast.modalities.vision.batches import image_dataset
 
     coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,106 @@
+"""Batches of recordings under span masks. They run in the loader's workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2v_fast.data.batch import Batch
+from d2v_fast.data.makers import drop_keys
+from d2v_fast.data.order import MicroStep
+from d2v_fast.data.samples import SampleSource
+from d2v_fast.masking import span_mask_rows
+from d2v_fast.modalities.speech.audio import AudioDataset
+from d2v_fast.modalities.speech.config import SpeechConfig
+from d2v_fast.modalities.speech.samples import SpeechSamples
+
+__all__ = ["SpeechBatches", "speech_dataset"]
+
+# attention and matrix products are fastest on a multiple of so many frames
+_FRAME_MULTIPLE = 8
+
+
+def speech_dataset(config: SpeechConfig) -> AudioDataset:
+    """Return the recordings that `data.kind` names.
+
+    Raises:
+        DataError: there is nothing to read.
+    """
+    kind = SpeechSamples if config.data.kind == "speech" else AudioDataset
+    return kind(config.data, config.model)
+
+
+class SpeechBatches:
+    """Parts of utterances under span masks, cropped to the shortest of their step, or padded to the longest of the
+    batch."""
+
+    what = "recording"
+    vocabulary: str | None = None
+
+    def __init__(self, dataset: AudioDataset, config: SpeechConfig) -> None:
+        self._dataset, self._mask, self._model = dataset, config.mask, config.model
+        self.source: SampleSource = dataset
+        self._crops, self._packs = config.data.lengths == "crop", config.model.attention == "packed"
+        self.num_samples, self.listing = len(dataset), dataset.listing
+        self.lengths: npt.NDArray[np.int64] | None = dataset.lengths
+        seconds = config.data.max_batch_seconds
+        self.max_step_length = None if seconds is None else int(seconds * config.model.sample_rate)
+        self.sample_bytes = 4 * int(dataset.lengths.max())
+
+    def make(self, micro: MicroStep, seed: int) -> Batch:
+        """See `BatchMaker`."""
+        sizes, frames = self._sizes(micro.step_sample_ids)
+        step_rows = span_mask_rows(
+            seed,
+            micro.epoch,
+            micro.step_sample_ids,
+            int(frames.max()),
+            self._mask.prob,
+            self._mask.length,
+            min_masks=self._mask.min_masks,
+            equal_counts=self._mask.equal_counts,
+            lengths=frames,
+        )
+        # the masks of a step may depend on all of its samples; this part of them starts anew at 0
+        start = self._place(micro)
+        stop = start + len(micro.sample_ids)
+        of_sample, frame = np.divmod(step_rows, frames.max())
+        mine = (of_sample >= start) & (of_sample < stop)
+        frames = frames[start:stop]
+        num_frames = int(frames.max())
+        rows = (of_sample[mine] - start) * num_frames + frame[mine]
+        waveforms, bad = self._dataset.read(micro.sample_ids, sizes[start:stop], seed, micro.epoch)
+        padded = bool((frames < num_frames).any())
+        kept = None
+        if padded and self._packs:
+            kept = torch.from_numpy(np.flatnonzero(np.arange(num_frames) < frames[:, None]))
+        return Batch(
+            waveforms,
+            torch.from_numpy(rows),
+            torch.from_numpy(micro.sample_ids),
+            lengths=torch.from_numpy(frames) if padded else None,
+            kept=kept,
+            bad=bad,
+            drop_keys=drop_keys(micro, seed),
+            global_rows=len(step_rows),
+        )
+
+    def _sizes(self, step_sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Samples and frames that a step uses of each of its utterances, int64 `[S]` each."""
+        sizes = self._dataset.lengths[step_sample_ids]
+        if self._crops:
+            num_frames = self._model.num_frames(int(sizes.min()))
+            num_frames -= num_frames % _FRAME_MULTIPLE if num_frames >= _FRAME_MULTIPLE else 0
+            sizes = np.full_like(sizes, self._model.num_samples(num_frames))
+        frames = np.array([self._model.num_frames(int(size)) for size in sizes], dtype=np.int64)
+        return sizes, frames
+
+    @staticmethod
+    def _place(micro: MicroStep) -> int:
+        """Where this part of the step begins."""
+        return int(np.flatnonzero(micro.step_sample_ids == micro.sample_ids[0])[0])
+
+    def warm_up(self) -> None:
+        """See `BatchMaker`."""
+        span_mask_rows(0, 0, np.zeros(1, dtype=np.int64), 20, self._mask.prob, self._mask.length)

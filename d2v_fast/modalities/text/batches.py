@@ -1,0 +1,84 @@
+"""Batches of blocks of tokens, some of which are masked. They run in the loader's workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2v_fast.data.batch import Batch
+from d2v_fast.data.makers import drop_keys
+from d2v_fast.data.order import MicroStep
+from d2v_fast.data.samples import SampleSource
+from d2v_fast.masking import TokenMasks, token_mask_rows
+from d2v_fast.modalities.text.config import TextConfig
+from d2v_fast.modalities.text.tasks import TextDataset, TokenBlocks
+
+__all__ = ["TextBatches"]
+
+
+class TextBatches:
+    """Blocks of tokens of which some are hidden."""
+
+    what = "block"
+    max_step_length: int | None = None
+
+    def __init__(self, dataset: TextDataset, config: TextConfig) -> None:
+        self._dataset, self._mask = dataset, config.mask
+        self.source: SampleSource = dataset
+        self._needs_places = config.model.attention == "packed" or config.data.separate_documents
+        self.num_samples, self.listing = len(dataset), dataset.listing
+        self.lengths: npt.NDArray[np.int64] | None = dataset.lengths
+        self.sample_bytes = 16 * int(dataset.lengths.max())
+        self.vocabulary: str | None = dataset.tokenizer.digest
+
+    def make(self, micro: MicroStep, seed: int) -> Batch:
+        """See `BatchMaker`."""
+        blocks = self._dataset.read(micro.sample_ids)
+        masks = self._masks(micro.sample_ids, blocks, micro.epoch, seed)
+        global_rows = len(masks.rows)
+        if len(micro.sample_ids) < len(micro.step_sample_ids):
+            of_step = self._dataset.read(micro.step_sample_ids)
+            global_rows = len(self._masks(micro.step_sample_ids, of_step, micro.epoch, seed).rows)
+        width = blocks.tokens.shape[1]
+        padded = bool((blocks.lengths < width).any())
+        kept = offsets = None
+        if padded and self._needs_places:
+            kept = torch.from_numpy(np.flatnonzero(np.arange(width) < blocks.lengths[:, None]))
+        if blocks.offsets is not None:
+            offsets = torch.from_numpy(blocks.offsets)
+        return Batch(
+            torch.from_numpy(blocks.tokens),
+            torch.from_numpy(masks.rows),
+            torch.from_numpy(micro.sample_ids),
+            lengths=torch.from_numpy(blocks.lengths) if padded else None,
+            kept=kept,
+            masked_inputs=torch.from_numpy(masks.tokens),
+            offsets=offsets,
+            drop_keys=drop_keys(micro, seed),
+            global_rows=global_rows,
+        )
+
+    def _masks(self, ids: npt.NDArray[np.int64], blocks: TokenBlocks, epoch: int, seed: int) -> TokenMasks:
+        mask, specials = self._mask, self._dataset.specials
+        return token_mask_rows(
+            seed,
+            epoch,
+            ids,
+            blocks.tokens,
+            blocks.lengths,
+            prob=mask.prob,
+            length=mask.length,
+            vocab_size=self._dataset.vocab_size,
+            mask_id=specials.mask,
+            special_ids=specials.ids,
+            keep_prob=mask.keep_prob,
+            random_prob=mask.random_prob,
+            loss_on_kept=mask.loss_on_kept,
+            mask_specials=mask.mask_specials,
+        )
+
+    def warm_up(self) -> None:
+        """See `BatchMaker`."""
+        ids = np.zeros(1, dtype=np.int64)
+        self._masks(ids, self._dataset.read(ids), 0, 0)
