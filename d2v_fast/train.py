@@ -31,9 +31,9 @@ if __name__ == "__main__":
 
     end_on_import()
 
-from d2v_fast.commands.cli import config_stem, is_first_process, read_config, read_options
-from d2v_fast.files.io_errors import error_text
-from d2v_fast.processes.signals import EndOnSignal, Interrupted, StopRequest
+from d2v_fast.cli.run import is_first_process, run_command
+from d2v_fast.cli.train_options import config_stem, read_config, train_parser
+from d2v_fast.processes.signals import StopRequest
 
 if TYPE_CHECKING:
     from d2v_fast.config import BatchSplit, RunConfig
@@ -55,34 +55,21 @@ BAD_FILES = "bad_files.txt"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line and return its exit status; see `run_command`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = train_parser().parse_args(words)
+    return run_command("train", lambda: train_command(options, words))
 
-    Returns:
-        The exit status: 0 done or stopped on request, 1 failed, 2 wrong configuration; 128 and the number of a signal
-        that came before the run was being built.
+
+def train_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Train, with `--supervise` in child processes, and return the exit status.
+
+    Args:
+        options: as `train_parser` returns them.
+        arguments: the words that they were read from, for child processes.
+    Raises:
+        UserError, OSError: with a message for the user.
     """
-    options = read_options(arguments)
-    try:
-        with EndOnSignal():
-            return _main(options, sys.argv[1:] if arguments is None else arguments)
-    except Interrupted as error:
-        print(f"{error} before a step was made; the same command begins again", file=sys.stderr)
-        return error.status
-    except Exception as error:
-        # by its name: the module that has it needs a package, which may be missing
-        if type(error).__name__ == "ConfigError":
-            if is_first_process():
-                print(f"error: {error}", file=sys.stderr)
-            return 2
-        words = _in_words(error)
-        if words is None:
-            raise
-        if words:
-            print(f"error: {words}", file=sys.stderr)
-        return 1
-
-
-def _main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
     if options.supervise is not None and not options.dry_run:
         from d2v_fast.training.supervise import supervise
@@ -90,33 +77,9 @@ def _main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         status = supervise(config, arguments, options.supervise)
         if status is not None:
             return status
-    # its slow imports only now: a wrong file has been refused by here
+    # imported only now: a wrong file has been refused by here
     train(config, resume=options.resume, dry_run=options.dry_run, stem=config_stem(options))
     return 0
-
-
-def _in_words(error: Exception) -> str | None:
-    """What to tell; None where `error` is a fault of this library, "" where another process says it."""
-    if isinstance(error, ImportError):
-        from d2v_fast.commands.error_words import in_words
-
-        return in_words(error)
-    if isinstance(error, OSError):
-        return error_text(error)
-    import torch
-
-    from d2v_fast.data import DataError, worker_died
-    from d2v_fast.distributed.world import RunError, lost_connection
-
-    if isinstance(error, RunError):
-        # raised by all processes alike
-        return str(error) if is_first_process() else ""
-    if isinstance(error, DataError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        advice = "lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set "
-        return f"{error}\n{advice}`d2v.model.gradient_checkpointing`."
-    return lost_connection(error) or worker_died(error) if isinstance(error, RuntimeError) else None
 
 
 def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False, stem: str = "run") -> None:
@@ -226,7 +189,7 @@ def prepare(
     epoch_steps = steps_per_epoch(maker, split)
     schedule = LearningRate(d2v.schedule, config.deepspeed.optimizer.params.lr, epoch_steps)
     if dry_run:
-        from d2v_fast.commands.dry_run import describe
+        from d2v_fast.training.describe import describe
 
         if is_first_process():
             device = torch.device("cuda" if d2v.run.device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from d2v_fast.command_lines import tool_command
-from d2v_fast.config.errors import OptionError
+from d2v_fast.errors import OptionError
 from d2v_fast.packages import install_command
 
 ROOT = Path(__file__).resolve().parents[2]

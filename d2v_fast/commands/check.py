@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from d2v_fast.commands.dry_run import describe
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
 from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
 from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, steps_per_epoch
@@ -28,6 +27,7 @@ from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
 from d2v_fast.memory.predict import predict
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.teacher import Teacher
+from d2v_fast.training.describe import describe
 from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine
 from d2v_fast.training.preflight import check_packages
 from d2v_fast.training.schedules import LearningRate

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
+from d2v_fast.errors import OptionError as OptionError
+from d2v_fast.errors import UserError
 from d2v_fast.files.paths import PathError, expand_path
 from d2v_fast.files.reading import printable
 
@@ -55,17 +57,19 @@ def _expanded(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_expanded)]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run. `problems` holds one sentence per problem."""
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be run.
+
+    Attributes:
+        problems: one sentence for each problem.
+    """
+
+    status, by_all = 2, True
 
     def __init__(self, problems: Iterable[str], source: str = "configuration") -> None:
         self.problems = tuple(map(printable, problems))
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in self.problems)]))
-
-
-class OptionError(ValueError):
-    """An option of a command that is wrong whatever the files hold: a value, or one that does not go with another."""
 
 
 class Problem(NamedTuple):

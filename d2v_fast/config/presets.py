@@ -8,8 +8,8 @@ from typing import Any
 
 from d2v_fast.command_lines import path_words, tool_command
 from d2v_fast.config import D2VConfig, check_d2v
-from d2v_fast.config.errors import OptionError
 from d2v_fast.config.file import PRESETS, preset_names
+from d2v_fast.errors import OptionError
 from d2v_fast.files.atomic import write_text
 from d2v_fast.files.outputs import require_file
 from d2v_fast.files.reading import read_json

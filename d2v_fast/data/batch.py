@@ -13,12 +13,9 @@ from torch import Tensor
 
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.samples import SampleSource
+from d2v_fast.errors import DataError
 
 __all__ = ["Batch", "DataError", "ImageDataset"]
-
-
-class DataError(ValueError):
-    """The data cannot be trained on; the message says what was found and what to change."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from d2v_fast.data.batch import DataError
 from d2v_fast.files.atomic import flush, make_beside
 from d2v_fast.files.faults import fault_point
 from d2v_fast.files.io_errors import advice
+from d2v_fast.files.locks import Holder, own_record
 from d2v_fast.files.reading import printable
 from d2v_fast.processes.idle import alive
-from d2v_fast.processes.state import Holder, cpu_ticks, own_record
+from d2v_fast.processes.state import cpu_ticks
 
 __all__ = ["made_once"]
 

@@ -21,16 +21,13 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from d2v_fast.distributed.watch import Watch
+from d2v_fast.errors import RunError as RunError
 
 # what gloo says when a process at the other end, or the network to it, is gone
 _BROKEN = re.compile(r"gloo/(transport|rendezvous)|[Cc]onnection (closed|reset|refused)|connectFullMesh failed")
 
 # of the run that this process is in, if several take part
 _watch: Watch | None = None
-
-
-class RunError(RuntimeError):
-    """A run cannot start or go on, for a reason that its user can do something about."""
 
 
 class World:

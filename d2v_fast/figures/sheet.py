@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from d2v_fast.data import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.files.atomic import replaced
 from d2v_fast.files.reading import printable
 

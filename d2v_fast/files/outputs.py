@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from d2v_fast.config.errors import OptionError
+from d2v_fast.errors import OptionError
 from d2v_fast.files.atomic import make_beside, write_text
 from d2v_fast.files.reading import open_regular, printable, read_json
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from pathlib import Path
@@ -47,11 +46,3 @@ def expand_path(path: str | Path) -> str:
     if unset:
         raise PathError(text, f"name environment variables that are set, which `{unset[0]}` is not")
     return _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], expanded)
-
-
-def path_argument(text: str) -> Path:
-    """Read a path of the command line: the `type` of every such option of argparse."""
-    try:
-        return Path(expand_path(text))
-    except PathError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -15,8 +15,8 @@ from d2v_fast.command_lines import SUPERVISION, resume_command
 from d2v_fast.config import RunConfig
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.files.atomic import write_text
+from d2v_fast.files.locks import Holder, own_record
 from d2v_fast.files.reading import append_regular, open_regular, read_json, read_text
-from d2v_fast.processes.state import Holder, own_record
 
 # letters of the file that names the holder of the lock
 _MAX_RECORD = 1000

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2v_fast.cli.run import explain
 from d2v_fast.commands import bench, check, console
 from d2v_fast.commands.console import main
 from d2v_fast.config import VisionConfig, check_d2v, presets
@@ -20,7 +21,7 @@ from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY, TINY_SPEECH, failure_status, leave_out_reports, tiny_file
 from tests.helpers.text_files import sentences, small_tokenizer
 
-COMMANDS = ("train", *console._WORK)
+COMMANDS = tuple(console._WORK)
 # under load; a second on a machine that is idle
 HELP_SECONDS = 3.0
 
@@ -99,9 +100,7 @@ def test_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert (tmp_path / "runs/r/result.json").is_file()
     assert main(["train", str(file), "--set", "d2v.model.detph=3"]) == 2
     assert "depth" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["train", str(file), "--ds_config", str(file)])
-    assert "give one of them" in capsys.readouterr().err
+    assert "give one of them" in complaint(capsys, "train", file, "--ds_config", file, status=2)
 
 
 @pytest.mark.parametrize("modality", ["vision", "speech", "text"])
@@ -283,6 +282,7 @@ def test_faults_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "numba cannot be imported: No module named 'numba'. `pip install 'd2v_fast[train]'`" in said
     raising(torch.OutOfMemoryError("too much"))
     assert complaint(capsys, "doctor") == "error: too much\n"
+    assert explain(torch.OutOfMemoryError("a"), "train").startswith("a\nLower `train_micro_batch_size_per_gpu`")
     raising(KeyboardInterrupt())
     assert main(["doctor"]) == 130
     # a fault of the library itself is not hidden

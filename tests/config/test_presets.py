@@ -141,7 +141,7 @@ def test_ctrl_c_before_a_run_begins(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupted(*arguments: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("d2v_fast.train.main", interrupted)
+    monkeypatch.setattr("d2v_fast.train.train_command", interrupted)
     assert console.main(["train", "digits"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

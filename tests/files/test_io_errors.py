@@ -11,7 +11,7 @@ import torch
 
 from d2v_fast.checkpoints import store
 from d2v_fast.checkpoints.store import Checkpoints
-from d2v_fast.commands.error_words import in_words
+from d2v_fast.cli.run import explain
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import made_once
 from d2v_fast.distributed.world import RunError, World
@@ -98,7 +98,7 @@ def test_full_disk_without_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("number", FITTING, ids=errno.errorcode.get)
 def test_every_command_and_the_cache_use_it(tmp_path: Path, number: int) -> None:
     error = OSError(number, os.strerror(number), str(tmp_path / "a"))
-    words = in_words(error)
+    words = explain(error)
     assert words is not None
     assert FITTING[number] in words
 
@@ -114,7 +114,7 @@ def test_numbers_and_what_has_none() -> None:
     assert error_number(ValueError("a (os error 28)")) == 28
     assert error_number(ConnectionError("a")) is error_number(None) is error_number(ValueError("28")) is None
     assert advice(FileNotFoundError(errno.ENOENT, "a"), "b") == advice(None, "b") == ""
-    assert in_words(FileNotFoundError(errno.ENOENT, "none", "b")) == "[Errno 2] none: 'b'"
+    assert explain(FileNotFoundError(errno.ENOENT, "none", "b")) == "[Errno 2] none: 'b'"
 
 
 def test_tokens_that_a_disk_cannot_read_are_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

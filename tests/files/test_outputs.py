@@ -11,7 +11,7 @@ import pytest
 
 from d2v_fast.checkpoints.saved_weights import export_run
 from d2v_fast.commands.console import main
-from d2v_fast.config.errors import OptionError
+from d2v_fast.errors import OptionError
 from d2v_fast.files import outputs
 from d2v_fast.files.outputs import RECORD, model_folder, set_aside_changed
 from d2v_fast.modalities.vision import huggingface as huggingface_vision

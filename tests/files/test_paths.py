@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from d2v_fast.commands import cli, console
+from d2v_fast.cli.arguments import path_argument
+from d2v_fast.cli.parser import tool_parser
+from d2v_fast.cli.train_options import train_parser
+from d2v_fast.commands import console
 from d2v_fast.config import ConfigError, DeepSpeedConfig, load_config
 from d2v_fast.config.errors import PathText
-from d2v_fast.files.paths import PathError, expand_path, path_argument
+from d2v_fast.files.paths import PathError, expand_path
 from d2v_fast.modalities import all_modalities
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
 from tests.helpers.runs import TINY, leave_out_reports, tiny_file
@@ -87,7 +90,7 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def test_every_option_of_text_is_a_path_or_known_to_be_none() -> None:
     paths = set()
-    for parser in (console._parser(), cli.parser()):
+    for parser in (tool_parser(), train_parser()):
         for action in options_of(parser):
             if action.type is path_argument:
                 paths.add(action.dest)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from d2v_fast.checkpoints.saved_weights import read_run_config
-from d2v_fast.commands.cli import read_config, read_options
+from d2v_fast.cli.train_options import read_config, train_parser
 from d2v_fast.config import ConfigError, load_config
 from d2v_fast.data.batch import DataError
 from d2v_fast.distributed.world import RunError
@@ -55,7 +55,7 @@ def test_configurations(tmp_path: Path) -> None:
     assert_refused(lambda: load_config("/dev/zero"), "'/dev/zero' is not a regular file, but a device")
     (tmp_path / "runs" / "a").mkdir(parents=True)
     pipe(tmp_path / "runs" / "a" / "config.json")
-    options = read_options(["--resume", "--run", "a", "--set", f"d2v.run.dir={tmp_path / 'runs'}"])
+    options = train_parser().parse_args(["--resume", "--run", "a", "--set", f"d2v.run.dir={tmp_path / 'runs'}"])
     assert_refused(lambda: read_config(options, 1), "no run|nothing to resume|config.json")
     assert_refused(lambda: read_run_config(tmp_path / "runs" / "a"))
 

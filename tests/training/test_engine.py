@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.commands.cli import read_config, read_options
+from d2v_fast.cli.train_options import read_config, train_parser
 from d2v_fast.config import RunConfig, check_d2v, load_config, parse_config
 from d2v_fast.data import Batch
 from d2v_fast.distributed.shards import full_shape, gather_whole
@@ -387,5 +387,5 @@ def test_a_run_from_before_decay_1d_keeps_its_optimizer(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(content))
     changes = [] if text is None else ["--set", f"d2v.decay_1d={text}"]
-    config = read_config(read_options(["--run", "old", "--resume", *changes]), 1)
+    config = read_config(train_parser().parse_args(["--run", "old", "--resume", *changes]), 1)
     assert config.d2v.decay_1d is expected

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2v_fast.commands.cli import parser
+from d2v_fast.cli.train_options import train_parser
 from d2v_fast.files import faults
 from d2v_fast.objectives.data2vec import Data2Vec, StepOutput
 from tests.helpers.runs import figures, leave_out_reports, run_forked, run_here, start, tiny_file, wait
@@ -358,7 +358,7 @@ def test_help_is_light() -> None:
 
 
 def test_flags_are_frozen() -> None:
-    flags = {flag for action in parser()._actions for flag in action.option_strings}
+    flags = {flag for action in train_parser()._actions for flag in action.option_strings}
     assert flags == {
         *("-h", "--help", "--ds_config", "--set", "--run", "--run-name"),
         *("--resume", "--supervise", "--dry-run", "--profile", "--local_rank", "--version"),

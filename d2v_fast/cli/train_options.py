@@ -1,4 +1,4 @@
-"""The command line of training. Nothing but the standard library is imported before it has been read."""
+"""The options of training, and the configuration that they ask for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2v_fast.commands.number_arguments import count_argument
-from d2v_fast.files.paths import PathError, expand_path, path_argument
+from d2v_fast.cli.arguments import count_argument, path_argument
+from d2v_fast.cli.run import is_first_process
+from d2v_fast.errors import OptionError
+from d2v_fast.files.paths import PathError, expand_path
 from d2v_fast.packages import add_version_option
 
 if TYPE_CHECKING:
     from d2v_fast.config import RunConfig
 
-DESCRIPTION = "Pre-train a data2vec encoder from one JSON file."
 _EXAMPLES = """\
 examples:
   python d2v_fast/train.py configs/digits.json
@@ -26,31 +27,58 @@ examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of `d2v_fast/train.py`."""
+def train_parser() -> argparse.ArgumentParser:
+    """Return the parser of `d2v_fast/train.py`."""
     result = argparse.ArgumentParser(
         prog="d2v_fast/train.py",
-        description=DESCRIPTION,
+        description="Pre-train a data2vec encoder from one JSON file.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_options(result)
+    add_train_options(result)
+    add_version_option(result)
     return result
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of training to a parser; `d2v-fast train` has them, too."""
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of training, which `d2v_fast/train.py` and `d2v-fast train` share."""
     parser.add_argument(
         "file",
         type=path_argument,
         metavar="FILE",
         nargs="?",
-        help="the run: DeepSpeed's keys and a d2v section, or the name of a preset (with --resume: the run's own)",
+        help="JSON file with DeepSpeed's keys and a d2v section, or the name of a preset (with --resume the default is "
+        "the configuration of the run)",
     )
+    parser.add_argument("--ds_config", type=path_argument, metavar="FILE", help="the same, for DeepSpeed's launcher")
+    add_overrides(parser)
+    # torchrun takes every --run for the beginning of its own --run-path, before and after the script
     parser.add_argument(
-        "--ds_config", type=path_argument, metavar="FILE", help="the same, as DeepSpeed's launcher knows it"
+        "--run",
+        "--run-name",
+        metavar="NAME",
+        help="name of the run folder (default: the file's name and a number); under torchrun write --run-name",
     )
+    parser.add_argument("--resume", action="store_true", help="continue the run NAME from its last checkpoint")
+    parser.add_argument(
+        "--supervise",
+        metavar="N",
+        nargs="?",
+        type=count_argument,
+        const=3,
+        help="restart after a fault from the newest good checkpoint; give up after N restarts in a row without a new "
+        "checkpoint (default: 3)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, then stop")
+    parser.add_argument(
+        "--profile", action="store_true", help="time the parts of a step; waits for the device between them"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add `--set KEY=VALUE`, which is collected in `overrides`."""
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -59,47 +87,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override one key of the file, such as d2v.model.depth=6 or optimizer.params.lr=1e-3; repeatable",
     )
-    # torchrun takes every --run for the beginning of its own --run-path, before and after the script
-    parser.add_argument(
-        "--run",
-        "--run-name",
-        metavar="NAME",
-        help="name of the run folder (default: the file's name and a number); under torchrun write --run-name",
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run of that name where it was saved last")
-    parser.add_argument(
-        "--supervise",
-        metavar="N",
-        nargs="?",
-        type=count_argument,
-        const=3,
-        help="restart after a fault, from the newest good checkpoint; N (3) restarts in a row without a new one end it",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, then stop")
-    parser.add_argument(
-        "--profile", action="store_true", help="measure the parts of a step (waits for the device between them)"
-    )
-    add_version_option(parser)
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
-    """The configuration that the options ask for, checked; `run.name` and `run.profile` are filled in.
+    """Return the validated configuration that the options ask for, with `run.name` and `run.profile` filled in.
 
+    Args:
+        options: as `train_parser` returns them.
+        num_processes: of the run.
     Raises:
-        ConfigError: with every problem at once.
+        ConfigError: the configuration is wrong, or there is no run to resume. It lists every problem.
+        OptionError: FILE and --ds_config are both given.
     """
     from d2v_fast.checkpoints.saved_config import saved_config
     from d2v_fast.config import ConfigError, apply_overrides, load_config, parse_config
     from d2v_fast.config.schema import with_earlier_values
 
+    file = _file(options)
     overrides = list(options.overrides)
     if options.run is not None:
         overrides.append(f"d2v.run.name={json.dumps(options.run)}")
     if options.profile:
         overrides.append("d2v.run.profile=true")
-    if options.ds_config is not None:
-        config = load_config(options.ds_config, overrides, num_processes)
+    if file is not None:
+        config = load_config(file, overrides, num_processes)
     elif options.resume and options.run is not None:
         folder = _runs_folder(overrides) / options.run
         if not os.path.lexists(folder / "config.json") and not (folder / "checkpoints").is_dir():
@@ -114,28 +125,21 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
 
 
 def config_stem(options: argparse.Namespace) -> str:
-    """What an unnamed run is called after."""
-    return options.ds_config.stem if options.ds_config else "run"
+    """Return the beginning of the name of a run that the user has not named."""
+    file = _file(options)
+    return "run" if file is None else file.stem
 
 
-def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; argparse prints and exits where it is wrong."""
-    reader = parser()
-    options = reader.parse_args(arguments)
-    if options.file is not None:
-        if options.ds_config is not None:
-            reader.error("FILE and --ds_config name the same thing: give one of them")
-        options.ds_config = options.file
-    return options
-
-
-def is_first_process() -> bool:
-    """True in the one process that prints, also before the processes are connected."""
-    return os.environ.get("RANK", "0") == "0"
+def _file(options: argparse.Namespace) -> Path | None:
+    """Return FILE or --ds_config."""
+    file: Path | None = options.file
+    if file is not None and options.ds_config is not None:
+        raise OptionError("`FILE` and `--ds_config` are two ways to name the same file: give one of them.")
+    return options.ds_config if file is None else file
 
 
 def _nothing_to_resume(folder: Path) -> str:
-    """Say why a run cannot be resumed without its file."""
+    """Return why a run cannot be resumed without its file."""
     problem = f"`--run {folder.name}` must name a run to resume, but there is no {folder / 'config.json'}."
     if folder.is_dir():
         return f"{problem} Nothing was saved there: start the run with its FILE, without `--resume`."
@@ -145,7 +149,7 @@ def _nothing_to_resume(folder: Path) -> str:
 
 
 def _runs_folder(overrides: Sequence[str]) -> Path:
-    """`d2v.run.dir` of the overrides: it must be known before the run's own file can be read."""
+    """Return `d2v.run.dir` of the overrides, which must be known before the run's own file can be read."""
     from d2v_fast.config import ConfigError, apply_overrides
 
     run = apply_overrides({}, overrides).get("d2v", {}).get("run", {})
