@@ -9,7 +9,7 @@ What a block computes, and which of its values the teacher's targets are made of
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,43 +19,46 @@ from torch.utils.checkpoint import checkpoint
 
 from d2v_fast.masking.streams import uniforms
 
+Context = TypeVar("Context", contravariant=True)
+
 
 class EncoderOutput(NamedTuple):
-    """What an encoder hands back.
+    """Output of an encoder.
 
     Attributes:
-        last_hidden: residual stream after the last block, before any final norm: `[B, T, D]`, or `[N, D]` where
-            only some rows of it were asked for.
-        features: what the targets are made of, `[B, T, D]` of each of the last K blocks, first to last; the last one
-            has the rows of `last_hidden`.
+        last_hidden: residual stream after the last block, before any final norm: `[B, T, D]`, or `[N, D]` if only
+            these rows were requested.
+        features: features of the last K blocks, first to last, from which targets are computed: `[B, T, D]` each,
+            the last one shaped like `last_hidden`.
     """
 
     last_hidden: Tensor
     features: list[Tensor]
 
 
-class Block(Protocol):
+class Block(Protocol[Context]):
     """One layer of an encoder, an `nn.Module`.
 
     Attributes:
-        drop_rates: the probabilities with which training leaves out each of the parts of the block that a sample can
-            do without.
+        drop_rates: for each part of the block that a sample can skip, the probability of skipping it in training.
     """
 
     drop_rates: tuple[float, ...]
 
     def __call__(
-        self, x: Tensor, context: Any, rows: Tensor | None = None, kept: Sequence[Tensor] | None = None
+        self, x: Tensor, context: Context, rows: Tensor | None = None, active: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Transform tokens.
 
         Args:
             x: `[B, T, D]`.
-            context: what the blocks of one encoder share, such as an attention bias.
-            rows: int64 `[N]`, flat indices `b * T + t`: the only tokens whose output is wanted; None: all.
-            kept: for each of `drop_rates` int64 `[S]`, ascending: the samples that keep the part; None: all keep all.
+            context: shared by the blocks of one encoder, such as an attention bias.
+            rows: int64 `[N]`, flat indices `b * T + t` of the only tokens to compute. `None` computes all.
+            active: for each of `drop_rates`, int64 `[S]`, ascending: the samples that compute this part. `None`
+                means that all samples compute all parts.
+
         Returns:
-            The residual stream and the feature that targets are made of, each `[B, T, D]`, or `[N, D]` with `rows`.
+            The residual stream and the feature for targets, each `[B, T, D]`, or `[N, D]` with `rows`.
         """
         ...
 
@@ -87,7 +90,7 @@ class Encoder(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Any,
+        context: object,
         top_k: int = 0,
         rows: Tensor | None = None,
         drop_keys: npt.NDArray[np.uint64] | None = None,

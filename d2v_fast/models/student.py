@@ -1,9 +1,9 @@
-"""What the objective asks of the encoder of a modality."""
+"""The interface between an objective and the encoder of a modality."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,11 @@ from d2v_fast.models.encoder import EncoderOutput
 
 
 class MaskedBatch(Protocol):
-    """What a step needs of a batch.
+    """The fields of a batch that a training step reads.
 
     Attributes:
-        inputs, lengths, kept, masked_inputs, offsets, drop_keys: as of `data.Batch`.
-        rows: int64 `[N]`, flat indices `b * P + p` of the masked places, without repeats, ascending.
+        inputs, lengths, kept, masked_inputs, offsets, drop_keys: as in `data.Batch`.
+        rows: int64 `[N]`, flat indices `b * P + p` of the masked places, ascending, without repeats.
     """
 
     @property
@@ -36,13 +36,37 @@ class MaskedBatch(Protocol):
     def drop_keys(self) -> npt.NDArray[np.uint64] | None: ...
 
 
+class Embedded(Protocol):
+    """Input of the averaged part of an encoder: a dataclass of each modality."""
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        ...
+
+    @property
+    def num_places(self) -> int:
+        """P, places per sample, padding included."""
+        ...
+
+    def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
+        """Encode with the student's averaged part or with the teacher.
+
+        Args:
+            averaged: a module of the class of `Student.averaged`.
+            top_k: K, how many of the last blocks' features to return.
+            output_rows: int64 `[M]`, flat indices `b * P + p` of the only places that the last block computes.
+                `None` computes all.
+        """
+        ...
+
+
 class Student(nn.Module):
-    """An encoder, divided into what is averaged into the teacher and what both share.
+    """An encoder: a part that the teacher averages, and a part that student and teacher share.
 
     Attributes:
-        num_prefix_tokens: tokens in front of the places of a sample, such as a class token.
-        averaged_name: the submodule of which the teacher is an average; empty: all of it. Called with what `embed`
-            returns, and `top_k` and `output_rows` as keywords, it returns an `EncoderOutput`.
+        num_prefix_tokens: tokens before the places of a sample, such as a class token.
+        averaged_name: the submodule that the teacher averages. The empty string stands for the whole encoder.
         entrance_name: the submodule that the gradient reaches last.
     """
 
@@ -52,47 +76,38 @@ class Student(nn.Module):
 
     @property
     def averaged(self) -> nn.Module:
-        """The module that `averaged_name` names."""
+        """Return the module that `averaged_name` names."""
         return self.get_submodule(self.averaged_name)
 
     @classmethod
     def averaged_prefix(cls) -> str:
-        """What the names of averaged parameters begin with."""
+        """Return the prefix of the names of averaged parameters."""
         return f"{cls.averaged_name}." if cls.averaged_name else ""
 
     def with_averaged(self, module: nn.Module) -> Student:
-        """A view of this encoder with a teacher's module in the place of the averaged one: the teacher as a whole."""
+        """Return the whole teacher: a view of this encoder with the teacher's module in place of the averaged one."""
         if isinstance(module, type(self)):
             return module
         whole = copy.copy(self)
         whole._modules = {**self._modules, self.averaged_name: module}
         return whole
 
-    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What the averaged part takes: for the student, masked; and for the teacher, unmasked and without gradient."""
-        raise NotImplementedError
-
-    def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
-        """B and P of what `embed` returns."""
+    def embed(self, batch: MaskedBatch) -> tuple[Embedded, Embedded]:
+        """Compute the shared part: the student's masked input, and the teacher's unmasked input without gradient."""
         raise NotImplementedError
 
     def token_rows(self, rows: Tensor, num_places: int) -> Tensor:
-        """From rows of places `b * P + p` to rows of tokens: the prefix precedes the places of every sample."""
+        """Convert flat indices of places, `b * P + p`, to flat indices of tokens, which count each sample's prefix."""
         return rows if self.num_prefix_tokens == 0 else rows + (rows // num_places + 1) * self.num_prefix_tokens
 
-    def encode(self, embedded: tuple[Any, ...], output_rows: Tensor | None = None) -> Tensor:
-        """The student's output, `[B, T, D]`, or `[M, D]` at `output_rows`, flat indices `b * P + p` of places."""
-        output: EncoderOutput = self.averaged(*embedded, output_rows=output_rows)
-        return output.last_hidden
-
     def finish(self, hidden: Tensor) -> Tensor:
-        """What stands between the encoder's output, at whatever rows, and the head."""
+        """Apply the layers between the averaged part's output, `[..., D]`, and the head."""
         return hidden
 
     def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
-        """What the last K blocks make of unmasked inputs, `[B, P, D]` each, first to last: what targets are made of."""
+        """Return the features of the last K blocks on unmasked inputs, `[B, P, D]` each, first block to last."""
         raise NotImplementedError
 
     def make_head(self) -> nn.Module:
-        """A new regression head."""
+        """Create a new regression head."""
         raise NotImplementedError

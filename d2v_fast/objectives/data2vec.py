@@ -10,7 +10,7 @@ submodule, so neither the optimizer nor DeepSpeed takes it for a part of the mod
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from d2v_fast import ops
 from d2v_fast.config import D2VConfig
 from d2v_fast.modalities import build_student
-from d2v_fast.models.student import MaskedBatch
+from d2v_fast.models.student import Embedded, MaskedBatch
 
 
 class StepOutput(NamedTuple):
@@ -74,26 +74,35 @@ class Data2Vec(nn.Module):
         features = self.teacher_features(unmasked, teacher, rows)
         return self.objective(self.student_forward(masked, rows), features, rows, batch.lengths)
 
-    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What student and teacher share, computed once: see `Student.embed`."""
+    def embed(self, batch: MaskedBatch) -> tuple[Embedded, Embedded]:
+        """Compute the inputs of student and teacher; see `Student.embed`."""
         return self.student.embed(batch)
 
-    def student_forward(self, masked: tuple[Any, ...], rows: Tensor) -> Tensor:
-        """Predictions `[N, D]` at the masked places of the masked samples; norm and head see no other row."""
-        hidden = self.student.encode(masked, output_rows=rows)
+    def student_forward(self, masked: Embedded, rows: Tensor) -> Tensor:
+        """Predict `[N, D]` at the masked places. The last norm and the head run on these rows only.
+
+        Args:
+            masked: the student's input, from `embed`.
+            rows: int64 `[N]`, flat indices of the masked places.
+        """
+        hidden = masked.run(self.student.averaged, output_rows=rows).last_hidden
         prediction: Tensor = self.head(self.student.finish(hidden))
         return prediction
 
     @torch.no_grad()
-    def teacher_features(self, unmasked: tuple[Any, ...], teacher: nn.Module, rows: Tensor) -> list[Tensor]:
-        """Features `[B, P, D]` of the teacher's last K blocks at the places of the unmasked samples.
+    def teacher_features(self, unmasked: Embedded, teacher: nn.Module, rows: Tensor) -> list[Tensor]:
+        """Return the features of the teacher's last K blocks, `[B, P, D]` each.
 
-        Where the target is a function of each row alone, the last of them is computed at `rows` only: its other rows
-        are uninitialized.
+        If the target normalizes each row by itself, the last block computes `rows` only, and the other rows of its
+        feature are uninitialized.
 
         Args:
-            unmasked: of `student.embed`.
-            rows: int64 `[N]`, the masked places.
+            unmasked: the teacher's input, from `embed`.
+            teacher: a module of the class of `student.averaged`, in eval mode.
+            rows: int64 `[N]`, flat indices of the masked places.
+
+        Raises:
+            ValueError: `teacher` is in training mode.
         """
         if teacher.training:
             raise ValueError("`teacher` must be in eval mode, but is in training mode instead: `teacher.eval()`.")
@@ -103,14 +112,14 @@ class Data2Vec(nn.Module):
         without_autocast = is_working_copy and torch.amp.is_autocast_available(device_type)
         with torch.autocast(device_type, enabled=False) if without_autocast else nullcontext():
             output_rows = rows if self.target_is_per_row else None
-            *features, last = teacher(*unmasked, top_k=self.target.top_k, output_rows=output_rows).features
+            *features, last = unmasked.run(teacher, self.target.top_k, output_rows).features
         skipped = self.student.num_prefix_tokens
         features = [feature[:, skipped:] for feature in features]
         if output_rows is None:
             return [*features, last[:, skipped:]]
         # laid out as the other layers are, prefix and all: layers with different strides would be copied
-        num_samples, num_places = self.student.num_places(unmasked)
-        scattered = last.new_empty(num_samples, skipped + num_places, last.shape[1])
+        num_places = unmasked.num_places
+        scattered = last.new_empty(unmasked.num_samples, skipped + num_places, last.shape[1])
         scattered.flatten(0, 1).index_copy_(0, self.student.token_rows(output_rows, num_places), last)
         return [*features, scattered[:, skipped:]]
 

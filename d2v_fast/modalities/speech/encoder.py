@@ -8,7 +8,7 @@ feed the teacher as they are; the teacher is an average of what follows them.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -132,6 +132,38 @@ class SpeechContext(nn.Module):
         return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows, drop_keys)
 
 
+@dataclass(frozen=True)
+class EmbeddedFrames:
+    """Input of `SpeechContext`.
+
+    Attributes:
+        frames: `[B, T, D]`.
+        lengths, kept, drop_keys: as for `SpeechContext`.
+    """
+
+    frames: Tensor
+    lengths: Tensor | None
+    kept: Tensor | None
+    drop_keys: npt.NDArray[np.uint64] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.frames)
+
+    @property
+    def num_places(self) -> int:
+        """T."""
+        return self.frames.shape[1]
+
+    def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
+        """See `Embedded`."""
+        output: EncoderOutput = averaged(
+            self.frames, self.lengths, self.kept, self.drop_keys, top_k=top_k, output_rows=output_rows
+        )
+        return output
+
+
 class SpeechModel(Student):
     """The speech encoder: the teacher shares the convolutions, and the positions where the configuration says so.
 
@@ -168,7 +200,7 @@ class SpeechModel(Student):
         output: EncoderOutput = self(inputs, lengths, top_k=top_k)
         return output.features
 
-    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def embed(self, batch: MaskedBatch) -> tuple[EmbeddedFrames, EmbeddedFrames]:
         """See `Student`."""
         frames = self.front_end(batch.inputs)
         with torch.no_grad():
@@ -177,12 +209,8 @@ class SpeechModel(Student):
         token = self.front_end.mask_token.to(masked.dtype)
         masked = masked.index_copy(0, batch.rows, token.expand(len(batch.rows), -1)).view_as(frames)
         masked = self._with_positions(masked, batch.lengths)
-        return (masked, batch.lengths, batch.kept, batch.drop_keys), (unmasked, batch.lengths, batch.kept)
-
-    def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
-        """See `Student`."""
-        B, T, _ = embedded[0].shape
-        return B, T
+        student = EmbeddedFrames(masked, batch.lengths, batch.kept, batch.drop_keys)
+        return student, EmbeddedFrames(unmasked, batch.lengths, batch.kept)
 
     def make_head(self) -> Linear:
         """See `Student`: with PyTorch's initialization."""

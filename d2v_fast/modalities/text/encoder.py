@@ -9,7 +9,7 @@ text, as the paper says: the public code shows it the labels of the masked token
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +108,38 @@ class TextContext(nn.Module):
         return output
 
 
+@dataclass(frozen=True)
+class EmbeddedTokens:
+    """Input of `TextContext`.
+
+    Attributes:
+        tokens: `[B, T, D]`.
+        lengths, kept, offsets, drop_keys: as for `TextContext`.
+    """
+
+    tokens: Tensor
+    lengths: Tensor | None
+    kept: Tensor | None
+    offsets: Tensor | None
+    drop_keys: npt.NDArray[np.uint64] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.tokens)
+
+    @property
+    def num_places(self) -> int:
+        """T."""
+        return self.tokens.shape[1]
+
+    def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
+        """See `Embedded`."""
+        structure = self.lengths, self.kept, self.offsets, self.drop_keys
+        output: EncoderOutput = averaged(self.tokens, *structure, top_k=top_k, output_rows=output_rows)
+        return output
+
+
 class TextModel(Student):
     """The text encoder: the teacher shares the embeddings.
 
@@ -146,18 +178,14 @@ class TextModel(Student):
         output: EncoderOutput = self(inputs, lengths, top_k=top_k)
         return output.features
 
-    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def embed(self, batch: MaskedBatch) -> tuple[EmbeddedTokens, EmbeddedTokens]:
         """See `Student`: the mask is a token, and the teacher reads without dropout."""
         assert batch.masked_inputs is not None
         structure = batch.lengths, batch.kept, batch.offsets
         with torch.no_grad():
             unmasked = self.embedding(batch.inputs, drops=False)
-        return (self.embedding(batch.masked_inputs), *structure, batch.drop_keys), (unmasked, *structure)
-
-    def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
-        """See `Student`."""
-        B, T, _ = embedded[0].shape
-        return B, T
+        masked = EmbeddedTokens(self.embedding(batch.masked_inputs), *structure, batch.drop_keys)
+        return masked, EmbeddedTokens(unmasked, *structure)
 
     def make_head(self) -> nn.Module:
         """See `Student`: two layers."""

@@ -5,7 +5,7 @@ Shape letters: B batch, C channels, P patches, D width, N masked rows, G patches
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,33 @@ class VisionEmbedding(nn.Module):
         return self.dropout(tokens)
 
 
+@dataclass(frozen=True)
+class EmbeddedImages:
+    """Input of `VisionModel`, which is averaged as a whole: the images themselves.
+
+    Attributes:
+        pixels: `[B, C, H, W]`, normalized.
+        num_places: P.
+        rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask. `None` masks nothing.
+        drop_keys: uint64 `[B]`, as in `data.Batch`.
+    """
+
+    pixels: Tensor
+    num_places: int
+    rows: Tensor | None = None
+    drop_keys: npt.NDArray[np.uint64] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.pixels)
+
+    def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
+        """See `Embedded`."""
+        output: EncoderOutput = averaged(self.pixels, self.rows, self.drop_keys, top_k=top_k, output_rows=output_rows)
+        return output
+
+
 class VisionModel(Student):
     """The image encoder, averaged into the teacher as a whole.
 
@@ -136,13 +163,10 @@ class VisionModel(Student):
         output: EncoderOutput = self(inputs, top_k=top_k)
         return [feature[:, 1:] for feature in output.features]
 
-    def embed(self, batch: MaskedBatch) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """See `Student`: nothing is shared."""
-        return (batch.inputs, batch.rows, batch.drop_keys), (batch.inputs,)
-
-    def num_places(self, embedded: tuple[Any, ...]) -> tuple[int, int]:
-        """See `Student`."""
-        return len(embedded[0]), self.num_patches
+    def embed(self, batch: MaskedBatch) -> tuple[EmbeddedImages, EmbeddedImages]:
+        """See `Student`; images share nothing."""
+        student = EmbeddedImages(batch.inputs, self.num_patches, batch.rows, batch.drop_keys)
+        return student, EmbeddedImages(batch.inputs, self.num_patches)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """See `Student`: the last norm."""

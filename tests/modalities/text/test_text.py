@@ -174,12 +174,12 @@ def test_teacher_reads_the_whole_text() -> None:
     batch = make_batch([11, 11])
     other = Batch(batch.inputs, batch.rows, batch.sample_ids, masked_inputs=torch.full_like(batch.inputs, MASK))
     one, two = (model.embed(each) for each in (batch, other))
-    assert torch.equal(one[1][0], two[1][0])
-    assert not torch.equal(one[0][0], two[0][0])
+    assert torch.equal(one[1].tokens, two[1].tokens)
+    assert not torch.equal(one[0].tokens, two[0].tokens)
     model.student.embedding.dropout = 0.5
     again = model.embed(batch)
-    assert torch.equal(again[1][0], one[1][0])
-    assert not torch.equal(again[0][0], one[0][0])
+    assert torch.equal(again[1].tokens, one[1].tokens)
+    assert not torch.equal(again[0].tokens, one[0].tokens)
 
 
 def test_padding_token_is_not_trained() -> None:
