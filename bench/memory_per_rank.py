@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 
 from d2v_fast.config import load_config
-from d2v_fast.memory.predict import Prediction, Shapes, predict, predict_from, shapes_of
+from d2v_fast.memory.predict import Prediction, predict, predict_from
+from d2v_fast.memory.sizes import Shapes, shapes_of
 from d2v_fast.memory.step import StepMemory, step_memory
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -63,7 +63,7 @@ def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_ty
         return f"  {name:30}{sizes}  {meaning}"
 
     besides = ""
-    if found.kept:
+    if found.overhead:
         besides = f"; at most {format_bytes(found.resident_peak)} resident with what malloc keeps and libraries need"
     lines = [
         f"memory          {format_bytes(found.device_peak)} of tensors per process, predicted for the largest batch "
@@ -73,7 +73,7 @@ def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_ty
         lines.append(f"{'':34}on {device_type}  on host")
     lines += [line(part.name, part.device, part.host, part.meaning) for part in found.parts]
     lines.append(line("stays from step to step", found.device_state, found.host_state, ""))
-    lines += [line(f"+ {m.name}", m.device, m.host, m.meaning) for m in found.moments]
+    lines += [line(f"+ {m.name}", m.device, m.host, m.meaning) for m in found.phases]
     lines.append(line("activations", found.activations, 0, "of which: saved for the backward pass"))
     lines.append(line("while it is built, in all", found.build, 0, "of every process, whatever the number"))
     if found.save:

@@ -18,7 +18,8 @@ from d2v_fast.config import RunConfig
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import available_memory, format_bytes
-from d2v_fast.memory.predict import Shapes, predict_from, shapes_of
+from d2v_fast.memory.predict import predict_from
+from d2v_fast.memory.sizes import Shapes, shapes_of
 from d2v_fast.memory.step import StepMemory
 from d2v_fast.ops import missing_kernels
 from d2v_fast.packages import install_command

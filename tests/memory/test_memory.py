@@ -22,7 +22,8 @@ from d2v_fast.commands import check as check_module
 from d2v_fast.config import RunConfig, SpeechConfig, load_config, parse_config
 from d2v_fast.data.batch import Batch
 from d2v_fast.memory.peak import format_bytes
-from d2v_fast.memory.predict import Prediction, Shapes, predict, predict_from, shapes_of
+from d2v_fast.memory.predict import Prediction, predict, predict_from
+from d2v_fast.memory.sizes import Shapes, shapes_of
 from d2v_fast.memory.step import Arrival, StepMemory, step_memory
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.training.engine import PlainEngine
@@ -57,7 +58,7 @@ def host(prediction: Prediction) -> dict[str, int]:
 
 
 def on_top(prediction: Prediction) -> dict[str, int]:
-    return {moment.name: moment.device for moment in prediction.moments}
+    return {phase.name: phase.device for phase in prediction.phases}
 
 
 def test_plain() -> None:
