@@ -34,10 +34,13 @@ def block_mask_rows(
     """Draw one block mask per sample and list the masked patches.
 
     Args:
-        seed, epoch, sample_ids: what the masks depend on; `sample_ids` is int64 `[B]`.
+        seed: Seed of the run.
+        epoch: Epoch. A mask depends on these three only.
+        sample_ids: int64 `[B]`.
         grid_size: patches along a side; an image has `P = grid_size**2`.
         num_patches: the most patches to mask in an image, in [1, P - 1].
-        min_patches, max_patches: area of one rectangle before rounding; None: no limit but `num_patches`.
+        min_patches: Smallest area of one rectangle, before rounding.
+        max_patches: Largest area of one rectangle; None sets no limit but `num_patches`.
         min_aspect: rectangles have a height to width ratio in [min_aspect, 1 / min_aspect], log-uniform.
     Returns:
         int64 `[N]`: flat indices `b * P + p` of the masked patches, ascending. Every image has at least one

@@ -37,7 +37,9 @@ def inverse_block_mask_rows(
     """Draw masks for images that leave square blocks visible, and list the masked patches.
 
     Args:
-        seed, epoch, sample_ids: what the masks depend on, beside the index of the mask; `sample_ids` is int64 `[B]`.
+        seed: Seed of the run.
+        epoch: Epoch. A mask depends on these three and the index of the mask only.
+        sample_ids: int64 `[B]`.
         grid_size: patches along a side; an image has `P = grid_size**2`.
         prob: share of masked patches; each mask leaves exactly `floor(P * (1 - prob))` patches visible. Published:
             0.8 for ViT-B, 0.75 for larger models.
@@ -75,7 +77,9 @@ def block_mask_1d_rows(
     each set of positions equally likely.
 
     Args:
-        seed, epoch, sample_ids: what the masks depend on, beside the index of the mask; `sample_ids` is int64 `[B]`.
+        seed: Seed of the run.
+        epoch: Epoch. A mask depends on these three and the index of the mask only.
+        sample_ids: int64 `[B]`.
         num_positions: frames or tokens of a sequence, T.
         prob: share of masked positions; each mask hides exactly `floor(T * prob)` of them, and with `inverse` leaves
             exactly `floor(T * (1 - prob))` visible. Published: 0.5 for speech (large model: 0.55), 0.48 for text.

@@ -35,7 +35,9 @@ def span_mask_rows(
     """Draw one span mask per sample and list the masked frames.
 
     Args:
-        seed, epoch, sample_ids: what the masks depend on; `sample_ids` is int64 `[B]`.
+        seed: Seed of the run.
+        epoch: Epoch. A mask depends on these three, and with `equal_counts` on the other samples.
+        sample_ids: int64 `[B]`.
         num_positions: frames of a row, T.
         prob: share of the frames that the spans would mask if none overlapped, in (0, 1]; published: 0.65. A row of
             S frames gets `prob * S / length` spans, rounded up or down at random so that the mean is exact.

@@ -55,7 +55,9 @@ def token_mask_rows(
     """Choose the tokens of every sample that the student does not see as they are.
 
     Args:
-        seed, epoch, sample_ids: what the masks depend on, beside the sample itself; `sample_ids` is int64 `[B]`.
+        seed: Seed of the run.
+        epoch: Epoch. A mask depends on these three and the tokens only.
+        sample_ids: int64 `[B]`.
         tokens: int64 `[B, T]`, in [0, V).
         lengths: int64 `[B]`, tokens that are not padding, at the beginning of the row. Padding is never chosen.
         prob: share of the tokens that the spans would hide if none overlapped, in (0, 1]; published: 0.35, and 0.15 for
@@ -65,7 +67,8 @@ def token_mask_rows(
         vocab_size: V; replacements are drawn from [0, V) without `special_ids`, all equally likely.
         mask_id: the mask token.
         special_ids: tokens that are never drawn as a replacement, nor chosen unless `mask_specials`.
-        keep_prob, random_prob: of a chosen token to stay as it is, or to be replaced; else it becomes the mask token.
+        keep_prob: Probability that a chosen token stays as it is.
+        random_prob: Probability that it is replaced by another token; otherwise it becomes the mask token.
         loss_on_kept: list kept and replaced tokens as well.
     Returns:
         A row with two or more tokens that may be chosen has at least one that is chosen and one that is not; one with

@@ -188,8 +188,10 @@ class EmaUpdate:
     ``module.to``), they are checked and tabulated again first.
 
     Args:
-        teacher, student, working: As for `ema_update_`. An iterator is consumed here; a dict is read here, later
-            changes of it are not seen.
+        teacher: As for `ema_update_`. An iterator is consumed here; a dict is read here, and later changes of it are
+            not seen.
+        student: As for `ema_update_`, read like ``teacher``.
+        working: As for `ema_update_`, read like ``teacher``.
 
     Raises:
         ValueError, TypeError: As `ema_update_`; also in a call, where the tensors have changed into such.

@@ -163,7 +163,8 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
 
     Args:
         x: `[..., C]`, fp32, bf16 or fp16. Rows whose channels do not lie together are copied first.
-        weight, bias: `[C]`, fp32 or of the dtype of ``x``, on the same device.
+        weight: `[C]`, fp32 or of the dtype of ``x``, on the same device.
+        bias: As ``weight``.
         eps: Added to the variance, >= 0.
 
     Returns:
@@ -227,7 +228,9 @@ def layer_norm_gelu_backward(
 
     Args:
         grad: `[..., C]`, gradient of ``y``, of the shape and dtype of ``x``.
-        x, weight, bias: As ``layer_norm_gelu_forward`` got them.
+        x: As ``layer_norm_gelu_forward`` got it.
+        weight: As ``layer_norm_gelu_forward`` got it.
+        bias: As ``layer_norm_gelu_forward`` got it.
         mean, rstd: fp32 `[...]`, as it returned them.
 
     Raises:

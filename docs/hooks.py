@@ -1,0 +1,274 @@
+"""MkDocs hooks: pages made from files at the root, from `--help`, and from the configuration's models.
+
+The overview is the README, and contributing, security and changelog are the files at the root. The reference lists
+every key of the pydantic models, with the description that the docstring of its section gives under `Attributes:`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+# page -> the file at the root that it shows
+FILES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+    "changelog.md": "CHANGELOG.md",
+}
+# the comment that a page has in the place of what is generated
+KEYS, COMMANDS = "<!-- keys -->", "<!-- commands -->"
+_TYPES = {int: "integer", float: "number", bool: "boolean", str: "text"}
+_NO_DEFAULT = "required"
+
+
+class Key(NamedTuple):
+    """A key of a section: what may stand there, and what stands there if the file says nothing."""
+
+    name: str
+    kind: str
+    default: str
+    bounds: str
+    description: str
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages of `FILES`."""
+    from mkdocs.structure.files import File
+
+    for page, name in FILES.items():
+        files.append(File.generated(config, page, content=page_of((ROOT / name).read_text(encoding="utf-8"))))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in what is generated."""
+    if KEYS in markdown:
+        markdown = markdown.replace(KEYS, configuration())
+    return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
+
+
+def page_of(text: str) -> str:
+    """Turn links of a file at the root into links between pages; links to other files become plain text."""
+    pages = {name: page for page, name in FILES.items()}
+
+    def link(found: re.Match[str]) -> str:
+        label, target = found.groups()
+        path, sharp, anchor = target.partition("#")
+        if re.match(r"https?://", target) or not path:
+            return found.group()
+        if path.startswith("docs/"):
+            return f"[{label}]({path.removeprefix('docs/')}{sharp}{anchor})"
+        return f"[{label}]({pages[path]}{sharp}{anchor})" if path in pages else label
+
+    return re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+
+
+def commands() -> str:
+    """Return the help of every command in Markdown."""
+    names = re.findall(r"^    ([a-z]+) ", help_of(), re.MULTILINE)
+    return "\n".join(f"## `{name}`\n\n```text\n{help_of(name)}```\n" for name in names)
+
+
+def help_of(*command: str) -> str:
+    """Return what `d2v-fast COMMAND --help` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "d2v_fast", *command, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
+def configuration() -> str:
+    """Return the reference of all keys in Markdown: DeepSpeed's, then those of `d2v`, which differ by modality."""
+    from d2v_fast.config import DeepSpeedConfig
+    from d2v_fast.config.schema import MODALITIES
+
+    lines = ["## DeepSpeed's keys", ""]
+    lines += section_lines(DeepSpeedConfig, "", {})
+    for path, model in nested(DeepSpeedConfig, ""):
+        lines += [f"### `{path}`", "", *section_lines(model, path, {})]
+    lines += ["## `d2v`", ""]
+    first = next(iter(MODALITIES.values()))
+    plain = {name for name, field in first.model_fields.items() if section_of(field.annotation) is None}
+    lines += section_lines(first, "d2v", MODALITIES, only=plain)
+    for name in first.model_fields:
+        if name in plain:
+            continue
+        defaults = {modality: model.model_fields[name].default for modality, model in MODALITIES.items()}
+        kinds = {modality: type(value) for modality, value in defaults.items()}
+        if len(set(kinds.values())) == 1:
+            lines += [f"### `d2v.{name}`", "", *section_lines(next(iter(kinds.values())), f"d2v.{name}", defaults)]
+            continue
+        for modality, model in kinds.items():
+            lines += [f"### `d2v.{name}` of {modality}", ""]
+            lines += section_lines(model, f"d2v.{name}", {modality: defaults[modality]})
+    return "\n".join(lines)
+
+
+def nested(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield the sections below a section, with their dotted names."""
+    for name, field in model.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            path = f"{prefix}.{name}" if prefix else name
+            yield path, inner
+            yield from nested(inner, path)
+
+
+def section_lines(
+    model: type[BaseModel], path: str, defaults: Mapping[str, Any], only: set[str] | None = None
+) -> list[str]:
+    """Return a paragraph about a section and the table of its keys.
+
+    Args:
+        model: the section.
+        path: its dotted name.
+        defaults: by modality, the section as it stands if the file says nothing; empty takes the defaults of the model.
+        only: the keys to list; None lists all.
+    """
+    intro, descriptions = described(model)
+    rows = []
+    for name, field in model.model_fields.items():
+        if only is not None and name not in only:
+            continue
+        key = key_of(name, field, path, defaults, descriptions.get(name, ""))
+        rows.append(f"| `{key.name}` | {key.kind} | {key.default} | {key.bounds} | {key.description} |")
+    head = ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+    return [*([intro, ""] if intro else []), *head, *rows, ""]
+
+
+def described(model: type[BaseModel]) -> tuple[str, dict[str, str]]:
+    """Return the text of a section's docstring, and the description of each key under `Attributes:`.
+
+    A section that extends another one inherits its descriptions.
+    """
+    descriptions: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if issubclass(base, BaseModel) and base.__doc__:
+            block = _dedent(base.__doc__).partition("Attributes:\n")[2]
+            found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", block, re.MULTILINE)
+            descriptions |= {name: " ".join(text.split()) for name, text in found}
+    own = _dedent(model.__dict__.get("__doc__") or "").partition("Attributes:\n")[0]
+    return " ".join(own.split()), descriptions
+
+
+def key_of(name: str, field: FieldInfo, path: str, defaults: Mapping[str, Any], description: str) -> Key:
+    """Return what the reference says of one key."""
+    inner = section_of(field.annotation)
+    if inner is not None:
+        whole = f"{path}.{name}" if path else name
+        optional = "null" if field.default is None else _NO_DEFAULT if field.is_required() else "its defaults"
+        return Key(name, f"[section](#{anchor(whole)})", optional, "", description)
+    if defaults:
+        values = {modality: _default(default, name) for modality, default in defaults.items()}
+    else:
+        values = {"": _NO_DEFAULT if field.is_required() else shown(field.default)}
+    if len(set(values.values())) == 1:
+        default = next(iter(values.values()))
+    else:
+        default = ", ".join(f"{modality} {value}" for modality, value in values.items())
+    return Key(name, kind_of(field.annotation), default, bounds_of(field), description)
+
+
+def _default(section: Any, name: str) -> str:
+    # a class stands for a section without a default of its own
+    if isinstance(section, type):
+        field = section.model_fields[name]
+        return _NO_DEFAULT if field.is_required() else shown(field.default)
+    return shown(getattr(section, name))
+
+
+def anchor(path: str) -> str:
+    """Return the anchor of the heading of a section."""
+    return re.sub(r"[^\w-]", "", path)
+
+
+def kind_of(annotation: Any) -> str:
+    """Return the type of a key in words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "choice"
+    if origin in (Union, UnionType):
+        kinds = [kind_of(one) for one in arguments if one is not type(None)]
+        return " or ".join(dict.fromkeys(kinds)) + (" or null" if type(None) in arguments else "")
+    if origin is tuple:
+        return f"list of {kind_of(arguments[0])}s"
+    if hasattr(annotation, "__metadata__"):
+        return kind_of(arguments[0])
+    return _TYPES.get(annotation, 'boolean or "auto"')
+
+
+def bounds_of(field: FieldInfo) -> str:
+    """Return the values that a key may have."""
+    choices = [value for literal in _literals(field.annotation) for value in get_args(literal)]
+    if choices:
+        return ", ".join(shown(value) for value in choices)
+    bounds: dict[str, Any] = {}
+    for constraint in [*field.metadata, *_metadata(field.annotation)]:
+        for one in getattr(constraint, "metadata", None) or [constraint]:
+            bounds |= {key: getattr(one, key) for key in ("gt", "ge", "lt", "le") if hasattr(one, key)}
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    return ", ".join(f"{signs[key]} {number(bounds[key])}" for key in signs if key in bounds)
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from _literals(one)
+
+
+def _metadata(annotation: Any) -> Iterator[Any]:
+    yield from getattr(annotation, "__metadata__", ())
+    for one in get_args(annotation):
+        if not isinstance(one, str):
+            yield from _metadata(one)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class in `X` or `X | None`; None for anything else."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [section_of(one) for one in get_args(annotation)] if get_origin(annotation) in (Union, UnionType) else []
+    return next((one for one in found if one is not None), None)
+
+
+def shown(value: Any) -> str:
+    """Return a value as it would stand in the file."""
+    if isinstance(value, tuple):
+        value = list(value)
+    return f"`{number(value) if type(value) is int else json.dumps(value)}`"
+
+
+def number(value: Any) -> str:
+    """Return a number with its digits in groups, or in powers where it is a limit of the machine."""
+    if isinstance(value, int) and value >= 10_000:
+        power = value.bit_length() - 1
+        return f"2^{power}" if value == 1 << power else f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _dedent(text: str) -> str:
+    first, _, rest = text.partition("\n")
+    return f"{first.strip()}\n" + "\n".join(line[4:] if line.startswith("    ") else line for line in rest.splitlines())
