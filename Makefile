@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 INSTALLED := $(VENV)/.d2v_fast-installed
 LIBRARY := d2v_fast/_C.so
+DOCS := build/docs-venv
 CONFIG ?= configs/digits.json
 PROCESSES ?= 1
 OUT ?= build/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock build dist train train-speech train-text test sanitize lint format bench bench-check gpu clean
+.PHONY: help setup lock build dist train train-speech train-text test test-minimal test-dist sanitize lint format docs bench bench-check gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -31,13 +32,17 @@ $(INSTALLED): requirements.lock constraints.txt pyproject.toml setup.py
 	else $(PIP) torch && D2V_REQUIRE_CPP=1 $(PIP) -e '.[train,test,bench,hf]'; fi
 	touch $@
 
-lock: ## requirements.lock again, after a change in constraints.txt
+lock: ## requirements.lock and docs/requirements.lock again, after a change in constraints.txt or pyproject.toml
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
 	grep -v '^torch==' constraints.txt | build/lock/bin/uv pip compile --quiet --no-config --python build/lock/bin/python \
 	--python-version 3.11 --no-deps --generate-hashes --no-annotate --no-header --no-emit-index-url -o build/lock/new -
 	{ echo '# Made by `make lock` out of constraints.txt: the hashes of all files of every version.'; cat build/lock/new; } > requirements.lock
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" | \
+	build/lock/bin/uv pip compile --quiet --no-config --python build/lock/bin/python --python-version 3.11 --universal \
+	--constraint constraints.txt --generate-hashes --no-annotate --no-header --no-emit-index-url -o build/lock/docs -
+	{ echo '# Made by `make lock` out of the extra `docs` of pyproject.toml and constraints.txt.'; cat build/lock/docs; } > docs/requirements.lock
 
 build: $(INSTALLED) $(LIBRARY) ## compile the C++ kernels again after a change in csrc/
 
@@ -65,6 +70,17 @@ test: build ## run the tests
 	$(BIN)/python -m pytest -n 2 -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
+test-minimal: ## the tests of the operations in an environment with torch and no other dependency
+	rm -rf build/minimal
+	$(PYTHON) -m venv build/minimal
+	build/minimal/bin/pip install --quiet --disable-pip-version-check torch
+	build/minimal/bin/pip install --quiet --disable-pip-version-check pytest pytest-timeout hypothesis cmake setuptools
+	PATH=$(abspath build/minimal/bin):$$PATH D2V_REQUIRE_CPP=1 build/minimal/bin/pip install --quiet --no-build-isolation -e .
+	build/minimal/bin/python -m pytest tests/ops -p no:cacheprovider -m "not alone"
+
+test-dist: build ## source archive and wheel: what is in them, and whether they work where they are installed
+	$(BIN)/python -m pytest tests/project/test_packaging.py --run-slow
+
 # beside a copy of the Python files, so that d2v_fast/_C.so stays what it is; with GCC, whose libraries are loaded first:
 # Python itself is not instrumented. Triton and torch.compile have none of our C++ in them.
 sanitize: $(INSTALLED) ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -82,9 +98,10 @@ sanitize: $(INSTALLED) ## the tests of the C++ kernels under AddressSanitizer an
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/python -m pytest tests/ops -n 2 -q -p no:cacheprovider -k "not triton and not compile and not derivatives"
 
-lint: $(INSTALLED) ## ruff, mypy, clang-format
+lint: $(INSTALLED) ## ruff, mypy, clang-format, codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
@@ -92,6 +109,18 @@ format: $(INSTALLED) ## let ruff and clang-format rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
+
+# in an environment of its own, without torch: of d2v_fast only its configuration and its help are imported
+$(DOCS)/.installed: docs/requirements.lock
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	{ echo "make docs needs Python 3.11 or later: name one, make docs PYTHON=python3.11"; exit 1; }
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --no-compile --disable-pip-version-check --require-hashes --no-deps -r docs/requirements.lock
+	touch $@
+
+docs: $(DOCS)/.installed ## documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 bench: build ## measure the operations, the masks and a step; table and plots in bench/results
 	mkdir -p build

@@ -262,17 +262,17 @@ def test_backward_of_the_norm_is_refused_in_words(device):
     _, mean, rstd = layer_norm_gelu_forward(x, weight, bias)
     for where in range(4):
 
-        def penalised(value: Tensor, where: int = where) -> Tensor:
+        def penalized(value: Tensor, where: int = where) -> Tensor:
             arguments = [grad, x, weight, bias]
             arguments[where] = value
             return layer_norm_gelu_backward(*arguments, mean, rstd)[0].sum()
 
         leaf = [grad, x, weight, bias][where].clone().requires_grad_()
         with pytest.raises(RuntimeError, match="`layer_norm_gelu_backward` has no derivative"):
-            penalised(leaf).backward()
+            penalized(leaf).backward()
         for mode in ("dual numbers", "jvp", "grad"):
             with pytest.raises(RuntimeError, match="`layer_norm_gelu_backward` has no derivative"):
-                MODES[mode](penalised, leaf.detach())
+                MODES[mode](penalized, leaf.detach())
 
 
 def test_operations_in_place_are_refused_in_words(device):

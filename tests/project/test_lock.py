@@ -19,6 +19,7 @@ else:
     pytest.skip("the lock is for Python 3.11 and later", allow_module_level=True)
 
 PYTHONS = ("3.11", "3.12", "3.13")
+LOCKS = ("requirements.lock", "docs/requirements.lock")
 HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
 
@@ -30,9 +31,9 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in found}
 
 
-def lock() -> dict[str, tuple[str, list[str]]]:
-    """Version and hashes in requirements.lock by name."""
-    text = (ROOT / "requirements.lock").read_text().replace("\\\n", "")
+def lock(file: str = "requirements.lock") -> dict[str, tuple[str, list[str]]]:
+    """Version and hashes in a lock by name."""
+    text = re.sub(r" ; [^\\]*", " ", (ROOT / file).read_text()).replace("\\\n", "")
     found = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
     return {canonicalize_name(pin.split("==")[0]): (pin.split("==")[1], hashes) for pin, *hashes in found}
 
@@ -80,14 +81,28 @@ def test_lock_has_the_versions_of_the_constraints() -> None:
     assert {name: version for name, (version, _) in lock().items()} == wanted, "run `make lock`"
 
 
-def test_every_version_has_hashes() -> None:
-    for name, (_, hashes) in lock().items():
+@pytest.mark.parametrize("file", LOCKS)
+def test_every_version_has_hashes(file: str) -> None:
+    for name, (_, hashes) in lock(file).items():
         assert hashes, name
         assert all(HASH.fullmatch(text) for text in hashes), name
 
 
-def test_lock_names_no_place() -> None:
-    assert not re.search(r"://|index-url|find-links|trusted-host", (ROOT / "requirements.lock").read_text())
+@pytest.mark.parametrize("file", LOCKS)
+def test_lock_names_no_place(file: str) -> None:
+    assert not re.search(r"://|index-url|find-links|trusted-host", (ROOT / file).read_text())
+
+
+def test_lock_of_the_site_is_that_of_its_extra() -> None:
+    """Without torch, and in versions that are tested where the tests need a package too."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    found = {name: version for name, (version, _) in lock("docs/requirements.lock").items()}
+    for requirement in map(Requirement, extra):
+        assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), f"{requirement}: `make lock`"
+    assert "torch" not in found
+    assert {name: found[name] for name in found.keys() & pins().keys()} == {
+        name: version for name, version in pins().items() if name in found
+    }
 
 
 def test_constraints_hold_what_pyproject_leads_to() -> None:

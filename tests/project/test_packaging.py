@@ -22,9 +22,10 @@ from tests.helpers.places import ROOT
 from tests.helpers.runs import tiny_file
 
 NAME = f"d2v_fast-{__version__}"
-FOLDERS = ("bench", "configs", "csrc", "d2v_fast", "docs", "kernels", "tests")
+FOLDERS = (".ci", ".github", "bench", "configs", "csrc", "d2v_fast", "docs", "kernels", "tests")
 FILES = (
     *("CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
+    *("CITATION.cff", "CODE_OF_CONDUCT.md", "mkdocs.yml", ".pre-commit-config.yaml"),
     *("SECURITY.md", "build_backend.py", "conftest.py", "constraints.txt", "pyproject.toml", "requirements.lock"),
     *("setup.py", ".clang-format"),
 )
@@ -216,6 +217,70 @@ def test_installed_wheel_works_anywhere(python: Path, tmp_path: Path) -> None:
     assert "student" in said.partition("after step 3")[2]
     assert "not built" not in said
     assert (tmp_path / "runs" / "r" / "export" / "model.safetensors").is_file()
+
+
+_TYPED = """
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast import ops
+from d2v_fast.config import TeacherConfig, load_config
+from d2v_fast.teacher import Teacher
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    yield torch.randn(2, 6, 8), torch.arange(5)
+
+
+student = nn.Linear(8, 8)
+teacher = Teacher(student, TeacherConfig(decay_start=0.9, decay_end=0.999, decay_steps=10))
+update = ops.EmaUpdate([torch.zeros(3)], [torch.ones(3)])
+decay: float = teacher.decay(1)
+for step, (x, rows) in enumerate(batches(), start=1):
+    layers: list[Tensor] = [teacher.module(x)]
+    target: Tensor = ops.topk_target(layers, layer_norm="layer", rows=rows)
+    found: ops.MaskedLoss = ops.masked_smooth_l1(student(x).flatten(0, 1)[rows], target, beta=1.0)
+    loss, moments = ops.data2vec_loss(student(x).flatten(0, 1)[rows], layers, rows=rows)
+    (loss + found.loss).backward()
+    y: Tensor = ops.layer_norm_gelu(x, torch.ones(8), torch.zeros(8))
+    ops.ema_update_(student.parameters(), student.state_dict().values(), 0.5)
+    teacher.update(step)
+    update(0.9)
+width: int = load_config("digits").d2v.model.width
+reveal_type(ops.backends())
+"""
+# what a type checker must find: an argument that does not exist, a result of another type, and a wrong type of one
+_MISTYPED = """
+import torch
+
+from d2v_fast import ops
+
+ops.topk_target([torch.zeros(1, 1, 1)], norm="layer")
+number: int = ops.layer_norm_gelu(torch.ones(2), torch.ones(2), torch.ones(2))
+ops.EmaUpdate([torch.ones(2)], [torch.ones(2)])("half")
+"""
+
+
+@needs_build
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mypy") is None, reason="needs mypy")
+def test_scripts_of_users_are_type_checked(python: Path, tmp_path: Path) -> None:
+    """`mypy --strict` with the installed wheel: `py.typed` is there, and the public names are typed."""
+    for name, code in (("typed", _TYPED), ("mistyped", _MISTYPED)):
+        (tmp_path / f"{name}.py").write_text(code)
+    check = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--python-executable", str(python)]
+    said = run([*check, "typed.py"], tmp_path)
+    assert "Success: no issues found" in said
+    assert 'Revealed type is "dict[str, str]"' in said.replace("builtins.", "")
+    done = subprocess.run([*check, "mistyped.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=280)
+    assert re.findall(r"^mistyped\.py:(\d+): error: .*\[([\w-]+)\]", done.stdout, re.MULTILINE) == [
+        ("6", "call-arg"),
+        ("7", "assignment"),
+        ("8", "arg-type"),
+    ]
 
 
 def test_torch_is_required_to_build_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
