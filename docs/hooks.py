@@ -101,20 +101,21 @@ def help_of(*command: str) -> str:
 def configuration() -> str:
     """Return the reference of all keys in Markdown: DeepSpeed's, then those of `d2v`, which differ by modality."""
     from d2v_fast.config import DeepSpeedConfig
-    from d2v_fast.config.schema import MODALITIES
+    from d2v_fast.modalities import BUILT_IN, modality_named
 
+    modalities = {name: modality_named(name).config for name in BUILT_IN}
     lines = ["## DeepSpeed's keys", ""]
     lines += section_lines(DeepSpeedConfig, "", {})
     for path, model in nested(DeepSpeedConfig, ""):
         lines += [f"### `{path}`", "", *section_lines(model, path, {})]
     lines += ["## `d2v`", ""]
-    first = next(iter(MODALITIES.values()))
+    first = next(iter(modalities.values()))
     plain = {name for name, field in first.model_fields.items() if section_of(field.annotation) is None}
-    lines += section_lines(first, "d2v", MODALITIES, only=plain)
+    lines += section_lines(first, "d2v", modalities, only=plain)
     for name in first.model_fields:
         if name in plain:
             continue
-        defaults = {modality: model.model_fields[name].default for modality, model in MODALITIES.items()}
+        defaults = {modality: model.model_fields[name].default for modality, model in modalities.items()}
         kinds = {modality: type(value) for modality, value in defaults.items()}
         if len(set(kinds.values())) == 1:
             lines += [f"### `d2v.{name}`", "", *section_lines(next(iter(kinds.values())), f"d2v.{name}", defaults)]
