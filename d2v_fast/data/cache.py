@@ -1,4 +1,4 @@
-"""Folders that are made once and used again: complete or absent, whoever else makes the same one at the same time."""
+"""Folders that are made once and reused. They are complete or absent, even if two processes make the same one."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from d2v_fast.processes.state import cpu_ticks
 
 __all__ = ["made_once"]
 
-# how long another process may make no progress, where no run says it by `d2v.run.timeout_minutes`
+# default time without progress of another process; runs pass `d2v.run.timeout_minutes`
 PATIENCE_S = 600.0
-# how long waiting for it is not worth a line
+# shorter waits are not reported
 REPORT_S = 3.0
 MAX_RECORD_BYTES = 1000
 
@@ -43,19 +43,18 @@ def made_once(
     key: str = "`d2v.data.tokens_path`",
     patience_s: float = PATIENCE_S,
 ) -> Path:
-    """The folder `name` below `root`, made if there is none yet.
+    """Return the folder `name` below `root`, and make it if it does not exist.
 
-    It is written under another name, flushed to the disk, and renamed last. A second process that wants the same one
-    waits for the first as long as that one makes progress; where the file system knows no locks both make it, and the
-    first to be through wins.
+    The folder is written under another name, flushed to disk, and renamed last. A second process waits while the first
+    makes progress. On a file system without locks both make the folder, and the first to finish wins.
 
     Args:
-        root: may not exist yet, and may be read-only if the folder is there. None: `d2v_fast` in the user's cache
-            folder, or else one of the user's own in the folder for temporary files.
-        name: a single part of a path, which stands for the content.
-        make: fills an empty folder; what it raises is handed on, and nothing is left behind.
-        key: what says where, for messages.
-        patience_s: seconds for which another process that makes it may make no progress.
+        root: need not exist, and may be read-only if the folder exists. None uses `d2v_fast` in the user's cache
+            folder, or else a private folder among the temporary files.
+        name: a single path component that identifies the content.
+        make: fills an empty folder. Its exceptions are passed on, and nothing is left behind.
+        key: the setting that chose `root`, for messages.
+        patience_s: seconds that another process may hold the lock without progress.
     Raises:
         DataError: the folder cannot be written, or another process holds its lock and makes no progress.
     """
@@ -71,7 +70,7 @@ def made_once(
             failures.append(printable(f"'{place}': {error.strerror or error}"))
             continue
         if failures:
-            _log.info("writing to '%s', for there is no writing to %s", printable(str(place)), failures[0])
+            _log.info("writing to '%s', because %s cannot be written", printable(str(place)), failures[0])
         try:
             with _locked(place / f".{name}.lock", _Wait(place, name, key, patience_s)) as is_locked:
                 _make(place, name, make, is_locked)
@@ -83,9 +82,7 @@ def made_once(
                 + (f"{remedy}, or set it to another folder." if remedy else "Set it to another folder.")
             ) from error
         return place / name
-    raise DataError(
-        f"{key} must be a folder that can be written, but there is no writing to " + ", nor to ".join(failures) + "."
-    )
+    raise DataError(f"{key} must be a folder that can be written. None of these can: " + "; ".join(failures) + ".")
 
 
 def _default_roots() -> Iterator[Path]:
@@ -96,7 +93,7 @@ def _default_roots() -> Iterator[Path]:
 
 
 def _prepare(root: Path, own: bool) -> None:
-    """Make the folder; `own`: nobody else may write to it, for its name can be guessed."""
+    """Make the folder. If it is the user's `own`, with a name that can be guessed, others must not write to it."""
     root.mkdir(mode=0o700 if own else 0o777, parents=True, exist_ok=True)
     status = os.lstat(root) if own else os.stat(root)
     if own and (not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022):
@@ -109,7 +106,7 @@ def _make(root: Path, name: str, make: Callable[[Path], None], is_locked: bool) 
     if (root / name).is_dir():
         return
     if is_locked:
-        # whoever made them is dead: it would hold the lock
+        # their maker is dead, or it would hold the lock
         for leftover in root.glob(f".{name}.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
     aside = make_beside(root, name)
@@ -134,7 +131,7 @@ def _make(root: Path, name: str, make: Callable[[Path], None], is_locked: bool) 
 
 @contextmanager
 def _locked(path: Path, wait: _Wait) -> Iterator[bool]:
-    """Hold the lock for the block, having waited for it; False where the file system knows none."""
+    """Wait for the lock and hold it. Yield False if the file system has no locks."""
     file, is_locked = _open_lock(path, wait)
     try:
         if is_locked:
@@ -152,7 +149,7 @@ def _open_lock(path: Path, wait: _Wait) -> tuple[int, bool]:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # else it was removed by the one that held it, as above
+            # otherwise the previous holder has removed the file
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file, True
         except FileNotFoundError:
@@ -168,9 +165,9 @@ def _open_lock(path: Path, wait: _Wait) -> tuple[int, bool]:
 
 
 class _Wait:
-    """Waits for another process as long as that one makes progress: it writes, or uses its processor.
+    """Wait for another process while it writes or uses CPU time.
 
-    Looks are counted, not seconds, so that the time for which this process is stopped does not count.
+    Checks are counted instead of seconds, so that time for which this process is stopped does not count.
     """
 
     def __init__(self, root: Path, name: str, key: str, patience_s: float) -> None:
@@ -180,21 +177,21 @@ class _Wait:
         self._progress: object = None
 
     def look(self, holder: Holder) -> None:
-        """Wait a moment, and report the holder of the lock once that takes longer.
+        """Sleep for one interval, and report the holder of the lock once after `REPORT_S`.
 
         Raises:
-            DataError: it has made no progress for `patience_s`.
+            DataError: the holder has made no progress for `patience_s`.
         """
         time.sleep(self._interval_s)
         self._looks += 1
-        # of the processes of one run, which wait for one of them, the first speaks for all
+        # one process of a run reports for all
         if self._looks == max(1, round(REPORT_S / self._interval_s)) and os.environ.get("RANK", "0") == "0":
             what = printable(self._name)
-            _log.warning("waiting for another process, which writes '%s' in '%s': %s", what, self._root, holder)
+            _log.warning("waiting for another process that writes '%s' in '%s': %s", what, self._root, holder)
         progress = (holder.pid and cpu_ticks(holder.pid), self._written())
         self._looks_without_progress = 0 if progress != self._progress else self._looks_without_progress + 1
         self._progress = progress
-        # this wait has a limit of its own
+        # not idle: this wait has a limit of its own
         alive()
         if self._looks_without_progress * self._interval_s >= self._patience_s:
             raise DataError(
@@ -206,7 +203,7 @@ class _Wait:
         files = sorted(self._root.glob(f".{glob.escape(self._name)}.tmp-*/*"))
         sizes = []
         for file in files:
-            # it may be renamed with its folder at any moment
+            # the folder may be renamed at any moment
             with contextlib.suppress(OSError):
                 sizes.append((file.name, os.lstat(file).st_size))
         return sizes

@@ -1,4 +1,4 @@
-"""Folders that others filled: what is in them, listed once, and files opened without harm."""
+"""List the files of a data folder and open them safely."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ __all__ = [
     "refuse_system_error",
 ]
 
-# files looked at before training starts, and neighbors tried in place of an unreadable file
+# files read before training starts, and neighbors tried in place of an unreadable file
 NUM_CHECKED = 16
 NUM_NEIGHBORS = 64
 NUM_NAMED = 10
-# of what is left out of a folder, so many are named where the rest is only counted
+# examples that a message names; the rest is only counted
 NUM_EXAMPLES = 3
-# hidden entries that desktops and tools make, never a user's samples; also `._x`, which macOS puts beside every `x`
+# hidden entries that desktops and tools create, never samples; macOS puts a `._x` beside every `x`
 _NOISE = (".ds_store", "._", ".git", ".ipynb_checkpoints", ".trash", ".spotlight-", ".fseventsd", ".thumb", ".nfs")
 
 
 class UnreadableFile(ValueError):
-    """A file that cannot be used; the message is the reason in a few words."""
+    """A file that cannot be used. The message gives the reason in a few words."""
 
 
 class PathList:
-    """Texts in two arrays. A list of a million strings would be copied into every worker as it is touched."""
+    """A list of strings in two arrays.
+
+    Worker processes share the memory of arrays; of a list of strings, reference counting would copy every page.
+    """
 
     def __init__(self, paths: Iterable[str]) -> None:
         encoded = [os.fsencode(path) for path in paths]
@@ -58,21 +61,21 @@ class PathList:
 
     @property
     def content(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """All texts one after the other, in the system's encoding of file names, and where each ends."""
+        """Return all strings joined, in the file system's encoding, uint8; and the end of each, int64."""
         return self._bytes, self._ends
 
 
 def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[str], Listing]:
-    """Find all files below a folder that a modality reads; hidden ones are left out.
+    """Find all files below a folder that a modality reads, without hidden ones.
 
     Args:
         root: the folder.
-        inside: absolute folder without links in it; links to folders outside of it are left out. None follows all.
-        kinds: which files to find, and which others to count by their ending.
+        inside: absolute folder without links in it. Links to folders outside of it are left out; None follows all.
+        kinds: files to find, and files to count by their ending.
     Returns:
-        Paths relative to `root`, sorted; and what was found in the folder.
+        Paths relative to `root`, sorted, and the listing of the folder.
     Raises:
-        DataError: if there is no such folder, or no such file in it.
+        DataError: `root` is not a folder, or holds no file of these kinds.
     """
     if not os.path.isdir(root):
         problem = "is neither a file nor a folder" if os.path.exists(root) else "does not exist"
@@ -108,10 +111,10 @@ def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[st
 
 
 def tried_in_order(count: int) -> list[int]:
-    """Return the distances at which a readable file is looked for, from a file on, in a circle of `count` files.
+    """Return the offsets, modulo `count`, at which to look for a replacement of an unreadable file.
 
-    Of at most `NUM_NEIGHBORS`, half are the next ones, and the others are spread over the rest: unreadable files often
-    lie side by side.
+    Half of the at most `NUM_NEIGHBORS` offsets are the next files and the others are spread over the rest, because
+    unreadable files often lie side by side.
     """
     near = min(count, NUM_NEIGHBORS // 2)
     far = np.linspace(near, count - 1, min(count, NUM_NEIGHBORS) - near, dtype=np.int64)
@@ -123,22 +126,22 @@ def open_sample(path: str, inside: str | None, max_bytes: int) -> BufferedReader
 
     Args:
         path: the file.
-        inside: absolute folder without links in it, which the file may not lie outside of; None for any place.
+        inside: absolute folder without links in it that must contain the file; None allows any place.
         max_bytes: largest size.
     Returns:
         The file, open in binary mode.
     Raises:
-        UnreadableFile: if it lies outside, is a link to nothing, is no regular file, is larger than `max_bytes`, or
+        UnreadableFile: the file lies outside, is a dead link, is not a regular file, is larger than `max_bytes`, or
             is a git-lfs pointer.
-        OSError: if it cannot be opened.
+        OSError: the file cannot be opened.
     """
     real = os.path.realpath(path)
     if inside is not None and not real.startswith(os.path.join(inside, "")):
-        raise UnreadableFile(f"a link out of the folder, to {real} (`d2v.data.follow_outside` would allow it)")
+        raise UnreadableFile(f"a link out of the folder, to {real} (allow it with `d2v.data.follow_outside`)")
     if not os.path.exists(real) and os.path.islink(path):
         raise UnreadableFile(f"a link to a file that does not exist, {real}")
     try:
-        # whoever puts a link in its place meanwhile is not followed
+        # do not follow a link that replaces the file meanwhile
         file = open_regular(real, below=os.path.dirname(real))
     except NotRegularError as error:
         raise UnreadableFile(str(error.strerror)) from None
@@ -155,24 +158,24 @@ def open_sample(path: str, inside: str | None, max_bytes: int) -> BufferedReader
 
 
 def refuse_system_error(error: BaseException, path: str, *, is_lasting: bool = False) -> None:
-    """DataError for an error that says nothing about the file: a good file is not to be counted as unreadable.
+    """Raise a DataError for an error of the system, so that a good file is not counted as unreadable.
 
     Args:
         error: raised while `path` was read.
         path: the file.
-        is_lasting: what is left out now stays left out, so that a fault of the disk, which may pass, is refused too.
+        is_lasting: the decision to leave the file out is permanent, so refuse disk errors as well, which may pass.
     """
     if is_of_system(error) or (is_lasting and error_number(error) == errno.EIO):
         remedy = advice(error, printable(os.path.dirname(path)))
         raise DataError(
-            f"'{printable(path)}' could not be read, for a reason that may pass and is not the file's: "
+            f"'{printable(path)}' could not be read because of a system error that may be temporary: "
             f"{printable(getattr(error, 'strerror', None) or str(error))}." + (f" {remedy}." if remedy else "")
         ) from error
 
 
 @dataclass
 class _Skipped:
-    """Entries that a walk does not enter or list: their paths; those of hidden folders end with a slash."""
+    """Paths that a walk leaves out. Those of hidden folders end with a slash."""
 
     hidden: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
@@ -180,10 +183,9 @@ class _Skipped:
 
 
 def _walk(root: str, inside: str | None, skipped: _Skipped) -> Iterator[str]:
-    """Everything below `root` that is no folder; each folder once, also where links lead in circles.
+    """Yield everything below `root` that is not a folder. Each folder is listed once, even if links form a cycle.
 
-    What is left out is added to `skipped`: links to folders that lie outside of `inside`, hidden entries, and folders
-    that cannot be listed.
+    Links to folders outside of `inside`, hidden entries, and folders that cannot be listed are added to `skipped`.
     """
     seen = set()
     folders = [root]
@@ -214,16 +216,16 @@ def _walk(root: str, inside: str | None, skipped: _Skipped) -> Iterator[str]:
             if is_folder:
                 folders.append(entry.path)
             else:
-                # also what cannot be read, such as dead links and pipes: whoever reads it says why, and it is counted
+                # includes dead links and pipes: reading them reports the reason and counts them
                 yield entry.path
 
 
 def _is_known(ending: str, endings: Container[str]) -> bool:
-    """Whether an ending, or the last part of one such as `.wav.gz`, is among `endings`."""
+    """Return whether an ending, or its last part (`.gz` of `.wav.gz`), is among `endings`."""
     return ending in endings or "." + ending.rpartition(".")[2] in endings
 
 
 def _examples(paths: list[str], root: str) -> str:
-    """The first of some paths below `root`, for messages."""
+    """Return the first paths, relative to `root`, for messages."""
     names = [printable(os.path.relpath(path, root)) for path in sorted(paths)[:NUM_EXAMPLES]]
     return ", ".join([*names, *(["..."] if len(paths) > NUM_EXAMPLES else [])])

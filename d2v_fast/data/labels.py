@@ -1,5 +1,7 @@
-"""Samples with labels that a user has: a class per sub-folder, or per value of a field; chosen and divided the same way
-every time. Pre-training never reads them."""
+"""A user's labeled samples for a probe: a class per sub-folder, or per value of a field.
+
+Which samples are used, and which are held out, is deterministic. Pre-training reads no labels.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,23 @@ from d2v_fast.files.reading import printable
 
 __all__ = ["MAX_CLASSES", "MIN_PER_CLASS", "LabeledSample", "LabeledSet", "choose", "labeled_files", "split"]
 
-# one to learn from and one to hold out
+# one to train on and one to hold out
 MIN_PER_CLASS = 2
 MAX_CLASSES = 1000
-# names of folders that hold parts of a data set, and no classes
+# folder names of data set splits, which are not classes
 PARTS = {"dev", "eval", "evaluation", "test", "testing", "train", "training", "val", "valid", "validation"}
 
 _Content = TypeVar("_Content")
 
 
 class LabeledSample(NamedTuple):
-    """A sample before it is read: its name below the data set, its class, and its text, which files have none of."""
+    """A sample before it is read.
+
+    Attributes:
+        name: path below the data set.
+        label: name of the class.
+        text: the text; "" for a file.
+    """
 
     name: str
     label: str
@@ -37,8 +45,13 @@ class LabeledSample(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Samples sorted by class and then in an order like a random one; how many of these classes there were; and what
-    is left out, a line each."""
+    """Chosen samples.
+
+    Attributes:
+        samples: sorted by class, in pseudo-random order within a class.
+        num_found: number of samples of these classes that were found.
+        notes: a line for each kind of sample that is left out.
+    """
 
     samples: list[LabeledSample]
     num_found: int
@@ -50,10 +63,10 @@ class LabeledSet:
     """The samples that a probe uses, class by class.
 
     Attributes:
-        root: Folder that the names of files are relative to; of text, the file or folder that was read.
-        samples: At most `max_samples` of them.
-        num_found: Samples of these classes that were found, those included that are not used.
-        notes: What is left out and why, a line each.
+        root: folder that file names are relative to; for text, the file or folder that was read.
+        samples: at most `max_samples` samples.
+        num_found: number of samples of these classes that were found, used or not.
+        notes: a line for each kind of sample that is left out.
     """
 
     root: str
@@ -62,10 +75,10 @@ class LabeledSet:
     notes: tuple[str, ...]
 
     def describe(self, what: str) -> list[str]:
-        """Word what is used in the first line, and in the others what is left out.
+        """Describe the set. The first line says what is used, the others what is left out.
 
         Args:
-            what: A sample in a word.
+            what: a noun for one sample.
         """
         num_classes = len({sample.label for sample in self.samples})
         used = counted(len(self.samples), what)
@@ -79,13 +92,13 @@ def labeled_files(
     """Find the files of a folder whose sub-folders are classes: `path/CLASS/.../file`.
 
     Args:
-        path: The folder.
-        kinds: Files that are read.
-        max_samples: Files to choose at most.
-        follow_outside: Follow links that lead out of `path`.
-        key: What named the folder, for messages.
+        path: the folder.
+        kinds: files that are read.
+        max_samples: largest number of files to choose.
+        follow_outside: follow links that lead out of `path`.
+        key: the setting that named the folder, for messages.
     Raises:
-        DataError: There is no such folder, or it holds fewer than two classes.
+        DataError: `path` is not a folder, or holds fewer than two classes.
     """
     root = os.path.abspath(path)
     try:
@@ -104,34 +117,35 @@ def labeled_files(
 
 
 def class_of(path: str) -> str:
-    """The first folder of a relative path; "" for a file that lies in none."""
+    """Return the first folder of a relative path, or "" for a file that lies in none."""
     return path.partition(os.sep)[0] if os.sep in path else ""
 
 
 def refuse_parts(root: str, folders: set[str], key: str) -> None:
-    """Raise a DataError where sub-folders are parts of a data set instead of classes."""
+    """Raise a DataError if the sub-folders look like splits of a data set instead of classes."""
     if folders and {folder.lower() for folder in folders} <= PARTS:
         first = sorted(folders)[0]
         raise DataError(
             f"{key} must be a folder whose sub-folders are classes, but those of '{printable(root)}' "
-            f"({', '.join(sorted(folders))}) look like parts of a data set. Name one of them, such as "
+            f"({', '.join(sorted(folders))}) look like splits of a data set. Name one of them, such as "
             f"'{printable(os.path.join(root, first))}'."
         )
 
 
 def choose(samples: Iterable[LabeledSample], max_samples: int, what: str, key: str, root: str, source: str) -> Choice:
-    """Choose at most `max_samples` samples, as evenly over the classes as there are enough.
+    """Choose at most `max_samples` samples, divided over the classes as evenly as their sizes allow.
 
-    Which ones depends on their own content or name only, so that another order, or more samples, change little.
+    The choice depends only on the content or name of each sample, so another order or more samples change little.
 
     Args:
-        samples: Any number; no more of them than needed are held at a time.
-        max_samples: At least 2 per class must fit.
-        what: The samples in the plural, for messages.
-        key, root: What named the data set, and the data set.
-        source: A sentence on what a class is.
+        samples: any number of samples; only about `max_samples` are held in memory.
+        max_samples: at least 2 per class.
+        what: the samples in the plural, for messages.
+        key: the setting that named the data set, for messages.
+        root: the data set.
+        source: a sentence that says what a class is.
     Raises:
-        DataError: There are fewer than two classes, too many, or none of them has enough samples.
+        DataError: there are fewer than two classes, too many classes, or too few samples per class.
     """
     kept = _Kept[LabeledSample](max_samples)
     for sample in samples:
@@ -166,19 +180,19 @@ def choose(samples: Iterable[LabeledSample], max_samples: int, what: str, key: s
 
 
 def split(labels: npt.NDArray[np.int64], test_fraction: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Hold out the same share of every class, at least one sample, and leave at least one.
+    """Hold out the same fraction of every class, at least one sample, and leave at least one.
 
     Args:
-        labels: int64 `[S]`, each at least twice.
-        test_fraction: The share.
+        labels: int64 `[S]`, each value at least twice.
+        test_fraction: fraction to hold out.
     Returns:
-        Positions of the samples to learn from and of the held-out ones, int64, ascending.
+        Positions of the training and of the held-out samples, int64, ascending.
     """
     held_out = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         num_test = min(max(1, round(test_fraction * len(members))), len(members) - 1)
-        # samples of a class are in an order like a random one
+        # samples of a class are in pseudo-random order
         held_out[members[:num_test]] = True
     return np.flatnonzero(~held_out).astype(np.int64), np.flatnonzero(held_out).astype(np.int64)
 
@@ -188,16 +202,17 @@ def _classes(count: int) -> str:
 
 
 def _rank(sample: LabeledSample) -> int:
-    """A number like a random one that equal texts share, so that a copy is hardly ever on the other side of the
-    split."""
+    """Return a pseudo-random number that depends on the content, so that duplicates fall on one side of the split."""
     content = sample.text or sample.name
     return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
 
 
 @dataclass
 class _Kept(Generic[_Content]):
-    """For each class the samples of the lowest ranks: so many that all together are `limit`, or twice as many until
-    `samples` is called."""
+    """The samples with the lowest ranks of each class, together at most `limit`.
+
+    Up to twice as many are held until `samples` is called.
+    """
 
     limit: int
     counts: dict[str, int] = field(default_factory=dict)
@@ -205,22 +220,22 @@ class _Kept(Generic[_Content]):
     _num_held: int = 0
 
     def add(self, label: str, rank: int, content: _Content) -> None:
-        """Take one more sample; `rank` decides whether it is kept."""
+        """Add a sample. `rank` decides whether it stays."""
         self.counts[label] = number = self.counts.get(label, 0) + 1
-        # equal ranks are kept in the order in which they came
+        # the number breaks ties between equal ranks
         self._ranked.setdefault(label, []).append((rank, number, content))
         self._num_held += 1
-        # one of each class is always held
+        # at least one sample of each class is held
         if self._num_held > 2 * max(self.limit, len(self.counts)):
             self._trim()
 
     def drop(self, label: str) -> None:
-        """Forget a class."""
+        """Remove a class."""
         self._num_held -= len(self._ranked.pop(label))
         del self.counts[label]
 
     def samples(self) -> Iterator[_Content]:
-        """The samples of the lowest ranks, by class and rank."""
+        """Yield the samples with the lowest ranks, by class and rank."""
         self._trim()
         for label in sorted(self._ranked):
             yield from (content for _, _, content in self._ranked[label])
@@ -234,7 +249,7 @@ class _Kept(Generic[_Content]):
 
 
 def _share(counts: list[int], limit: int) -> int:
-    """The largest m for which all counts, cut to m, add up to at most `limit`; at least 1."""
+    """Return the largest m >= 1 such that the counts, each cut to m, sum to at most `limit`."""
     low, high = 1, max(counts, default=1)
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""What a data set consists of and what it leaves out, counted, and in words for the start of every command."""
+"""Count what a data set uses and leaves out, and describe it in the lines that every command prints first."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = [
     "print_listing",
 ]
 
-# endings or reasons that are named before the rest is only counted
+# endings that a line names; the rest is only counted
 NUM_ENDINGS = 8
 _NUM_FIELDS = 10
-# in front of these endings stands the one that says what was compressed
+# these follow the ending of the compressed file
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 
 _UNPACK = "unpack them"
 ARCHIVES: Mapping[str, str] = dict.fromkeys(
     (".7z", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"), _UNPACK
 )
-"""Endings of archives and compressed files, with advice: they may hold samples of any modality."""
+"""Endings of archives and compressed files, which may hold samples of any modality, with advice."""
 
 VIDEOS = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
 """Endings of videos, which may hold both images and sound."""
@@ -56,11 +56,11 @@ class FileKinds:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """So many files or samples that are left out, and why.
+    """A number of files or samples that are left out for one reason.
 
     Attributes:
-        count: how many.
-        what: one of them, such as `recording`.
+        count: number of files or samples.
+        what: a singular noun, such as `recording`.
         why: the rest of the sentence, such as `shorter than 1 s`.
     """
 
@@ -71,15 +71,15 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data set consists of and what it leaves out.
+    """What a data set uses and what it leaves out.
 
     Attributes:
-        used: number of files by ending; empty for a sample set that ships with the library.
-        unread: the same for files that may be taken for samples but are not read.
-        advice: what to do about them, by ending.
-        others: the same for all other files.
+        used: number of files by ending. Empty for a sample set that ships with the library.
+        unread: number of files by ending that look like samples but are not read.
+        advice: what to do about unread files, by ending.
+        others: number of all other files by ending.
         left_out: files and samples that are left out for another reason than their ending.
-        bad_files: files that were found unreadable when the data set was listed, as `path: reason`.
+        bad_files: files that were unreadable when the data set was listed, as `path: reason`.
     """
 
     used: Mapping[str, int] = field(default_factory=dict)
@@ -90,12 +90,12 @@ class Listing:
     bad_files: tuple[str, ...] = ()
 
     def without(self, count: int, what: str, why: str) -> Listing:
-        """Return the listing with one more reason why something is left out, if `count` is not 0."""
+        """Return the listing with one more `LeftOut`, or unchanged if `count` is 0."""
         return replace(self, left_out=(*self.left_out, LeftOut(count, what, why))) if count else self
 
 
 def ending_of(path: str) -> str:
-    """The ending of a file's name in lower case with its dot, `.jsonl.gz` in one piece; "" if there is none."""
+    """Return the ending of a file name in lower case with its dot, such as `.jsonl.gz`; "" if there is none."""
     stem, ending = os.path.splitext(os.path.basename(path).lower())
     if ending in COMPRESSIONS:
         inner = os.path.splitext(stem)[1]
@@ -106,16 +106,16 @@ def ending_of(path: str) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """`1 file`, `2 files`, `1,000 files`."""
+    """Return a count with its noun: `1 file`, `1,000 files`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def describe_listing(listing: Listing, samples: str) -> list[str]:
-    """Word a listing, one line per fact; the first says what is used, the others what is not.
+    """Describe a listing. The first line says what is used, the others what is left out.
 
     Args:
         listing: of a data set.
-        samples: how many samples there are and of what kind, such as `2 recordings`.
+        samples: the samples with their number, such as `2 recordings`.
     """
     lines = [samples]
     if listing.used:
@@ -124,7 +124,7 @@ def describe_listing(listing: Listing, samples: str) -> list[str]:
     for ending, count in listing.unread.items():
         by_advice.setdefault(listing.advice.get(ending, ""), {})[ending] = count
     for advice, endings in by_advice.items():
-        # each ending is named, however many there are
+        # name every ending, because each needs the advice
         named = _endings(endings, limit=len(endings))
         why = f"not read, {advice}" if advice else "not read"
         lines.append(f"left out: {counted(sum(endings.values()), 'file')} ({named}): {why}")
@@ -145,7 +145,7 @@ def print_listing(listing: Listing, samples: str, file: TextIO | None = None) ->
 
 
 def _endings(counts: Mapping[str, int], limit: int = NUM_ENDINGS) -> str:
-    """`60 .opus, 2 .wav`, the most frequent first."""
+    """Return counts such as `60 .opus, 2 .wav`, the most frequent first."""
     order = sorted(counts, key=lambda ending: (-counts[ending], ending))
     parts = [f"{counts[ending]:,} {printable(ending) or 'without ending'}" for ending in order[:limit]]
     rest = sum(counts[ending] for ending in order[limit:])
@@ -153,7 +153,7 @@ def _endings(counts: Mapping[str, int], limit: int = NUM_ENDINGS) -> str:
 
 
 def count_endings(paths: Iterable[str]) -> dict[str, int]:
-    """Number of paths by ending."""
+    """Return the number of paths by ending."""
     counts: dict[str, int] = {}
     for path in paths:
         ending = ending_of(path)
@@ -162,7 +162,7 @@ def count_endings(paths: Iterable[str]) -> dict[str, int]:
 
 
 def name_list(names: Iterable[str]) -> str:
-    """Return the names of fields or columns in quotes, of many of them the first, for messages."""
+    """Return the first names in quotes, for messages."""
     names = list(names)
     more = ", ..." if len(names) > _NUM_FIELDS else ""
     return ", ".join(f"'{name[:80]}'" for name in names[:_NUM_FIELDS]) + more if names else "none"

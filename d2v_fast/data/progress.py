@@ -1,4 +1,4 @@
-"""How far a long task is and how much time is left; a bar on a terminal and a line now and then elsewhere."""
+"""Report the progress of a long task: a bar on a terminal, and occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 __all__ = ["Progress", "TimeLeft", "duration"]
 
-# seconds: what is done sooner needs no report, and between two lines
+# seconds before the first report, and between two lines
 QUIET, BETWEEN = 2.0, 30.0
-# the time left is known when so much has been done at a steady pace: a share, or some of it for so many seconds
+# the time left is shown after this fraction of the task, or after this many seconds of progress
 KNOWN_SHARE, KNOWN_SECONDS = 0.01, 10.0
 
 
 def duration(seconds: float) -> str:
-    """Format a length of time: 2:03 below an hour, 1:02:03, and from 48 hours on as days, 4 days 5 h."""
+    """Format a duration as 2:03, as 1:02:03 from an hour on, and as `4 days 5 h` from 48 hours on."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
@@ -25,10 +25,10 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """Estimates the time left from the pace since the first report, which may have waited for much else.
+    """Estimate the time left from the pace since the first report.
 
     Args:
-        total: of the whole task, in any unit.
+        total: size of the whole task, in any unit.
     """
 
     def __init__(self, total: int) -> None:
@@ -37,13 +37,13 @@ class TimeLeft:
         self._last: tuple[float, int] = (0.0, 0)
 
     def report(self, done: int) -> None:
-        """Take note that `done` of the total are through now."""
+        """Record that `done` of the total are finished."""
         self._last = (time.monotonic(), done)
         if self._first is None:
             self._first = self._last
 
     def __str__(self) -> str:
-        """Return two spaces and the time left, or nothing while it is not known."""
+        """Return two spaces and the time left, or "" while it is unknown."""
         if self._first is None:
             return ""
         seconds, done = self._last[0] - self._first[0], self._last[1] - self._first[1]
@@ -53,11 +53,11 @@ class TimeLeft:
 
 
 class Progress:
-    """A context in which `show` may be called as often as wanted.
+    """A context manager that reports progress. `show` limits its own rate, so call it as often as convenient.
 
     Args:
         what: the work, in a few words.
-        total: bytes of the whole.
+        total: size of the task in bytes.
     """
 
     def __init__(self, what: str, total: int) -> None:
@@ -71,7 +71,7 @@ class Progress:
         self._said = False
 
     def show(self, done: int, detail: str) -> None:
-        """Report that `done` bytes are through; costs next to nothing if there was a report just now."""
+        """Report that `done` bytes are finished, unless the last report was recent."""
         now = time.monotonic()
         if now < self._next:
             return
@@ -92,7 +92,7 @@ class Progress:
             self._next = now + BETWEEN
 
     def close(self, text: str) -> None:
-        """End with a line, if there was any report."""
+        """Print a last line, if anything was reported before."""
         if self._bar is not None:
             self._bar.stop()
         if self._bar is not None or self._said:
@@ -107,7 +107,7 @@ class Progress:
 
 
 def _megabytes(num_bytes: float) -> str:
-    """A number of bytes in MB: whole ones, or two digits below ten."""
+    """Format bytes as MB, with two significant digits below ten."""
     megabytes = num_bytes / 1e6
     return f"{megabytes:,.0f}" if megabytes >= 9.5 or not num_bytes else f"{megabytes:.2g}"
 
@@ -116,6 +116,6 @@ def _rich_bar() -> Any:
     try:
         from rich.progress import BarColumn, Progress, TextColumn
     except Exception:
-        # lines will do
+        # print lines instead
         return None
     return Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), refresh_per_second=4)

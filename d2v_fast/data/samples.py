@@ -1,4 +1,4 @@
-"""Which samples a data set has, in a form that a checkpoint can hold and a later start can compare."""
+"""Identify the samples of a data set by digests, which a checkpoint holds and a resumed run compares."""
 
 from __future__ import annotations
 
@@ -18,32 +18,31 @@ if TYPE_CHECKING:
 
 __all__ = ["SampleSource", "Samples", "digest_of", "file_sizes"]
 
-# sizes are asked for by threads, which mostly wait for the file system
+# threads, because asking for a size mostly waits for the file system
 NUM_THREADS = 16
 SIZES_AT_A_TIME = 1024
 
 
 class SampleSource(Protocol):
-    """A data set that can say which samples it has."""
+    """A data set that can identify its samples."""
 
     def names_digest(self) -> str:
-        """Return a digest of which samples these are, and of their order; see `Samples.names`."""
+        """Return the digest of the samples' names and order; see `Samples.names`."""
         ...
 
     def sizes_digest(self) -> str:
-        """Return a digest of their sizes; see `Samples.sizes`. It may look at every file, but reads none."""
+        """Return the digest of the samples' sizes; see `Samples.sizes`. It reads no file."""
         ...
 
 
 class Samples(NamedTuple):
-    """The samples of a data set in the order that their ids count.
+    """The identity of a data set's samples, in the order of their ids.
 
     Attributes:
-        what: one sample in a word, as `BatchMaker.what`.
-        number: of them.
-        names: digest of their names below the data path; of text, of its tokens.
-        sizes: digest of the sizes of their files, and of their lengths where they differ in length; of text, of how its
-            tokens are divided into blocks.
+        what: a noun for one sample, as `BatchMaker.what`.
+        number: number of samples.
+        names: digest of the names below the data path; for text, of the tokens.
+        sizes: digest of file sizes and, if they vary, of lengths; for text, of how tokens are divided into blocks.
     """
 
     what: str
@@ -52,7 +51,7 @@ class Samples(NamedTuple):
     sizes: str
 
     def difference(self, now: Samples) -> str | None:
-        """Describe in what the samples `now` differ from these; None where nothing does."""
+        """Describe how the samples `now` differ from these. Return None if they do not."""
         if self[1:] == now[1:]:
             return None
         if self.number != now.number:
@@ -65,7 +64,7 @@ class Samples(NamedTuple):
 
 
 def digest_of(*parts: bytes | npt.NDArray[np.generic]) -> str:
-    """Return the SHA-256 of bytes and arrays, in hexadecimal digits, with the length of each part."""
+    """Return the SHA-256 of the parts and their lengths, in hexadecimal digits."""
     state = hashlib.sha256()
     for part in parts:
         content = part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes()
@@ -78,7 +77,7 @@ def file_sizes(root: str, paths: PathList) -> npt.NDArray[np.int64]:
     """Return the size in bytes of every file, int64 `[len(paths)]`; -1 for a file that is gone.
 
     Raises:
-        OSError: a size is not to be had, for a reason that may pass.
+        OSError: a size cannot be read because of an error that may be temporary.
     """
     sizes = np.full(len(paths), -1, dtype=np.int64)
 
@@ -88,10 +87,10 @@ def file_sizes(root: str, paths: PathList) -> npt.NDArray[np.int64]:
                 sizes[index] = os.stat(os.path.join(root, paths[index])).st_size
             except OSError as error:
                 if is_of_system(error) or error_number(error) == errno.EIO:
-                    # the data have not changed for it
+                    # a temporary error must not look like changed data
                     raise
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        # a list, so that an error of a thread is raised here
+        # consume the results, so that an error of a thread is raised here
         list(pool.map(ask, range(0, len(paths), SIZES_AT_A_TIME)))
     return sizes

@@ -116,7 +116,7 @@ def test_folders_are_classes(tmp_path: Path) -> None:
 
 def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
     make(tmp_path, *(f"{part}/{name}/{i}.png" for part in ("train", "Val") for name in ("cat", "dog") for i in (1, 2)))
-    with pytest.raises(DataError, match=r"look like parts of a data set\. Name one of them, such as '.*/Val'"):
+    with pytest.raises(DataError, match=r"look like splits of a data set\. Name one of them, such as '.*/Val'"):
         labeled_files(str(tmp_path), KINDS, 100, follow_outside=False)
     found = labeled_files(str(tmp_path / "train"), KINDS, 100, follow_outside=False)
     assert {s.label for s in found.samples} == {"cat", "dog"}

@@ -68,7 +68,7 @@ def test_stopped_holder_is_named(tmp_path: Path, children: list[int], caplog, mo
     assert "has made no progress for 0.0167 minutes" in message
     assert f"`kill -CONT {child}`" in message
     (said,) = caplog.messages
-    assert said.startswith(f"waiting for another process, which writes '{NAME}' in '{root}': pid {child} on ")
+    assert said.startswith(f"waiting for another process that writes '{NAME}' in '{root}': pid {child} on ")
     # what it held is not touched, and it goes on where it was
     os.kill(child, signal.SIGCONT)
     assert (made_once(str(root), NAME, pytest.fail, patience_s=20) / "file").read_text() == "made"
