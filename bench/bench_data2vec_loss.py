@@ -19,22 +19,31 @@ MASKS = {"v2 image": 16}
 
 
 @pytest.mark.parametrize("name", BETAS)
-def bench_data2vec_loss(compete: Callable[[Contest], None], device, name):
+def bench_data2vec_loss(compete: Callable[[Contest], None], device: torch.device, name: str) -> None:
     size, beta = SIZES[name], BETAS[name]
     layers, rows = make_inputs(size, torch.float32, device)
     masks = MASKS.get(name, 1)
     target_rows = torch.arange(len(rows), device=device).repeat(masks) if masks > 1 else None
     pred = torch.randn(len(rows) * masks, size.width, device=device, requires_grad=True)
-    norms = {"layer_norm": size.layer_norm, "final_norm": size.final_norm}
+    layer_norm, final_norm = size.layer_norm, size.final_norm
 
     def spread(target: Tensor) -> Tensor:
         return target if target_rows is None else target.index_select(0, target_rows)
 
     def fused(p: Tensor) -> Tensor:
-        return data2vec_loss(p, layers, **norms, rows=rows, target_rows=target_rows, beta=beta, reduction="sum").loss
+        return data2vec_loss(
+            p,
+            layers,
+            layer_norm=layer_norm,
+            final_norm=final_norm,
+            rows=rows,
+            target_rows=target_rows,
+            beta=beta,
+            reduction="sum",
+        ).loss
 
     def two_ops(p: Tensor) -> Tensor:
-        target = topk_target(layers, **norms, rows=rows)
+        target = topk_target(layers, layer_norm=layer_norm, final_norm=final_norm, rows=rows)
         return masked_smooth_l1(p, target, beta=beta, reduction="sum", target_rows=target_rows).loss
 
     def as_published(p: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ CASES = [(m, d, w) for m in MODELS for d in (torch.float32, torch.bfloat16) for 
 
 
 @pytest.mark.parametrize(("model", "dtype", "with_working"), CASES)
-def bench_ema(compete: Callable[[Contest], None], device, model, dtype, with_working):
+def bench_ema(
+    compete: Callable[[Contest], None], device: torch.device, model: str, dtype: torch.dtype, with_working: bool
+) -> None:
     if model == "1 B" and device.type == "cpu":
         pytest.skip("for GPUs only: 16 GB of tensors")
     shapes, item = MODELS[model], dtype.itemsize

@@ -87,9 +87,10 @@ def bench_front_end(benchmark: Any, device: torch.device, case: str) -> None:
     info |= {**quantiles(seconds), "peak_bytes": peak, "dtype": "torch.float32"}
     row = compared(plain_seconds, seconds) | {"peak_bytes": plain_peak}
     info["peers"] = {"plain torch, channels first": row}
-    info["note"] = (
-        f"{info['case']}: peak memory {peak / 1e6:.0f} MB above the inputs, plain torch {plain_peak / 1e6:.0f}."
-    )
+    if peak is not None and plain_peak is not None:
+        info["note"] = (
+            f"{info['case']}: peak memory {peak / 1e6:.0f} MB above the inputs, plain torch {plain_peak / 1e6:.0f}."
+        )
 
 
 def assert_same(stack: ConvStack, plain: PlainLayers, waveforms: Tensor, direction: Tensor) -> None:
@@ -98,7 +99,7 @@ def assert_same(stack: ConvStack, plain: PlainLayers, waveforms: Tensor, directi
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
     for output in outputs:
         output.backward(direction)
-    pairs = [
+    pairs: list[tuple[Any, Any]] = [
         (own.grad.transpose(1, 2), their.weight.grad)
         for own, their in zip(stack.weights, plain.convolutions, strict=True)
     ]

@@ -42,7 +42,7 @@ def repeated(run: Callable[[], object]) -> Callable[[], None]:
 
 @pytest.mark.parametrize("way", ["ema_update_", "EmaUpdate"])
 @pytest.mark.parametrize("with_working", [False, True])
-def bench_ema(compete: Callable[[Contest], None], device, way, with_working):
+def bench_ema(compete: Callable[[Contest], None], device: torch.device, way: str, with_working: bool) -> None:
     teacher = [torch.randn(NUM_ELEMENTS, device=device) for _ in range(NUM_TENSORS)]
     student = [torch.randn_like(t) for t in teacher]
     working = [torch.empty_like(t, dtype=torch.bfloat16) for t in teacher] if with_working else []
@@ -73,7 +73,7 @@ def bench_ema(compete: Callable[[Contest], None], device, way, with_working):
     )
 
 
-def bench_losses(compete: Callable[[Contest], None], device):
+def bench_losses(compete: Callable[[Contest], None], device: torch.device) -> None:
     """`data2vec_loss`, `masked_smooth_l1` and `layer_norm_gelu`, forward and backward, on tensors of 8 elements."""
     pred = torch.randn(2, 4, device=device, requires_grad=True)
     layers = [torch.randn(1, 2, 4, device=device) for _ in range(2)]

@@ -49,7 +49,7 @@ def forward_backward(loss: Loss, pred: Tensor, *others: Tensor) -> Callable[[], 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def bench_rows(compete: Callable[[Contest], None], device, dtype, beta):
+def bench_rows(compete: Callable[[Contest], None], device: torch.device, dtype: str, beta: str) -> None:
     """Rows that lie together: what our own model hands over, since its head runs on masked rows only."""
     pred = torch.randn(NUM_ROWS, WIDTH, device=device).to(DTYPES[dtype]).requires_grad_()
     target = torch.randn(NUM_ROWS, WIDTH, device=device)
@@ -65,7 +65,7 @@ def bench_rows(compete: Callable[[Contest], None], device, dtype, beta):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def bench_with_gathers(compete: Callable[[Contest], None], device, beta):
+def bench_with_gathers(compete: Callable[[Contest], None], device: torch.device, beta: str) -> None:
     """Predictions and targets at every position, of which the loss wants the masked ones."""
     pred = torch.randn(NUM_POSITIONS, WIDTH, device=device, requires_grad=True)
     target = torch.randn(NUM_POSITIONS, WIDTH, device=device)
@@ -89,7 +89,7 @@ def bench_with_gathers(compete: Callable[[Contest], None], device, beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def bench_row_map(compete: Callable[[Contest], None], device, dtype, beta):
+def bench_row_map(compete: Callable[[Contest], None], device: torch.device, dtype: str, beta: str) -> None:
     """data2vec 2.0 on images: sixteen masks of one image share its targets."""
     masked = torch.stack([torch.randperm(PATCHES)[:MASKED].sort().values for _ in range(SAMPLES * MASKS)])
     sample = torch.arange(SAMPLES).repeat_interleave(MASKS)

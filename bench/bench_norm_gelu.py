@@ -44,7 +44,7 @@ def forward_backward(operation: Operation, grad: Tensor, *inputs: Tensor) -> Cal
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def bench_norm_gelu(compete: Callable[[Contest], None], device, dtype, size):
+def bench_norm_gelu(compete: Callable[[Contest], None], device: torch.device, dtype: str, size: str) -> None:
     shape = SIZES[size]
     x = torch.randn(shape, device=device).to(DTYPES[dtype])
     grad = torch.randn(shape, device=device).to(DTYPES[dtype])

@@ -206,7 +206,8 @@ def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, 
         parts = {
             name: (part.flatten(), theirs[name].cpu().flatten()) for name, part in layout.theirs(own, gradient).items()
         }
-        pairs[own] = tuple(torch.cat(side) for side in zip(*parts.values(), strict=True))
+        own_parts, their_parts = zip(*parts.values(), strict=True)
+        pairs[own] = torch.cat(own_parts), torch.cat(their_parts)
     for name, (actual, expected) in pairs.items():
         error = (actual - expected).norm() / expected.norm()
         assert error < tolerance, f"{name}: relative error of the gradient {error:.1e}"
@@ -224,6 +225,7 @@ def useful_flop(config: D2VConfig, batch_size: int, num_rows: int) -> float:
     That is without what nobody reads (the last MLP where no place is masked) or multiplies by zero (residual branches
     that stochastic depth drops).
     """
+    assert isinstance(config, SpeechConfig | TextConfig | VisionConfig)
     model, N = config.model, num_rows / batch_size
     D = model.width
     mlp, head = 4 * D * int(D * model.mlp_ratio), 2 * N * D * D
@@ -241,8 +243,8 @@ def useful_flop(config: D2VConfig, batch_size: int, num_rows: int) -> float:
         positions *= config.model.position_kernel
         attention = 8 * T * D * D + 4 * T * T * D
         # instance norm reads the teacher's last block at all frames
-        teacher = positions + model.depth * (attention + T * mlp)
-        student = positions + model.depth * attention + ((model.depth - 1) * T + N) * mlp + head
+        teacher: float = positions + model.depth * (attention + T * mlp)
+        student: float = positions + model.depth * attention + ((model.depth - 1) * T + N) * mlp + head
         # the backward pass is two products for each one; none is needed for the waveform
         return batch_size * (teacher + 3 * (student + convolutions) - first)
     if isinstance(config, TextConfig):

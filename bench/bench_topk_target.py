@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -81,10 +82,10 @@ CASES = [(name, torch.float32) for name in SIZES] + [("v1 audio", torch.bfloat16
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def bench_topk_target(compete: Callable[[Contest], None], device, name, dtype):
+def bench_topk_target(compete: Callable[[Contest], None], device: torch.device, name: str, dtype: torch.dtype) -> None:
     size = SIZES[name]
     layers, rows = make_inputs(size, dtype, device)
-    peers = {
+    peers: dict[str, Callable[[], tuple[Tensor]]] = {
         "published": lambda: (published(size)(layers, rows),),
         "stock": lambda: (stock(size)(layers, rows),),
     }
@@ -98,7 +99,7 @@ def bench_topk_target(compete: Callable[[Contest], None], device, name, dtype):
         norms, absent = layer_norms(layers[0])
         for norm_name, norm in norms.items():
             target = stock(size, norm)
-            peers[norm_name] = lambda target=target: (target(layers, rows),)
+            peers[norm_name] = partial(_call, target, layers, rows)
         missing |= absent
     compete(
         Contest(
@@ -127,6 +128,10 @@ def target_bytes(size: Size, num_rows: int, item: int) -> int:
     """What must be read of the layers: all of them once for statistics over positions, else the rows alone."""
     read = size.samples * size.positions if size.layer_norm == "instance" else num_rows
     return size.top_k * read * size.width * item
+
+
+def _call(target: Target, layers: list[Tensor], rows: Tensor) -> tuple[Tensor]:
+    return (target(layers, rows),)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -108,11 +108,11 @@ def run_contest(contest: Contest, benchmark: Any, device: torch.device) -> None:
     benchmark.pedantic(ours, setup=others, rounds=rounds)
     if benchmark.stats is None:
         return
-    mine = list(benchmark.stats.stats.data)
+    own = list(benchmark.stats.stats.data)
     info = benchmark.extra_info
     info |= {"op": contest.op, "case": contest.case, "bytes": contest.model_bytes, "rounds": rounds}
     info |= describe_device(device)
-    info |= quantiles(mine)
+    info |= quantiles(own)
     info["gb_per_s"] = contest.model_bytes / info["p50_s"] / 1e9
     info["line_gb_per_s"] = line.bytes / float(np.median(seconds["line"])) / 1e9
     info["percent_of_line"] = 100 * info["gb_per_s"] / info["line_gb_per_s"]
@@ -120,7 +120,7 @@ def run_contest(contest: Contest, benchmark: Any, device: torch.device) -> None:
     info["missing"] = missing
     info["peers"] = {}
     for name, peer in peers.items():
-        row = compared(seconds[name], mine) | {"peak_bytes": peak_bytes(peer, device)}
+        row = compared(seconds[name], own) | {"peak_bytes": peak_bytes(peer, device)}
         if isinstance(peer, Compiled):
             row["compile_s"] = peer.compile_s
         info["peers"][name] = row

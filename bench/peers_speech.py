@@ -16,7 +16,7 @@ from transformers import Data2VecAudioModel
 
 from bench import peers
 from bench.bench_masking import published_spans
-from d2v_fast.config import RunConfig
+from d2v_fast.config import RunConfig, SpeechConfig
 from d2v_fast.data import Batch
 from d2v_fast.modalities.speech.huggingface import export_speech
 from d2v_fast.objectives.data2vec import Data2Vec
@@ -27,6 +27,7 @@ class PeerModel(nn.Module):
 
     def __init__(self, model: Data2Vec, config: RunConfig, folder: Path) -> None:
         super().__init__()
+        assert isinstance(config.d2v, SpeechConfig)
         export_speech(model.student, config.d2v, folder)
         self.encoder = Data2VecAudioModel.from_pretrained(folder)
         self.head = peers.plain_head(model.head)
@@ -60,7 +61,7 @@ class PeerStep(peers.PeerStep):
     def target(self, frames: Tensor, masked: Tensor) -> Tensor:
         """`[N, D]`."""
         normed = [F.instance_norm(layer.transpose(1, 2)).transpose(1, 2) for layer in self.layers(frames)]
-        return (sum(normed) / len(normed))[masked]
+        return (sum(normed[1:], normed[0]) / len(normed))[masked]
 
     def loss(self, batch: Batch, masked: Tensor) -> Tensor:
         """The mean over masked frames of the squared error, summed over the channels and divided by their root."""
@@ -74,5 +75,6 @@ class PeerStep(peers.PeerStep):
 
     def draw_masks(self, num_samples: int, num_places: int) -> None:
         """See `peers.PeerStep`."""
+        assert isinstance(self._config.d2v, SpeechConfig)
         mask = self._config.d2v.mask
         published_spans(np.random.default_rng(0), num_samples, num_places, mask.prob, mask.length)

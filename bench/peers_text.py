@@ -51,6 +51,7 @@ class PeerModel(nn.Module):
 
     def __init__(self, model: Data2Vec, config: RunConfig, folder: Path) -> None:
         super().__init__()
+        assert isinstance(config.d2v, TextConfig)
         export_text(model.student, config.d2v, folder)
         self.encoder = Data2VecTextModel.from_pretrained(folder, add_pooling_layer=False)
         self.head = peers.plain_head(model.head)
@@ -79,7 +80,7 @@ class PeerStep(peers.PeerStep):
         with self.autocast():
             embedded = self.student.encoder.embeddings(tokens)
         normed = [F.layer_norm(layer, layer.shape[-1:]) for layer in self.layers(embedded)]
-        return (sum(normed) / len(normed))[masked]
+        return (sum(normed[1:], normed[0]) / len(normed))[masked]
 
     def loss(self, batch: Batch, masked: Tensor) -> Tensor:
         """The mean over masked tokens of Smooth L1, summed over the channels."""
@@ -91,5 +92,6 @@ class PeerStep(peers.PeerStep):
 
     def draw_masks(self, num_samples: int, num_places: int) -> None:
         """See `peers.PeerStep`."""
+        assert isinstance(self._config.d2v, TextConfig)
         mask = self._config.d2v.mask
         published_masks(np.random.default_rng(0), num_samples, num_places, mask.prob, mask.length)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Data2VecVisionModel
 
 from bench import peers
-from d2v_fast.config import RunConfig
+from d2v_fast.config import RunConfig, VisionConfig
 from d2v_fast.data import Batch
 from d2v_fast.modalities.vision.huggingface import export_vision
 from d2v_fast.objectives.data2vec import Data2Vec
@@ -30,6 +30,7 @@ class PeerModel(nn.Module):
 
     def __init__(self, model: Data2Vec, config: RunConfig, folder: Path) -> None:
         super().__init__()
+        assert isinstance(config.d2v, VisionConfig)
         export_vision(model.student, config.d2v, folder)
         self.encoder = Data2VecVisionModel.from_pretrained(folder)
         self.head = peers.plain_head(model.head)
@@ -50,7 +51,8 @@ class PeerStep(peers.PeerStep):
 
     def __init__(self, model: Data2Vec, config: RunConfig, folder: Path, device: torch.device, lr: float) -> None:
         student = PeerModel(model, config, folder)
-        decayed, kept = [], []
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
         for name, parameter in student.named_parameters():
             (kept if parameter.ndim == 1 or name.endswith("cls_token") else decayed).append(parameter)
         super().__init__(
@@ -64,7 +66,7 @@ class PeerStep(peers.PeerStep):
             states = self.teacher.encoder(pixels, output_hidden_states=True).hidden_states
         layers = [state[:, 1:].float() for state in states[-self._config.d2v.target.top_k :]]
         normed = [F.layer_norm(layer, layer.shape[-1:]) for layer in layers]
-        average = sum(normed) / len(normed)
+        average = sum(normed[1:], normed[0]) / len(normed)
         return F.layer_norm(average, average.shape[-1:])[masked]
 
     def loss(self, batch: Batch, masked: Tensor) -> Tensor:

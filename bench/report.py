@@ -127,7 +127,7 @@ def markdown(rows: list[Row]) -> str:
             cells = [_time(row.get("p50_s")), _bytes(row.get("bytes"))]
             cells += [_number(row.get("gb_per_s")), _percent(row.get("percent_of_line")), _bytes(row.get("peak_bytes"))]
             if on_gpu:
-                waits = {True: "yes", False: "no"}.get(row.get("waits_for_device"), "")
+                waits = {True: "yes", False: "no", None: ""}[row.get("waits_for_device")]
                 cells += [_time(row.get("device_s")), str(row.get("launches", "")), waits]
             cells += [_peer(row["peers"].get(name)) for name in peers]
             lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
@@ -255,7 +255,7 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
     rows = [row for row in rows if row.get("shares")]
     if not rows:
         return None
-    bars = []
+    bars: list[tuple[str, dict[str, float], float, str | None]] = []
     for row in reversed(rows):
         for name, peer in row["peers"].items():
             ratio = f"{peer['ratio']['p50']:.2f} times ours"
@@ -264,14 +264,14 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
     parts = list(dict.fromkeys(part for _, shares, _, _ in bars for part in shares))
     figure, axis = plt.subplots(figsize=(10, 0.8 * len(bars) + 1.5), layout="constrained")
     colors = plt.get_cmap("tab20").colors
-    for y, (_, shares, seconds, ratio) in enumerate(bars):
+    for y, (_, shares, seconds, label) in enumerate(bars):
         left = 0.0
         for part, color in zip(parts, colors, strict=False):
             width = shares.get(part, 0.0) * seconds / sum(shares.values())
             axis.barh(y, width, left=left, color=color)
             if shares.get(part, 0.0) >= 4:
-                label = ratio or f"{shares[part]:.0f} %"
-                axis.text(left + width / 2, y, label, ha="center", va="center", fontsize=8)
+                text = label or f"{shares[part]:.0f} %"
+                axis.text(left + width / 2, y, text, ha="center", va="center", fontsize=8)
             left += width
     axis.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
     axis.set_xlabel("seconds of one step")

@@ -384,12 +384,13 @@ def statistics(
     if final_norm == INSTANCE.value:
         num_parts = triton.cdiv(num_positions, PART)
         block_d = triton.next_power_of_2(width)
-        parts = [new(num_samples, num_parts, width, dtype=torch.float32) for _ in range(2)]
+        part_mean, part_deviation = (new(num_samples, num_parts, width, dtype=torch.float32) for _ in range(2))
         average_mean, average_scale = (new(num_samples, width, dtype=torch.float32) for _ in range(2))
         _average_statistics_kernel[(num_samples * num_parts,)](
             layers,
             lengths,
-            *parts,
+            part_mean,
+            part_deviation,
             layer_mean,
             layer_scale,
             num_samples,
@@ -406,7 +407,8 @@ def statistics(
             num_warps=row_warps(block_d, layers[0]),
         )
         _combine_statistics_kernel[(num_samples, tiles)](
-            *parts,
+            part_mean,
+            part_deviation,
             lengths,
             average_mean,
             average_scale,
