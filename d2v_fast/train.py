@@ -421,7 +421,7 @@ def finish(run: Run) -> None:
     Raises:
         RunError: the run has collapsed.
     """
-    from d2v_fast.evaluation import run as evaluation
+    from d2v_fast.commands.export import export_student
     from d2v_fast.training.guard import judge_end
 
     unknown = run.world.decide(lambda: judge_end(run.folder.path, run.config.d2v.guard, run.schedule.num_steps))
@@ -432,7 +432,7 @@ def finish(run: Run) -> None:
         run.log.say(str(run.clock))
     step = run.schedule.num_steps
     run.log.say("exporting the student ...")
-    run.world.decide(lambda: run.log.say(evaluation.export(run.folder)))
+    run.world.decide(lambda: run.log.say(export_student(run.folder.path)))
     table = run_probe(run, step)
     if run.world.is_first:
         # its presence says that the run is finished

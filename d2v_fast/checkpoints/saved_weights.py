@@ -1,12 +1,6 @@
-"""Weights out of the checkpoints of a run, whatever division they were written in, and their export.
+"""Read the configuration and the weights of a run's checkpoints, however many processes wrote them.
 
-    d2v-fast export runs/NAME                 # the student of the newest good checkpoint -> runs/NAME/export
-    d2v-fast export runs/NAME --weights teacher          # its teacher -> runs/NAME/export-teacher
-    d2v-fast export runs/NAME --format fairseq           # student, head and teacher -> runs/NAME/export.pt
-    d2v-fast export runs/NAME --format beit              # of images, for the published code -> runs/NAME/export.pth
-    d2v-fast export runs/NAME --format onnx              # the student -> runs/NAME/export.onnx
-
-No GPU and none of the processes of the run are needed, and no more than one file of weights is in memory at a time.
+Neither a GPU nor the processes of the run are needed. A tensor is read when it is asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +17,15 @@ from d2v_fast.checkpoints.files import Checkpoint, complete_steps, verified_chec
 from d2v_fast.checkpoints.hold import hold
 from d2v_fast.checkpoints.saved_config import saved_config
 from d2v_fast.checkpoints.shard_files import DamageError
-from d2v_fast.config import ConfigError, D2VConfig, TextConfig, VisionConfig, check_d2v
+from d2v_fast.config import ConfigError, D2VConfig, check_d2v
 from d2v_fast.config.errors import OptionError
-from d2v_fast.files.outputs import require_file, require_free, require_writable, set_aside_changed
-from d2v_fast.interop.layout import require_finite
-from d2v_fast.interop.sources import explain
+from d2v_fast.config.model_paths import explain
 from d2v_fast.modalities import build_student, modality_of
 from d2v_fast.models.student import Student
+from d2v_fast.models.weights import require_finite
 
 WEIGHTS = ("student", "teacher")
-# to open the newest checkpoint of a run that saves, and deletes the one before
+# a run may delete the newest checkpoint between listing and opening it
 _MOST_TRIES = 100
 
 
@@ -41,15 +33,14 @@ class SavedWeights(Mapping[str, Tensor]):
     """The whole encoder of student or teacher in a checkpoint: fp32 tensors by name, each read when it is asked for.
 
     Args:
-        checkpoint: open, and verified.
+        checkpoint: Open and verified.
         weights: "student" or "teacher".
-        averaged_prefix: of the encoder's class, see `Student.averaged_prefix`: what the teacher's names lack. The rest
-            of the teacher is the student's.
+        averaged_prefix: `Student.averaged_prefix` of the encoder, which the names of the teacher's tensors lack. All
+            other tensors of the teacher are the student's.
     Attributes:
-        vocabulary: digest of the tokenizer whose ids the model was trained with; None where there is none, or where
-            it is not known.
+        vocabulary: Digest of the tokenizer that the model was trained with; None if there is none or it is unknown.
     Raises:
-        ValueError: `weights` is something else.
+        ValueError: `weights` has another value.
     """
 
     def __init__(self, checkpoint: Checkpoint, weights: str, averaged_prefix: str = "") -> None:
@@ -57,7 +48,7 @@ class SavedWeights(Mapping[str, Tensor]):
             raise ValueError(f"`weights` must be student or teacher, but is {weights} instead.")
         shapes, self.vocabulary = checkpoint.state["shapes"], checkpoint.state.get("vocabulary")
         self._reader = checkpoint.reader()
-        # a student is saved together with its head, as parts of one model
+        # the checkpoint holds the student and its head as one model
         self._saved = {
             name.removeprefix("student/student."): name for name in shapes if name.startswith("student/student.")
         }
@@ -78,17 +69,17 @@ class SavedWeights(Mapping[str, Tensor]):
         return len(self._saved)
 
     def head(self) -> dict[str, Tensor]:
-        """The regression head, by its own names."""
+        """Read the regression head's tensors, by their names in it."""
         prefix = "student/head."
         names = [name for name in self._reader.shapes if name.startswith(prefix)]
         return {name.removeprefix(prefix): self._reader.whole(name) for name in names}
 
 
 def read_run_config(run_folder: Path) -> D2VConfig:
-    """The `"d2v"` section of the run's `config.json`.
+    """Read the `"d2v"` section of a run's `config.json`.
 
     Raises:
-        ValueError: it is no run folder, or the section is refused.
+        ValueError: The folder is not that of a run, or the section is refused.
     """
     path = run_folder / "config.json"
     if not os.path.lexists(path) and not (run_folder / "checkpoints").is_dir():
@@ -105,18 +96,18 @@ def read_run_config(run_folder: Path) -> D2VConfig:
 
 @contextmanager
 def open_checkpoint(run_folder: Path, step: int | None = None) -> Iterator[Checkpoint]:
-    """Open a checkpoint, check every byte of it, and keep a run that goes on from deleting it while the block runs.
+    """Open and verify a checkpoint, and keep a run that is training from deleting it while the block runs.
 
     Args:
-        run_folder: of the run, which may be training, and may be on media that cannot be written.
-        step: of the checkpoint; None takes the newest.
+        run_folder: `runs/NAME`. The run may be training, and its file system may be read-only.
+        step: Step of the checkpoint; None opens the newest.
     Yields:
-        The checkpoint, which is closed when the block has ended.
+        The checkpoint; it is closed when the block ends.
     Raises:
-        OptionError: there is none of this step.
-        ValueError: there is none at all, or it is damaged; or, where the file system has no locks, it was deleted
-            while it was opened.
-        OSError: it could not be read, which says nothing about it.
+        OptionError: There is no checkpoint of this step.
+        ValueError: There is no checkpoint at all, it is damaged, or, on a file system without locks, the run deleted
+            it while it was being opened.
+        OSError: The checkpoint could not be read. This does not mean that it is damaged.
     """
     with ExitStack() as held:
         folder, found = _hold_checkpoint(run_folder, step, held)
@@ -145,34 +136,44 @@ def _hold_checkpoint(run_folder: Path, step: int | None, held: ExitStack) -> tup
             raise OptionError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
         chosen = steps[0] if step is None else step
         folder = run_folder / "checkpoints" / f"step-{chosen}"
-        # deleted in between: the run has saved a newer one by then
+        # if the run has deleted it meanwhile, it has saved a newer one
         with suppress(FileNotFoundError):
             held.enter_context(hold(folder))
             return folder, chosen
     raise ValueError(f"the run in {run_folder} deletes its checkpoints faster than they can be opened: try again.")
 
 
-def load_encoder(checkpoint: Checkpoint, config: D2VConfig, weights: str) -> Student:
-    """Return the encoder of a checkpoint, fp32 on the CPU, in training mode.
+def encoder_weights(checkpoint: Checkpoint, config: D2VConfig, weights: str) -> SavedWeights:
+    """Return the tensors of a whole encoder in a checkpoint.
 
     Args:
-        checkpoint: open, and verified.
-        config: of the run.
+        checkpoint: Open and verified.
+        config: The run's.
+        weights: "student" or "teacher".
+    """
+    return SavedWeights(checkpoint, weights, modality_of(config).encoder().averaged_prefix())
+
+
+def load_encoder(checkpoint: Checkpoint, config: D2VConfig, weights: str) -> Student:
+    """Return an encoder of a checkpoint, fp32 on the CPU, in training mode.
+
+    Args:
+        checkpoint: Open and verified.
+        config: The run's.
         weights: "student" or "teacher".
     Raises:
-        ValueError: see `load_weights`.
+        ValueError: A tensor is missing, has another shape than `config` says, or is not finite.
     """
     model = build_student(config)
-    saved = SavedWeights(checkpoint, weights, modality_of(config).encoder().averaged_prefix())
-    load_weights(model, saved, checkpoint.folder)
+    _load(model, encoder_weights(checkpoint, config, weights), checkpoint.folder)
     return model
 
 
-def load_weights(model: torch.nn.Module, saved: SavedWeights, source: Path) -> None:
+def _load(model: torch.nn.Module, saved: SavedWeights, source: Path) -> None:
     """Copy saved weights into a model.
 
     Raises:
-        ValueError: one is missing or has another shape.
+        ValueError: A tensor is missing, has another shape, or is not finite.
     """
     expected = model.state_dict()
     found = {name: saved[name] for name in expected if name in saved}
@@ -182,146 +183,3 @@ def load_weights(model: torch.nn.Module, saved: SavedWeights, source: Path) -> N
         raise ValueError(f"{source} does not fit the run's config.json: {named} is missing or misshapen.")
     require_finite(found.items(), f"`{source}`")
     model.load_state_dict(found)
-
-
-def export_run(
-    run_folder: Path,
-    *,
-    to: Path | None = None,
-    weights: str = "student",
-    step: int | None = None,
-    form: str = "transformers",
-    tokenizer: Path | None = None,
-    overwrite: bool = False,
-    **options: Any,
-) -> str:
-    """Write a checkpoint's weights for another library; returns a line for the user.
-
-    Args:
-        run_folder: `runs/NAME`.
-        to: the folder to write, or for fairseq and ONNX the file; None is `export`, `export.pt` or `export.onnx` in the
-            run folder, and of the teacher `export-teacher` or `export-teacher.onnx`. These are the run's own and are
-            replaced; what somebody changed in its folder is kept under another name.
-        weights: "student" or "teacher"; a file for fairseq holds both.
-        step: of the checkpoint; None takes the newest.
-        form: "transformers", "fairseq", "beit" or "onnx".
-        tokenizer: of a text run, for Transformers; None is the one that the run's configuration names.
-        overwrite: replace the file `to`, or in the folder `to` what an earlier export wrote.
-        options: of `export_model`.
-    Raises:
-        ValueError: no run, no such checkpoint, or it is damaged; there is no such encoder in this form; `to` exists; or
-            a text run's tokenizer cannot be read, or is not the model's.
-    """
-    config = read_run_config(run_folder)
-    _require_form(config, form, weights, tokenizer)
-    kept = None
-    # a name of its own, so that it does not take the place of the student that the run left there
-    name = "export" if weights == "student" else f"export-{weights}"
-    if to is None:
-        require_writable(run_folder)
-        names = {"transformers": name, "onnx": f"{name}.onnx", "beit": "export.pth", "fairseq": "export.pt"}
-        to = run_folder / names[form]
-        kept = set_aside_changed(to) if form == "transformers" else None
-    elif form == "transformers":
-        require_free(to, overwrite)
-    else:
-        require_file(to, overwrite)
-    with open_checkpoint(run_folder, step) as checkpoint:
-        found = checkpoint.step
-        if form == "transformers":
-            _export_folder(checkpoint, config, weights, to, tokenizer, **options)
-            line = f"export: {to} ({weights}, step {found}, for Transformers)"
-        elif form == "onnx":
-            from d2v_fast.interop.onnx import export_onnx
-
-            export_onnx(load_encoder(checkpoint, config, weights), config, to)
-            line = f"export: {to} ({weights}, step {found}, as ONNX)"
-        else:
-            for_whom = _export_file(checkpoint, config, to)
-            line = f"export: {to} (student and teacher, step {found}, for {for_whom})"
-    return line if kept is None else f"{kept}\n{line}"
-
-
-def _require_form(config: D2VConfig, form: str, weights: str, tokenizer: Path | None) -> None:
-    """OptionError where the options of an export do not go together, or not with the run."""
-    if tokenizer is not None and (form != "transformers" or not isinstance(config, TextConfig)):
-        raise OptionError("`--tokenizer` is for text runs, and for Transformers: nothing else holds one.")
-    own = "beit" if isinstance(config, VisionConfig) else "fairseq"
-    if form not in ("transformers", own, "onnx"):
-        raise OptionError(f"`--format` must be transformers, {own} or onnx for {config.modality}, but is {form}.")
-    if form == own and weights == "teacher":
-        name = "model_ema" if form == "beit" else "_ema"
-        raise OptionError(
-            f"`--weights` is for the other formats: a file for {form} holds both, the teacher as `{name}`."
-        )
-
-
-def _export_folder(
-    checkpoint: Checkpoint, config: D2VConfig, weights: str, to: Path, tokenizer: Path | None, **options: Any
-) -> None:
-    from d2v_fast.interop.huggingface import export_model
-
-    saved = SavedWeights(checkpoint, weights, modality_of(config).encoder().averaged_prefix())
-    # before anything is written; one tensor is in memory at a time
-    require_finite(saved.items(), f"`{checkpoint.folder}`")
-    if isinstance(config, TextConfig):
-        where = str(checkpoint.folder.parent.parent)
-        options["tokenizer"] = run_tokenizer(config, tokenizer, saved.vocabulary, where)
-    export_model(saved, config, to, info={"weights": weights, "step": checkpoint.step}, **options)
-
-
-def _export_file(checkpoint: Checkpoint, config: D2VConfig, to: Path) -> str:
-    """Write student, head and teacher for the published code of the modality; returns whose it is."""
-    prefix = modality_of(config).encoder().averaged_prefix()
-    saved, teacher = (SavedWeights(checkpoint, weights, prefix) for weights in WEIGHTS)
-    head = saved.head()
-    for part in (saved, teacher, head):
-        require_finite(part.items(), f"`{checkpoint.folder}`")
-    if isinstance(config, VisionConfig):
-        from d2v_fast.modalities.vision.beit import save_beit
-
-        save_beit(saved, head, teacher, config, to)
-        return "the published vision code"
-    from d2v_fast.interop.fairseq import save_fairseq
-
-    if isinstance(config, TextConfig):
-        _require_fairseq_ids(config)
-    save_fairseq(saved, head, teacher, config, to, num_updates=checkpoint.step)
-    return "fairseq"
-
-
-def _require_fairseq_ids(config: TextConfig) -> None:
-    """ValueError if the run's tokenizer, where it can be read, numbers special tokens as no dictionary of fairseq."""
-    from d2v_fast.modalities.text.fairseq import SPECIAL_IDS
-    from d2v_fast.modalities.text.tokenizer import load_tokenizer
-
-    if config.data.tokenizer is None:
-        return
-    try:
-        found = load_tokenizer(config.data.tokenizer).specials[:4]
-    except ValueError:
-        # the tokenizer may be gone, and fairseq gets none: the padding id of the configuration is checked later
-        return
-    if any(own not in (None, theirs) for own, theirs in zip(found, SPECIAL_IDS, strict=True)):
-        raise OptionError(
-            "`--format` must be transformers for this tokenizer: fairseq numbers begin, padding, end and unknown token "
-            f"{SPECIAL_IDS} in every dictionary, but '{config.data.tokenizer}' numbers them {tuple(found)}."
-        )
-
-
-def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Any:
-    """Of a text run: the one at `path`, or with None the one that its configuration names.
-
-    Raises:
-        ValueError: it cannot be read, or its digest is another one than the run's, where that is known.
-    """
-    from d2v_fast.modalities.text.tasks import tokenizer_of
-    from d2v_fast.modalities.text.tokenizer import load_tokenizer
-
-    try:
-        found = tokenizer_of(config.data, config.model) if path is None else load_tokenizer(path)
-        if digest is not None:
-            found.require(digest, where)
-        return found
-    except ValueError as error:
-        raise ValueError(f"{error} `--tokenizer` names the run's tokenizer where it is now.") from None

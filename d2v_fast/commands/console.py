@@ -50,13 +50,13 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from d2v_fast.evaluation.saved import probe_checkpoint
+    from d2v_fast.evaluation.run import probe_checkpoint
 
     print(
         probe_checkpoint(
             options.run_folder,
             step=options.step,
-            data=options.data,
+            path=options.data,
             field=options.field,
             label_field=options.label_field,
             max_samples=options.max_samples,
@@ -67,16 +67,14 @@ def _probe(options: argparse.Namespace) -> int:
 
 def _embed(options: argparse.Namespace) -> int:
     from d2v_fast.commands.embed import embed
+    from d2v_fast.commands.inputs import Choice
 
     print(
         embed(
-            options.model,
+            Choice(options.model, options.weights, options.step, options.tokenizer),
             options.inputs,
             options.to,
             frames=options.frames,
-            weights=options.weights,
-            step=options.step,
-            tokenizer=options.tokenizer,
             batch_size=options.batch_size,
             device=options.device,
             overwrite=options.overwrite,
@@ -86,7 +84,7 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from d2v_fast.checkpoints.saved_weights import export_run
+    from d2v_fast.commands.export import export_run
 
     print(
         export_run(

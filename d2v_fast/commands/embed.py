@@ -1,79 +1,68 @@
-"""`d2v-fast embed`: features of files by a pre-trained encoder, as an array or a table."""
+"""`d2v-fast embed`: write a pre-trained encoder's features of files, as an array or a table."""
 
 from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from d2v_fast.commands.inputs import Sample, Source, open_source
+from d2v_fast.commands.inputs import Choice, open_source
 from d2v_fast.config.errors import OptionError
 from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.distributed.world import World
-from d2v_fast.evaluation.features import patch_features, sequence_features
+from d2v_fast.evaluation.inputs import Rows, Sample, Source, encode
 from d2v_fast.files.atomic import replaced, write_text
 from d2v_fast.files.outputs import require_file
 from d2v_fast.files.reading import printable
-from d2v_fast.models.student import Student
 from d2v_fast.packages import install_command
 
-Rows = npt.NDArray[np.float32]
-
-# no .txt of the same stem: that may be what is read
+# not the same stem with .txt, which may be an input
 _BESIDE = ".paths.txt"
-_BATCH = {"image": 64, "recording": 8, "line": 32}
 
 
 def embed(
-    model: Path,
+    encoder: Choice,
     inputs: Path,
     to: Path,
     *,
     frames: bool = False,
-    weights: str | None = None,
-    step: int | None = None,
-    tokenizer: Path | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> str:
     """Write the features of all files below `inputs`, in the order of their sorted paths; returns a line for the user.
 
-    Of an image, features are the last block's output at its patches, layer-normalized, as the probe takes them; of a
-    recording or a line of text, the encoder's output at its frames or tokens. What cannot be read is left out, named
-    on the error stream, and counted.
+    The features of an image are the last block's output at its patches, layer-normalized, as in the probe; those of a
+    recording or a line of text are the encoder's output at its frames or tokens. Samples that cannot be read are left
+    out, named on the error stream, and counted.
 
     Args:
-        model: a run folder, or a Transformers folder.
-        inputs: a folder of images or recordings; or .txt files, or one, of which every line is a sample.
+        encoder: A run's or a Transformers folder's.
+        inputs: A folder of images or recordings; for text a `.txt` file or a folder of them, a sample per line.
         to: `.npy` (fp32 `[S, D]`, the mean over the places of each sample; names in a `.paths.txt` beside it) or
             `.parquet` (columns `path` and `feature`); with `frames` an `.npz`, where `[P, D]` has the sample's name.
-        weights: "student" or "teacher", of a run folder; None is the student.
-        step: of the checkpoint of a run folder; None takes the newest.
-        tokenizer: of a text model; None is what the run names, or the folder holds.
-        batch_size: samples that are encoded together; None is 64 images, 8 recordings or 32 lines.
+        frames: Write a row for every place instead of the mean.
+        batch_size: Samples that are encoded together; None is 64 images, 8 recordings or 32 lines.
         device: "auto", "cpu" or "cuda".
-        overwrite: replace `to`, and the names beside it.
+        overwrite: Replace `to`, and the names beside it.
     Raises:
-        ValueError: a wrong suffix or model, no input that can be read, or a package is missing.
-        RunError: there is no such device.
+        ValueError: `to` has another suffix, the encoder or no input can be read, or a package is missing.
+        RunError: There is no such device.
     """
     write = _writer(to, frames)
     for file in (to, to.with_suffix(_BESIDE)) if to.suffix == ".npy" else (to,):
         require_file(file, overwrite)
-    source = open_source(model, inputs, weights, step, tokenizer)
-    size = _BATCH[source.what] if batch_size is None else batch_size
-    encoder = source.model.to(World(device).device).eval()
+    source = open_source(encoder, inputs)
+    size = source.batch_size if batch_size is None else batch_size
+    model = source.model.to(World(device).device).eval()
     print_listing(source.listing, f"{source.what}s")
     bad: list[str] = []
 
@@ -82,7 +71,7 @@ def embed(
         with Progress("encoding", source.num_bytes) as progress:
             # some batches at once, so that those of like length can be encoded together
             for samples in _chunks(_readable(source, bad), 4 * size):
-                for sample, rows in zip(samples, encode(encoder, source, samples, size), strict=True):
+                for sample, rows in zip(samples, encode(model, source, samples, size), strict=True):
                     yield sample.name, rows
                 done += sum(sample.num_bytes for sample in samples)
                 progress.show(done, f"{len(bad)} unreadable")
@@ -124,30 +113,8 @@ def _named(bad: list[str]) -> str:
     return "".join(f"\n  {text}" for text in bad[:NUM_NAMED]) + (f"\n  and {more} more" if more > 0 else "")
 
 
-def encode(model: Student, source: Source, samples: Sequence[Sample], batch_size: int | None = None) -> list[Rows]:
-    """Features `[P, D]` of every sample, fp32; parts of a sample one after the other.
-
-    Args:
-        model: An encoder of what `source` reads.
-        source: Where the samples come from.
-        samples: Samples that it has read.
-        batch_size: Parts that are encoded together; None is 64 images, 8 recordings or 32 lines.
-    """
-    size = _BATCH[source.what] if batch_size is None else batch_size
-    parts = [part for sample in samples for part in sample.parts]
-    if source.num_places is None:
-        batches = [torch.stack(parts[start : start + size]) for start in range(0, len(parts), size)]
-        features = [rows for batch in batches for rows in patch_features(model, batch, top_k=1).cpu()]
-    else:
-        features = sequence_features(
-            model, parts, num_places=source.num_places, padding=source.padding, batch_size=size
-        )
-    encoded = iter(features)
-    return [torch.cat(list(islice(encoded, len(sample.parts)))).numpy() for sample in samples]
-
-
 Write = Callable[[Path, Iterable[tuple[str, Rows]]], tuple[int, int]]
-"""From a path and (name, features `[P, D]`) to how many there were, and D."""
+"""From a path and pairs of name and features `[P, D]` to the number of pairs, and D."""
 
 
 def _writer(to: Path, frames: bool) -> Write:
@@ -158,7 +125,7 @@ def _writer(to: Path, frames: bool) -> Write:
     if not to.absolute().parent.is_dir():
         raise OptionError(f"`--to` must be in a folder that exists, but {to.absolute().parent} does not.")
     if to.suffix == ".parquet":
-        # now, and not when hours of work are to be written
+        # imported before hours of work that it could not write
         arrow = _arrow()
         return lambda path, features: _write_parquet(path, features, arrow)
     if frames:

@@ -1,4 +1,4 @@
-"""What the first process does with the networks during and after training: probe them, and export the student."""
+"""The probe of a run: before it, during it, after it, and of any of its checkpoints."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from typing import Any
 
 import torch
 
+from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
 from d2v_fast.command_lines import path_words, tool_command
-from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
+from d2v_fast.config import D2VConfig
+from d2v_fast.config.errors import OptionError, check
 from d2v_fast.data import DataError
+from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports
+from d2v_fast.evaluation.probing import probing_of
+from d2v_fast.modalities import modality_of
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.packages import install_command
-from d2v_fast.training.run_folder import RunFolder
+
+PATH_KEY = "`d2v.probe.path`"
 
 
 def has_labels(config: D2VConfig) -> bool:
-    """True where there are labels, for the probe only: of the user's own, or of a sample set."""
-    return config.probe.path is not None or config.data.kind in ("digits", "speech", "docs")
+    """Return whether a run has labels, which only the probe reads: a user's own, or those of a sample set."""
+    if config.probe.path is not None:
+        return True
+    modality = modality_of(config)
+    return modality.probing is not None and config.data.kind == modality.probing().sample_set
 
 
 def check_labels(config: D2VConfig) -> list[str]:
-    """Say what the probes of a run will use, a line each, before it starts.
+    """Return lines that say which samples the probes of a run will use, before it starts.
 
     Raises:
         DataError: `d2v.probe.path` cannot be probed, or a package is missing.
@@ -41,59 +50,78 @@ def check_labels(config: D2VConfig) -> list[str]:
 
 
 def advice(config: D2VConfig, run_folder: Path) -> str:
-    """Say which command probes a run that has no labels."""
-    options, samples = {
-        "vision": (("--data", "FOLDER"), "images whose sub-folders are classes"),
-        "speech": (("--data", "FOLDER"), "recordings whose sub-folders are classes"),
-        "text": (("--data", "FILE.jsonl", "--label-field", "label"), "texts with a label each"),
-    }[config.modality]
-    command = tool_command("probe", path_words(run_folder), *options)
-    return f"there are no labels to probe the run on: `{command}` probes it on {samples}"
+    """Return a sentence that names the command which probes a run without labels."""
+    modality = modality_of(config)
+    if modality.probing is None:
+        return f'there is no probe for runs of modality "{modality.name}"'
+    probing = modality.probing()
+    command = tool_command("probe", path_words(run_folder), *probing.options)
+    return f"there are no labels to probe the run on: `{command}` probes it on {probing.samples}"
 
 
-def probe(config: D2VConfig, student: Student, teacher: Student, key: str = "`d2v.probe.path`") -> Any:
-    """Probe student and teacher encoder beside the untrained network; returns a report that prints as a table.
+def probe(
+    config: D2VConfig, student: Student, teacher: Student, key: str = PATH_KEY
+) -> ProbeReport | ProbeReports:
+    """Probe student and teacher beside the untrained network; the report prints as a table.
 
     Args:
-        config: of the run. `probe.path` takes the place of the labels of a sample set.
-        student, teacher: encoders.
-        key: what named `probe.path`, for messages.
+        config: The run's. `probe.path` has precedence over the labels of a sample set.
+        student, teacher: Encoders.
+        key: The key or option that named `probe.path`, for messages.
     Raises:
-        DataError: `probe.path` cannot be probed.
+        DataError: `probe.path` cannot be probed, or the modality has no probe.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         untrained = build_model(config).student
     models = {"untrained": untrained, "student": student, "teacher": teacher}
-    # scikit-learn is slow to import, and needed here only
-    if config.probe.path is not None:
-        from d2v_fast.evaluation.labeled import run_labeled_probe
+    if config.probe.path is None:
+        return probing_of(config).run(models, config)
+    from d2v_fast.evaluation.labeled import run_labeled_probe
 
-        # where the others are
-        models["untrained"].to(next(student.parameters()).device)
-        return run_labeled_probe(models, config, key)
-    if isinstance(config, SpeechConfig):
-        from d2v_fast.modalities.speech.probe import run_speech_probe
-        from d2v_fast.modalities.speech.samples import speech_for_probe
-
-        return run_speech_probe(models, speech_for_probe(config), config)
-    if isinstance(config, TextConfig):
-        from d2v_fast.modalities.text.probe import run_text_probe
-        from d2v_fast.modalities.text.reference_pages import docs_for_probe
-
-        return run_text_probe(models, docs_for_probe(config), config)
-    assert isinstance(config, VisionConfig)
-    from d2v_fast.evaluation.classifiers import run_probe
-    from d2v_fast.modalities.vision.digits import digits_for_probe
-
-    return run_probe(models, digits_for_probe(config), config.probe)
+    # on the device of the others
+    untrained.to(next(student.parameters()).device)
+    return run_labeled_probe(models, config, key)
 
 
-def export(folder: RunFolder) -> str:
-    """Write the student of the last checkpoint as a Transformers folder; returns a line for the user."""
-    from d2v_fast.checkpoints.saved_weights import export_run
+def probe_checkpoint(run_folder: Path, *, step: int | None = None, **options: Any) -> str:
+    """Probe student and teacher of a checkpoint beside the untrained network; returns the table.
 
-    try:
-        return export_run(folder.path)
-    except ImportError as error:
-        return f"no export: {error.name} is not installed"
+    Args:
+        run_folder: `runs/NAME`.
+        step: Step of the checkpoint; None probes the newest.
+        options: Keys of `d2v.probe`, each in place of the run's own unless it is None: `path`, labeled data;
+            `max_samples`, samples to use at most; of a text run `field` and `label_field`.
+    Raises:
+        ValueError: There is no run or no such checkpoint, or it is damaged; there are no labels; or an option does not
+            apply.
+    """
+    config = read_run_config(run_folder)
+    given = {key: value for key, value in options.items() if value is not None}
+    config = _with_options(config, given)
+    if not has_labels(config):
+        raise ValueError(advice(config, run_folder))
+    with open_checkpoint(run_folder, step) as checkpoint:
+        student, teacher = (load_encoder(checkpoint, config, weights) for weights in ("student", "teacher"))
+    key = "`--data`" if "path" in given else PATH_KEY
+    return f"{run_folder}, step {checkpoint.step}:\n{probe(config, student, teacher, key)}"
+
+
+def _with_options(config: D2VConfig, options: dict[str, Any]) -> D2VConfig:
+    """Return the configuration with options of the command line in its section `probe`."""
+    section = type(config.probe)
+    if others := [key for key in options if key not in section.model_fields]:
+        option = f"--{others[0].replace('_', '-')}"
+        raise OptionError(
+            f"`{option}` does not apply to runs on {config.modality}, whose `d2v.probe` has no `{others[0]}`. Name "
+            "their labels with `--data` alone."
+        )
+    if options and "path" not in options and config.probe.path is None:
+        raise OptionError("`--data` must name labeled data where other options say how to use it, but is not given.")
+    raw = config.probe.model_dump(mode="json") | options
+    if "path" in options:
+        raw["path"] = str(options["path"])
+    found, problems = check(section, raw, "d2v.probe")
+    if found is None:
+        raise OptionError("\n".join(problems))
+    return config.model_copy(update={"probe": found})

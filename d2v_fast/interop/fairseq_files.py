@@ -161,13 +161,34 @@ def replace_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> No
         torch.save(content, part)
 
 
-def refuse_others(model: Mapping[Any, Any], wanted: str, path: Path) -> None:
-    """ValueError if a name tells another kind of model than the wanted one, such as "a text model"."""
+def known_kind(model: Mapping[Any, Any], but: str = "") -> tuple[str, str] | None:
+    """Return which kind of model the names of a checkpoint are of, and the first name that shows it.
+
+    Args:
+        model: Values by name.
+        but: A kind to pass over, such as "a text model".
+    """
     for prefix, kind in KINDS.items():
         named = next((name for name in map(str, model) if name.startswith(prefix)), None)
-        if named is not None and kind != wanted:
-            data2vec = wanted.replace("a ", "a data2vec ", 1)
-            raise ValueError(f"`{path}` must hold {data2vec}, but holds {kind}: `{printable(named)}`.")
+        if named is not None and kind != but:
+            return kind, named
+    return None
+
+
+def refuse_others(model: Mapping[Any, Any], wanted: str, path: Path) -> None:
+    """Refuse a checkpoint in which a name is of another kind of model.
+
+    Args:
+        model: Values by name.
+        wanted: The kind that is read, such as "a text model".
+        path: Of the file, for the message.
+    Raises:
+        ValueError: A name is of another kind; the message names both.
+    """
+    found = known_kind(model, wanted)
+    if found is not None:
+        data2vec = wanted.replace("a ", "a data2vec ", 1)
+        raise ValueError(f"`{path}` must hold {data2vec}, but holds {found[0]}: `{printable(found[1])}`.")
 
 
 def require_tensors(parts: Sequence[Mapping[str, Any] | None], what: str) -> None:

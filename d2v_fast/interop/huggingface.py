@@ -10,63 +10,47 @@ from typing import Any
 
 from torch import Tensor
 
-from d2v_fast.config import (
-    D2VConfig,
-    SpeechConfig,
-    SpeechModelConfig,
-    TextConfig,
-    TextModelConfig,
-    VisionConfig,
-    VisionModelConfig,
-)
+from d2v_fast.config import D2VConfig
+from d2v_fast.config.errors import Section
 from d2v_fast.interop.folders import read_model_config
-from d2v_fast.modalities.speech.huggingface import export_speech, import_speech
-from d2v_fast.modalities.text.huggingface import export_text, import_text
-from d2v_fast.modalities.vision.huggingface import export_vision, import_vision
+from d2v_fast.interop.formats import huggingface_formats, require_format
+from d2v_fast.modalities import modality_of, modality_of_model
 from d2v_fast.models.student import Student
 
 
 def export_model(
-    model: Student | Mapping[str, Tensor],
-    config: D2VConfig | SpeechModelConfig | TextModelConfig | VisionModelConfig,
-    folder: str | os.PathLike[str],
-    **options: Any,
+    model: Student | Mapping[str, Tensor], config: D2VConfig | Section, folder: str | os.PathLike[str], **options: Any
 ) -> None:
-    """Write a model folder, as the modality of the run, or of the model, has it.
+    """Write a Transformers folder.
 
     Args:
-        model, config, folder, options: of `export_vision`, `export_speech` or `export_text`.
+        model: An encoder, or its tensors by name.
+        config: The run's or the model's configuration. It decides the modality.
+        folder: Made if it is missing.
+        options: See the function of the modality, such as `d2v_fast.modalities.vision.huggingface.export_vision`.
+    Raises:
+        ValueError: The modality has no Transformers model.
     """
-    if isinstance(config, (VisionConfig, VisionModelConfig)):
-        export_vision(model, config, folder, **options)
-    elif isinstance(config, (SpeechConfig, SpeechModelConfig)):
-        export_speech(model, config, folder, **options)
-    elif isinstance(config, (TextConfig, TextModelConfig)):
-        export_text(model, config, folder, **options)
-    else:
-        raise TypeError(f"no folder for {type(config).__name__}")
+    modality = modality_of(config) if isinstance(config, D2VConfig) else modality_of_model(config)
+    require_format(modality, modality.huggingface, "Transformers model")().write(model, config, folder, **options)
 
 
-def import_model(
-    folder: str | os.PathLike[str], **options: Any
-) -> tuple[Student, VisionModelConfig | SpeechModelConfig | TextModelConfig]:
-    """Read a model folder of whatever modality its `config.json` names.
+def import_model(folder: str | os.PathLike[str], **options: Any) -> tuple[Student, Section]:
+    """Read a Transformers folder of the modality that its `config.json` names.
 
     Args:
-        folder, options: of `import_vision`, `import_speech` or `import_text`.
+        folder: With `config.json` and `model.safetensors`.
+        options: See the function of the modality, such as `d2v_fast.modalities.vision.huggingface.import_vision`.
     Returns:
         The encoder, fp32 on the CPU, in training mode, and its configuration.
     Raises:
-        ValueError: see `import_vision`, `import_speech` and `import_text`; or it is of another modality.
+        ValueError: No modality has such a model, or the folder does not hold what its `config.json` says.
     """
     kind = read_model_config(Path(folder)).get("model_type")
-    if kind == "data2vec-vision":
-        return import_vision(folder, **options)
-    if kind == "data2vec-audio":
-        return import_speech(folder, **options)
-    if kind == "data2vec-text":
-        return import_text(folder, **options)
-    known = '"data2vec-vision", "data2vec-audio" or "data2vec-text"'
-    raise ValueError(
-        f"`model_type` in {Path(folder) / 'config.json'} must be {known}, but is {json.dumps(kind)} instead."
-    )
+    formats = {found.kind: found for found in huggingface_formats().values()}
+    if not isinstance(kind, str) or kind not in formats:
+        *others, last = (f'"{name}"' for name in formats)
+        known = f"{', '.join(others)} or {last}" if others else last
+        where = Path(folder) / "config.json"
+        raise ValueError(f"`model_type` in {where} must be {known}, but is {json.dumps(kind)} instead.")
+    return formats[kind].read(folder, **options)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.files.reading import printable
-
-MAX_SHOWN = 10
+from d2v_fast.models.weights import MAX_SHOWN, require_finite
 
 _log = logging.getLogger(__name__)
 
@@ -30,28 +29,6 @@ class Misfit(ValueError):
         if len(self.problems) > MAX_SHOWN:
             shown.append(f"and {len(self.problems) - MAX_SHOWN} more")
         super().__init__(f"{what}:\n  " + "\n  ".join(shown))
-
-
-def require_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
-    """ValueError that names and counts NaN and infinite weights, where there are any.
-
-    Args:
-        tensors: by name, each asked for once.
-        source: where they are from, such as "`x.pt`".
-    """
-    counts = {}
-    for name, value in tensors:
-        finite = int(value.isfinite().sum())
-        if finite < value.numel():
-            counts[name] = f"{value.numel() - finite:,} of {value.numel():,} values of `{printable(name)}`"
-    if counts:
-        shown = list(counts.values())[:MAX_SHOWN]
-        if len(counts) > MAX_SHOWN:
-            shown.append(f"and values of {len(counts) - MAX_SHOWN} more tensors")
-        raise ValueError(
-            f"{source} must hold finite weights, but some are NaN or infinite. The run that made them has failed: "
-            "use weights that it saved earlier.\n  " + "\n  ".join(shown)
-        )
 
 
 def log_unused(names: Iterable[str], source: str) -> None:

@@ -1,76 +1,100 @@
-"""Checkpoints of the published data2vec code, whatever modality: of fairseq for speech and text, of the BEiT-style code
-for images."""
+"""Checkpoints of the published data2vec code, of any modality, without importing that code."""
 
 from __future__ import annotations
 
-import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from d2v_fast.config import SpeechModelConfig, TextModelConfig, VisionModelConfig
-from d2v_fast.interop.fairseq import fairseq_of
-from d2v_fast.interop.fairseq_files import NeedsClass, check_weights, chosen, read_pickle, require_checkpoint
+from d2v_fast.config.errors import Section
+from d2v_fast.files.reading import printable
+from d2v_fast.interop.fairseq_files import (
+    NeedsClass,
+    check_weights,
+    chosen,
+    known_kind,
+    read_pickle,
+    require_checkpoint,
+)
 from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, Settings
-from d2v_fast.modalities.speech import fairseq as fairseq_speech
-from d2v_fast.modalities.speech.fairseq import FairseqSpeech
-from d2v_fast.modalities.text import fairseq as fairseq_text
-from d2v_fast.modalities.text.fairseq import FairseqText
-from d2v_fast.modalities.vision.beit import AVERAGE, BeitVision, beit_of, is_beit
+from d2v_fast.interop.formats import Pretrained, Published, published_formats
 from d2v_fast.models.student import Student
-
-_AVERAGES = {FairseqSpeech: fairseq_speech.AVERAGE, FairseqText: fairseq_text.AVERAGE, BeitVision: AVERAGE}
 
 
 def read_published(
-    path: str | os.PathLike[str], settings: Settings = NO_SETTINGS
-) -> FairseqSpeech | FairseqText | BeitVision:
-    """Everything of a checkpoint, of the modality that its names tell.
+    path: str | os.PathLike[str], settings: Settings = NO_SETTINGS, *, form: str | None = None
+) -> Pretrained:
+    """Read everything of a checkpoint; the names in it decide the modality.
 
     Args:
-        path: the `.pt` or `.pth` file.
-        settings: values of the model's configuration that do not come from the file.
+        path: The `.pt` or `.pth` file.
+        settings: Values of the model's configuration that do not come from the file.
+        form: Read only this format, such as "fairseq"; None reads any.
     Raises:
-        ValueError: see `load_fairseq_speech`, `load_fairseq_text` and `beit_of`.
+        ValueError: The file is damaged, needs code, or holds no model of a modality.
     """
-    path = Path(path)
-    try:
-        content = read_pickle(path)
-    except NeedsClass as error:
-        # the code for images keeps its command line, in a class that does nothing
-        if error.name != "argparse.Namespace":
-            raise
-        content = read_pickle(path, [argparse.Namespace])
-        if not is_beit(content):
-            raise error from None
-    if is_beit(content):
-        return beit_of(content, path, settings)
-    return fairseq_of(require_checkpoint(content, path), path, settings)
+    return open_published(Path(path), settings, form)[1]
+
+
+def open_published(
+    path: Path, settings: Settings = NO_SETTINGS, form: str | None = None
+) -> tuple[Published, Pretrained]:
+    """Read a checkpoint as `read_published` does; returns its format and everything in it."""
+    found, content = _read(path, form)
+    return found, found.read(content, path, settings)
 
 
 def load_published(
-    path: str | os.PathLike[str], *, weights: str = "student", heads: int | None = None
-) -> tuple[Student, dict[str, Tensor] | None, SpeechModelConfig | TextModelConfig | VisionModelConfig]:
-    """Student or teacher of a checkpoint, its regression head and the model's configuration.
+    path: str | os.PathLike[str], *, weights: str = "student", heads: int | None = None, form: str | None = None
+) -> tuple[Student, dict[str, Tensor] | None, Section]:
+    """Read student or teacher of a checkpoint.
 
     Args:
-        path: the `.pt` or `.pth` file.
+        path: The `.pt` or `.pth` file.
         weights: "student" or "teacher".
-        heads: of attention, where the file does not tell.
+        heads: Attention heads, if the file does not say; None is 64 channels in each.
+        form: See `read_published`.
+    Returns:
+        The encoder, the tensors of the regression head or None, and the model's configuration.
     Raises:
-        ValueError: as of `read_published`; or the checkpoint has no teacher.
+        ValueError: See `read_published`; or the checkpoint has no teacher.
     """
     check_weights(weights)
-    found = read_published(path, Settings.of(None, heads))
-    return choose(found, weights, path), found.head, found.config
+    found, read = open_published(Path(path), Settings.of(None, heads), form)
+    return chosen(read.student, read.teacher, weights, path, found.average), read.head, read.config
 
 
-def choose(found: FairseqSpeech | FairseqText | BeitVision, weights: str, path: object) -> Student:
-    """Student or teacher of what `read_published` returns.
+def _read(path: Path, form: str | None) -> tuple[Published, Any]:
+    """The format that a file is of, and what the file holds."""
+    formats = {name: found for name, found in published_formats().items() if form in (None, found.form)}
+    try:
+        content = read_pickle(path)
+    except NeedsClass as error:
+        # some code keeps an object in its files that does nothing: only that format may have it
+        allowing = [one for one in formats.values() if error.name in map(_name_of, one.classes)]
+        for one in allowing:
+            if one.is_own(content := read_pickle(path, one.classes)):
+                return one, content
+        raise
+    for one in formats.values():
+        if one.is_own(content):
+            return one, content
+    names = require_checkpoint(content, path)["model"]
+    known = known_kind(names)
+    held = f"no names of one, such as {_shown(names)}" if known is None else f"{known[0]}: `{printable(known[1])}`"
+    raise ValueError(f"`{path}` must hold a data2vec encoder of {_listed(formats)}, but holds {held}.")
 
-    Raises:
-        ValueError: there is no teacher.
-    """
-    student: Student = found.student
-    return chosen(student, found.teacher, weights, path, _AVERAGES[type(found)])
+
+def _shown(names: Mapping[Any, Any]) -> str:
+    return ", ".join(f"`{printable(str(name))}`" for name in list(names)[:3]) or "none at all"
+
+
+def _listed(formats: Mapping[str, Published]) -> str:
+    return " or ".join(f"{name} ({found.owner})" for name, found in formats.items())
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

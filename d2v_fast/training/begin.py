@@ -23,18 +23,21 @@ from torch import Tensor
 
 from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
-from d2v_fast.command_lines import resume_command
-from d2v_fast.config import RunConfig, SpeechModelConfig, TextModelConfig, VisionModelConfig, load_config
+from d2v_fast.command_lines import path_words, resume_command, tool_command
+from d2v_fast.config import RunConfig, load_config
 from d2v_fast.config.errors import ConfigError, OptionError, Section
 from d2v_fast.config.file import apply_overrides
+from d2v_fast.config.model_paths import explain
 from d2v_fast.distributed.shards import find_shards
 from d2v_fast.distributed.world import World
 from d2v_fast.files.outputs import require_free
+from d2v_fast.interop.fairseq_files import chosen
 from d2v_fast.interop.fairseq_recipe import Settings
 from d2v_fast.interop.folders import read_model_config
+from d2v_fast.interop.formats import Pretrained, forms_of
 from d2v_fast.interop.huggingface import export_model, import_model
-from d2v_fast.interop.sources import explain
-from d2v_fast.modalities.vision.huggingface import CONVERTER_NORM_EPS, KIND
+from d2v_fast.interop.published import open_published, read_published
+from d2v_fast.modalities import modality_of, modality_of_model
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from d2v_fast.teacher import Teacher
@@ -70,22 +73,19 @@ def import_folder(
             model's.
         ConfigError: an override is of another section, or its value is refused.
     """
-    from d2v_fast.interop.published import choose, read_published
-
     _require_weights(source)
     if source.is_dir():
         raise OptionError(f"`--ds_config` must be given with `{source}`, which is a Transformers folder already.")
     require_free(to, overwrite)
     settings = Settings.of(_model_overrides(overrides), heads)
-    found = read_published(source, settings)
-    model, config = choose(found, weights, source), found.config
+    form, found = open_published(source, settings)
+    model, config = chosen(found.student, found.teacher, weights, source, form.average), found.config
     options: dict[str, Any] = {}
     if tokenizer is not None:
-        if not isinstance(config, TextModelConfig):
+        load = modality_of_model(config).tokenizer
+        if load is None:
             raise OptionError(f"`--tokenizer` is for text, but `{source}` holds another model.")
-        from d2v_fast.modalities.text.tokenizer import load_tokenizer
-
-        options["tokenizer"] = load_tokenizer(tokenizer)
+        options["tokenizer"] = load(None, tokenizer, None, str(source))
     export_model(model, config, to, info={"weights": weights, "from": "a checkpoint of the published code"}, **options)
     return f"import: {to} ({weights} of {source.name}, for Transformers){_told(source, found.assumed)}"
 
@@ -109,10 +109,16 @@ def start_run(
     """
     named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
     config = load_config(ds_config, [*overrides, *named])
+    modality = modality_of(config.d2v)
+    if not forms_of(modality):
+        raise ValueError(
+            f'`import` has no format for runs of modality "{modality.name}": no other library has such an encoder. '
+            f"`{tool_command('train', path_words(ds_config))}` begins with new weights."
+        )
     _require_weights(source)
     weights = _read(source, heads, config.d2v.model)
     student, teacher, head, found = weights.student, weights.teacher, weights.head, weights.config
-    config = _with_vocabulary(config, found)
+    config = _with_open_sizes(config, found)
     _require_same(config.d2v.model, found, source, ds_config)
     torch.manual_seed(config.d2v.run.seed)
     model = build_model(config.d2v)
@@ -192,20 +198,15 @@ def _require_weights(source: Path) -> None:
             )
 
 
-def _read(source: Path, heads: int | None, wanted: Section) -> _Weights:
-    """What a path holds, for a run with the configuration `wanted`."""
-    if source.is_dir():
-        options = {}
-        raw = read_model_config(source)
-        eps = raw.get("layer_norm_eps", CONVERTER_NORM_EPS)
-        if isinstance(wanted, VisionModelConfig) and (raw.get("model_type"), eps) == (KIND, CONVERTER_NORM_EPS):
-            # not what the weights were trained with, but what Transformers' converter leaves
-            options["norm_eps"] = wanted.norm_eps
-        model, found = import_model(source, **options)
-        return _Weights(model, None, None, found)
-    from d2v_fast.interop.published import read_published
-
-    return _Weights(*read_published(source, Settings.of(None, heads)._replace(run=wanted.model_dump())))
+def _read(source: Path, heads: int | None, wanted: Section) -> Pretrained:
+    """Read a checkpoint or a Transformers folder for a run with the model section `wanted`."""
+    if not source.is_dir():
+        return read_published(source, Settings.of(None, heads)._replace(run=wanted.model_dump()))
+    raw, made = read_model_config(source), modality_of_model(wanted).huggingface
+    own = None if made is None else made()
+    is_own = own is not None and raw.get("model_type") == own.kind
+    model, config = import_model(source, **(own.options_of_run(raw, wanted) if own is not None and is_own else {}))
+    return _Weights(model, None, None, config)
 
 
 def _model_overrides(overrides: Iterable[str]) -> Mapping[str, Any]:
@@ -231,30 +232,25 @@ def _told(source: Path, assumed: Sequence[str]) -> str:
     return f"\n{source.name} does not say all of it. Assumed, unless `--set d2v.model.KEY=VALUE` says otherwise:{lines}"
 
 
-def _with_vocabulary(config: RunConfig, found: Section) -> RunConfig:
-    """The run's configuration with the vocabulary of the weights where it leaves it to the tokenizer."""
+def _with_open_sizes(config: RunConfig, found: Section) -> RunConfig:
+    """Fill in what the run's model section leaves open, such as the vocabulary, from the weights."""
     model = config.d2v.model
-    if not isinstance(found, TextModelConfig) or not isinstance(model, TextModelConfig):
+    if type(found) is not type(model):
         return config
-    keys = [key for key in ("vocab_size", "padding_id") if getattr(model, key) is None]
-    model = model.model_copy(update={key: getattr(found, key) for key in keys})
+    model = model.model_copy(update={key: getattr(found, key) for key, value in model if value is None})
     return config.model_copy(update={"d2v": config.d2v.model_copy(update={"model": model})})
 
 
 def _vocabulary(source: Path, config: Section) -> str | None:
-    """Digest of the tokenizer that lies beside a text model; None where there is none."""
-    if not isinstance(config, TextModelConfig) or not (source / "tokenizer.json").is_file():
-        return None
-    from d2v_fast.modalities.text.tokenizer import load_tokenizer
-
-    return load_tokenizer(source).digest
+    """Return the digest of the tokenizer that lies beside a model; None if there is none."""
+    made = modality_of_model(config).huggingface
+    return None if made is None else made().vocabulary(source)
 
 
 def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path) -> None:
     """ValueError that lists every size in which the run's encoder is another one."""
     if type(wanted) is not type(found):
-        kinds = {SpeechModelConfig: "speech", TextModelConfig: "text"}
-        kind = kinds.get(type(found), "vision")
+        kind = modality_of_model(found).name
         raise ValueError(f'`d2v.modality` in {ds_config} must be "{kind}" as in {source}, but is another.')
     lines = []
     for key, value in found:

@@ -35,11 +35,13 @@ from d2v_fast.interop.fairseq_files import (
 )
 from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, POST_NORM, Gathered, Settings, pending_decay, told_by
 from d2v_fast.interop.folders import mlp_ratio, require_values
-from d2v_fast.interop.layout import log_unused, require_finite
+from d2v_fast.interop.formats import Published
+from d2v_fast.interop.layout import log_unused
 from d2v_fast.modalities.speech.encoder import SpeechModel
 from d2v_fast.modalities.speech.huggingface import build_speech
 from d2v_fast.modalities.speech.layout import SpeechNames, speech_layout
 from d2v_fast.models.student import Student
+from d2v_fast.models.weights import require_finite
 
 NAMES = SpeechNames(
     convolution="feature_extractor.conv_layers.{}.0",
@@ -425,3 +427,17 @@ def _foreign_config(config: SpeechConfig, num_updates: int) -> dict[str, Any]:
         "task": {"_name": "audio_pretraining", "data": "", "sample_rate": model.sample_rate, "normalize": True},
         "optimization": {"max_update": steps},
     }
+
+
+def _is_own(content: Any) -> bool:
+    names = section(content, "model")
+    return any(str(name).startswith(("feature_extractor.", "w2v_encoder.")) for name in names)
+
+
+def _read(content: Mapping[str, Any], path: Path, settings: Settings) -> FairseqSpeech:
+    return speech_of(content, path, settings=settings)
+
+
+FORMAT = Published(
+    "fairseq", ".pt", "fairseq", AVERAGE, is_own=_is_own, read=_read, write=save_fairseq_speech
+)

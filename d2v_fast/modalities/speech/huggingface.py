@@ -36,11 +36,13 @@ from d2v_fast.interop.folders import (
     whole_number,
     write_weights,
 )
+from d2v_fast.interop.formats import HuggingFace
 from d2v_fast.interop.layout import Layout, within
 from d2v_fast.modalities.speech.encoder import SpeechModel
 from d2v_fast.modalities.speech.layout import SpeechNames, speech_layout
 from d2v_fast.models.student import Student
 
+KIND = "data2vec-audio"
 # in front of all names where a model is built around the encoder, such as one for CTC
 BASE_PREFIX = "data2vec_audio."
 
@@ -148,7 +150,7 @@ def _foreign_config(config: SpeechModelConfig) -> dict[str, Any]:
     num_layers = len(config.conv_kernels)
     return {
         "architectures": ["Data2VecAudioModel"],
-        "model_type": "data2vec-audio",
+        "model_type": KIND,
         "dtype": "float32",
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
@@ -192,7 +194,7 @@ def _foreign_config(config: SpeechModelConfig) -> dict[str, Any]:
 def _own_config(raw: Mapping[str, Any], sample_rate: int, path: str) -> SpeechModelConfig:
     """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
     required = {
-        "model_type": "data2vec-audio",
+        "model_type": KIND,
         "hidden_act": "gelu",
         "feat_extract_activation": "gelu",
         "conv_bias": False,
@@ -294,3 +296,6 @@ model = Data2VecAudioForCTC.from_pretrained(".", vocab_size=32, ctc_loss_reducti
         info=info,
         config=config,
     )
+
+
+FORMAT = HuggingFace(KIND, export_speech, import_speech)

@@ -15,7 +15,7 @@ from d2v_fast.config import SpeechConfig
 from d2v_fast.data import DataError
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.evaluation.features import sequence_features
-from d2v_fast.figures.sheet import PER_ROW, Sheet, choose_samples, label_of
+from d2v_fast.figures.sheet import PER_ROW, Sheet, choose_samples, label_of, say_if_fewer
 from d2v_fast.masking import span_mask_rows
 from d2v_fast.modalities.speech.audio import AudioDataset
 from d2v_fast.modalities.speech.log_mel import HOP_SECONDS, log_mel, mel
@@ -65,7 +65,9 @@ def choose_recordings(config: SpeechConfig, folder: Path | None, count: int) -> 
         seen.add(content)
         return Recording(str(Path(dataset.path(sample_id)).relative_to(dataset.root)), waveform)
 
-    return list(choose_samples(len(dataset), count, read).values())
+    found = list(choose_samples(len(dataset), count, read).values())
+    say_if_fewer(len(found), count, "recordings")
+    return found
 
 
 def speech_figure(models: dict[str, Student], recordings: list[Recording], config: SpeechConfig, title: str) -> Figure:

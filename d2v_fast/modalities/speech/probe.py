@@ -1,35 +1,44 @@
-"""Is speech being learned? Which word was said, by voices never heard, and which voice said it, in other words.
+"""The probes of speech: word and voice of the sample recordings, or a user's own labels.
 
-Features of a recording are averages over its frames of the encoder's output. Beside the network before training stands
-the plainest description of a sound: the average of its log-mel spectrum. The classifiers are those of `probe`.
+Words are predicted for voices, and voices for words, that the classifiers were not fitted to. Features of a recording
+are the encoder's output, averaged over its frames. The baselines are the network before training and the average of
+the log-mel spectrum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_fast.config import SpeechConfig
+from d2v_fast.data.labels import LabeledSet, labeled_files
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task, score
 from d2v_fast.evaluation.features import sequence_features
+from d2v_fast.evaluation.inputs import Rows, Sample, Source
+from d2v_fast.evaluation.probing import Labeled, Probing
+from d2v_fast.modalities.speech.audio import KINDS
+from d2v_fast.modalities.speech.config import SpeechConfig
+from d2v_fast.modalities.speech.embed import Middles
 from d2v_fast.modalities.speech.log_mel import log_mel
-from d2v_fast.modalities.speech.samples import SpeechProbeData
+from d2v_fast.modalities.speech.samples import SpeechProbeData, speech_for_probe
 from d2v_fast.models.student import Student
 
 LOG_MEL = "log-mel average"
+# of a recording, so that encoding thousands of them takes minutes
+MAX_SECONDS = 10.0
 
 
 def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, config: SpeechConfig) -> ProbeReports:
     """Score every model's features, and log-mel averages, on both questions.
 
     Args:
-        models: encoders, by the name they get in the tables.
-        data: recordings, labels and the splits.
-        config: of the run.
+        models: Encoders, by their name in the tables.
+        data: Recordings, labels and the splits.
+        config: The run's.
     """
     features = {
         name: _average(sequence_features(model, data.waveforms, num_places=config.model.num_frames))
@@ -55,3 +64,29 @@ def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, confi
 
 def _average(frames: Sequence[Tensor]) -> NDArray[np.float32]:
     return torch.stack([values.mean(0) for values in frames]).numpy()
+
+
+def _labeled(config: SpeechConfig) -> Labeled:
+    def find(key: str) -> LabeledSet:
+        probe, follow = config.probe, config.data.follow_outside
+        return labeled_files(str(probe.path), KINDS, probe.max_samples, follow_outside=follow, key=key)
+
+    def read(model: Student, found: LabeledSet) -> tuple[Source, Iterator[Sample | str]]:
+        paths = [sample.name for sample in found.samples]
+        source = Middles(model, Path(found.root), config.model, config.data, paths, MAX_SECONDS)
+        return source, source.samples()
+
+    def pooled(frames: Rows) -> Rows:
+        return np.asarray(frames.mean(0), dtype=np.float32)
+
+    def spectrum(sample: Sample) -> Rows:
+        return log_mel(sample.parts[0], config.model.sample_rate).mean(0).numpy()
+
+    return Labeled("recording", find, read, pooled, LOG_MEL, spectrum, lambda rows, task: np.stack(rows))
+
+
+def _run(models: Mapping[str, Student], config: SpeechConfig) -> ProbeReports:
+    return run_speech_probe(models, speech_for_probe(config), config)
+
+
+PROBING = Probing("speech", _run, _labeled, ("--data", "FOLDER"), "recordings whose sub-folders are classes")

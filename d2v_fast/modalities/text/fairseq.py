@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.config import ConfigError, TextConfig, TextModelConfig
-from d2v_fast.config.errors import check
+from d2v_fast.config.errors import OptionError, check
 from d2v_fast.files.reading import printable
 from d2v_fast.interop.fairseq_files import (
     TEXT_PREFIX,
@@ -44,12 +44,14 @@ from d2v_fast.interop.fairseq_files import (
 )
 from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, POST_NORM, Gathered, Settings, pending_decay, told_by
 from d2v_fast.interop.folders import mlp_ratio, require_values
-from d2v_fast.interop.layout import Misfit, log_unused, require_finite
+from d2v_fast.interop.formats import Published
+from d2v_fast.interop.layout import Misfit, log_unused
 from d2v_fast.modalities.text.config import POSITION_OFFSET
 from d2v_fast.modalities.text.encoder import TextModel
 from d2v_fast.modalities.text.huggingface import build_text
 from d2v_fast.modalities.text.layout import TextNames, text_layout
 from d2v_fast.models.student import Student
+from d2v_fast.models.weights import require_finite
 
 NAMES = TextNames(
     token=f"{TEXT_PREFIX}embed_tokens.weight",
@@ -363,3 +365,34 @@ def _foreign_config(config: TextConfig, num_updates: int) -> dict[str, Any]:
         },
         "optimization": {"max_update": steps},
     }
+
+
+def _is_own(content: Any) -> bool:
+    return any(str(name).startswith(TEXT_PREFIX) for name in section(content, "model"))
+
+
+def _read(content: Mapping[str, Any], path: Path, settings: Settings) -> FairseqText:
+    return text_of(content, path, settings=settings)
+
+
+def _check_ids(config: TextConfig) -> None:
+    """Refuse a run whose tokenizer, if it can be read, numbers the special tokens as no dictionary of fairseq does."""
+    from d2v_fast.modalities.text.tokenizer import load_tokenizer
+
+    if config.data.tokenizer is None:
+        return
+    try:
+        found = load_tokenizer(config.data.tokenizer).specials[:4]
+    except ValueError:
+        # fairseq gets no tokenizer, so a missing one is no error; `save_fairseq_text` checks the padding id
+        return
+    if any(own not in (None, theirs) for own, theirs in zip(found, SPECIAL_IDS, strict=True)):
+        raise OptionError(
+            "`--format` must be transformers for this tokenizer: fairseq numbers begin, padding, end and unknown token "
+            f"{SPECIAL_IDS} in every dictionary, but '{config.data.tokenizer}' numbers them {tuple(found)}."
+        )
+
+
+FORMAT = Published(
+    "fairseq", ".pt", "fairseq", AVERAGE, is_own=_is_own, read=_read, write=save_fairseq_text, check=_check_ids
+)

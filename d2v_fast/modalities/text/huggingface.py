@@ -38,6 +38,7 @@ from d2v_fast.interop.folders import (
     whole_number,
     write_weights,
 )
+from d2v_fast.interop.formats import HuggingFace
 from d2v_fast.interop.layout import Layout, log_unused, within
 from d2v_fast.modalities.text.config import MAX_VOCAB, POSITION_OFFSET
 from d2v_fast.modalities.text.encoder import TextModel
@@ -47,6 +48,7 @@ from d2v_fast.models.student import Student
 if TYPE_CHECKING:
     from d2v_fast.modalities.text.tokenizer import Tokenizer
 
+KIND = "data2vec-text"
 # in front of all names where a model is built around the encoder, such as one for classification
 BASE_PREFIX = "data2vec_text."
 # what else a base model may hold: what makes one vector of a text, and buffers of older versions
@@ -209,7 +211,7 @@ def _own_positions(theirs: Tensor, pad: int) -> Tensor:
 def _foreign_config(config: TextModelConfig, bos: int | None, pad: int, eos: int | None) -> dict[str, Any]:
     return {
         "architectures": ["Data2VecTextModel"],
-        "model_type": "data2vec-text",
+        "model_type": KIND,
         "dtype": "float32",
         "vocab_size": config.token_rows,
         "hidden_size": config.width,
@@ -243,7 +245,7 @@ def _padding_id(raw: Mapping[str, Any], path: str) -> int:
 def _own_config(raw: Mapping[str, Any], pad: int, path: str) -> TextModelConfig:
     """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
     required = {
-        "model_type": "data2vec-text",
+        "model_type": KIND,
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
         "is_decoder": False,
@@ -312,3 +314,12 @@ model = AutoModelForSequenceClassification.from_pretrained(".", num_labels=2)
         info=info,
         config=config,
     )
+
+
+def _vocabulary(folder: Path) -> str | None:
+    from d2v_fast.modalities.text.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder).digest if (folder / "tokenizer.json").is_file() else None
+
+
+FORMAT = HuggingFace(KIND, export_text, import_text, vocabulary=_vocabulary)

@@ -1,15 +1,15 @@
-"""Is text being learned? Which word stood at a masked place, and what a paragraph is about.
+"""The probes of text: masked words and topics of the sample set, or a user's own labels.
 
-For words, single tokens of held-out blocks are masked, and the encoder's output there is to tell which of the most
-frequent words it was: only the words around it can. Beside the network before training stands the guess that needs no
-context, the most frequent word. For topics, features are averaged over a paragraph, beside a bag of words: counts of
-tokens, weighted by how rare they are. The classifiers are those of `probe`.
+For words, single tokens of held-out blocks are masked, and the encoder's output there predicts which of the most
+frequent words it was. The baselines are the network before training and the most frequent word. For topics, features
+are averaged over a paragraph, and the baseline is a bag of words: token counts, weighted by rarity.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_fast.config import TextConfig
+from d2v_fast.data.labels import LabeledSet
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task, most_frequent, score
 from d2v_fast.evaluation.features import sequence_features
-from d2v_fast.modalities.text.reference_pages import TextProbeData
-from d2v_fast.modalities.text.tasks import TextDataset
+from d2v_fast.evaluation.inputs import Rows, Sample, Source
+from d2v_fast.evaluation.probing import Labeled, Probing
+from d2v_fast.files.reading import printable
+from d2v_fast.modalities.text.config import TextConfig
+from d2v_fast.modalities.text.embed import Lines
+from d2v_fast.modalities.text.labels import labeled_texts
+from d2v_fast.modalities.text.reference_pages import TextProbeData, docs_for_probe
+from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
 from d2v_fast.models.student import Student
 
 _log = logging.getLogger(__name__)
@@ -31,7 +37,7 @@ MASKED_SHARE = 0.15
 UNIGRAM, BAG_OF_WORDS = "most frequent word", "bag of words"
 # masked places of each part
 MAX_TRAIN, MAX_TEST = 8000, 4000
-# columns of a bag of words: a vocabulary of 50,000 tokens would take longer to classify than all features
+# columns of a bag of words: classifying 50,000 would take longer than all features
 MAX_BAG = 5000
 
 
@@ -41,8 +47,8 @@ class MaskedWords(NamedTuple):
     Attributes:
         tokens: int64 `[T]` each.
         places: int64, the masked positions of each block.
-        words: int64 `[S]`, which word stood there, over all blocks.
-        num_train: how many of them are of the blocks that pre-training saw.
+        words: int64 `[S]`, the number of the word at each masked position of all blocks.
+        num_train: Number of `words` in the blocks that pre-training saw.
     """
 
     tokens: list[Tensor]
@@ -86,7 +92,7 @@ def masked_words(config: TextConfig) -> MaskedWords:
 
 
 def _is_word(twice: str) -> bool:
-    """Whether a token is a word, from the text of it and itself again: parts of words would be one word together."""
+    """Return whether a token is a whole word, from the text of the token twice: parts of words would be joined."""
     parts = twice.split()
     return len(parts) == 2 and parts[0] == parts[1] and parts[0].isalpha()
 
@@ -95,9 +101,9 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: T
     """Score every model's features on both questions.
 
     Args:
-        models: encoders, by the name they get in the tables.
-        data: labeled paragraphs.
-        config: of the run.
+        models: Encoders, by their name in the tables.
+        data: Labeled paragraphs.
+        config: The run's.
     """
     masked, padding = masked_words(config), data.specials.pad
     has_words = 0 < masked.num_train < len(masked.words)
@@ -122,13 +128,13 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: T
 
 
 def bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
-    """Count tokens, times the logarithm of how rare they are among the training part.
+    """Return token counts times the logarithm of their inverse frequency among the training samples.
 
     Args:
         tokens: int64 `[T]` each.
-        task: which of them are the training part.
+        task: Names the training samples.
     Returns:
-        fp32 `[S, V]`, rows of length 1, for the V <= `MAX_BAG` tokens that the most samples of the training part hold.
+        fp32 `[S, V]`, rows of length 1, for the V <= `MAX_BAG` tokens that occur in most training samples.
     """
     vocabulary = 1 + max(int(row.max()) for row in tokens)
     counts = np.stack([np.bincount(row.numpy(), minlength=vocabulary) for row in tokens]).astype(np.float32)
@@ -137,3 +143,29 @@ def bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
     weighted = counts[:, chosen] * np.log(len(task.train) / held[chosen]).astype(np.float32)
     lengths = np.linalg.norm(weighted, axis=1, keepdims=True)
     return np.asarray(weighted / np.maximum(lengths, 1e-12), dtype=np.float32)
+
+
+def _labeled(config: TextConfig) -> Labeled:
+    def find(key: str) -> LabeledSet:
+        return labeled_texts(config.data, config.probe, key)
+
+    def read(model: Student, found: LabeledSet) -> tuple[Source, Iterator[Sample | str]]:
+        tokenizer = tokenizer_of(config.data, config.model)
+        source = Lines(model, "", Path(found.root), config.model, config.data, tokenizer, paths=[])
+        # no token has so many letters on average
+        most = 32 * config.model.max_positions
+        return source, (source.sample(printable(sample.name), sample.text[:most]) for sample in found.samples)
+
+    def pooled(rows: Rows) -> Rows:
+        return np.asarray(rows.mean(0), dtype=np.float32)
+
+    return Labeled("text", find, read, pooled, BAG_OF_WORDS, lambda sample: sample.parts[0], bag_of_words)
+
+
+def _run(models: Mapping[str, Student], config: TextConfig) -> ProbeReports:
+    return run_text_probe(models, docs_for_probe(config), config)
+
+
+PROBING = Probing(
+    "docs", _run, _labeled, ("--data", "FILE.jsonl", "--label-field", "label"), "texts with a label each"
+)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from d2v_fast.config import TextConfig
     from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig
 
-__all__ = ["TextDataset", "TokenBlocks", "make_tokenizer", "tokenizer_of", "with_vocabulary"]
+__all__ = ["TextDataset", "TokenBlocks", "make_tokenizer", "run_tokenizer", "tokenizer_of", "with_vocabulary"]
 
 _log = logging.getLogger(__name__)
 
@@ -144,6 +144,26 @@ def _listing(files: Listing, manifest: Mapping[str, Any], min_tokens: int) -> Li
     listing = files.without(manifest["num_empty"], "document", "without text")
     listing = listing.without(manifest["num_short"], "document", f"shorter than `d2v.data.min_tokens` ({min_tokens})")
     return listing.without(manifest["num_unreadable"], "unreadable text", f"(files, lines or rows){example}")
+
+
+def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Tokenizer:
+    """Return the tokenizer of a run.
+
+    Args:
+        config: The run's.
+        path: The tokenizer; None is the one that `config` names.
+        digest: The digest that the tokenizer must have; None accepts any.
+        where: The run, for messages.
+    Raises:
+        ValueError: The tokenizer cannot be read, or has another digest.
+    """
+    try:
+        found = tokenizer_of(config.data, config.model) if path is None else load_tokenizer(path)
+        if digest is not None:
+            found.require(digest, where)
+        return found
+    except ValueError as error:
+        raise ValueError(f"{error} `--tokenizer` names the run's tokenizer where it is now.") from None
 
 
 def tokenizer_of(data: TextDataConfig, model: TextModelConfig, patience_s: float = PATIENCE_S) -> Tokenizer:

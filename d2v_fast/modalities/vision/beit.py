@@ -22,10 +22,12 @@ from d2v_fast.config.errors import check
 from d2v_fast.interop.fairseq_files import as_fp32, replace_file, require_tensors, state_of
 from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, Gathered, Settings
 from d2v_fast.interop.folders import mlp_ratio
-from d2v_fast.interop.layout import log_unused, require_finite
+from d2v_fast.interop.formats import Published
+from d2v_fast.interop.layout import log_unused
 from d2v_fast.modalities.vision.encoder import VisionModel
 from d2v_fast.modalities.vision.layout import VisionNames, build_vision, gammas, vision_layout
 from d2v_fast.models.student import Student
+from d2v_fast.models.weights import require_finite
 
 NAMES = VisionNames(
     cls_token="cls_token",
@@ -71,6 +73,7 @@ class BeitVision(NamedTuple):
         head: `weight` and `bias` of the regression head; None where there is none.
         config: of the model.
         assumed: what of the configuration neither the checkpoint nor the caller tells, in words.
+        pending_decay: None, since the average lacks no update.
     """
 
     student: VisionModel
@@ -78,6 +81,7 @@ class BeitVision(NamedTuple):
     head: dict[str, Tensor] | None
     config: VisionModelConfig
     assumed: tuple[str, ...] = ()
+    pending_decay: float | None = None
 
 
 def is_beit(content: Any) -> bool:
@@ -115,6 +119,8 @@ def save_beit(
     teacher: Student | Mapping[str, Tensor],
     config: VisionConfig,
     path: str | os.PathLike[str],
+    *,
+    num_updates: int = 0,
 ) -> None:
     """Write a checkpoint with the published code's names and shapes: fp32 tensors, no code.
 
@@ -124,6 +130,7 @@ def save_beit(
         teacher: the whole teacher, or its state by name.
         config: of the run.
         path: the `.pth` file: replaced as a whole.
+        num_updates: ignored, since a file does not hold it.
     """
     layout = vision_layout(config.model, NAMES)
     average = dict(layout.all_theirs(state_of(teacher)))
@@ -227,3 +234,16 @@ def _shape(weights: Mapping[str, Tensor], name: str, default: tuple[int, ...]) -
     """Of a tensor; where it is missing or of other dimensions, the default, so that the error names the tensor."""
     value = weights.get(name)
     return tuple(value.shape) if value is not None and value.dim() == len(default) else default
+
+
+# the published code keeps its command line in a Namespace, which executes nothing when it is made
+FORMAT = Published(
+    "beit",
+    ".pth",
+    "the published vision code",
+    AVERAGE,
+    is_own=is_beit,
+    read=beit_of,
+    write=save_beit,
+    classes=(argparse.Namespace,),
+)

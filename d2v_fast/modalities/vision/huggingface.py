@@ -30,6 +30,7 @@ from d2v_fast.interop.folders import (
     whole_number,
     write_weights,
 )
+from d2v_fast.interop.formats import HuggingFace
 from d2v_fast.interop.layout import Layout
 from d2v_fast.modalities.vision.encoder import VisionModel
 from d2v_fast.modalities.vision.layout import VisionNames, build_vision, gammas, vision_layout
@@ -151,7 +152,7 @@ def layout(config: VisionModelConfig) -> Layout:
 def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["Data2VecVisionModel"],
-        "model_type": "data2vec-vision",
+        "model_type": KIND,
         "dtype": "float32",
         "image_size": config.image_size,
         "patch_size": config.patch_size,
@@ -294,3 +295,12 @@ model = Data2VecVisionForImageClassification.from_pretrained(".", num_labels=10,
         info=info,
         config=config,
     )
+
+
+def _options_of_run(raw: Mapping[str, Any], wanted: VisionModelConfig) -> dict[str, Any]:
+    """Let a run choose the epsilon that Transformers' converter replaced by its own."""
+    is_lost = raw.get("layer_norm_eps", CONVERTER_NORM_EPS) == CONVERTER_NORM_EPS
+    return {"norm_eps": wanted.norm_eps} if is_lost else {}
+
+
+FORMAT = HuggingFace(KIND, export_vision, import_vision, _options_of_run)

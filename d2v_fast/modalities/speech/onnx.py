@@ -1,0 +1,73 @@
+"""The speech encoder as an ONNX graph.
+
+Inputs: `input_values` fp32 `[B, N]`, padded on the right, and `attention_mask` int32 `[B, N]`. Output:
+`last_hidden_state` `[B, T, D]`. A padded utterance gets the output that it gets alone, whereas Transformers changes the
+frames at its end (https://github.com/huggingface/transformers/issues/25621).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.interop.onnx import EXAMPLE_BATCH, Graph
+from d2v_fast.modalities.speech.config import SpeechConfig
+from d2v_fast.modalities.speech.conv_stack import ConvStack
+from d2v_fast.modalities.speech.encoder import SpeechModel
+
+# of the example that is traced
+_FRAMES = 24
+
+
+def speech_graph(model: SpeechModel, config: SpeechConfig) -> Graph:
+    """Return the graph of an encoder in eval mode."""
+    waveforms = torch.zeros(EXAMPLE_BATCH, config.model.num_samples(_FRAMES))
+    # int32, as the feature extractor of the exported folder returns it
+    inputs = {"input_values": waveforms, "attention_mask": torch.ones_like(waveforms, dtype=torch.int32)}
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("samples", min=config.model.num_samples(2))
+    return Graph(_Speech(model), inputs, {name: {0: batch, 1: length} for name in inputs})
+
+
+class _Speech(nn.Module):
+    """A speech encoder with ONNX's convolutions."""
+
+    def __init__(self, model: SpeechModel) -> None:
+        super().__init__()
+        self.convolutions = _Convolutions(model.front_end.convolutions)
+        front_end = copy.copy(model.front_end)
+        front_end._modules = {**front_end._modules, "convolutions": self.convolutions}
+        self.model = copy.copy(model)
+        self.model._modules = {**model._modules, "front_end": front_end}
+
+    def forward(self, input_values: Tensor, attention_mask: Tensor) -> Tensor:
+        lengths = self.convolutions.num_frames(attention_mask.sum(1))
+        hidden: Tensor = self.model(input_values, lengths).last_hidden
+        return hidden
+
+
+class _Convolutions(nn.Module):
+    """`ConvStack` as convolutions, because its own operations do not exist in ONNX."""
+
+    def __init__(self, stack: ConvStack) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """`[B, N]` to `[B, T, C]`."""
+        stack = self.stack
+        frames = waveforms[:, None]
+        layers = zip(stack.weights, stack.norm_weights, stack.norm_biases, stack.strides, strict=True)
+        for weight, norm_weight, norm_bias, stride in layers:
+            frames = F.conv1d(frames, weight.transpose(1, 2), stride=stride).transpose(1, 2)
+            frames = F.gelu(F.layer_norm(frames, frames.shape[-1:], norm_weight, norm_bias, stack.eps))
+            frames = frames.transpose(1, 2)
+        return frames.transpose(1, 2)
+
+    def num_frames(self, lengths: Tensor) -> Tensor:
+        """int64 `[B]`, frames of utterances of int64 `lengths` `[B]`, in samples."""
+        for weight, stride in zip(self.stack.weights, self.stack.strides, strict=True):
+            lengths = torch.div(lengths - weight.shape[1], stride, rounding_mode="floor") + 1
+        return lengths
