@@ -1,4 +1,4 @@
-"""`d2v-fast tokenize`: a tokenizer from text, and the tokens of a configuration before a run asks for them."""
+"""`d2v-fast tokenize`: train a tokenizer, or tokenize the text of a configuration before a run does."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_fast.command_lines import path_override
-from d2v_fast.config import ConfigError, TextConfig, TextDataConfig, apply_overrides, load_config
+from d2v_fast.config import ConfigError, TextDataConfig, apply_overrides, load_config
 from d2v_fast.config.errors import OptionError, check
 from d2v_fast.data.listing import print_listing
 from d2v_fast.memory.peak import format_bytes
+from d2v_fast.modalities import all_modalities, modality_of
 
 
 def tokenize(file: Path, overrides: Sequence[str] = ()) -> str:
     """Tokenize the text of a configuration into the cache that training reads; returns lines for the user.
 
     Raises:
-        ConfigError: the configuration is refused, or is not of text.
-        DataError: see `TextDataset`.
+        ConfigError: The configuration is refused, or its modality has no tokens.
+        DataError: There is no text or no tokenizer, too much is unreadable, or the tokens cannot be written.
     """
     config = load_config(file, overrides).d2v
-    if not isinstance(config, TextConfig):
-        raise ConfigError([f'`d2v.modality` must be "text", but is "{config.modality}" instead.'], str(file))
-    from d2v_fast.modalities.text.files import TextFiles
-    from d2v_fast.modalities.text.tasks import TextDataset
-
-    if config.data.kind != "docs":
-        print_listing(TextFiles(config.data).listing, "text")
-    dataset = TextDataset(config.data, config.model, patience_s=config.run.timeout_s)
+    make = modality_of(config).tokenize
+    if make is None:
+        named = " or ".join(f'"{one.name}"' for one in all_modalities() if one.tokenize is not None)
+        raise ConfigError([f'`d2v.modality` must be {named}, but is "{config.modality}" instead.'], str(file))
+    dataset = make(config)
     tokens, found = dataset.tokens, dataset.tokens.manifest
     size = sum(entry.stat().st_size for entry in tokens.folder.iterdir())
     lines = [
@@ -47,13 +45,13 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
     """Train a byte-level BPE on text; returns lines for the user.
 
     Args:
-        source: a file or a folder of text, see `TextFiles`.
-        vocab_size: its tokens.
-        to: the folder to write; it must not exist.
-        overrides: `d2v.data.KEY=VALUE`, how the text is read.
+        source: A text file, or a folder of text files.
+        vocab_size: Number of tokens.
+        to: The folder to write; it must not exist.
+        overrides: `d2v.data.KEY=VALUE` each; they say how the text is read.
     Raises:
-        ConfigError: an override is refused.
-        DataError: see `make_tokenizer`.
+        ConfigError: An override is refused.
+        DataError: There is no text, or the folder cannot be written.
         OptionError: `vocab_size` or `to` is missing, or `vocab_size` is too small.
     """
     if vocab_size is None or to is None:
@@ -62,7 +60,7 @@ def new_tokenizer(source: Path, vocab_size: int | None, to: Path | None, overrid
     given = raw.pop("d2v", {})
     section = given.pop("data", {}) if isinstance(given, dict) else {}
     problems = [f"`{key}` has no effect on a tokenizer: only `d2v.data.KEY` has." for key in [*raw, *given]]
-    # the tokenizer does not exist yet, and is not read
+    # the tokenizer does not exist yet and is not read
     section = {**section, "kind": "text", "path": str(source), "tokenizer": str(to)}
     data, found = check(TextDataConfig, section, "d2v.data")
     if data is None or problems:

@@ -90,7 +90,7 @@ def run_labeled_probe(models: Mapping[str, Student], config: D2VConfig, key: str
 def _task(
     labels: list[str], test_fraction: float, labels_per_class: int, what: str
 ) -> tuple[NDArray[np.int64], Task | None, list[str]]:
-    """Return the positions of usable samples, the task, and notes for the user. The task is None if too few are usable."""
+    """Return the positions of usable samples, the task (None if too few are usable), and notes for the user."""
     names, numbers, counts = np.unique(np.array(labels, dtype=np.str_), return_inverse=True, return_counts=True)
     is_enough = counts >= MIN_PER_CLASS
     kept = np.flatnonzero(is_enough[numbers]) if len(labels) else np.zeros(0, dtype=np.int64)

@@ -59,9 +59,7 @@ def advice(config: D2VConfig, run_folder: Path) -> str:
     return f"there are no labels to probe the run on: `{command}` probes it on {probing.samples}"
 
 
-def probe(
-    config: D2VConfig, student: Student, teacher: Student, key: str = PATH_KEY
-) -> ProbeReport | ProbeReports:
+def probe(config: D2VConfig, student: Student, teacher: Student, key: str = PATH_KEY) -> ProbeReport | ProbeReports:
     """Probe student and teacher beside the untrained network; the report prints as a table.
 
     Args:

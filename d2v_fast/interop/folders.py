@@ -14,11 +14,11 @@ from torch import Tensor
 
 from d2v_fast.config import D2VConfig
 from d2v_fast.config.errors import show
+from d2v_fast.config.model_paths import explain
 from d2v_fast.config.schema import MAX_FILE_BYTES
 from d2v_fast.files.atomic import write_tensors, write_text
 from d2v_fast.files.reading import NotRegularError, open_regular, read_json, refuse_pointer
 from d2v_fast.interop.layout import Layout
-from d2v_fast.config.model_paths import explain
 
 # of one file of weights, as Transformers divides them
 MAX_WEIGHTS_BYTES = 5 * 10**9

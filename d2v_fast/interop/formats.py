@@ -128,5 +128,7 @@ def require_format(modality: Modality[Any], format_: FormatT | None, name: str) 
     """
     if format_ is None:
         forms = ", ".join(forms_of(modality)) or "nothing else: its weights stay in the run's checkpoints"
-        raise ValueError(f'there is no {name} for encoders of modality "{modality.name}"; they can be written as {forms}.')
+        raise ValueError(
+            f'there is no {name} for encoders of modality "{modality.name}"; they can be written as {forms}.'
+        )
     return format_

@@ -14,14 +14,15 @@ from d2v_fast.checkpoints import hold as checkpoint_hold
 from d2v_fast.checkpoints import saved_weights
 from d2v_fast.checkpoints.files import complete_steps
 from d2v_fast.checkpoints.hold import alone_with, hold
-from d2v_fast.checkpoints.saved_weights import export_run, open_checkpoint
+from d2v_fast.checkpoints.saved_weights import open_checkpoint
 from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
+from d2v_fast.commands.export import export_run
 from d2v_fast.distributed.shards import Shard
 from d2v_fast.distributed.world import World
 from d2v_fast.modalities.vision.huggingface import import_vision
 from d2v_fast.objectives.data2vec import build_model
-from tests.checkpoints.test_export import CONFIG, write_run
+from tests.commands.test_export import CONFIG, write_run
 from tests.helpers.checkpoint_files import save
 from tests.helpers.runs import fork, wait
 

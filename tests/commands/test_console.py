@@ -16,7 +16,7 @@ from d2v_fast.commands import bench, check, console
 from d2v_fast.commands.console import main
 from d2v_fast.config import VisionConfig, check_d2v, presets
 from d2v_fast.modalities import build_student
-from tests.checkpoints.test_export import write_run
+from tests.commands.test_export import write_run
 from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY, TINY_SPEECH, failure_status, leave_out_reports, tiny_file
 from tests.helpers.text_files import sentences, small_tokenizer

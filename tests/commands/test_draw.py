@@ -1,34 +1,32 @@
-"""Features as colors: the projection, what is read from a run folder, and the picture itself."""
+"""`d2v-fast draw`: what it reads from a run folder, and the picture itself."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 
 from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.commands import draw
+from d2v_fast.commands.console import main
 from d2v_fast.config import (
     BlockMaskConfig,
     RunSection,
-    SpeechConfig,
     TargetConfig,
     VisionConfig,
     VisionDataConfig,
     VisionModelConfig,
-    check_d2v,
 )
 from d2v_fast.distributed.shards import Shard
 from d2v_fast.distributed.world import World
-from d2v_fast.figures.sheet import Sheet, save_figure
+from d2v_fast.figures.sheet import Sheet
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.places import ROOT
 from tests.helpers.runs import failure_status
@@ -67,54 +65,24 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_colors_are_the_principal_components() -> None:
-    features = torch.randn(20, 9, 7) * torch.tensor([27.0, 9.0, 3.0, 0.1, 0.1, 0.1, 0.1])
-    colors = draw.principal_colors(features)
-    assert colors.shape == (20, 9, 3)
-    assert colors.dtype == np.float32
-    for channel in range(3):
-        values = colors[..., channel].ravel()
-        assert (values.min(), values.max()) == (0.0, 1.0)
-        # a component is almost the coordinate with that much spread, up to sign, center and scale
-        coordinate = features[..., channel].flatten().numpy()
-        assert abs(np.corrcoef(values, coordinate)[0, 1]) > 0.9
-
-
-def test_colors_do_not_depend_on_the_basis() -> None:
-    features = torch.randn(4, 6, 9, dtype=torch.float64) * torch.linspace(5, 1, 9)
-    rotation, _ = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))
-    turned = features @ rotation * 3 + 7
-    np.testing.assert_allclose(draw.principal_colors(turned), draw.principal_colors(features), atol=1e-5)
-
-
-def test_colors_of_degenerate_features() -> None:
-    np.testing.assert_array_equal(draw.principal_colors(torch.full((2, 4, 5), 3.7)), 0.5)
-    assert draw.principal_colors(torch.randn(1, 2, 5)).shape == (1, 2, 3)
-    assert draw.principal_colors(torch.randn(2, 4, 1)).shape == (2, 4, 3)
-    two = torch.randn(2, 5)[torch.tensor([[0, 1, 1], [1, 0, 0]])]
-    colors = draw.principal_colors(two)
-    assert np.unique(colors.reshape(-1, 3).round(4), axis=0).shape == (2, 3)
-
-
-def test_features_are_those_of_the_target() -> None:
-    model = build_model(CONFIG).student
-    pixels = torch.randn(2, 1, 8, 8)
-    outputs = model.eval()(pixels, top_k=2).features
-    expected = (F.layer_norm(outputs[0], (24,)) + F.layer_norm(outputs[1], (24,)))[:, 1:] / 2
-    torch.testing.assert_close(draw.patch_features(model, pixels, top_k=2), expected)
-
-
 @pytest.mark.parametrize("name", ["student", "teacher"])
-def test_newest_whole_checkpoint_is_read(name: str, run_folder: Path) -> None:
-    weights = draw.newest_weights(run_folder, CONFIG, name)
-    assert (weights.name, weights.step) == (name, 10)
+def test_newest_whole_checkpoint_is_read(name: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+
+    def figure(models: dict[str, torch.nn.Module], *arguments: object) -> Figure:
+        drawn.update(models)
+        return Figure()
+
+    monkeypatch.setattr(draw, "modality_of", lambda config: SimpleNamespace(draw=figure))
+    draw.draw(run_folder, weights=name)
     torch.manual_seed(2)
     expected = build_model(CONFIG).student.state_dict()
-    assert all(torch.equal(expected[key], value) for key, value in weights.model.state_dict().items())
+    found = drawn[f"{name},\nstep 10"].state_dict()
+    assert all(torch.equal(expected[key], value) for key, value in found.items())
 
 
 def test_draws_held_out_digits(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert draw.main([str(run_folder), "--count", "3"]) == 0
+    assert main(["draw", str(run_folder), "--count", "3"]) == 0
     path = run_folder / "features.png"
     assert capsys.readouterr().out.strip() == str(path)
     with Image.open(path) as picture:
@@ -130,36 +98,9 @@ def test_draws_a_folder_of_images(run_folder: Path, tmp_path: Path) -> None:
     for index in range(2):
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(photographs / f"{index}.png")
     out = tmp_path / "out.png"
-    assert draw.main([str(run_folder), "--data", str(photographs), "--weights", "teacher", "--out", str(out)]) == 0
+    assert main(["draw", str(run_folder), "--data", str(photographs), "--weights", "teacher", "--out", str(out)]) == 0
     assert out.is_file()
     assert not (run_folder / "features.png").exists()
-
-
-def photograph(path: Path, seed: int, size: tuple[int, int] = (30, 20)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def test_no_image_twice(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither in the place of an unreadable neighbor nor as a copy; fewer than asked for are said."""
-    folder = tmp_path / "photographs"
-    for index in range(4):
-        photograph(folder / f"{index}.png", index)
-    (folder / "1a.png").write_bytes(b"no image")
-    (folder / "2a.png").write_bytes((folder / "2.png").read_bytes())
-    found = draw._choose_images(CONFIG, folder, 6)
-    assert found.names == ["0.png", "1.png", "2.png", "3.png"]
-    assert len({image.numpy().tobytes() for image in found.pixels}) == 4
-    # what a name stands under is that file
-    for name, image in zip(found.names, found.pixels, strict=True):
-        alone = draw.image_dataset(
-            CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"kind": "images", "path": str(folder)})})
-        )
-        index = [Path(alone.path(i)).name for i in range(len(alone))].index(name)  # type: ignore[union-attr]
-        assert torch.equal(alone[index], image)
-    assert draw.main([str(run_folder), "--data", str(folder), "--count", "6", "--out", str(tmp_path / "o.png")]) == 0
-    assert "4 images are drawn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("count", "blocks"), [(1, 1), (8, 1), (9, 2), (24, 3)])
@@ -176,22 +117,6 @@ def test_rows_wrap_at_eight(count: int, blocks: int) -> None:
     assert width < 12
 
 
-def test_names_stand_under_the_images(tmp_path: Path) -> None:
-    folder = tmp_path / "photographs"
-    for seed, name in enumerate(("one.png", "deep/er/$a$ and $b.png", "deep/er/" + 60 * "x" + "7.png")):
-        photograph(folder / name, seed)
-    found = draw._choose_images(CONFIG, folder, 3)
-    masks = draw._draw_masks(CONFIG, found.ids)
-    figure = draw._figure(draw._displayable(found.pixels, CONFIG), masks, {}, found.names, "t")
-    labels = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
-    assert labels[0] == "er\n$a$ and $b.png"
-    assert labels[2] == "one.png"
-    assert labels[1].startswith("er\nxxx")
-    assert labels[1].endswith("x7.png")
-    assert max(map(len, labels[1].splitlines())) <= 20
-    save_figure(figure, tmp_path / "out.png")
-
-
 def test_drawing_twice_gives_the_same_picture(run_folder: Path, tmp_path: Path) -> None:
     first, second = (draw.draw(run_folder, count=2, out=tmp_path / f"{index}.png") for index in range(2))
     assert first.read_bytes() == second.read_bytes()
@@ -199,7 +124,7 @@ def test_drawing_twice_gives_the_same_picture(run_folder: Path, tmp_path: Path) 
 
 def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def complaint(*arguments: object) -> str:
-        status, captured = draw.main([str(argument) for argument in arguments]), capsys.readouterr()
+        status, captured = main(["draw", *map(str, arguments)]), capsys.readouterr()
         assert status == failure_status(captured.err)
         assert not captured.out
         return captured.err
@@ -235,15 +160,6 @@ def test_mistakes_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert "d2v.model.widht" in complaint(run_folder)
 
 
-def test_self_similarity() -> None:
-    """Two kinds of frames that take turns: alike within a kind, opposite between them, whatever they share."""
-    from d2v_fast.modalities.speech.pictures import self_similarity
-
-    kinds = torch.tensor([1.0, -1.0]).repeat(4)[:, None] * torch.randn(1, 6) + 100 * torch.randn(1, 6)
-    expected = torch.tensor([1.0, -1.0]).repeat(4)
-    np.testing.assert_allclose(self_similarity(kinds), torch.outer(expected, expected), atol=1e-3)
-
-
 def pixels_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
@@ -266,35 +182,3 @@ def test_recordings_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     samples = ROOT / "d2v_fast" / "modalities" / "speech" / "speech_samples" / "en-us+f2"
     other = draw.draw(folder, data=samples, count=3, out=tmp_path / "other.png")
     assert pixels_of(other).shape[1] > image.shape[1]
-
-
-def test_recordings_have_axes_and_none_is_shown_twice(tmp_path: Path) -> None:
-    """Also where one is silent, and another of the same name has another ending."""
-    from d2v_fast.modalities.speech.pictures import choose_recordings, speech_figure
-    from tests.helpers.runs import TINY_SPEECH
-
-    raw = copy.deepcopy(TINY_SPEECH["d2v"])
-    raw["data"] |= {"kind": "audio", "path": str(tmp_path)}
-    config, problems = check_d2v(raw)
-    assert isinstance(config, SpeechConfig), problems
-    rate = config.model.sample_rate
-    noise = np.random.default_rng(0).normal(0, 0.1, (4, rate))
-    soundfile.write(tmp_path / "a.wav", noise[0], rate)
-    soundfile.write(tmp_path / "a.flac", noise[1], rate)
-    soundfile.write(tmp_path / "b.wav", np.zeros(rate), rate)
-    soundfile.write(tmp_path / "c.wav", noise[2], rate)
-    (tmp_path / "d.wav").write_bytes((tmp_path / "c.wav").read_bytes())
-    recordings = choose_recordings(config, None, 5)
-    assert [recording.name for recording in recordings] == ["a.flac", "a.wav", "c.wav"]
-    models = {"untrained": build_model(config).student}
-    figure = speech_figure(models, recordings, config, "title")
-    spectrum, square = figure.axes[:2]
-    assert spectrum.get_ylabel() == "kHz"
-    assert [text.get_text() for text in spectrum.get_yticklabels()] == ["0", "0.5", "1", "2", "4"]
-    # half the rate is at the top of the bands, and mel makes 1 kHz stand above the middle of 0 to 4 kHz's fourth
-    heights = spectrum.get_yticks()
-    assert heights[-1] == pytest.approx(40)
-    assert heights[2] == pytest.approx(40 * 999.99 / 2146.06, rel=1e-3)
-    assert (square.get_xlabel(), square.get_ylabel()) == ("s", "s")
-    assert square.get_xlim()[1] == pytest.approx(1.0, abs=0.03)
-    assert spectrum.get_xlim() == pytest.approx(square.get_xlim())

@@ -11,19 +11,19 @@ import soundfile
 import torch
 from PIL import Image
 
-from d2v_fast.checkpoints.saved_weights import export_run
 from d2v_fast.commands.console import main
-from d2v_fast.commands.inputs import Lines
+from d2v_fast.commands.export import export_run
 from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, TextDataConfig, check_d2v
-from d2v_fast.evaluation.classifiers import image_features
 from d2v_fast.evaluation.features import sequence_features
 from d2v_fast.modalities.text.config import TextModelConfig
+from d2v_fast.modalities.text.embed import Lines
 from d2v_fast.modalities.text.encoder import TextModel
 from d2v_fast.modalities.text.huggingface import export_text
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer
 from d2v_fast.modalities.vision.images import ImagesDataset
-from tests.checkpoints.test_export import CONFIG, write_run
+from d2v_fast.modalities.vision.probe import image_features
 from tests.commands.test_console import complaint
+from tests.commands.test_export import CONFIG, write_run
 from tests.helpers.runs import TINY_SPEECH
 from tests.helpers.text_files import sentences, small_tokenizer
 from tests.modalities.text.test_tokenizer_kinds import word_pieces

@@ -117,7 +117,7 @@ def test_runs_without_labels_say_how_to_get_a_probe(tmp_path: Path, capsys: pyte
     assert console(["probe", str(run), "--data", str(folder)]) == 0
     assert "24 images in 2 classes" in capsys.readouterr().out
     assert console(["probe", str(run), "--data", str(folder), "--label-field", "x"]) == 2
-    assert "`--label-field` is for runs on text" in capsys.readouterr().err
+    assert "`--label-field` does not apply to runs on vision" in capsys.readouterr().err
     assert console(["probe", str(run), "--max-samples", "3", "--data", str(folder)]) == 2
     assert "`d2v.probe.max_samples` must be in [4, 1000000000], but is 3 instead" in capsys.readouterr().err
     assert console(["probe", str(run), "--max-samples", "10"]) == 2

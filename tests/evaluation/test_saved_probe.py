@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
 from d2v_fast.evaluation import run as evaluation
-from d2v_fast.evaluation.saved import probe_checkpoint
+from d2v_fast.evaluation.run import probe_checkpoint
 from tests.helpers.runs import TINY, TINY_SPEECH, leave_out_reports, run_forked, run_here, tiny_file
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")

@@ -16,7 +16,7 @@ from d2v_fast.evaluation import run as evaluation
 from d2v_fast.files.atomic import make_beside, replaced, write_tensors, write_text
 from d2v_fast.modalities.speech import samples as speech
 from d2v_fast.training import metrics
-from tests.checkpoints.test_export import write_run
+from tests.commands.test_export import write_run
 from tests.helpers.runs import run_here, tiny_file
 from tests.helpers.text_files import tokens_of
 from tests.modalities.speech.test_speech import make_config

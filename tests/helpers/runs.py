@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from d2v_fast.commands import export
 from d2v_fast.distributed.world import World
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.train import main
@@ -124,7 +125,7 @@ def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> No
     patch(metrics, "_tensorboard", lambda *arguments: None)
     patch(metrics, "import_reports", lambda: None)
     patch(evaluation, "has_labels", lambda config: False)
-    patch(evaluation, "export", lambda *arguments: "no export")
+    patch(export, "export_student", lambda run_folder: "no export")
 
 
 def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:

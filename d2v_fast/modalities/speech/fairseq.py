@@ -438,6 +438,4 @@ def _read(content: Mapping[str, Any], path: Path, settings: Settings) -> Fairseq
     return speech_of(content, path, settings=settings)
 
 
-FORMAT = Published(
-    "fairseq", ".pt", "fairseq", AVERAGE, is_own=_is_own, read=_read, write=save_fairseq_speech
-)
+FORMAT = Published("fairseq", ".pt", "fairseq", AVERAGE, is_own=_is_own, read=_read, write=save_fairseq_speech)

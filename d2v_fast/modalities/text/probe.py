@@ -166,6 +166,4 @@ def _run(models: Mapping[str, Student], config: TextConfig) -> ProbeReports:
     return run_text_probe(models, docs_for_probe(config), config)
 
 
-PROBING = Probing(
-    "docs", _run, _labeled, ("--data", "FILE.jsonl", "--label-field", "label"), "texts with a label each"
-)
+PROBING = Probing("docs", _run, _labeled, ("--data", "FILE.jsonl", "--label-field", "label"), "texts with a label each")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import PATIENCE_S, made_once
-from d2v_fast.data.listing import Listing
+from d2v_fast.data.listing import Listing, print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.data.samples import digest_of
 from d2v_fast.files.paths import expand_path
@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from d2v_fast.config import TextConfig
     from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig
 
-__all__ = ["TextDataset", "TokenBlocks", "make_tokenizer", "run_tokenizer", "tokenizer_of", "with_vocabulary"]
+__all__ = [
+    "TextDataset",
+    "TokenBlocks",
+    "make_tokenizer",
+    "run_tokenizer",
+    "tokenize",
+    "tokenizer_of",
+    "with_vocabulary",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -144,6 +152,17 @@ def _listing(files: Listing, manifest: Mapping[str, Any], min_tokens: int) -> Li
     listing = files.without(manifest["num_empty"], "document", "without text")
     listing = listing.without(manifest["num_short"], "document", f"shorter than `d2v.data.min_tokens` ({min_tokens})")
     return listing.without(manifest["num_unreadable"], "unreadable text", f"(files, lines or rows){example}")
+
+
+def tokenize(config: TextConfig) -> TextDataset:
+    """Print which text a run will read, and tokenize it into the run's cache.
+
+    Raises:
+        DataError: See `TextDataset`.
+    """
+    if config.data.kind != "docs":
+        print_listing(TextFiles(config.data).listing, "text")
+    return TextDataset(config.data, config.model, patience_s=config.run.timeout_s)
 
 
 def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Tokenizer:

@@ -25,7 +25,7 @@ from d2v_fast.modalities.text.huggingface import export_text, import_text
 from d2v_fast.modalities.text.layout import text_layout
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
 from d2v_fast.objectives.data2vec import build_model
-from tests.checkpoints.test_export import write_run
+from tests.commands.test_export import write_run
 from tests.helpers.common import opened
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_here, tiny_file
 from tests.helpers.speech_reference import randomize_

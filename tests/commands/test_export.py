@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2v_fast.checkpoints.saved_weights import export_run
 from d2v_fast.checkpoints.shard_files import Kept, copy_to_host, write_shards
 from d2v_fast.commands.console import main
+from d2v_fast.commands.export import export_run
 from d2v_fast.config import (
     BlockMaskConfig,
     D2VConfig,
@@ -167,7 +167,7 @@ def test_no_more_than_one_file_is_in_memory(tmp_path: Path) -> None:
     write_run(tmp_path / "r", large, 2)
     # pages of the checkpoint that are mapped are the system's to drop: only the process's own memory counts
     code = f"""
-import pathlib, threading, time, safetensors.torch, d2v_fast.checkpoints.saved_weights, d2v_fast.interop.huggingface
+import pathlib, threading, time, safetensors.torch, d2v_fast.commands.export, d2v_fast.interop.huggingface
 def held():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1000
 before, peak, done = held(), 0.0, False
@@ -178,7 +178,7 @@ def watch():
         time.sleep(0.001)
 watcher = threading.Thread(target=watch)
 watcher.start()
-d2v_fast.checkpoints.saved_weights.export_run(pathlib.Path({str(tmp_path / "r")!r}), max_file_bytes=50_000_000)
+d2v_fast.commands.export.export_run(pathlib.Path({str(tmp_path / "r")!r}), max_file_bytes=50_000_000)
 done = True
 watcher.join()
 print(peak - before)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from d2v_fast.config import VisionProbeConfig
-from d2v_fast.evaluation.classifiers import PIXELS, Task, image_features, run_probe, score
+from d2v_fast.evaluation.classifiers import Task, score
+from d2v_fast.modalities.vision.probe import PIXELS, image_features, run_probe
 
 
 def make_data(informative: bool, strength: float = 2.0, seed: int = 0) -> SimpleNamespace:
