@@ -14,8 +14,17 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
     from d2v_fast.config import D2VConfig
+    from d2v_fast.config.errors import Section
     from d2v_fast.data import BatchMaker
+    from d2v_fast.evaluation.inputs import Encoder, Source
+    from d2v_fast.evaluation.probing import Probing
+    from d2v_fast.interop.formats import HuggingFace, Published
+    from d2v_fast.interop.onnx import Graph
     from d2v_fast.models.student import Student
 
 __all__ = [
@@ -28,6 +37,7 @@ __all__ = [
     "modality_named",
     "modality_names",
     "modality_of",
+    "modality_of_model",
     "register",
 ]
 
@@ -58,6 +68,17 @@ class Modality(Generic[ConfigT]):
         encoder: return the encoder class, which is built from `config.model`.
         batches: return the maker of the training batches. Raise DataError where there is nothing to train on.
         resolved: return the section with everything filled in that follows from the data, such as a vocabulary's size.
+        huggingface: return the modality's Transformers folders. None: Transformers has no such model.
+        published: return the checkpoints of the modality's published code. None: there are none.
+        onnx: return the graph of an encoder in eval mode. None: there is none.
+        open_inputs: return the samples of a path, for an encoder, and for a path of a tokenizer or None. None: no files
+            hold samples.
+        probing: return the modality's probes. None: there are none.
+        draw: return a figure of encoders by name, with the run's section, a folder of samples or None for the run's
+            own, the number of samples and a title. None: there are no pictures.
+        tokenizer: return a tokenizer, from the run's section or None, its path or None for the one that the section
+            names, the digest that it must have or None, and the run's name for messages. None: there are none.
+        tokenize: tokenize the data of a run into its cache, and return the data set. None: there are no tokens.
     """
 
     name: str
@@ -66,6 +87,14 @@ class Modality(Generic[ConfigT]):
     encoder: Callable[[], type[Student]]
     batches: Callable[[ConfigT], BatchMaker]
     resolved: Callable[[ConfigT], ConfigT] = _unchanged
+    huggingface: Callable[[], HuggingFace] | None = None
+    published: Callable[[], Published] | None = None
+    onnx: Callable[[Any, ConfigT], Graph] | None = None
+    open_inputs: Callable[[Encoder, Path, Path | None], Source] | None = None
+    probing: Callable[[], Probing] | None = None
+    draw: Callable[[dict[str, Student], ConfigT, Path | None, int, str], Figure] | None = None
+    tokenizer: Callable[[ConfigT | None, Path | None, str | None, str], Any] | None = None
+    tokenize: Callable[[ConfigT], Any] | None = None
 
 
 _registered: dict[str, Modality[Any]] = {}
@@ -126,6 +155,18 @@ def modality_of(config: D2VConfig) -> Modality[Any]:
             f"{type(config).__name__} instead."
         )
     return modality
+
+
+def modality_of_model(config: Section) -> Modality[Any]:
+    """Return the record of the modality whose model section a configuration is.
+
+    Raises:
+        TypeError: no modality has such a model section.
+    """
+    for modality in all_modalities():
+        if type(config) is modality.config.model_fields["model"].annotation:
+            return modality
+    raise TypeError(f"no modality has a model section {type(config).__name__}.")
 
 
 def build_student(config: D2VConfig) -> Student:

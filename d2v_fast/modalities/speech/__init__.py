@@ -8,8 +8,17 @@ from d2v_fast.modalities import Modality
 from d2v_fast.modalities.speech.config import SpeechConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
     from d2v_fast.data import BatchMaker
+    from d2v_fast.evaluation.inputs import Encoder, Source
+    from d2v_fast.evaluation.probing import Probing
+    from d2v_fast.interop.formats import HuggingFace, Published
+    from d2v_fast.interop.onnx import Graph
     from d2v_fast.modalities.speech.encoder import SpeechModel
+    from d2v_fast.models.student import Student
 
 __all__ = ["MODALITY"]
 
@@ -26,4 +35,52 @@ def _batches(config: SpeechConfig) -> BatchMaker:
     return SpeechBatches(speech_dataset(config), config)
 
 
-MODALITY = Modality(name="speech", place="frame", config=SpeechConfig, encoder=_encoder, batches=_batches)
+def _huggingface() -> HuggingFace:
+    from d2v_fast.modalities.speech.huggingface import FORMAT
+
+    return FORMAT
+
+
+def _published() -> Published:
+    from d2v_fast.modalities.speech.fairseq import FORMAT
+
+    return FORMAT
+
+
+def _onnx(model: SpeechModel, config: SpeechConfig) -> Graph:
+    from d2v_fast.modalities.speech.onnx import speech_graph
+
+    return speech_graph(model, config)
+
+
+def _open_inputs(encoder: Encoder, inputs: Path, tokenizer: Path | None) -> Source:
+    from d2v_fast.modalities.speech.embed import open_recordings
+
+    return open_recordings(encoder, inputs)
+
+
+def _probing() -> Probing:
+    from d2v_fast.modalities.speech.probe import PROBING
+
+    return PROBING
+
+
+def _draw(models: dict[str, Student], config: SpeechConfig, data: Path | None, count: int, title: str) -> Figure:
+    from d2v_fast.modalities.speech.pictures import choose_recordings, speech_figure
+
+    return speech_figure(models, choose_recordings(config, data, count), config, title)
+
+
+MODALITY = Modality(
+    name="speech",
+    place="frame",
+    config=SpeechConfig,
+    encoder=_encoder,
+    batches=_batches,
+    huggingface=_huggingface,
+    published=_published,
+    onnx=_onnx,
+    open_inputs=_open_inputs,
+    probing=_probing,
+    draw=_draw,
+)

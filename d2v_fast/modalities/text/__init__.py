@@ -8,8 +8,16 @@ from d2v_fast.modalities import Modality
 from d2v_fast.modalities.text.config import TextConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from d2v_fast.data import BatchMaker
+    from d2v_fast.evaluation.inputs import Encoder, Source
+    from d2v_fast.evaluation.probing import Probing
+    from d2v_fast.interop.formats import HuggingFace, Published
+    from d2v_fast.interop.onnx import Graph
     from d2v_fast.modalities.text.encoder import TextModel
+    from d2v_fast.modalities.text.tasks import TextDataset
+    from d2v_fast.modalities.text.tokenizer import Tokenizer
 
 __all__ = ["MODALITY"]
 
@@ -33,6 +41,64 @@ def _resolved(config: TextConfig) -> TextConfig:
     return with_vocabulary(config)
 
 
+def _huggingface() -> HuggingFace:
+    from d2v_fast.modalities.text.huggingface import FORMAT
+
+    return FORMAT
+
+
+def _published() -> Published:
+    from d2v_fast.modalities.text.fairseq import FORMAT
+
+    return FORMAT
+
+
+def _onnx(model: TextModel, config: TextConfig) -> Graph:
+    from d2v_fast.modalities.text.onnx import text_graph
+
+    return text_graph(model, config)
+
+
+def _open_inputs(encoder: Encoder, inputs: Path, tokenizer: Path | None) -> Source:
+    from d2v_fast.modalities.text.embed import open_lines
+
+    return open_lines(encoder, inputs, tokenizer)
+
+
+def _probing() -> Probing:
+    from d2v_fast.modalities.text.probe import PROBING
+
+    return PROBING
+
+
+def _tokenizer(config: TextConfig | None, path: Path | None, digest: str | None, where: str) -> Tokenizer:
+    from d2v_fast.modalities.text.tasks import run_tokenizer
+    from d2v_fast.modalities.text.tokenizer import load_tokenizer
+
+    if config is not None:
+        return run_tokenizer(config, path, digest, where)
+    assert path is not None
+    return load_tokenizer(path)
+
+
+def _tokenize(config: TextConfig) -> TextDataset:
+    from d2v_fast.modalities.text.tasks import tokenize
+
+    return tokenize(config)
+
+
 MODALITY = Modality(
-    name="text", place="token", config=TextConfig, encoder=_encoder, batches=_batches, resolved=_resolved
+    name="text",
+    place="token",
+    config=TextConfig,
+    encoder=_encoder,
+    batches=_batches,
+    resolved=_resolved,
+    huggingface=_huggingface,
+    published=_published,
+    onnx=_onnx,
+    open_inputs=_open_inputs,
+    probing=_probing,
+    tokenizer=_tokenizer,
+    tokenize=_tokenize,
 )

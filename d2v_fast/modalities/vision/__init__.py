@@ -8,8 +8,17 @@ from d2v_fast.modalities import Modality
 from d2v_fast.modalities.vision.config import VisionConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
     from d2v_fast.data import BatchMaker
+    from d2v_fast.evaluation.inputs import Encoder, Source
+    from d2v_fast.evaluation.probing import Probing
+    from d2v_fast.interop.formats import HuggingFace, Published
+    from d2v_fast.interop.onnx import Graph
     from d2v_fast.modalities.vision.encoder import VisionModel
+    from d2v_fast.models.student import Student
 
 __all__ = ["MODALITY"]
 
@@ -26,4 +35,52 @@ def _batches(config: VisionConfig) -> BatchMaker:
     return ImageBatches(image_dataset(config), config)
 
 
-MODALITY = Modality(name="vision", place="patch", config=VisionConfig, encoder=_encoder, batches=_batches)
+def _huggingface() -> HuggingFace:
+    from d2v_fast.modalities.vision.huggingface import FORMAT
+
+    return FORMAT
+
+
+def _published() -> Published:
+    from d2v_fast.modalities.vision.beit import FORMAT
+
+    return FORMAT
+
+
+def _onnx(model: VisionModel, config: VisionConfig) -> Graph:
+    from d2v_fast.modalities.vision.onnx import vision_graph
+
+    return vision_graph(model, config)
+
+
+def _open_inputs(encoder: Encoder, inputs: Path, tokenizer: Path | None) -> Source:
+    from d2v_fast.modalities.vision.embed import open_images
+
+    return open_images(encoder, inputs)
+
+
+def _probing() -> Probing:
+    from d2v_fast.modalities.vision.probe import PROBING
+
+    return PROBING
+
+
+def _draw(models: dict[str, Student], config: VisionConfig, data: Path | None, count: int, title: str) -> Figure:
+    from d2v_fast.modalities.vision.pictures import choose_images, vision_figure
+
+    return vision_figure(models, choose_images(config, data, count), config, title)
+
+
+MODALITY = Modality(
+    name="vision",
+    place="patch",
+    config=VisionConfig,
+    encoder=_encoder,
+    batches=_batches,
+    huggingface=_huggingface,
+    published=_published,
+    onnx=_onnx,
+    open_inputs=_open_inputs,
+    probing=_probing,
+    draw=_draw,
+)
