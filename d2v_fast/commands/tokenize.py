@@ -31,7 +31,7 @@ def tokenize(file: Path, overrides: Sequence[str] = ()) -> str:
     size = sum(entry.stat().st_size for entry in tokens.folder.iterdir())
     lines = [
         f"tokenize: {tokens.num_tokens:,} tokens of {tokens.num_documents:,} documents, "
-        f"{len(dataset):,} blocks of at most {config.data.block_size} tokens",
+        f"{len(dataset):,} blocks of at most {dataset.block_size} tokens",
         f"cache: {tokens.folder} ({format_bytes(size)})",
     ]
     left_out = {"empty": found["num_empty"], "too short": found["num_short"], "unreadable": found["num_unreadable"]}

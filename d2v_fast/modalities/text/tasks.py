@@ -64,6 +64,7 @@ class TextDataset:
 
     Attributes:
         lengths: int64 `[S]`, tokens of every block, special ones included.
+        block_size: most tokens of a block.
         tokenizer: see `Tokenizer`; also its `specials` and `vocab_size`.
         tokens: see `Tokens`.
         listing: which files are used, and what is left out: other files, and documents that are empty, too short or
@@ -100,7 +101,7 @@ class TextDataset:
         limits: dict[str, Any] = {"min_tokens": data.min_tokens, "verify": verify, "patience_s": patience_s}
         self.tokens = tokenized(source, self.tokenizer, data.tokens_path, **limits)
         self.listing = _listing(source.listing, self.tokens.manifest, data.min_tokens)
-        self._separate = data.separate_documents
+        self.block_size, self._separate = data.block_size, data.separate_documents
         self._division = (data.block_size, data.packing, data.separate_documents)
         self._blocks = pack(
             self.tokens.document_lengths(),
