@@ -1,4 +1,4 @@
-"""What lies at a path that was given for a model and is no Transformers folder, and what to name instead."""
+"""Explain to a user what a path is that was given for a model and is not a Transformers folder."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from d2v_fast.command_lines import path_words, tool_command
 from d2v_fast.config.schema import MAX_FILE_BYTES
 from d2v_fast.files.reading import MAX_POINTER_BYTES, POINTER, is_pointer, printable, read_bytes, read_json
 
-# files of pickles that Transformers, DeepSpeed and PyTorch Lightning write
+# pickles of Transformers, DeepSpeed and PyTorch Lightning
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
 _STEP = re.compile(r"step-\d+")
 
 
 def explain(path: Path) -> str | None:
-    """A sentence on what is at `path` and what to do, for errors of those who wanted a Transformers folder.
+    """Return a sentence for an error: what is at a path that should be a Transformers folder, and what to do.
 
     Returns:
-        None where it may well be a Transformers folder, or where nothing better than "it is none" can be said.
+        None if the path may be a Transformers folder, or if nothing is known about it.
     """
     shown = printable(str(path))
     if path.is_file():
@@ -80,7 +80,7 @@ def _explain_file(path: Path, shown: str) -> str:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The folder of the run that a folder is, or is a part of."""
+    """Return the folder of the run that a folder is, or belongs to."""
     for candidate in (path, path.parent, path.parent.parent):
         if is_run(candidate):
             inside = path.relative_to(candidate).parts
@@ -90,7 +90,7 @@ def _run_of(path: Path) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run: with a configuration that has a section "d2v"."""
+    """Return whether a folder is that of a run: its configuration has a section "d2v"."""
     path = folder / "config.json"
     if not path.is_file():
         return False

@@ -12,6 +12,7 @@ from d2v_fast.config.errors import Section
 from d2v_fast.interop.fairseq_recipe import Settings
 from d2v_fast.interop.formats import Pretrained, published_formats
 from d2v_fast.interop.published import load_published, read_published
+from d2v_fast.modalities import modality_of
 from d2v_fast.models.student import Student
 
 FORM = "fairseq"
@@ -48,8 +49,9 @@ def save_fairseq(
     Raises:
         ValueError: fairseq has no encoder of this modality, or none with these settings.
     """
-    formats = {name: found for name, found in published_formats().items() if found.form == FORM}
-    if config.modality not in formats:
-        must = " or ".join(formats)
+    make = modality_of(config).published
+    found = None if make is None else make()
+    if found is None or found.form != FORM:
+        must = " or ".join(name for name, one in published_formats() if one.form == FORM)
         raise ValueError(f"`d2v.modality` must be {must} for fairseq, but is {config.modality} instead.")
-    formats[config.modality].write(model, head, teacher, config, path, num_updates=num_updates)
+    found.write(model, head, teacher, config, path, num_updates=num_updates)

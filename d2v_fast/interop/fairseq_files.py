@@ -1,7 +1,7 @@
-"""fairseq's checkpoints: what is common to all modalities of reading and writing them, without importing fairseq.
+"""Read and write fairseq's checkpoints without importing fairseq: the parts that all modalities share.
 
-A checkpoint is a pickle. It is read with `weights_only=True`, so that nothing in it is executed; one that needs classes
-of Python is refused.
+A checkpoint is a pickle. It is read with `weights_only=True`, so that nothing in it is executed; one that needs Python
+classes is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2v_fast.interop.fairseq_recipe import AVERAGED_UPDATES, strip_script
 from d2v_fast.interop.layout import Layout, Misfit
 from d2v_fast.interop.pickle_files import NeededClass, RefusedPickle, check_pickles, check_values
 
-# names that tell models of this family apart
+# prefixes of names, and the kind of model that has them
 TEXT_PREFIX = "encoder.sentence_encoder."
 KINDS = {
     TEXT_PREFIX: "a text model",
@@ -35,17 +35,17 @@ KINDS = {
     "quantizer.": "a model of wav2vec 2.0",
 }
 
-# what torch names when a file needs more than tensors and plain values
+# in torch's error for a file that needs more than tensors and plain values
 _GLOBAL = re.compile(r"(?:GLOBAL|[Ff]unction|[Cc]lass) ([A-Za-z_][\w.]*)")
 
 Model = TypeVar("Model")
 
 
 class NeedsClass(ValueError):
-    """A pickle that needs a class of Python.
+    """A pickle needs a Python class.
 
     Attributes:
-        name: of the class, with its module.
+        name: Of the class, with its module.
     """
 
     def __init__(self, message: str, name: str) -> None:
@@ -54,21 +54,22 @@ class NeedsClass(ValueError):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The outermost dictionary of a checkpoint, with a mapping as its `model`.
+    """Read the dictionary of a checkpoint, which has a mapping `model`.
 
     Raises:
-        ValueError: it is none, damaged, or would execute code.
+        ValueError: The file is not a checkpoint, is damaged, or would execute code.
     """
     return require_checkpoint(read_pickle(path), path)
 
 
 def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
-    """What a pickle of tensors and plain values holds.
+    """Read a pickle of tensors and plain values.
 
     Args:
-        allowed: classes that it may hold as well; those who allow one say that making it executes nothing.
+        path: The file.
+        allowed: Further classes that it may hold. Making an instance of one must execute nothing.
     Raises:
-        ValueError: it is none, damaged, or would execute code.
+        ValueError: The file is not such a pickle, is damaged, or would execute code.
     """
     try:
         refuse_pointer(path)
@@ -91,10 +92,10 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
 
 
 def _load(file: BufferedReader, allowed: Sequence[type]) -> Any:
-    """What a file holds.
+    """Read the content of an open file.
 
     Raises:
-        RefusedPickle: it cannot be read.
+        RefusedPickle: The file cannot be read.
     """
     size = os.fstat(file.fileno()).st_size
     try:
@@ -104,7 +105,7 @@ def _load(file: BufferedReader, allowed: Sequence[type]) -> Any:
     except RefusedPickle:
         raise
     except Exception as error:
-        # its type depends on where in the file the damage is, and its advice is how to read the file all the same
+        # torch's own message advises to switch its protection off
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
         found = _GLOBAL.search(reason)
         if found is not None:
@@ -116,10 +117,10 @@ def _load(file: BufferedReader, allowed: Sequence[type]) -> Any:
 
 
 def require_checkpoint(state: Any, path: Path) -> dict[str, Any]:
-    """What a pickle holds, if that is a dictionary with a mapping as its `model`.
+    """Return the content of a pickle if it is a dictionary with a mapping `model`.
 
     Raises:
-        ValueError: it is another thing.
+        ValueError: It is something else.
     """
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
         keys = list(state)[:10] if isinstance(state, dict) else [type(state).__name__]
@@ -131,15 +132,17 @@ def require_checkpoint(state: Any, path: Path) -> dict[str, Any]:
 def write_checkpoint(
     path: str | os.PathLike[str], weights: Mapping[str, Any], cfg: Mapping[str, Any], num_updates: int
 ) -> None:
-    """Write a checkpoint, all of it or none.
+    """Write a checkpoint, complete or not at all.
 
     Args:
-        weights, cfg: fp32 tensors by fairseq's names, and its configuration.
-        num_updates: optimizer steps that the student has made.
+        path: The `.pt` file.
+        weights: fp32 tensors by fairseq's names.
+        cfg: fairseq's configuration.
+        num_updates: Optimizer steps that the student has made.
     """
     content = {
         "args": None,
-        # fairseq sets both to None on a configuration to which no key can be added
+        # fairseq sets these two keys, and cannot add one
         "cfg": {**cfg, "criterion": {"_name": "model"}, "lr_scheduler": {"_name": "cosine"}},
         "model": weights,
         "criterion": None,
@@ -154,7 +157,7 @@ def write_checkpoint(
 
 
 def replace_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a pickle of tensors and plain values, all of it or none."""
+    """Write a pickle of tensors and plain values, complete or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as part:
@@ -192,14 +195,14 @@ def refuse_others(model: Mapping[Any, Any], wanted: str, path: Path) -> None:
 
 
 def require_tensors(parts: Sequence[Mapping[str, Any] | None], what: str) -> None:
-    """Misfit that names every value that is no tensor."""
+    """Refuse values that are not tensors; the Misfit names each."""
     wrong = [name for part in parts for name, value in (part or {}).items() if not isinstance(value, Tensor)]
     if wrong:
         raise Misfit(what, [f"`{printable(name)}` is no tensor" for name in wrong])
 
 
 def require_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], prefix: str, what: str) -> None:
-    """Misfit that names every misshapen tensor of a head, whose names lack `prefix`."""
+    """Refuse tensors of another shape than `shapes` says; the Misfit names each with `prefix` in front."""
     problems = [
         f"`{prefix}{name}` must be {shape}, but is {list(tensors[name].shape)} instead"
         for name, shape in shapes.items()
@@ -212,12 +215,17 @@ def require_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]
 def require_average(
     average: Mapping[str, Tensor], known: Mapping[str, Tensor], needed: set[str], averaged: str, key: str, what: str
 ) -> None:
-    """Misfit that names what an average lacks, or has more than its model.
+    """Refuse an average that lacks tensors, or holds others than its model.
 
     Args:
-        average, known, needed: by fairseq's names in the model.
-        averaged: what the names of the part that is averaged begin with there.
-        key: the name of the average.
+        average: The average, by fairseq's names in the model.
+        known: The model's tensors.
+        needed: Names that the average must have.
+        averaged: Prefix of the averaged part's names in the model.
+        key: Name of the average.
+        what: The beginning of the error.
+    Raises:
+        Misfit: Lists the unknown tensors, or else the missing ones.
     """
     unknown = sorted(average.keys() - known.keys())
     if unknown:
@@ -228,7 +236,7 @@ def require_average(
 
 
 def average_of(layout: Layout, teacher: Mapping[str, Tensor], averaged: str) -> dict[str, Tensor]:
-    """What of a teacher's state has fairseq names that begin with `averaged`, by the rest of these names."""
+    """Return the tensors of a teacher whose fairseq names begin with `averaged`, by the rest of their names."""
     average: dict[str, Tensor] = {}
     for name, their_names in layout.names.items():
         if their_names[0].startswith(averaged):
@@ -238,12 +246,15 @@ def average_of(layout: Layout, teacher: Mapping[str, Tensor], averaged: str) -> 
 
 
 def chosen(student: Model, teacher: Model | None, weights: str, path: object, key: str) -> Model:
-    """The one of both that `weights` names.
+    """Return student or teacher, as `weights` says.
 
     Args:
-        key: the name of the average.
+        student, teacher: Of a checkpoint.
+        weights: "student" or "teacher".
+        path: Of the checkpoint, for the message.
+        key: Name of the average, for the message.
     Raises:
-        ValueError: there is no teacher.
+        ValueError: There is no teacher.
     """
     if weights == "student":
         return student
@@ -253,22 +264,22 @@ def chosen(student: Model, teacher: Model | None, weights: str, path: object, ke
 
 
 def check_weights(weights: str) -> None:
-    """ValueError unless it is "student" or "teacher"."""
+    """Refuse other values than "student" and "teacher"."""
     if weights not in ("student", "teacher"):
         raise ValueError(f"`weights` must be student or teacher, but is {weights} instead.")
 
 
 def state_of(module: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors by name, of a module or as they are."""
+    """Return the tensors of a module by name; a mapping is returned as it is."""
     return module if isinstance(module, Mapping) else module.state_dict()
 
 
 def as_fp32(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """fp32 tensors in host memory, by names that begin with `prefix`."""
+    """Convert tensors to fp32 in host memory, and put `prefix` in front of their names."""
     return {f"{prefix}{name}": value.detach().to("cpu", torch.float32) for name, value in tensors.items()}
 
 
 def section(holder: Any, key: str) -> dict[str, Any]:
-    """A part of a configuration, empty where there is none."""
+    """Return a section of a configuration; empty if there is none."""
     value = holder.get(key) if isinstance(holder, dict) else None
     return value if isinstance(value, dict) else {}

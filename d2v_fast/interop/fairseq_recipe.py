@@ -1,4 +1,4 @@
-"""The configuration of a fairseq checkpoint: what its `cfg` or `args` says, what others give, and what is assumed."""
+"""The model configuration of a published checkpoint: from its `cfg` or `args`, from settings, or assumed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from d2v_fast.config.errors import show
 
-# run by whoever trusts the file. A class that is not installed becomes an empty one that keeps what was stored in it;
-# `_content` and `_val` are where omegaconf keeps sections and values, `_value_` is where an enumeration does
+# A user who trusts a file may run this. A class that is not installed is replaced by one that keeps the stored values:
+# omegaconf's are in `_content` and `_val`, an enumeration's in `_value_`.
 _SCRIPT = """\
 import pickle, types, torch
 
@@ -50,7 +50,7 @@ state = torch.load({path!r}, map_location="cpu", pickle_module=reader, **options
 kept = {{key: plain(state.get(key)) for key in ("cfg", "args", "optimizer_history", "extra_state")}}
 torch.save({{"model": state["model"], **kept}}, {stripped!r})
 """
-# in `extra_state` of our own files: the average has followed every update
+# in `extra_state` of this library's own files: the average has followed every update
 AVERAGED_UPDATES = "average_num_updates"
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
@@ -59,8 +59,8 @@ class Settings(NamedTuple):
     """Values of a model's configuration that do not come from its checkpoint.
 
     Attributes:
-        given: by key, in place of what the checkpoint says.
-        run: the configuration of the run that is to begin with the checkpoint, for what the checkpoint does not say.
+        given: By key. They have precedence over the checkpoint's.
+        run: Model section of the run that is to begin with the checkpoint, for keys that the checkpoint leaves open.
     """
 
     given: Mapping[str, Any] = {}
@@ -68,7 +68,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, heads: int | None) -> Settings:
-        """Values by key, and the number of heads unless it is None."""
+        """Return the settings for given values, and for a number of heads unless it is None."""
         return cls({**(given or {}), **({} if heads is None else {"heads": heads})})
 
 
@@ -77,15 +77,15 @@ POST_NORM = "norms behind each branch (layer_norm_first false; there is no other
 
 
 class Gathered:
-    """The configuration of a model while it is put together, and what of it nothing but an assumption stands behind.
+    """The configuration of a model while it is put together.
 
     Args:
-        told: what the checkpoint says, by key.
-        settings: what others say.
-        path: of the checkpoint, for messages.
+        told: Values in the checkpoint, by key.
+        settings: Values from elsewhere.
+        path: Of the checkpoint, for messages.
     Attributes:
-        values: by key, as far as they are settled.
-        assumed: phrases for the user, one for each assumption.
+        values: The values found so far, by key.
+        assumed: One phrase for the user for each value that is assumed.
     """
 
     def __init__(self, told: Mapping[str, Any], settings: Settings, path: str) -> None:
@@ -94,27 +94,27 @@ class Gathered:
         self._settings, self._path = settings, path
 
     def heads(self, width: int) -> None:
-        """Settle the number of attention heads, which no tensor tells.
+        """Find the number of attention heads, which no tensor shows.
 
         Raises:
-            ValueError: nothing tells it, and the width is no multiple of 64.
+            ValueError: It is not given anywhere, and the width is not a multiple of 64.
         """
         if "heads" in self.values:
             return
         run = self._settings.run
         if run:
-            # of another width, the run is refused for that
+            # a run of another width is refused later
             self.values["heads"] = run.get("heads") if run.get("width") == width else 1
         elif width % 64:
             raise ValueError(
-                f"`--heads` must be given for `{self._path}`: nothing in it tells the number of attention heads, and "
-                f"its width, {width}, is no multiple of the 64 channels that a published model has in each."
+                f"`--heads` must be given for `{self._path}`: it does not say how many attention heads there are, and "
+                f"its width, {width}, is not a multiple of the 64 channels that each head of a published model has."
             )
         else:
             self._assume("heads", width // 64, "64 channels in each")
 
     def published(self, keys: Mapping[str, Any], what: str) -> None:
-        """Settle the rest by the run, or by the published values."""
+        """Fill in the remaining keys from the run, or else with the published values."""
         run = self._settings.run
         missing = {key: run.get(key, value) for key, value in keys.items() if key not in self.values}
         self.values |= missing
@@ -123,13 +123,13 @@ class Gathered:
             self.assumed.append(f"{named} ({what})")
 
     def from_run(self, key: str, like: str, value: Any, otherwise: Any) -> bool:
-        """Settle a key by the run, if there is one; returns whether the key is settled now.
+        """Fill in a key from the run, if there is one; returns whether the key has a value now.
 
         Args:
-            key: to settle.
-            like: another key, for which the run must have this value.
-            value: see `like`.
-            otherwise: what to settle on where it has another one, for which the run is refused.
+            key: The key.
+            like: Another key. The run's value of `key` counts only if its value of `like` is `value`.
+            value: See `like`.
+            otherwise: The value of `key` if the run differs in `like`, for which it is refused later.
         """
         run = self._settings.run
         if key not in self.values and run:
@@ -137,7 +137,7 @@ class Gathered:
         return key in self.values
 
     def assume(self, key: str, value: Any, reason: str) -> None:
-        """Settle a key that nothing tells."""
+        """Assume a value for a key that has none yet."""
         if key not in self.values:
             self._assume(key, value, reason)
 
@@ -147,15 +147,15 @@ class Gathered:
 
 
 def strip_script(path: Path, stripped: Path) -> str:
-    """A Python program that writes a checkpoint again with nothing in it but tensors and plain values."""
+    """Return a Python program that writes a checkpoint again with only tensors and plain values in it."""
     return _SCRIPT.format(path=str(path), stripped=str(stripped))
 
 
 def told_by(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in a checkpoint, by section.
+    """Return the configuration in a checkpoint, by section.
 
-    `args`, which old checkpoints have instead of `cfg`, is one flat section. Where a file has both, fairseq takes what
-    `args` holds; here `cfg` stands for what is not there.
+    `args`, which old checkpoints have instead of `cfg`, is one flat section. If a file has both, fairseq uses `args`;
+    here `cfg` supplies the keys that `args` lacks.
     """
     cfg, args = content.get("cfg"), content.get("args")
     found = dict(cfg) if isinstance(cfg, Mapping) else {}
@@ -168,11 +168,10 @@ def told_by(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pending_decay(content: Mapping[str, Any], cfg: Mapping[str, Any]) -> float | None:
-    """Decay of the update that an average still lacks: fairseq makes it at the beginning of the next iteration, after
-    it has saved.
+    """Return the decay of the update that an average still lacks: fairseq updates it after it has saved.
 
     Returns:
-        None where the average lacks none, or where the checkpoint does not tell the number of updates or the decay.
+        None if the average lacks none, or if the checkpoint does not hold the number of updates or the decay.
     """
     history, extra = content.get("optimizer_history"), content.get("extra_state")
     if isinstance(extra, Mapping) and AVERAGED_UPDATES in extra:
@@ -194,7 +193,7 @@ def _number(holder: Any, key: str) -> float | None:
 
 
 def _resolved(value: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
-    """With the values that `${section.key}` refers to in its place."""
+    """Replace every `${section.key}` by the value that it refers to."""
     if isinstance(value, Mapping):
         return {str(key): _resolved(inner, root, depth + 1) for key, inner in value.items()} if depth < 20 else {}
     found = _REFERENCE.fullmatch(value) if isinstance(value, str) else None

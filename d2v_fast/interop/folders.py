@@ -1,4 +1,4 @@
-"""Transformers' model folders: what is common to all modalities of reading and writing them."""
+"""Read and write Transformers' model folders: the parts that all modalities share."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from d2v_fast.files.atomic import write_tensors, write_text
 from d2v_fast.files.reading import NotRegularError, open_regular, read_json, refuse_pointer
 from d2v_fast.interop.layout import Layout
 
-# of one file of weights, as Transformers divides them
+# of one file of weights, Transformers' own limit
 MAX_WEIGHTS_BYTES = 5 * 10**9
 MAX_INDEX_BYTES = 2**24
-# of the header of a file of weights, which takes thirty times as much memory and has 150 bytes per tensor
+# of a safetensors header: 150 bytes per tensor, and thirty times as much memory once it is parsed
 MAX_HEADER_BYTES = 4_000_000
 INDEX_NAME = "model.safetensors.index.json"
 
 
 def write_weights(target: Path, layout: Layout, state: Mapping[str, Tensor], max_file_bytes: int) -> None:
-    """Write fp32 weights in their layout.
+    """Write fp32 weights in Transformers' layout.
 
     Args:
-        target: an empty folder, as `model_folder` yields it.
-        state: each tensor is asked for once, and kept no longer than one file of them.
-        max_file_bytes: weights beyond it are divided into several files with an index.
+        target: An empty folder, as `model_folder` yields it.
+        layout: Their names and shapes.
+        state: Our tensors by name. Each is read once and released when its file is written.
+        max_file_bytes: Larger weights are divided into several files with an index.
     """
     files: list[Path] = []
     tensors: dict[str, Tensor] = {}
@@ -70,15 +71,15 @@ def write_weights(target: Path, layout: Layout, state: Mapping[str, Tensor], max
 
 
 def read_weights(source: Path) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a folder by name, and the last of its files.
+    """Read all tensors of a folder; returns them by name, and the last of the files.
 
     Raises:
-        ValueError: there are none, or a file is no safetensors file, or a git-lfs pointer.
+        ValueError: There are none, or a file is not a safetensors file.
     """
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(source):
         try:
-            # also refuses what is no regular file, which would be waited for
+            # also refuses a pipe, which would block
             refuse_pointer(path)
             _refuse_header(path)
             with safe_open(path, framework="pt") as file:
@@ -89,10 +90,10 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder.
+    """Read the `config.json` of a model folder.
 
     Raises:
-        ValueError: there is none, or it is no section.
+        ValueError: There is none, or it does not hold a section.
     """
     path = folder / "config.json"
     if (reason := explain(folder)) is not None:
@@ -109,10 +110,15 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def require_values(raw: Mapping[str, Any], required: Mapping[str, Any], defaults: Mapping[str, Any], path: str) -> None:
-    """ValueError where a configuration asks for another architecture than ours.
+    """Refuse a configuration of an architecture that is not supported.
 
     Args:
-        defaults: Transformers' own, for what the configuration leaves out.
+        raw: The configuration.
+        required: The values that are supported, by key.
+        defaults: The other library's default of each key that the configuration may leave out.
+        path: Of the file, for the message.
+    Raises:
+        ValueError: A value differs; the message names the key and both values.
     """
     for key, value in required.items():
         found = raw.get(key, defaults.get(key))
@@ -121,10 +127,10 @@ def require_values(raw: Mapping[str, Any], required: Mapping[str, Any], defaults
 
 
 def whole_number(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
-    """A size of a configuration.
+    """Return a size in a configuration.
 
     Raises:
-        ValueError: it is no whole number from 1 on.
+        ValueError: It is not a whole number >= 1.
     """
     value = raw.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -133,23 +139,23 @@ def whole_number(raw: Mapping[str, Any], key: str, default: int, path: str) -> i
 
 
 def mlp_ratio(width: int, hidden_width: int) -> float:
-    """The ratio of which `int(width * ratio)` is `hidden_width`."""
+    """Return the ratio for which `int(width * ratio)` is `hidden_width`."""
     ratio = hidden_width / width
-    # the quotient may have been rounded down
+    # the quotient may be rounded down
     return math.nextafter(ratio, math.inf) if int(width * ratio) < hidden_width else ratio
 
 
 def model_card(
     *, title: str, task: str, tags: Sequence[str], text: str, use: str, info: Mapping[str, object], config: Any
 ) -> str:
-    """The `README.md` of a model folder.
+    """Return the text of a model folder's `README.md`.
 
     Args:
-        title, task, tags: for readers, and for those who search.
-        text: what was learned, and how, in a paragraph.
-        use: how to use it.
-        info: what is known of these weights, as a table.
-        config: of the run: its recipe is told in full; None where it is not known.
+        title, task, tags: Heading and metadata of the model hub.
+        text: A paragraph on the training.
+        use: How to use the model.
+        info: Facts about these weights, printed as a table.
+        config: If it is that of a run, its recipe is printed.
     """
     facts = "\n".join(f"| {name} | {value} |" for name, value in info.items())
     table = f"\n| these weights | |\n|---|---|\n{facts}\n" if facts else ""
@@ -167,7 +173,7 @@ tags: [{", ".join(tags)}]
 """
     if not isinstance(config, D2VConfig):
         return card
-    # what made the weights, and nothing of the machine that did
+    # without paths and other facts about the machine
     recipe = config.model_dump(
         mode="json",
         exclude={
@@ -187,7 +193,7 @@ tags: [{", ".join(tags)}]
 
 
 def as_json(value: Mapping[str, Any]) -> str:
-    """The text of a JSON file."""
+    """Return the text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"
 
 
@@ -196,7 +202,7 @@ def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _refuse_header(path: Path) -> None:
-    """ValueError if a safetensors file has a header of more than `MAX_HEADER_BYTES`."""
+    """Refuse a safetensors file with a header of more than `MAX_HEADER_BYTES`."""
     with open_regular(path) as file:
         size = int.from_bytes(file.read(8), "little")
     if size > MAX_HEADER_BYTES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from d2v_fast.config import D2VConfig
 from d2v_fast.config.errors import Section
 from d2v_fast.interop.fairseq_recipe import Settings
-from d2v_fast.modalities import Modality, all_modalities
+from d2v_fast.modalities import Modality, modality_named, modality_names
 from d2v_fast.models.student import Student
 
 FormatT = TypeVar("FormatT")
@@ -92,19 +92,21 @@ class Published(NamedTuple):
     classes: tuple[type, ...] = ()
 
 
-def huggingface_formats() -> dict[str, HuggingFace]:
-    """Return the Transformers format of every modality that has one, by the modality's name."""
+def huggingface_formats() -> Iterator[tuple[str, HuggingFace]]:
+    """Yield name and Transformers format of every modality that has one, those of this library first."""
     return _formats(lambda modality: modality.huggingface)
 
 
-def published_formats() -> dict[str, Published]:
-    """Return the published format of every modality that has one, by the modality's name."""
+def published_formats() -> Iterator[tuple[str, Published]]:
+    """Yield name and published format of every modality that has one, those of this library first."""
     return _formats(lambda modality: modality.published)
 
 
-def _formats(field: Callable[[Modality[Any]], Callable[[], FormatT] | None]) -> dict[str, FormatT]:
-    makers = {modality.name: field(modality) for modality in all_modalities()}
-    return {name: make() for name, make in makers.items() if make is not None}
+def _formats(field: Callable[[Modality[Any]], Callable[[], FormatT] | None]) -> Iterator[tuple[str, FormatT]]:
+    # a modality of another package that cannot be imported is an error only where no other one fits
+    for name in modality_names():
+        if (make := field(modality_named(name))) is not None:
+            yield name, make()
 
 
 def forms_of(modality: Modality[D2VConfig]) -> dict[str, str]:

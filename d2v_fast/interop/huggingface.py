@@ -47,10 +47,11 @@ def import_model(folder: str | os.PathLike[str], **options: Any) -> tuple[Studen
         ValueError: No modality has such a model, or the folder does not hold what its `config.json` says.
     """
     kind = read_model_config(Path(folder)).get("model_type")
-    formats = {found.kind: found for found in huggingface_formats().values()}
-    if not isinstance(kind, str) or kind not in formats:
-        *others, last = (f'"{name}"' for name in formats)
-        known = f"{', '.join(others)} or {last}" if others else last
-        where = Path(folder) / "config.json"
-        raise ValueError(f"`model_type` in {where} must be {known}, but is {json.dumps(kind)} instead.")
-    return formats[kind].read(folder, **options)
+    kinds = []
+    for _, found in huggingface_formats():
+        if kind == found.kind:
+            return found.read(folder, **options)
+        kinds.append(f'"{found.kind}"')
+    where = Path(folder) / "config.json"
+    known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    raise ValueError(f"`model_type` in {where} must be {known}, but is {json.dumps(kind)} instead.")

@@ -1,4 +1,4 @@
-"""Where another library keeps the tensors of an encoder, and in which shape; what does not fit is told in one error."""
+"""Names and shapes of an encoder's tensors in another library; one error lists everything that does not fit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _log = logging.getLogger(__name__)
 
 
 class Misfit(ValueError):
-    """Tensors that an encoder has no place for, or lacks.
+    """Tensors are missing, unknown or misshapen.
 
     Attributes:
-        problems: one phrase for each.
+        problems: One phrase for each.
     """
 
     def __init__(self, what: str, problems: Sequence[str]) -> None:
@@ -32,25 +32,25 @@ class Misfit(ValueError):
 
 
 def log_unused(names: Iterable[str], source: str) -> None:
-    """Log which parts of a file an encoder has no use for, such as the head of a classifier; nothing where there are
-    none.
+    """Log the parts of a file that an encoder does not use, such as the head of a classifier.
 
     Args:
-        names: of the tensors.
-        source: where they are from, such as "`x.pt`".
+        names: Of the unused tensors. If there are none, nothing is logged.
+        source: Where they come from, such as "`x.pt`".
     """
     parts = Counter(name.partition(".")[0] for name in names)
     if parts:
         shown = ", ".join(f"{name} ({count} tensors)" if count > 1 else name for name, count in sorted(parts.items()))
-        _log.warning("%s holds parts beside the encoder, which are left out: %s", printable(source), printable(shown))
+        _log.warning("%s holds parts besides the encoder, which are ignored: %s", printable(source), printable(shown))
 
 
 def within(tensors: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:
-    """The tensors of an encoder, by their names in it; what is built around it is left out, and logged.
+    """Return the tensors of the encoder inside a larger model, by their names in the encoder; log the others.
 
     Args:
-        prefix: in front of the names of the encoder, if there is something around it.
-        source: where they are from, such as "`x.pt`".
+        tensors: Of a model. If no name begins with `prefix`, the model is the encoder itself.
+        prefix: In front of the encoder's names.
+        source: Where they come from, such as "`x.pt`".
     """
     if not any(name.startswith(prefix) for name in tensors):
         return dict(tensors)
@@ -60,12 +60,12 @@ def within(tensors: Mapping[str, Tensor], prefix: str, source: str) -> dict[str,
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of another library's tensors.
+    """Names and shapes of another library's tensors ("theirs").
 
     Attributes:
-        names: own name to theirs; of several, ours is their concatenation along the first dimension.
-        shapes: by their name, where theirs are the same numbers in the same order in another shape.
-        swapped: their names of tensors `[a, b, c]` that are `[a, c, b]` here.
+        names: Our name to theirs. Our tensor is the concatenation of theirs along the first dimension.
+        shapes: Their shape by their name, if only the shape differs: same numbers, same order.
+        swapped: Their names of tensors `[a, b, c]` that are `[a, c, b]` here.
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -73,7 +73,7 @@ class Layout:
     swapped: frozenset[str] = frozenset()
 
     def theirs(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """One of our tensors as they hold it: fp32, in host memory, without shared storage."""
+        """Convert one of our tensors to theirs: fp32, in host memory, without shared storage."""
         their_names = self.names[name]
         value = value.detach().to("cpu", torch.float32)
         parts = {}
@@ -84,12 +84,12 @@ class Layout:
         return parts
 
     def all_theirs(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Their names and tensors of a whole state, of which one of our tensors is asked for at a time."""
+        """Yield their names and tensors of a whole state; our tensors are read one at a time."""
         for name in self.names:
             yield from self.theirs(name, state[name]).items()
 
     def require_finite(self, theirs: Mapping[str, Tensor], source: str) -> None:
-        """`require_finite` of those of their tensors that have a place here."""
+        """Refuse NaN and infinite values in those of their tensors that have a place here."""
         names = (name for names in self.names.values() for name in names if name in theirs)
         require_finite(((name, theirs[name]) for name in names), source)
 
@@ -100,15 +100,15 @@ class Layout:
         what: str,
         ignored: Callable[[str], bool] = lambda name: False,
     ) -> dict[str, Tensor]:
-        """Our state, fp32.
+        """Convert their tensors to our state, fp32.
 
         Args:
-            theirs: by their name.
-            shapes: of ours, by our name.
-            what: the beginning of the error, such as "`x` does not fit".
-            ignored: their names that may be there, and are not used.
+            theirs: By their name.
+            shapes: Ours, by our name.
+            what: The beginning of the error, such as "`x` does not fit".
+            ignored: Return whether one of their tensors may be ignored.
         Raises:
-            Misfit: names every missing, unknown and misshapen tensor.
+            Misfit: Lists every missing, unknown and misshapen tensor.
         """
         state, problems = {}, []
         for name, their_names in self.names.items():

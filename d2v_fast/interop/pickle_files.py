@@ -1,6 +1,6 @@
-"""The files of `torch.save`, examined before torch reads them, so that they cost no more memory than their size allows.
+"""Check files of `torch.save` before torch reads them, so that a small file cannot take much memory.
 
-`weights_only=True` keeps a pickle from executing code, and not from making a few bytes into gigabytes: by compressed
+`weights_only=True` keeps a pickle from executing code, but not from expanding a few bytes to gigabytes: by compressed
 entries, by functions that allocate, and by values that refer to one another.
 """
 
@@ -20,19 +20,19 @@ from d2v_fast.files.reading import printable
 
 __all__ = ["NeededClass", "RefusedPickle", "check_pickles", "check_values"]
 
-# how the files of torch.save begin, since torch 1.6 and before
+# first bytes of the files of torch.save, since torch 1.6 and before
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-# bytes of a pickle without its tensors, and what it does with them; fairseq's have 1 MB and 100,000
+# bytes and operations of a pickle without its tensors; fairseq's have 1 MB and 100,000
 MAX_PICKLE_BYTES = 64_000_000
 MAX_OPERATIONS = 1_000_000
 MAX_ENTRIES = 100_000
-# values that a checkpoint holds besides tensors, counted once for each place that refers to them
+# values besides tensors, each counted once for every reference to it
 MAX_VALUES, MAX_DEPTH = 2_000_000, 64
-# tensors together are at most so many times as large as the file: one may be there under several names
+# size of all tensors over size of the file: a tensor may have several names
 MAX_RATIO, MIN_LIMIT = 4, 1 << 26
-# pickles of a file from before torch 1.6: magic number, version, system, content, keys of storages
+# pickles in a file from before torch 1.6: magic number, version, system, content, keys of storages
 NUM_LEGACY = 5
-# what weights are made with; the other functions that torch allows allocate what their arguments say
+# functions that make weights; others that torch allows allocate as much as their arguments say
 _HARMLESS = re.compile(
     r"collections\.OrderedDict|builtins\.(?:set|complex)|torch\.(?:\w+Storage|Size|device)|torch\.storage\.UntypedStorage|torch\.nn\.parameter\.Parameter"
     r"|torch\._utils\._rebuild_(?:tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
@@ -40,14 +40,14 @@ _HARMLESS = re.compile(
 
 
 class RefusedPickle(ValueError):
-    """A file that is not read; the message is the end of a sentence that begins with its name."""
+    """A file is refused; the message ends a sentence that begins with the file's name."""
 
 
 class NeededClass(RefusedPickle):
-    """A pickle that needs a class or function that is not harmless.
+    """A pickle needs a class or function that is not known to be harmless.
 
     Attributes:
-        name: with its module.
+        name: Of the class or function, with its module.
     """
 
     def __init__(self, name: str) -> None:
@@ -56,16 +56,16 @@ class NeededClass(RefusedPickle):
 
 
 def check_pickles(file: BufferedReader, size: int, allowed: Collection[str]) -> None:
-    """Examine what `torch.load` would read, without making anything of it.
+    """Check what `torch.load` would read, without unpickling it.
 
     Args:
-        file: at its beginning, where it is left.
-        size: of the file in bytes.
-        allowed: names of classes that it may need, besides those of weights.
+        file: At its beginning, to which it is reset.
+        size: Of the file in bytes.
+        allowed: Names of classes that the file may need, besides those of weights.
     Raises:
-        NeededClass: it needs another one.
-        RefusedPickle: it is no file of `torch.save`, or could become larger than it is.
-        Exception: it is damaged; whatever the parsers of the standard library raise.
+        NeededClass: The file needs another class.
+        RefusedPickle: The file is not one of `torch.save`, or could take much more memory than its size.
+        Exception: The file is damaged: any error of the standard library's parsers.
     """
     start = file.peek(len(_ZIP))[: len(_ZIP)]
     if start.startswith(_ZIP):
@@ -83,9 +83,12 @@ def check_pickles(file: BufferedReader, size: int, allowed: Collection[str]) -> 
 
 
 def check_values(value: Any, size: int) -> None:
-    """Raise RefusedPickle where the values of a file of `size` bytes are far larger than it to those who copy them.
+    """Refuse values that would take far more memory than their file of `size` bytes once they are copied.
 
-    A tensor may refer to one number many times, and a list to another one twice, which refers to a third one twice.
+    A tensor may repeat one number many times; a list may hold another list twice, which holds a third one twice.
+
+    Raises:
+        RefusedPickle: There are too many values, or the tensors are too large.
     """
     counts: dict[int, int] = {}
     tensors: dict[int, int] = {}
@@ -98,7 +101,7 @@ def check_values(value: Any, size: int) -> None:
         if id(one) not in counts:
             if depth > MAX_DEPTH:
                 raise RefusedPickle(f"is nested more than {MAX_DEPTH} levels deep")
-            # a list in itself is as deep as can be
+            # a list that contains itself is infinitely deep
             held = [*one, *one.values()] if isinstance(one, dict) else one
             counts[id(one)] = 1 + sum(count(item, depth + 1) for item in held)
         return counts[id(one)]
@@ -111,7 +114,7 @@ def check_values(value: Any, size: int) -> None:
 
 
 def _stored(archive: zipfile.ZipFile, file: BufferedReader, size: int) -> list[zipfile.ZipInfo]:
-    """The entries of an archive that holds each of them as it is, one behind the other."""
+    """Return the entries of an archive whose entries are uncompressed and do not overlap; refuse any other."""
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     if archive.comment or len(entries) > MAX_ENTRIES:
         raise RefusedPickle(f"is an archive with a comment, or of more than {MAX_ENTRIES:,} entries")
@@ -128,7 +131,7 @@ def _stored(archive: zipfile.ZipFile, file: BufferedReader, size: int) -> list[z
 
 
 def _check_pickle(file: IO[bytes], allowed: Collection[str]) -> None:
-    """Go through one pickle, and stop behind it."""
+    """Check the operations of one pickle; the file is left behind its end."""
     begin = file.tell()
     for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
         if operation.name == "GLOBAL":

@@ -1,4 +1,4 @@
-"""The names that other libraries have for the tensors of post-norm blocks, those of the speech and the text encoder."""
+"""Names of the tensors of post-norm Transformer blocks in other libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class BlockNames:
     """Their names without `.weight` and `.bias`.
 
     Attributes:
-        block: a block, `{}` for its index; the names below are within it.
+        block: A block, `{}` for its index; the other names are relative to it.
     """
 
     block: str
@@ -25,12 +25,12 @@ class BlockNames:
 
 
 def pair(own: str, *theirs: str) -> dict[str, tuple[str, ...]]:
-    """Weight and bias of one module: our name to theirs, of which there may be several (`Layout.names`)."""
+    """Return our names of a module's weight and bias, and their names of each, as for `Layout.names`."""
     return {f"{own}.{parameter}": tuple(f"{name}.{parameter}" for name in theirs) for parameter in ("weight", "bias")}
 
 
 def block_pairs(names: BlockNames, depth: int) -> dict[str, tuple[str, ...]]:
-    """Our names of all blocks to theirs; our query, key and value are one map."""
+    """Return our names of all blocks' tensors and theirs; our query, key and value are one matrix."""
     pairs: dict[str, tuple[str, ...]] = {}
     for index in range(depth):
         own, theirs = f"context.encoder.blocks.{index}", names.block.format(index)

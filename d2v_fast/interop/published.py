@@ -68,32 +68,31 @@ def load_published(
 
 
 def _read(path: Path, form: str | None) -> tuple[Published, Any]:
-    """The format that a file is of, and what the file holds."""
-    formats = {name: found for name, found in published_formats().items() if form in (None, found.form)}
+    """Return the format that a file is of, and what the file holds."""
+    content, needed = None, None
     try:
         content = read_pickle(path)
     except NeedsClass as error:
-        # some code keeps an object in its files that does nothing: only that format may have it
-        allowing = [one for one in formats.values() if error.name in map(_name_of, one.classes)]
-        for one in allowing:
-            if one.is_own(content := read_pickle(path, one.classes)):
-                return one, content
-        raise
-    for one in formats.values():
-        if one.is_own(content):
-            return one, content
+        needed = error
+    owners = []
+    for name, found in published_formats():
+        if form not in (None, found.form):
+            continue
+        owners.append(f"{name} ({found.owner})")
+        # some code keeps an object that does nothing in its files: only files of that format may have it
+        held = read_pickle(path, found.classes) if needed and needed.name in map(_name_of, found.classes) else content
+        if held is not None and found.is_own(held):
+            return found, held
+    if needed is not None:
+        raise needed
     names = require_checkpoint(content, path)["model"]
     known = known_kind(names)
-    held = f"no names of one, such as {_shown(names)}" if known is None else f"{known[0]}: `{printable(known[1])}`"
-    raise ValueError(f"`{path}` must hold a data2vec encoder of {_listed(formats)}, but holds {held}.")
+    what = f"no name of one: {_shown(names)}" if known is None else f"{known[0]}: `{printable(known[1])}`"
+    raise ValueError(f"`{path}` must hold a data2vec encoder of {' or '.join(owners)}, but holds {what}.")
 
 
 def _shown(names: Mapping[Any, Any]) -> str:
-    return ", ".join(f"`{printable(str(name))}`" for name in list(names)[:3]) or "none at all"
-
-
-def _listed(formats: Mapping[str, Published]) -> str:
-    return " or ".join(f"{name} ({found.owner})" for name, found in formats.items())
+    return ", ".join(f"`{printable(str(name))}`" for name in list(names)[:3]) or "it is empty"
 
 
 def _name_of(kind: type) -> str:

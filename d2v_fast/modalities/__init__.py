@@ -163,7 +163,8 @@ def modality_of_model(config: Section) -> Modality[Any]:
     Raises:
         TypeError: no modality has such a model section.
     """
-    for modality in all_modalities():
+    # one after the other: a modality of another package that cannot be imported breaks no other one
+    for modality in map(modality_named, modality_names()):
         if type(config) is modality.config.model_fields["model"].annotation:
             return modality
     raise TypeError(f"no modality has a model section {type(config).__name__}.")
