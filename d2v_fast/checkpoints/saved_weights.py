@@ -18,8 +18,8 @@ from d2v_fast.checkpoints.hold import hold
 from d2v_fast.checkpoints.saved_config import saved_config
 from d2v_fast.checkpoints.shard_files import DamageError
 from d2v_fast.config import ConfigError, D2VConfig, check_d2v
-from d2v_fast.config.errors import OptionError
 from d2v_fast.config.model_paths import explain
+from d2v_fast.errors import OptionError
 from d2v_fast.modalities import build_student, modality_of
 from d2v_fast.models.student import Student
 from d2v_fast.models.weights import require_finite

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
-from d2v_fast.config.errors import OptionError
-from d2v_fast.data import DataError
+from d2v_fast.errors import DataError, OptionError
 from d2v_fast.figures.sheet import MAX_COUNT, save_figure
 from d2v_fast.files.outputs import require_file, require_writable
 from d2v_fast.modalities import all_modalities, modality_of

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from d2v_fast.commands.inputs import Choice, open_source
-from d2v_fast.config.errors import OptionError
-from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.distributed.world import World
+from d2v_fast.errors import DataError, OptionError
 from d2v_fast.evaluation.inputs import Rows, Sample, Source, encode
 from d2v_fast.files.atomic import replaced, write_text
 from d2v_fast.files.outputs import require_file

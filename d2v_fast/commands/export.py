@@ -23,7 +23,7 @@ from d2v_fast.checkpoints.saved_weights import (
     read_run_config,
 )
 from d2v_fast.config import D2VConfig
-from d2v_fast.config.errors import OptionError
+from d2v_fast.errors import OptionError
 from d2v_fast.files.outputs import require_file, require_free, require_writable, set_aside_changed
 from d2v_fast.interop.formats import HuggingFace, Published, forms_of
 from d2v_fast.modalities import modality_of

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
-from d2v_fast.config.errors import OptionError
 from d2v_fast.config.model_paths import explain
 from d2v_fast.config.schema import MAX_FILE_BYTES
+from d2v_fast.errors import OptionError
 from d2v_fast.evaluation.inputs import Encoder, Source
 from d2v_fast.files.reading import read_json
 from d2v_fast.interop.huggingface import import_model

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from d2v_fast.command_lines import path_override
 from d2v_fast.config import ConfigError, TextDataConfig, apply_overrides, load_config
-from d2v_fast.config.errors import OptionError, check
+from d2v_fast.config.errors import check
 from d2v_fast.data.listing import print_listing
+from d2v_fast.errors import OptionError
 from d2v_fast.memory.peak import format_bytes
 from d2v_fast.modalities import all_modalities, modality_of
 

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_fast.data import DataError
 from d2v_fast.data.files import UnreadableFile, find_files
 from d2v_fast.data.listing import FileKinds, Listing, count_endings
+from d2v_fast.errors import DataError
 from d2v_fast.evaluation.features import patch_features, sequence_features
 from d2v_fast.files.reading import printable
 from d2v_fast.models.student import Student

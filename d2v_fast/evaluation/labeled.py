@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_fast.config import D2VConfig
-from d2v_fast.data import DataError
 from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.labels import MIN_PER_CLASS, split
 from d2v_fast.data.listing import counted
+from d2v_fast.errors import DataError
 from d2v_fast.evaluation.classifiers import ProbeReport, Task, most_frequent, score
 from d2v_fast.evaluation.inputs import Rows, Sample, encode
 from d2v_fast.evaluation.probing import probing_of

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from d2v_fast.config import D2VConfig
-from d2v_fast.data import DataError
 from d2v_fast.data.labels import LabeledSet
+from d2v_fast.errors import DataError
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
 from d2v_fast.modalities import modality_of

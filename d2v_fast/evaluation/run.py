@@ -11,8 +11,8 @@ import torch
 from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
 from d2v_fast.command_lines import path_words, tool_command
 from d2v_fast.config import D2VConfig
-from d2v_fast.config.errors import OptionError, check
-from d2v_fast.data import DataError
+from d2v_fast.config.errors import check
+from d2v_fast.errors import DataError, OptionError
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports
 from d2v_fast.evaluation.probing import probing_of
 from d2v_fast.modalities import modality_of

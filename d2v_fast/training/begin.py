@@ -25,11 +25,12 @@ from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.command_lines import path_words, resume_command, tool_command
 from d2v_fast.config import RunConfig, load_config
-from d2v_fast.config.errors import ConfigError, OptionError, Section
+from d2v_fast.config.errors import ConfigError, Section
 from d2v_fast.config.file import apply_overrides
 from d2v_fast.config.model_paths import explain
 from d2v_fast.distributed.shards import find_shards
 from d2v_fast.distributed.world import World
+from d2v_fast.errors import OptionError
 from d2v_fast.files.outputs import require_free
 from d2v_fast.interop.fairseq_files import chosen
 from d2v_fast.interop.fairseq_recipe import Settings

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_fast.config import SpeechConfig
-from d2v_fast.data import DataError
 from d2v_fast.data.listing import counted, print_listing
+from d2v_fast.errors import DataError
 from d2v_fast.evaluation.features import sequence_features
 from d2v_fast.figures.sheet import PER_ROW, Sheet, choose_samples, label_of, say_if_fewer
 from d2v_fast.masking import span_mask_rows

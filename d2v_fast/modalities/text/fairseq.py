@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.config import ConfigError, TextConfig, TextModelConfig
-from d2v_fast.config.errors import OptionError, check
+from d2v_fast.config.errors import check
+from d2v_fast.errors import OptionError
 from d2v_fast.files.reading import printable
 from d2v_fast.interop.fairseq_files import (
     TEXT_PREFIX,

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import PATIENCE_S, made_once
 from d2v_fast.data.listing import Listing, print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.data.samples import digest_of
+from d2v_fast.errors import DataError
 from d2v_fast.files.paths import expand_path
 from d2v_fast.files.reading import printable
 from d2v_fast.modalities.text.files import TextFiles

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2v_fast.commands.console import main
 from d2v_fast.config import TextConfig, TextModelConfig
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.files.outputs import RECORD
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.modalities.text.encoder import TextModel
