@@ -421,7 +421,7 @@ def finish(run: Run) -> None:
     Raises:
         RunError: the run has collapsed.
     """
-    from d2v_fast.commands.export import export_student
+    from d2v_fast.interop.export import export_student
     from d2v_fast.training.guard import judge_end
 
     unknown = run.world.decide(lambda: judge_end(run.folder.path, run.config.d2v.guard, run.schedule.num_steps))

@@ -84,7 +84,7 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from d2v_fast.commands.export import export_run
+    from d2v_fast.interop.export import export_run
 
     print(
         export_run(

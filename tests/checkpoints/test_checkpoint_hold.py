@@ -17,9 +17,9 @@ from d2v_fast.checkpoints.hold import alone_with, hold
 from d2v_fast.checkpoints.saved_weights import open_checkpoint
 from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
-from d2v_fast.commands.export import export_run
 from d2v_fast.distributed.shards import Shard
 from d2v_fast.distributed.world import World
+from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.vision.huggingface import import_vision
 from d2v_fast.objectives.data2vec import build_model
 from tests.commands.test_export import CONFIG, write_run

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from d2v_fast.commands.console import main
-from d2v_fast.commands.export import export_run
 from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, TextDataConfig, check_d2v
 from d2v_fast.evaluation.features import sequence_features
+from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.text.config import TextModelConfig
 from d2v_fast.modalities.text.embed import Lines
 from d2v_fast.modalities.text.encoder import TextModel

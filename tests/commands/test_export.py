@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from d2v_fast.checkpoints.shard_files import Kept, copy_to_host, write_shards
 from d2v_fast.commands.console import main
-from d2v_fast.commands.export import export_run
 from d2v_fast.config import (
     BlockMaskConfig,
     D2VConfig,
@@ -25,6 +24,7 @@ from d2v_fast.config import (
     VisionModelConfig,
 )
 from d2v_fast.distributed.shards import Shard
+from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.speech.fairseq import read_fairseq_speech
 from d2v_fast.modalities.speech.huggingface import import_speech
 from d2v_fast.modalities.vision.huggingface import export_vision, import_vision
@@ -167,7 +167,7 @@ def test_no_more_than_one_file_is_in_memory(tmp_path: Path) -> None:
     write_run(tmp_path / "r", large, 2)
     # pages of the checkpoint that are mapped are the system's to drop: only the process's own memory counts
     code = f"""
-import pathlib, threading, time, safetensors.torch, d2v_fast.commands.export, d2v_fast.interop.huggingface
+import pathlib, threading, time, safetensors.torch, d2v_fast.interop.export, d2v_fast.interop.huggingface
 def held():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) / 1000
 before, peak, done = held(), 0.0, False
@@ -178,7 +178,7 @@ def watch():
         time.sleep(0.001)
 watcher = threading.Thread(target=watch)
 watcher.start()
-d2v_fast.commands.export.export_run(pathlib.Path({str(tmp_path / "r")!r}), max_file_bytes=50_000_000)
+d2v_fast.interop.export.export_run(pathlib.Path({str(tmp_path / "r")!r}), max_file_bytes=50_000_000)
 done = True
 watcher.join()
 print(peak - before)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from d2v_fast.commands.console import main
-from d2v_fast.commands.export import export_run
 from d2v_fast.errors import OptionError
 from d2v_fast.files import outputs
 from d2v_fast.files.outputs import RECORD, model_folder, set_aside_changed
+from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.vision import huggingface as huggingface_vision
 from d2v_fast.modalities.vision.huggingface import import_vision
 from tests.commands.test_export import CONFIG, write_run

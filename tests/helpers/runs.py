@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from d2v_fast.commands import export
 from d2v_fast.distributed.world import World
 from d2v_fast.evaluation import run as evaluation
+from d2v_fast.interop import export
 from d2v_fast.train import main
 from d2v_fast.training import engine, metrics
 

@@ -79,7 +79,7 @@ def test_other_commands(
 def test_while_a_run_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps are made: it is exported and brought to its end."""
     leave_out_reports(monkeypatch.setattr)
-    monkeypatch.setattr("d2v_fast.commands.export.export_student", raising(signal.SIGTERM))
+    monkeypatch.setattr("d2v_fast.interop.export.export_student", raising(signal.SIGTERM))
     file = tiny_file(tmp_path, d2v__schedule={"steps": 2, "warmup_steps": 1})
     assert run_here(file, "--run", "r") == 0
     assert (tmp_path / "runs/r/result.json").exists()

@@ -20,7 +20,7 @@ from PIL import Image
 
 from d2v_fast import packages
 from d2v_fast.commands import doctor
-from d2v_fast.commands.export import export_run
+from d2v_fast.interop.export import export_run
 from tests.helpers.places import ROOT
 from tests.helpers.runs import fork, leave_out_reports, run_here, tiny_file, wait
 
