@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2v_fast.ops import HAS_CPP, data2vec_loss, masked_smooth_l1, topk_target
+from d2v_fast.ops import data2vec_loss, masked_smooth_l1, topk_target
 from d2v_fast.ops.data2vec_loss import data2vec_loss_reference
 from tests.helpers.common import (
     DTYPES,
@@ -13,7 +13,6 @@ from tests.helpers.common import (
     compile_facts,
     every_capability,
     non_contiguous,
-    run_python,
     width_bytes,
 )
 from tests.ops.target_reference import FINAL_NORMS, LAYER_NORMS, make_layers, plain_loss, plain_moments, plain_target
@@ -185,42 +184,6 @@ def test_thread_count_does_not_matter():
         torch.set_num_threads(threads)
     for i, other in enumerate(results[3:]):
         assert all(torch.equal(a, b) for a, b in zip(results[i % 3], other, strict=True))
-
-
-ALL_OPERATIONS = """
-import itertools, torch
-from d2v_fast.ops import backends, data2vec_loss, masked_smooth_l1, topk_target
-from tests.ops.target_reference import FINAL_NORMS, LAYER_NORMS, make_layers
-torch.manual_seed(7)
-results = []
-for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.float32)):
-    layers = make_layers((2, 70, 157), 3, dtype, torch.device("cpu"), 10.0)
-    rows = torch.randint(0, 140, (91,))
-    pred = torch.randn(91, 157).to(other).requires_grad_()
-    for first, final in itertools.product(LAYER_NORMS, FINAL_NORMS):
-        results.append(topk_target(layers, layer_norm=first, final_norm=final, rows=rows))
-    for beta in (0.0, 1.5):
-        for loss, moments in (
-            masked_smooth_l1(pred, results[-1].to(dtype), beta=beta),
-            data2vec_loss(pred, layers, layer_norm="instance", final_norm="layer", rows=rows, beta=beta),
-        ):
-            results += [loss.detach(), moments, *torch.autograd.grad(loss, pred)]
-"""
-
-
-@pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(capability, tmp_path):
-    """All three operations give the same bits; each path in its own process, since the choice is made once."""
-    saved = tmp_path / "out.pt"
-    print_and_save = f"torch.save(results, {str(saved)!r}); print(backends()['cpu'])"
-    answer = run_python(ALL_OPERATIONS + print_and_save, D2V_CPU_CAPABILITY=capability)
-    if capability == "baseline":
-        assert "baseline" in answer
-    here: dict = {}
-    exec(ALL_OPERATIONS, here)
-    for i, (there, mine) in enumerate(zip(torch.load(saved), here["results"], strict=True)):
-        assert torch.equal(there, mine), f"result {i}"
 
 
 @pytest.mark.parametrize("need_grad", [False, True])

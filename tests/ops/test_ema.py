@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2v_fast.ops import HAS_CPP, ema_update_
+from d2v_fast.ops import ema_update_
 from d2v_fast.ops.ema import ema_update_reference
-from tests.helpers.common import DTYPES, compile_facts, every_capability, non_contiguous, run_python, width_bytes
+from tests.helpers.common import DTYPES, compile_facts, every_capability, non_contiguous, width_bytes
 
 SHAPES = [(768, 33), (1,), (63,), (1023,), (16384 + 5,), (0,), (3, 0, 2), (), (2, 3, 5, 7)]
 WORKING = [None, *DTYPES]
@@ -127,15 +127,17 @@ for student, working in ((bf16, bf16), (fp32, fp32), (fp16, fp16), (fp32, bf16))
     constexprs |= dict(HAS_WORKING=True, DECAY_ON_DEVICE=True, ALIGNED=True)
     signature = dict(table="*i64", block_tensor="*i32", block_index="*i32", decay_tensor="*fp32", weight="fp32")
     signature |= {name: "constexpr" for name in constexprs}
-    rows += facts(k, signature, constexprs, aligned=("table",), num_warps=8)
+    widths = student.primitive_bitwidth // 8, working.primitive_bitwidth // 8
+    rows += [{**row, "widths": widths} for row in facts(k, signature, constexprs, aligned=("table",), num_warps=8)]
 print(json.dumps(rows))
 """
     for row in compile_facts(code, every_capability):
         assert row["spills"] == 0, row["capability"]
-        # teacher, student and working of the whole block; the ragged end of a tensor may be narrow
-        assert width_bytes(row["loads"]).count(16) >= 6, row
-        assert width_bytes(row["stores"]).count(16) >= 6, row
-        assert width_bytes(row["stores"]).count(16) >= 6, row
+        # a thread has 16 elements of a whole block, so one access of 16 bytes for each byte of an element's width:
+        # fp32 teacher and student read, teacher and working copy written; the ragged end of a tensor may be narrow
+        student, working = row["widths"]
+        assert width_bytes(row["loads"]).count(16) >= 4 + student, row
+        assert width_bytes(row["stores"]).count(16) >= 4 + working, row
 
 
 def test_one_launch_for_a_model(device, monkeypatch):
@@ -155,37 +157,6 @@ def test_one_launch_for_a_model(device, monkeypatch):
     launch(teacher, student, 0.9, None, working)
     assert len(launches) == 2
     assert len({id(table.addresses) for table in ema._tables.values() if len(table.addresses) == 150}) == 1
-
-
-@pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(capability, tmp_path):
-    """Each path in its own process, since the choice is made once; with FMA they give the same bits."""
-    code = f"""
-import torch
-from d2v_fast.ops import ema_update_, backends
-torch.manual_seed(5)
-teacher = [torch.randn(n) for n in (1, 63, 16384 * 3 + 7)]
-student = [torch.randn(n).to(d) for n, d in zip((1, 63, 16384 * 3 + 7), (torch.float32, torch.bfloat16, torch.float16))]
-working = [torch.empty_like(s) for s in student]
-ema_update_(teacher, student, 0.9995, working=working)
-torch.save((teacher, working), {str(tmp_path / "out.pt")!r})
-print(backends()["cpu"])
-"""
-    run_python(code, D2V_CPU_CAPABILITY=capability)
-    got, copies = torch.load(tmp_path / "out.pt")
-    torch.manual_seed(5)
-    teacher = [torch.randn(n) for n in (1, 63, 16384 * 3 + 7)]
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    student = [torch.randn(n).to(d) for n, d in zip((1, 63, 16384 * 3 + 7), dtypes, strict=True)]
-    here = [t.clone() for t in teacher]
-    ema_update_(here, student, 0.9995)
-    for g, c, h, s in zip(got, copies, here, student, strict=True):
-        if capability == "baseline":
-            torch.testing.assert_close(g, h, rtol=2e-7, atol=1e-7)
-        else:
-            assert torch.equal(g, h)
-        assert torch.equal(c, g.to(s.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
