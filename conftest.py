@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-# the interpreter must be chosen before Triton is imported; a CUDA run compiles instead
-if "cuda" not in " ".join(sys.argv):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch
 
 from d2v_fast import ops
@@ -45,6 +39,22 @@ if find_spec("hypothesis") is None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="cpu (Triton interpreted) or cuda")
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose between Triton's interpreter and its compiler, before anything imports Triton.
+
+    The workers of pytest-xdist get the option, but not the command line.
+    """
+    os.environ.setdefault("TRITON_INTERPRET", "0" if config.getoption("--device") == "cuda" else "1")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files without such a test in a run of the tests marked `alone`, for importing them all takes long."""
+    is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if config.getoption("-m") == "alone" and is_module and "pytest.mark.alone" not in collection_path.read_text():
+        return True
+    return None
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

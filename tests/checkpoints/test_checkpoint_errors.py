@@ -181,7 +181,6 @@ def test_nothing_is_deleted_for_a_second_damage(checkpoints: Checkpoints) -> Non
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
-@pytest.mark.alone
 def test_error_of_one_process_stops_all(tmp_path: Path) -> None:
     """The second one cannot read, does not see the files, or sees other ones: both stop, and nothing is renamed."""
     alone = Checkpoints(tmp_path / "checkpoints", keep=3, world=World("cpu"))

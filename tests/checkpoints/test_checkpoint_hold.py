@@ -142,7 +142,6 @@ def test_checkpoint_whose_manifest_is_none_is_called_damaged(odd: str, checkpoin
     assert checkpoints.steps() == [2]
 
 
-@pytest.mark.alone
 def test_exports_beside_saves(tmp_path: Path) -> None:
     """Each export is that of one checkpoint, whole, while a run keeps a single one and saves without a pause."""
     write_run(tmp_path, CONFIG, 1)

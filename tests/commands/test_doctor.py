@@ -67,6 +67,8 @@ def test_packages_that_crash_or_hang_are_survived(place: Path) -> None:
 
 
 def test_apex_is_told_apart_by_its_symbols(place: Path) -> None:
+    # what needs the real torch is not looked at here, and it takes seconds to import
+    add_package(place, "torch", "")
     add_package(place, "apex", "from pyramid.session import UnencryptedCookieSessionFactoryConfig")
     other = doctor.apex(LIMIT_S)
     assert other.state == WARNING

@@ -226,7 +226,6 @@ def test_digest_knows_where_parts_end() -> None:
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
-@pytest.mark.alone
 def test_processes_with_other_files_are_refused(tmp_path: Path) -> None:
     make_images(tmp_path / "0")
     make_images(tmp_path / "1", count=59)

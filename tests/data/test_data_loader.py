@@ -387,7 +387,6 @@ def test_error_without_workers_is_the_error_itself() -> None:
         list(make_loader(Squares("raises"), make_config(), micro_batch=10, num_steps=10))
 
 
-@pytest.mark.alone
 def test_workers_leave_ctrl_c_and_sigterm_to_the_main_process() -> None:
     steps = iter(make_loader(Squares(), make_config(2), micro_batch=30))
     next(steps)

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from d2v_fast.modalities.text.fairseq import load_fairseq_text, save_fairseq_tex
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.common import opened
 from tests.helpers.fairseq_reference import closed_as_fine_tuning_sets_it
-from tests.helpers.runs import TINY_SPEECH, tiny_file
+from tests.helpers.runs import TINY_SPEECH, fork, tiny_file, wait
 from tests.helpers.speech_reference import randomize_
 from tests.modalities.speech.test_fairseq_speech import pretrained as speech
 from tests.modalities.speech.test_fairseq_speech import saved
@@ -68,9 +67,24 @@ def with_foreign_classes(content: dict[str, Any], path: Path, change: str) -> No
     (path.parent / "foreign.py").write_text(CLASSES)
     torch.save(content, path)
     code = f"import torch, foreign; content = torch.load({str(path)!r}, weights_only=True); {change}"
-    code += f"; torch.save(content, {str(path)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=path.parent, check=True)
+    run_program(f"{code}; torch.save(content, {str(path)!r})", path.parent)
     (path.parent / "foreign.py").unlink()
+
+
+def run_program(code: str, folder: Path) -> None:
+    """Run a program in a forked process, in this folder, whose modules it can import."""
+
+    def work() -> int:
+        # a run in this process forbids it to itself and to its children
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})
+        return 0
+
+    output = folder / "program-output"
+    assert wait(fork(work, output)) == [0], output.read_text()
+    output.unlink()
 
 
 def strip(path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
@@ -78,10 +92,7 @@ def strip(path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     assert main(["import", str(path), "--to", str(path.parent / "none")]) == 1
     message, _, program = capsys.readouterr().err.partition("\n\n")
     assert "could execute code" in message
-    (path.parent / "strip.py").write_text(program)
-    # a run in this process forbids it to itself and to its children
-    environment = {key: value for key, value in os.environ.items() if key != "TORCH_FORCE_WEIGHTS_ONLY_LOAD"}
-    subprocess.run([sys.executable, "strip.py"], cwd=path.parent, env=environment, check=True)
+    run_program(program, path.parent)
     return path.with_name(f"{path.stem}-weights.pt")
 
 

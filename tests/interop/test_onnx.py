@@ -75,11 +75,16 @@ def test_images(tmp_path: Path) -> None:
         close(found, exported.model.finish(exported.model(pixels).last_hidden))
 
 
+@pytest.fixture(scope="module")
+def exported_speech(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    with torch.no_grad():
+        return Exported(speech_config(), tmp_path_factory.mktemp("speech"))
+
+
 @torch.no_grad()
-def test_speech(tmp_path: Path) -> None:
+def test_speech(exported_speech: Exported) -> None:
     """Of any length; padded, each utterance gets what it gets alone."""
-    config = speech_config()
-    exported = Exported(config, tmp_path)
+    config, exported = speech_config(), exported_speech
     theirs = exported.theirs()
     for count, num_samples in ((1, 1000), (3, 703)):
         waveforms = torch.randn(count, num_samples)
@@ -95,8 +100,8 @@ def test_speech(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_speech_takes_what_the_feature_extractor_of_the_folder_returns(tmp_path: Path) -> None:
-    exported = Exported(speech_config(), tmp_path)
+def test_speech_takes_what_the_feature_extractor_of_the_folder_returns(exported_speech: Exported) -> None:
+    exported = exported_speech
     transformers = pytest.importorskip("transformers")
     extractor = transformers.AutoFeatureExtractor.from_pretrained(exported.folder)
     waves = [np.random.default_rng(0).standard_normal(size, np.float32) for size in (700, 400)]

@@ -115,7 +115,6 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_build
-@pytest.mark.alone
 def test_source_archive_is_complete(source: Path, archive: Path) -> None:
     there = files_below(archive)
     assert not list(archive.rglob("*.so")) + list(archive.rglob("*.pyc"))
@@ -130,7 +129,6 @@ def test_source_archive_is_complete(source: Path, archive: Path) -> None:
 
 
 @needs_build
-@pytest.mark.alone
 @pytest.mark.slow
 def test_wheel_with_kernels(source: Path, wheel: Path) -> None:
     assert re.fullmatch(rf"{NAME}-py3-none-(linux|macosx)_\w+\.whl", wheel.name)
@@ -145,7 +143,6 @@ def test_wheel_with_kernels(source: Path, wheel: Path) -> None:
 
 
 @needs_build
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_kernels_name_no_folder_and_nothing_new(wheel: Path, tmp_path: Path) -> None:
@@ -166,7 +163,6 @@ def test_kernels_name_no_folder_and_nothing_new(wheel: Path, tmp_path: Path) -> 
 
 
 @needs_build
-@pytest.mark.alone
 @pytest.mark.slow
 def test_wheel_without_kernels_is_pure(archive: Path, wheel: Path, tmp_path: Path) -> None:
     """Where a wheel with kernels was built before, whose library still lies in build/."""
@@ -201,7 +197,6 @@ torch.testing.assert_close(y, torch.nn.functional.gelu(torch.nn.functional.layer
 
 
 @needs_build
-@pytest.mark.alone
 @pytest.mark.slow
 def test_installed_wheel_works_anywhere(python: Path, tmp_path: Path) -> None:
     folder = tmp_path / "empty"

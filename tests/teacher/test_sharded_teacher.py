@@ -23,10 +23,7 @@ from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine, make_engine
 from tests.helpers.runs import TINY, in_processes
 
-pytestmark = [
-    pytest.mark.alone,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
-]
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 STEPS, GLOBAL_BATCH = 20, 8
 # what is tried at every number of processes, as changes of the configuration

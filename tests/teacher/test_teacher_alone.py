@@ -22,8 +22,6 @@ from d2v_fast.teacher import Teacher
 from tests.helpers.common import run_python
 from tests.helpers.runs import in_processes
 
-pytestmark = pytest.mark.alone
-
 STEPS = 6
 SCHEDULE = TeacherConfig(decay_start=0.5, decay_end=0.9, decay_steps=10)
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")

@@ -16,8 +16,6 @@ from d2v_fast.data import StepLoader
 from tests.helpers.common import opened
 from tests.helpers.runs import figures, import_deepspeed, leave_out_reports, run_forked, run_here, tiny_file
 
-pytestmark = pytest.mark.alone
-
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 # stochastic depth at its published rate stays: it does not depend on the split

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -327,13 +326,6 @@ def test_missing_package_names_the_extra(folder: Path, name: str, monkeypatch: p
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match=rf"with {name}, which cannot be imported.*pip install 'd2v_fast\[train\]'"):
         make_dataset(folder)
-
-
-def test_packages_are_imported_when_audio_is_read() -> None:
-    code = """import sys, d2v_fast.data, d2v_fast.modalities.speech.audio
-print({'soundfile', 'soxr', 'cffi'} & set(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 def test_nothing_is_warned_of(folder: Path) -> None:

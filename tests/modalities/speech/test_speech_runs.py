@@ -18,8 +18,6 @@ from d2v_fast.modalities.speech.log_mel import log_mel
 from d2v_fast.training.run_state import RunState
 from tests.helpers.runs import TINY_SPEECH, figures, leave_out_reports, run_forked, run_here, tiny_file
 
-pytestmark = pytest.mark.alone
-
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 

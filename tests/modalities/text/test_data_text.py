@@ -350,10 +350,3 @@ def test_place_that_cannot_be_written(folder: Path) -> None:
     (folder.parent / "file").write_text("")
     with pytest.raises(DataError, match=r"`d2v.data.tokens_path` must be a folder that can be written, but .*file"):
         dataset(folder, tokens_path=str(folder.parent / "file"))
-
-
-def test_packages_are_imported_when_text_is_read() -> None:
-    code = """import sys, d2v_fast.data, d2v_fast.modalities.text.tasks
-print({'tokenizers', 'pyarrow', 'rich'} & set(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

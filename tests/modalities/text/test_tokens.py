@@ -22,6 +22,7 @@ from d2v_fast.modalities.text import tokens as tokens_module
 from d2v_fast.modalities.text.files import PIECE, Piece, TextFiles, pieces_of
 from d2v_fast.modalities.text.tokens import Tokens, tokenized
 from tests.helpers.places import ROOT
+from tests.helpers.runs import fork, wait
 from tests.helpers.text_files import config, documents, sentences, small_tokenizer, tokens_of
 
 pytest.importorskip("tokenizers")
@@ -287,26 +288,24 @@ def test_worker_gets_no_copy(text: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pickle.loads(sent).read(0, tokens.num_tokens), expected)
 
 
-TOKENIZE = """
-import sys
-from pathlib import Path
-from tests.helpers.text_files import tokens_of
-print(tokens_of(Path(sys.argv[1]), Path(sys.argv[2])).num_tokens)
-"""
+def start(text: Path, root: Path, output: Path, fault: str | None = None) -> int:
+    """Fork a process that tokenizes and prints the number of tokens; returns its id."""
+    # made once, before the fork
+    small_tokenizer()
 
+    def work() -> int:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        faults._fault = faults.Fault(fault) if fault else None
+        print(tokens_of(text, root).num_tokens)
+        return 0
 
-def start(text: Path, root: Path, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-c", TOKENIZE, str(text), str(root)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return fork(work, output)
 
 
 @pytest.mark.parametrize("point", ["tokens.shard", "cache.renamed"])
 def test_killed_while_writing(text: Path, tmp_path: Path, point: str) -> None:
     root = tmp_path / "out"
-    killed = start(text, root, D2V_FAULT=f"{point}:1")
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+    assert wait(start(text, root, tmp_path / "output", f"{point}:1")) == [-signal.SIGKILL]
     assert len(list(root.glob("tokens-*"))) == (point == "cache.renamed")
     tokens_of(text, root)
     left = sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))
@@ -322,10 +321,12 @@ def test_full_disk(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_two_at_once(text: Path, tmp_path: Path) -> None:
-    processes = [start(text, tmp_path / "out") for _ in range(2)]
-    answers = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], answers
-    assert answers[0][0] == answers[1][0]
+    outputs = [tmp_path / f"output-{number}" for number in range(2)]
+    statuses = wait(*[start(text, tmp_path / "out", output) for output in outputs])
+    answers = [output.read_text() for output in outputs]
+    assert statuses == [0, 0], answers
+    assert answers[0] == answers[1]
+    assert int(answers[0]) > 0
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 

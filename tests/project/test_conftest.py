@@ -1,0 +1,46 @@
+"""The options of the tests: which form of the Triton kernels runs, and which files a run collects."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import conftest
+
+
+def config(**options: str) -> pytest.Config:
+    """A configuration with these options alone."""
+    return SimpleNamespace(getoption=lambda name: options[name.strip("-")])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("device", "interpreted"), [("cpu", "1"), ("cuda", "0")])
+def test_device_decides_whether_triton_interprets(
+    device: str, interpreted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    conftest.pytest_configure(config(device=device))
+    assert os.environ["TRITON_INTERPRET"] == interpreted
+    monkeypatch.setenv("TRITON_INTERPRET", "given")
+    conftest.pytest_configure(config(device=device))
+    assert os.environ["TRITON_INTERPRET"] == "given"
+
+
+def test_this_process_has_the_form_of_its_device(request: pytest.FixtureRequest) -> None:
+    """Also in a worker of pytest-xdist, whose command line has no options."""
+    triton = pytest.importorskip("triton")
+    assert triton.knobs.runtime.interpret == (request.config.getoption("--device") != "cuda")
+
+
+def test_only_files_with_such_tests_are_read_for_the_mark_alone(tmp_path: Path) -> None:
+    with_mark, without = tmp_path / "test_a.py", tmp_path / "test_b.py"
+    with_mark.write_text("@pytest.mark.alone\ndef test_it(): pass\n")
+    without.write_text("def test_it(): pass\n")
+    (tmp_path / "conftest.py").write_text("")
+    ignored = {
+        mark: [path.name for path in sorted(tmp_path.iterdir()) if conftest.pytest_ignore_collect(path, config(m=mark))]
+        for mark in ("alone", "not alone", "")
+    }
+    assert ignored == {"alone": ["test_b.py"], "not alone": [], "": []}
