@@ -22,8 +22,8 @@ from d2v_fast.commands.console import main as console
 from d2v_fast.files import faults
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.training.supervise import _how_to_continue
+from tests.helpers.given_models import given
 from tests.helpers.runs import leave_out_reports, run_here, tiny_file
-from tests.training.test_start import given
 
 # a folder that no shell reads as it stands
 ODD = 'it\'s "so" & more $'

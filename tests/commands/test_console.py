@@ -16,23 +16,15 @@ from d2v_fast.commands import bench, check, console
 from d2v_fast.commands.console import main
 from d2v_fast.config import VisionConfig, check_d2v, presets
 from d2v_fast.modalities import build_student
-from tests.commands.test_export import write_run
+from tests.helpers.command_line import complaint
 from tests.helpers.places import ROOT
-from tests.helpers.runs import TINY, TINY_SPEECH, failure_status, leave_out_reports, tiny_file
+from tests.helpers.runs import TINY, TINY_SPEECH, leave_out_reports, tiny_file
 from tests.helpers.text_files import sentences, small_tokenizer
+from tests.helpers.written_runs import write_run
 
 COMMANDS = tuple(console._WORK)
 # under load; a second on a machine that is idle
 HELP_SECONDS = 3.0
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: object, status: int | None = None) -> str:
-    """What a command says that fails in words."""
-    found, captured = main([str(argument) for argument in arguments]), capsys.readouterr()
-    assert found == (failure_status(captured.err) if status is None else status)
-    assert captured.err.startswith("error: ")
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def tiny_text(folder: Path, **changes: object) -> Path:

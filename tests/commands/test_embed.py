@@ -22,11 +22,11 @@ from d2v_fast.modalities.text.huggingface import export_text
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer
 from d2v_fast.modalities.vision.images import ImagesDataset
 from d2v_fast.modalities.vision.probe import image_features
-from tests.commands.test_console import complaint
-from tests.commands.test_export import CONFIG, write_run
+from tests.helpers.command_line import complaint
 from tests.helpers.runs import TINY_SPEECH
 from tests.helpers.text_files import sentences, small_tokenizer
-from tests.modalities.text.test_tokenizer_kinds import word_pieces
+from tests.helpers.tokenizer_folders import word_pieces
+from tests.helpers.written_runs import CONFIG, write_run
 
 RATE = 8000
 

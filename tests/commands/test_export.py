@@ -12,65 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2v_fast.checkpoints.shard_files import Kept, copy_to_host, write_shards
 from d2v_fast.commands.console import main
 from d2v_fast.config import (
-    BlockMaskConfig,
-    D2VConfig,
-    RunSection,
-    TargetConfig,
-    VisionConfig,
-    VisionDataConfig,
     VisionModelConfig,
 )
-from d2v_fast.distributed.shards import Shard
 from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.speech.fairseq import read_fairseq_speech
 from d2v_fast.modalities.speech.huggingface import import_speech
 from d2v_fast.modalities.vision.huggingface import export_vision, import_vision
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from tests.helpers.common import run_python
 from tests.helpers.runs import failure_status
-from tests.modalities.speech.test_speech import make_config
-
-CONFIG = VisionConfig(
-    model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=16, depth=2, heads=2),
-    mask=BlockMaskConfig(num_patches=9, min_patches=2),
-    target=TargetConfig(top_k=2),
-    data=VisionDataConfig(mean=(0.3,), std=(0.4,)),
-    run=RunSection(seed=5),
-)
-
-
-def write_run(folder: Path, config: D2VConfig, processes: int) -> Data2Vec:
-    """A run with one checkpoint that so many processes have written; returns its model, the average is 2 x it."""
-    import hashlib
-
-    torch.manual_seed(1)
-    model = build_model(config)
-    checkpoint = folder / "checkpoints" / "step-7"
-    checkpoint.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"train_batch_size": 64, "d2v": config.model_dump(mode="json")}))
-    kinds = {"student": dict(model.named_parameters())}
-    kinds["teacher"] = {name: 2 * p.detach() for name, p in model.student.averaged.named_parameters()}
-    shapes = {f"{kind}/{name}": list(value.shape) for kind, state in kinds.items() for name, value in state.items()}
-    for rank in range(processes):
-        kept = []
-        for kind, state in kinds.items():
-            for name, value in state.items():
-                flat = value.detach().reshape(-1)
-                size = -(-flat.numel() // processes)
-                part = flat[rank * size : (rank + 1) * size]
-                if part.numel():
-                    kept.append(Kept(kind, Shard(name, value.shape, rank * size, part, flat, rank * size, False)))
-        write_shards(checkpoint / f"shard-{rank:05d}.safetensors", copy_to_host(kept, even_if_there=False))
-    (checkpoint / "state.json").write_text(json.dumps({"step": 7, "shapes": shapes}))
-    files = {}
-    for path in checkpoint.iterdir():
-        content = path.read_bytes()
-        files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": 7, "files": files}))
-    return model
+from tests.helpers.speech_models import make_config
+from tests.helpers.written_runs import CONFIG, write_run
 
 
 @pytest.mark.parametrize("processes", [1, 3])

@@ -20,28 +20,17 @@ import torch
 from PIL import Image
 
 from d2v_fast.config import VisionConfig
-from d2v_fast.data import Batch, DataError, ImageDataset, StepLoader
+from d2v_fast.data import Batch, DataError, ImageDataset
 from d2v_fast.data import loader as loader_module
 from d2v_fast.data.bad_files import BadFiles, judge_listing
 from d2v_fast.data.listing import Listing
 from d2v_fast.masking import block_mask_rows
-from d2v_fast.modalities.vision.batches import ImageBatches, image_dataset
+from d2v_fast.modalities.vision.batches import image_dataset
+from tests.helpers.squares import Squares, make_config, make_loader
 
 NUM_PATCHES = 16
 
 more_workers_than_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-def make_config(num_workers: int = 0, **data: object) -> VisionConfig:
-    moving = {"kind": "digits", "rotation_degrees": 10.0, "zoom": 0.1, "shift_pixels": 1.0}
-    return VisionConfig.model_validate(
-        {
-            "model": {"image_size": 8, "patch_size": 2, "channels": 1 if "path" not in data else 3},
-            "mask": {"num_patches": 10, "min_patches": 4},
-            "data": {**moving, "mean": [0.3], "std": [0.3], "num_workers": num_workers, **data},
-            "run": {"seed": 9, "device": "cpu"},
-        }
-    )
 
 
 @pytest.fixture
@@ -51,39 +40,6 @@ def folder(tmp_path: Path) -> Path:
         noise = generator.integers(0, 256, (20, 25 + i, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i:02d}.png")
     return tmp_path
-
-
-class Squares:
-    """A hundred tiny images; `trouble` happens in the worker that is asked for sample 50 or its batch."""
-
-    image_size = 8
-    channels = 1
-    listing = Listing()
-
-    def __init__(self, trouble: str = "") -> None:
-        self.trouble = trouble
-
-    def __len__(self) -> int:
-        return 100
-
-    def augmented(self, sample_ids: np.ndarray, seed: int, epoch: int) -> tuple[torch.Tensor, tuple[str, ...]]:
-        if 50 in sample_ids:
-            if self.trouble == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if self.trouble == "hangs":
-                time.sleep(600)
-            if self.trouble == "raises":
-                raise KeyError("no such square")
-            if self.trouble == "data":
-                raise DataError("64 files in a row are unreadable")
-        return torch.zeros(len(sample_ids), 1, 8, 8) + torch.from_numpy(sample_ids)[:, None, None, None], ()
-
-    def plain(self, sample_ids: np.ndarray) -> torch.Tensor:
-        raise NotImplementedError
-
-
-def make_loader(dataset: ImageDataset, config: VisionConfig, **options: object) -> StepLoader:
-    return StepLoader(ImageBatches(dataset, config), config, **options)
 
 
 def by_sample(batches: list[Batch]) -> dict[int, tuple[bytes, tuple[int, ...]]]:
@@ -402,7 +358,7 @@ def test_workers_leave_ctrl_c_and_sigterm_to_the_main_process() -> None:
 def test_workers_do_not_hold_up_the_end_of_the_process() -> None:
     script = """
 import sys, time
-from tests.data.test_data_loader import Squares, make_config, make_loader
+from tests.helpers.squares import Squares, make_config, make_loader
 steps = iter(make_loader(Squares(), make_config(2), micro_batch=30))
 next(steps)
 print(time.time(), flush=True)

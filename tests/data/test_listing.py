@@ -183,7 +183,7 @@ def test_tokenize_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_embed_and_draw_say_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from d2v_fast.commands.draw import draw
-    from tests.commands.test_embed import CONFIG, write_run
+    from tests.helpers.written_runs import CONFIG, write_run
 
     write_run(tmp_path / "r", CONFIG, 1)
     touch(tmp_path / "images", "a.heic", "b.heic")

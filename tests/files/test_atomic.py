@@ -16,11 +16,11 @@ from d2v_fast.evaluation import run as evaluation
 from d2v_fast.files.atomic import make_beside, replaced, write_tensors, write_text
 from d2v_fast.modalities.speech import samples as speech
 from d2v_fast.training import metrics
-from tests.commands.test_export import write_run
 from tests.helpers.runs import run_here, tiny_file
+from tests.helpers.speech_models import make_config
 from tests.helpers.text_files import tokens_of
-from tests.modalities.speech.test_speech import make_config
-from tests.modalities.text.test_text import make_config as make_text_config
+from tests.helpers.text_models import make_config as make_text_config
+from tests.helpers.written_runs import write_run
 
 UMASKS = [0o022, 0o027]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.project.test_safety import ROOT, full_name, imported
+from tests.helpers.places import ROOT
+from tests.project.source_calls import full_name, imported
 
 PACKAGE = ROOT / "d2v_fast"
 # functions that open the path that they are given, by their last name, and methods of paths that do

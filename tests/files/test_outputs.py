@@ -16,7 +16,7 @@ from d2v_fast.files.outputs import RECORD, model_folder, set_aside_changed
 from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.vision import huggingface as huggingface_vision
 from d2v_fast.modalities.vision.huggingface import import_vision
-from tests.commands.test_export import CONFIG, write_run
+from tests.helpers.written_runs import CONFIG, write_run
 
 Files = dict[str, bytes]
 

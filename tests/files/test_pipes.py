@@ -26,9 +26,9 @@ from d2v_fast.modalities.text.tokens import Tokens
 from d2v_fast.training.metrics import read_log, read_probes
 from d2v_fast.training.run_folder import RunFolder
 from tests.helpers.runs import tiny_file
+from tests.helpers.speech_folders import edited as edited_speech
 from tests.helpers.text_files import config, sentences, small_tokenizer, tokens_of
-from tests.modalities.speech.test_huggingface_speech import edited as edited_speech
-from tests.modalities.vision.test_huggingface_vision import edited
+from tests.helpers.vision_folders import edited
 
 pytest.importorskip("tokenizers")
 

@@ -45,3 +45,13 @@ def documents(tokens: Tokens) -> list[str]:
     ends = np.cumsum(tokens.document_lengths()).tolist()
     starts = [0, *ends[:-1]]
     return [small_tokenizer().decode(tokens.read(start, end)) for start, end in zip(starts, ends, strict=True)]
+
+
+def texts(path: Path, **options: object) -> list[str]:
+    """All documents below a path."""
+    found = [""]
+    for piece in TextFiles(config(path, **options)).pieces():
+        found[-1] += piece.text
+        if piece.ends:
+            found.append("")
+    return found[:-1]

@@ -24,14 +24,14 @@ from d2v_fast.modalities.text.fairseq import load_fairseq_text, save_fairseq_tex
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.common import opened
 from tests.helpers.fairseq_reference import closed_as_fine_tuning_sets_it
+from tests.helpers.fairseq_speech_files import pretrained as speech
+from tests.helpers.fairseq_speech_files import saved
+from tests.helpers.fairseq_text_files import pretrained as text
 from tests.helpers.runs import TINY_SPEECH, fork, tiny_file, wait
+from tests.helpers.speech_models import make_config, make_pair
 from tests.helpers.speech_reference import randomize_
-from tests.modalities.speech.test_fairseq_speech import pretrained as speech
-from tests.modalities.speech.test_fairseq_speech import saved
-from tests.modalities.speech.test_speech import make_config, make_pair
-from tests.modalities.text.test_fairseq_text import pretrained as text
-from tests.modalities.text.test_text import make_config as text_config
-from tests.modalities.text.test_text import make_pair as text_pair
+from tests.helpers.text_models import make_config as text_config
+from tests.helpers.text_models import make_pair as text_pair
 
 # classes of packages that the importer does not have, as those of fairseq and omegaconf: written by a process that has
 # a module of them, read by one that has not

@@ -21,8 +21,8 @@ from d2v_fast.interop.fairseq import save_fairseq
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.modalities.vision.beit import save_beit
 from d2v_fast.objectives.data2vec import build_model
+from tests.helpers.image_datasets import picture
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, failure_status, leave_out_reports, run_forked, tiny_file
-from tests.modalities.vision.test_data_images import picture
 
 BASES = {"vision": TINY, "speech": TINY_SPEECH, "text": TINY_TEXT}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4f" * 32 + b"\nsize 372911\n"

@@ -18,11 +18,11 @@ from d2v_fast.interop.huggingface import export_model
 from d2v_fast.interop.onnx import export_onnx
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.data2vec import build_model
-from tests.commands.test_export import CONFIG, write_run
 from tests.helpers.common import opened
+from tests.helpers.speech_models import make_config as speech_config
 from tests.helpers.speech_reference import randomize_
-from tests.modalities.speech.test_speech import make_config as speech_config
-from tests.modalities.text.test_text import make_config as text_config
+from tests.helpers.text_models import make_config as text_config
+from tests.helpers.written_runs import CONFIG, write_run
 
 
 def test_packages_that_are_missing_are_named(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from d2v_fast.config import BlockMaskConfig, TargetConfig, VisionConfig, VisionModelConfig
 from d2v_fast.masking import block_mask_rows
-from tests.objectives.test_data2vec import CONFIG, Images, images, random_images, random_pair
-from tests.training.test_engine import config as run_config
-from tests.training.test_engine import plain_engine
+from tests.helpers.small_engine import config as run_config
+from tests.helpers.small_engine import plain_engine
+from tests.helpers.vision_models import CONFIG, Images, images, random_images, random_pair
 
 NORMS = [(first, last) for first in ("none", "layer", "instance", "batch") for last in ("none", "layer", "instance")]
 

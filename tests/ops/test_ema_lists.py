@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from d2v_fast.ops import EmaUpdate, ema_update_
-from tests.ops.test_ema import expected
+from tests.ops.ema_reference import expected
 
 Update = Callable[..., None]
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from d2v_fast.ops import EmaUpdate, ema, ema_update_
 from d2v_fast.ops._library import in_cpp
 from tests.helpers.common import DTYPES, non_contiguous
-from tests.ops.test_ema import SHAPES, WORKING, expected, make
+from tests.ops.ema_reference import SHAPES, WORKING, expected, make
 
 HAS_CPP = in_cpp("ema_prepare")
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]

@@ -23,6 +23,7 @@ from tests.helpers.common import (
     non_contiguous,
     width_bytes,
 )
+from tests.ops.norm_inputs import make
 
 WIDTHS = [1, 7, 96, 512, 1000]
 
@@ -33,14 +34,6 @@ def launchers():
     from d2v_fast.kernels import norm_gelu
 
     return norm_gelu.layer_norm_gelu, norm_gelu.layer_norm_gelu_backward
-
-
-def make(device, shape, dtype, weight_dtype=torch.float32, scale=2.0):
-    """Input, weight and bias that want gradients, and an incoming gradient."""
-    x = (torch.randn(shape, device=device) * scale + 0.5).to(dtype).requires_grad_()
-    weight = (torch.randn(shape[-1], device=device) * 0.5 + 1.0).to(weight_dtype).requires_grad_()
-    bias = torch.randn(shape[-1], device=device).to(weight_dtype).requires_grad_()
-    return x, weight, bias, torch.randn(shape, device=device).to(dtype)
 
 
 def composition(x, weight, bias, eps=1e-5, dtype=torch.float32):

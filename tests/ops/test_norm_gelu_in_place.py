@@ -15,7 +15,7 @@ from d2v_fast.ops.norm_gelu import (
     layer_norm_gelu_inplace_reference,
 )
 from tests.helpers.common import DTYPES
-from tests.ops.test_norm_gelu import make
+from tests.ops.norm_inputs import make
 
 
 # the last one is large enough to be stored around the caches

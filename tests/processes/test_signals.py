@@ -20,10 +20,10 @@ from d2v_fast.commands.console import main
 from d2v_fast.data.cache import made_once
 from d2v_fast.processes import signals as stop_request
 from d2v_fast.processes.signals import EndOnSignal, Interrupted, StopRequest
-from tests.commands.test_export import CONFIG, write_run
 from tests.helpers.places import ROOT
 from tests.helpers.runs import fork, leave_out_reports, run_here, tiny_file, until, wait
 from tests.helpers.text_files import sentences
+from tests.helpers.written_runs import CONFIG, write_run
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 

@@ -9,7 +9,6 @@ import io
 import os
 import pickle
 import re
-import resource
 import struct
 import tempfile
 import zipfile
@@ -30,34 +29,8 @@ from d2v_fast.interop.fairseq_files import read_pickle
 from d2v_fast.interop.folders import read_weights
 from d2v_fast.modalities.text import parquet as parquet_files
 from d2v_fast.modalities.text.files import TextFiles
+from tests.helpers.bounded_memory import measured
 from tests.helpers.text_files import config
-
-
-def measured(call: Callable[[], object]) -> tuple[int, str]:
-    """Call a function in a copy of this process; return bytes that it needed at its peak, and what it said.
-
-    That is the text of its exception, or of what it returned.
-    """
-
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        said, before = "", peak()
-        try:
-            said = str(call())
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        finally:
-            os.write(writer, f"{peak() - before} {said[:10_000]}".encode())
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as answer:
-        used, _, said = answer.read().decode().partition(" ")
-    assert os.waitpid(process, 0)[1] == 0
-    return int(used), said
 
 
 def test_peaks_are_measured() -> None:

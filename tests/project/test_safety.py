@@ -11,41 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.places import ROOT
+from tests.project.source_calls import FUNCTIONS, full_name, imported
 
 # to import one of these is to mean it
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve", "code"}
-# to name one of these is enough: it may be called under another name, or by somebody else
-FUNCTIONS = {
-    "builtins.eval",
-    "builtins.exec",
-    "builtins.compile",
-    "builtins.__import__",
-    "os.system",
-    "os.popen",
-    "subprocess.getoutput",
-    "subprocess.getstatusoutput",
-    "asyncio.create_subprocess_shell",
-    "numpy.lib.format.read_array",
-    "pandas.read_pickle",
-    "torch.hub.load",
-    "torch.hub.load_state_dict_from_url",
-    "torch.jit.load",
-    "torch.package.PackageImporter",
-    "torch.utils.model_zoo.load_url",
-    "torch.serialization.add_safe_globals",
-    "torch.utils.cpp_extension.load",
-    "torch.utils.cpp_extension.load_inline",
-    "yaml.add_constructor",
-    *(f"yaml.{kind}" for kind in ("Loader", "UnsafeLoader", "FullLoader", "unsafe_load", "full_load")),
-    *(f"yaml.{kind}" for kind in ("load", "load_all", "unsafe_load_all", "full_load_all")),
-}
 # a call needs this argument, written out
 NEEDED = {"torch.load": ("weights_only", True), "torch.serialization.load": ("weights_only", True)}
 # no call may have this argument but with this value, written out
 FORBIDDEN = {"shell": False, "allow_pickle": False, "trust_remote_code": False}
 # a text that switches the protection of torch.load off
 TEXTS = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"}
-BUILTINS = {name.removeprefix("builtins.") for name in FUNCTIONS if name.startswith("builtins.")}
 
 
 def sources() -> list[Path]:
@@ -86,32 +61,10 @@ def dangers(text: str) -> Iterator[str]:
                 yield f"{node.lineno}: {name} without {NEEDED[name][0]}={NEEDED[name][1]}"
 
 
-def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Names that imports bind anywhere in the file, and what they stand for."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                top = alias.name.partition(".")[0]
-                yield (alias.asname, alias.name) if alias.asname else (top, top)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            for alias in node.names:
-                yield alias.asname or alias.name, f"{node.module}.{alias.name}"
-
-
 def modules(node: ast.Import | ast.ImportFrom) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module] if node.module and node.level == 0 else []
-
-
-def full_name(node: ast.AST, names: dict[str, str]) -> str:
-    """`torch.load` for `torch.load`, `load` and `t.load`, whatever it was imported as; empty for other expressions."""
-    if isinstance(node, ast.Name):
-        return names.get(node.id, f"builtins.{node.id}" if node.id in BUILTINS else "")
-    if isinstance(node, ast.Attribute):
-        owner = full_name(node.value, names)
-        return f"{owner}.{node.attr}" if owner else ""
-    return ""
 
 
 def is_constant(node: ast.AST, value: bool) -> bool:

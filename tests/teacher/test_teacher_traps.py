@@ -12,7 +12,7 @@ import torch.distributed as dist
 from d2v_fast.distributed.world import World
 from d2v_fast.teacher import Teacher, decay_at
 from tests.helpers.runs import in_processes
-from tests.teacher.test_teacher_alone import (
+from tests.helpers.small_net import (
     SCHEDULE,
     Both,
     Net,

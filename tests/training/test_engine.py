@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.cli.train_options import read_config, train_parser
-from d2v_fast.config import RunConfig, check_d2v, load_config, parse_config
+from d2v_fast.config import check_d2v, load_config
 from d2v_fast.data import Batch
 from d2v_fast.distributed.shards import full_shape, gather_whole
 from d2v_fast.distributed.world import RunError, World
-from d2v_fast.objectives.data2vec import StepOutput, build_model
+from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.training.engine import (
     Engine,
     PlainEngine,
@@ -27,49 +26,14 @@ from d2v_fast.training.engine import (
     make_engine,
 )
 from tests.helpers.places import ROOT
-from tests.helpers.runs import TINY, TINY_SPEECH, in_processes, tiny_file
+from tests.helpers.runs import TINY_SPEECH, in_processes, tiny_file
+from tests.helpers.small_engine import WIDTH, config, network, plain_engine, restore, saved_state
 
-WIDTH = 3
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
-
-
-def config(world_size: int = 1, **changes: Any) -> RunConfig:
-    raw = copy.deepcopy(TINY)
-    raw["train_batch_size"], raw["gradient_clipping"] = 6, 0.5
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        place = raw
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return parse_config(raw, world_size)
-
-
-class Network(nn.Sequential):
-    """Regresses the output of a few layers on 1; without a teacher."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(7)
-        super().__init__(nn.Linear(5, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, WIDTH))
-
-    def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
-        output = super().forward(batch.inputs)
-        self.output_dtype = output.dtype
-        loss = (output.float() - 1).square().sum()
-        return StepOutput(loss, len(batch.inputs), torch.zeros(4, WIDTH))
-
-
-def network() -> Network:
-    return Network()
 
 
 def inputs_of(step: int) -> Tensor:
     return torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
-
-
-def plain_engine(settings: RunConfig, model: nn.Module | None = None) -> PlainEngine:
-    model = network() if model is None else model
-    return PlainEngine(model, settings.deepspeed, World("cpu"), decay_1d=settings.d2v.decay_1d)
 
 
 def add_gradient(engine: Engine, inputs: Tensor, num_samples: int = 6, extra_loss: float = 0.0) -> None:
@@ -216,16 +180,6 @@ def test_nonfinite_step_changes_nothing(poison: str) -> None:
         add_gradient(other, inputs_of(number))
         other.step(1e-2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.model.parameters(), strict=True))
-
-
-def saved_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A copy of everything that a checkpoint would hold."""
-    return {f"{kind}/{shard.key}": shard.master.clone() for kind, shard in engine.kept()}, engine.state()
-
-
-def restore(engine: Any, saved: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
-    tensors, state = saved
-    engine.restore(lambda kept: kept.shard.master.copy_(tensors[f"{kept.kind}/{kept.shard.key}"]), state)
 
 
 def test_plain_state_is_restored_exactly() -> None:

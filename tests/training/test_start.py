@@ -8,29 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from d2v_fast.checkpoints.saved_weights import SavedWeights
 from d2v_fast.commands.console import main
-from d2v_fast.config import D2VConfig, load_config
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.modalities.speech.config import SpeechModelConfig
 from d2v_fast.modalities.speech.fairseq import save_fairseq_speech
 from d2v_fast.modalities.text.config import TextModelConfig
 from d2v_fast.modalities.text.encoder import TextModel
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from tests.helpers.common import opened
+from tests.helpers.given_models import given
 from tests.helpers.runs import TINY_SPEECH, TINY_TEXT, failure_status, figures, leave_out_reports, run_forked, tiny_file
-from tests.helpers.speech_reference import randomize_
-
-
-def given(file: Path) -> tuple[D2VConfig, Data2Vec, nn.Module]:
-    """The configuration of a file, a random model of it, and a teacher of other weights."""
-    config = load_config(file).d2v
-    model, other = build_model(config), build_model(config)
-    randomize_(model)
-    randomize_(other)
-    return config, model, model.student.with_averaged(other.student.averaged)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -15,7 +15,7 @@ import pytest
 from d2v_fast.modalities.speech.audio import KINDS
 from d2v_fast.modalities.speech.decode import AudioLimits, UnreadableAudio, read_header, read_part, read_whole
 from d2v_fast.modalities.speech.headers import mp3 as mp3_layout
-from tests.modalities.speech.test_data_audio import RATE, make_dataset, tone
+from tests.helpers.audio_files import RATE, make_dataset, tone
 
 sf = pytest.importorskip("soundfile")
 needs_mp3 = pytest.mark.skipif("MP3" not in sf.available_formats(), reason="libsndfile before 1.1")

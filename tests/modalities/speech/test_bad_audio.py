@@ -23,7 +23,7 @@ from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.modalities.speech import audio as audio_module
 from d2v_fast.modalities.speech.audio import AudioDataset, normalized
 from d2v_fast.modalities.speech.decode import AudioLimits, UnreadableAudio, read_header, read_part, read_whole
-from tests.modalities.speech.test_data_audio import RATE, make_dataset, tone, write_manifest
+from tests.helpers.audio_files import RATE, make_dataset, tone, write_manifest
 
 sf = pytest.importorskip("soundfile")
 

@@ -18,25 +18,12 @@ from d2v_fast.data.listing import LeftOut
 from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.modalities.speech import audio as audio_module
 from d2v_fast.modalities.speech import decode as audio_decode
-from d2v_fast.modalities.speech.audio import AudioDataset
-from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
 from d2v_fast.modalities.speech.decode import AudioLimits, read_part, read_whole
+from tests.helpers.audio_files import RATE, make_dataset, tone, write_manifest
 
 sf = pytest.importorskip("soundfile")
 
-RATE = 16_000
 LIMITS = AudioLimits(sample_rate=RATE, max_bytes=10**9, silence=1e-4)
-
-
-def make_dataset(path: Path, sample_rate: int = RATE, **data: object) -> AudioDataset:
-    options = {"kind": "audio", "path": str(path), "min_seconds": 0.5, "max_seconds": 2.0, **data}
-    return AudioDataset(SpeechDataConfig.model_validate(options), SpeechModelConfig(sample_rate=sample_rate))
-
-
-def tone(seconds: float, hertz: float = 440, rate: int = RATE) -> np.ndarray:
-    """A tone that gets louder."""
-    times = np.arange(round(seconds * rate)) / rate
-    return (0.2 * (1 + times / seconds) * np.sin(2 * np.pi * hertz * times)).astype(np.float32)
 
 
 @pytest.fixture
@@ -47,12 +34,6 @@ def folder(tmp_path: Path) -> Path:
     for i in range(20):
         sf.write(folder / f"{i:02d}.wav", tone(1 + i / 10, 200 + 20 * i), RATE, subtype="FLOAT")
     return folder
-
-
-def write_manifest(path: Path, root: str | Path, names: list[str], counts: list[int]) -> Path:
-    lines = [f"{name}\t{count}" for name, count in zip(names, counts, strict=True)]
-    path.write_text("\n".join([str(root), *lines]) + "\n")
-    return path
 
 
 def test_a_random_part_of_a_ramp(tmp_path: Path) -> None:

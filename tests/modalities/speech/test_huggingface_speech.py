@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,10 @@ from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.modalities.speech.encoder import SpeechModel
 from d2v_fast.modalities.speech.huggingface import export_speech, import_speech
 from tests.helpers.common import run_python
+from tests.helpers.speech_folders import build, edited
+from tests.helpers.speech_models import SIZES as SMALL
+from tests.helpers.speech_models import make_config
 from tests.helpers.speech_reference import randomize_
-from tests.modalities.speech.test_speech import SIZES as SMALL
-from tests.modalities.speech.test_speech import make_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,13 +45,6 @@ THEIRS = {
     "num_conv_pos_embedding_groups": 4,
     "conv_pos_kernel_size": 7,
 }
-
-
-def build(config: SpeechConfig) -> SpeechModel:
-    """A random encoder, not one parameter at its initial value."""
-    model = SpeechModel(config.model).eval()
-    randomize_(model)
-    return model
 
 
 def load_theirs(folder: Path) -> Any:
@@ -257,15 +250,6 @@ def test_writing_and_reading_need_no_transformers() -> None:
         f"import sys, {modules}; print({{'transformers', 'fairseq', 'tokenizers'}} & set(sys.modules))"
     )
     assert printed.strip() == "set()"
-
-
-def edited(tmp_path: Path, **changes: Any) -> Path:
-    """An exported folder with another `config.json`."""
-    config = make_config()
-    export_speech(build(config), config, tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return tmp_path
 
 
 @pytest.mark.parametrize(

@@ -18,21 +18,11 @@ from d2v_fast.modalities.text import files as text_files
 from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig, TokenMaskConfig
 from d2v_fast.modalities.text.files import TextFiles
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
-from tests.helpers.text_files import config, documents, sentences, small_tokenizer, tokens_of
+from tests.helpers.text_files import config, documents, sentences, small_tokenizer, texts, tokens_of
 
 pytest.importorskip("tokenizers")
 
 GOOD = "the student reads"
-
-
-def texts(path: Path, **options: object) -> list[str]:
-    """All documents below a path."""
-    found = [""]
-    for piece in TextFiles(config(path, **options)).pieces():
-        found[-1] += piece.text
-        if piece.ends:
-            found.append("")
-    return found[:-1]
 
 
 @pytest.mark.parametrize(

@@ -25,72 +25,15 @@ from d2v_fast.modalities.text.huggingface import export_text, import_text
 from d2v_fast.modalities.text.layout import text_layout
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
 from d2v_fast.objectives.data2vec import build_model
-from tests.commands.test_export import write_run
 from tests.helpers.common import opened
+from tests.helpers.fairseq_speech_files import pretrained as pretrained_speech
+from tests.helpers.fairseq_text_files import PREFIX, pretrained, shapes
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_here, tiny_file
 from tests.helpers.speech_reference import randomize_
 from tests.helpers.text_files import small_tokenizer
-from tests.modalities.speech.test_fairseq_speech import pretrained as pretrained_speech
-from tests.modalities.text.test_text import make_config, make_pair
-from tests.modalities.text.test_tokenizer import word_piece
-
-PREFIX = "encoder.sentence_encoder."
-
-
-def shapes(vocab: int, rows: int, width: int, hidden: int, depth: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of fairseq's `TransformerEncoder` as data2vec builds it, its buffer included."""
-    found: dict[str, tuple[int, ...]] = {"version": (1,)}
-    found |= {"embed_tokens.weight": (vocab, width), "embed_positions.weight": (rows, width)}
-    found |= {"layernorm_embedding.weight": (width,), "layernorm_embedding.bias": (width,)}
-    for i in range(depth):
-        for projection in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            found[f"layers.{i}.self_attn.{projection}.weight"] = (width, width)
-            found[f"layers.{i}.self_attn.{projection}.bias"] = (width,)
-        for norm in ("self_attn_layer_norm", "final_layer_norm"):
-            found |= {f"layers.{i}.{norm}.weight": (width,), f"layers.{i}.{norm}.bias": (width,)}
-        found |= {f"layers.{i}.fc1.weight": (hidden, width), f"layers.{i}.fc1.bias": (hidden,)}
-        found |= {f"layers.{i}.fc2.weight": (width, hidden), f"layers.{i}.fc2.bias": (width,)}
-    return found
-
-
-def regression_head(width: int) -> dict[str, Tensor]:
-    return {
-        "encoder.regression_head.0.weight": torch.randn(2 * width, width),
-        "encoder.regression_head.0.bias": torch.randn(2 * width),
-        "encoder.regression_head.2.weight": torch.randn(width, 2 * width),
-        "encoder.regression_head.2.bias": torch.randn(width),
-    }
-
-
-def lm_head(vocab: int, width: int) -> dict[str, Tensor]:
-    """Of the released checkpoint."""
-    return {
-        "encoder.lm_head.weight": torch.randn(vocab, width),
-        "encoder.lm_head.bias": torch.randn(vocab),
-        "encoder.lm_head.dense.weight": torch.randn(width, width),
-        "encoder.lm_head.dense.bias": torch.randn(width),
-        "encoder.lm_head.layer_norm.weight": torch.randn(width),
-        "encoder.lm_head.layer_norm.bias": torch.randn(width),
-    }
-
-
-def pretrained(head: str = "regression", width: int = 32) -> dict[str, Any]:
-    """A checkpoint by hand: student, head, and an average whose blocks are 2 x the student's."""
-    encoder = {name: torch.randn(shape) for name, shape in shapes(40, 18, width, 48, 2).items()}
-    encoder["version"] = torch.tensor([3.0])
-    model: dict[str, Any] = {PREFIX + name: value for name, value in encoder.items()}
-    model |= regression_head(width) if head == "regression" else lm_head(40, width)
-    model["encoder._ema"] = {name: (2 if "layers." in name else 1) * value for name, value in encoder.items()}
-    transformer = {
-        "dropout": 0.2,
-        "attention_dropout": 0.0,
-        "activation_dropout": 0.05,
-        "activation_fn": "gelu",
-        "layernorm_embedding": True,
-        "no_scale_embedding": True,
-        "encoder": {"attention_heads": 4, "layerdrop": 0.1, "normalize_before": False, "learned_pos": True},
-    }
-    return {"args": None, "cfg": {"model": {"transformer": transformer, "head_layers": 2}}, "model": model}
+from tests.helpers.text_models import make_config, make_pair
+from tests.helpers.tokenizer_folders import word_piece
+from tests.helpers.written_runs import write_run
 
 
 def saved_tokenizer(folder: Path) -> Path:

@@ -19,11 +19,11 @@ from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.modalities.text.encoder import TextModel
 from d2v_fast.modalities.text.huggingface import export_text, import_text
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
-from tests.commands.test_export import write_run
 from tests.helpers.speech_reference import randomize_
 from tests.helpers.text_files import small_tokenizer
-from tests.modalities.text.test_text import make_config
-from tests.modalities.text.test_tokenizer import tokenizer_with_padding_at
+from tests.helpers.text_models import make_config
+from tests.helpers.tokenizer_folders import tokenizer_with_padding_at
+from tests.helpers.written_runs import write_run
 
 transformers = pytest.importorskip("transformers")
 

@@ -21,8 +21,7 @@ from d2v_fast.modalities.text.reference_pages import docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_forked, run_here, tiny_file
-from tests.modalities.text.test_tokenizer import tokenizer_with_padding_at
-from tests.modalities.text.test_tokenizer_kinds import unigrams, word_pieces
+from tests.helpers.tokenizer_folders import tokenizer_with_padding_at, unigrams, word_pieces
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 

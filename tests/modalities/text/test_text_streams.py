@@ -16,8 +16,7 @@ from d2v_fast.data.listing import describe_listing
 from d2v_fast.modalities.text import files as text_files
 from d2v_fast.modalities.text import streams as text_streams
 from d2v_fast.modalities.text.files import TextFiles
-from tests.helpers.text_files import config, documents, sentences, tokens_of
-from tests.modalities.text.test_bad_text import texts
+from tests.helpers.text_files import config, documents, sentences, texts, tokens_of
 
 LINES = sentences(300)
 JSON_LINES = "".join(json.dumps({"id": 10**25, "text": line}) + "\n" for line in LINES).encode()

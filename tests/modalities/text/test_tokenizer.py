@@ -18,6 +18,7 @@ from d2v_fast.modalities.text.tasks import make_tokenizer
 from d2v_fast.modalities.text.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, train_tokenizer
 from tests.helpers.runs import fork, wait
 from tests.helpers.text_files import config, sentences, small_tokenizer
+from tests.helpers.tokenizer_folders import word_piece
 
 pytest.importorskip("tokenizers")
 
@@ -153,40 +154,6 @@ def test_nothing_is_truncated_padded_or_drawn(folder: Path) -> None:
     tokenizer = load_tokenizer(edit(folder, change))
     for text in TEXTS:
         assert encode(tokenizer, text) == encode(small_tokenizer(), text)
-
-
-def word_piece(**changed: str) -> dict:
-    """A small tokenizer as BERT's."""
-    names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", **changed}
-    vocab = ["[unused]", names["pad"], "the", "stud", "##ent", names["unk"], names["cls"], names["sep"], names["mask"]]
-    ids = {token: number for number, token in enumerate(vocab)}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    normalizer = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
-    model = {"unk_token": names["unk"], "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": ids[name], "content": name, **plain} for name in sorted(names.values(), key=ids.get)],
-        "normalizer": {"type": "BertNormalizer", **normalizer},
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": None,
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        "model": {"type": "WordPiece", **model, "vocab": ids},
-    }
-
-
-def tokenizer_with_padding_at(pad: int, folder: Path) -> Tokenizer:
-    """Of word pieces, as BERT's, whose padding token is not RoBERTa's."""
-    content = word_piece()
-    tokens = [token for token in content["model"]["vocab"] if token != "[PAD]"]
-    tokens.insert(pad, "[PAD]")
-    ids = {token: number for number, token in enumerate(tokens)}
-    content["model"]["vocab"] = ids
-    for added in content["added_tokens"]:
-        added["id"] = ids[added["content"]]
-    content["added_tokens"].sort(key=lambda added: added["id"])
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return load_tokenizer(folder)
 
 
 def test_word_pieces(tmp_path: Path) -> None:

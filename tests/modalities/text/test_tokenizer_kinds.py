@@ -16,11 +16,10 @@ from d2v_fast.modalities.text.round_trip import RoundTrip
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer
 from d2v_fast.modalities.text.tokens import tokenized
 from tests.helpers.text_files import config, sentences, small_tokenizer
+from tests.helpers.tokenizer_folders import POLISH, SPECIALS, unigrams, word_pieces, write
 
 tokenizers = pytest.importorskip("tokenizers")
 
-SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-POLISH = "Zażółć gęślą jaźń, powiedział chłopiec do dziewczyny."
 TEXTS = ["", "a", "the student reads", "  two  blanks and a word ", "what the teacher made of it, naïve é.", POLISH]
 
 
@@ -30,19 +29,6 @@ def saved(folder: Path) -> dict[str, Any]:
     small_tokenizer().save(folder)
     content: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
     return content
-
-
-def write(folder: Path, **files: Any) -> Path:
-    """JSON files by their stems, and merges.txt."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    for name, content in files.items():
-        if name == "merges":
-            (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, content), ""]))
-        else:
-            (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False))
-    return folder
 
 
 def trained(folder: Path) -> Path:
@@ -60,16 +46,6 @@ def only_an_end(folder: Path) -> Path:
     steps = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
     template = {"type": "TemplateProcessing", "single": steps, "pair": steps, "special_tokens": {"</s>": end}}
     return write(folder, tokenizer={**content, "post_processor": template})
-
-
-def word_pieces(folder: Path) -> Path:
-    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    inner.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=200, special_tokens=names, show_progress=False)
-    inner.train_from_iterator(sentences(200), trainer)
-    return write(folder, tokenizer=json.loads(inner.to_str()))
 
 
 def word_pieces_of_transformers(folder: Path) -> Path:
@@ -148,18 +124,6 @@ def beginnings_of_words(folder: Path) -> Path:
     }
     settings = {"tokenizer_class": "LlamaTokenizer", **names}
     return write(folder, vocab=model["vocab"], merges=model["merges"], tokenizer_config=settings)
-
-
-def unigrams(folder: Path) -> Path:
-    inner = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    inner.normalizer = tokenizers.normalizers.NFKC()
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    inner.decoder = tokenizers.decoders.Metaspace()
-    trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False
-    )
-    inner.train_from_iterator([*sentences(200), POLISH], trainer)
-    return write(folder, tokenizer=json.loads(inner.to_str()))
 
 
 def clip(folder: Path) -> Path:

@@ -15,7 +15,7 @@ import pytest
 from d2v_fast.data.batch import DataError
 from d2v_fast.modalities.text import tokenizer_limits
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer
-from tests.project.test_bombs import measured
+from tests.helpers.bounded_memory import measured
 
 pytest.importorskip("tokenizers")
 

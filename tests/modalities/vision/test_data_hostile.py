@@ -18,8 +18,8 @@ from PIL import Image
 from d2v_fast.data import DataError
 from d2v_fast.modalities.vision.decode import MAX_SCANS, Limits, UnreadableImage, center_box, read_square
 from d2v_fast.modalities.vision.images import ImagesDataset
+from tests.helpers.image_datasets import LIMITS, encoded, make_dataset, picture, png_header
 from tests.helpers.runs import run_forked, tiny_file
-from tests.modalities.vision.test_data_images import LIMITS, encoded, make_dataset, picture, png_header
 
 
 def reason(path: Path, limits: Limits = LIMITS) -> str:

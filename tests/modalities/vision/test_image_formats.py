@@ -21,9 +21,9 @@ from d2v_fast.interop.huggingface import export_model
 from d2v_fast.modalities.vision.bit_depth import Dim
 from d2v_fast.modalities.vision.decode import MAX_SCANS, Limits, UnreadableImage, center_box, read_square
 from d2v_fast.objectives.data2vec import build_model
+from tests.helpers.image_datasets import LIMITS, encoded, expected_levels, levels, make_dataset, picture
 from tests.helpers.image_files import blocks, chunk, png, tiff
 from tests.helpers.runs import tiny_file
-from tests.modalities.vision.test_data_images import LIMITS, encoded, expected_levels, levels, make_dataset, picture
 
 # 20 x 20 squares of one color each, so that every reader agrees on the middle of a square
 COLORS = np.array([[[200, 30, 60], [20, 160, 240]], [[250, 250, 5], [90, 90, 90]]], dtype=np.uint16)
