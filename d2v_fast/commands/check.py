@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, SpeechConfig, VisionConfig, load_config
+from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, load_config
 from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
 from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
@@ -25,6 +25,7 @@ from d2v_fast.distributed.world import RunError, World, world_size
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
 from d2v_fast.memory.predict import predict
+from d2v_fast.modalities import modality_of
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.describe import describe
@@ -211,23 +212,17 @@ def _wait(device: torch.device | None) -> None:
 
 
 def _about(batches: list[Batch], config: D2VConfig, what: str) -> str:
-    """Samples, places, and the shares of them that are masked and that are padding."""
+    """Return a line about the batches: samples, places, and the shares of places that are padding and masked."""
     samples = places = padding = masked = 0
     for batch in batches:
-        if isinstance(config, VisionConfig):
-            width = config.model.num_patches
-        elif isinstance(config, SpeechConfig):
-            width = config.model.num_frames(batch.inputs.shape[1])
-        else:
-            width = batch.inputs.shape[1]
-        whole = len(batch.sample_ids) * width
+        whole = len(batch.sample_ids) * config.model.num_places(batch.inputs.shape)
         samples += len(batch.sample_ids)
         places += whole
         padding += 0 if batch.lengths is None else whole - int(batch.lengths.sum())
         masked += len(batch.rows)
-    place = {"vision": "patches", "speech": "frames", "text": "tokens"}[config.modality]
+    names = modality_of(config).places
     line = (
-        f"batch           {samples / len(batches):.3g} {what}s, {places / samples:.3g} {place} each: "
+        f"batch           {samples / len(batches):.3g} {what}s, {places / samples:.3g} {names} each: "
         f"{100 * padding / places:.1f} % padding, {100 * masked / (places - padding):.1f} % of the others masked "
         f"(mean of {len(batches)} micro-steps)"
     )

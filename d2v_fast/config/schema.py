@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -77,6 +77,14 @@ class ModelSection(Section):
     if TYPE_CHECKING:
         width: int
         depth: int
+
+    def num_places(self, shape: Sequence[int]) -> int:
+        """Return the places of each sample in a batch whose inputs have this shape, padding included."""
+        raise NotImplementedError
+
+    def without_skipping(self) -> Self:
+        """Return the section with which no sample skips a block or a branch: a step then needs the most memory."""
+        return self
 
 
 class DataSection(Section):

@@ -7,7 +7,6 @@ pass needs for a moment, gradients. What an operation allocates inside itself is
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -20,15 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2v_fast.config import D2VConfig, SpeechConfig, TextConfig, VisionConfig
-from d2v_fast.modalities.speech.conv_stack import ConvStack
+from d2v_fast.config import D2VConfig
+from d2v_fast.modalities import modality_of
 from d2v_fast.models.encoder import Encoder
 from d2v_fast.models.pre_norm import attention_with_bias_gradient
 from d2v_fast.models.student import MaskedBatch
 from d2v_fast.objectives.data2vec import build_model
 
-# what none of the samples loses to stochastic depth has the size of all of them: the most that a step can need
-_RARE = 1e-12
 # glibc takes blocks of up to so many bytes from its heap, and keeps them when they are freed
 HEAP_BLOCK = 32 << 20
 
@@ -89,19 +86,19 @@ def step_memory(
         like: a batch of the wanted size, taken to be full; None for the largest that a run can have.
     """
     with torch.device("meta"):
-        model = build_model(_without_rare_savings(config))
+        model = build_model(_without_skipping(config))
         teacher = build_model(config).student.averaged.eval().requires_grad_(False).to(dtype)
         if not autocast:
             model.to(dtype)
-        batch = largest_batch(config, micro_batch) if like is None else _empty_like(like)
+        batch = modality_of(config).largest_batch(config, micro_batch) if like is None else _empty_like(like)
+    if autocast:
+        model.student.imitate_autocast(dtype)
     as_on = _AsOn(device_type, dtype if autocast else None)
     for part in model.modules():
         if isinstance(part, Encoder):
             for block in part.blocks:
                 # the backward pass takes modes of this kind off: recomputed blocks put them on again
                 block.forward = _within(as_on, block.forward)
-        elif isinstance(part, ConvStack) and autocast:
-            part.compute_dtype = dtype
     live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])
     with torch.device("meta"), live, as_on:
         live.add((batch.inputs, batch.rows))
@@ -124,14 +121,9 @@ def _within(mode: TorchFunctionMode, call: Callable[..., Tensor]) -> Callable[..
     return called
 
 
-def _without_rare_savings(config: D2VConfig) -> D2VConfig:
-    """Return the configuration with stochastic depth that keeps every sample, computed as in training, and without
-    layer-drop, which computes a block that all samples keep as if there were none."""
-    if isinstance(config, VisionConfig) and config.model.drop_path > 0:
-        return config.model_copy(update={"model": config.model.model_copy(update={"drop_path": _RARE})})
-    if isinstance(config, SpeechConfig | TextConfig):
-        return config.model_copy(update={"model": config.model.model_copy(update={"layer_drop": 0.0})})
-    return config
+def _without_skipping(config: D2VConfig) -> D2VConfig:
+    """Return the configuration with which no sample skips a block or a branch: a step then needs the most memory."""
+    return config.model_copy(update={"model": config.model.without_skipping()})
 
 
 class _Batch(NamedTuple):
@@ -149,26 +141,6 @@ def _empty_like(batch: MaskedBatch) -> MaskedBatch:
     masked = None if batch.masked_inputs is None else torch.empty(batch.masked_inputs.shape, dtype=torch.int64)
     inputs = torch.empty(batch.inputs.shape, dtype=batch.inputs.dtype)
     return _Batch(inputs, torch.empty(batch.rows.shape, dtype=torch.int64), masked_inputs=masked)
-
-
-def largest_batch(config: D2VConfig, size: int) -> MaskedBatch:
-    """Of the size of the largest batch of the loader, on torch's current device."""
-    if isinstance(config, VisionConfig):
-        model = config.model
-        pixels = torch.empty(size, model.channels, model.image_size, model.image_size)
-        return _Batch(pixels, torch.empty(size * min(config.mask.num_patches, model.num_patches), dtype=torch.int64))
-    if isinstance(config, TextConfig):
-        tokens = torch.empty(size, config.data.block_size, dtype=torch.int64)
-        masked = 1 - math.exp(-config.mask.prob)
-        rows = torch.empty(int(size * config.data.block_size * masked), dtype=torch.int64)
-        return _Batch(tokens, rows, masked_inputs=torch.empty_like(tokens))
-    assert isinstance(config, SpeechConfig)
-    num_samples = int(config.data.max_seconds * config.model.sample_rate)
-    num_frames = config.model.num_frames(num_samples)
-    # the share that is masked where spans overlap at random
-    masked = 1 - math.exp(-config.mask.prob)
-    waveforms = torch.empty(size, num_samples)
-    return _Batch(waveforms, torch.empty(int(size * num_frames * masked), dtype=torch.int64))
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from d2v_fast.config import D2VConfig
     from d2v_fast.config.errors import Section
-    from d2v_fast.data import BatchMaker
+    from d2v_fast.data import Batch, BatchMaker
     from d2v_fast.evaluation.inputs import Encoder, Source
     from d2v_fast.evaluation.probing import Probing
     from d2v_fast.interop.formats import HuggingFace, Published
@@ -67,6 +67,8 @@ class Modality(Generic[ConfigT]):
         config: class of the `"d2v"` section.
         encoder: return the encoder class, which is built from `config.model`.
         batches: return the maker of the training batches. Raise DataError where there is nothing to train on.
+        largest_batch: return a batch of so many samples that is as large as any of a run, on torch's current device.
+            Its values are not read.
         resolved: return the section with everything filled in that follows from the data, such as a vocabulary's size.
         huggingface: return the modality's Transformers folders. None: Transformers has no such model.
         published: return the checkpoints of the modality's published code. None: there are none.
@@ -86,6 +88,7 @@ class Modality(Generic[ConfigT]):
     config: type[ConfigT]
     encoder: Callable[[], type[Student]]
     batches: Callable[[ConfigT], BatchMaker]
+    largest_batch: Callable[[ConfigT, int], Batch]
     resolved: Callable[[ConfigT], ConfigT] = _unchanged
     huggingface: Callable[[], HuggingFace] | None = None
     published: Callable[[], Published] | None = None
@@ -95,6 +98,11 @@ class Modality(Generic[ConfigT]):
     draw: Callable[[dict[str, Student], ConfigT, Path | None, int, str], Figure] | None = None
     tokenizer: Callable[[ConfigT | None, Path | None, str | None, str], Any] | None = None
     tokenize: Callable[[ConfigT], Any] | None = None
+
+    @property
+    def places(self) -> str:
+        """The plural of `place`."""
+        return f"{self.place}{'es' if self.place.endswith(('ch', 's', 'sh', 'x')) else 's'}"
 
 
 _registered: dict[str, Modality[Any]] = {}

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from d2v_fast.models.encoder import EncoderOutput
@@ -107,6 +108,12 @@ class Student(nn.Module):
     def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
         """Return the features of the last K blocks on unmasked inputs, `[B, P, D]` each, first block to last."""
         raise NotImplementedError
+
+    def imitate_autocast(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype` what autocast would, on a device that has no autocast, such as `meta`.
+
+        An encoder that asks autocast for its dtype overrides it.
+        """
 
     def make_head(self) -> nn.Module:
         """Create a new regression head."""

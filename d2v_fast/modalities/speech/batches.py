@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -15,7 +17,7 @@ from d2v_fast.modalities.speech.audio import AudioDataset
 from d2v_fast.modalities.speech.config import SpeechConfig
 from d2v_fast.modalities.speech.samples import SpeechSamples
 
-__all__ = ["SpeechBatches", "speech_dataset"]
+__all__ = ["SpeechBatches", "largest_batch", "speech_dataset"]
 
 # attention and matrix products are fastest on a multiple of so many frames
 _FRAME_MULTIPLE = 8
@@ -104,3 +106,12 @@ class SpeechBatches:
     def warm_up(self) -> None:
         """See `BatchMaker`."""
         span_mask_rows(0, 0, np.zeros(1, dtype=np.int64), 20, self._mask.prob, self._mask.length)
+
+
+def largest_batch(config: SpeechConfig, num_samples: int) -> Batch:
+    """Return a batch of the shapes of the largest that a run has, on torch's current device."""
+    length = int(config.data.max_seconds * config.model.sample_rate)
+    # the share that is masked where spans overlap at random
+    share = 1 - math.exp(-config.mask.prob)
+    rows = torch.empty(int(num_samples * config.model.num_frames(length) * share), dtype=torch.int64)
+    return Batch(torch.empty(num_samples, length), rows, torch.empty(num_samples, dtype=torch.int64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -80,6 +80,14 @@ class SpeechModelConfig(ModelSection):
     def num_samples(self, num_frames: int) -> int:
         """The fewest samples that become so many frames."""
         return (num_frames - 1) * self.hop + self.receptive_field
+
+    def num_places(self, shape: Sequence[int]) -> int:
+        """See `ModelSection`."""
+        return self.num_frames(shape[1])
+
+    def without_skipping(self) -> Self:
+        """See `ModelSection`."""
+        return self.model_copy(update={"layer_drop": 0.0})
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -212,6 +212,10 @@ class SpeechModel(Student):
         student = EmbeddedFrames(masked, batch.lengths, batch.kept, batch.drop_keys)
         return student, EmbeddedFrames(unmasked, batch.lengths, batch.kept)
 
+    def imitate_autocast(self, dtype: torch.dtype) -> None:
+        """See `Student`."""
+        self.front_end.convolutions.compute_dtype = dtype
+
     def make_head(self) -> Linear:
         """See `Student`: with PyTorch's initialization."""
         return Linear(self.width, self.width)

@@ -10,7 +10,7 @@ from d2v_fast.modalities.text.config import TextConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from d2v_fast.data import BatchMaker
+    from d2v_fast.data import Batch, BatchMaker
     from d2v_fast.evaluation.inputs import Encoder, Source
     from d2v_fast.evaluation.probing import Probing
     from d2v_fast.interop.formats import HuggingFace, Published
@@ -33,6 +33,12 @@ def _batches(config: TextConfig) -> BatchMaker:
     from d2v_fast.modalities.text.tasks import TextDataset
 
     return TextBatches(TextDataset(config.data, config.model, patience_s=config.run.timeout_s), config)
+
+
+def _largest_batch(config: TextConfig, num_samples: int) -> Batch:
+    from d2v_fast.modalities.text.batches import largest_batch
+
+    return largest_batch(config, num_samples)
 
 
 def _resolved(config: TextConfig) -> TextConfig:
@@ -93,6 +99,7 @@ MODALITY = Modality(
     config=TextConfig,
     encoder=_encoder,
     batches=_batches,
+    largest_batch=_largest_batch,
     resolved=_resolved,
     huggingface=_huggingface,
     published=_published,

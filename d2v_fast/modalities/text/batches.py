@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,7 +16,7 @@ from d2v_fast.masking import TokenMasks, token_mask_rows
 from d2v_fast.modalities.text.config import TextConfig
 from d2v_fast.modalities.text.tasks import TextDataset, TokenBlocks
 
-__all__ = ["TextBatches"]
+__all__ = ["TextBatches", "largest_batch"]
 
 
 class TextBatches:
@@ -82,3 +84,13 @@ class TextBatches:
         """See `BatchMaker`."""
         ids = np.zeros(1, dtype=np.int64)
         self._masks(ids, self._dataset.read(ids), 0, 0)
+
+
+def largest_batch(config: TextConfig, num_samples: int) -> Batch:
+    """Return a batch of the shapes of the largest that a run has, on torch's current device."""
+    tokens = torch.empty(num_samples, config.data.block_size, dtype=torch.int64)
+    # the share that is masked where spans overlap at random
+    share = 1 - math.exp(-config.mask.prob)
+    rows = torch.empty(int(num_samples * config.data.block_size * share), dtype=torch.int64)
+    ids = torch.empty(num_samples, dtype=torch.int64)
+    return Batch(tokens, rows, ids, masked_inputs=torch.empty_like(tokens))

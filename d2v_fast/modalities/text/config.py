@@ -3,7 +3,7 @@ the masks of its released recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -73,6 +73,14 @@ class TextModelConfig(ModelSection):
     def padding_row(self) -> int:
         """The row that stays zero: `padding_id`, or RoBERTa's where no tokenizer has been asked."""
         return PUBLISHED_PADDING if self.padding_id is None else self.padding_id
+
+    def num_places(self, shape: Sequence[int]) -> int:
+        """See `ModelSection`."""
+        return shape[1]
+
+    def without_skipping(self) -> Self:
+        """See `ModelSection`."""
+        return self.model_copy(update={"layer_drop": 0.0})
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from d2v_fast.data import BatchMaker
+    from d2v_fast.data import Batch, BatchMaker
     from d2v_fast.evaluation.inputs import Encoder, Source
     from d2v_fast.evaluation.probing import Probing
     from d2v_fast.interop.formats import HuggingFace, Published
@@ -33,6 +33,12 @@ def _batches(config: VisionConfig) -> BatchMaker:
     from d2v_fast.modalities.vision.batches import ImageBatches, image_dataset
 
     return ImageBatches(image_dataset(config), config)
+
+
+def _largest_batch(config: VisionConfig, num_samples: int) -> Batch:
+    from d2v_fast.modalities.vision.batches import largest_batch
+
+    return largest_batch(config, num_samples)
 
 
 def _huggingface() -> HuggingFace:
@@ -77,6 +83,7 @@ MODALITY = Modality(
     config=VisionConfig,
     encoder=_encoder,
     batches=_batches,
+    largest_batch=_largest_batch,
     huggingface=_huggingface,
     published=_published,
     onnx=_onnx,

@@ -17,7 +17,7 @@ from d2v_fast.modalities.vision.config import VisionConfig
 from d2v_fast.modalities.vision.digits import DigitsDataset
 from d2v_fast.modalities.vision.images import ImagesDataset
 
-__all__ = ["ImageBatches", "image_dataset"]
+__all__ = ["ImageBatches", "image_dataset", "largest_batch"]
 
 
 def image_dataset(config: VisionConfig, split: Literal["train", "test"] = "train") -> DigitsDataset | ImagesDataset:
@@ -77,3 +77,11 @@ class ImageBatches:
     def warm_up(self) -> None:
         """See `BatchMaker`."""
         self.rows(0, 0, np.zeros(1, dtype=np.int64))
+
+
+def largest_batch(config: VisionConfig, num_samples: int) -> Batch:
+    """Return a batch of the shapes of the largest that a run has, on torch's current device."""
+    model = config.model
+    pixels = torch.empty(num_samples, model.channels, model.image_size, model.image_size)
+    num_rows = num_samples * min(config.mask.num_patches, model.num_patches)
+    return Batch(pixels, torch.empty(num_rows, dtype=torch.int64), torch.empty(num_samples, dtype=torch.int64))

@@ -3,7 +3,7 @@ its released recipe)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -20,6 +20,9 @@ from d2v_fast.config.schema import (
     TargetConfig,
     TeacherConfig,
 )
+
+# a probability of stochastic depth at which branches are computed as in training, and every sample keeps them
+_NEVER = 1e-12
 
 
 class VisionModelConfig(ModelSection):
@@ -54,6 +57,14 @@ class VisionModelConfig(ModelSection):
     def num_patches(self) -> int:
         """Patches in the image, without the CLS token."""
         return self.grid_size**2
+
+    def num_places(self, shape: Sequence[int]) -> int:
+        """See `ModelSection`."""
+        return self.num_patches
+
+    def without_skipping(self) -> Self:
+        """See `ModelSection`."""
+        return self.model_copy(update={"drop_path": min(self.drop_path, _NEVER)})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
