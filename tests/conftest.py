@@ -19,3 +19,20 @@ def _seed_and_poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def quick_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Train with one thread, as forked processes do, and without pictures, events, probe and export.
+
+    A test that is marked `reports` gets these.
+    """
+    from tests.helpers.runs import leave_out_reports
+
+    before = torch.get_num_threads()
+    # the last digits of a loss depend on the number of threads
+    torch.set_num_threads(1)
+    if request.node.get_closest_marker("reports") is None:
+        leave_out_reports(monkeypatch.setattr)
+    yield
+    torch.set_num_threads(before)

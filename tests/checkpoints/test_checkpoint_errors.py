@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from d2v_fast.files import faults, reading
 from d2v_fast.training import supervise
 from d2v_fast.training.run_folder import RunFolder, is_saved
 from tests.helpers.checkpoint_files import edit_state, save
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import fork, in_processes, wait
 
 ERRORS = ("EIO", "EMFILE", "ENFILE", "ESTALE", "EACCES", "EPERM", "ENOMEM", "ETIMEDOUT", "ENOTCONN", "EBUSY", "ELOOP")
@@ -180,7 +180,7 @@ def test_nothing_is_deleted_for_a_second_damage(checkpoints: Checkpoints) -> Non
     assert "Remove" not in said
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@needs_deepspeed
 def test_error_of_one_process_stops_all(tmp_path: Path) -> None:
     """The second one cannot read, does not see the files, or sees other ones: both stop, and nothing is renamed."""
     alone = Checkpoints(tmp_path / "checkpoints", keep=3, world=World("cpu"))

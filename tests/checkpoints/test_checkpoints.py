@@ -149,7 +149,9 @@ def test_any_flipped_bit_is_found(checkpoints: Checkpoints) -> None:
 
 def test_truncated_and_missing_files_are_found(checkpoints: Checkpoints) -> None:
     folder = save(checkpoints, 5)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert {path.suffix for path in paths} == {".json", ".safetensors"}
+    for path in paths:
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
         assert verify(folder, 5) is not None, path

@@ -9,24 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from d2v_fast.files import faults
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training.run_folder import RunFolder
-from tests.helpers.runs import figures, leave_out_reports, run_here, tiny_file
+from tests.helpers.runs import figures, run_here, tiny_file
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 BAD = (3, 4, 17)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch):
-    leave_out_reports(monkeypatch.setattr)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

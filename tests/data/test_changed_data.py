@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from d2v_fast.data.samples import digest_of
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.training import run_state
 from d2v_fast.training.run_state import samples_of
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import (
     TINY,
     TINY_SPEECH,
@@ -225,7 +225,7 @@ def test_digest_knows_where_parts_end() -> None:
     assert digest_of(np.array([1, 2])) != digest_of(np.array([2, 1]))
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@needs_deepspeed
 def test_processes_with_other_files_are_refused(tmp_path: Path) -> None:
     make_images(tmp_path / "0")
     make_images(tmp_path / "1", count=59)

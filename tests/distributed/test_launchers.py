@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import (
     figures,
     free_port,
@@ -28,7 +28,7 @@ from tests.helpers.runs import (
 pytestmark = [
     pytest.mark.alone,
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
+    needs_deepspeed,
 ]
 
 LAUNCHERS = {

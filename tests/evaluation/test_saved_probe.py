@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.evaluation.run import probe_checkpoint
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import TINY, TINY_SPEECH, leave_out_reports, run_forked, run_here, tiny_file
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 BF16 = {"bf16__enabled": True}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,9 +17,6 @@ STEPS = 6
 
 
 SCHEDULE = TeacherConfig(decay_start=0.5, decay_end=0.9, decay_steps=10)
-
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
 class Net(nn.Module):

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from d2v_fast.memory.step import Arrival, StepMemory, step_memory
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.training.engine import PlainEngine
 from tests.helpers.common import run_python
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, free_port, run_here, tiny_file
 
@@ -470,7 +470,7 @@ def test_a_run_needs_what_was_predicted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@needs_deepspeed
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -236,7 +236,9 @@ def test_thread_count_does_not_matter():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in DTYPES[::2])], ids=str
+)
 def test_opcheck(device, dtype):
     x, weight, bias, grad = make(device, (2, 5, 6), dtype)
     torch.library.opcheck(torch.ops.d2v.layer_norm_gelu.default, (x, weight, bias, 1e-5))

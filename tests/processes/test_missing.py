@@ -7,7 +7,6 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,11 @@ import torch.distributed as dist
 
 from d2v_fast.distributed.world import World, lost_connection
 from d2v_fast.files import faults
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import fork, free_port, leave_out_reports, start_ranks, tiny_file, wait
 
 pytestmark = pytest.mark.alone
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 # seconds
 TIMEOUT = 4.0

@@ -6,8 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,12 @@ import torch
 from d2v_fast.data import loader as loader_module
 from d2v_fast.files import faults
 from d2v_fast.modalities.vision.digits import DigitsDataset
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import figures, leave_out_reports, run_forked, run_here, start, start_ranks, tiny_file, wait
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("quick_runs")]
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 several_tests_in_a_process = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    leave_out_reports(monkeypatch.setattr)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

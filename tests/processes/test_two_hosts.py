@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import figures, leave_out_reports, logged_steps, processes, run_forked, tiny_file, until
 
 pytestmark = [
     pytest.mark.alone,
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
+    needs_deepspeed,
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
     pytest.mark.skipif(shutil.which("ip") is None, reason="needs `ip` (package iproute2)"),
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.training import metrics
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import figures, run_forked, tiny_file
 
 BROKEN = {
@@ -64,7 +64,7 @@ def test_plain_run(broken: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@needs_deepspeed
 def test_run_with_deepspeed(broken: Path, tmp_path: Path) -> None:
     """In a fresh interpreter: DeepSpeed looks for some of them itself."""
     file = tiny_file(tmp_path, d2v__schedule={"steps": 2}, zero_optimization__stage=1)

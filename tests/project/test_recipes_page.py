@@ -96,5 +96,7 @@ def test_page_is_linked_and_names_files_that_exist() -> None:
     assert len(named) >= 4
     assert all((ROOT / name).is_file() for name in named)
     # every row has as many cells as its header
-    for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE):
+    tables = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
+    assert tables
+    for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from d2v_fast.distributed.world import World
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.places import ROOT
 from tests.helpers.runs import in_processes
 
@@ -25,7 +24,7 @@ def test_example_is_short() -> None:
     assert (ROOT / "tests" / "teacher" / "test_teacher_traps.py").exists()
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+@needs_deepspeed
 def test_example_runs_at_every_stage(tmp_path: Path) -> None:
     def work(world: World, folder: Path) -> Any:
         import deepspeed

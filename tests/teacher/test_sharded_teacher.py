@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from d2v_fast.config import TeacherConfig
 from d2v_fast.distributed.world import World
 from d2v_fast.models import layers
 from d2v_fast.teacher import Teacher
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import in_processes
 from tests.helpers.sharded_trial import STEPS, Trial, run_config, worst
 
-pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+pytestmark = needs_deepspeed
 
 # what is tried at every number of processes, as changes of the configuration
 RUNS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ from d2v_fast.distributed.shards import gather_whole
 from d2v_fast.distributed.world import World
 from d2v_fast.teacher import Teacher
 from tests.helpers.common import run_python
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import in_processes
 from tests.helpers.small_net import (
     SCHEDULE,
@@ -29,7 +30,6 @@ from tests.helpers.small_net import (
     initialize,
     inputs,
     my_inputs,
-    needs_deepspeed,
     seen,
     shard_net,
     train,

@@ -14,8 +14,9 @@ from torch import nn
 
 from d2v_fast.distributed.world import World
 from d2v_fast.teacher import Teacher
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import in_processes
-from tests.helpers.small_net import SCHEDULE, Net, initialize, needs_deepspeed, shard_net
+from tests.helpers.small_net import SCHEDULE, Net, initialize, shard_net
 
 
 def message_of(make: Callable[[], Any]) -> str:

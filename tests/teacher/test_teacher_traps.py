@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from d2v_fast.distributed.world import World
 from d2v_fast.teacher import Teacher, decay_at
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import in_processes
 from tests.helpers.small_net import (
     SCHEDULE,
@@ -20,7 +21,6 @@ from tests.helpers.small_net import (
     engine_step,
     initialize,
     my_inputs,
-    needs_deepspeed,
     seen,
 )
 

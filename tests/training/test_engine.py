@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from d2v_fast.training.engine import (
     compute_dtype,
     make_engine,
 )
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY_SPEECH, in_processes, tiny_file
 from tests.helpers.small_engine import WIDTH, config, network, plain_engine, restore, saved_state
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
 def inputs_of(step: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,20 +20,14 @@ from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training import guard as guard_module
 from d2v_fast.training.guard import Guard, check_collapse, first_judged_step, judge_end
 from d2v_fast.training.run_folder import RunFolder
-from tests.helpers.runs import figures, leave_out_reports, run_forked, run_here, tiny_file
+from tests.helpers.marks import needs_deepspeed
+from tests.helpers.runs import figures, run_forked, run_here, tiny_file
 from tests.helpers.witness import Witness
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
 NUM_DIGITS = 1438
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch):
-    leave_out_reports(monkeypatch.setattr)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def dump_of(tmp_path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from d2v_fast.config import ConfigError, RunConfig, parse_config
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.training import optimizers
 from d2v_fast.training.optimizers import check_optimizer_available, make_optimizer, optimizer_step
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import TINY, figures, import_deepspeed, in_processes, run_forked, run_here, tiny_file
 from tests.helpers.sharded_trial import Trial, run_config, worst
 from tests.helpers.small_engine import restore, saved_state
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,14 @@ from safetensors.torch import load_file
 from d2v_fast.checkpoints.saved_weights import SavedWeights
 from d2v_fast.data import StepLoader
 from tests.helpers.common import opened
-from tests.helpers.runs import figures, import_deepspeed, leave_out_reports, run_forked, run_here, tiny_file
+from tests.helpers.marks import needs_deepspeed
+from tests.helpers.runs import figures, import_deepspeed, run_forked, run_here, tiny_file
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 # stochastic depth at its published rate stays: it does not depend on the split
 NO_DROPOUT = {"d2v__model__drop_path": 0.25, "d2v__model__attention_dropout": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "everything" not in request.node.name:
-        leave_out_reports(monkeypatch.setattr)
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -128,7 +123,9 @@ def test_resume_with_other_processes_and_stages(tmp_path: Path, monkeypatch: pyt
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for kind in ("student", "teacher", "exp_avg", "exp_avg_sq"):
         moved, whole = (saved_tensors(checkpoint(tmp_path, name, total)) for name in ("r", "whole"))
-        for name in (name for name in whole if name.startswith(f"{kind}/")):
+        names = [name for name in whole if name.startswith(f"{kind}/")]
+        assert names
+        for name in names:
             assert (moved[name] - whole[name]).norm() <= 1e-4 * whole[name].norm(), name
 
     seen: dict[int, list[int]] = {step: [] for step in range(1, total + 1)}
@@ -148,6 +145,7 @@ def test_other_global_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @needs_deepspeed
+@pytest.mark.reports
 def test_partitioned_run_leaves_everything(tmp_path: Path) -> None:
     """Under ZeRO-3 no process holds a whole network: the probe and the export put one together."""
     changes = {"zero_optimization__stage": 3, "d2v__schedule__steps": 3, **NO_DROPOUT}

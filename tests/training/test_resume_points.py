@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,15 @@ import torch
 
 from d2v_fast.files import faults
 from d2v_fast.objectives.data2vec import Data2Vec
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import figures, leave_out_reports, run_forked, run_here, tiny_file
 from tests.helpers.witness import Witness, same_bits
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 # five steps an epoch, two micro-steps a step
 CHANGES: dict[str, Any] = {"train_batch_size": 280, "gradient_accumulation_steps": 2}
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch):
-    leave_out_reports(monkeypatch.setattr)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

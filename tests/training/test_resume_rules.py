@@ -8,22 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from d2v_fast.checkpoints.files import complete_steps
 from d2v_fast.config import RunConfig, parse_config
 from d2v_fast.config.file import apply_overrides
 from d2v_fast.training.resume_rules import refused_changes, reported_changes
-from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, figures, leave_out_reports, run_here, tiny_file
+from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, figures, run_here, tiny_file
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch):
-    leave_out_reports(monkeypatch.setattr)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def config(base: dict[str, Any], *overrides: str) -> RunConfig:

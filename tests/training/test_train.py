@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,22 +18,13 @@ from safetensors.torch import load_file
 from d2v_fast.cli.train_options import train_parser
 from d2v_fast.files import faults
 from d2v_fast.objectives.data2vec import Data2Vec, StepOutput
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import figures, leave_out_reports, run_forked, run_here, start, tiny_file, wait
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 SAVE_POINTS = ("begin", "copy", "tensors", "manifest", "rename", "retention", "delete")
-
-
-@pytest.fixture(autouse=True)
-def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    # the last digits depend on the number of threads, and forked processes have one
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    if "everything" not in request.node.name:
-        leave_out_reports(monkeypatch.setattr)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +38,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
     return figures(folder, "whole")
 
 
+@pytest.mark.reports
 def test_run_leaves_everything_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("--ds_config", tiny_file(tmp_path), "--profile") == 0
     folder = tmp_path / "runs" / "tiny-1"

@@ -111,6 +111,7 @@ def one_block(**sizes: Any) -> SpeechConfig:
     return SpeechConfig(model=model, target=target)
 
 
+@pytest.mark.slow
 def test_base_size_agrees_both_ways(tmp_path: Path) -> None:
     config = SpeechConfig()
     model = build(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from d2v_fast.config import SpeechConfig, parse_config
 from d2v_fast.data import StepLoader, batch_maker
 from d2v_fast.modalities.speech.log_mel import log_mel
 from d2v_fast.training.run_state import RunState
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import TINY_SPEECH, figures, leave_out_reports, run_forked, run_here, tiny_file
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
 def speech_file(folder: Path, **changes: Any) -> Path:

@@ -106,6 +106,7 @@ def test_export_gives_the_same_features(sizes: dict[str, Any], tmp_path: Path) -
     assert_state_equal(imported, model)
 
 
+@pytest.mark.slow
 def test_base_size_agrees_both_ways(tmp_path: Path) -> None:
     config = TextConfig()
     model = build(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from d2v_fast.modalities.text.probe import masked_words, run_text_probe
 from d2v_fast.modalities.text.reference_pages import docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
 from d2v_fast.objectives.data2vec import build_model
+from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_forked, run_here, tiny_file
 from tests.helpers.tokenizer_folders import tokenizer_with_padding_at, unigrams, word_pieces
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ def test_export_gives_the_same_features(sizes: dict[str, Any], tmp_path: Path) -
     assert_same_features(model, load_theirs(tmp_path), config.model)
 
 
+@pytest.mark.slow
 def test_base_size_agrees_both_ways(tmp_path: Path) -> None:
     model, config = build()
     export_vision(model, config, tmp_path)
