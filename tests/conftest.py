@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# `nohup`, under which a run ignores a hang-up, is not for the tests of hang-ups
+# `nohup` makes processes ignore SIGHUP, which some tests send
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
 def _seed_and_poison() -> Iterator[None]:
-    """Seed torch, and fill uninitialized memory with NaN: whoever reads what was never written fails."""
+    """Seed torch, and fill uninitialized memory with NaN, so that a test fails if an operation reads it."""
     torch.manual_seed(1234)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

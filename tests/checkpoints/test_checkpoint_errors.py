@@ -1,4 +1,4 @@
-"""An error of the system while a checkpoint is read is no damage: nothing is renamed, on no process."""
+"""A system error while a checkpoint is read is not taken for damage: no process renames anything."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def names(checkpoints: Checkpoints) -> list[str]:
 
 
 def refuse(patch: pytest.MonkeyPatch, place: Any, function: str, number: int, when: Callable[[Any], bool]) -> None:
-    """Let a system call fail with an error number for some of what it is asked for."""
+    """Make a system call fail with this error number for the arguments for which `when` holds."""
     call = getattr(place, function)
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -97,7 +97,7 @@ def test_every_call_that_reads_may_fail(
 
 
 def test_folder_that_cannot_be_listed(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no empty one: neither for a resume, nor for a new run of the same name, nor for a supervisor."""
+    """A folder that cannot be listed does not count as empty, be it for a resume, a new run or a supervisor."""
     run = checkpoints.folder.parent
     save(checkpoints, 1)
     (run / "lock").touch()
@@ -116,7 +116,7 @@ def test_folder_that_cannot_be_listed(checkpoints: Checkpoints, monkeypatch: pyt
 
 
 def test_too_many_open_files(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """The system's own error, wherever the limit is met; with one file more it is read."""
+    """The system's error is reported wherever the limit is met, and one more file handle is enough to read."""
     save(checkpoints, 1)
     folder = save(checkpoints, 2)
 
@@ -137,7 +137,7 @@ def test_too_many_open_files(checkpoints: Checkpoints, tmp_path: Path) -> None:
 
 
 def test_damage_found_before_is_verified_again(checkpoints: Checkpoints) -> None:
-    """A checkpoint that an earlier version condemned for an error that has passed is used, under its own name."""
+    """A checkpoint that was set aside for a passing error is verified again, renamed back and used."""
     for step in (1, 2, 3):
         save(checkpoints, step)
         (checkpoints.folder / f"step-{step}").rename(checkpoints.folder / f"step-{step}.damaged")
@@ -148,7 +148,7 @@ def test_damage_found_before_is_verified_again(checkpoints: Checkpoints) -> None
     assert found.folder == checkpoints.folder / "step-2"
     assert told == ["step-2.damaged is whole, and there is no other: it is used, and is called step-2 again"]
     assert names(checkpoints) == ["step-1.damaged", "step-2", "step-3.damaged"]
-    # while there is a good one, others are named and not read
+    # while there is a good checkpoint, the damaged ones are named but not read
     told.clear()
     assert checkpoints.newest(told.append) is not None
     assert told == ["step-3.damaged was found damaged before. To have it verified again, rename it to step-3."]
@@ -164,10 +164,10 @@ def test_error_while_damage_is_verified_again(checkpoints: Checkpoints, monkeypa
 
 
 def test_nothing_is_deleted_for_a_second_damage(checkpoints: Checkpoints) -> None:
-    """What was set aside first may be the better one; and no advice says to remove anything."""
+    """A second damaged checkpoint does not replace the first, and no message advises to remove anything."""
     save(checkpoints, 2).rename(checkpoints.folder / "step-2.damaged")
     (checkpoints.folder / "step-2.damaged" / "state.json").write_text("{}")
-    # by another process, which knows nothing of the first
+    # by another process, which does not know about the first
     again = Checkpoints(checkpoints.folder, keep=3, world=World("cpu"))
     (save(again, 2) / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(RunError) as caught:
@@ -182,7 +182,7 @@ def test_nothing_is_deleted_for_a_second_damage(checkpoints: Checkpoints) -> Non
 
 @needs_deepspeed
 def test_error_of_one_process_stops_all(tmp_path: Path) -> None:
-    """The second one cannot read, does not see the files, or sees other ones: both stop, and nothing is renamed."""
+    """Both processes stop and rename nothing if one cannot read the files, does not see them or sees others."""
     alone = Checkpoints(tmp_path / "checkpoints", keep=3, world=World("cpu"))
     for step in (1, 2):
         edit_state(save(alone, step), lambda state: None)

@@ -1,4 +1,4 @@
-"""What is opened of a checkpoint: the regular files that its manifest lists, and nothing else."""
+"""Only the regular files that its manifest lists are opened in a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 @pytest.fixture(autouse=True)
 def _not_forever():
-    """A pipe that is opened as a file would block the process."""
+    """End a test whose process is blocked by opening a pipe as a file."""
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
     signal.alarm(60)
     yield
@@ -42,7 +42,7 @@ def problem(folder: Path, step: int) -> str:
 
 
 def ranges(step: int, *cuts: int) -> list[dict[str, Tensor]]:
-    """The tensors of `save`, whose first is divided over several shards at these elements."""
+    """Return the tensors of `save`, the first of them divided over several shards at these elements."""
     value = torch.full((15,), float(step))
     stops = [*cuts, 15]
     parts = [{f"student/a.weight@{a}": value[a:b].clone()} for a, b in zip([0, *cuts], stops, strict=True)]
@@ -51,7 +51,7 @@ def ranges(step: int, *cuts: int) -> list[dict[str, Tensor]]:
 
 
 def test_copy_over_a_folder_with_more_shards_is_no_mixture(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """The manifest and the first shard are those of one save, the other two shards of another."""
+    """Refuse a mixture: manifest and first shard of one save, the other two shards of another."""
     save(checkpoints, 1)
     save(checkpoints, 2)
     target = checkpoints.folder / "step-2"
@@ -80,7 +80,7 @@ def test_what_the_manifest_does_not_list_is_an_error(name: str, checkpoints: Che
     else:
         shutil.copy(folder / SHARD, folder / name)
     assert problem(folder, 5) == f"{name.rstrip('/')} is not listed in manifest.json: move it out of the folder"
-    # what a desktop, or a network file system, leaves in every folder
+    # files that desktops and network file systems leave in every folder
     (folder / name).rename(folder / ".nfs0001")
     verified_checkpoint(folder, 5).close()
 
@@ -88,7 +88,7 @@ def test_what_the_manifest_does_not_list_is_an_error(name: str, checkpoints: Che
 @pytest.mark.parametrize("name", [MANIFEST, STATE, SHARD])
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder", "nothing", "socket"])
 def test_only_regular_files_are_opened(kind: str, name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """None is waited for and none is followed, and the checkpoint before is used."""
+    """Pipes do not block, links are not followed, and the checkpoint before is used."""
     save(checkpoints, 4)
     path = save(checkpoints, 5) / name
     path.rename(tmp_path / "elsewhere")
@@ -108,7 +108,7 @@ def test_only_regular_files_are_opened(kind: str, name: str, checkpoints: Checkp
 
 
 def test_linked_folders_are_not_followed(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Neither in a checkpoint nor in the place of one; the folder of all checkpoints may be a link to another disk."""
+    """Only the folder of all checkpoints may be a link, for example to another disk."""
     folder = save(checkpoints, 5)
     (tmp_path / "outside").mkdir()
     shutil.move(folder / SHARD, tmp_path / "outside" / SHARD)
@@ -165,7 +165,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_element_is_held_once(case: str, checkpoints: Checkpoints) -> None:
-    """With hashes that fit, so that only the content contradicts itself."""
+    """Shards that overlap or leave gaps are refused even if every hash is right."""
     folder = save(checkpoints, 5)
     write_shards_anew(folder, *ranges(5, 4, 9))
     with verified_checkpoint(folder, 5) as checkpoint:
@@ -199,7 +199,7 @@ def test_shard_that_is_no_file_of_tensors(content: bytes, checkpoints: Checkpoin
         ({"student/a.weight": [3, -5]}, "must give a list of sizes"),
         ({"student/a.weight": [3.0, 5]}, "must give a list of sizes"),
         ({"student/a.weight": [True, 15]}, "must give a list of sizes"),
-        # not allocated before it is refused
+        # refused before memory is allocated
         ({"student/a.weight": [10**12, 10**5]}, "is [3, 5] in shard-00000.safetensors, and [1000000000000, 100000]"),
         ({}, "holds student/a.weight, which is no tensor of the checkpoint"),
     ],
@@ -211,7 +211,7 @@ def test_shapes_that_cannot_be(shapes: object, words: str, checkpoints: Checkpoi
 
 
 def test_what_was_checked_is_what_is_read(checkpoints: Checkpoints) -> None:
-    """Another file of the same name is not read, and a file that was written to meanwhile is an error."""
+    """A file that replaces a verified one is not read, and a file that changes after its check is an error."""
     folder = save(checkpoints, 5)
     with verified_checkpoint(folder, 5) as checkpoint:
         other = folder.with_name("other")

@@ -1,4 +1,4 @@
-"""Exports, probes and features beside a run that saves, and deletes the checkpoints before."""
+"""Exports, probes and features work while a run saves checkpoints and deletes older ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_checkpoint_that_is_read_stays_until_the_next_save(checkpoints: Checkpoi
         for later in (2, 3):
             save(checkpoints, later)
             assert checkpoint.folder.is_dir()
-            # no other one stays for it
+            # no other lock stays behind
             assert checkpoints.steps() == [later, 1]
     save(checkpoints, 4)
     assert checkpoints.steps() == [4]
@@ -68,7 +68,7 @@ def test_several_readers_and_one_that_was_killed(checkpoints: Checkpoints, tmp_p
 def test_reader_takes_the_newer_one_where_its_own_is_deleted(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the listing and the opening."""
+    """The checkpoint disappears between the listing and the opening."""
     save(checkpoints, 1)
     listed = saved_weights.complete_steps
 
@@ -87,7 +87,7 @@ def test_reader_takes_the_newer_one_where_its_own_is_deleted(
 def test_file_system_without_locks(
     checkpoints: Checkpoints, error: OSError, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Saving and reading go on; what is deleted while it is read is said."""
+    """Without locks, saving and reading go on, and deleting a checkpoint that is being read is reported."""
 
     def no_lock(*arguments: object) -> None:
         raise error
@@ -108,7 +108,7 @@ def read_slowly(checkpoints: Checkpoints) -> None:
 
 
 def test_what_cannot_be_written_can_be_read(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading makes no file and opens none for writing, as on media that are read-only."""
+    """Reading creates no file and opens none for writing, so that it works on read-only media."""
     folder = save(checkpoints, 1)
     opened = os.open
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_written_can_be_read(checkpoints: Checkpoints, monkeypatc
 
 @pytest.mark.parametrize("odd", ["missing", "folder", "pipe", "dangling"])
 def test_checkpoint_whose_manifest_is_none_is_called_damaged(odd: str, checkpoints: Checkpoints) -> None:
-    """And keeps nobody waiting, neither a reader nor the run that deletes it."""
+    """A manifest that is no regular file blocks neither a reader nor the run that deletes the checkpoint."""
     folder = save(checkpoints, 1)
     manifest = folder / "manifest.json"
     manifest.unlink()
@@ -143,7 +143,7 @@ def test_checkpoint_whose_manifest_is_none_is_called_damaged(odd: str, checkpoin
 
 
 def test_exports_beside_saves(tmp_path: Path) -> None:
-    """Each export is that of one checkpoint, whole, while a run keeps a single one and saves without a pause."""
+    """Every export comes from a single checkpoint while a run saves without a pause and keeps only one."""
     write_run(tmp_path, CONFIG, 1)
     model = build_model(CONFIG)
     values = {f"student/{name}": p.detach() for name, p in model.named_parameters()}
@@ -169,7 +169,7 @@ def test_exports_beside_saves(tmp_path: Path) -> None:
         for number in range(25):
             line = export_run(tmp_path, to=tmp_path / f"out-{number}")
             found = {float(value.max()) for value in import_vision(tmp_path / f"out-{number}")[0].state_dict().values()}
-            # the one that was there at first has other values
+            # the checkpoint of step 7 has other values
             assert len(found) == 1 or "step 7," in line
     finally:
         done.set()
@@ -179,7 +179,7 @@ def test_exports_beside_saves(tmp_path: Path) -> None:
 
 
 def test_lock_is_the_systems(checkpoints: Checkpoints) -> None:
-    """`flock`, as other programs would see it."""
+    """The lock is a `flock`, which other programs can see."""
     folder = save(checkpoints, 1)
     with hold(folder), (folder / "manifest.json").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)

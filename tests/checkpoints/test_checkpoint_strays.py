@@ -1,4 +1,4 @@
-"""What lies among the checkpoints and is none: each gets a word, saving goes on, and nothing of the user's is lost."""
+"""Other files among the checkpoints are reported, do not stop saving, and are never deleted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KINDS: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_the_place_of_a_checkpoint(kind: str, checkpoints: Checkpoints, said: list[str], tmp_path: Path) -> None:
-    """It is renamed, twice under different names, and the checkpoint gets its own."""
+    """A file in the place of a checkpoint is renamed, a second one differently, and the checkpoint is saved."""
     save(checkpoints, 1)
     KINDS[kind](checkpoints.folder / "step-2", tmp_path / "outside")
     save(checkpoints, 2)
@@ -72,7 +72,7 @@ def test_in_the_place_of_a_checkpoint(kind: str, checkpoints: Checkpoints, said:
 def test_in_the_place_of_what_a_save_left(
     kind: str, name: str, checkpoints: Checkpoints, said: list[str], tmp_path: Path
 ) -> None:
-    """It stays as it is; one line says so, however often the run saves."""
+    """A file in the place of a temporary folder stays; the run reports it once, however often it saves."""
     checkpoints.folder.mkdir()
     KINDS[kind](checkpoints.folder / name, tmp_path / "outside")
     for step in (1, 2, 3, 4):
@@ -93,7 +93,7 @@ def test_own_temporary_name_that_is_taken(checkpoints: Checkpoints, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link", "link to a file", "pipe"])
 def test_older_checkpoint_that_is_a_link_or_a_file(kind: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Neither deleted, nor followed, nor counted by `keep`; a resume names it and takes the newest folder."""
+    """It is not deleted, followed or counted by `keep`; a resume names it and uses the newest folder."""
     checkpoints.folder.mkdir()
     KINDS[kind](checkpoints.folder / "step-1", tmp_path / "outside")
     for step in (2, 3, 4):
@@ -120,7 +120,7 @@ def test_old_checkpoint_with_a_file_of_the_user(checkpoints: Checkpoints, said: 
 
 
 def test_folder_of_a_later_step_takes_the_place_of_no_good_one(checkpoints: Checkpoints) -> None:
-    """With a number above all, it would be the newest that is kept; a resume verifies it and sets it aside."""
+    """A stray folder of a later step does not push out good checkpoints; a resume verifies it and sets it aside."""
     save(checkpoints, 1)
     (checkpoints.folder / "step-900").mkdir()
     for step in (2, 3):
@@ -162,7 +162,7 @@ def test_old_checkpoint_that_cannot_be_deleted(
 
 
 def test_only_strays_are_no_beginning(checkpoints: Checkpoints) -> None:
-    """A run whose checkpoints were replaced by something else does not begin again in silence."""
+    """A run whose checkpoints were all replaced by other files does not start over silently."""
     checkpoints.folder.mkdir()
     (checkpoints.folder / "step-12").write_text("")
     with pytest.raises(RunError, match=r"no usable checkpoint in .*: step-12 is a file and no checkpoint"):
@@ -170,7 +170,7 @@ def test_only_strays_are_no_beginning(checkpoints: Checkpoints) -> None:
 
 
 def test_new_run_deletes_nothing_that_lies_among_the_checkpoints(tmp_path: Path) -> None:
-    """Of a run that ended before it saved anything, where somebody has put a file."""
+    """A new run keeps a user's file in the folder of a run that ended before its first checkpoint."""
     run = tmp_path / "r"
     (run / "checkpoints" / "step-1.tmp-17").mkdir(parents=True)
     (run / "lock").touch()

@@ -1,4 +1,4 @@
-"""Checkpoints and the run folder: complete or absent, every byte checked, nothing executed."""
+"""Checkpoints are complete or absent, every byte is checked, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 
 def verify(folder: Path, step: int) -> str | None:
-    """What is damaged in a checkpoint, or None."""
+    """Return what is damaged in a checkpoint, or None."""
     try:
         verified_checkpoint(folder, step).close()
     except DamageError as error:
@@ -66,7 +66,7 @@ def test_background_save_is_of_its_moment(checkpoints: Checkpoints) -> None:
     value = torch.zeros(1_000_000)
     checkpoints.save(1, {}, [kept("student", "a", value)], in_background=True)
     value.fill_(1.0)
-    # it gets its name when it is on the disk, and not before
+    # the folder gets its name only after its content is on the disk
     while not checkpoints.steps():
         checkpoints.advance()
     found = checkpoints.newest(pytest.fail)
@@ -139,7 +139,7 @@ def test_any_flipped_bit_is_found(checkpoints: Checkpoints) -> None:
         path.write_bytes(changed)
         problem = verify(folder, 5)
         if path.name == "manifest.json":
-            # white space between its entries has no meaning
+            # white space between entries has no meaning
             assert problem is not None or json.loads(changed) == json.loads(content), (place, bit)
         else:
             assert problem == f"{path.relative_to(folder)} has another content than was written", (place, bit)
@@ -256,7 +256,7 @@ class Evil:
 
 @pytest.mark.parametrize("form", ["pickle", "torch.save"])
 def test_pickles_are_not_executed(form: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Each file of a checkpoint as a pickle that makes a folder when it is loaded, with a manifest that fits."""
+    """Replace each file by a pickle that would make a folder when loaded, with a manifest that fits."""
     names = [path.name for path in save(checkpoints, 1).iterdir()]
     assert len(names) == 3
     for step, name in enumerate(names, start=2):
@@ -298,7 +298,7 @@ def test_run_folder_is_written_as_a_whole(tmp_path: Path) -> None:
     assert folder.name == "digits-1"
     folder.append_json("probe.json", {"step": 5, "x": 1})
     folder.append_json("probe.json", {"step": 9, "x": 2})
-    # of a run that was put back to step 4
+    # as in a run that was set back to step 4
     folder.append_json("probe.json", {"step": 5, "x": 3})
     assert json.loads((folder.path / "probe.json").read_text()) == [{"step": 5, "x": 3}]
     assert sorted(path.name for path in folder.path.iterdir()) == ["lock", "probe.json"]

@@ -1,4 +1,4 @@
-"""Counters of a checkpoint that cannot be right are found before anything is computed with them."""
+"""Impossible counters in a checkpoint are found before they are used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from d2v_fast.training.optimizers import restore_optimizer, steps_until_unbiased
 from tests.helpers.checkpoint_files import edit_state
 from tests.helpers.runs import figures, leave_out_reports, run_here, tiny_file
 
-# of a run of 12 steps, of which 3 changed nothing, 2 of them at the end
+# a run of 12 steps, 3 of them skipped, 2 of these at the end
 GOOD: dict[str, Any] = {
     "step": 12,
     "shapes": {},
@@ -68,10 +68,10 @@ def put(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 
 def test_good_counters() -> None:
     assert problem(lambda state: None) is None
-    # on a GPU the teacher is asked at every step, and some optimizers count every step
+    # on a GPU the teacher is called at every step, and some optimizers count skipped steps
     assert problem(put("teacher_step", 12)) is None
     assert problem(put("engine.optimizer_step", 12)) is None
-    # of earlier versions, and of imported weights
+    # written by earlier versions, and by an import of weights
     assert problem(lambda state: state.pop("samples")) is None
     assert problem(put("samples", None)) is None
     assert problem(lambda state: state["engine"].pop("loss_scale")) is None
@@ -139,7 +139,7 @@ def test_missing_key(path: str) -> None:
 def test_resume_falls_back_with_words(
     key: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At once: no counter is replayed. The log of the resumed run is that of an unbroken one."""
+    """A resume goes back to an older checkpoint at once, with a message, and logs what an unbroken run logs."""
     leave_out_reports(monkeypatch.setattr)
     file = tiny_file(tmp_path, d2v__schedule__kind="constant")
     assert run_here("--ds_config", file, "--run", "r", "--set", "d2v.schedule.steps=6") == 0
@@ -160,7 +160,7 @@ def test_resume_falls_back_with_words(
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.98), (0.9, 0.999), (0.0, 0.9999), (0.99, 0.99)])
 def test_bias_corrections_are_exactly_one_from_then_on(betas: tuple[float, float]) -> None:
-    """Whatever the product was rounded to at every step, in fp32, as DeepSpeed's optimizers compute it."""
+    """After enough steps the correction is exactly 1, also for products rounded to fp32 at every step."""
     steps = steps_until_unbiased(betas)
     for beta in betas:
         product = np.multiply.accumulate(np.full(steps + 1000, beta, dtype=np.float32), dtype=np.float32)
@@ -169,7 +169,7 @@ def test_bias_corrections_are_exactly_one_from_then_on(betas: tuple[float, float
 
 
 class _Counting:
-    """In the place of an optimizer of DeepSpeed's for the CPU."""
+    """Stands in for DeepSpeed's CPU optimizer."""
 
     def __init__(self, betas: tuple[float, float]) -> None:
         self.param_groups = [{"betas": betas, "eps": 1e-8}]

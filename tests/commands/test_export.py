@@ -1,4 +1,4 @@
-"""`d2v-fast export`: checkpoints in any division become Transformers folders, one file of weights at a time."""
+"""`d2v-fast export` writes checkpoints of any number of shards as Transformers folders, file by file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_export_is_exact(processes: int, weights: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize("positions", ["shared", "averaged"])
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_export_of_speech_holds_the_whole_encoder(positions: str, weights: str, tmp_path: Path) -> None:
-    """What is not averaged is the student's in the teacher as well."""
+    """An exported teacher has the student's values for parameters that are not averaged."""
     config = make_config(position_in_teacher=positions)
     model = write_run(tmp_path / "r", config, 2)
     target = tmp_path / "r" / ("export" if weights == "student" else "export-teacher")
@@ -107,18 +107,18 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
 
         theirs = Data2VecVisionModel.from_pretrained(tmp_path / "out")
         assert torch.equal(theirs.encoder.layer[1].output.dense.bias, model.student.encoder.blocks[1].mlp.fc2.bias)
-    # a smaller export afterwards leaves nothing of this one
+    # a later, smaller export leaves no file of this one
     export_vision(model.student, CONFIG, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
 
 
 def test_no_more_than_one_file_is_in_memory(tmp_path: Path) -> None:
-    """An export of 340 MB in files of 50 MB takes no more than two of them, and one of each tensor."""
+    """An export of 340 MB in files of 50 MB keeps at most two files and one copy of each tensor in memory."""
     large = CONFIG.model_copy(
         update={"model": VisionModelConfig(image_size=8, patch_size=2, channels=1, width=768, depth=12, heads=12)}
     )
     write_run(tmp_path / "r", large, 2)
-    # pages of the checkpoint that are mapped are the system's to drop: only the process's own memory counts
+    # the system can drop mapped pages of the checkpoint, so only the process's own memory counts
     code = f"""
 import pathlib, threading, time, safetensors.torch, d2v_fast.interop.export, d2v_fast.interop.huggingface
 def held():

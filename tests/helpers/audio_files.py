@@ -18,7 +18,7 @@ def make_dataset(path: Path, sample_rate: int = RATE, **data: object) -> AudioDa
 
 
 def tone(seconds: float, hertz: float = 440, rate: int = RATE) -> np.ndarray:
-    """A tone that gets louder."""
+    """Return a tone that gets louder."""
     times = np.arange(round(seconds * rate)) / rate
     return (0.2 * (1 + times / seconds) * np.sin(2 * np.pi * hertz * times)).astype(np.float32)
 

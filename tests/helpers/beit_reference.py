@@ -12,7 +12,7 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "i
 
 
 def reference(**changes: Any) -> Any:
-    """A random `Data2VecVisionModel`, 5 x 5 patches of 4 x 4."""
+    """Return a random `Data2VecVisionModel` for images of 5 x 5 patches of 4 x 4 pixels."""
     import transformers
 
     options = {

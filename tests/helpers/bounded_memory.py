@@ -1,4 +1,4 @@
-"""The memory that a call takes."""
+"""Measure the memory that a call needs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 
 def measured(call: Callable[[], object]) -> tuple[int, str]:
-    """Call a function in a copy of this process; return bytes that it needed at its peak, and what it said.
+    """Call a function in a forked process; return its peak memory in bytes and its message.
 
-    That is the text of its exception, or of what it returned.
+    The message is the text of its exception or of its return value.
     """
 
     def peak() -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints for tests: small ones that are written as a run writes them, and edits that keep their manifest right."""
+"""Write small checkpoints as a run does, and edit them with a manifest that still fits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from d2v_fast.distributed.shards import Shard
 
 
 def kept(kind: str, name: str, value: Tensor) -> Kept:
-    """A whole tensor, to be written or to be read into."""
+    """Wrap a whole tensor for writing or reading."""
     return Kept(kind, Shard(name, value.shape, 0, value.view(-1), value, 0, replicated=True))
 
 
 def save(checkpoints: Checkpoints, step: int, in_background: bool = False, **state: Any) -> Path:
-    """A checkpoint of two kinds of tensors."""
+    """Save a checkpoint of two kinds of tensors."""
     tensors = [
         kept("student", "a.weight", torch.full((3, 5), float(step))),
         kept("student", "b", torch.tensor(step, dtype=torch.bfloat16)),
@@ -35,7 +35,7 @@ def save(checkpoints: Checkpoints, step: int, in_background: bool = False, **sta
 
 
 def write_manifest(folder: Path, *, without: str = "") -> None:
-    """Let the manifest list every file as it is, so that no hash is wrong; `without` names one to leave out."""
+    """Write a manifest with the hashes of all files as they are, except the one named by `without`."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -46,7 +46,7 @@ def write_manifest(folder: Path, *, without: str = "") -> None:
 
 
 def edit_state(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change `state.json` of a checkpoint, with a manifest that fits."""
+    """Change `state.json` of a checkpoint and update the manifest."""
     state = json.loads((folder / STATE).read_text())
     edit(state)
     (folder / STATE).write_text(json.dumps(state))
@@ -54,7 +54,7 @@ def edit_state(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def write_shards_anew(folder: Path, *shards: Mapping[str, Tensor]) -> None:
-    """Replace the shards of a checkpoint, with a manifest that fits."""
+    """Replace the shards of a checkpoint and update the manifest."""
     for path in folder.glob("shard-*"):
         path.unlink()
     for number, tensors in enumerate(shards):

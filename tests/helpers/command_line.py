@@ -9,7 +9,7 @@ from tests.helpers.runs import failure_status
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object, status: int | None = None) -> str:
-    """What a command says that fails in words."""
+    """Run a command that must fail; return its error message after checking its form and exit status."""
     found, captured = main([str(argument) for argument in arguments]), capsys.readouterr()
     assert found == (failure_status(captured.err) if status is None else status)
     assert captured.err.startswith("error: ")

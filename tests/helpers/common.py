@@ -1,5 +1,4 @@
-"""What several tests share: comparison by the two-times rule, comparison of random samples, odd memory layouts, Triton
-compiled without a GPU."""
+"""Comparison by the two-times rule and of random samples, odd memory layouts, and Triton compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -23,17 +22,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def opened(folder: Path) -> Checkpoint:
-    """The checkpoint in `step-N`, verified. It is closed when it is dropped."""
+    """Open and verify the checkpoint in `step-N`; it is closed when it is garbage collected."""
     return verified_checkpoint(folder, int(folder.name.removeprefix("step-")))
 
 
 def assert_within_twice(
     actual: Tensor, eager: Tensor, truth: Tensor, *, floor: float = 1e-6, name: str = "result"
 ) -> None:
-    """The largest error of ``actual`` against the fp64 ``truth`` is at most twice that of the eager composition,
-    plus a floor.
+    """Assert that the largest error of ``actual`` is at most twice that of the eager composition, plus a floor.
 
-    The rule of thumb of flash-attention's tests: the fused form may not be worse than what one would have written.
+    Both errors are measured against the fp64 ``truth``; flash-attention's tests use the same rule.
     """
     scale = truth.abs().max().clamp_min(1e-30).item() if truth.numel() else 1.0
     error = (actual.double() - truth).abs().max().item() if truth.numel() else 0.0
@@ -43,14 +41,15 @@ def assert_within_twice(
 
 
 def assert_same_share(sample: np.ndarray, reference: np.ndarray) -> None:
-    """Two samples of something that is True or False could have the same probability: Fisher's exact test (rare events
-    are far from normal) at what 5 standard errors would allow."""
+    """Assert that two boolean samples can have the same probability.
+
+    Uses Fisher's exact test, since rare events are far from normal, at the level of 5 standard errors."""
     table = [[sample.sum(), (~sample).sum()], [reference.sum(), (~reference).sum()]]
     assert fisher_exact(table).pvalue >= 5.7e-7, table
 
 
 def non_contiguous(x: Tensor) -> Tensor:
-    """The same values in memory with gaps: every second element of a twice as wide buffer along the first dimension."""
+    """Copy a tensor into every second row of a buffer filled with NaN."""
     buffer = torch.full(
         (2 * x.shape[0], *x.shape[1:]),
         float("nan") if x.is_floating_point() else -1,
@@ -63,7 +62,7 @@ def non_contiguous(x: Tensor) -> Tensor:
 
 
 def run_python(code: str, **environment: str) -> str:
-    """Standard output of ``code`` in a fresh interpreter, for modes that are chosen at import."""
+    """Run ``code`` in a fresh interpreter, for modes that are chosen at import, and return its standard output."""
     env = {**os.environ, **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,7 +82,7 @@ def facts(kernel, signature, constexprs, aligned=(), num_warps=4, capabilities=(
     attrs = {}
     for name in aligned:
         path, kind = (kernel.arg_names.index(name),), signature[name]
-        # the elements of a tuple are aligned one by one
+        # alignment is set per element of a tuple
         for where in [(*path, i) for i in range(len(kind))] if isinstance(kind, tuple) else [path]:
             attrs[where] = [["tt.divisibility", 16]]
     rows = []
@@ -114,8 +113,9 @@ def spilled_bytes(cubin):
 
 
 def compile_facts(code: str, every_capability: bool = False) -> list[dict]:
-    """Run ``code`` after ``COMPILE_PRELUDE`` in a process where Triton compiles; it prints a JSON list made by
-    ``facts``. With ``every_capability`` each variant is compiled for sm_80, sm_90 and sm_100, whatever it asks for."""
+    """Run ``code`` after ``COMPILE_PRELUDE`` in a process where Triton compiles, and return the list that it prints.
+
+    With ``every_capability``, compile each variant for sm_80, sm_90 and sm_100 regardless of what it asks for."""
     environment = {"TRITON_INTERPRET": "0", "EVERY_CAPABILITY": "1" if every_capability else ""}
     return json.loads(run_python(COMPILE_PRELUDE + code, **environment).strip().splitlines()[-1])
 
@@ -127,7 +127,7 @@ every_capability = pytest.mark.parametrize(
 
 
 def width_bytes(accesses: list[list[str]]) -> list[int]:
-    """Bytes that each global access of a thread moves, from the PTX suffixes that ``facts`` reports."""
+    """Return the bytes that each global access of a thread moves, from the PTX suffixes of ``facts``."""
     return [int(bits) // 8 * (int(re.sub(r"\D", "", vector)) if vector else 1) for vector, bits in accesses]
 
 

@@ -1,5 +1,5 @@
-"""data2vec's speech model with the module tree that fairseq's has, and so its names; without padding, in eval mode. And
-what its fine-tuning does to the configuration of a checkpoint."""
+"""data2vec's speech model with fairseq's module names, for eval mode without padding, and the changes that fairseq's
+fine-tuning makes to the configuration of a checkpoint."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TransformerEncoder(nn.Module):
 
 
 class Data2VecAudio(nn.Module):
-    """Built from the `model` section of a checkpoint's `cfg`, with `layers` for what it has as an expression."""
+    """Build the model from the `model` section of a checkpoint's `cfg`; `layers` replaces an expression in it."""
 
     def __init__(self, cfg: dict[str, Any], layers: list[tuple[int, int, int]]) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Data2VecAudio(nn.Module):
 
 
 class Closed(dict[str, Any]):
-    """A section to which no key can be added, as fairseq makes it of a checkpoint's."""
+    """A section to which no key can be added, as in fairseq."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in self:
@@ -120,7 +120,7 @@ def closed(value: Any) -> Any:
 
 
 def closed_as_fine_tuning_sets_it(cfg: dict[str, Any], data: str) -> dict[str, Any]:
-    """What fairseq's fine-tuning for CTC and for classification assign to, before they build the model."""
+    """Assign to the keys that fairseq's fine-tuning for CTC and for classification sets before it builds the model."""
     found: dict[str, Any] = closed(cfg)
     found["criterion"] = None
     found["lr_scheduler"] = None

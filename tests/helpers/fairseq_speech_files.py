@@ -15,7 +15,7 @@ LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 
 
 def shapes(conv: int, width: int, hidden: int, depth: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a pre-trained student without its head, written down from the published checkpoints."""
+    """Return names and shapes of a student without its head, as in the published checkpoints."""
     found: dict[str, tuple[int, ...]] = {"mask_emb": (width,)}
     for i, kernel in enumerate(KERNELS):
         found[f"feature_extractor.conv_layers.{i}.0.weight"] = (conv, 1 if i == 0 else conv, kernel)
@@ -44,7 +44,7 @@ def tensors(sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def pretrained(head: str = "final_proj", width: int = 32) -> dict[str, Any]:
-    """A checkpoint by hand: student, head, and an average that is 2 x the student."""
+    """Return a checkpoint with a student, a head, and an average that is twice the student."""
     model: dict[str, Any] = tensors(shapes(8, width, 48, 2))
     average = {n.removeprefix("encoder."): 2 * value for n, value in model.items() if n.startswith("encoder.")}
     model |= {f"{head}.weight": torch.randn(width, width), f"{head}.bias": torch.randn(width), "_ema": average}

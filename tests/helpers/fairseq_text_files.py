@@ -11,7 +11,7 @@ PREFIX = "encoder.sentence_encoder."
 
 
 def shapes(vocab: int, rows: int, width: int, hidden: int, depth: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of fairseq's `TransformerEncoder` as data2vec builds it, its buffer included."""
+    """Return names and shapes of fairseq's `TransformerEncoder` in data2vec, including its buffer."""
     found: dict[str, tuple[int, ...]] = {"version": (1,)}
     found |= {"embed_tokens.weight": (vocab, width), "embed_positions.weight": (rows, width)}
     found |= {"layernorm_embedding.weight": (width,), "layernorm_embedding.bias": (width,)}
@@ -36,7 +36,7 @@ def regression_head(width: int) -> dict[str, Tensor]:
 
 
 def lm_head(vocab: int, width: int) -> dict[str, Tensor]:
-    """Of the released checkpoint."""
+    """Return the tensors of the language-model head in the released checkpoint."""
     return {
         "encoder.lm_head.weight": torch.randn(vocab, width),
         "encoder.lm_head.bias": torch.randn(vocab),
@@ -48,7 +48,7 @@ def lm_head(vocab: int, width: int) -> dict[str, Tensor]:
 
 
 def pretrained(head: str = "regression", width: int = 32) -> dict[str, Any]:
-    """A checkpoint by hand: student, head, and an average whose blocks are 2 x the student's."""
+    """Return a checkpoint with a student, a head, and an average whose blocks are twice the student's."""
     encoder = {name: torch.randn(shape) for name, shape in shapes(40, 18, width, 48, 2).items()}
     encoder["version"] = torch.tensor([3.0])
     model: dict[str, Any] = {PREFIX + name: value for name, value in encoder.items()}

@@ -1,4 +1,4 @@
-"""Models and teachers of a configuration file."""
+"""Random models and teachers for a configuration file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.speech_reference import randomize_
 
 
 def given(file: Path) -> tuple[D2VConfig, Data2Vec, nn.Module]:
-    """The configuration of a file, a random model of it, and a teacher of other weights."""
+    """Return the configuration of a file, a random model, and a teacher with other weights."""
     config = load_config(file).d2v
     model, other = build_model(config), build_model(config)
     randomize_(model)

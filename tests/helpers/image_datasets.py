@@ -32,7 +32,7 @@ def make_dataset(folder: Path, channels: int = 3, image_size: int = 16, **data: 
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    """Smooth and colorful, so that JPEG and resizing change it little."""
+    """Return a smooth, colorful image, which JPEG and resizing change little."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 

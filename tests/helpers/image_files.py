@@ -19,7 +19,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(values: NDArray[Any], kind: int, depth: int = 16, *chunks: bytes) -> bytes:
-    """A PNG, written by hand: what Pillow writes has 8 bits. `values` `[H, W]` or `[H, W, C]`."""
+    """Return a PNG of `values` `[H, W]` or `[H, W, C]`, with bit depths that Pillow does not write."""
     height, width = values.shape[:2]
     rows = values.astype(">u2" if depth == 16 else np.uint8).reshape(height, -1)
     if depth < 8:
@@ -40,7 +40,7 @@ def tiff(
     extra: dict[int, int] | None = None,
     planar: bool = False,
 ) -> bytes:
-    """An uncompressed TIFF of one strip (or one per plane), written by hand."""
+    """Return an uncompressed TIFF with one strip, or one strip per plane."""
     height, width = values.shape[:2]
     channels = 1 if values.ndim == 2 else values.shape[2]
     stored = values.astype(values.dtype.newbyteorder(order))

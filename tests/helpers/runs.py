@@ -1,5 +1,4 @@
-"""Training runs for tests: a tiny configuration, and processes that are forked from the test, so that starting one is
-cheap and killing one is real."""
+"""Tiny training runs, in this process or in forked ones, which start quickly and can be killed."""
 
 from __future__ import annotations
 
@@ -61,7 +60,7 @@ TINY: dict[str, Any] = {
     },
 }
 
-# on the recordings that ship with the library
+# with the recordings that ship with the library
 TINY_SPEECH: dict[str, Any] = {
     **TINY,
     "d2v": {
@@ -86,7 +85,7 @@ TINY_SPEECH: dict[str, Any] = {
     },
 }
 
-# on the reference pages that Python carries
+# with the reference pages that ship with Python
 TINY_TEXT: dict[str, Any] = {
     **TINY,
     "d2v": {
@@ -100,12 +99,12 @@ TINY_TEXT: dict[str, Any] = {
     },
 }
 
-# what must be equal, bit for bit, in a resumed run
+# the logged values that must be equal bit for bit in a resumed run
 FIGURES = ("step", "epoch", "loss", "target_std", "prediction_std", "lr", "decay", "grad_norm", "skipped", "samples")
 
 
 def tiny_file(folder: Path, base: dict[str, Any] = TINY, **changes: Any) -> Path:
-    """A tiny configuration as a file; `changes` are dotted keys with `__` for the dot."""
+    """Write a tiny configuration to a file; `changes` are dotted keys with `__` for the dot."""
     raw = copy.deepcopy(base)
     raw["d2v"]["run"]["dir"] = str(folder / "runs")
     for key, value in changes.items():
@@ -120,7 +119,7 @@ def tiny_file(folder: Path, base: dict[str, Any] = TINY, **changes: Any) -> Path
 
 
 def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> None:
-    """No pictures, no events, no probe, no export: they take far longer than the tiny steps."""
+    """Switch off pictures, events, probe and export, which take far longer than the tiny steps."""
     patch(metrics, "draw_curves", lambda *arguments: None)
     patch(metrics, "_tensorboard", lambda *arguments: None)
     patch(metrics, "import_reports", lambda: None)
@@ -129,13 +128,13 @@ def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> No
 
 
 def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:
-    """The log of a run without what differs from time to time."""
+    """Return the log of a run without the values that depend on time."""
     lines = (folder / "runs" / name / "log.jsonl").read_text().splitlines()
     return [tuple(json.loads(line)[key] for key in FIGURES) for line in lines]
 
 
 def failure_status(said: str) -> int:
-    """The exit status of a command that failed with this message: 2 where an option is wrong whatever files hold."""
+    """Return the exit status that belongs to an error message: 2 for a wrong option, else 1."""
     return 2 if said.startswith(("error: `--", "error: `NAME`")) else 1
 
 
@@ -153,7 +152,7 @@ def start(
     """Fork a process that runs the command line, after `before`; its output goes to a file. Returns its id."""
 
     def work() -> int:
-        # the threads with which this process may have tokenized do not live on in a fork
+        # threads of the tokenizer do not survive a fork
         os.environ.update({"TOKENIZERS_PARALLELISM": "false", **(environment or {})})
         torch.set_num_threads(1)
         before()
@@ -188,7 +187,7 @@ def fork(work: Callable[[], int], output: Path) -> int:
 
 
 def wait(*children: int, timeout_s: float = 120) -> list[int]:
-    """Exit statuses of forked processes; minus the signal's number where a signal ended one."""
+    """Return the exit statuses of forked processes; a process ended by signal N has status -N."""
     statuses, deadline = [], time.monotonic() + timeout_s
     for child in children:
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -224,7 +223,7 @@ def start_ranks(
 
 
 def in_processes(count: int, folder: Path, work: Callable[[World, Path], Any], timeout_s: float = 120) -> list[Any]:
-    """What `work` returns, as JSON, in each of `count` forked processes that form a world, with one thread each."""
+    """Run `work` in `count` forked processes of one world, one thread each; return its results, passed as JSON."""
     import_deepspeed()
     described = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
@@ -248,7 +247,7 @@ def in_processes(count: int, folder: Path, work: Callable[[World, Path], Any], t
 
 
 def import_deepspeed() -> None:
-    """Import it here, with what ZeRO needs: slow, and once is enough for all processes that are forked from here."""
+    """Import DeepSpeed once, which is slow, for all processes that are forked from here."""
     if importlib.util.find_spec("deepspeed") is None:
         return
     with warnings.catch_warnings():
@@ -258,10 +257,10 @@ def import_deepspeed() -> None:
 
 
 def processes(*words: str) -> dict[int, dict[str, str]]:
-    """Running processes whose command line holds all these words: their ids, and their environments."""
+    """Return ids and environments of the running processes whose command line contains all these words."""
     found = {}
     for folder in Path("/proc").iterdir():
-        # any of them may end while it is looked at
+        # a process may end while it is read
         with contextlib.suppress(OSError):
             line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if folder.name.isdecimal() and all(word in line for word in words):
@@ -271,7 +270,7 @@ def processes(*words: str) -> dict[int, dict[str, str]]:
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Wait for something that another process does."""
+    """Wait until the condition holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -280,13 +279,13 @@ def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
 
 
 def logged_steps(folder: Path, name: str) -> int:
-    """How many steps the log of a run holds so far."""
+    """Return the number of steps in the log of a run."""
     path = folder / "runs" / name / "log.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def free_port() -> int:
-    """A port that no one listens on."""
+    """Return a port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -29,7 +29,7 @@ def run_config(changes: dict[str, Any], world_size: int) -> RunConfig:
     raw["d2v"]["model"]["gradient_checkpointing"] = changes.pop("gradient_checkpointing", False)
     # a small epsilon makes large steps out of the rounding of tiny gradients
     raw["optimizer"]["params"]["eps"] = 1e-6
-    # every teacher's decay is another one, so that a second or a missing update shows
+    # the decay changes at every step, so that a repeated or missing update shows
     raw["d2v"]["teacher"] = {"decay_start": 0.5, "decay_end": 0.9, "decay_steps": 30}
     return parse_config({**raw, **changes}, world_size)
 
@@ -75,17 +75,17 @@ class Trial:
         return applied
 
     def student(self) -> dict[str, Tensor]:
-        """The trained values of the encoder, whole, in the first process."""
+        """Gather the trained values of the encoder on the first process."""
         shapes = {f"student.{name}": shape for name, shape in self.teacher.shapes.items()}
         whole = gather_whole(self.engine.shards(), shapes, self.world)
         return {name.removeprefix("student."): value for name, value in whole.items()}
 
     def average(self) -> dict[str, Tensor]:
-        """The average, whole, in the first process."""
+        """Gather the average on the first process."""
         return gather_whole(self.teacher.shards, self.teacher.shapes, self.world)
 
     def seen(self) -> dict[str, Tensor]:
-        """The parameters of the teacher's module as a forward pass of this process sees them."""
+        """Return the parameters of the teacher's module as a forward pass of this process uses them."""
         module = self.teacher.module
         if not any(hasattr(p, "ds_id") for p in module.parameters()):
             return {name: p.detach().float().clone() for name, p in module.named_parameters()}
@@ -99,7 +99,7 @@ class Trial:
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative difference of a parameter, and which one it is."""
+    """Return the largest relative difference of a parameter, and the parameter's name."""
     assert found.keys() == expected.keys()
     return max(
         (((found[name] - value).norm() / value.norm().clamp_min(1e-30)).item(), name)

@@ -1,4 +1,4 @@
-"""A small network under every engine."""
+"""A small network that every engine can train."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plain_engine(settings: RunConfig, model: nn.Module | None = None) -> PlainEn
 
 
 def saved_state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A copy of everything that a checkpoint would hold."""
+    """Copy everything that a checkpoint would contain."""
     return {f"{kind}/{shard.key}": shard.master.clone() for kind, shard in engine.kept()}, engine.state()
 
 

@@ -30,7 +30,7 @@ CONFIG = VisionConfig(
 
 
 def write_run(folder: Path, config: D2VConfig, processes: int) -> Data2Vec:
-    """A run with one checkpoint that so many processes have written; returns its model, the average is 2 x it."""
+    """Write a run with one checkpoint, as this many processes would; its average is twice the returned model."""
     import hashlib
 
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Files of a run folder that a power cut, a full disk or a hand has damaged: repaired, said, and nothing is lost."""
+"""Damaged files of a run folder are repaired and reported, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Damage = Callable[[Path], Any]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps, one checkpoint each; nobody changes it."""
+    """A run of four steps with a checkpoint each, which no test changes."""
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         leave_out_reports(patch.setattr)
@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy, whose last step is still to be made."""
+    """A copy of the run without its last step."""
     leave_out_reports(monkeypatch.setattr)
     folder = tmp_path / "runs" / "r"
     shutil.copytree(finished, folder)
@@ -84,7 +84,7 @@ LOGS: dict[str, tuple[Damage, int]] = {
 
 @pytest.mark.parametrize("what", LOGS)
 def test_damaged_log(what: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every good line stays, every other one is kept beside it, and the run goes on."""
+    """Every good line stays in the log, every damaged one moves to a file beside it, and the run goes on."""
     damage, lost = LOGS[what]
     before = (run / "log.jsonl").read_bytes()
     damage(run)
@@ -171,7 +171,7 @@ CONFIGS: dict[str, tuple[str, Damage]] = {
 
 @pytest.mark.parametrize("what", CONFIGS)
 def test_damaged_configuration(what: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The newest checkpoint holds it as well, for a resume and for all that reads a run."""
+    """A resume and all commands fall back to the configuration in the newest checkpoint."""
     reason, damage = CONFIGS[what]
     before = json.loads((run / "config.json").read_text())
     damage(run)
@@ -196,7 +196,7 @@ def test_damaged_configuration_without_a_checkpoint(what: str, run: Path, capsys
 
 
 def test_what_somebody_mistyped_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is no damage, so the copy does not take its place in silence."""
+    """A configuration with a typing mistake is refused, not silently replaced by the copy in the checkpoint."""
     for change, words in (
         (lambda old: old.replace(b'"seed": 0,', b'"seed": 0,,'), "not valid JSON"),
         (lambda old: old.replace(b'"seed": 0,', b'"sead": 0,'), "Did you mean `d2v.run.seed`?"),

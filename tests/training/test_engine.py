@@ -35,7 +35,7 @@ def inputs_of(step: int) -> Tensor:
 
 
 def add_gradient(engine: Engine, inputs: Tensor, num_samples: int = 6, extra_loss: float = 0.0) -> None:
-    """One micro-step of a step of `num_samples` samples in all."""
+    """Run one micro-step of a step with `num_samples` samples in total."""
     ids = torch.arange(len(inputs))
     output = engine.forward(Batch(inputs, ids, ids), nn.Identity())
     engine.backward(output.loss_sum + extra_loss, num_samples * WIDTH)
@@ -172,7 +172,7 @@ def test_nonfinite_step_changes_nothing(poison: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(snapshot(), before, strict=True))
     assert not engine.grad_norm.isfinite()
     assert step(3, bad=False)
-    # as if the bad steps had never been
+    # equal to a run without the bad steps
     other = plain_engine(config())
     for number in (1, 3):
         add_gradient(other, inputs_of(number))
@@ -251,7 +251,7 @@ def test_two_worlds_agree(tmp_path: Path) -> None:
         return {
             "sum": world.sum(torch.tensor([1.0, world.rank])).tolist(),
             "any": [world.any(world.rank == 1), world.any(False)],
-            # of the first process only
+            # on the first process only
             "decided": world.decide(lambda: {"from": world.rank, "text": "é" * 1000}),
             "failure": failure,
         }
@@ -265,7 +265,7 @@ def test_two_worlds_agree(tmp_path: Path) -> None:
 
 
 def whole(engine: Any, world: World) -> dict[str, list]:
-    """The trained fp32 values, in the first process."""
+    """Gather the trained fp32 values on the first process."""
     shapes = {name: full_shape(p) for name, p in engine.model.named_parameters()}
     return {name: value.tolist() for name, value in gather_whole(engine.shards(), shapes, world).items()}
 
@@ -276,7 +276,7 @@ def whole(engine: Any, world: World) -> dict[str, list]:
     [(0, 1, False), (0, 3, False), (1, 1, False), (2, 3, False), (3, 2, False), (0, 1, True), (2, 1, True)],
 )
 def test_deepspeed_engine(stage: int, accumulation: int, bf16: bool, tmp_path: Path) -> None:
-    """Two processes do what one plain process does; one process's NaN skips the step in both; state is restored."""
+    """Two processes match one plain process, a NaN on one skips the step on both, and state is restored."""
     settings = {"train_batch_size": 12, "gradient_accumulation_steps": accumulation, "bf16__enabled": bf16}
     settings |= {"zero_optimization__stage": stage}
 
@@ -285,7 +285,7 @@ def test_deepspeed_engine(stage: int, accumulation: int, bf16: bool, tmp_path: P
         for number in steps:
             inputs = torch.cat((inputs_of(number), inputs_of(number + 100)))
             if number == bad:
-                # the last sample, which the last process has
+                # the last sample belongs to the last process
                 inputs[-1] = torch.nan
             mine = inputs.chunk(world.size)[world.rank]
             for part in mine.split(12 // world.size // accumulation):

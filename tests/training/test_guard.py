@@ -1,4 +1,4 @@
-"""What stops a run, and what it leaves behind: steps that are not finite, in one process or two; collapse; spikes."""
+"""Steps that are not finite, collapse and spikes: when they stop a run, and what is written about them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dump_of(tmp_path: Path) -> dict[str, Any]:
 
 
 def expected_samples(step: int, world_size: int, accumulation: int = 1) -> list[list[list[int]]]:
-    """Sample ids of a step of the tiny run, by rank and micro-step."""
+    """Return the sample ids of a step of the tiny run, by rank and micro-step."""
     options = {"micro_batch": 24 // world_size // accumulation, "accumulation": accumulation, "world_size": world_size}
     ranks = []
     for rank in range(world_size):
@@ -46,7 +46,7 @@ def expected_samples(step: int, world_size: int, accumulation: int = 1) -> list[
 
 @pytest.mark.parametrize("kind", ["nan pixel", "inf pixel", "gradient", "weights", "teacher"])
 def test_one_process(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Wherever the NaN comes from, the step changes nothing; three in a row stop the run and are described."""
+    """A step with a NaN from any source changes nothing, and three in a row stop the run with a description."""
     spoilt = dict.fromkeys((7, 8, 9), (kind, 0))
     if kind in ("nan pixel", "inf pixel", "gradient"):
         spoilt[3] = (kind, 0)
@@ -81,7 +81,7 @@ def test_one_process(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_stop_at_the_first(tmp_path: Path, monkeypatch, capsys) -> None:
-    """`nonfinite` "stop" bears none, also in the second epoch and with accumulation."""
+    """`nonfinite` "stop" stops at the first such step, also in the second epoch and with accumulation."""
     changes = {"d2v__data__test_fraction": 0.9, "gradient_accumulation_steps": 2}
     file = tiny_file(tmp_path, d2v__guard={"nonfinite": "stop"}, **changes)
     forward, calls = Data2Vec.forward, []
@@ -127,7 +127,7 @@ def test_dumped_step_can_be_made_again(tmp_path: Path, monkeypatch) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize(("stage", "last"), [(0, "gradient"), (1, "weights"), (2, "teacher")])
 def test_one_of_two_processes(stage: int, last: str, tmp_path: Path) -> None:
-    """What goes wrong on one rank is the same decision on both, and the teacher is always the student's average."""
+    """Both ranks decide alike when one has a bad step, and the teacher stays the student's average."""
     spoilt = {3: ("nan pixel", 1), 5: ("gradient", 1), 7: ("inf pixel", 0), **dict.fromkeys((9, 10, 11), (last, 1))}
     file, output = tiny_file(tmp_path, zero_optimization__stage=stage), tmp_path / "output"
 
@@ -144,7 +144,7 @@ def test_one_of_two_processes(stage: int, last: str, tmp_path: Path) -> None:
     assert notes[0][:8] == notes[1][:8]
     entries = figures(tmp_path, "r")
     assert [entry[8] for entry in entries] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6]
-    # the loss of all ranks is what is logged
+    # the logged loss is that of all ranks
     unknown = [3, 7] if last == "gradient" else [3, 7, 9, 10, 11]
     assert [entry[0] for entry in entries if entry[2] is None] == unknown
     dump = dump_of(tmp_path)
@@ -157,7 +157,7 @@ def test_one_of_two_processes(stage: int, last: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("nonfinite", "allowed"), [("skip", 2 + 5 + 2), ("stop", 0 + 5 + 2)])
 def test_loss_scale_that_never_fits(nonfinite: str, allowed: int, tmp_path: Path) -> None:
-    """In fp16 a loss scale that is too large at first may be halved as often as it can be, and not for ever."""
+    """An fp16 loss scale may overflow as often as it can be halved; one more time in a row stops the run."""
     fp16 = {"enabled": True, "initial_scale_power": 5, "hysteresis": 2}
     file = tiny_file(tmp_path, fp16=fp16, zero_optimization__stage=1, d2v__guard={"nonfinite": nonfinite})
     config, state = load_config(file), SimpleNamespace(longest_streak=torch.zeros((), dtype=torch.int64))
@@ -213,7 +213,7 @@ def test_short_run_is_judged_within_itself(num_steps: int, first: int) -> None:
 
 
 def without_learning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the third step on all predictions are the same, as after a collapse."""
+    """Make all predictions equal from the third step on, as after a collapse."""
     forward, calls = Data2Vec.forward, []
 
     def forward_of_a_collapse(self: Data2Vec, batch: Any, teacher: Any) -> Any:
@@ -262,7 +262,7 @@ def test_short_run_that_learns_is_finished(tmp_path: Path, capsys) -> None:
 def test_run_that_learns_nothing_is_not_finished(
     collapses: bool, step: int, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """As many steps as the thresholds are for would be 5000. What had varied before is stopped on the way."""
+    """A run whose predictions never vary fails at its end; one that collapses later is stopped on the way."""
     if collapses:
         without_learning(monkeypatch)
     still = {"lr": 1e-9, "weight_decay": 0.0}
@@ -290,7 +290,7 @@ def test_run_without_deviations_says_that_it_is_not_judged(tmp_path: Path) -> No
 
 
 def spikes(folder: Path) -> dict[int, float]:
-    """The ratio of every logged step that is marked as a spike."""
+    """Return the ratio of every logged step that is marked as a spike."""
     entries = [json.loads(line) for line in (folder / "runs/r/log.jsonl").read_text().splitlines()]
     assert [one["step"] for one in entries] == list(range(1, 13))
     return {one["step"]: one["loss_spike"] for one in entries if "loss_spike" in one}
@@ -298,7 +298,7 @@ def spikes(folder: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("limit", [None, 5.0])
 def test_spike_is_told_and_nothing_else(limit: float | None, tmp_path: Path, monkeypatch, capsys) -> None:
-    """A loss ten times as large is an event in the log where that was asked for; every step is applied."""
+    """A loss ten times as large is logged as a spike if `loss_spike` is set; every step is applied."""
     monkeypatch.setattr(guard_module, "SPIKE_HISTORY", 4)
     forward, calls = Data2Vec.forward, []
 

@@ -1,4 +1,4 @@
-"""Deviations, the log and its pictures."""
+"""Standard deviations, the log and its plots."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_log_continues_after_the_checkpoint(folder: RunFolder, capsys: pytest.Ca
     for step in (1, 2, 3, 4):
         log.write(entry(step, loss=math.nan if step == 2 else step))
     log.close()
-    # cut off by a crash in the middle of a line
+    # a crash cut the last line
     with (folder.path / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "los')
     assert [line["step"] for line in read_log(folder.path)] == [1, 2, 3, 4]
@@ -142,7 +142,7 @@ def test_missing_packages_are_a_line_each(folder: RunFolder, monkeypatch, capsys
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -150,7 +150,7 @@ class Clock:
 
 
 def test_imports_of_reports_are_not_memory_of_a_run(monkeypatch) -> None:
-    """They are made before the measurement begins; a package that is missing or broken is no error there."""
+    """Reports are imported before memory is measured; a missing or broken package is no error at that point."""
     order: list[str] = []
     monkeypatch.setattr(metrics.importlib, "import_module", lambda name: order.append(name) or int("broken"))
     metrics.import_reports()

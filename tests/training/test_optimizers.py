@@ -88,7 +88,7 @@ WRONG_APEX = {
 
 @pytest.fixture
 def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder that `import apex` finds, on a machine that seems to have a GPU."""
+    """Return an empty folder that `import apex` finds, on a machine that seems to have a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "apex"}
@@ -115,7 +115,7 @@ def test_wrong_apex(kind: str, apex: Path) -> None:
 
 
 def test_right_apex(apex: Path) -> None:
-    """With the symbol that only NVIDIA's has, what it is asked for is decoupled weight decay."""
+    """NVIDIA's apex is accepted and asked for decoupled weight decay."""
     (apex / "__init__.py").write_text("")
     (apex / "optimizers.py").write_text(
         "import torch\n"
@@ -148,7 +148,7 @@ def test_failed_build_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DeepSpeed's two optimizers, compiled here and loaded by every process that is forked from here; minutes."""
+    """Compile DeepSpeed's two optimizers, which takes minutes, for every process that is forked from here."""
     import_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -171,7 +171,7 @@ SLOW_CASES = {
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_same_as_torch_and_restored(compiled: None, tmp_path: Path) -> None:
-    """Two processes: the values of torch's AdamW after 8 steps; the same bits when restored after 5."""
+    """Two processes match torch's AdamW after 8 steps, and bit for bit themselves when restored after 5."""
 
     def run(kind: str, zero: dict[str, Any], world: World) -> Trial:
         config = run_config({"zero_optimization": zero}, world.size)

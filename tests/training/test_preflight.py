@@ -1,4 +1,4 @@
-"""What can be known before a run begins is found before its folder is made."""
+"""Mistakes that can be known in advance are reported before the run folder is made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.runs import TINY_SPEECH, TINY_TEXT, figures, leave_out_report
 
 @pytest.fixture
 def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Train, and check that it fails in words and leaves no folder; returns the words."""
+    """Start a training that must fail with a message and leave no folder; return the message."""
 
     def run(file: Path, *arguments: str) -> str:
         assert run_here(file, "--run", "r", *arguments) == 1
@@ -186,7 +186,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_missing_kernels_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip hides what a build prints: the run says that it takes the reference, and no warning repeats it."""
+    """A run without C++ kernels reports once that it uses the reference."""
     said: list[str] = []
     worlds = [SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda")]
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""Resuming: bit for bit with the same processes and stage, and onto other ones, with every sample once per epoch."""
+"""Resume bit for bit with the same processes and stage, and with other ones without losing a sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_DROPOUT = {"d2v__model__drop_path": 0.25, "d2v__model__attention_dropout": 0.
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds, whole, by `KIND/NAME`."""
+    """Return all tensors of a checkpoint, whole, by `KIND/NAME`."""
     reader = opened(folder).reader()
     return {name: reader.whole(name) for name in reader.shapes}
 
@@ -56,7 +56,7 @@ def fp16_is_supported() -> bool:
     ids=str,
 )
 def test_resume_is_bit_exact(stage: int, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Two processes, stopped by the end of a shorter schedule of the same rates, and resumed."""
+    """Two processes stop at the end of a shorter schedule with the same rates, and resume."""
     if "fp16" in changes and not fp16_is_supported():
         pytest.skip("DeepSpeed has no fp16 on this CPU")
     changes = {"zero_optimization__stage": stage, "d2v__schedule__kind": "constant", **changes}
@@ -84,8 +84,9 @@ def test_resume_is_bit_exact(stage: int, changes: dict[str, Any], tmp_path: Path
 
 @needs_deepspeed
 def test_resume_with_other_processes_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run goes from one process to two, to four and back, through every stage, with other accumulation and workers:
-    the losses are those of one process, and every sample of an epoch is seen once."""
+    """A run that changes its number of processes, stage, accumulation and workers keeps the losses of one process.
+
+    It sees every sample of an epoch once."""
     steps, batch = 3, 120
     changes = {**NO_DROPOUT, "d2v__schedule__kind": "constant", "train_batch_size": batch}
     changes |= {"d2v__run__save_every": steps, "optimizer__params__eps": 1e-6}
@@ -147,7 +148,7 @@ def test_other_global_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 @needs_deepspeed
 @pytest.mark.reports
 def test_partitioned_run_leaves_everything(tmp_path: Path) -> None:
-    """Under ZeRO-3 no process holds a whole network: the probe and the export put one together."""
+    """Under ZeRO-3, where no process has the whole network, the probe and the export gather it."""
     changes = {"zero_optimization__stage": 3, "d2v__schedule__steps": 3, **NO_DROPOUT}
     file, output = tiny_file(tmp_path, **changes), tmp_path / "output"
     assert run_forked("--ds_config", file, "--run", "r", output=output, num_processes=2) == [0, 0], output.read_text()

@@ -1,4 +1,4 @@
-"""Where a run may be interrupted, with whatever lies around: the rest of it is the uninterrupted one, bit for bit."""
+"""Interrupted at any point, a resumed run continues bit for bit as the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, .
 
 
 def signal_in_step(step: int, patch: pytest.MonkeyPatch, micro_step: int = 1) -> None:
-    """Ask to stop in the middle of this step, counted from the start of the process: it is the last one."""
+    """Request a stop in the middle of this step, counted from the start of the process; it becomes the last one."""
     forward, calls = Data2Vec.forward, []
 
     def forward_and_signal(self: Data2Vec, *arguments: Any) -> Any:
@@ -76,7 +76,7 @@ def test_stopped_in_the_last_step(tmp_path: Path, uninterrupted, capsys) -> None
 
 
 def test_killed_before_the_first_save_and_within_a_step(tmp_path: Path, uninterrupted) -> None:
-    """Step 0: nothing was saved; and between the micro-steps of a step, whose gradient is lost."""
+    """Kill a run before anything is saved, and between the micro-steps of a step, whose gradient is lost."""
     file, output = tiny_file(tmp_path, **CHANGES), tmp_path / "output"
 
     def kill_in(step: int) -> None:
@@ -101,7 +101,7 @@ def test_killed_before_the_first_save_and_within_a_step(tmp_path: Path, uninterr
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_other_number_of_workers(tmp_path: Path, uninterrupted) -> None:
-    """From four to none and back to one, in the middle of an epoch."""
+    """Resume in the middle of an epoch with four, no and one data loader workers."""
     for step, num_workers in ((2, 4), (4, 0), (12, 1)):
         file = tiny_file(tmp_path, **CHANGES, d2v__data__num_workers=num_workers)
         resume = ["--resume"] if num_workers != 4 else []
@@ -113,7 +113,7 @@ def test_other_number_of_workers(tmp_path: Path, uninterrupted) -> None:
 
 
 def test_strays_among_the_checkpoints(tmp_path: Path, uninterrupted, capsys) -> None:
-    """What is no checkpoint is passed over, whatever it is called, and nothing outside of the folder is touched."""
+    """Other files among the checkpoints are ignored whatever their name, and no file outside is touched."""
     file = tiny_file(tmp_path, **CHANGES)
     with pytest.MonkeyPatch.context() as patch:
         signal_in_step(7, patch)
@@ -138,7 +138,7 @@ def test_strays_among_the_checkpoints(tmp_path: Path, uninterrupted, capsys) -> 
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, capsys) -> None:
-    """An error before any step, and no traceback: a file system that takes nothing, a file in the way."""
+    """A read-only file system or a file in the way is reported before the first step, without a traceback."""
     # /proc refuses new entries to every user
     for place in ("/proc/runs", tmp_path / "file" / "runs"):
         (tmp_path / "file").write_text("")
@@ -171,7 +171,7 @@ def test_folder_that_is_gone_or_read_only_on_resume(tmp_path: Path, monkeypatch,
 
 
 def test_teacher_after_resume_is_the_saved_average(tmp_path: Path, monkeypatch) -> None:
-    """Not a fresh copy of the student: the average goes on from where it was, and is never what the student is."""
+    """The restored teacher is the saved average, not a copy of the student."""
     file = tiny_file(tmp_path)
     with monkeypatch.context() as patch:
         first = Witness({}, patch.setattr)
@@ -200,7 +200,7 @@ def test_teacher_after_resume_is_the_saved_average(tmp_path: Path, monkeypatch) 
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_processes_resume_bit_for_bit(stage: int, tmp_path: Path) -> None:
-    """The teacher follows in fp64 on every rank before and after, and the log is that of the unbroken run."""
+    """Before and after the resume the teacher matches an fp64 average on every rank, and the log an unbroken run."""
     file = tiny_file(tmp_path, zero_optimization__stage=stage, d2v__run__save_every=5)
     output = tmp_path / "output"
 

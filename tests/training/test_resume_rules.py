@@ -1,4 +1,4 @@
-"""What may change when a run is resumed, what is refused, and how both are said."""
+"""Which configuration changes a resume accepts or refuses, and how it reports them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_allowed_is_reported_with_both_values(base: dict[str, Any], key: str, be
 
 @pytest.mark.parametrize("base", [TINY, TINY_SPEECH, TINY_TEXT])
 def test_only_what_differs_is_reported(base: dict[str, Any]) -> None:
-    """A default that is written out, a key that there was not yet or is no more, another name or folder."""
+    """Not reported: a default that is written out, a key that is new or gone, another name or folder."""
     now = config(base, "d2v.run.name=other", "d2v.run.dir=elsewhere", "zero_optimization.stage=0")
     saved = config(base).to_dict()
     for section, key in (("run", "background_save"), ("guard", "loss_spike"), ("data", "on_change")):
@@ -97,7 +97,7 @@ def resume(file: Path, *overrides: str) -> int:
 
 
 def test_in_a_run(tmp_path: Path, capsys) -> None:
-    """Refused changes leave everything as it was; the schedule may end the run where it is, and not before."""
+    """A refused change modifies nothing; a schedule may end at the current step, but not before."""
     file, run = tiny_file(tmp_path), tmp_path / "runs/r"
     assert run_here("--ds_config", file, "--run", "r", "--set", "d2v.schedule.steps=6") == 0
     before, settings = figures(tmp_path, "r"), (run / "config.json").read_bytes()

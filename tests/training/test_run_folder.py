@@ -1,4 +1,4 @@
-"""Run folders of runs that ended before they saved anything: a new run takes their place, and `--resume` goes on."""
+"""A new run replaces the folder of a run that saved nothing, and `--resume` continues it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One step of training, however its samples are shared out: the same loss and gradient, stochastic depth and layer-drop
-at the published rates included."""
+"""A step has the same loss and gradient for every split over processes and micro-steps, with stochastic depth and
+layer drop at the published rates."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def make_config(case: str, folder: Path, cache: str) -> D2VConfig:
 
 
 def steps_of(maker: BatchMaker, config: D2VConfig, processes: int, accumulation: int, count: int) -> list[list[Batch]]:
-    """All micro-batches of all processes, step by step."""
+    """Return all micro-batches of all processes, step by step."""
     ranks = [
         StepLoader(
             maker,

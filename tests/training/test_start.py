@@ -1,4 +1,4 @@
-"""`d2v-fast import --ds_config`: runs that begin with given weights."""
+"""`d2v-fast import --ds_config` begins runs with given weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_run_begins_with_a_fairseq_checkpoint(
     positions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wherever the positions belonged in the checkpoint, and wherever they belong in the run."""
+    """Positions may be shared or averaged, both in the checkpoint and in the run."""
     leave_out_reports(monkeypatch.setattr)
     file = tiny_file(tmp_path, TINY_SPEECH, d2v__model__position_in_teacher=positions, d2v__schedule={"steps": 2})
     config, model, teacher = given(file)
@@ -110,7 +110,7 @@ def test_another_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_run_takes_the_vocabulary_of_given_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where its configuration leaves it to the tokenizer, which may have fewer tokens than the weights have rows."""
+    """The vocabulary size comes from the weights if the configuration leaves it open, even for a smaller tokenizer."""
     source = {"vocab_size": 50, "padding_id": 0, "width": 16, "depth": 3, "heads": 2, "max_positions": 32}
     model = TextModelConfig.model_validate(source)
     export_model(TextModel(model), model, tmp_path / "folder")

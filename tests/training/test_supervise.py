@@ -1,4 +1,4 @@
-"""`--supervise`: what is started again, from where, and what is not. Most workers here are scripts of a few lines."""
+"""`--supervise` restarts failed runs from their last checkpoint. Most workers here are scripts of a few lines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.helpers.runs import (
     wait,
 )
 
-# what every script begins with: it counts its attempts, and may mark a run folder and save
+# beginning of every script: counts attempts and offers to mark a run folder and to save
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -47,7 +47,7 @@ def die(number=signal.SIGKILL):
 
 
 def start(folder: Path, script: str, limit: int = 2, **environment: str) -> int:
-    """Fork a supervisor whose worker is `script` instead of a training; returns its id."""
+    """Fork a supervisor whose worker is `script` instead of a training; return its process id."""
     config = load_config(tiny_file(folder))
     original = supervise._worker
 
@@ -67,13 +67,13 @@ def start(folder: Path, script: str, limit: int = 2, **environment: str) -> int:
 
 
 def attempts(folder: Path, rank: int = 0) -> list[list[str]]:
-    """What each attempt of this rank found in its environment: mark, port, local rank, world size."""
+    """Return mark, port, local rank and world size from the environment of each attempt of this rank."""
     path = folder / f"attempts-{rank}"
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_starts_again_until_it_works(tmp_path: Path) -> None:
-    """Every attempt comes to a new checkpoint, so three restarts are within a limit of one."""
+    """Every attempt reaches a new checkpoint, so a limit of one allows three restarts."""
     child = start(tmp_path, "if attempt < 4:\n    save(attempt)\n    die()", limit=1)
     assert wait(child) == [0]
     output = (tmp_path / "output-0").read_text()
@@ -155,9 +155,9 @@ def test_request_to_stop_between_two_attempts(tmp_path: Path) -> None:
 
 
 def start_two(folder: Path, script: str, limit: int = 2) -> list[int]:
-    """Two supervisors, as a launcher of two processes on one machine would start them."""
+    """Start two supervisors as a launcher of two processes on one machine does."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    # one after the other, as ranks follow the ids of processes
+    # in order, since the rank follows from the process id
     return [start(folder, script, limit, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
@@ -237,7 +237,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_real_run_comes_to_the_same_end(tmp_path: Path) -> None:
-    """Every attempt dies in its fifth step; without a name and without `--resume`."""
+    """A run without a name or `--resume`, each attempt of which dies in its fifth step, ends as an unbroken one."""
     done = subprocess.run(
         command(tmp_path, "--supervise", "1"), capture_output=True, text=True, env=environment(D2V_FAULT="step:5")
     )

@@ -1,4 +1,4 @@
-"""Training runs from the command line: resume, kills, signals, faults, engines."""
+"""Training from the command line: resume, kills, signals, faults and engines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAVE_POINTS = ("begin", "copy", "tensors", "manifest", "rename", "retention", "d
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
-    """Figures of the tiny run, never stopped."""
+    """Return the log of the tiny run without an interruption."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
@@ -376,7 +376,7 @@ def test_wrong_file_is_refused_in_words(tmp_path: Path, capsys) -> None:
 
 
 def damage(path: Path) -> None:
-    """Flip one bit somewhere in the file."""
+    """Flip a random bit of the file."""
     content = bytearray(path.read_bytes())
     place = random.randrange(len(content))
     content[place] ^= 1 << random.randrange(8)
@@ -385,7 +385,7 @@ def damage(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def without_dropout(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict]:
-    """Losses of one process, and what makes them independent of how the batch is split: no element-wise dropout."""
+    """Return the losses of one process without element-wise dropout, which would depend on how a batch is split."""
     torch.set_num_threads(1)
     changes = {"d2v__model__drop_path": 0.25, "d2v__model__attention_dropout": 0.0, "d2v__schedule__steps": 6}
     folder = tmp_path_factory.mktemp("one")
@@ -408,7 +408,7 @@ def test_accumulation_changes_nothing(accumulation: int, tmp_path: Path, without
 def test_two_processes_change_nothing(
     stage: int, accumulation: int, fault: str, tmp_path: Path, without_dropout
 ) -> None:
-    """Two processes have the losses of one, also when the first of them fails or dies in a save."""
+    """Two processes have the losses of one, also when the first fails or dies during a save."""
     losses, changes = without_dropout
     changes = changes | {"zero_optimization__stage": stage, "gradient_accumulation_steps": accumulation}
     file, output = tiny_file(tmp_path, **changes), tmp_path / "output"
@@ -449,7 +449,7 @@ def test_signal_to_one_process_stops_all(tmp_path: Path, without_dropout) -> Non
 
 @pytest.mark.gpu
 def test_loop_never_waits_for_the_gpu(tmp_path: Path, device: torch.device, monkeypatch) -> None:
-    """Between two logged steps no call makes the host wait; and a step that is not finite changes nothing there."""
+    """No call waits for the GPU between two logged steps, and a step that is not finite changes nothing."""
     file = tiny_file(tmp_path, d2v__run__device="cuda", d2v__run__log_every=8, d2v__run__save_every=100)
     steps = []
 
