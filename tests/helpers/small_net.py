@@ -20,7 +20,7 @@ SCHEDULE = TeacherConfig(decay_start=0.5, decay_end=0.9, decay_steps=10)
 
 
 class Net(nn.Module):
-    """First dimensions that no two processes can share evenly, a single row, a frozen layer, an integer buffer."""
+    """A network with odd first dimensions, a single row, a frozen layer and an integer buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def loss_of(output: Tensor) -> Tensor:
 
 
 def train(student: nn.Module, teacher: Teacher, optimizer: torch.optim.Optimizer, world: World) -> list[Tensor]:
-    """What the teacher's module computes after every step."""
+    """Train, and return what the teacher's module computes after every step."""
     outputs = []
     for step in range(1, STEPS + 1):
         mine = inputs(step).chunk(world.size)[world.rank]
@@ -73,7 +73,7 @@ def train(student: nn.Module, teacher: Teacher, optimizer: torch.optim.Optimizer
 
 
 def shard_net(net: Net) -> Net:
-    """As users of FSDP2 do it: some layers on their own, the rest with the root."""
+    """Shard some layers on their own and the rest with the root, as users of FSDP2 do."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -88,7 +88,7 @@ SMALL_BUCKETS = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
 
 
 def initialize(model: nn.Module, stage: int, optimizer: torch.optim.Optimizer | None = None, **changes: Any) -> Any:
-    """A DeepSpeed engine as its users make one; its defaults let ZeRO-3 keep parameters as small as these whole."""
+    """Make a DeepSpeed engine as its users do; with the defaults ZeRO-3 does not partition such small parameters."""
     import deepspeed
 
     settings = {
@@ -112,8 +112,9 @@ def engine_step(engine: Any, x: Tensor) -> bool:
 
 
 def seen(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters as a forward pass of this process sees them. It looks on during one: whoever asks
-    DeepSpeed for whole parameters frees what it would have used."""
+    """Copy the parameters that a forward pass of this process uses.
+
+    The copies are made during the pass, because gathering parameters through DeepSpeed would free cached ones."""
     found = {}
 
     def look(name: str, part: nn.Module) -> None:
@@ -132,7 +133,7 @@ def seen(module: nn.Module) -> dict[str, Tensor]:
 
 
 def student_values(engine: Any, student: nn.Module) -> dict[str, Tensor]:
-    """Copies of the fp32 values, whole, in fp64, by DeepSpeed's own accessor."""
+    """Copy the whole fp32 values as fp64, through DeepSpeed's own accessor."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     stage = engine.zero_optimization_stage()
@@ -144,7 +145,7 @@ def student_values(engine: Any, student: nn.Module) -> dict[str, Tensor]:
 
 
 class Truth:
-    """The average in fp64, from what DeepSpeed says that the student's values are."""
+    """The average in fp64, computed from the student's values as DeepSpeed reports them."""
 
     def __init__(self, engine: Any, student: nn.Module) -> None:
         self.engine, self.student = engine, student
@@ -155,7 +156,7 @@ class Truth:
         self.values = {name: decay * value + (1 - decay) * now[name] for name, value in self.values.items()}
 
     def problems(self, module: nn.Module) -> list[str]:
-        """The parameters that a forward pass of this process does not see as it should, or that never moved."""
+        """List the parameters that are wrong in a forward pass of this process, or that never moved."""
         found = seen(module)
         off = [f"{n} is off" for n, v in self.values.items() if (found[n] - v).norm() > 1e-6 * v.norm()]
         return off + [f"{n} is still" for n, v in self.start.items() if (found[n] - v).norm() <= 1e-3 * v.norm()]

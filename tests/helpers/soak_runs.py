@@ -1,4 +1,4 @@
-"""Runs that are stopped and started again, with what their loaders hand out; the processes are forked from this one."""
+"""Runs in forked processes that are stopped and restarted, with a record of the samples that their loaders yield."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers.runs import (
     wait,
 )
 
-# the published rates of stochastic depth and layer-drop; data2vec's text model has none, and speech's is taken
+# the published rates of stochastic depth and layer drop; data2vec's text model has none and takes that of speech
 BASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "images": (TINY, {"d2v__model__drop_path": 0.25, "d2v__model__depth": 4}),
     "speech": (TINY_SPEECH, {"d2v__model__layer_drop": 0.05, "d2v__model__depth": 4}),
@@ -40,10 +40,10 @@ BASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def soak_file(folder: Path, modality: str, **changes: Any) -> Path:
-    """A tiny configuration with the published rates, and everything that a run writes below `folder`."""
+    """Write a tiny configuration with the published drop rates, whose run writes below `folder` only."""
     folder.mkdir(parents=True, exist_ok=True)
     base, rates = BASES[modality]
-    # so few steps need not have learned anything
+    # a few steps cannot be expected to learn anything
     changes |= {"d2v__guard__min_prediction_std": 0.0, "d2v__guard__min_target_std": 0.0}
     if modality == "text":
         changes |= {"d2v__data__tokens_path": str(folder / "tokens")}
@@ -51,7 +51,7 @@ def soak_file(folder: Path, modality: str, **changes: Any) -> Path:
 
 
 def warm_up(file: Path) -> None:
-    """Import and compile here, once, what every forked process would need again."""
+    """Import and compile once what every forked process needs."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         leave_out_reports(patch.setattr)
         arguments = ("--ds_config", file, "--run", "warm-up", "--set", 'd2v.schedule={"steps": 1}')
@@ -62,8 +62,8 @@ class Runs:
     """Runs in one folder.
 
     Attributes:
-        problems: what is not as it must be.
-        most_steps_done_again: after any stop.
+        problems: descriptions of what is wrong.
+        most_steps_done_again: the most steps that were repeated after a stop.
     """
 
     def __init__(self, folder: Path, file: Path) -> None:
@@ -75,7 +75,7 @@ class Runs:
         self._processes: dict[tuple[str, int], int] = {}
 
     def start(self, name: str, attempt: int, processes: int = 1, options: Sequence[str] = ()) -> list[int]:
-        """Fork the processes of a run, or of its continuation; returns their ids by rank."""
+        """Fork the processes of a run or of its continuation; return their process ids by rank."""
 
         def prepare() -> None:
             leave_out_reports()
@@ -88,12 +88,12 @@ class Runs:
         return start_ranks(arguments, self.output, processes, prepare)
 
     def run(self, name: str, processes: int = 1) -> None:
-        """One that nobody disturbs."""
+        """Run without an interruption."""
         statuses = wait(*self.start(name, 0, processes), timeout_s=600)
         assert statuses == [0] * processes, self.output.read_text()
 
     def ended(self, children: list[int]) -> list[int]:
-        """Exit statuses; what a launcher does for several processes is done here: one that dies takes the others."""
+        """Return the exit statuses; as a launcher does, end all processes when one of them dies."""
         statuses = {}
         while len(statuses) < len(children):
             for child in children:
@@ -107,20 +107,20 @@ class Runs:
         return [statuses[child] for child in children]
 
     def has_begun(self, name: str, attempt: int) -> bool:
-        """Whether every process of an attempt has come to its first step."""
+        """Return whether every process of an attempt has reached its first step."""
         ranks = range(self._processes[name, attempt])
         return all(_read(self._handed_out(name, attempt, rank))[0] is not None for rank in ranks)
 
     def unfinished(self, name: str) -> Iterator[Path]:
-        """Checkpoints that are being written."""
+        """Return the checkpoints that are being written."""
         return (self.folder / "runs" / name / "checkpoints").glob("*.tmp-*")
 
     def stopped(self, name: str, attempt: int) -> None:
-        """Note where the next attempt must begin."""
+        """Record the step at which the next attempt must begin."""
         self._expected_start[name, attempt + 1] = self._newest(name)
 
     def compare_bits(self, name: str, last_attempt: int) -> tuple[int, int]:
-        """Check a finished run against the undisturbed one, "whole"; returns samples lost and samples doubled."""
+        """Compare a finished run with "whole", the uninterrupted one; count the lost and the repeated samples."""
         if figures(self.folder, name) != figures(self.folder, "whole"):
             self.problems.append(f"{name}: the log differs")
         ours, theirs = self._tensors(name), self._tensors("whole")
@@ -132,7 +132,7 @@ class Runs:
         return self.compare_samples(name, last_attempt)
 
     def compare_losses(self, name: str, tolerance: float) -> float:
-        """Check the loss of every step against the undisturbed run; returns the largest relative difference."""
+        """Compare the loss of every step with the uninterrupted run; return the largest relative difference."""
         ours, theirs = ({entry[0]: entry[2] for entry in figures(self.folder, run)} for run in (name, "whole"))
         if ours.keys() != theirs.keys():
             self.problems.append(f"{name}: {len(ours)} steps are logged, not {len(theirs)}")
@@ -142,7 +142,7 @@ class Runs:
         return largest
 
     def compare_samples(self, name: str, last_attempt: int) -> tuple[int, int]:
-        """Check what a finished run was given against the undisturbed one; returns samples lost and samples doubled."""
+        """Compare the samples of a finished run with the uninterrupted one; count the lost and the repeated ones."""
         whole, kept = self._samples("whole", 0), self._samples(name, last_attempt)
         lost, twice = whole - kept, kept - whole
         if lost or twice:
@@ -169,7 +169,7 @@ class Runs:
         }
 
     def _samples(self, name: str, last_attempt: int) -> Counter[tuple[int, int]]:
-        """How often the run that counts in the end took each (epoch, sample)."""
+        """Count how often the final run used each (epoch, sample)."""
         kept: list[tuple[int, int, list[int]]] = []
         for attempt in range(last_attempt + 1):
             for rank in range(self._processes[name, attempt]):
@@ -188,7 +188,7 @@ class Runs:
 
 
 def _record(path: Path) -> None:
-    """From now on every loader of this process writes down what it hands out."""
+    """Make every loader of this process record the samples that it yields."""
     original = StepLoader.__iter__
 
     def recorded(self: StepLoader) -> Iterator[list[Batch]]:
@@ -216,7 +216,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a child has not ended."""
+    """Return whether a child process is still running."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except OSError:

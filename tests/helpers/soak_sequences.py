@@ -1,4 +1,4 @@
-"""Runs that go on with other processes, ZeRO stages, accumulation and workers again and again."""
+"""Runs that resume again and again with other processes, ZeRO stages, accumulation and workers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.helpers.runs import logged_steps
 from tests.helpers.soak_runs import Runs, is_alive, soak_file, warm_up
 
 TOLERANCE = 1e-5
-# element-wise dropout is what a split may change
+# element-wise dropout may depend on the split
 WITHOUT_DROPOUT = {"d2v__model__dropout": 0.0, "d2v__model__attention_dropout": 0.0}
 
 
 @dataclass
 class SequenceReport:
-    """What happened; `problems` is empty where everything is as it must be."""
+    """The outcome; `problems` is empty if nothing is wrong."""
 
     sequences: int = 0
     starts: int = 0
@@ -46,7 +46,7 @@ def soak_sequences(
     modalities: Sequence[str] = ("images", "speech", "text"),
     seed: int | None = None,
 ) -> SequenceReport:
-    """Run `count` sequences in `folder`, and compare each with a run of one process that nobody disturbed.
+    """Run `count` sequences in `folder` and compare each with an uninterrupted run of one process.
 
     A sequence is a run that is stopped by SIGTERM or SIGKILL at random steps, and goes on each time with another random
     division of its global batch. All samples must be those of the undisturbed run, each as often, and the loss of every
@@ -54,8 +54,8 @@ def soak_sequences(
 
     Args:
         steps: optimizer steps of a run.
-        most_stops: of a sequence, which has two at least.
-        most_processes: that a run has at a time.
+        most_stops: maximum number of stops of a sequence; the minimum is two.
+        most_processes: maximum number of processes of a run.
         modalities: taken in turn.
         seed: of divisions and stops; the machine's load makes the steps of the stops differ all the same.
     """
@@ -120,7 +120,7 @@ def _sequence(
 
 
 def _division(draw: random.Random, most_processes: int) -> tuple[int, list[str]]:
-    """A number of processes, and options for the rest."""
+    """Draw a number of processes, and options for the rest of the division."""
     processes = draw.randint(1, most_processes)
     chosen = {
         "zero_optimization.stage": draw.randint(0, 3),
@@ -135,7 +135,7 @@ def _division(draw: random.Random, most_processes: int) -> tuple[int, list[str]]
 def _interrupt(
     runs: Runs, attempt: tuple[str, int], children: list[int], stop: int, kills: bool, draw: random.Random
 ) -> bool:
-    """Once so many steps are logged, kill one process, or signal one; False where the run has ended before."""
+    """Kill or signal one process after this many logged steps; return False if the run ended before."""
     target = draw.choice(children)
     while not runs.has_begun(*attempt) or logged_steps(runs.folder, attempt[0]) < stop:
         if not all(map(is_alive, children)):

@@ -14,14 +14,14 @@ from tests.helpers.speech_reference import randomize_
 
 
 def build(config: SpeechConfig) -> SpeechModel:
-    """A random encoder, not one parameter at its initial value."""
+    """Return an encoder in which no parameter has its initial value."""
     model = SpeechModel(config.model).eval()
     randomize_(model)
     return model
 
 
 def edited(tmp_path: Path, **changes: Any) -> Path:
-    """An exported folder with another `config.json`."""
+    """Export a model and change keys of its `config.json`."""
     config = make_config()
     export_speech(build(config), config, tmp_path)
     path = tmp_path / "config.json"

@@ -33,7 +33,7 @@ def make_config(**model: Any) -> SpeechConfig:
 
 
 def make_pair(config: SpeechConfig) -> tuple[Data2Vec, torch.nn.Module]:
-    """A model and a teacher of other weights."""
+    """Return a random model and a teacher with other weights."""
     model = build_model(config)
     teacher = copy.deepcopy(model.student.averaged).eval().requires_grad_(False)
     reference.randomize_(model)

@@ -1,5 +1,5 @@
-"""The speech model and one data2vec step, written down slowly from the paper's formulas, utterance by utterance, in
-whatever dtype comes in."""
+"""The speech model and one data2vec step, written from the paper's formulas, utterance by utterance, in the dtype of
+the input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Weights = dict[str, Tensor]
 
 
 def randomize_(module: nn.Module) -> None:
-    """Give every parameter a value that matters."""
+    """Give every parameter a random value that changes the output."""
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1 and "norm" in name and ("weight" in name):
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -30,12 +30,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def windows(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """`[T, C]` to `[T', kernel, C]`."""
+    """Map `[T, C]` to windows `[T', kernel, C]`."""
     return torch.stack([x[start : start + kernel] for start in range(0, len(x) - kernel + 1, stride)])
 
 
 def front_end(w: Weights, config: SpeechModelConfig, waveform: Tensor) -> Tensor:
-    """`[N]` to `[T, D]`."""
+    """Map samples `[N]` to frames `[T, D]`."""
     x = waveform[:, None]
     for i, (kernel, stride) in enumerate(zip(config.conv_kernels, config.conv_strides, strict=True)):
         name = "front_end.convolutions"
@@ -46,7 +46,7 @@ def front_end(w: Weights, config: SpeechModelConfig, waveform: Tensor) -> Tensor
 
 
 def positions(w: Weights, config: SpeechModelConfig, frames: Tensor) -> Tensor:
-    """`[T, D]` to `[T, D]`; `w` holds `convolutions.*`."""
+    """Map `[T, D]` to positions `[T, D]`; `w` holds `convolutions.*`."""
     x, half, size = frames, config.position_kernel // 2, config.width // config.position_groups
     for i in range(config.position_depth):
         padded = torch.cat((x.new_zeros(half, config.width), x, x.new_zeros(half, config.width)))
@@ -61,7 +61,7 @@ def positions(w: Weights, config: SpeechModelConfig, frames: Tensor) -> Tensor:
 
 
 def blocks(w: Weights, config: SpeechModelConfig, frames: Tensor, normed: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """`[T, D]`, positions added, to the output and the FFN outputs of every block; `w` holds `norm.*`, `encoder.*`."""
+    """Map `[T, D]` with positions to the output and all FFN outputs; `w` holds `norm.*` and `encoder.*`."""
     x = frames if normed else layer_norm(frames, config.norm_eps, w["norm.weight"], w["norm.bias"])
     head_width, features = config.width // config.heads, []
     for index in range(config.depth):
@@ -87,7 +87,7 @@ def sub(weights: Weights, name: str) -> Weights:
 def step(
     weights: Weights, teacher: Weights, config: SpeechConfig, waveforms: list[Tensor], masks: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed squared error, predictions `[N, D]` and targets `[N, D]`.
+    """Return the summed squared error, predictions `[N, D]` and targets `[N, D]`.
 
     Args:
         weights: of the whole model; teacher: of the averaged part.

@@ -1,4 +1,4 @@
-"""A data set of squares, and loaders of it."""
+"""A data set of tiny images whose workers can be made to fail, and loaders for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_config(num_workers: int = 0, **data: object) -> VisionConfig:
 
 
 class Squares:
-    """A hundred tiny images; `trouble` happens in the worker that is asked for sample 50 or its batch."""
+    """A hundred tiny images; the worker that reads sample 50 fails as `trouble` says."""
 
     image_size = 8
     channels = 1

@@ -1,4 +1,4 @@
-"""Text, tokenizers and shards that several tests share."""
+"""Small texts, tokenizers and shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = TEXT.split()
 
 
 def sentences(num: int, seed: int = 0) -> list[str]:
-    """Lines of 3 to 30 words."""
+    """Return lines of 3 to 30 words."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(3, 31, num)
     return [" ".join(WORDS[i] for i in generator.integers(0, len(WORDS), length)) + "." for length in lengths]
@@ -26,29 +26,29 @@ def sentences(num: int, seed: int = 0) -> list[str]:
 
 @lru_cache(maxsize=1)
 def small_tokenizer() -> Tokenizer:
-    """A byte-level BPE of 360 tokens."""
+    """Return a byte-level BPE tokenizer with 360 tokens."""
     return train_tokenizer(sentences(300), 360)
 
 
 def config(path: Path, **options: object) -> TextDataConfig:
-    """Of files below `path`."""
+    """Return a data configuration of the files below `path`."""
     return TextDataConfig.model_validate({"kind": "text", "path": str(path), "tokenizer": "given", **options})
 
 
 def tokens_of(path: Path, root: Path, min_tokens: int = 1, **options: object) -> Tokens:
-    """Tokenized by `small_tokenizer`."""
+    """Tokenize files with `small_tokenizer`."""
     return tokenized(TextFiles(config(path, **options)), small_tokenizer(), str(root), min_tokens=min_tokens)
 
 
 def documents(tokens: Tokens) -> list[str]:
-    """All documents as text again."""
+    """Decode all documents."""
     ends = np.cumsum(tokens.document_lengths()).tolist()
     starts = [0, *ends[:-1]]
     return [small_tokenizer().decode(tokens.read(start, end)) for start, end in zip(starts, ends, strict=True)]
 
 
 def texts(path: Path, **options: object) -> list[str]:
-    """All documents below a path."""
+    """Read all documents below a path."""
     found = [""]
     for piece in TextFiles(config(path, **options)).pieces():
         found[-1] += piece.text

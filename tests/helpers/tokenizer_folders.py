@@ -11,7 +11,7 @@ from tests.helpers.text_files import sentences
 
 
 def word_piece(**changed: str) -> dict:
-    """A small tokenizer as BERT's."""
+    """Return a small WordPiece tokenizer like BERT's as JSON."""
     names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", **changed}
     vocab = ["[unused]", names["pad"], "the", "stud", "##ent", names["unk"], names["cls"], names["sep"], names["mask"]]
     ids = {token: number for number, token in enumerate(vocab)}
@@ -30,7 +30,7 @@ def word_piece(**changed: str) -> dict:
 
 
 def tokenizer_with_padding_at(pad: int, folder: Path) -> Tokenizer:
-    """Of word pieces, as BERT's, whose padding token is not RoBERTa's."""
+    """Make a WordPiece tokenizer like BERT's with this id of the padding token."""
     content = word_piece()
     tokens = [token for token in content["model"]["vocab"] if token != "[PAD]"]
     tokens.insert(pad, "[PAD]")
@@ -51,7 +51,7 @@ POLISH = "Zażółć gęślą jaźń, powiedział chłopiec do dziewczyny."
 
 
 def write(folder: Path, **files: Any) -> Path:
-    """JSON files by their stems, and merges.txt."""
+    """Write JSON files, given by their stems, and merges.txt."""
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()

@@ -20,7 +20,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def build(**sizes: Any) -> tuple[VisionModel, VisionConfig]:
-    """A random encoder, not one parameter at its initial value, in a run configuration."""
+    """Return an encoder in which no parameter has its initial value, and its run configuration."""
     model_config = VisionModelConfig(**sizes)
     channels = model_config.channels
     config = VisionConfig.model_construct(
@@ -35,7 +35,7 @@ def build(**sizes: Any) -> tuple[VisionModel, VisionConfig]:
 
 
 def edited(tmp_path: Path, **changes: Any) -> Path:
-    """An exported folder with another `config.json`."""
+    """Export a model and change keys of its `config.json`."""
     model, config = build(**SIZES["digits"])
     export_vision(model, config, tmp_path)
     path = tmp_path / "config.json"

@@ -24,7 +24,7 @@ CONFIG = VisionConfig(
 
 @dataclass
 class Images:
-    """A masked batch, and the mask as bool `[B, P]`."""
+    """A masked batch with its mask as bool `[B, P]`."""
 
     inputs: Tensor
     rows: Tensor
@@ -44,14 +44,14 @@ def images(pixels: Tensor, masked: Tensor) -> Images:
 
 
 def random_images(batch_size: int = 5, config: VisionConfig = CONFIG) -> Images:
-    """Another number of masked patches in every image."""
+    """Return random images with a different number of masked patches in each."""
     model = config.model
     masked = torch.rand(batch_size, model.num_patches) < torch.linspace(0.2, 0.8, batch_size)[:, None]
     return images(torch.randn(batch_size, model.channels, model.image_size, model.image_size), masked)
 
 
 def random_pair(config: VisionConfig = CONFIG) -> tuple[Data2Vec, VisionModel]:
-    """A model and a teacher of other weights."""
+    """Return a random model and a teacher with other weights."""
     model = Data2Vec(config)
     teacher = VisionModel(config.model).eval().requires_grad_(False)
     reference.randomize_(model)

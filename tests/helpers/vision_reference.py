@@ -1,4 +1,4 @@
-"""The vision model and one data2vec step, written down slowly from the paper's formulas, in whatever dtype comes in."""
+"""The vision model and one data2vec step, written from the paper's formulas, in the dtype of the input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Weights = dict[str, Tensor]
 
 
 def randomize_(module: nn.Module) -> None:
-    """Give every parameter a value that matters: gammas, biases and the position table are not left at their init."""
+    """Give every parameter a random value, including gammas, biases and the position table."""
     for name, parameter in module.named_parameters():
         if "gamma" in name or (parameter.dim() == 1 and "norm" in name and "weight" in name):
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -24,7 +24,7 @@ def randomize_(module: nn.Module) -> None:
 
 
 def encode(weights: Weights, config: VisionModelConfig, pixels: Tensor, masked: Tensor | None = None) -> list[Tensor]:
-    """Outputs `[B, 1 + P, D]` of every block, without any dropout. `masked` is bool `[B, P]`."""
+    """Return the outputs `[B, 1 + P, D]` of every block, without dropout. `masked` is bool `[B, P]`."""
     bias = position_bias(weights["position_bias.table"], config.grid_size)
     x = embed(weights, config, pixels, masked)
     outputs = []
@@ -35,7 +35,7 @@ def encode(weights: Weights, config: VisionModelConfig, pixels: Tensor, masked: 
 
 
 def embed(weights: Weights, config: VisionModelConfig, pixels: Tensor, masked: Tensor | None) -> Tensor:
-    """Patch by patch: a linear map of its pixels, or the mask token; the class token in front."""
+    """Embed patch by patch, with the mask token for masked ones and the class token in front."""
     grid, size = config.grid_size, config.patch_size
     images = []
     for b in range(len(pixels)):
@@ -53,7 +53,7 @@ def embed(weights: Weights, config: VisionModelConfig, pixels: Tensor, masked: T
 
 
 def position_bias(table: Tensor, grid: int) -> Tensor:
-    """`[H, T, T]` out of the table `[(2 G - 1)^2 + 3, H]`, pair by pair."""
+    """Look up the bias `[H, T, T]` in the table `[(2 G - 1)^2 + 3, H]`, pair by pair."""
     side = 2 * grid - 1
     num_tokens = 1 + grid * grid
     rows = []
@@ -85,7 +85,7 @@ def block(weights: Weights, name: str, config: VisionModelConfig, x: Tensor, bia
 
 
 def attention(w: Weights, config: VisionModelConfig, x: Tensor, bias: Tensor) -> Tensor:
-    """Head by head, with the softmax written out."""
+    """Compute attention head by head, with the softmax written out."""
     head_width = config.width // config.heads
     q_weight, k_weight, v_weight = w["attention.qkv.weight"].split(config.width)
     q = (x @ q_weight.T + w["attention.qkv.q_bias"]) * head_width**-0.5
@@ -108,7 +108,7 @@ def layer_norm(x: Tensor, eps: float, weight: Tensor | float = 1.0, bias: Tensor
 def step(
     weights: Weights, teacher_weights: Weights, config: VisionConfig, pixels: Tensor, masked: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, predictions `[N, D]` and targets `[N, D]` of one batch; layer norm before and after averaging."""
+    """Return summed loss, predictions `[N, D]` and targets `[N, D]`, with layer norm before and after averaging."""
     assert (config.target.layer_norm, config.target.final_norm) == ("layer", "layer")
     student = {key.removeprefix("student."): value for key, value in weights.items()}
 

@@ -1,4 +1,4 @@
-"""Watches student, teacher and optimizer of a run from inside, and spoils chosen steps of it."""
+"""Watch student, teacher and optimizer inside a run, and spoil chosen steps."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Patch = Callable[[Any, str, Any], None]
 
 
 class Witness:
-    """Asserts after every step that exactly the spoilt ones changed nothing, and that the teacher is the average.
+    """Assert after every step that exactly the spoiled steps changed nothing and that the teacher is the average.
 
     Args:
-        spoilt: for a step number what goes wrong in it, and on which rank: a "nan pixel", an "inf pixel", the
-            "gradient" of one parameter beside a finite loss, one of the "weights", one of the "teacher".
-        patch: how attributes are replaced: `setattr` in a forked process, `monkeypatch.setattr` elsewhere.
-        note: file to which one line per step is added, the bits of student and teacher.
+        spoilt: maps a step to what is spoiled and on which rank: a "nan pixel", an "inf pixel", the "gradient" of
+            one parameter with a finite loss, one of the "weights", one value of the "teacher".
+        patch: replaces attributes: `setattr` in a forked process, `monkeypatch.setattr` elsewhere.
+        note: file for one line per step with the digests of student and teacher.
     """
 
     def __init__(self, spoilt: dict[int, tuple[str, int]], patch: Patch = setattr, note: Path | None = None) -> None:
@@ -55,7 +55,7 @@ class Witness:
         def spoilt_forward(self: Data2Vec, batch: Any, teacher: Any) -> Any:
             output = forward(self, witness.begin_step(batch), teacher)
             if witness.spoilt.get(witness.step + 1) == ("gradient", witness.rank):
-                # the slope of a root at 0 is infinite
+                # the square root has an infinite slope at 0
                 weight = self.head.weight[0, 0]
                 output = output._replace(loss_sum=output.loss_sum + (weight - weight.detach()).sqrt())
             return output
@@ -67,7 +67,7 @@ class Witness:
         patch(faults, "fault_point", lambda point: witness.end_step() if point == "step" else None)
 
     def begin_step(self, batch: Any) -> Any:
-        """Spoil what this step is to have spoilt; one micro-step per step."""
+        """Apply the spoiling of this step, which has one micro-step."""
         kind, rank = self.spoilt.get(self.step + 1, ("", -1))
         if rank == self.rank:
             batch = self._spoil(kind, batch)
@@ -92,15 +92,15 @@ class Witness:
                 file.write(f"{self.step} {digest(student)} {digest(teacher)}\n")
 
     def average(self) -> list[Tensor]:
-        """The teacher's parameters, which in fp32 are the average itself."""
+        """Return the teacher's parameters, which in fp32 are the average."""
         return [p.detach().clone() for p in self.teacher.module.parameters()]
 
     def student(self) -> list[Tensor]:
-        """The student's parameters that are averaged, in the same order."""
+        """Return the student's averaged parameters in the same order."""
         return [p.detach().clone() for p in self.model.student.parameters()]
 
     def snapshot(self) -> list[Tensor]:
-        """Everything that a step may change: teacher, student and head, master copies and moments."""
+        """Copy everything that a step may change: teacher, student, head, master copies and optimizer moments."""
         values = self.average() + [p.detach().clone() for p in self.model.parameters()]
         for optimizer in self.optimizers:
             values += [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
@@ -121,10 +121,10 @@ class Witness:
 
 
 def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
-    """Equal bit for bit, NaN included."""
+    """Return whether two tensors are equal bit for bit, including NaN."""
     return digest(first) == digest(second)
 
 
 def digest(tensors: list[Tensor]) -> int:
-    """A hash of shapes and bits."""
+    """Hash shapes and bits."""
     return hash(tuple((x.shape, x.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for x in tensors))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from d2v_fast.commands import cli
+from d2v_fast.cli.train_options import train_parser
 from d2v_fast.config import load_config
 from d2v_fast.files import faults
 from d2v_fast.training import supervise
@@ -195,7 +195,8 @@ def test_no_attempt_of_two_is_one_too_many(tmp_path: Path) -> None:
 
 def test_number_of_restarts() -> None:
     def parsed(*arguments: str) -> int | None:
-        return cli.read_options(["--ds_config", "x.json", *arguments]).supervise
+        number: int | None = train_parser().parse_args(["--ds_config", "x.json", *arguments]).supervise
+        return number
 
     assert parsed() is None
     assert parsed("--supervise") == 3
