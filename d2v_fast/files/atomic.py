@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, with the permissions that the umask gives every new file."""
+"""Write files completely or not at all, with the permissions that the umask gives every new file."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from d2v_fast.processes.idle import alive
 if TYPE_CHECKING:
     from torch import Tensor
 
-# so much is written to the disk at a time, and counts as progress
+# bytes flushed at a time; each part counts as progress
 _PART = 64 << 20
-# of Linux' sync_file_range: wait for what is being written, write the rest, wait for that
+# flags of Linux' sync_file_range: wait for pending writes, write the rest, wait for that
 _WRITE_AND_WAIT = 7
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, and rename that file to `path` when the block has ended.
+    """Yield a temporary file beside `path`, and rename it to `path` at the end of the block.
 
-    A reader, or a crash, sees the old file or the whole new one. If the block raises, or leaves no file there, `path`
-    stays as it was.
+    Readers see the old file or the complete new one, also after a crash. If the block raises or removes the temporary
+    file, `path` does not change.
 
     Args:
-        path: its folder must exist.
+        path: file to replace; its folder must exist.
     Yields:
-        The path of an empty file, which the block may overwrite, replace or remove.
+        Path of an empty file, which the block may overwrite, replace or remove.
     """
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
     part.touch(exist_ok=False)
-    # safetensors replaces it by a file that is closed to everybody else; asking for the umask instead would change it
-    # for the other threads of this process
+    # safetensors replaces it with a private file; reading the umask would change it for the other threads
     permissions = part.stat().st_mode & 0o777
     try:
         yield part
@@ -48,17 +47,17 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file as a whole, in UTF-8."""
+    """Replace a text file atomically, in UTF-8."""
     with replaced(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a safetensors file as a whole.
+    """Replace a safetensors file atomically.
 
     Args:
-        path: the file.
-        tensors: in host memory, contiguous, by name.
+        path: file to replace.
+        tensors: contiguous tensors in host memory, by name.
     """
     from safetensors.torch import save_file
 
@@ -67,7 +66,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def make_beside(folder: Path, name: str) -> Path:
-    """Make a new folder `.NAME.tmp-*` in `folder`, to be filled and then renamed, and return its path."""
+    """Create a folder `.NAME.tmp-*` in `folder`, to fill and rename later, and return its path."""
     while True:
         path = folder / f".{name}.tmp-{os.urandom(4).hex()}"
         try:
@@ -78,9 +77,10 @@ def make_beside(folder: Path, name: str) -> Path:
 
 
 def flush(path: str | Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk, a part of a large file at a time.
+    """Flush a file, or the entries of a folder, to the disk.
 
-    So a large file on a slow disk makes progress, which a dead disk does not; see `idle`.
+    A large file is flushed in parts, each of which counts as progress for `IdleWatch`: a slow disk makes progress, a
+    dead disk does not.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -90,7 +90,7 @@ def flush(path: str | Path) -> None:
             for start in range(0, size, _PART):
                 offset, length = ctypes.c_int64(start), ctypes.c_int64(_PART)
                 if write_range(handle, offset, length, ctypes.c_uint(_WRITE_AND_WAIT)) != 0:
-                    # not on this file system, or an error, which the call below reports
+                    # the file system lacks it, or failed; fsync reports errors
                     break
                 alive()
         os.fsync(handle)

@@ -1,8 +1,8 @@
-"""Places in the code at which a test can end the process, to show that nothing is lost.
+"""Points in the code at which a test can kill the process or raise an error of the system.
 
-`D2V_FAULT=save.rename:2` kills the process (SIGKILL) when it passes the point `save.rename` for the second
-time; `D2V_FAULT=save.manifest:1:ENOSPC` raises the error of a full disk there instead, as every name of an error number
-does. Unset, a point costs one comparison.
+`D2V_FAULT=save.rename:2` kills the process (SIGKILL) at its second pass of the point `save.rename`.
+`D2V_FAULT=save.manifest:1:ENOSPC` raises OSError with that number instead. Without the variable, a point costs one
+comparison.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 
 
 class Fault:
-    """What is to happen at the `count`-th passage of `point`."""
+    """A fault at the `count`-th pass of `point`."""
 
     def __init__(self, text: str) -> None:
         parts = text.split(":")
@@ -25,7 +25,7 @@ class Fault:
         self.number = None if how == "kill" else int(getattr(errno, how))
 
     def passed(self, point: str) -> None:
-        """Count a passage of `point`, and act when its turn has come."""
+        """Count a pass of `point`, and raise or kill at the right one."""
         if point != self.point:
             return
         self.count -= 1
@@ -40,6 +40,6 @@ _fault = Fault(os.environ["D2V_FAULT"]) if "D2V_FAULT" in os.environ else None
 
 
 def fault_point(name: str) -> None:
-    """Mark a place where a test may end the process."""
+    """Mark a point at which a test can inject a fault."""
     if _fault is not None:
         _fault.passed(name)

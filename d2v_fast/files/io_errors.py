@@ -1,4 +1,4 @@
-"""What to do about a file that could not be read or written, by the number of the system's error."""
+"""Advice about files that could not be read or written, by the number of the system's error."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _ADVICE = {
     errno.ENAMETOOLONG: "Choose a shorter name than {place}",
 }
 _NO_INODES = "The disk of {place} has room, but can hold no further file: delete files there (`df -i` counts them)"
-# how safetensors and tokenizers, which are written in Rust, hand on the number
+# how libraries written in Rust, such as safetensors and tokenizers, show the number
 _RUST = re.compile(r"\(os error (\d+)\)")
 
-# of this process, its machine or a network, whichever file was asked for
+# errors of the process, machine or network, whatever the file
 _OF_SYSTEM = frozenset(
     {
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
@@ -36,7 +36,7 @@ _OF_SYSTEM = frozenset(
 
 
 def error_number(error: BaseException | None) -> int | None:
-    """Return the number of the system's error behind an exception, or None where there is none."""
+    """Return the number of the system's error behind an exception, or None."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = None if error is None else _RUST.search(str(error))
@@ -44,19 +44,19 @@ def error_number(error: BaseException | None) -> int | None:
 
 
 def is_of_system(error: BaseException | None) -> bool:
-    """Return whether an error says nothing about the file that was read: too many open files, a lost network, and such.
+    """Return whether an error is independent of the file: too many open files, a lost network and the like.
 
-    A fault that the disk reports is none of these: it may be of one sector.
+    A fault reported by the disk is not: it may concern one sector.
     """
     return error_number(error) in _OF_SYSTEM
 
 
 def advice(error: BaseException | None, place: str | Path) -> str:
-    """Return what to do about an error, as a sentence without its period; empty where nothing is known to help.
+    """Return what the user can do about an error, as a sentence without its period; "" if there is no advice.
 
     Args:
-        error: raised while something in `place` was read or written.
-        place: the file or folder, for the sentence.
+        error: raised while `place` was read or written.
+        place: file or folder named in the sentence.
     """
     number = error_number(error)
     text = _NO_INODES if number == errno.ENOSPC and _lacks_inodes(Path(place)) else _ADVICE.get(number or 0, "")
@@ -64,18 +64,18 @@ def advice(error: BaseException | None, place: str | Path) -> str:
 
 
 def error_text(error: OSError) -> str:
-    """Return the text of an error of the system, and what to do about it where that is known."""
+    """Return the text of an OSError, followed by advice if there is any."""
     remedy = advice(error, error.filename) if isinstance(error.filename, str) else ""
     return f"{error}. {remedy}." if remedy else str(error)
 
 
 def _lacks_inodes(place: Path) -> bool:
-    """Whether the file system of `place`, which may not exist yet, has free blocks and no free inode."""
+    """Return whether the file system has free blocks but no free inode. `place` may not exist yet."""
     for folder in (place, *place.absolute().parents):
         try:
             found = os.statvfs(folder)
         except OSError:
             continue
-        # file systems that make inodes as needed report none at all
+        # file systems that create inodes on demand report a total of 0
         return found.f_files > 0 and found.f_favail == 0 and found.f_bavail > 0
     return False

@@ -17,7 +17,7 @@ _LONGEST_COMMAND, _LONGEST_RECORD = 200, 400
 
 
 def own_record() -> str:
-    """Return a line that says who holds a lock: this process, its host, since when, and its command."""
+    """Return the line that this process writes into a lock: its number, host, time and command."""
     command = shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
     if len(command) > _LONGEST_COMMAND:
         command = f"{command[: _LONGEST_COMMAND - 3]}..."
@@ -26,10 +26,10 @@ def own_record() -> str:
 
 
 class Holder:
-    """The process that has written its `own_record` into a lock.
+    """The process that wrote its `own_record` into a lock.
 
     Attributes:
-        pid: of a process of this machine; None where it is another one's, or unknown.
+        pid: number of the process; None if it is unknown or the process runs on another machine.
     """
 
     def __init__(self, record: str) -> None:
@@ -40,12 +40,12 @@ class Holder:
 
     def __str__(self) -> str:
         if not self._record:
-            return "a process that has not written who it is"
+            return "a process that left no record"
         state = None if self.pid is None else state_of(self.pid)
         return self._record if state is None else f"{self._record} ({self._word(state)})"
 
     def remedy(self) -> str:
-        """Return what a user can do about it, as a sentence without its end."""
+        """Return what the user can do about the process, as a sentence without its period."""
         if self.pid is None:
             return (
                 f"Look at that process on {self._host}" if self._host else "Find that process, with `fuser` for example"

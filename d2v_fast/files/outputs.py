@@ -1,7 +1,7 @@
-"""What a command writes to a place that its user named: nothing that is there is replaced unless the user asks for it.
+"""Write to a place that the user named, and replace nothing there without being asked.
 
-A model folder holds a record of the files that were written into it, with size and SHA-256 of each. So a later export
-replaces what an earlier one wrote, and nothing that somebody else wrote or changed.
+A model folder holds a record of the files that were exported into it, with size and SHA-256 of each. A later export
+replaces files of an earlier one, and no file that somebody else wrote or changed.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from d2v_fast.files.atomic import make_beside, write_text
 from d2v_fast.files.reading import open_regular, printable, read_json
 
 RECORD = "d2v_fast_export.json"
-# what a reader of the folder would take for weights of the same model, whoever wrote it
+# files that a reader of the folder would load as weights of the model
 _WEIGHTS = "model*.safetensors*"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-# what every export writes, or what would be mixed up with it
+# files that every export writes, or that would mix with them
 _ALWAYS = (RECORD, "config.json", "README.md", _WEIGHTS)
-# what an export without a record may have written
+# files that an export without a record may have written
 _NAMES = (*_ALWAYS, "preprocessor_config.json", *_TOKENIZER)
-# what every checkpoint holds
+# files in every checkpoint
 _CHECKPOINT = ("manifest.json", "state.json")
 _MAX_RECORD_BYTES = 2**20
 _NUM_NAMED = 5
-# of an export from before there were records: the time from its weights to its configuration, which it wrote last
+# longest time between weights and config.json in an export without a record; config.json is written last
 _MOST_SECONDS = 10
-# a folder of a process that died; one that was just made may not be locked yet
+# age at which an unlocked folder counts as left by a dead process; a new one may not be locked yet
 _LEFTOVER_SECONDS = 60
 
 
 def require_free(path: Path, overwrite: bool = False, option: str = "`--to`") -> None:
-    """Check that a folder may be written.
+    """Check that a folder may be written to.
 
     Args:
-        path: of the folder, which may exist if it is empty.
-        overwrite: the user asked to replace what is there.
-        option: that names the path, for the message.
+        path: the folder; it may exist if it is empty.
+        overwrite: whether the user asked to replace its content.
+        option: option that names the path, for the message.
     Raises:
-        OptionError: it holds something, and the user did not ask; it is a file; or it is in a checkpoint.
+        OptionError: the folder is not empty and `overwrite` is false; `path` is a file, or in a checkpoint.
     """
     _require_no_checkpoint(path, option)
     shown = printable(str(path))
     if os.path.lexists(path) and not path.is_dir():
-        raise OptionError(f"{option} must be a new or empty folder, but {shown} is none.")
+        raise OptionError(f"{option} must be a new or empty folder, but {shown} is not a folder.")
     if not overwrite and path.is_dir() and (there := sorted(entry.name for entry in path.iterdir())):
         raise OptionError(
             f"{option} must be a new or empty folder, but {shown} holds {_listed(there)}. `--overwrite` replaces what "
@@ -63,10 +63,10 @@ def require_free(path: Path, overwrite: bool = False, option: str = "`--to`") ->
 
 
 def require_file(path: Path, overwrite: bool = False, option: str = "`--to`") -> None:
-    """Check that a file may be written; see `require_free`.
+    """Check that a file may be written; arguments as for `require_free`.
 
     Raises:
-        OptionError: it exists, and the user did not ask; it is a folder; its folder is a file, or that of a checkpoint.
+        OptionError: the file exists and `overwrite` is false; `path` is a folder, below a file, or in a checkpoint.
     """
     _require_no_checkpoint(path, option)
     shown = printable(str(path))
@@ -74,19 +74,19 @@ def require_file(path: Path, overwrite: bool = False, option: str = "`--to`") ->
         raise OptionError(f"{option} must be a file, but {shown} is a folder.")
     parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir():
-        raise OptionError(f"{option} must be in a folder, but {printable(str(parent))} is none.")
+        raise OptionError(f"{option} must be in a folder, but {printable(str(parent))} is not a folder.")
     if not overwrite and os.path.lexists(path):
         raise OptionError(f"{option} must be a new file, but {shown} exists. `--overwrite` replaces it.")
 
 
 def require_writable(folder: Path, option: str = "`--to`") -> None:
-    """Check that the folder of a default place can be written.
+    """Check that a run folder, the default place for output, can be written to.
 
     Args:
-        folder: of a run.
-        option: that names another place, for the message.
+        folder: the run folder.
+        option: option that names another place, for the message.
     Raises:
-        ValueError: the file system is read-only, or the user may not write to the folder.
+        ValueError: the file system is read-only, or the user lacks the permission.
     """
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"`{printable(str(folder))}` cannot be written: name another place with {option}.")
@@ -94,25 +94,25 @@ def require_writable(folder: Path, option: str = "`--to`") -> None:
 
 @contextmanager
 def model_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder to fill, whose files become those of `folder` when the block has ended.
+    """Yield an empty folder, and move its files to `folder` at the end of the block.
 
-    Files that an earlier export wrote are replaced, or removed where there is no new one; a tokenizer stays. Files of
-    others stay. If the block raises, nothing has changed.
+    Files of an earlier export are replaced, or removed if there is no new one; its tokenizer stays. Other files stay.
+    If the block raises, nothing changes.
 
     Args:
-        folder: made if it is missing.
+        folder: destination; created if it does not exist.
     Yields:
         A folder on the same file system.
     Raises:
-        OptionError: a file that no export wrote, or that was changed since, has a name of a model folder.
+        OptionError: a file of a model folder was not written by an export, or was changed since.
     """
     target = Path(folder)
     if os.path.lexists(target) and not target.is_dir():
-        raise OptionError(f"`{printable(str(target))}` must be a folder to write to, but is none.")
+        raise OptionError(f"`{printable(str(target))}` must be a folder, but is not one.")
     target.parent.mkdir(parents=True, exist_ok=True)
     own = _own_files(target)
     _require_own(target, own)
-    # inside of a folder that exists: it may be on another disk than its parent
+    # inside an existing folder, which may be on another disk than its parent
     place = target if target.is_dir() else target.parent
     _remove_leftovers(place, target.name)
     aside = make_beside(place, target.name)
@@ -135,9 +135,9 @@ def model_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def set_aside_changed(folder: Path) -> str | None:
-    """Move a folder out of the way whose files are not those that an export wrote; return a line that says so.
+    """Rename a folder whose files were not written by an export, and return a line for the log, or None.
 
-    For the place where a run exports to by itself: no user is there to be asked.
+    For the folder that a run exports to by itself, without a user to ask.
     """
     if not os.path.lexists(folder):
         return None
@@ -156,7 +156,7 @@ def set_aside_changed(folder: Path) -> str | None:
 
 
 def _require_no_checkpoint(path: Path, option: str) -> None:
-    """OptionError if the path is in a checkpoint, which counts as damaged once it holds anything else."""
+    """Raise OptionError if the path is in a checkpoint, which another file would damage."""
     real = path.resolve()
     for folder in (real, *real.parents):
         if all((folder / name).is_file() for name in _CHECKPOINT):
@@ -167,7 +167,7 @@ def _require_no_checkpoint(path: Path, option: str) -> None:
 
 
 def _own_files(target: Path) -> dict[str, dict[str, Any]]:
-    """Fingerprints by name of the files in a folder that an export wrote, and that are as it wrote them."""
+    """Return fingerprints of the unchanged files of earlier exports, by name."""
     if not target.is_dir():
         return {}
     try:
@@ -186,10 +186,10 @@ def _own_files(target: Path) -> dict[str, dict[str, Any]]:
 
 
 def _files_without_record(target: Path) -> dict[str, dict[str, Any]]:
-    """The same of an export from before there were records: only if nothing was written there since.
+    """Return the same for an export without a record, or nothing if anything was written there since.
 
-    Its files are known by their names, its card by what it says, and its `config.json`, which it wrote last, is at
-    least as new as every other file and hardly newer than the weights.
+    Such an export is recognized by the names of its files, the text of its model card, and `config.json`, which is the
+    newest file and hardly newer than the weights.
     """
     if os.path.lexists(target / RECORD):
         return {}
@@ -206,7 +206,7 @@ def _files_without_record(target: Path) -> dict[str, dict[str, Any]]:
 
 
 def _require_own(target: Path, own: Mapping[str, Any], names: Iterable[str] = ()) -> None:
-    """OptionError that names the files in a folder that would be replaced, or mixed up with it, and are not `own`."""
+    """Raise OptionError if files that are not `own` would be replaced by `names` or mix with a model."""
     if not target.is_dir():
         return
     written = set(names)
@@ -214,7 +214,7 @@ def _require_own(target: Path, own: Mapping[str, Any], names: Iterable[str] = ()
     if foreign := [name for name in there if name not in own]:
         raise OptionError(
             f"`{printable(str(target))}` holds {_listed(foreign)}, which no export wrote, or which was changed since. "
-            "Move this away, or choose another folder: only what an export wrote itself is replaced."
+            "Move this away, or choose another folder: an export replaces only unchanged files of an earlier one."
         )
 
 
@@ -223,12 +223,12 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _move(aside: Path, target: Path, own: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    """Put the files of `aside` in place of those in `target`; at every moment the record knows all that are there."""
+    """Move the files of `aside` to `target`. The record lists all files in `target` at every moment."""
     write_text(target / RECORD, _record(files, before={name: own[name] for name in own if name != RECORD}))
     for name in own:
         if name not in files and name != RECORD:
             (target / name).unlink()
-    # last: a folder without it is no model
+    # config.json is last: a folder without it is no model
     for name in sorted(
         (path.name for path in aside.iterdir()), key=lambda name: (name == RECORD, name == "config.json")
     ):
@@ -245,7 +245,7 @@ def _record(files: Mapping[str, Any], **more: Mapping[str, Any]) -> str:
 
 
 def _remove_leftovers(place: Path, name: str) -> None:
-    """Remove folders that a dead process has left; one that lives holds a lock."""
+    """Remove folders left by dead processes; a live process holds a lock on its folder."""
     for leftover in place.glob(f".{name}.tmp-*"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime < _LEFTOVER_SECONDS:

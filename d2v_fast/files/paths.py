@@ -1,4 +1,4 @@
-"""How a path that a user wrote is read, in the configuration and on the command line alike."""
+"""Expand paths in the configuration and on the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
 class PathError(ValueError):
-    """A path that cannot be expanded. `must` says what it has to do instead, as `Problem.must` does."""
+    """A path that cannot be expanded.
+
+    Attributes:
+        must: what the path must do, for a sentence such as "a path must ...".
+    """
 
     def __init__(self, text: str, must: str) -> None:
         super().__init__(f"a path must {must}, but is '{printable(text)}' instead.")
@@ -20,17 +24,16 @@ class PathError(ValueError):
 
 
 def expand_path(path: str | Path) -> str:
-    """Replace a leading `~` or `~user` by the home folder, and `$NAME` and `${NAME}` by environment variables.
+    """Expand a leading `~` or `~user` and environment variables `$NAME` and `${NAME}`.
 
-    A path that exists as it is written keeps its `$`, so that a file whose name holds one can be named. A folder that
-    is really called `~` is `./~`.
+    A path that exists as written keeps its `$`. Write `./~` for a folder called `~`.
 
     Args:
         path: as the user wrote it.
     Returns:
-        the expanded path; a relative path stays relative.
+        The expanded path; a relative path stays relative.
     Raises:
-        PathError: the system cannot hold such a path, or there is no such user or variable.
+        PathError: the path is impossible on this system, or the user or variable does not exist.
     """
     text = str(path)
     if not is_path(text):

@@ -1,4 +1,4 @@
-"""Read what somebody else wrote: regular files, JSON with limits, text without what a terminal or a log would obey."""
+"""Read untrusted files: regular files only, JSON with limits, text without control characters."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 MAX_DEPTH = 32
-# values of a JSON text, each of which takes up to 250 bytes of memory
+# values of a JSON text; each takes up to 250 bytes of memory
 MAX_VALUES = 1 << 20
-# what begins or separates values, what begins and ends a string, and what stands in a string for another letter
+# begins or separates values, delimits a string, or escapes a character in one
 _MARK = re.compile(r'[,\[{"]|\\.', re.DOTALL)
-# what 64 bits hold: no number of a file can make a loop endless, or a conversion fail
+# integers fit 64 bits, so that no number in a file makes a loop endless or a conversion fail
 MAX_DIGITS = 18
 
-# all of a file that git-lfs leaves in the place of a large one; the specification allows no more bytes
+# largest git-lfs pointer that its specification allows
 MAX_POINTER_BYTES = 1023
 _POINTER = re.compile(rb"version https?://[\w./-]+/spec/[\w.]+\n(?:ext-[^\n]*\n)*oid sha256:[0-9a-f]{64}\nsize \d+\n?")
-POINTER = "a git-lfs pointer in the place of the file: run `git lfs pull` in its repository"
+POINTER = "a git-lfs pointer in place of the file: run `git lfs pull` in its repository"
 
 
 _NOT_REGULAR = "not a regular file, but "
-# what lies at a path where a file was expected, by the test that recognizes it
+# kind of a path that is no regular file -> its test
 _KINDS = {
     "a folder": stat.S_ISDIR,
     "a pipe": stat.S_ISFIFO,
@@ -36,10 +36,10 @@ _KINDS = {
 
 
 class NotRegularError(OSError):
-    """There is no regular file at a path, but a folder, a pipe, a socket, a device, or a link that is not followed.
+    """A path that is not a regular file: a folder, pipe, socket or device, or a link that must not be followed.
 
     Attributes:
-        what: there is instead.
+        what: kind of the path, such as "a folder".
     """
 
     def __init__(self, path: str | Path, what: str) -> None:
@@ -56,18 +56,18 @@ class NotRegularError(OSError):
 def open_regular(path: str | Path, *, below: str | Path | None = None) -> BufferedReader:
     """Open a regular file for reading.
 
-    A pipe without a writer would block the process, signals included, and opening a device can have effects of its own:
-    neither is opened. Whatever replaces the file meanwhile is not waited for.
+    Pipes and devices are not opened: a pipe without a writer would block the process, and opening a device can have
+    side effects. The call never blocks, even if a pipe replaces the file meanwhile.
 
     Args:
-        path: the file. Links are followed unless `below` is given.
-        below: a folder that `path` lies in. The folder itself may be a link, but no part of the path beneath it.
+        path: file to open. Links are followed unless `below` is given.
+        below: folder that contains `path`. It may be a link, but no part of the path beneath it may be.
     Returns:
         The file, open in binary mode.
     Raises:
-        NotRegularError: it is no regular file or, with `below`, it is a link or lies in a linked folder.
-        OSError: it cannot be opened.
-        ValueError: it does not lie in `below`.
+        NotRegularError: `path` is no regular file or, with `below`, a link or in a linked folder.
+        OSError: the file cannot be opened.
+        ValueError: `path` is not in `below`.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     if below is not None:
@@ -78,11 +78,11 @@ def open_regular(path: str | Path, *, below: str | Path | None = None) -> Buffer
 
 
 def append_regular(path: str | Path) -> BufferedWriter:
-    """Open a regular file, which is made where there is none, to write behind its end.
+    """Open a regular file for appending; create it if it does not exist.
 
     Raises:
-        NotRegularError: it is no regular file.
-        OSError: it cannot be opened.
+        NotRegularError: `path` exists and is no regular file.
+        OSError: the file cannot be opened.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     if os.path.exists(path):
@@ -91,7 +91,7 @@ def append_regular(path: str | Path) -> BufferedWriter:
 
 
 def _regular_handle(path: str | Path, flags: int) -> int:
-    """Return a descriptor of what lies at `path` at the moment at which it is opened."""
+    """Open `path` and return its descriptor, unless it is no regular file at that moment."""
     handle = os.open(path, flags, 0o666)
     try:
         _require_regular(os.fstat(handle), path)
@@ -102,17 +102,17 @@ def _regular_handle(path: str | Path, flags: int) -> int:
 
 
 def require_regular(path: str | Path, *, below: str | Path | None = None) -> None:
-    """Raise what `open_regular` raises, for a library that opens the path itself."""
+    """Raise the errors of `open_regular`, for a path that a library will open."""
     open_regular(path, below=below).close()
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with escapes for control characters and for bytes of a file name that are no text."""
+    """Return `text` on one line; escape control characters and undecodable bytes of file names."""
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 
 
 def is_path(text: str) -> bool:
-    """False for what no system call takes for a path: with a zero byte, or letters that have no encoding."""
+    """Return whether system calls accept `text` as a path: it has no zero byte and can be encoded."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -120,15 +120,16 @@ def is_path(text: str) -> bool:
 
 
 def is_pointer(content: bytes) -> bool:
-    """Whether the content of a file is that of a git-lfs pointer, which stands for a file that was not fetched."""
+    """Return whether the content of a file is a git-lfs pointer, which stands for a file that was not fetched."""
     return len(content) <= MAX_POINTER_BYTES and _POINTER.fullmatch(content) is not None
 
 
 def refuse_pointer(path: str | Path) -> None:
-    """ValueError if a file is a git-lfs pointer.
+    """Refuse a git-lfs pointer.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
+        ValueError: the file is a git-lfs pointer.
     """
     with open_regular(path) as file:
         if is_pointer(file.read(MAX_POINTER_BYTES + 1)):
@@ -142,7 +143,7 @@ def read_bytes(path: str | Path, max_bytes: int, *, below: str | Path | None = N
         path, below: as for `open_regular`.
     Raises:
         OSError: as `open_regular`.
-        ValueError: as `open_regular`, or it is longer than `max_bytes`.
+        ValueError: as `open_regular`, or the file is longer than `max_bytes`.
     """
     with open_regular(path, below=below) as file:
         content = file.read(max_bytes + 1)
@@ -158,7 +159,7 @@ def read_text(path: str | Path, max_bytes: int, *, below: str | Path | None = No
         path, below: as for `open_regular`.
     Raises:
         OSError: as `open_regular`.
-        ValueError: as `read_bytes`, or it is not UTF-8, or a git-lfs pointer.
+        ValueError: as `read_bytes`, or the file is not UTF-8, or a git-lfs pointer.
     """
     content = read_bytes(path, max_bytes, below=below)
     if is_pointer(content):
@@ -167,14 +168,14 @@ def read_text(path: str | Path, max_bytes: int, *, below: str | Path | None = No
 
 
 def parse_json(text: str, *, max_values: int = MAX_VALUES, **hooks: Any) -> Any:
-    """What `json.loads` returns, for at most `MAX_DEPTH` levels and integers of at most `MAX_DIGITS` digits.
+    """Return `json.loads(text)`, limited to `MAX_DEPTH` levels and integers of `MAX_DIGITS` digits.
 
     Args:
-        text: its memory is four bytes per letter at most, and that of the strings in it as much again.
-        max_values: numbers, strings, lists and sections in it.
-        hooks: handed to `json.loads`; `parse_int` replaces the limit on digits.
+        text: JSON. Parsing takes up to 8 bytes of memory per character, beside those of the values.
+        max_values: largest number of values: numbers, strings, lists and objects.
+        hooks: passed to `json.loads`; `parse_int` replaces the limit on digits.
     Raises:
-        ValueError: what is wrong, in one sentence.
+        ValueError: the text is no JSON or exceeds a limit; the message is one sentence.
     """
     _refuse_many(text, max_values)
     try:
@@ -192,7 +193,7 @@ def parse_json(text: str, *, max_values: int = MAX_VALUES, **hooks: Any) -> Any:
 
 
 def read_json(path: str | Path, max_bytes: int, *, below: str | Path | None = None, **hooks: Any) -> Any:
-    """`parse_json` of `read_text`, with the errors of both."""
+    """Return the JSON of a file; see `read_text` and `parse_json` for arguments and errors."""
     return parse_json(read_text(path, max_bytes, below=below), **hooks)
 
 
@@ -216,7 +217,7 @@ def _refuse_many(text: str, max_values: int) -> None:
     """Raise ValueError if a JSON text holds more values than `max_values`."""
     if sum(text.count(mark) for mark in ",[{") <= max_values:
         return
-    # most may be commas in strings
+    # many of these may be inside strings
     count, inside = 0, False
     for match in _MARK.finditer(text):
         mark = match[0]
@@ -240,6 +241,6 @@ def _items(holder: dict[str, Any] | list[Any]) -> list[Any]:
 
 def _escaped(letter: str) -> str:
     if "\udc80" <= letter <= "\udcff":
-        # how Python keeps a byte that is no UTF-8
+        # how Python represents a byte that is not UTF-8
         return f"\\x{ord(letter) - 0xDC00:02x}"
     return letter.encode("unicode_escape").decode("ascii")

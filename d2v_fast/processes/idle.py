@@ -1,8 +1,8 @@
-"""Ends a process that waits for something which does not come: it neither computes nor reads nor writes.
+"""End a process that makes no progress: it neither computes nor reads nor writes.
 
-A read from a dead disk, a flush that never returns, or a stopped peer of a pipe hold the main thread in a system call,
-which no exception reaches. Long work is no such wait: processor time, bytes and page faults of this process and of its
-children count as progress, and so does `alive`.
+A read from a dead disk, a flush that never returns, or a stopped peer of a pipe holds the main thread in a system call,
+where no exception reaches it. Processor time, bytes and page faults of this process and its children count as progress,
+and so does a call of `alive`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import NamedTuple
 
 from d2v_fast.processes.state import cpu_ticks, descendants_of, state_of
 
-# how often progress is looked at within the limit. Looks are counted, not seconds, so that neither a jump of the clock
-# nor the time for which a process is stopped as a whole counts as waiting
+# checks for progress within the limit. Counting checks instead of seconds ignores jumps of the clock and the time for
+# which the whole process is stopped
 LOOKS = 40
-# a look that is later than this many of them was delayed by a stop of the process, or of the machine: counting begins
-# again, for whatever is waited for was stopped as well, or needs time to come back
+# a check that is late by more than this many intervals means that the process or machine was stopped: counting starts
+# again, because whatever the process waits for may have been stopped as well
 GAP_LOOKS = 10
-# progress within the limit is more than this; what only serves, such as a progress bar, has threads that do not count
+# less than this within the limit is no progress; daemon threads, such as a progress bar's, do not count
 _CPU_SHARE, _FEWEST_TICKS = 0.005, 2
 _BYTES, _FAULTS = 1 << 16, 20
-# modules in which a main thread waits for a person
+# modules in which the main thread waits for a person
 _DEBUGGERS = ("bdb", "pdb", "ipdb", "pudb", "debugpy", "pydevd", "IPython", "code")
 _PACKAGE = Path(__file__).resolve().parent.parent
 _TASKS = Path("/proc/self/task")
@@ -39,28 +39,33 @@ _signs = 0
 
 
 def alive() -> None:
-    """Count as progress, in whatever `IdleWatch` there is: for waits that have a limit of their own."""
+    """Report progress to the `IdleWatch` of this process; for waits that have their own time limit."""
     global _signs
     _signs += 1
 
 
 def late(since: float, now: float, interval_s: float) -> bool:
-    """Return whether a look came so late that the process must have been stopped; both times of `clock`."""
+    """Return whether a check came so late that the process must have been stopped.
+
+    Args:
+        since, now: times of `clock`.
+        interval_s: planned time between them.
+    """
     return now - since > GAP_LOOKS * interval_s
 
 
 def clock() -> float:
-    """Return seconds that go on while the machine sleeps, and that no change of the time of day moves."""
+    """Return seconds on a clock that counts while the machine sleeps and ignores changes of the time of day."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def end_process(message: str) -> None:
-    """Print an error and end this process with status 1 and all its children, whatever its threads are waiting for."""
-    # the process ends whatever becomes of the message: its reader may be gone, and a child may end by itself meanwhile
+    """Print an error, kill all children, and exit with status 1, even if threads hang in system calls."""
+    # the reader of the message may be gone, and a child may end by itself meanwhile
     with suppress(OSError, ValueError):
         print(f"error: {message}", file=sys.stderr, flush=True)
     for child in descendants_of(os.getpid()):
-        # a loader worker that is stopped would stay for ever
+        # a stopped loader worker would stay forever
         with suppress(OSError):
             os.kill(child, signal.SIGKILL)
     os._exit(1)
@@ -79,7 +84,7 @@ class IdleWatch:
         self._limit_s, self._advice, self._end = limit_s, advice, end
         self._closed = threading.Event()
         self._enough_ticks = max(_FEWEST_TICKS, int(_CPU_SHARE * limit_s * os.sysconf("SC_CLK_TCK")))
-        # only Linux tells what a process does
+        # only Linux reports what a process does
         if _TASKS.is_dir():
             threading.Thread(target=self._watch, name="d2v_fast idle", daemon=True).start()
 
@@ -122,7 +127,7 @@ class IdleWatch:
 
 
 class _Activity(NamedTuple):
-    """What this process and its children have done so far, by task, in threads that work."""
+    """Work that this process and its children have done so far, by thread; daemon threads are left out."""
 
     signs: int
     ticks: dict[int, int]
@@ -145,13 +150,13 @@ class _Activity(NamedTuple):
                 amounts = dict(line.split(": ") for line in (task / "io").read_text().splitlines())
                 num_bytes[int(task.name)] = int(amounts["rchar"]) + int(amounts["wchar"])
             except (OSError, ValueError, IndexError, KeyError):
-                # it has ended, or the system does not count that
+                # the thread has ended, or the system does not count this
                 continue
         ticks |= {child: cpu_ticks(child) or 0 for child in descendants_of(os.getpid())}
         return cls(_signs, ticks, faults, num_bytes)
 
     def differs(self, before: _Activity, enough_ticks: int) -> bool:
-        """Whether there was progress since then."""
+        """Return whether there was progress since `before`."""
         return (
             self.signs != before.signs
             or _more(self.ticks, before.ticks) >= enough_ticks
@@ -165,7 +170,7 @@ def _more(now: dict[int, int], before: dict[int, int]) -> int:
 
 
 def _places() -> list[str]:
-    """Where the threads that work are, in this package: the main one first."""
+    """Return the innermost function of this package in each thread but daemons; the main thread comes first."""
     frames, places = sys._current_frames(), []
     for thread in sorted(threading.enumerate(), key=lambda one: one is not threading.main_thread()):
         frame = frames.get(thread.ident or 0)
@@ -179,11 +184,11 @@ def _places() -> list[str]:
 
 
 def _is_output_held() -> bool:
-    """Whether whoever reads the output has stopped to: a pager that waits for a key, a terminal after Ctrl-S."""
+    """Return whether the output blocks: a pager waits for a key, or a terminal for Ctrl-Q."""
     outputs = select.poll()
     for descriptor in (1, 2):
         outputs.register(descriptor, select.POLLOUT)
-    # a closed one is in the answer as an error
+    # a closed output is reported as an error, and so is in the answer
     return len(outputs.poll(0)) < 2
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin: a run finishes its step and saves; everything else ends at once, and cleans up."""
+"""Signals: a run finishes its step and saves; everything else cleans up and ends at once."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, NoReturn
+from types import FrameType, TracebackType
+from typing import NoReturn
 
-# a hang-up is ignored under nohup, and stays so
+# what `signal.signal` accepts and returns
+_Handler = Callable[[int, FrameType | None], object] | int | None
+# SIGHUP stays ignored under nohup
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# a signal that comes this soon after the last one is the same request: launchers pass on what the terminal sent
+# a signal this soon after another is the same request: launchers pass on what the terminal sent
 _SAME_REQUEST_S = 1.0
-# of cleaning up, or of a library that does not return to Python
+# time to clean up, or for a library to return to Python
 _PATIENCE_S = 10.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that ends a command. `status` is the exit status that shells expect of it."""
+    """A signal that ends a command.
+
+    Attributes:
+        status: exit status that shells expect: 128 plus the number of the signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -28,11 +35,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Handlers:
-    """Signal handlers that are there while this is entered, in the main thread; elsewhere nothing changes."""
+    """Signal handlers of a context. Only the main thread can install them; in others the context does nothing."""
 
     def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
-        # a terminal that hangs up is none any more
+        self._before: dict[int, _Handler] = {}
+        # after a hang-up they are no terminals any more
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def _install(self) -> None:
@@ -51,7 +58,7 @@ class _Handlers:
         raise NotImplementedError
 
     def _leave_terminal(self, number: int) -> None:
-        """After a hang-up, let messages go nowhere: to write them would fail."""
+        """After a hang-up, send messages to /dev/null: writing them to the terminal would fail."""
         if number == signal.SIGHUP and self._terminals:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for terminal in self._terminals:
@@ -60,7 +67,7 @@ class _Handlers:
 
 
 class StopRequest(_Handlers):
-    """Set by Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP while it is entered; a second signal ends the process at once."""
+    """A context in which SIGINT, SIGTERM, SIGUSR1 or SIGHUP sets `requested`. A second signal ends the process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +77,7 @@ class StopRequest(_Handlers):
     def __enter__(self) -> StopRequest:
         ending = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         if isinstance(ending, EndOnSignal):
-            # a library may have swallowed it
+            # a library may have swallowed the exception
             ending.raise_if_received()
         self._install()
         return self
@@ -87,11 +94,11 @@ class StopRequest(_Handlers):
 
 
 class EndOnSignal(_Handlers):
-    """Raise `Interrupted` at a signal while it is entered, so that what is half written is removed.
+    """A context in which a signal raises `Interrupted`, so that partly written files are removed.
 
-    A second signal more than a second later ends the process at once. So does a thread of its own after ten seconds,
-    where a library neither returns nor lets the exception pass. Whatever a library makes of the exception, the block
-    ends with `Interrupted`.
+    A second signal more than a second later ends the process at once. A watching thread ends it after ten seconds if a
+    library does not return or swallows the exception. If a library replaces the exception, the context still ends with
+    `Interrupted`.
     """
 
     def __init__(self) -> None:
@@ -126,7 +133,7 @@ class EndOnSignal(_Handlers):
             self.raise_if_received()
 
     def raise_if_received(self) -> None:
-        """Raise `Interrupted` if there was a signal."""
+        """Raise `Interrupted` if a signal was received."""
         if self._number is not None:
             raise Interrupted(self._number) from None
 
@@ -141,11 +148,11 @@ class EndOnSignal(_Handlers):
         raise Interrupted(number)
 
     def _watch(self, reading: int) -> None:
-        """Wait for signals beside the main thread, which may not come to look at them."""
+        """Wait for signals in another thread, since the main thread may be unable to handle them."""
         first: float | None = None
         with suppress(OSError), open(reading, "rb", buffering=0) as signals:
             while received := signals.read(1):
-                # this is called for every signal, also for those that a request to stop has taken over
+                # also called for signals that `StopRequest` handles
                 handler = signal.getsignal(received[0])
                 if getattr(handler, "__self__", None) is not self:
                     continue
@@ -161,13 +168,13 @@ class EndOnSignal(_Handlers):
         if self._wakeup is not None:
             _end(number)
 
-    def _ignore_own(self, unraisable: Any) -> None:
+    def _ignore_own(self, unraisable: sys.UnraisableHookArgs) -> None:
         if not isinstance(unraisable.exc_value, Interrupted):
             self._hook(unraisable)
 
 
 def end_on_import() -> None:
-    """End the process at a signal, in words, while modules are imported: nothing is written yet."""
+    """Let a signal end the process with a message while modules are imported; nothing is written yet."""
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, frame: _end(received))
@@ -175,7 +182,7 @@ def end_on_import() -> None:
 
 def _end(number: int) -> NoReturn:
     """End this process and its children at once."""
-    # not before it is needed: this module is the first that a command imports
+    # imported late: this module is the first that a command imports
     from d2v_fast.processes.state import children_of
 
     with suppress(OSError):

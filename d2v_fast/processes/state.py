@@ -11,7 +11,7 @@ _STATES = {"T": "stopped", "t": "stopped", "D": "waiting for a disk or a network
 
 
 def state_of(pid: int) -> str | None:
-    """Return "stopped", "waiting for a disk or a network file system" or "dead"; None for a process that is well.
+    """Return "stopped", "waiting for a disk or a network file system" or "dead", or None for a healthy process.
 
     A process that does not exist is dead.
     """
@@ -25,9 +25,9 @@ def state_of(pid: int) -> str | None:
 
 
 def start_of(pid: int) -> int | None:
-    """Return when a process was started, in ticks since the machine was; None for one that does not exist.
+    """Return the start of a process in clock ticks after boot, or None if it does not exist.
 
-    Together with its number this stands for a process, whose number may be given to another one later.
+    Process number and start together identify a process; the number alone may be reused.
     """
     try:
         return int(_stat(pid)[19])
@@ -36,7 +36,7 @@ def start_of(pid: int) -> int | None:
 
 
 def cpu_ticks(pid: int) -> int | None:
-    """Return the processor time of a process and of the children that it has waited for, in ticks; None for none."""
+    """Return the processor time of a process and of its finished children in clock ticks; None if it does not exist."""
     try:
         return sum(map(int, _stat(pid)[11:15]))
     except (OSError, IndexError, ValueError):
@@ -44,14 +44,14 @@ def cpu_ticks(pid: int) -> int | None:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the processes that a process has started and that have not been waited for."""
+    """Return the numbers of the child processes that have not been waited for."""
     found: list[int] = []
     try:
         for task in (_PROCESSES / str(pid) / "task").iterdir():
             with contextlib.suppress(FileNotFoundError):
                 found += map(int, (task / "children").read_text().split())
     except OSError:
-        # it has ended
+        # the process has ended
         return []
     return sorted(found)
 
@@ -60,7 +60,7 @@ def descendants_of(pid: int) -> list[int]:
     """Return the children of a process, their children, and so on."""
     found, seen = children_of(pid), {pid}
     for child in found:
-        # a number may be given to another process meanwhile
+        # a number may be reused meanwhile
         if child not in seen:
             seen.add(child)
             found += children_of(child)
@@ -68,5 +68,5 @@ def descendants_of(pid: int) -> list[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name, which may hold anything."""
+    """Return the fields of /proc/PID/stat after the name, which may hold any character."""
     return (_PROCESSES / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()

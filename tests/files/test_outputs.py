@@ -224,7 +224,7 @@ def test_file_targets(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         (folder / f"link-{name}").symlink_to(folder / "nowhere")
         assert main([*words, option, str(folder / f"link-{name}")]) == 2
         assert main([*words, option, str(run / "config.json" / name)]) == 2
-        assert f"must be in a folder, but {run / 'config.json'} is none" in capsys.readouterr().err
+        assert f"must be in a folder, but {run / 'config.json'} is not a folder" in capsys.readouterr().err
 
 
 def test_nothing_is_written_into_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,7 @@ def test_pointers_in_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_pointers_instead_of_a_checkpoint(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).write_bytes(POINTER)
     told = complaint(capsys, "import", tmp_path / name, "--to", tmp_path / "out")
-    assert f"{name}` is a git-lfs pointer in the place of the file: run `git lfs pull`" in told
+    assert f"{name}` is a git-lfs pointer in place of the file: run `git lfs pull`" in told
 
 
 def test_a_pointer_in_the_place_of_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +187,7 @@ def test_pointers_among_samples(tmp_path: Path, capsys: pytest.CaptureFixture[st
     picture().save(images / "a.png")
     (images / "b.jpg").write_bytes(POINTER.replace(b"v1\n", b"v1\next-0-foo sha256:" + b"00" * 32 + b"\n"))
     assert main(["embed", str(folder), str(images), "--to", str(tmp_path / "a.npy")]) == 0
-    assert "b.jpg: a git-lfs pointer in the place of the file: run `git lfs pull`" in capsys.readouterr().err
+    assert "b.jpg: a git-lfs pointer in place of the file: run `git lfs pull`" in capsys.readouterr().err
 
     from d2v_fast.files.reading import is_pointer
 

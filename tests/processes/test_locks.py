@@ -125,7 +125,7 @@ def test_holder_on_another_machine(tmp_path: Path) -> None:
             made_once(str(root), NAME, write_one, patience_s=0.2)
         # what an earlier version left is empty
         lock.write_text("")
-        with pytest.raises(DataError, match="a process that has not written who it is"):
+        with pytest.raises(DataError, match="a process that left no record"):
             made_once(str(root), NAME, write_one, patience_s=0.2)
         # removed by hand, it is nobody's
         threading.Timer(0.3, lock.unlink).start()
