@@ -1,7 +1,7 @@
-"""DeepSpeed's part of the configuration file: which keys there are, and which of them have an effect on a run.
+"""DeepSpeed's part of the configuration file: its keys, and which of them affect a run.
 
-DeepSpeed 0.19.8 silently ignores a misspelled top-level key, and some of its sections ignore a misspelled key as well.
-Here every key is known by name. A key without an effect is left out of what DeepSpeed gets, and the run says so.
+DeepSpeed 0.19.8 silently ignores misspelled top-level keys, and some of its sections do as well. Here an unknown key is
+an error. A key without effect is reported and not passed to DeepSpeed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from d2v_fast.config.deepspeed_sections import (
 )
 from d2v_fast.config.errors import MAX_SAMPLES, ConfigError, Problem, Section, refuse_if, say, show
 
-# what DeepSpeed would accept, and why a run here does not
+# keys that DeepSpeed accepts and d2v_fast refuses -> reason or advice
 REFUSED_KEYS = {
     "scheduler": "The learning-rate schedule is `d2v.schedule`, the same under every engine.",
     "amp": 'Use "bf16": {"enabled": "auto"}.',
@@ -70,7 +70,7 @@ REFUSED_KEYS = {
 
 _OWN_CHECKPOINTS = "checkpoints are d2v_fast's own"
 _NOT_READ = "DeepSpeed does not read it"
-# without effect under every engine, and why
+# keys without effect under every engine -> reason
 _NEVER = {
     "activation_checkpointing": "`d2v.model.gradient_checkpointing` is the key for it",
     "aio": "it is for offload to NVMe, which is not supported",
@@ -93,7 +93,7 @@ _NEVER = {
         for key in keys
     },
 }
-# of zero_optimization: the stages that read a key, where not all three do
+# keys of zero_optimization that not all stages read -> the stages that do
 _STAGES = {
     **dict.fromkeys(
         (
@@ -115,13 +115,13 @@ _STAGES = {
         (3,),
     ),
 }
-# of fp16: what only a loss scale that moves reads
+# keys of fp16 that only a dynamic loss scale reads
 _DYNAMIC = ("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale")
-# that report in DeepSpeed's log, at its level "info"
+# keys whose reports need level "info" of DeepSpeed's log
 _REPORTS = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger")
-# of DeepSpeed's monitors, the package that each needs
+# DeepSpeed's monitors -> package that each needs
 _MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "torch.utils.tensorboard"}
-# what every engine reads
+# keys that every engine reads
 _ALWAYS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     "optimizer",
@@ -139,7 +139,7 @@ class BatchSplit(NamedTuple):
 
 
 class DeepSpeedConfig(Section):
-    """Everything outside `"d2v"`: DeepSpeed's own keys, read by both engines."""
+    """Everything outside `"d2v"`: DeepSpeed's keys, which both engines read."""
 
     train_batch_size: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
     train_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
@@ -180,34 +180,37 @@ class DeepSpeedConfig(Section):
     def _check(self) -> Self:
         problems = []
         if self.train_batch_size is None and self.train_micro_batch_size_per_gpu is None:
-            hint = "Give it, or `train_micro_batch_size_per_gpu`."
+            hint = "Set it, or `train_micro_batch_size_per_gpu`."
             problems.append(Problem("train_batch_size", "be the number of samples per optimizer step", None, hint))
         if not self.bf16.check_grad_overflow:
-            hint = "Without this check one NaN would reach student, teacher and optimizer."
+            hint = "Without this check one NaN would spoil student, teacher and optimizer."
             problems.append(Problem("bf16.check_grad_overflow", "be true", False, hint))
         kind, stage = self.optimizer.type, self.zero_optimization.stage
         if kind != "AdamW" and stage == 0:
-            hint = "Only torch's AdamW can leave out a step that is not finite; with ZeRO, DeepSpeed does that."
+            hint = "Without ZeRO, only torch's AdamW can skip a step with a non-finite gradient."
             problems.append(Problem("optimizer.type", 'be "AdamW" without ZeRO', kind, hint))
         offload = self.zero_optimization.offload_optimizer
         if kind == "CPUAdam" and (offload is None or offload.device != "cpu"):
-            hint = 'Set `zero_optimization.offload_optimizer.device` to "cpu", or take another.'
-            problems.append(Problem("optimizer.type", "be another without an offloaded optimizer", kind, hint))
+            hint = 'Set `zero_optimization.offload_optimizer.device` to "cpu", or choose another type.'
+            problems.append(Problem("optimizer.type", "be another type without an offloaded optimizer", kind, hint))
         if kind in ("FusedAdam", "ApexFusedAdam") and offload is not None and offload.device == "cpu":
-            hint = 'Its kernels run on a GPU: take "CPUAdam" or "AdamW".'
-            problems.append(Problem("optimizer.type", "be another with an offloaded optimizer", kind, hint))
+            hint = 'Its kernels run on a GPU: use "CPUAdam" or "AdamW".'
+            problems.append(Problem("optimizer.type", "be another type with an offloaded optimizer", kind, hint))
         if kind == "ApexFusedAdam" and stage == 3:
-            hint = "It counts steps per group, and ZeRO-3 steps a group in several parts."
-            problems.append(Problem("optimizer.type", "be another in stage 3", kind, hint))
+            hint = "It counts steps per parameter group, and ZeRO-3 steps a group in several parts."
+            problems.append(Problem("optimizer.type", "be another type in stage 3", kind, hint))
         if self.fp16.enabled and self.bf16.enabled is True:
             problems.append(Problem("fp16.enabled", "be false while `bf16.enabled` is true", True, "Choose one."))
         refuse_if(problems)
         return self
 
     def batch_split(self, world_size: int) -> BatchSplit:
-        """The batch sizes of a run over `world_size` processes; ConfigError where they do not fit together.
+        """Return the batch sizes of a run; missing ones follow from global = micro x accumulation x processes.
 
-        DeepSpeed's rule: global = micro x accumulation x processes, and whichever number is missing follows.
+        Args:
+            world_size: number of processes.
+        Raises:
+            ConfigError: the sizes contradict each other.
         """
         total, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
         accumulation = self.gradient_accumulation_steps
@@ -219,7 +222,7 @@ class DeepSpeedConfig(Section):
             micro = max(1, total // (accumulation * world_size))
         product = micro * accumulation * world_size
         if total is not None and total != product:
-            # the smallest step by which the global batch can change, given what the file fixes
+            # smallest step by which the global batch can change, given the sizes in the file
             unit = (self.train_micro_batch_size_per_gpu or 1) * world_size * (self.gradient_accumulation_steps or 1)
             fixes = sorted({max(1, total // unit) * unit, -(-total // unit) * unit})
             must = (
@@ -231,11 +234,11 @@ class DeepSpeedConfig(Section):
         return BatchSplit(product, micro, accumulation, world_size)
 
     def needs_deepspeed(self, world_size: int) -> bool:
-        """True for more than one process, ZeRO, or offload; otherwise plain torch does it."""
+        """Return whether a run needs DeepSpeed (several processes, ZeRO or offload) instead of plain torch."""
         return world_size > 1 or self.zero_optimization.stage > 0 or self.zero_optimization.offloads
 
     def without_effect(self, world_size: int) -> dict[str, str]:
-        """Return the dotted keys that differ from their defaults and that no part of a run reads, each with the reason.
+        """Return the dotted keys that differ from their defaults but have no effect, each with the reason.
 
         Args:
             world_size: number of processes.
@@ -249,7 +252,7 @@ class DeepSpeedConfig(Section):
         return {key: reason for key, reason in reasons.items() if reason is not None}
 
     def for_deepspeed(self, world_size: int) -> dict[str, Any]:
-        """Return what DeepSpeed gets: the keys of the file without those that have no effect."""
+        """Return the keys of the file that have an effect, for DeepSpeed."""
         settings = self.asked_for()
         for key in self.without_effect(world_size):
             *sections, name = key.split(".")
@@ -263,20 +266,20 @@ class DeepSpeedConfig(Section):
         return settings
 
     def monitor_packages(self) -> dict[str, str]:
-        """Return the packages that the monitors that are switched on need, by the name of the monitor."""
+        """Return the package of each enabled monitor, by the name of the monitor."""
         enabled = {name: getattr(self, name) for name in _MONITORS}
         return {name: _MONITORS[name] for name, section in enabled.items() if section is not None and section.enabled}
 
     def asked_for(self) -> dict[str, Any]:
-        """The keys as they stood in the file, without defaults."""
+        """Return the keys in the file, without defaults."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     def _changed(self) -> list[str]:
-        """Dotted keys that differ from their defaults. A section counts as a whole where only DeepSpeed reads it."""
+        """Return the dotted keys that differ from their defaults; sections that only DeepSpeed reads count as one."""
         return [key for name in type(self).model_fields if name not in _ALWAYS for key in _changed_in(self, name)]
 
     def _why_idle(self, key: str, world_size: int) -> str | None:
-        """The reason why a key has no effect under DeepSpeed; None where it has one."""
+        """Return why a key has no effect under DeepSpeed, or None if it has one."""
         if key in _NEVER:
             return _NEVER[key]
         section, _, name = key.partition(".")
@@ -325,7 +328,7 @@ def _changed_in(section: Section, name: str, prefix: str = "") -> Iterable[str]:
 
 
 def refused(raw: dict[str, Any]) -> list[str]:
-    """Sentences for the DeepSpeed keys in `raw` that a run here refuses on purpose."""
+    """Return a sentence for each key in `raw` that DeepSpeed accepts and d2v_fast refuses."""
     return [
         f"`{key}` (value {show(raw[key])}) is not available here. {'Leave it out.' if _is_off(raw[key]) else why}"
         for key, why in REFUSED_KEYS.items()

@@ -1,12 +1,12 @@
-"""The sections of DeepSpeed's part of the configuration file, key by key.
+"""The sections of DeepSpeed's part of the configuration file.
 
-`tests/config/test_deepspeed_keys.py` compares the keys with those of the installed DeepSpeed. A key that is not here is
-refused, with the nearest one, or with the sentence that `hints` of its section holds.
+`tests/config/test_deepspeed_keys.py` compares the keys with those of the installed DeepSpeed. An unknown key is refused
+with the nearest known key, or with the advice in `hints` of its section.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
@@ -14,32 +14,32 @@ from typing_extensions import Self
 from d2v_fast.config.errors import PathText, Problem, Section, refuse_if
 
 
-def _integral(value: Any) -> Any:
+def _integral(value: object) -> object:
     # DeepSpeed files write element counts as 5e8, which JSON reads as a float
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _auto_or_bool(value: Any) -> Any:
+def _auto_or_bool(value: object) -> object:
     if isinstance(value, bool) or value == "auto":
         return value
     raise ValueError('be true, false or "auto"')
 
 
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
-AutoBool = Annotated[Any, BeforeValidator(_auto_or_bool)]
+AutoBool = Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)]
 
 
 class AdamWParams(Section):
-    """Adam with decoupled weight decay. `d2v.decay_1d` says whether 1-D parameters have it as well."""
+    """Adam with decoupled weight decay, which `d2v.decay_1d` extends to 1-D parameters."""
 
     hints: ClassVar[dict[str, str]] = {
         "max_grad_norm": "Write it as `gradient_clipping`.",
-        "torch_adam": "`optimizer.type` says whose Adam it is.",
+        "torch_adam": "`optimizer.type` selects the implementation.",
         "adam_w_mode": "Weight decay is always decoupled.",
         "adamw_mode": "Weight decay is always decoupled.",
-        "bias_correction": "The moments are always corrected.",
+        "bias_correction": "Bias correction is always on.",
         "amsgrad": "AMSGrad is not supported.",
-        "fused": 'It is: "AdamW" is torch\'s fused one.',
+        "fused": '`optimizer.type` "AdamW" is always torch\'s fused implementation.',
     }
 
     lr: float = Field(gt=0, le=1e6)
@@ -51,8 +51,12 @@ class AdamWParams(Section):
 
 
 class OptimizerConfig(Section):
-    """`AdamW` is torch's fused one, `FusedAdam` DeepSpeed's for GPUs, `CPUAdam` DeepSpeed's for an optimizer that is
-    offloaded to the host, `ApexFusedAdam` that of NVIDIA's apex. DeepSpeed compiles its own at their first use."""
+    """The optimizer. DeepSpeed compiles its own types at their first use.
+
+    Attributes:
+        type: "AdamW" is torch's fused implementation, "FusedAdam" DeepSpeed's for GPUs, "CPUAdam" DeepSpeed's for
+            offload to the host, and "ApexFusedAdam" that of NVIDIA's apex.
+    """
 
     hints: ClassVar[dict[str, str]] = {"legacy_fusion": '`type` "ApexFusedAdam" is the optimizer of NVIDIA\'s apex.'}
 
@@ -61,16 +65,16 @@ class OptimizerConfig(Section):
 
     @field_validator("type", mode="before")
     @classmethod
-    def _name_adamw(cls, value: Any) -> Any:
-        # DeepSpeed reads this name without regard to case, and means decoupled decay by "Adam" as well
+    def _name_adamw(cls, value: object) -> object:
+        # DeepSpeed ignores case here, and its "Adam" has decoupled weight decay as well
         if isinstance(value, str) and value != "AdamW" and value.lower() in ("adam", "adamw"):
-            hint = 'The decay is decoupled, as in DeepSpeed\'s "Adam" unless `adam_w_mode` is false.'
+            hint = 'Weight decay is decoupled, as in DeepSpeed\'s "Adam" with its default `adam_w_mode`.'
             refuse_if([Problem("", 'be "AdamW"', value, hint)])
         return value
 
 
 class Bf16Config(Section):
-    """`enabled` "auto" means: on a GPU that computes in bf16, and nowhere else."""
+    """bf16 compute. `enabled` "auto" enables it on GPUs that support bf16."""
 
     enabled: AutoBool = False
     immediate_grad_update: bool = False
@@ -80,10 +84,10 @@ class Bf16Config(Section):
 
 
 class Fp16Config(Section):
-    """Loss-scaled half precision, DeepSpeed's own: `loss_scale` 0 is dynamic."""
+    """DeepSpeed's fp16 compute with loss scaling; `loss_scale` 0 is dynamic."""
 
     hints: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("opt_level", "fp16_opt_level"), "It is of NVIDIA's apex, which is not used: leave it out."
+        ("opt_level", "fp16_opt_level"), "It belongs to NVIDIA's apex, which is not used: leave it out."
     )
 
     enabled: bool = False
@@ -120,10 +124,10 @@ class OffloadParamConfig(Section):
 
 
 class ZeroConfig(Section):
-    """ZeRO: which of optimizer state (1), gradients (2) and parameters (3) are sharded over the ranks."""
+    """ZeRO: stage 1 shards the optimizer state over the ranks, stage 2 also gradients, stage 3 also parameters."""
 
     hints: ClassVar[dict[str, str]] = {
-        # names that DeepSpeed has given up, or takes beside those of this class
+        # deprecated names of DeepSpeed, and aliases
         "cpu_offload": 'Write it as `zero_optimization.offload_optimizer.device`: "cpu". False is "none" there.',
         "cpu_offload_param": 'Write it as `zero_optimization.offload_param.device`: "cpu". False is "none" there.',
         "cpu_offload_params": 'Write it as `zero_optimization.offload_param.device`: "cpu". False is "none" there.',
@@ -140,14 +144,14 @@ class ZeroConfig(Section):
                 *("module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
             )
         },
-        # what DeepSpeed would take, and a run here does not
+        # keys that DeepSpeed accepts and d2v_fast refuses
         "compute_grad_norm": "The norm of the gradient is always computed: it decides whether a step is applied.",
         "elastic_checkpoint": "A checkpoint of d2v_fast can be resumed with any number of processes and any stage.",
         "leaf_module": "The encoders have no modules that must be gathered as a whole.",
         "pipeline_loading_checkpoint": "Checkpoints are d2v_fast's own.",
         "save_muon_momentum_buffer_in_memory": "The Muon optimizer is not supported.",
         "zenflow": "ZenFlow applies gradients late, and the teacher follows what is applied.",
-        # what DeepSpeed has removed
+        # keys that DeepSpeed has removed
         "mics_shard_size": "DeepSpeed has removed MiCS.",
         "mics_hierarchical_params_gather": "DeepSpeed has removed MiCS.",
         "zeropp_loco_param": "DeepSpeed has removed LoCo: `zero_quantized_gradients` works without it.",
@@ -189,7 +193,7 @@ class ZeroConfig(Section):
 
     @property
     def offloads(self) -> bool:
-        """True where anything is asked to live outside the accelerator."""
+        """Whether optimizer state or parameters are offloaded to the host."""
         sections = (self.offload_optimizer, self.offload_param)
         return any(section is not None and section.device != "none" for section in sections)
 
@@ -199,15 +203,15 @@ class ZeroConfig(Section):
         if self.legacy_stage1:
             problems.append(Problem("legacy_stage1", "be false", True, "DeepSpeed has removed its old stage 1."))
         if self.offload_optimizer is not None and self.offload_optimizer.ratio < 1 and self.stage != 3:
-            hint = "A part of the optimizer can only be offloaded in stage 3."
+            hint = "Only stage 3 can offload a part of the optimizer."
             problems.append(Problem("offload_optimizer.ratio", "be 1", self.offload_optimizer.ratio, hint))
         for name in ("offload_param", "offload_optimizer"):
             section = getattr(self, name)
             if section is not None and section.device == "nvme":
-                hint = "The teacher follows fp32 values that are in memory."
+                hint = "The teacher needs the fp32 values in memory."
                 problems.append(Problem(f"{name}.device", 'be "cpu" or "none"', "nvme", hint))
         if self.offload_param is not None and self.offload_param.device == "cpu" and self.stage != 3:
-            hint = "Parameters can only be offloaded in stage 3."
+            hint = "Only stage 3 can offload parameters."
             problems.append(Problem("stage", "be 3 with `offload_param`", self.stage, hint))
         if self.offload_optimizer is not None and self.offload_optimizer.device == "cpu" and self.stage == 0:
             hint = "Offloading the optimizer shards it first: use stage 1, 2 or 3."

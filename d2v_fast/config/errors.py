@@ -1,6 +1,6 @@
-"""Base class of every configuration section, and the one error that lists everything wrong with a file.
+"""Base class of the configuration sections, and the error that lists every problem of a file.
 
-No torch here: a wrong file must be refused before anything heavy is imported.
+Nothing here imports torch, so that a wrong file is refused at once.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _EXPECTED = {
 }
 
 
-# beyond any model, and small enough to be checked at once
+# sizes: beyond any model, and small enough to check at once
 MAX_SIZE = 1 << 16
-# beyond any run: steps and what is counted in them, samples, loader workers
+# beyond any run: optimizer steps, samples, loader workers
 MAX_STEPS = 10**12
 MAX_SAMPLES = 10**9
 MAX_WORKERS = 1024
-# what every key can hold: counters are 64-bit integers, and what is computed with is fp32
+# limits of every key: counters are 64-bit integers, computed values are fp32
 _MAX_INTEGER = 2**63 - 1
 _MAX_FLOAT = 1e38
 
@@ -53,7 +53,7 @@ def _expanded(text: str) -> str:
         raise ValueError(error.must) from None
 
 
-# the type of every key that holds a path
+# type of every key that holds a path
 PathText = Annotated[str, AfterValidator(_expanded)]
 
 
@@ -73,7 +73,14 @@ class ConfigError(UserError, ValueError):
 
 
 class Problem(NamedTuple):
-    """One impossible value: `key` (dotted, within its section) must `must`, but is `value`; `hint` helps."""
+    """A value that a section refuses. `say` makes the sentence "`key` must `must`, but is `value` instead. `hint`".
+
+    Attributes:
+        key: dotted key within its section.
+        must: what the value must do, beginning with a verb.
+        value: as in the file.
+        hint: what to do, as a sentence; may be empty.
+    """
 
     key: str
     must: str
@@ -82,9 +89,9 @@ class Problem(NamedTuple):
 
 
 class Section(BaseModel):
-    """Frozen, strict (no text for numbers, no 1.0 for 1), no unknown keys, no NaN or infinity."""
+    """A section of the configuration: frozen, strictly typed (1.0 is no integer), finite, without unknown keys."""
 
-    # by unknown key, what to do instead of taking the nearest known one
+    # unknown key -> advice, instead of the nearest known key
     hints: ClassVar[dict[str, str]] = {}
     # fields that every subclass must define
     required: ClassVar[tuple[str, ...]] = ()
@@ -99,7 +106,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
-        """Refuse numbers that no later computation could hold, whatever the key."""
+        """Refuse numbers that 64-bit integers or fp32 cannot hold."""
         refuse_if(
             Problem(key, f"be of a magnitude of at most {_limit_of(one):g}", value)
             for key, value in self
@@ -114,7 +121,7 @@ def _limit_of(number: float) -> float:
 
 
 def refuse_if(problems: Iterable[Problem]) -> None:
-    """Raise what a pydantic validator may raise when there is any problem."""
+    """Raise the error of a pydantic validator if there is any problem."""
     found = [problem._asdict() for problem in problems]
     if found:
         text = "; ".join(say(Problem(**problem)) for problem in found)
@@ -122,31 +129,32 @@ def refuse_if(problems: Iterable[Problem]) -> None:
 
 
 def say(problem: Problem, prefix: str = "") -> str:
-    """The problem as a sentence; `prefix` is the dotted key of the section that holds it."""
+    """Return the problem as a sentence; `prefix` is the dotted key of its section."""
     key = ".".join(part for part in (prefix, problem.key) if part)
     text = f"`{key}` must {problem.must}, but is {show(problem.value)} instead."
     return f"{text} {problem.hint}".rstrip()
 
 
 def problem_of_heads(width: int, heads: int) -> list[Problem]:
-    """The problem of attention heads that do not divide the width, if there is one."""
+    """Return a problem if the number of attention heads does not divide the width, else nothing."""
     if width % heads == 0:
         return []
     divisors = [n for n in range(1, width + 1) if width % n == 0]
     near = min(divisors, key=lambda n: abs(n - heads))
-    hint = f"The nearest number of heads that does is {near}."
+    hint = f"The nearest divisor is {near}."
     return [Problem("heads", f"divide `width` ({width})", heads, hint)]
 
 
 def check(
     model: type[AnySection], raw: Any, prefix: str = "", also: Iterable[str] = ()
 ) -> tuple[AnySection | None, list[str]]:
-    """The section, or None, and every problem as a sentence with dotted key, value and nearest valid key.
+    """Validate a section; return it, or None and every problem as a sentence.
 
     Args:
-        raw: what the file holds for this section.
-        prefix: dotted key of `model` in the file.
-        also: dotted keys outside `model` that a misplaced key may have meant.
+        model: class of the section.
+        raw: content of the section in the file.
+        prefix: dotted key of the section in the file.
+        also: dotted keys of other sections, to suggest for a misplaced key.
     """
     problems: list[str] = []
     try:
@@ -157,7 +165,7 @@ def check(
     elsewhere = [*known_keys(model, prefix), *also]
     unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
     if unknown:
-        # without the unknown keys, so that what else is wrong in those sections comes to light as well
+        # check again without the unknown keys, to find the other problems of those sections
         problems += [_sentence(detail, model, prefix, elsewhere) for detail in unknown]
         _, more = check(model, _without(raw, [detail["loc"] for detail in unknown]), prefix, also)
         return None, problems + more
@@ -171,7 +179,7 @@ def check(
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all keys below `model`, sections included."""
+    """Return the dotted names of all keys below `model`, including sections."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         key = f"{prefix}.{name}" if prefix else name
@@ -183,7 +191,7 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest_key(key: str, siblings: Iterable[str], elsewhere: Iterable[str]) -> str:
-    """A hint for an unknown dotted key: the closest sibling, or the same name in another section."""
+    """Return a hint for an unknown dotted key: the closest sibling, or the same name in another section."""
     section, _, name = key.rpartition(".")
     close = difflib.get_close_matches(name, list(siblings), n=1, cutoff=0.6)
     if close:
@@ -199,7 +207,7 @@ def nearest_key(key: str, siblings: Iterable[str], elsewhere: Iterable[str]) -> 
 
 
 def show(value: Any) -> str:
-    """The value as it would stand in the JSON file, shortened."""
+    """Return the value as JSON, shortened."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -229,8 +237,8 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel], prefix: str, elsewhe
         expected = _interval(model, loc) or detail["msg"].removeprefix("Input should ")
     else:
         expected = detail["msg"].removeprefix("Input should ").removeprefix("Value error, ")
-    # what tools that fill in a DeepSpeed file themselves expect there
-    hint = " `auto` is filled in by Transformers' Trainer: write the value." if detail["input"] == "auto" else ""
+    # Transformers fills in "auto" in DeepSpeed files
+    hint = " Only Transformers' Trainer fills in `auto`: write the value." if detail["input"] == "auto" else ""
     return f"`{key}` must {expected}, but is {show(detail['input'])} instead.{hint}"
 
 

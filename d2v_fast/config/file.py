@@ -1,4 +1,4 @@
-"""The text of a configuration file: read without what Python's reader would let pass, overridden, and compared."""
+"""Read the text of a configuration file strictly, override keys, and compare configurations."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from d2v_fast.config.errors import ConfigError, show
 from d2v_fast.files.reading import parse_json
 
-# a link to configs/ in the source tree, a folder of its own in a package
+# in the source tree a link to configs/, in an installed package a folder
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def preset_names() -> list[str]:
-    """Return the names of all configurations that come with this library, sorted."""
+    """Return the names of the configurations that come with this library, sorted."""
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
 def configuration_file(path: str | Path) -> Path:
-    """Return the file of a configuration: the path, or the preset of this name where there is no such file.
+    """Return `path` if it exists, else the preset of this name.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: neither exists.
     """
     path = Path(path)
     names = preset_names()
@@ -40,10 +40,13 @@ def configuration_file(path: str | Path) -> Path:
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of `raw` with `dotted.key=value` assignments made; sections that are missing are created.
+    """Return a copy of `raw` with overrides applied; missing sections are created.
 
+    Args:
+        raw: a configuration as nested dictionaries.
+        overrides: `dotted.key=value` each; the value is JSON, or else text.
     Raises:
-        ConfigError: one is no assignment, or two are to the same key, or to a section and a key in it.
+        ConfigError: an override is not of this form, or two set the same key or a section and a key in it.
     """
     result: dict[str, Any] = json.loads(json.dumps(raw))
     made: dict[tuple[str, ...], str] = {}
@@ -66,7 +69,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys that differ between two configurations, as `key: old -> new`."""
+    """Return a line `key: old -> new` for each dotted key that differs between two configurations."""
     lines: list[str] = []
     for key in dict.fromkeys([*old, *new]):
         before, after, dotted = old.get(key), new.get(key), f"{prefix}{key}"
@@ -78,7 +81,14 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 
 def read_sections(text: str, source: str) -> dict[str, Any]:
-    """Parse, refusing what Python's reader would let pass: duplicate keys, NaN and infinity."""
+    """Parse JSON; refuse duplicate keys, NaN and infinity, which Python's parser accepts.
+
+    Args:
+        text: content of the file.
+        source: name of the file, for errors.
+    Raises:
+        ConfigError: with every problem of the text.
+    """
     problems: list[str] = []
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def read_sections(text: str, source: str) -> dict[str, Any]:
                 first, second = show(seen[key]), show(value)
                 problems.append(f"`{key}` appears twice in one section ({first}, then {second}). Remove one.")
             if not key.isprintable():
-                problems.append(f"`{key}` is not a known key: it holds letters that cannot be printed.")
+                problems.append(f"`{key}` is not a known key: it holds unprintable characters.")
             seen[key] = value
         return seen
 
@@ -96,7 +106,7 @@ def read_sections(text: str, source: str) -> dict[str, Any]:
         raw = parse_json(
             text,
             object_pairs_hook=without_duplicates,
-            parse_constant=lambda name: problems.append(f"`{name}` is not a number that JSON knows."),
+            parse_constant=lambda name: problems.append(f"`{name}` is not a JSON number."),
         )
     except ValueError as error:
         raise ConfigError([f"not a configuration: {error}"], source) from None
@@ -108,7 +118,7 @@ def read_sections(text: str, source: str) -> dict[str, Any]:
 
 
 def _override_value(text: str) -> Any:
-    """Return the value of an override: JSON, or else the text itself."""
+    """Parse the value of an override as JSON, or return the text itself."""
     try:
         return parse_json(text, object_pairs_hook=_without_duplicates)
     except ConfigError:

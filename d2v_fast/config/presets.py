@@ -1,4 +1,4 @@
-"""The configurations that come with this library, in the source tree and in an installed package alike."""
+"""The configurations that come with this library."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from d2v_fast.files.reading import read_json
 
 _MAX_BYTES = 1_000_000
 
-# by name: parameters of the encoder, which a test counts (to build one takes longer than anybody waits for a list), and
-# what it is for
+# name -> parameters of the encoder, which a test counts since building one is slow, and purpose
 _ABOUT = {
-    "digits": ("451 k", "handwritten digits that scikit-learn ships: a first run, in minutes"),
-    "digits_long": ("563 k", "the same for 20 minutes, beyond raw pixels"),
-    "images_small": ("2.75 M", "a folder of your own images, on one GPU or a patient CPU"),
-    "speech": ("2.55 M", "300 spoken words that this library ships"),
+    "digits": ("451 k", "first run: the handwritten digits of scikit-learn, in minutes"),
+    "digits_long": ("563 k", "the same for 20 minutes; better than raw pixels"),
+    "images_small": ("2.75 M", "a folder of your own images, on one GPU (or slowly on a CPU)"),
+    "speech": ("2.55 M", "300 spoken words that come with this library"),
     "speech_base": ("93.2 M", "the published Base run, for a folder of recordings"),
     "speech_large": ("313 M", "the published Large run, for a folder of recordings"),
-    "speech_small": ("2.55 M", "a folder of your own recordings, on one GPU or a patient CPU"),
+    "speech_small": ("2.55 M", "a folder of your own recordings, on one GPU (or slowly on a CPU)"),
     "text_small": (
         "11.5 M",
-        "your own text and a tokenizer (parameters: with 50,265 tokens), on one GPU or a patient CPU",
+        "your own text and a tokenizer (here of 50,265 tokens), on one GPU (or slowly on a CPU)",
     ),
-    "text": ("735 k", "the reference pages that Python carries"),
+    "text": ("735 k", "the reference pages of Python"),
     "text_base": ("124 M", "the published Base run, for a folder of text and a tokenizer"),
     "text_large": ("354 M", "the published Large run, for a folder of text and a tokenizer"),
     "vision_base": ("85.7 M", "the published ViT-B run, for a folder of images"),
@@ -40,7 +39,7 @@ _UNSAID = "?"
 
 
 def list_presets() -> str:
-    """A table: name, modality, sizes of the encoder, its parameters, and what it is for."""
+    """Return a table of all presets: name, modality, size of the encoder, parameters, purpose."""
     rows = [("name", "modality", "blocks x width", "parameters", "")]
     for name in preset_names():
         config = read_preset(name)
@@ -52,10 +51,11 @@ def list_presets() -> str:
 
 
 def preset_text(name: str) -> str:
-    """The file of a configuration.
+    """Return the text of a preset.
 
     Raises:
-        ValueError: there is none of this name.
+        OptionError: there is no preset of this name.
+        ValueError: the library is installed without presets.
     """
     known = preset_names()
     if name not in known:
@@ -67,14 +67,14 @@ def preset_text(name: str) -> str:
 
 
 def write_preset(name: str | None, to: Path, overwrite: bool = False) -> str:
-    """Write a configuration to a file; returns a line for the user.
+    """Write a preset to a file, and return a line for the user.
 
     Args:
-        name: of the configuration.
-        to: the file.
-        overwrite: replace it where it exists.
+        name: name of the preset.
+        to: file to write.
+        overwrite: replace the file if it exists.
     Raises:
-        ValueError: there is none of this name, or the file exists.
+        OptionError: there is no preset of this name, or the file exists.
     """
     if name is None:
         raise OptionError(
@@ -90,11 +90,11 @@ def write_preset(name: str | None, to: Path, overwrite: bool = False) -> str:
 
 
 def read_preset(name: str) -> D2VConfig:
-    """The `"d2v"` section of a configuration; what its user has to say (where the data is) is "?"."""
+    """Return the `"d2v"` section of a preset; keys that the user must fill in, such as `data.path`, are "?"."""
     raw: Any = read_json(PRESETS / f"{name}.json", _MAX_BYTES)["d2v"]
     unsaid = {key for key in ("path", "tokenizer") if key in raw["data"] and raw["data"][key] is None}
     data = raw["data"] | dict.fromkeys(unsaid, _UNSAID)
     config, problems = check_d2v({**raw, "data": data})
     if config is None:
-        raise ValueError(f"{PRESETS / name}.json is not a configuration: {problems[0]}")
+        raise ValueError(f"{PRESETS / name}.json is not a configuration: {problems[0]} Install d2v_fast again.")
     return config

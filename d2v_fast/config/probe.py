@@ -1,4 +1,4 @@
-"""The section `"d2v.probe"`: on which labels the features are probed, and how."""
+"""The section `"d2v.probe"`: how features are evaluated, and on which labels."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from d2v_fast.config.errors import MAX_SAMPLES, PathText, Section
 
 
 class ProbeConfig(Section):
-    """k-nearest-neighbor and linear probe on labeled data; `every_epochs` 0 means only at the end.
+    """k-nearest-neighbor and linear probe of frozen features on labeled data.
 
-    `path` is a folder of labeled data, of which every sub-folder is a class; without it, the sample sets have labels
-    of their own. Of each class `test_fraction` is held out. At most `max_samples` samples are used, as evenly over the
-    classes as there are enough.
+    Attributes:
+        every_epochs: epochs between probes; 0 probes at the end only.
+        labels_per_class: labels per class for the probe with few labels.
+        num_draws: random draws of those labels.
+        neighbours: k of the k-nearest-neighbor probe.
+        path: folder with one sub-folder for each class; None uses the labels of the sample data.
+        test_fraction: fraction of each class that is held out.
+        max_samples: most samples to use, spread as evenly over the classes as they allow.
     """
 
     every_epochs: int = Field(default=0, ge=0, le=10**6)

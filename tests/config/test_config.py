@@ -197,7 +197,7 @@ def test_every_problem_is_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("d2v__model__heads", 7, "must divide `width` (768), but is 7 instead. The nearest number of heads"),
+        ("d2v__model__heads", 7, "must divide `width` (768), but is 7 instead. The nearest divisor is"),
         ("d2v__model__image_size", 230, "must be a multiple of `patch_size` (16), but is 230 instead"),
         ("d2v__mask__num_patches", 300, "must be in [1, 195], but is 300 instead"),
         ("d2v__mask__num_patches", 196, "must be in [1, 195], but is 196 instead"),
@@ -309,8 +309,8 @@ def test_overrides_are_json(tmp_path: Path) -> None:
             '{"train_batch_size": 8, "train_batch_size": 9}',
             "`train_batch_size` appears twice in one section (8, then 9)",
         ),
-        ('{"gradient_clipping": NaN}', "`NaN` is not a number that JSON knows"),
-        ('{"gradient_clipping": -Infinity}', "`-Infinity` is not a number"),
+        ('{"gradient_clipping": NaN}', "`NaN` is not a JSON number"),
+        ('{"gradient_clipping": -Infinity}', "`-Infinity` is not a JSON number"),
         ("{\n  'a': 1}", "not valid JSON: Expecting property name enclosed in double quotes at line 2, column 3"),
         ("[1]", "must hold one section {...}, but holds [1] instead"),
         ("[" * 100_000, "nested too deeply"),

@@ -52,12 +52,12 @@ def test_accepted(kind: str, stages: tuple[int, ...], zero: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("kind", "stage", "zero", "words"),
     [
-        ("FusedAdam", 0, {}, "Only torch's AdamW can leave out a step that is not finite"),
-        ("CPUAdam", 0, {}, "Only torch's AdamW can leave out a step that is not finite"),
-        ("ApexFusedAdam", 0, {}, "Only torch's AdamW can leave out a step that is not finite"),
-        ("CPUAdam", 2, {}, 'Set `zero_optimization.offload_optimizer.device` to "cpu", or take another'),
-        ("FusedAdam", 2, ON_HOST, 'Its kernels run on a GPU: take "CPUAdam" or "AdamW"'),
-        ("ApexFusedAdam", 1, ON_HOST, 'Its kernels run on a GPU: take "CPUAdam" or "AdamW"'),
+        ("FusedAdam", 0, {}, "Without ZeRO, only torch's AdamW can skip a step with a non-finite gradient"),
+        ("CPUAdam", 0, {}, "Without ZeRO, only torch's AdamW can skip a step with a non-finite gradient"),
+        ("ApexFusedAdam", 0, {}, "Without ZeRO, only torch's AdamW can skip a step with a non-finite gradient"),
+        ("CPUAdam", 2, {}, 'Set `zero_optimization.offload_optimizer.device` to "cpu", or choose another type'),
+        ("FusedAdam", 2, ON_HOST, 'Its kernels run on a GPU: use "CPUAdam" or "AdamW"'),
+        ("ApexFusedAdam", 1, ON_HOST, 'Its kernels run on a GPU: use "CPUAdam" or "AdamW"'),
         ("ApexFusedAdam", 3, {}, "It counts steps per group, and ZeRO-3 steps a group in several parts"),
     ],
 )
