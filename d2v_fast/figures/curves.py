@@ -1,4 +1,4 @@
-"""`curves.png`: what a run logged over its steps, with the limits of the collapse check and the probes."""
+"""`curves.png`: the logged values of a run over its steps, the limits of the collapse check, and the probes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 Entry = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, float]]
 
-# panels beside the deviations: title, and the key of the log
+# title and log key of the panels besides the deviations
 _PANELS = (("loss", "loss"), ("learning rate", "lr"), ("gradient norm", "grad_norm"))
 _DEVIATIONS = {"target": "C0", "prediction": "C1"}
-# of networks that train; every other name in a probe is a baseline
+# networks that train; other names in a probe are baselines
 _TRAINED = {"student": "C0", "teacher": "C1"}
 _PANELS_PER_ROW = 3
 # inches
 _PANEL_WIDTH, _PANEL_HEIGHT = 4.6, 3.1
-# the part of the deviations' axis that is linear, so that zero has a place on it
+# the deviations' axis is linear up to this value, so that it can show zero
 _LINEAR_UP_TO = 0.01
 
 
 def draw_curves(
     entries: Sequence[Entry], path: Path, guard: GuardConfig | None = None, probes: Sequence[Entry] = ()
 ) -> None:
-    """Replace the PNG file `path` by `curves_figure`."""
+    """Write `curves_figure` to the PNG file `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = curves_figure(entries, guard, probes)
@@ -45,11 +45,11 @@ def curves_figure(entries: Sequence[Entry], guard: GuardConfig | None = None, pr
     """Draw loss, deviations, learning rate, gradient norm and probes over the steps.
 
     Args:
-        entries: Of `log.jsonl`.
-        guard: Its limits are drawn beside the deviations; None draws none.
-        probes: Of `probe.json`.
+        entries: entries of `log.jsonl`.
+        guard: limits to draw in the panel of the deviations; None draws none.
+        probes: entries of `probe.json`.
     Raises:
-        ImportError: There is no matplotlib.
+        ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
@@ -59,7 +59,7 @@ def curves_figure(entries: Sequence[Entry], guard: GuardConfig | None = None, pr
     rows = math.ceil(num_panels / columns)
     width, height = columns * _PANEL_WIDTH, rows * _PANEL_HEIGHT
     figure = Figure(figsize=(width, height))
-    # by hand: an automatic layout draws everything twice
+    # an automatic layout would draw everything twice
     figure.subplots_adjust(
         left=0.6 / width, right=1 - 0.15 / width, bottom=0.55 / height, top=1 - 0.35 / height, hspace=0.4, wspace=0.2
     )
@@ -83,7 +83,7 @@ def _plot(axes: Axes, title: str, entries: Sequence[Entry], key: str) -> None:
 
 
 def _plot_deviations(axes: Axes, entries: Sequence[Entry], guard: GuardConfig | None) -> None:
-    """Both deviations from zero on, logarithmic above `_LINEAR_UP_TO`, and the limit of each as a dashed line."""
+    """Draw both deviations on an axis that is logarithmic above `_LINEAR_UP_TO`, and their limits as dashed lines."""
     highest = 1.0
     for what, color in _DEVIATIONS.items():
         steps, values = _points(entries, f"{what}_std")
@@ -102,7 +102,7 @@ def _plot_deviations(axes: Axes, entries: Sequence[Entry], guard: GuardConfig | 
 
 
 def _plot_probe(axes: Axes, question: str, by_step: Mapping[int, Scores]) -> None:
-    """The linear probe on all labels: networks that train over the steps, and the baselines as dotted lines."""
+    """Draw the accuracy of the linear probe with all labels over the steps, and baselines as dotted lines."""
     names = dict.fromkeys(name for scores in by_step.values() for name in scores)
     last = by_step[max(by_step)]
     for name in names:
@@ -128,7 +128,7 @@ def _points(entries: Sequence[Entry], key: str) -> tuple[list[int], list[float]]
 
 
 def _questions(probes: Sequence[Entry]) -> dict[str, dict[int, Scores]]:
-    """Scores by question and step; a probe of one question has the name ""."""
+    """Return the scores by question and step; the question of a probe with only one is ""."""
     found: dict[str, dict[int, Scores]] = {}
     for probe in probes:
         step, scores = probe["step"], {key: value for key, value in probe.items() if key != "step"}

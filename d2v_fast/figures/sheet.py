@@ -1,4 +1,4 @@
-"""What pictures of images and of recordings share: which samples are shown, and where each stands on the sheet."""
+"""Sheets of samples: which samples a picture shows, and where each stands. Images and recordings share it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_COUNT = 24
-# samples beside each other
+# samples side by side
 PER_ROW = 8
 # letters of a line under a sample
 MAX_LETTERS = 20
-# samples that are tried for one that is shown
+# consecutive samples to try in place of one that cannot be shown
 _TRIES = 64
 # inches
 _LEFT, _HEADER = 1.05, 0.5
@@ -34,17 +35,16 @@ _Sample = TypeVar("_Sample")
 
 
 def choose_samples(num_samples: int, count: int, read: Callable[[int], _Sample]) -> dict[int, _Sample]:
-    """Read samples spread evenly over a data set, in their order; each of those that cannot be shown is replaced by the
-    next that can.
+    """Read samples that are spread evenly over a data set. An unreadable sample is replaced by the next readable one.
 
     Args:
-        num_samples: In the data set.
-        count: Samples to show.
-        read: From a sample id to what is shown. A DataError says that the sample cannot be shown.
+        num_samples: size of the data set.
+        count: number of samples to read.
+        read: returns the sample of an id, or raises DataError if it cannot be shown.
     Returns:
-        What `read` returned by sample id; fewer than `count` where the data set has no more.
+        What `read` returned, by sample id in ascending order; fewer than `count` if the data set has no more.
     Raises:
-        DataError: No sample can be shown.
+        DataError: no sample can be shown.
     """
     found: dict[int, _Sample] = {}
     tried: set[int] = set()
@@ -66,19 +66,25 @@ def choose_samples(num_samples: int, count: int, read: Callable[[int], _Sample])
 
 
 def say_if_fewer(num_shown: int, count: int, what: str) -> None:
-    """Print a line on the error stream if fewer samples than asked for are shown."""
+    """Warn on stderr if the data set has fewer samples than the user asked for.
+
+    Args:
+        num_shown: samples in the picture.
+        count: samples asked for.
+        what: plural of a sample, such as "images".
+    """
     if num_shown < count:
-        print(f"{num_shown} {what} are drawn: there are no {count} different ones that can be read", file=sys.stderr)
+        print(f"only {num_shown} {what} are drawn: the data set has no {count} readable ones", file=sys.stderr)
 
 
 def label_of(name: str) -> str:
-    """A file's name for its picture: its folder and its own name on a line each, with long ones shortened."""
+    """Return the label of a file: its folder and its name, on one line each, shortened if they are long."""
     folder, own = os.path.split(name)
     return "\n".join(_shortened(printable(part)) for part in (os.path.basename(folder), own) if part)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure; letters that the font lacks become boxes without a warning each."""
+    """Write a figure; letters that the font lacks become boxes, without one warning each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         with replaced(path) as part:
@@ -86,47 +92,51 @@ def save_figure(figure: Figure, path: Path) -> None:
             figure.savefig(part, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
+@dataclass(frozen=True)
+class Spacing:
+    """Sizes in a `Sheet`, in inches.
+
+    Attributes:
+        cell: width and height of a view.
+        above, below: space over and under a block.
+        gap: space between views, as a fraction of `cell`.
+        beside: space between the labels of the rows and the first views.
+    """
+
+    cell: float
+    below: float
+    above: float = 0.0
+    gap: float = 0.06
+    beside: float = 0.12
+
+
 class Sheet:
     """A figure with one column per sample and one row per view of it, wrapped into blocks of `PER_ROW` columns.
 
     Args:
-        num_samples: How many.
-        rows: The label of each row.
-        cell: Width and height of a view, in inches.
-        above, below: Space over and under a block, in inches.
-        gap: Space between views, as a share of `cell`.
-        beside: Space between the rows' labels and the first views, in inches.
-        title, caption: Two lines above all.
+        num_samples: number of columns.
+        rows: label of each row.
+        spacing: sizes of the views and of the space between them.
+        title, caption: two lines at the top.
     Attributes:
-        figure: Matplotlib's figure.
+        figure: matplotlib's figure.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        rows: Sequence[str],
-        *,
-        cell: float,
-        above: float = 0.0,
-        below: float,
-        gap: float = 0.06,
-        beside: float = 0.12,
-        title: str,
-        caption: str,
-    ) -> None:
+    def __init__(self, num_samples: int, rows: Sequence[str], spacing: Spacing, *, title: str, caption: str) -> None:
         from matplotlib.figure import Figure
 
-        self._columns = min(num_samples, PER_ROW)
+        cell, beside = spacing.cell, spacing.beside
+        columns = min(num_samples, PER_ROW)
         num_blocks = math.ceil(num_samples / PER_ROW)
-        step = cell * (1 + gap)
-        block = above + step * len(rows) + below
+        step = cell * (1 + spacing.gap)
+        block = spacing.above + step * len(rows) + spacing.below
         left = _LEFT + beside
-        width, height = left + step * self._columns, _HEADER + block * num_blocks
+        width, height = left + step * columns, _HEADER + block * num_blocks
         self.figure = Figure(figsize=(width, height), facecolor="white")
         self._axes: list[list[Axes]] = []
         for index in range(num_samples):
             number, column = divmod(index, PER_ROW)
-            top = height - _HEADER - number * block - above
+            top = height - _HEADER - number * block - spacing.above
             places = [(left + column * step, top - cell - row * step, cell, cell) for row in range(len(rows))]
             self._axes.append(
                 [self.figure.add_axes((x / width, y / height, w / width, h / height)) for x, y, w, h in places]
@@ -139,7 +149,7 @@ class Sheet:
         self.figure.text(0, 1 - 0.22 / height, caption, fontsize=8, color="0.4", va="top")
 
     def axes(self, index: int) -> list[Axes]:
-        """The views of a sample, from top to bottom."""
+        """Return the views of a sample, from top to bottom."""
         return self._axes[index]
 
 

@@ -26,7 +26,7 @@ from d2v_fast.config import (
 )
 from d2v_fast.distributed.shards import Shard
 from d2v_fast.distributed.world import World
-from d2v_fast.figures.sheet import Sheet
+from d2v_fast.figures.sheet import Sheet, Spacing
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.places import ROOT
 from tests.helpers.runs import failure_status
@@ -105,7 +105,7 @@ def test_draws_a_folder_of_images(run_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "blocks"), [(1, 1), (8, 1), (9, 2), (24, 3)])
 def test_rows_wrap_at_eight(count: int, blocks: int) -> None:
-    sheet = Sheet(count, ["a", "b"], cell=1.0, below=0.3, title="t", caption="c")
+    sheet = Sheet(count, ["a", "b"], Spacing(cell=1.0, below=0.3), title="t", caption="c")
     corners = [axes[0].get_position().p0 for axes in map(sheet.axes, range(count))]
     assert len({round(y, 6) for _, y in corners}) == blocks
     assert len({round(x, 6) for x, _ in corners}) == min(count, 8)

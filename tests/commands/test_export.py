@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -162,15 +160,3 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path.write_bytes(content)
     assert "shard-00001.safetensors has another content than was written" in complaint(tmp_path / "r")
     assert not (tmp_path / "r" / "export").exists()
-
-
-def test_help_is_quick() -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "import sys, d2v_fast.commands.console as c; print('torch' in sys.modules); c.main(['-h'])",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("False\n")
-    assert "export" in done.stdout
-    assert "import" in done.stdout

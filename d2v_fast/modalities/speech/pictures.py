@@ -15,7 +15,7 @@ from d2v_fast.config import SpeechConfig
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.errors import DataError
 from d2v_fast.evaluation.features import sequence_features
-from d2v_fast.figures.sheet import PER_ROW, Sheet, choose_samples, label_of, say_if_fewer
+from d2v_fast.figures.sheet import PER_ROW, Sheet, Spacing, choose_samples, label_of, say_if_fewer
 from d2v_fast.masking import span_mask_rows
 from d2v_fast.modalities.speech.audio import AudioDataset
 from d2v_fast.modalities.speech.log_mel import HOP_SECONDS, log_mel, mel
@@ -101,11 +101,7 @@ def speech_figure(models: dict[str, Student], recordings: list[Recording], confi
     sheet = Sheet(
         len(recordings),
         ("log-mel,\nmasked frames\nmarked", *models),
-        cell=1.6,
-        above=0.35,
-        below=0.3,
-        gap=0.28,
-        beside=0.45,
+        Spacing(cell=1.6, above=0.35, below=0.3, gap=0.28, beside=0.45),
         title=title,
         caption="squares: cosine between the features of every two moments, red alike, blue opposite; of a longer "
         f"recording the first {MAX_SECONDS:g} s",

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.errors import DataError
 from d2v_fast.evaluation.features import patch_features
-from d2v_fast.figures.sheet import Sheet, choose_samples, label_of, say_if_fewer
+from d2v_fast.figures.sheet import Sheet, Spacing, choose_samples, label_of, say_if_fewer
 from d2v_fast.masking import block_masks
 from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.config import VisionConfig
@@ -156,8 +156,7 @@ def _figure(
     sheet = Sheet(
         len(images),
         list(rows),
-        cell=1.1,
-        below=0.42,
+        Spacing(cell=1.1, below=0.42),
         title=title,
         caption="colors: first three principal components of the patch features",
     )
