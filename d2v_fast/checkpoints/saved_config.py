@@ -1,4 +1,4 @@
-"""The configuration that a run saved, also where its `config.json` was damaged."""
+"""Read the configuration of a run, from a checkpoint if its `config.json` is damaged."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from d2v_fast.files.reading import NotRegularError, read_text
 
 
 def saved_config(run_folder: Path, *, warn: bool = True) -> dict[str, Any]:
-    """Return what the `config.json` of a run holds, unchecked.
+    """Return the content of a run's `config.json`, unchecked.
 
-    Where the file is missing, empty, cut off or no text, as a full disk or a power cut leaves it, the newest good
-    checkpoint has the configuration too; a warning says that it was taken from there.
+    If the file is missing, empty, cut off or not text, as after a full disk or a power cut, the configuration in the
+    newest good checkpoint is returned, with a warning.
 
     Args:
         run_folder: `runs/NAME`.
-        warn: in one of the processes of a run is enough.
+        warn: Print the warning; one process of a run is enough.
     Raises:
-        ConfigError: the file cannot be read, or is not one that a run wrote; or it is damaged, and there is no
-            checkpoint.
+        ConfigError: The file cannot be read or was not written by a run; or it is damaged, and there is no checkpoint.
     """
     path = run_folder / "config.json"
     text, reason = "", None
@@ -39,7 +38,7 @@ def saved_config(run_folder: Path, *, warn: bool = True) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError([f"not a configuration: {error}"], str(path)) from None
     else:
-        # what a run writes ends with a brace; what its user mistyped does, too, and is not replaced in silence
+        # a complete file ends with a brace, and so does one that a user edited, which must not be replaced in silence
         stripped = text.strip("\0 \n\r\t")
         if not stripped.endswith("}"):
             reason = "is cut off" if stripped else "is empty"
@@ -61,7 +60,7 @@ def saved_config(run_folder: Path, *, warn: bool = True) -> dict[str, Any]:
 
 
 def _of_newest_checkpoint(run_folder: Path) -> tuple[dict[str, Any], int] | None:
-    # they need torch, which takes longer to import than a good file to be read
+    # these import torch, which a good file does not need
     from d2v_fast.checkpoints.files import complete_steps, verified_checkpoint
     from d2v_fast.checkpoints.shard_files import DamageError
 

@@ -1,4 +1,4 @@
-"""What a frozen encoder makes of inputs: the outputs at patches, frames or tokens."""
+"""Features of a frozen encoder: its outputs at patches, frames or tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from d2v_fast.models.student import Student
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and afterwards each back into the mode that it had.
+    """Put every module into eval mode, and restore the mode of each afterwards.
 
-    A teacher shares modules with the student that trains: their modes differ.
+    A teacher shares modules with the student, whose modes differ.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -30,9 +30,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def patch_features(model: Student, images: Tensor, top_k: int) -> Tensor:
-    """`[B, P, D]`, fp32: the mean of the last K blocks' outputs, each layer-normalized, as in the target of training.
+    """Return the mean of the last K blocks' outputs, each layer-normalized, as in the training target.
 
-    The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
+    Args:
+        model: An image encoder, in any mode, which is restored. It runs on the device of its parameters.
+        images: `[B, C, H, W]`.
+        top_k: Number of blocks.
+    Returns:
+        fp32 `[B, P, D]`.
     """
     parameter = next(model.parameters())
     with evaluating(model):
@@ -50,21 +55,20 @@ def sequence_features(
     padding: float = 0.0,
     batch_size: int = 32,
 ) -> list[Tensor]:
-    """The encoder's output at the places of each sequence, in their order.
-
-    The model may be training elsewhere: its mode is restored, and it is run where its parameters are.
+    """Return the encoder's output at the frames or tokens of each sequence, in the order of the sequences.
 
     Args:
-        model: An encoder of waveforms or tokens.
+        model: An encoder of waveforms or tokens, in any mode, which is restored. It runs on the device of its
+            parameters.
         sequences: Waveforms fp32 `[N]`, or tokens int64 `[T]`.
         num_places: From the length of a sequence to the number of its frames or tokens.
-        padding: What stands behind the end of a shorter sequence.
+        padding: Value behind the end of a shorter sequence.
         batch_size: Sequences that are encoded together.
     Returns:
         fp32 `[P, D]` each, on the CPU.
     """
     parameter = next(model.parameters())
-    # those of like length together, so that little is padded
+    # sequences of similar length are encoded together, so that little is padded
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     found: dict[int, Tensor] = {}
     with evaluating(model):

@@ -1,4 +1,4 @@
-"""Weights of other libraries: as a Transformers folder, or as the beginning of a run.
+"""`d2v-fast import`: turn another library's weights into a Transformers folder, or into the beginning of a run.
 
     d2v-fast import audio_base_ls.pt --to exported                    # fairseq -> Transformers
     d2v-fast import beit_base_checkpoint.pth --to exported            # of images -> Transformers
@@ -6,8 +6,8 @@
     d2v-fast import audio_base_ls.pt --to runs/more --ds_config configs/speech_base.json
     python d2v_fast/train.py --run more --resume                      # pre-training goes on from these weights
 
-A run that begins with given weights is one that was saved before its first step: student, head and teacher are there,
-the optimizer has no moments yet, and the schedules are at their beginning.
+A run that begins with given weights is one that was saved before its first step: it has student, head and teacher, the
+optimizer has no moments yet, and the schedules are at their beginning.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from d2v_fast.training.resume_rules import FREE_MODEL_KEYS
 from d2v_fast.training.run_folder import RunFolder
 from d2v_fast.training.run_state import RunState
 
-# of files that are a part of a folder
+# suffixes of files that belong to a folder
 _PARTS = (".json", ".model", ".safetensors", ".txt")
 
 
@@ -63,16 +63,16 @@ def import_folder(
     """Write a Transformers folder from a checkpoint of the published code; returns lines for the user.
 
     Args:
-        source: the `.pt` file of fairseq, or the `.pth` file of the code for images.
-        to: the folder to write.
-        weights, heads: as of `load_published`.
-        tokenizer: of text, to put into the folder, since a `.pt` has none; as of `load_tokenizer`.
-        overwrite: replace in `to` what an earlier export wrote.
-        overrides: `d2v.model.KEY=VALUE` each, in place of what the checkpoint says of the model or leaves open.
+        source: The `.pt` file of fairseq, or the `.pth` file of the published vision code.
+        to: The folder to write.
+        weights, heads: See `load_published`.
+        tokenizer: The tokenizer to copy into the folder of a text model, since a `.pt` holds none.
+        overrides: `d2v.model.KEY=VALUE` each. They have precedence over the checkpoint.
+        overwrite: Replace the files of an earlier export in `to`.
     Raises:
-        ValueError: see `load_published`; the source is a folder; or the tokenizer cannot be read, or is not the
+        ValueError: See `load_published`; the source is a folder; or the tokenizer cannot be read, or is not the
             model's.
-        ConfigError: an override is of another section, or its value is refused.
+        ConfigError: An override is of another section, or its value is refused.
     """
     _require_weights(source)
     if source.is_dir():
@@ -97,16 +97,15 @@ def start_run(
     """Make the folder of a run whose first checkpoint, `step-0`, holds given weights; returns a line for the user.
 
     Args:
-        source: a fairseq `.pt` or a `.pth` of the code for images, whose head and average go along; or a Transformers
-            folder, which has neither: then the head is new, and the teacher begins as the student. With a
-            `tokenizer.json` in it, the run does not go on with another tokenizer. A teacher shares with the student
-            what the run's configuration says, whatever else the average of a `.pt` holds.
-        to: the folder of the run, `DIR/NAME`; it must not exist.
-        ds_config, overrides: the configuration of the run.
-        heads: of attention, where a `.pt` does not tell.
+        source: A `.pt` of fairseq or a `.pth` of the published vision code, whose head and average are used; or a
+            Transformers folder, which has neither: then the head is new and the teacher is a copy of the student. If
+            the folder holds a `tokenizer.json`, the run refuses another tokenizer.
+        to: The folder of the run, `DIR/NAME`; it must not exist.
+        ds_config, overrides: The configuration of the run. It also says which parts teacher and student share.
+        heads: Attention heads, if a `.pt` does not say.
     Raises:
-        ValueError: the source cannot be read, or is of another encoder than the configuration says.
-        RunError: there is such a run.
+        ValueError: The source cannot be read, or its encoder differs from the configuration's.
+        RunError: The run exists.
     """
     named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
     config = load_config(ds_config, [*overrides, *named])
@@ -146,7 +145,7 @@ def start_run(
             RunState(config, world, model, average, unstarted, checkpoints, _vocabulary(source, found)).save(0)
             folder.write_config(config)
         except BaseException:
-            # it holds nothing that a run could begin with
+            # a half-made folder is of no use
             if is_new:
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
@@ -162,7 +161,7 @@ def start_run(
 
 
 class _Weights(NamedTuple):
-    """What a run begins with; see `FairseqSpeech`."""
+    """Weights that a run begins with; see `Pretrained`."""
 
     student: Student
     teacher: Student | None
@@ -173,7 +172,7 @@ class _Weights(NamedTuple):
 
 
 class _Unstarted:
-    """In the place of an engine: what a checkpoint keeps of a model that no optimizer has stepped."""
+    """Take the place of an engine in a checkpoint of a model that no optimizer has stepped."""
 
     def __init__(self, model: Data2Vec) -> None:
         self._model = model
@@ -189,7 +188,7 @@ class _Unstarted:
 
 
 def _require_weights(source: Path) -> None:
-    """ValueError that says what a path is that can be neither a checkpoint nor a Transformers folder."""
+    """Refuse a path that can be neither a checkpoint nor a Transformers folder; the error says what it is."""
     is_pickle = source.suffix == ".bin" and (source.parent / "config.json").is_file()
     if source.is_dir() or (source.is_file() and (source.suffix in _PARTS or is_pickle)):
         reason = explain(source)
@@ -211,10 +210,10 @@ def _read(source: Path, heads: int | None, wanted: Section) -> Pretrained:
 
 
 def _model_overrides(overrides: Iterable[str]) -> Mapping[str, Any]:
-    """What overrides say of the model.
+    """Return the values of `d2v.model` in the overrides.
 
     Raises:
-        ConfigError: one is of another section.
+        ConfigError: An override is of another section.
     """
     overrides = list(overrides)
     for override in overrides:
@@ -226,7 +225,7 @@ def _model_overrides(overrides: Iterable[str]) -> Mapping[str, Any]:
 
 
 def _told(source: Path, assumed: Sequence[str]) -> str:
-    """What was assumed of a model, as further lines for the user."""
+    """Return further lines for the user that list the assumptions about a model."""
     if not assumed:
         return ""
     lines = "".join(f"\n  {phrase}" for phrase in assumed)
@@ -249,7 +248,7 @@ def _vocabulary(source: Path, config: Section) -> str | None:
 
 
 def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path) -> None:
-    """ValueError that lists every size in which the run's encoder is another one."""
+    """Refuse weights whose encoder differs from the run's; the error lists every difference."""
     if type(wanted) is not type(found):
         kind = modality_of_model(found).name
         raise ValueError(f'`d2v.modality` in {ds_config} must be "{kind}" as in {source}, but is another.')
@@ -257,7 +256,7 @@ def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path
     for key, value in found:
         mine = getattr(wanted, key)
         if key == "mlp_ratio":
-            # of which only the product with the width counts
+            # only the product with the width counts
             same = int(wanted.width * mine) == int(found.width * value)  # type: ignore[attr-defined]
         else:
             same = mine == value or key in FREE_MODEL_KEYS
@@ -269,7 +268,7 @@ def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path
 
 
 def _arranged(state: Mapping[str, Tensor], model: Student) -> dict[str, Tensor]:
-    """The state with the positional convolutions where this model has them: in the averaged part, or before it."""
+    """Rename the positional convolutions for a model that has them in the averaged part, or before it."""
     expected = model.state_dict().keys()
     prefix = model.averaged_prefix()
     arranged = {}
