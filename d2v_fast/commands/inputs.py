@@ -12,7 +12,7 @@ from d2v_fast.errors import OptionError
 from d2v_fast.evaluation.inputs import Encoder, Source
 from d2v_fast.files.reading import read_json
 from d2v_fast.interop.huggingface import import_model
-from d2v_fast.modalities import modality_of_model
+from d2v_fast.modalities import modality_of, modality_of_model
 
 
 class Choice(NamedTuple):
@@ -42,7 +42,7 @@ def open_source(choice: Choice, inputs: Path) -> Source:
             does not apply, or the modality has no files to encode.
     """
     encoder = _load(choice)
-    modality = modality_of_model(encoder.config)
+    modality = modality_of_model(encoder.config) if encoder.run is None else modality_of(encoder.run)
     if modality.open_inputs is None:
         raise ValueError(f'`embed` reads no files for models of modality "{modality.name}".')
     if choice.tokenizer is not None and modality.tokenizer is None:

@@ -129,8 +129,7 @@ def require_format(modality: Modality[Any], format_: FormatT | None, name: str) 
         ValueError: The field is None. The message says what the modality can be written as.
     """
     if format_ is None:
-        forms = ", ".join(forms_of(modality)) or "nothing else: its weights stay in the run's checkpoints"
-        raise ValueError(
-            f'there is no {name} for encoders of modality "{modality.name}"; they can be written as {forms}.'
-        )
+        forms = ", ".join(forms_of(modality))
+        instead = f"its encoders can be written as {forms}" if forms else "its weights stay in the run's checkpoints"
+        raise ValueError(f'there is no {name} for modality "{modality.name}": {instead}.')
     return format_

@@ -24,7 +24,7 @@ from torch import Tensor
 from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.command_lines import path_words, resume_command, tool_command
-from d2v_fast.config import RunConfig, load_config
+from d2v_fast.config import D2VConfig, RunConfig, load_config
 from d2v_fast.config.errors import ConfigError, Section
 from d2v_fast.config.file import apply_overrides
 from d2v_fast.config.model_paths import explain
@@ -116,7 +116,7 @@ def start_run(
             f"`{tool_command('train', path_words(ds_config))}` begins with new weights."
         )
     _require_weights(source)
-    weights = _read(source, heads, config.d2v.model)
+    weights = _read(source, heads, config.d2v)
     student, teacher, head, found = weights.student, weights.teacher, weights.head, weights.config
     config = _with_open_sizes(config, found)
     _require_same(config.d2v.model, found, source, ds_config)
@@ -198,11 +198,12 @@ def _require_weights(source: Path) -> None:
             )
 
 
-def _read(source: Path, heads: int | None, wanted: Section) -> Pretrained:
-    """Read a checkpoint or a Transformers folder for a run with the model section `wanted`."""
+def _read(source: Path, heads: int | None, run: D2VConfig) -> Pretrained:
+    """Read a checkpoint or a Transformers folder for a run that is to begin with it."""
+    wanted = run.model
     if not source.is_dir():
         return read_published(source, Settings.of(None, heads)._replace(run=wanted.model_dump()))
-    raw, made = read_model_config(source), modality_of_model(wanted).huggingface
+    raw, made = read_model_config(source), modality_of(run).huggingface
     own = None if made is None else made()
     is_own = own is not None and raw.get("model_type") == own.kind
     model, config = import_model(source, **(own.options_of_run(raw, wanted) if own is not None and is_own else {}))
