@@ -8,7 +8,8 @@ pass needs for a moment, gradients. What an operation allocates inside itself is
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -96,9 +97,7 @@ def step_memory(
     as_on = _AsOn(device_type, dtype if autocast else None)
     for part in model.modules():
         if isinstance(part, Encoder):
-            for block in part.blocks:
-                # the backward pass takes modes of this kind off: recomputed blocks put them on again
-                block.forward = _within(as_on, block.forward)
+            part.checkpoint_contexts = lambda: (nullcontext(), _recomputing(as_on))
     live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])
     with torch.device("meta"), live, as_on:
         live.add((batch.inputs, batch.rows))
@@ -113,12 +112,11 @@ def step_memory(
     return StepMemory(in_batch, saved - in_batch, forward, live.peak, gradients.peak, arrivals, live.small_peak)
 
 
-def _within(mode: TorchFunctionMode, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def called(*args: Any) -> Tensor:
-        with torch.device("meta"), mode:
-            return call(*args)
-
-    return called
+@contextmanager
+def _recomputing(as_on: TorchFunctionMode) -> Iterator[None]:
+    """Re-enter the modes of the forward pass, which are off in the backward pass."""
+    with torch.device("meta"), as_on:
+        yield
 
 
 def _without_skipping(config: D2VConfig) -> D2VConfig:

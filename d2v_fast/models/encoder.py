@@ -1,21 +1,22 @@
-"""Transformer encoder: the stack that all modalities share.
+"""Transformer encoder: the stack of blocks that all modalities share.
 
-Shape letters: B batch, T tokens, D width, K kept features, N rows.
+Shape letters: B batch, T tokens, D width, K returned features, N rows.
 
-What a block computes, and which of its values the teacher's targets are made of, is the block's affair: `pre_norm` and
-`post_norm` hold the two kinds of published blocks.
+A block decides what it computes and which of its values is the feature that targets are computed from. `pre_norm` and
+`post_norm` hold the two published kinds of block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from d2v_fast.masking.streams import uniforms
 
@@ -67,24 +68,31 @@ class Encoder(nn.Module):
     """A stack of blocks.
 
     Args:
-        blocks: modules that are called as `Block` says.
-        gradient_checkpointing: training keeps only the inputs of the blocks and computes the rest again in the
+        blocks: modules with the interface of `Block`.
+        gradient_checkpointing: in training, store only the inputs of the blocks and recompute the rest in the
             backward pass.
+
+    Attributes:
+        checkpoint_contexts: makes the contexts of a block's forward pass and of its recomputation, as `context_fn` of
+            `torch.utils.checkpoint.checkpoint`.
     """
+
+    checkpoint_contexts: Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
 
     def __init__(self, blocks: Iterable[nn.Module], *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
+        self.checkpoint_contexts = noop_context_fn
         self.blocks = nn.ModuleList(blocks)
 
     @property
     def drop_rates(self) -> list[float]:
-        """Probabilities of all decisions that are made for a sample, block by block."""
+        """Probabilities of skipping each part of each block, block by block."""
         return [rate for block in self.blocks for rate in block.drop_rates]  # type: ignore[union-attr]
 
     @property
     def drops_samples(self) -> bool:
-        """Whether it leaves out parts of blocks for some samples: in training, with a rate above 0."""
+        """Whether some samples skip parts of blocks: in training, if a rate is above 0."""
         return self.training and any(self.drop_rates)
 
     def forward(
@@ -99,12 +107,16 @@ class Encoder(nn.Module):
 
         Args:
             x: `[B, T, D]` token embeddings.
-            context: handed to every block.
-            top_k: K, how many of the last blocks' features to return; no other outlives its block.
-            rows: int64 `[N]`, flat indices `b * T + t`: the last block computes these tokens only, and its output
-                and feature are `[N, D]`; None: all tokens.
-            drop_keys: uint64 `[B]`, keys of the streams that say in training what each sample leaves out; None: new
-                ones, drawn from torch's generator.
+            context: passed to every block.
+            top_k: K, how many of the last blocks' features to return. Other features are freed after their block.
+            rows: int64 `[N]`, flat indices `b * T + t` of the only tokens that the last block computes, so that its
+                output and feature are `[N, D]`. `None` computes all.
+            drop_keys: uint64 `[B]`, keys of the random streams that choose what each sample skips in training. `None`
+                draws keys from torch's generator.
+
+        Returns:
+            The output of the last block and K features.
+
         Raises:
             ValueError: `top_k` is not in [0, depth].
         """
@@ -112,32 +124,36 @@ class Encoder(nn.Module):
         if not 0 <= top_k <= depth:
             raise ValueError(f"`top_k` must be in [0, {depth}], the number of blocks, but is {top_k} instead.")
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        kept = self._kept(random_keys(len(x)) if drop_keys is None else drop_keys, x) if self.drops_samples else None
+        active = (
+            self._active(random_keys(len(x)) if drop_keys is None else drop_keys, x) if self.drops_samples else None
+        )
         features = []
         for index, block in enumerate(self.blocks):
             wanted = rows if index == depth - 1 else None
-            of_block = None if kept is None else kept[index]
+            of_block = None if active is None else active[index]
             if recompute:
-                x, feature = checkpoint(block, x, context, wanted, of_block, use_reentrant=False)
+                x, feature = checkpoint(
+                    block, x, context, wanted, of_block, use_reentrant=False, context_fn=self.checkpoint_contexts
+                )
             else:
                 x, feature = block(x, context, wanted, of_block)
             if index >= depth - top_k:
                 features.append(feature)
-            # or it would live on while the next block works
+            # the name would keep the feature alive during the next block
             del feature
         return EncoderOutput(x, features)
 
-    def _kept(self, keys: npt.NDArray[np.uint64], x: Tensor) -> list[Sequence[Tensor]]:
-        """For every block, `kept` as `Block` describes it, on the device of `x`."""
+    def _active(self, keys: npt.NDArray[np.uint64], x: Tensor) -> list[Sequence[Tensor]]:
+        """Draw the argument `active` of every block, on the device of `x`."""
         rates = self.drop_rates
         keeps = uniforms(keys, len(rates)) >= rates
-        # drawn on the host, which so has the sizes without waiting for a device, and copied to it at once
+        # drawn on the host, so that the sizes are known without waiting for the device
         samples = torch.from_numpy(keeps.T.nonzero()[1]).to(x.device, non_blocking=True)
         parts = iter(samples.split(keeps.sum(0).tolist()))
         return [[next(parts) for _ in block.drop_rates] for block in self.blocks]  # type: ignore[union-attr]
 
 
 def random_keys(num_samples: int) -> npt.NDArray[np.uint64]:
-    """Keys of streams that nothing has named, uint64 `[num_samples]`, drawn from torch's generator of the CPU."""
+    """Draw keys of random streams, uint64 `[num_samples]`, from torch's CPU generator."""
     drawn = torch.randint(-(2**63), 2**63 - 1, (num_samples,), dtype=torch.int64, device="cpu")
     return drawn.numpy().view(np.uint64)
