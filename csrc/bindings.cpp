@@ -1,4 +1,4 @@
-// Binds the CPU kernels to the schemas that d2v_fast/ops/_library.py defines.
+// Registers the CPU kernels for the schemas defined in d2v_fast/ops/_library.py.
 #include <cstdlib>
 #include <cstring>
 #ifdef __linux__
@@ -38,14 +38,14 @@ int64_t cpu_capability() { return static_cast<int64_t>(isa()); }
 
 void prefer_huge_pages(Tensor& x) {
 #ifdef MADV_HUGEPAGE
-  // what glibc maps for itself at every call; a part of the heap would keep the wish after the result is gone
+  // glibc maps blocks of this size anew at every call; in the heap, the advice would outlive the result
   constexpr uintptr_t kMapped = 32 << 20, kHuge = 2 << 20;
   const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()),
                   bytes = x.numel() * x.element_size();
   if (bytes < kMapped) return;
   const uintptr_t end = (data + bytes) / kHuge * kHuge;
   const uintptr_t begin = (data + kHuge - 1) / kHuge * kHuge;
-  // a wish: where it is refused, pages are small
+  // advice only: if the kernel refuses, pages stay small
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

@@ -1,4 +1,4 @@
-// What every CPU kernel shares: storage types, run-time choice of the instruction set, checks.
+// Shared by all CPU kernels: storage types, run-time choice of the instruction set, checks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,15 +19,15 @@ using torch::stable::Tensor;
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 
-// The instruction set that this process uses: the best of the machine, or what the environment variable
-// D2V_CPU_CAPABILITY (baseline | avx2 | avx512) names, so that tests reach each path.
+// The instruction set that this process uses: the best that the machine supports, unless the environment
+// variable D2V_CPU_CAPABILITY (baseline | avx2 | avx512) requests a lower one, as the tests do.
 enum class Isa { baseline, avx2, avx512 };
 Isa isa();
-int64_t cpu_capability();  // the same as a number, for reports and tests
+int64_t cpu_capability();  // `isa()` as a number, for reports and tests
 
-// D2V_MULTIARCH(name, (int64_t n, float* x), (n, x)) makes `name` out of the always-inline `name_body`: one
-// copy per instruction set, chosen at run time. The body must be free of lambdas, which keep the baseline
-// target.
+// D2V_MULTIARCH(name, (int64_t n, float* x), (n, x)) defines `name` from the always-inline `name_body`: one
+// copy per instruction set, chosen at run time. The body must not contain lambdas, which would be compiled
+// for the baseline.
 #define D2V_INLINE static inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GNUC__)
 #define D2V_MULTIARCH(name, params, args)                                                              \
@@ -48,9 +48,9 @@ int64_t cpu_capability();  // the same as a number, for reports and tests
   static void name params { name##_body args; }
 #endif
 
-// Throws unless `holds`. Python raises std::invalid_argument as ValueError and std::out_of_range as
-// IndexError, with no more than the message: torch's own check would add the path of this file where it was
-// built.
+// Throws unless `holds`. Python receives std::invalid_argument as ValueError and std::out_of_range as
+// IndexError with the message alone; torch's own check would append the path of this file on the build
+// machine.
 template <typename Error = std::invalid_argument, typename... Parts>
 void require(bool holds, const Parts&... parts) {
   if (holds) return;
@@ -59,7 +59,7 @@ void require(bool holds, const Parts&... parts) {
   throw Error(message.str());
 }
 
-// Refuses a value of the index tensor `name` outside [0, limit), in the words of `check_range` in
+// Throws if a value of the index tensor `name` is outside [0, limit), with the message of `check_range` in
 // d2v_fast/ops/topk_target.py.
 inline void require_index(const char* name, int64_t value, int64_t limit) {
   if (value >= 0 && value < limit) return;
@@ -68,7 +68,7 @@ inline void require_index(const char* name, int64_t value, int64_t limit) {
   require<std::out_of_range>(false, "`", name, "` must be in [0, ", limit - 1, "], but holds ", value, ".");
 }
 
-// Position of a storage type in the tables of kernels: fp32, bf16, fp16.
+// Index of a storage type in the tables of kernels: fp32, bf16, fp16.
 inline int storage_index(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return 0;
@@ -78,12 +78,11 @@ inline int storage_index(ScalarType type) {
   }
 }
 
-// Asks the system for large pages below a new result, where it gives them on request: a large result is new
-// memory at every call, and the first touch of every 4 KiB page costs more than filling it. Does nothing to
-// smaller ones.
+// Advises the system to back a large new result with huge pages: its memory is new at every call, and the
+// first touch of a 4 KiB page costs more than filling it. Ignores small results.
 void prefer_huge_pages(Tensor& x);
 
-// One chunk is small enough to balance threads and large enough to hide the cost of handing it out.
+// Elements per chunk: few enough to balance threads, enough to amortize the scheduling.
 constexpr int64_t kChunk = 1 << 14;
 
 }  // namespace d2v

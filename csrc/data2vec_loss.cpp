@@ -9,12 +9,11 @@
 namespace d2v {
 namespace {
 
-// Targets that are made before they are compared: while they are, the layers' rows push the sums of the loss
-// out of the first-level cache.
+// Compute targets in strips of 16 rows before comparing: interleaving would evict the loss accumulators from
+// L1.
 constexpr int64_t kStrip = 16;
 
-// The predictions in an order in which those that share a target follow one another, so that it is computed
-// once.
+// Orders the predictions so that those sharing a target are adjacent and the target is computed once.
 std::vector<int64_t> by_target(const std::vector<int64_t>& wanted, int64_t num_rows) {
   std::vector<int64_t> first(num_rows + 1);
   for (const int64_t row : wanted) ++first[row + 1];
@@ -70,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
   const int64_t pred_stride = pred.stride(0) * bytes;
   const double factor = loss_factor(n * width, scale, mean);
   const LossSettings settings(beta, split_factor(factor, type).saved, slope);
-  auto [loss, moments] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
-    // a strip of targets, and the last one of the strip before
+  auto [loss, statistics] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
+    // one strip of targets, and the last target of the previous strip
     std::vector<float> targets((kStrip + 1) * width);
     const float* target[kStrip];
     int64_t slot = 0, held = -1;
@@ -101,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
       }
     }
   });
-  return {loss, moments, slope};
+  return {loss, statistics, slope};
 }
 
 }  // namespace d2v

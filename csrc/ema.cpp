@@ -10,12 +10,12 @@
 namespace d2v {
 namespace {
 
-// A working copy of more elements than this is stored around the caches: nothing of it would be left in them.
+// A working copy of more elements than this bypasses the caches, which could not hold it.
 constexpr int64_t kStreamElements = 4 << 20;
 constexpr int64_t kStrip = 1024;
 
-// The form of torch.lerp: which end the product is added to depends on the weight, so that weight 1 gives
-// `student` exactly.
+// As torch.lerp: the weight decides to which end the product is added, so that weight 1 gives `student`
+// exactly.
 template <typename S, typename W>
 D2V_INLINE void ema_body(int64_t n, float weight, float* __restrict teacher, const S* __restrict student,
                          W* __restrict working) {
@@ -37,7 +37,8 @@ D2V_INLINE void ema_body(int64_t n, float weight, float* __restrict teacher, con
   }
 }
 
-// The same, the working copy (aligned to 16 bytes) around the caches, by way of a strip that stays in them.
+// ema_body with a working copy, aligned to 16 bytes, that bypasses the caches through a strip that fits in
+// them.
 template <typename S, typename W>
 D2V_INLINE void ema_stream_body(int64_t n, float weight, float* teacher, const S* student, W* working) {
   alignas(32) W strip[kStrip];
@@ -110,13 +111,13 @@ struct Lists {
   std::vector<Tensor> teacher, student, working;
 };
 
-// Where every tensor of a call lies, and its shape, strides, dtype and device: everything that the checks and
-// the table of items depend on. So equal layouts have the same plan, whoever the tensors are.
+// Address, shape, strides, dtype and device of every tensor of a call. The checks and the table of items
+// depend on nothing else, so calls with equal layouts share a plan.
 using Layout = std::vector<int64_t>;
 
 struct Plan {
   Layout layout;
-  bool plain;  // every tensor is contiguous and on the CPU, and `items` hold their addresses
+  bool plain;  // every tensor is contiguous and on the CPU; `items` hold the addresses
   std::vector<Item> items;
   int64_t chunks;
 };
@@ -150,8 +151,7 @@ int64_t span_bytes(const Tensor& x) {
   return (reach + 1) * x.element_size();
 }
 
-// Whether two elements may share memory: where a dimension does not step over all that the smaller ones
-// reach.
+// Whether two elements may share memory: the stride of a dimension is within the reach of the smaller ones.
 bool overlaps_itself(const Tensor& x) {
   if (x.is_contiguous()) return false;
   std::vector<std::pair<int64_t, int64_t>> steps;
@@ -171,7 +171,7 @@ struct Span {
   int kind, index;
 };
 
-// Refuses memory that is written through one name and read or written through another one.
+// Throws if memory that is written through one tensor is read or written through another.
 void check_overlap(const Lists& lists) {
   std::vector<Span> spans;
   int kind = 0;
@@ -187,7 +187,7 @@ void check_overlap(const Lists& lists) {
     ++kind;
   }
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  // of each kind, what reaches furthest so far
+  // per kind, the span that reaches furthest so far
   Span furthest[3] = {};
   for (const Span& span : spans) {
     for (int other = 0; other < 3; ++other)
@@ -203,7 +203,7 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return std::equal(x.begin(), x.end(), y.begin(), y.end());
 }
 
-// What the docstring of `ema_update_` promises to refuse. Python words it for users.
+// Checks what the docstring of `ema_update_` requires. Python rewords the errors for users.
 void check(const Lists& lists) {
   const auto& [teacher, student, working] = lists;
   require(teacher.size() == student.size(), "ema_update_: ", teacher.size(), " teacher and ", student.size(),
@@ -230,8 +230,8 @@ void check(const Lists& lists) {
   check_overlap(lists);
 }
 
-// Fills the table. A tensor with gaps is replaced in `lists` by a contiguous copy, and what is written is
-// added to `write_back`.
+// Fills the table. Replaces tensors with gaps in `lists` by contiguous copies, and adds those to be copied
+// back to `write_back`.
 void fill(Plan& plan, Lists& lists, std::vector<std::pair<Tensor, Tensor>>* write_back) {
   const auto plain = [write_back](Tensor& x, bool written) {
     if (x.is_contiguous()) return;
@@ -270,7 +270,7 @@ bool is_plain(const Lists& lists) {
   return true;
 }
 
-// The plan of these tensors, checked. The layouts seen last are remembered: a training loop has one or two.
+// Checks the tensors and returns their plan. Caches the latest layouts; a training loop has one or two.
 std::shared_ptr<const Plan> plan_of(Lists& lists) {
   constexpr size_t kRemembered = 4;
   static std::mutex mutex;
@@ -319,8 +319,8 @@ double decay_of(double decay, const std::optional<Tensor>& decay_tensor) {
                                                            : *static_cast<const float*>(value);
 }
 
-// The tensors that a prepared update keeps. They are the caller's own, so that what happens to one (`set_`,
-// `.data`) is seen here.
+// The tensors of a prepared update. They are the caller's own objects, so that changes to them (`set_`,
+// `.data`) are visible here.
 struct Prepared {
   Lists lists;
   std::shared_ptr<const Plan> plan;
@@ -329,7 +329,7 @@ struct Prepared {
 std::mutex prepared_mutex;
 int64_t last_handle = 0;
 
-// never destroyed: at the end of a process torch may be gone before it
+// never destroyed: at process exit torch may be unloaded first
 std::unordered_map<int64_t, std::shared_ptr<const Prepared>>& all_prepared() {
   static auto& all = *new std::unordered_map<int64_t, std::shared_ptr<const Prepared>>;
   return all;
@@ -358,7 +358,7 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
   if (decay == 1.0) return;
   const float weight = static_cast<float>(1.0 - decay);
   if (plan->plain) return run(*plan, weight);
-  // tensors with gaps are updated in a contiguous copy
+  // update contiguous copies of tensors with gaps
   Plan copied;
   std::vector<std::pair<Tensor, Tensor>> write_back;
   fill(copied, lists, &write_back);
@@ -391,7 +391,7 @@ bool ema_run(int64_t handle, double decay, std::optional<Tensor> decay_tensor) {
 }
 
 void ema_release(int64_t handle) {
-  std::shared_ptr<const Prepared> released;  // its tensors are freed without the lock
+  std::shared_ptr<const Prepared> released;  // frees its tensors after the lock is released
   const std::lock_guard lock(prepared_mutex);
   const auto found = all_prepared().find(handle);
   if (found == all_prepared().end()) return;

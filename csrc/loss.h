@@ -1,4 +1,4 @@
-// The rows of the loss, shared by masked_smooth_l1 and data2vec_loss.
+// The loss over rows, shared by masked_smooth_l1 and data2vec_loss.
 #pragma once
 
 #include <functional>
@@ -8,50 +8,49 @@
 
 namespace d2v {
 
-// Predictions and slopes in their storage type, targets fp32.
+// Up to four rows: predictions and slopes in their storage type, targets in fp32.
 struct LossRows {
   const void* pred[4];
   const float* target[4];
   void* slope[4];  // unused without a gradient
-  // what is wanted after these, fetched meanwhile: rows jump about in memory too much for the machine to
-  // guess
+  // the next rows to prefetch: the hardware cannot predict the order of rows
   const void* next_pred[4];
   const float* next_target[4];
 };
 
-// What all rows share. beta 0 is the squared error. The slopes include `slope_factor`; `slope` is [N, D], or
+// Settings of all rows. beta 0 is the squared error. The slopes include `slope_factor`; `slope` is [N, D], or
 // empty without a gradient.
 struct LossSettings {
   LossSettings(double beta, double slope_factor, const Tensor& slope);
 
   float beta, inverse;  // 1 / beta
-  float near, far;      // slope of a squared error, per error, and of an error above beta
+  float near, far;      // slope per unit of error within beta, and slope beyond beta
   bool is_square, need_grad, stream;
 };
 
-// sums [5, width] += over `count` <= 4 rows: the loss of every element, pred, pred^2, target, target^2;
-// slope <- derivative of each element's loss, where wanted. Called by one thread.
+// Adds `count` <= 4 rows to sums [5, width]: the loss of every element, pred, pred^2, target, target^2. With
+// a gradient, writes the derivative of each element's loss to slope. Runs in one thread.
 void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width,
                    const LossSettings& settings, float* sums);
 
-// Runs block(begin, end, sums) over blocks of the n rows, whose partition depends on n only, then adds the
-// blocks' sums in order, so the result does not depend on the threads. Returns {loss fp32 [], moments fp32
-// [4, width]} made like `pred`.
+// Runs block(begin, end, sums) over blocks of the n rows and adds the blocks' sums in order. The partition
+// depends on n only, so the result does not depend on the number of threads. Returns {loss fp32 [], sums
+// fp32 [4, width]} on the device of `pred`.
 std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
                                            const std::function<void(int64_t, int64_t, float*)>& block);
 
-// What the sum over n rows and channels is multiplied with; finite for no rows.
+// Factor of the sum over rows and channels; finite if there are no rows.
 double loss_factor(int64_t num_elements, double scale, bool mean);
 
-// What of the loss's factor the saved slope holds, and what the backward pass multiplies with: all and
-// nothing but for fp16, whose exponent is too short. There it is the mantissa and the power of two, so that a
-// small factor does not underflow before a loss scale reaches it, and the slope is rounded once.
+// The loss's factor, divided between the saved slope (`saved`) and the backward pass (`left`). The slope
+// holds all of it except in fp16, where it holds the mantissa only: the power of two could underflow before
+// the loss scale is applied. The slope is rounded once either way.
 struct FactorParts {
   double saved, left;
 };
 FactorParts split_factor(double factor, ScalarType type);
 
-// The predictions [N, D] with a contiguous last dimension: themselves where they are so.
+// Returns the predictions [N, D] with a contiguous last dimension; copies only if necessary.
 Tensor plain_rows(const Tensor& x);
 
 }  // namespace d2v

@@ -11,13 +11,13 @@
 namespace d2v {
 namespace {
 
-// Rows of one block: enough that the sums of a block are small beside its rows, few enough that fp32 sums
-// stay exact.
+// Rows per block: enough that the block's sums cost little memory beside its rows, few enough that fp32 sums
+// stay accurate.
 constexpr int64_t kMinRows = 64, kMaxRows = 256, kBlocks = 128;
-// Channels at a time: four rows of both sides, their slopes and the sums stay in the first-level cache.
+// Channels per tile: four rows of predictions, targets and slopes and the sums fit in L1.
 constexpr int64_t kTile = 1024;
 
-// Up to four rows at the channels of one tile.
+// Up to four rows, at the channels of one tile.
 template <typename P>
 struct TileRows {
   const P* pred[4];
@@ -27,7 +27,7 @@ struct TileRows {
   P* slope[4];
 };
 
-// sums [5, width] += what the rows hold at channel i; V is Lanes, or float for a single channel.
+// Adds the rows at channel i to sums [5, width]. V is Lanes, or float for a single channel.
 template <typename V, int kRows, bool kSquare, bool kGrad, typename P>
 D2V_INLINE void add_channels(const TileRows<P>& rows, int64_t i, int64_t width, const LossSettings s,
                              float* sums) {
@@ -42,8 +42,7 @@ D2V_INLINE void add_channels(const TileRows<P>& rows, int64_t i, int64_t width, 
       loss += e * e;
       slope = e * s.near;
     } else {
-      // the error cut off at beta makes a quadratic and a linear part without a branch; written so that NaN
-      // stays NaN
+      // clamping the error at beta gives the quadratic and the linear part without a branch, and keeps NaN
       const V high = V{} + s.beta, low = V{} - s.beta;
       V near = low > e ? low : e;
       near = high < near ? high : near;
@@ -128,8 +127,7 @@ constexpr LossLoop kLossLoops[3][2][2] = {{{smooth_f32, smooth_grad_f32}, {squar
                                           {{smooth_bf16, smooth_grad_bf16}, {square_bf16, square_grad_bf16}},
                                           {{smooth_f16, smooth_grad_f16}, {square_f16, square_grad_f16}}};
 
-// What both sides of the loss are read through: fp32 as it is, others by way of a buffer that stays in the
-// cache.
+// Reads rows as fp32: fp32 in place, other types through a buffer that stays in the cache.
 #define D2V_ELEMENTWISE(suffix, T)                                                                   \
   D2V_INLINE void widen_##suffix##_body(const void* x, int64_t n, float* __restrict out) {           \
     const T* __restrict in = static_cast<const T*>(x);                                               \
@@ -155,8 +153,7 @@ constexpr int64_t kBytes[3] = {4, 2, 2};
 }  // namespace
 
 LossSettings::LossSettings(double beta_, double slope_factor, const Tensor& slope) {
-  // a denormal beta has no finite inverse, and no error of an fp32 loss lies between it and the least normal
-  // one
+  // a subnormal beta has no finite inverse, and no fp32 error lies between it and the least normal number
   const double least = std::numeric_limits<float>::min();
   is_square = beta_ == 0.0;
   beta = static_cast<float>(std::max(beta_, least));
@@ -187,8 +184,8 @@ std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
     }
   });
   Tensor loss = torch::stable::new_empty(pred, {}, ScalarType::Float);
-  Tensor moments = torch::stable::new_empty(pred, {4, width}, ScalarType::Float);
-  float* result = static_cast<float*>(moments.mutable_data_ptr());
+  Tensor statistics = torch::stable::new_empty(pred, {4, width}, ScalarType::Float);
+  float* result = static_cast<float*>(statistics.mutable_data_ptr());
   std::vector<double> channel_loss(width);
   constexpr int64_t kStrip = 64;
   torch::stable::parallel_for(0, (width + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
@@ -212,7 +209,7 @@ std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
   double total = 0.0;
   for (const double value : channel_loss) total += value;
   *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total * factor);
-  return {loss, moments};
+  return {loss, statistics};
 }
 
 double loss_factor(int64_t num_elements, double scale, bool mean) {
@@ -262,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   const int64_t pred_stride = pred.stride(0) * bytes, target_stride = target.stride(0) * kBytes[target_type];
   const double factor = loss_factor(n * width, scale, mean);
   const LossSettings settings(beta, split_factor(factor, type).saved, slope);
-  auto [loss, moments] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
+  auto [loss, statistics] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
     std::vector<float> wide(target_type == 0 ? 0 : 4 * width);
     for (int64_t i = begin; i < end; i += 4) {
       const int64_t count = std::min<int64_t>(4, end - i);
@@ -284,13 +281,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
       add_loss_rows(type, rows, count, width, settings, sums);
     }
   });
-  return {loss, moments, slope};
+  return {loss, statistics, slope};
 }
 
 namespace {
 
-// out <- slope times grad_output and what is left of the loss's factor; both plain memory, and they may be
-// one.
+// out <- slope * grad_output * the remaining factor of the loss. Both are contiguous; out may be slope.
 void scale_into(const Tensor& slope, const Tensor& grad_output, Tensor& out, double scale, bool mean) {
   require(grad_output.scalar_type() == ScalarType::Float && grad_output.numel() == 1,
           "scale_gradient: grad_output must be one fp32 number");

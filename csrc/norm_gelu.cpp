@@ -1,17 +1,17 @@
 #include <algorithm>
 #include <vector>
 
-#include "moments.h"
 #include "ops.h"
+#include "row_statistics.h"
 #include "simd.h"
 
 namespace d2v {
 namespace {
 
-// Rows of one block of sums: few enough that fp32 sums stay exact, and a partition that depends on the number
-// of rows only.
+// Rows per block of sums: few enough that fp32 sums stay accurate. The partition depends on the number of
+// rows only.
 constexpr int64_t kMinRows = 32, kMaxRows = 256, kBlocks = 128;
-// Vectors that are computed side by side.
+// Vectors computed in parallel.
 constexpr int kVectors = 4;
 
 template <typename V>
@@ -30,18 +30,18 @@ D2V_INLINE To same_bits(From x) {
   return y;
 }
 
-// p <- p * x + c: a step of several polynomials side by side, since one alone waits for itself.
+// p <- p * x + c for several vectors at once, which hides the latency of the dependent steps.
 template <typename V, int n>
 D2V_INLINE void step(V (&p)[n], const V (&x)[n], float c) {
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) p[j] = p[j] * x[j] + c;
 }
 
-// v <- 2^v for -126 <= v <= 0, to 2e-9 and the rounding; NaN stays NaN.
+// v <- 2^v for -126 <= v <= 0, with error 2e-9 plus rounding. Keeps NaN.
 template <typename V, int n>
 D2V_INLINE void exp2_of(V (&v)[n]) {
   using Bits = typename BitsOf<V>::type;
-  // adding it leaves the nearest integer in the low bits
+  // adding it rounds to the nearest integer and leaves that in the low bits
   constexpr float kRound = 12582912.0f;
   V shifted[n], p[n];
 #pragma GCC unroll 8
@@ -60,12 +60,12 @@ D2V_INLINE void exp2_of(V (&v)[n]) {
     v[j] = same_bits<V>(same_bits<Bits>(p[j]) + (same_bits<Bits>(shifted[j]) << 23));
 }
 
-// What the GELU of z and its slope are made of: with Phi the normal distribution, Phi(-|z|) = bell * ratio.
+// Parts of the GELU of z and of its slope. Phi, the normal distribution function: Phi(-|z|) = bell * ratio.
 template <typename V, int n>
 struct Tails {
-  V size[n];   // |z|, or 13, past which Phi(-|z|) is below 1e-37
+  V size[n];   // min(|z|, 13): beyond 13, Phi(-|z|) is below 1e-37
   V bell[n];   // exp(-z^2 / 2)
-  V ratio[n];  // Mills' ratio over sqrt(2 pi): smooth, and free of the cancellation that 1 - erf has
+  V ratio[n];  // Mills' ratio / sqrt(2 pi): smooth, without the cancellation of 1 - erf
 };
 
 template <typename V, int n>
@@ -75,13 +75,13 @@ D2V_INLINE void tails_of(const V (&z)[n], Tails<V, n>& out) {
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) {
     const V largest = V{} + 13.0f, size = same_bits<V>(same_bits<Bits>(z[j]) & 0x7fffffffu);
-    // written so that NaN stays NaN
+    // this form keeps NaN
     out.size[j] = largest < size ? largest : size;
     t[j] = 1.0f / (out.size[j] * 0.3f + 1.0f);
     out.bell[j] = out.size[j] * out.size[j] * -0.72134752f;
   }
   exp2_of(out.bell);
-  // minimax: 4e-9
+  // minimax polynomial, error 4e-9
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) out.ratio[j] = t[j] * 3.3477828e-2f - 1.4626683e-1f;
   step(out.ratio, t, 1.8386865e-1f);
@@ -94,7 +94,7 @@ D2V_INLINE void tails_of(const V (&z)[n], Tails<V, n>& out) {
   for (int j = 0; j < n; ++j) out.ratio[j] *= t[j];
 }
 
-// z <- its GELU
+// z <- GELU(z)
 template <typename V, int n>
 D2V_INLINE void gelu(V (&z)[n]) {
   Tails<V, n> tails;
@@ -106,7 +106,7 @@ D2V_INLINE void gelu(V (&z)[n]) {
   }
 }
 
-// z <- the slope of the GELU there
+// z <- derivative of GELU at z
 template <typename V, int n>
 D2V_INLINE void gelu_slope(V (&z)[n]) {
   Tails<V, n> tails;
@@ -119,7 +119,7 @@ D2V_INLINE void gelu_slope(V (&z)[n]) {
   }
 }
 
-// The rows of a tensor [..., C] whose channels lie together: those of x[:, :T] lie in groups.
+// The rows of a tensor [..., C] with contiguous channels. The rows of a view such as x[:, :T] form groups.
 struct Rows {
   const char* data;
   int64_t per_group, group_bytes, row_bytes;
@@ -130,7 +130,7 @@ struct Rows {
   }
 };
 
-// What every row of one call needs.
+// Settings of one call.
 struct Plan {
   Rows x, grad;
   const float *weight, *bias;
@@ -149,17 +149,17 @@ D2V_INLINE void put(T* out, V v, bool around_caches) {
   store_as<V>(out, v);
 }
 
-// What follows works on n vectors V of channels from i on; V is Lanes, or float for a single channel.
+// The following functions work on n vectors V of channels from i on. V is Lanes, or float for one channel.
 template <typename V>
 constexpr int64_t kStep = sizeof(V) / sizeof(float);
 
 template <typename V, int n, typename T>
-D2V_INLINE void forward_channels(const Plan& plan, const T* x, Moments moments, int64_t i, T* y) {
+D2V_INLINE void forward_channels(const Plan& plan, const T* x, RowStatistics statistics, int64_t i, T* y) {
   V z[n];
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) {
     const int64_t c = i + j * kStep<V>;
-    const V normal = (load_as<V>(x + c) - moments.mean) * moments.rstd;
+    const V normal = (load_as<V>(x + c) - statistics.mean) * statistics.rstd;
     z[j] = normal * load<V>(plan.weight + c) + load<V>(plan.bias + c);
   }
   gelu(z);
@@ -173,34 +173,34 @@ D2V_INLINE void forward_rows(const Plan& plan, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T *x = plan.x.at<T>(row), *next = plan.x.at<T>(std::min(row + 1, end - 1));
     T* y = reinterpret_cast<T*>(plan.out) + row * width;
-    const Moments moments = row_moments<T>(x, next, width, plan.eps);
-    plan.mean[row] = moments.mean;
-    plan.rstd[row] = moments.rstd;
+    const RowStatistics statistics = row_statistics<T>(x, next, width, plan.eps);
+    plan.mean[row] = statistics.mean;
+    plan.rstd[row] = statistics.rstd;
     int64_t i = 0;
     for (; i + kVectors * kLanes <= width; i += kVectors * kLanes) {
-      forward_channels<Lanes, kVectors, T>(plan, x, moments, i, y);
+      forward_channels<Lanes, kVectors, T>(plan, x, statistics, i, y);
     }
-    for (; i + kLanes <= width; i += kLanes) forward_channels<Lanes, 1, T>(plan, x, moments, i, y);
-    for (; i < width; ++i) forward_channels<float, 1, T>(plan, x, moments, i, y);
+    for (; i + kLanes <= width; i += kLanes) forward_channels<Lanes, 1, T>(plan, x, statistics, i, y);
+    for (; i < width; ++i) forward_channels<float, 1, T>(plan, x, statistics, i, y);
   }
   if (plan.stream) finish_streams();
 }
 
-// Sums over the channels of a row, for the two ways in which the norm's statistics carry gradient.
+// Sums over the channels of a row, through which the mean and the deviation propagate gradient.
 template <typename V>
 struct RowSums {
   V slope{}, slope_normal{};
 };
 
-// sums [2, width]: gradients of weight and bias; slope [width]: gradient of the normalized row.
+// sums [2, width]: gradients of weight and bias. slope [width]: gradient of the normalized row.
 template <typename V, int n, typename T>
-D2V_INLINE void backward_channels(const Plan& plan, const T* x, const T* grad, Moments moments, int64_t i,
-                                  float* sums, float* slope, RowSums<V>& row) {
+D2V_INLINE void backward_channels(const Plan& plan, const T* x, const T* grad, RowStatistics statistics,
+                                  int64_t i, float* sums, float* slope, RowSums<V>& row) {
   V normal[n], d[n];
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) {
     const int64_t c = i + j * kStep<V>;
-    normal[j] = (load_as<V>(x + c) - moments.mean) * moments.rstd;
+    normal[j] = (load_as<V>(x + c) - statistics.mean) * statistics.rstd;
     d[j] = normal[j] * load<V>(plan.weight + c) + load<V>(plan.bias + c);
   }
   gelu_slope(d);
@@ -218,10 +218,10 @@ D2V_INLINE void backward_channels(const Plan& plan, const T* x, const T* grad, M
 }
 
 template <typename V, typename T>
-D2V_INLINE void grad_x_channels(const T* x, const float* slope, Moments moments, float shift, float tilt,
-                                int64_t i, T* out, bool around_caches) {
-  const V normal = (load_as<V>(x + i) - moments.mean) * moments.rstd;
-  put<V>(out + i, (load<V>(slope + i) - shift - normal * tilt) * moments.rstd, around_caches);
+D2V_INLINE void grad_x_channels(const T* x, const float* slope, RowStatistics statistics, float shift,
+                                float tilt, int64_t i, T* out, bool around_caches) {
+  const V normal = (load_as<V>(x + i) - statistics.mean) * statistics.rstd;
+  put<V>(out + i, (load<V>(slope + i) - shift - normal * tilt) * statistics.rstd, around_caches);
 }
 
 template <typename T>
@@ -233,7 +233,7 @@ D2V_INLINE void backward_rows(const Plan& plan, int64_t begin, int64_t end, floa
     const T *x = plan.x.at<T>(row), *next_x = plan.x.at<T>(next);
     const T *grad = plan.grad.at<T>(row), *next_grad = plan.grad.at<T>(next);
     T* out = reinterpret_cast<T*>(plan.out) + row * width;
-    const Moments moments{plan.mean[row], plan.rstd[row]};
+    const RowStatistics statistics{plan.mean[row], plan.rstd[row]};
     RowSums<Lanes> lanes;
     RowSums<float> rest;
     int64_t i = 0;
@@ -242,19 +242,19 @@ D2V_INLINE void backward_rows(const Plan& plan, int64_t begin, int64_t end, floa
         __builtin_prefetch(next_x + i + j);
         __builtin_prefetch(next_grad + i + j);
       }
-      backward_channels<Lanes, kVectors, T>(plan, x, grad, moments, i, sums, slope, lanes);
+      backward_channels<Lanes, kVectors, T>(plan, x, grad, statistics, i, sums, slope, lanes);
     }
     for (; i + kLanes <= width; i += kLanes) {
-      backward_channels<Lanes, 1, T>(plan, x, grad, moments, i, sums, slope, lanes);
+      backward_channels<Lanes, 1, T>(plan, x, grad, statistics, i, sums, slope, lanes);
     }
-    for (; i < width; ++i) backward_channels<float, 1, T>(plan, x, grad, moments, i, sums, slope, rest);
+    for (; i < width; ++i) backward_channels<float, 1, T>(plan, x, grad, statistics, i, sums, slope, rest);
     const float shift = (add_lanes(lanes.slope) + rest.slope) * share;
     const float tilt = (add_lanes(lanes.slope_normal) + rest.slope_normal) * share;
     i = 0;
     for (; i + kLanes <= width; i += kLanes) {
-      grad_x_channels<Lanes, T>(x, slope, moments, shift, tilt, i, out, plan.stream);
+      grad_x_channels<Lanes, T>(x, slope, statistics, shift, tilt, i, out, plan.stream);
     }
-    for (; i < width; ++i) grad_x_channels<float, T>(x, slope, moments, shift, tilt, i, out, plan.stream);
+    for (; i < width; ++i) grad_x_channels<float, T>(x, slope, statistics, shift, tilt, i, out, plan.stream);
   }
   if (plan.stream) finish_streams();
 }
@@ -279,8 +279,8 @@ D2V_NORM_GELU(f16, Half)
 constexpr decltype(&forward_f32) kForward[3] = {forward_f32, forward_bf16, forward_f16};
 constexpr decltype(&backward_f32) kBackward[3] = {backward_f32, backward_bf16, backward_f16};
 
-// The rows where they lie, if their channels lie together and two strides lead to all of them; a copy
-// otherwise, which `x` then holds.
+// Returns the rows in place if the channels are contiguous and two strides address all rows. Otherwise copies
+// the tensor and stores the copy in `x`.
 Rows rows_of(Tensor& x) {
   const int64_t last = x.dim() - 1, bytes = x.element_size();
   int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};
@@ -334,7 +334,7 @@ bool goes_around_caches(const Tensor& out) {
          out.size(out.dim() - 1) % 4 == 0;
 }
 
-// like[channel] <- the sum over all blocks of the partial sums [num_blocks, 2, width], in the type of `like`.
+// Sums the partial sums [num_blocks, 2, width] over the blocks, in the dtype of `like`.
 Tensor sum_blocks(const Tensor& like, const float* sums, int64_t num_blocks, int64_t width) {
   Tensor out = torch::stable::new_empty(like, {width});
   const int type = storage_index(out.scalar_type());
@@ -359,7 +359,7 @@ Tensor sum_blocks(const Tensor& like, const float* sums, int64_t num_blocks, int
   return out;
 }
 
-// out <- the values; it may be `x`, of which a row is read before it is written. -> mean, rstd.
+// Writes the values to `out`, which may be `x`: each row is read before it is written. Returns mean, rstd.
 std::tuple<Tensor, Tensor> forward_into(Tensor& out, bool stream, Tensor x, const Tensor& weight,
                                         const Tensor& bias, double eps) {
   check_channels(x, weight, bias);
@@ -385,8 +385,8 @@ std::tuple<Tensor, Tensor> forward_into(Tensor& out, bool stream, Tensor x, cons
   return {mean, rstd};
 }
 
-// out <- the gradient of x; it may be `grad`, of which a row is read before it is written. -> grad_weight,
-// grad_bias.
+// Writes the gradient of x to `out`, which may be `grad`: each row is read before it is written. Returns
+// grad_weight, grad_bias.
 std::tuple<Tensor, Tensor> backward_into(Tensor& out, bool stream, Tensor grad, Tensor x,
                                          const Tensor& weight, const Tensor& bias, Tensor mean, Tensor rstd) {
   check_channels(x, weight, bias);
@@ -437,7 +437,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tens
 
 std::tuple<Tensor, Tensor> layer_norm_gelu_(Tensor x, Tensor weight, Tensor bias, double eps) {
   require(x.is_contiguous(), "layer_norm_gelu_: x must be contiguous");
-  // a row of it has just been read, and is in the caches
+  // each row was just read and is in the caches
   return forward_into(x, false, x, weight, bias, eps);
 }
 
@@ -453,7 +453,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor 
 std::tuple<Tensor, Tensor> layer_norm_gelu_backward_(Tensor grad, Tensor x, Tensor weight, Tensor bias,
                                                      Tensor mean, Tensor rstd) {
   require(grad.is_contiguous(), "layer_norm_gelu_backward_: grad must be contiguous");
-  // a row of it has just been read, and is in the caches
+  // each row was just read and is in the caches
   return backward_into(grad, false, grad, x, weight, bias, mean, rstd);
 }
 

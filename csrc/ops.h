@@ -1,4 +1,4 @@
-// The CPU kernels, one file each. Contracts are in the docstrings of d2v_fast/ops; shapes are repeated here.
+// The CPU kernels, one file each. The docstrings of d2v_fast/ops specify them; shapes are repeated here.
 #pragma once
 
 #include <optional>
@@ -10,19 +10,19 @@
 namespace d2v {
 
 // teacher[i] <- lerp(teacher[i], student[i], 1 - decay), working[i] <- teacher[i]; lists of equally shaped
-// tensors. teacher fp32; student, working fp32 | bf16 | fp16; `working` may be empty. decay_tensor, where
-// given, is 0-d fp32 or fp64 and wins.
+// tensors. teacher fp32; student, working fp32 | bf16 | fp16; `working` may be empty. decay_tensor, 0-d fp32
+// or fp64, overrides decay if given.
 void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, double decay,
                  std::optional<Tensor> decay_tensor, std::vector<Tensor> working);
 
-// The checks of ema_update_ alone, for tensors of any device.
+// Checks the arguments of ema_update_ without updating, for tensors on any device.
 void ema_check(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<Tensor> working);
-// Checks the tensors and keeps them. -> the number of this prepared update, until ema_release.
+// Checks the tensors and stores them until ema_release. Returns the handle of this prepared update.
 int64_t ema_prepare(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<Tensor> working);
-// Whether every tensor lies where it lay, with the same shape, strides, dtype and device.
+// Whether every tensor still has the same address, shape, strides, dtype and device.
 bool ema_is_current(int64_t handle);
-// ema_update_ of the tensors of a prepared update, which writes them without an argument that says so. ->
-// false, and nothing is done, where they are not current or not all contiguous and on the CPU.
+// Runs ema_update_ on the tensors of a prepared update, which its schema does not mark as written. Returns
+// false, without an update, unless the tensors are current, contiguous and on the CPU.
 bool ema_run(int64_t handle, double decay, std::optional<Tensor> decay_tensor);
 void ema_release(int64_t handle);
 
@@ -34,34 +34,35 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
 
 // pred [N, D], target [M, D], fp32 | bf16 | fp16; target_rows int64 [N] of M, without it M == N. beta 0 is
 // the squared error.
-// -> loss fp32 []: scale times the sum or the mean; moments fp32 [4, D]: sums of pred, pred^2, target,
-// target^2; slope [N, D] as pred: derivative of each element's loss times what split_factor (loss.h) saves of
-// its factor, [0] without need_grad.
+// Returns loss fp32 []: scale times the sum or the mean; fp32 [4, D]: sums of pred, pred^2, target, target^2;
+// slope [N, D] in the dtype of pred: derivative of each element's loss times the part of its factor that
+// split_factor (loss.h) saves, or [0] without need_grad.
 std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
                                                     std::optional<Tensor> target_rows, double beta,
                                                     double scale, bool mean, bool need_grad);
 
-// slope times grad_output times what split_factor left, in the dtype of slope.
+// slope * grad_output * the factor that split_factor left, in the dtype of slope.
 Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean);
 void scale_gradient_(Tensor slope, Tensor grad_output, double scale, bool mean);  // in place
 
-// masked_smooth_l1 of topk_target, a target row at a time.
+// masked_smooth_l1 of topk_target without storing the target.
 std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor> layers, int64_t layer_norm,
                                                  int64_t final_norm, Tensor rows,
                                                  std::optional<Tensor> lengths, double eps,
                                                  std::optional<Tensor> target_rows, double beta, double scale,
                                                  bool mean, bool need_grad);
 
-// GELU (exact) of the layer norm of x [..., C] fp32 | bf16 | fp16, with weight and bias [C] fp32 or as x.
-// -> y [..., C] as x; mean, rstd [...] fp32.
+// Exact GELU of the layer norm of x [..., C] fp32 | bf16 | fp16, with weight and bias [C] in fp32 or the
+// dtype of x. Returns y [..., C] in the dtype of x; mean, rstd [...] fp32.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, double eps);
-// x, contiguous, <- y. -> mean, rstd.
+// In place: x, contiguous, <- y. Returns mean, rstd.
 std::tuple<Tensor, Tensor> layer_norm_gelu_(Tensor x, Tensor weight, Tensor bias, double eps);
 
-// grad [..., C] as x -> grad_x [..., C] as x, grad_weight [C] as weight, grad_bias [C] as bias.
+// From grad [..., C], returns grad_x [..., C], grad_weight [C], grad_bias [C] in the dtypes of x, weight,
+// bias.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias,
                                                             Tensor mean, Tensor rstd);
-// grad, contiguous, <- grad_x. -> grad_weight, grad_bias.
+// In place: grad, contiguous, <- grad_x. Returns grad_weight, grad_bias.
 std::tuple<Tensor, Tensor> layer_norm_gelu_backward_(Tensor grad, Tensor x, Tensor weight, Tensor bias,
                                                      Tensor mean, Tensor rstd);
 

@@ -1,4 +1,4 @@
-// Mean and deviation of a row, for every norm over channels. Inside D2V_INLINE functions only.
+// Mean and deviation of a row, for norms over channels. For use in D2V_INLINE functions only.
 #pragma once
 
 #include <algorithm>
@@ -8,21 +8,21 @@
 
 namespace d2v {
 
-struct Moments {
+struct RowStatistics {
   float mean, rstd;
 };
 
-// Sum of the lanes, halves first.
+// Sums the lanes, halves first.
 D2V_INLINE float add_lanes(Lanes v) {
   float x[kLanes];
   store<Lanes>(x, v);
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
-// Corrected two-pass moments of n numbers that the first pass brings into the cache: the second takes the
-// first mean's rounding back out. `next`, as long, is fetched meanwhile.
+// Mean and reciprocal deviation of n numbers, by the corrected two-pass algorithm: the second pass, from the
+// cache, corrects the rounding of the first mean. Prefetches n numbers at `next`.
 template <typename T>
-D2V_INLINE Moments row_moments(const T* x, const T* next, int64_t n, double eps) {
+D2V_INLINE RowStatistics row_statistics(const T* x, const T* next, int64_t n, double eps) {
   constexpr int64_t kStep = 4 * kLanes;
   Lanes a{}, b{}, c{}, d{};
   int64_t i = 0;

@@ -1,5 +1,5 @@
-// Eight fp32 lanes in the compilers' vector extension: the arithmetic and its order are the same for every
-// instruction set, only the registers differ. Inside D2V_INLINE functions only.
+// Eight fp32 lanes in the compilers' vector extension: every instruction set does the same arithmetic in the
+// same order, only the registers differ. For use in D2V_INLINE functions only.
 #pragma once
 
 #include <type_traits>
@@ -14,30 +14,30 @@ namespace d2v {
 
 constexpr int64_t kLanes = 8;
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-// everything here is inlined: no vector is ever passed between functions
+// everything here is inlined, so no vector is passed between functions
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
 typedef uint32_t Wide __attribute__((vector_size(4 * kLanes)));
 
-// fp16 to fp32 and back in integers, since not every instruction set converts: exact, and rounded to the
-// nearest, ties to even.
+// Converts fp16 to fp32, exactly, with integer operations: not every instruction set has the conversion.
 D2V_INLINE Lanes from_half(Narrow half) {
   const Wide bits = __builtin_convertvector(half, Wide);
   const Wide shifted = (bits & 0x7fffu) << 13, exponent = shifted & 0x0f800000u;
   const Wide normal = shifted + (112u << 23);
   const Wide special = shifted + (224u << 23);
-  // below the least normal number the exponent is read as that of 2^-14, whose leading 1 is taken off again
+  // subnormal: reads the exponent as that of 2^-14 and subtracts the implicit leading 1
   const Lanes small = reinterpret_cast<Lanes>(shifted + (113u << 23)) - 0x1p-14f;
   const Wide magnitude = exponent == 0x0f800000u ? special : normal;
   return reinterpret_cast<Lanes>((exponent == 0u ? reinterpret_cast<Wide>(small) : magnitude) |
                                  (bits & 0x8000u) << 16);
 }
 
+// Converts fp32 to fp16, rounded to nearest, ties to even.
 D2V_INLINE Narrow to_half(Lanes v) {
   const Wide bits = reinterpret_cast<Wide>(v), size = bits & 0x7fffffffu;
   const Wide normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
-  // adding 1/2 leaves multiples of 2^-24 in the low bits, rounded
+  // adding 1/2 rounds to multiples of 2^-24 and leaves them in the low bits
   const Wide small = reinterpret_cast<Wide>(reinterpret_cast<Lanes>(size) + 0.5f) - 0x3f000000u;
   const Wide infinite = Wide{} + 0x7c00u, nan = Wide{} + 0x7e00u;
   Wide half = size < (113u << 23) ? small : normal;
@@ -46,7 +46,7 @@ D2V_INLINE Narrow to_half(Lanes v) {
   return __builtin_convertvector(half | (bits & 0x80000000u) >> 16, Narrow);
 }
 
-// One body serves whole vectors and the single elements that are left over.
+// V is Lanes, or float for the elements left over after whole vectors.
 template <typename V>
 D2V_INLINE V load(const float* x) {
   V v;
@@ -54,7 +54,7 @@ D2V_INLINE V load(const float* x) {
   return v;
 }
 
-// The same from any storage type, converted.
+// Loads from any storage type and converts to fp32.
 template <typename V, typename T>
 D2V_INLINE V load_as(const T* x) {
   if constexpr (std::is_same_v<T, float>) {
@@ -74,7 +74,7 @@ D2V_INLINE void store(float* x, V v) {
   __builtin_memcpy(x, &v, sizeof v);
 }
 
-// The same to any storage type, rounded to the nearest, ties to even.
+// Stores to any storage type, rounded to nearest, ties to even.
 template <typename V, typename T>
 D2V_INLINE void store_as(T* x, V v) {
   if constexpr (std::is_same_v<T, float>) {
@@ -92,11 +92,11 @@ D2V_INLINE void store_as(T* x, V v) {
   }
 }
 
-// Results larger than this are stored around the caches.
+// Results larger than this bypass the caches.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-// A store that goes around the caches, for results that are larger than they are; `x` aligned to 16 bytes.
-// Before another thread reads them, `finish_streams`.
+// Stores past the caches, for results larger than they are. `x` must be aligned to 16 bytes. Call
+// `finish_streams` before another thread reads the result.
 template <typename V>
 D2V_INLINE void stream(float* x, V v) {
 #ifdef __SSE__
@@ -111,7 +111,7 @@ D2V_INLINE void stream(float* x, V v) {
   store<V>(x, v);
 }
 
-// `bytes`, a multiple of 16, between places aligned to 16.
+// Copies `bytes`, a multiple of 16, past the caches; both addresses must be aligned to 16 bytes.
 D2V_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
 #ifdef __SSE__
   for (int64_t i = 0; i < bytes; i += 16) {

@@ -1,4 +1,4 @@
-// The target of data2vec in two steps: what needs every position (statistics), then any row by itself.
+// The data2vec target in two steps: statistics over all positions, then each row independently.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace d2v {
 
-// In the order of LAYER_NORMS in d2v_fast/ops/topk_target.py; a final norm is never `batch`.
+// In the order of LAYER_NORMS in d2v_fast/ops/topk_target.py. `batch` is not a final norm.
 enum class Norm : int64_t { none, layer, instance, batch };
 
 struct TargetPlan {
@@ -21,13 +21,12 @@ struct TargetPlan {
   double eps;
   std::vector<int64_t> lengths;  // [B], T each if none were given
   bool has_lengths;
-  // statistics over positions, fp32; empty where a norm needs none. The layers' scale has the division by K
-  // in it.
+  // fp32 statistics over positions; empty if the norm needs none. `layer_scale` includes the division by K.
   std::vector<float> layer_mean, layer_scale;      // [K, B, D], or [K, D] for `batch`
   std::vector<float> average_mean, average_scale;  // [B, D]
 
   int64_t num_layers() const { return static_cast<int64_t>(data.size()); }
-  // Where a row begins, in elements.
+  // Offset of a row in elements.
   int64_t offset(int64_t row) const {
     return row / num_positions * sample_stride + row % num_positions * position_stride;
   }
@@ -37,10 +36,10 @@ struct TargetPlan {
 TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, int64_t final_norm,
                        const std::optional<Tensor>& lengths, double eps);
 
-// Refuses rows outside [0, B * T) or past the length of their sample.
+// Throws if a row is outside [0, B * T) or past the length of its sample.
 void check_rows(const TargetPlan& plan, const int64_t* rows, int64_t n);
 
-// out[i] <- target of rows[i], [n, D]. Called by one thread, which will want the row `after` next.
+// Writes the targets of rows [n] to out [n, D] in one thread. Prefetches the row `after`.
 void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n, int64_t after, float* out);
 
 }  // namespace d2v

@@ -1,40 +1,40 @@
 #include <algorithm>
 #include <cmath>
 
-#include "moments.h"
 #include "ops.h"
+#include "row_statistics.h"
 #include "simd.h"
 #include "target.h"
 
 namespace d2v {
 namespace {
 
-// Statistics over positions: fp32 sums over this many positions, fp64 over those sums.
+// Statistics over positions: fp32 sums over this many positions, then fp64 over these sums.
 constexpr int64_t kGroup = 32;
-// Positions that are read side by side.
+// Positions read in parallel.
 constexpr int64_t kRows = 8;
-// Positions of one partial result of the average's statistics.
+// Positions per partial result of the statistics of the average.
 constexpr int64_t kPart = 64;
-// Channels that one task of the layers' statistics works on: long to stream, short to share out.
+// Channels per task of the layers' statistics: many for streaming reads, few for balancing threads.
 constexpr int64_t kTile = 1024;
 
-// One row of a layer, and what its norm takes off and multiplies with: a number, or one for each channel.
+// One row of a layer, with mean and scale of its norm: one number, or one per channel.
 struct LayerRow {
   const void* x;
-  const void* next;  // the row that is wanted after this one
+  const void* next;  // the next row, to prefetch
   const float* mean;
   const float* scale;
 };
 
-// What a thread works with, K of each.
+// Working memory of one thread, K entries each.
 struct Scratch {
-  explicit Scratch(int64_t num_layers) : layers(num_layers), moments(num_layers) {}
+  explicit Scratch(int64_t num_layers) : layers(num_layers), statistics(num_layers) {}
 
   std::vector<LayerRow> layers;
-  std::vector<Moments> moments;
+  std::vector<RowStatistics> statistics;
 };
 
-// out[i] <- the average of the normalized layers at kVectors vectors of channels from i on; V is Lanes, or
+// out[i] <- the average of the normalized layers at kVectors vectors of channels from i on. V is Lanes, or
 // float for a single channel.
 template <typename V, int kVectors, Norm kNorm, typename T>
 D2V_INLINE void average_channels(const LayerRow* layers, int64_t num_layers, int64_t i, float share,
@@ -43,7 +43,7 @@ D2V_INLINE void average_channels(const LayerRow* layers, int64_t num_layers, int
   V total[kVectors]{};
   for (int64_t k = 0; k < num_layers; ++k) {
     const T* x = static_cast<const T*>(layers[k].x) + i;
-    // the moments of a layer norm have fetched the row already
+    // the statistics of a layer norm have fetched the row already
     if (kNorm != Norm::layer) __builtin_prefetch(static_cast<const T*>(layers[k].next) + i);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -65,7 +65,7 @@ D2V_INLINE void average_channels(const LayerRow* layers, int64_t num_layers, int
 template <Norm kNorm, typename T>
 D2V_INLINE void average_layers(const LayerRow* layers, int64_t num_layers, int64_t width, float share,
                                float* out) {
-  // two vectors of fp32 are a line of the cache
+  // two vectors of fp32 are one cache line
   constexpr int kVectors = 2;
   int64_t i = 0;
   for (; i + kVectors * kLanes <= width; i += kVectors * kLanes) {
@@ -74,7 +74,7 @@ D2V_INLINE void average_layers(const LayerRow* layers, int64_t num_layers, int64
   for (; i < width; ++i) average_channels<float, 1, kNorm, T>(layers, num_layers, i, share, out);
 }
 
-// out[i] <- (out[i] - mean) * scale, with one mean and scale or, where `step` is 1, one for each channel.
+// out[i] <- (out[i] - mean) * scale, with one mean and scale, or one per channel if `step` is 1.
 template <typename V>
 D2V_INLINE void normalize_channels(float* out, const float* mean, const float* scale, bool by_channel,
                                    int64_t i) {
@@ -89,12 +89,12 @@ D2V_INLINE void normalize_row(float* out, const float* mean, const float* scale,
   for (; i < width; ++i) normalize_channels<float>(out, mean, scale, by_channel, i);
 }
 
-// The target of `row`; those of `next_row` are fetched meanwhile.
+// Computes the target of `row` and prefetches `next_row`.
 template <typename T>
 D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, int64_t next_row, Scratch& scratch,
                            float* out) {
   LayerRow* layers = scratch.layers.data();
-  Moments* moments = scratch.moments.data();
+  RowStatistics* statistics = scratch.statistics.data();
   const int64_t width = plan.width, num_layers = plan.num_layers(), sample = row / plan.num_positions;
   const int64_t offset = plan.offset(row), next = plan.offset(next_row);
   const float share = 1.0f / static_cast<float>(num_layers);
@@ -103,10 +103,10 @@ D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, int64_t next_row
     layers[k].x = data + offset;
     layers[k].next = data + next;
     if (plan.layer_norm == Norm::layer) {
-      moments[k] = row_moments(data + offset, data + next, width, plan.eps);
-      moments[k].rstd *= share;
-      layers[k].mean = &moments[k].mean;
-      layers[k].scale = &moments[k].rstd;
+      statistics[k] = row_statistics(data + offset, data + next, width, plan.eps);
+      statistics[k].rstd *= share;
+      layers[k].mean = &statistics[k].mean;
+      layers[k].scale = &statistics[k].rstd;
     } else if (plan.layer_norm != Norm::none) {
       const int64_t group = plan.layer_norm == Norm::batch ? k : k * plan.num_samples + sample;
       layers[k].mean = plan.layer_mean.data() + group * width;
@@ -119,16 +119,16 @@ D2V_INLINE void target_row(const TargetPlan& plan, int64_t row, int64_t next_row
     default: average_layers<Norm::instance, T>(layers, num_layers, width, share, out);
   }
   if (plan.final_norm == Norm::layer) {
-    const Moments m = row_moments(out, out, width, plan.eps);
+    const RowStatistics m = row_statistics(out, out, width, plan.eps);
     normalize_row(out, &m.mean, &m.rstd, false, width);
   } else if (plan.final_norm == Norm::instance && !plan.average_mean.empty()) {
-    // while the average's own statistics are collected they are not there yet
+    // not yet available while the statistics of the average are being collected
     normalize_row(out, plan.average_mean.data() + sample * width, plan.average_scale.data() + sample * width,
                   true, width);
   }
 }
 
-// sum, square += over `count` <= kRows rows at channel i of x, of x - pivot and its square; V as above.
+// Adds x - pivot and its square at channel i, over `count` <= kRows rows, to sum and square. V as above.
 template <typename V, typename T>
 D2V_INLINE void add_positions(const T* x, int64_t stride, int64_t count, int64_t i, const float* pivot,
                               float* sum, float* square) {
@@ -152,9 +152,8 @@ D2V_INLINE void add_positions(const T* x, int64_t stride, int64_t count, int64_t
   add_to<V>(square + i, total2);
 }
 
-// mean, deviation [n] <- updated, after `before` rows, with `count` more (the pairwise update of Chan, Golub
-// and LeVeque). The first of them is taken off before anything is summed, so a large mean costs the variance
-// no digits.
+// Updates mean and deviation [n] of `before` rows with `count` more (the pairwise update of Chan, Golub and
+// LeVeque). The first row is subtracted before summing, so that a large mean does not cost precision.
 template <typename T>
 D2V_INLINE void add_group(const T* x, int64_t stride, int64_t before, int64_t count, int64_t n,
                           double* __restrict mean, double* __restrict deviation) {
@@ -184,10 +183,10 @@ D2V_INLINE void add_group(const T* x, int64_t stride, int64_t before, int64_t co
   }
 }
 
-// mean, deviation [n] <- the mean of `count` rows of x and their summed squared deviation from it.
+// Computes the mean [n] of `count` rows of x and their summed squared deviation [n] from it.
 template <typename T>
-D2V_INLINE void part_moments(const T* x, int64_t stride, int64_t count, int64_t n, double* __restrict mean,
-                             double* __restrict deviation) {
+D2V_INLINE void part_statistics(const T* x, int64_t stride, int64_t count, int64_t n, double* __restrict mean,
+                                double* __restrict deviation) {
   for (int64_t d = 0; d < n; ++d) mean[d] = deviation[d] = 0.0;
   for (int64_t r = 0; r < count; r += kGroup) {
     add_group(x + r * stride, stride, r, std::min(kGroup, count - r), n, mean, deviation);
@@ -208,7 +207,7 @@ D2V_INLINE void layer_part_body(const TargetPlan& plan, int64_t k, int64_t b, in
                                 double* parts) {
   const T* x = static_cast<const T*>(plan.data[k]) + b * plan.sample_stride + first;
   double* mean = parts + (k * plan.num_samples + b) * 2 * plan.width + first;
-  part_moments(x, plan.position_stride, plan.lengths[b], last - first, mean, mean + plan.width);
+  part_statistics(x, plan.position_stride, plan.lengths[b], last - first, mean, mean + plan.width);
 }
 
 // One task of the average's statistics: sample b, positions [first, last); part [2, D], rows [kPart, D].
@@ -220,7 +219,7 @@ D2V_INLINE void average_part_body(const TargetPlan& plan, int64_t b, int64_t fir
     const int64_t row = b * plan.num_positions + t;
     target_row<T>(plan, row, t + 1 < last ? row + 1 : row, scratch, rows + (t - first) * width);
   }
-  part_moments(rows, width, last - first, width, part, part + width);
+  part_statistics(rows, width, last - first, width, part, part + width);
 }
 
 #define D2V_TARGET(suffix, T)                                                                                \
@@ -265,8 +264,9 @@ const Loops& loops(ScalarType type) {
   return table[storage_index(type)];
 }
 
-// mean, scale [groups, D] <- the moments of `parts` [groups, num_parts, 2, D] in their order (pairwise update
-// of Chan, Golub and LeVeque); counts [num_parts] per group, at counts + group * count_stride.
+// Combines the statistics of `parts` [groups, num_parts, 2, D] in order into mean and scale [groups, D] (the
+// pairwise update of Chan, Golub and LeVeque). counts [num_parts] of a group start at counts + group *
+// count_stride.
 void combine_parts(const double* parts, const int64_t* counts, int64_t count_stride, int64_t groups,
                    int64_t num_parts, int64_t width, double eps, double share, std::vector<float>& mean,
                    std::vector<float>& scale) {
@@ -406,7 +406,7 @@ void compute_target_rows(const TargetPlan& plan, const int64_t* rows, int64_t n,
   thread_local Scratch scratch(0);
   if (plan.width == 0 || n == 0) return;
   scratch.layers.resize(plan.num_layers());
-  scratch.moments.resize(plan.num_layers());
+  scratch.statistics.resize(plan.num_layers());
   loops(plan.type).rows(plan, rows, n, after, scratch, out);
 }
 
