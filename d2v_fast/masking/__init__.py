@@ -1,9 +1,9 @@
-"""Samplers of masks, compiled by numba: which patches, frames or tokens are hidden from the student.
+"""Samplers of masks, compiled by numba: they choose the patches, frames or tokens that the student does not see.
 
-Randomness is counter-based: a mask depends on (seed, epoch, sample id), on its index where a sample has several, and on
-nothing else, so any number of workers, processes or batch splits gives the same masks. The one exception is asked for:
-spans with equal counts depend on the other rows of the batch, too. Every `..._rows` function lists the masked places as
-flat indices `b * T + t`, ascending; the `..._reference` beside it is the algorithm in plain Python.
+Randomness is counter-based: a mask depends on (seed, epoch, sample id) and its index among the masks of a sample, so
+that any number of workers, processes or batch splits gives the same masks. Only spans with `equal_counts` also depend
+on the other samples of the batch. Every `..._rows` function returns flat indices `b * T + t` of the masked places,
+ascending. The `..._reference` beside it is the algorithm in plain Python.
 """
 
 from __future__ import annotations

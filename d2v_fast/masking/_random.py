@@ -1,7 +1,7 @@
-"""What all samplers share: the compiler, and `streams.uniforms` number by number.
+"""Shared by all samplers: the compiler, and the numbers of `streams.uniforms` one by one.
 
-All integers that are mixed are uint64, because numba turns mixed signs into floats. numba recompiles what it has cached
-when the file of a function changes, not when this one does: after a change here, remove `__pycache__`.
+All integers that are mixed are uint64, because numba converts mixed signs to floats. numba recompiles a cached function
+when its own file changes, not when this file does: after a change here, remove `__pycache__`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TO_UNIT = 2.0**-53
 
 
 def checked_ids(sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """`sample_ids`, contiguous, or a ValueError."""
+    """Return `sample_ids` as a contiguous array; raise ValueError unless they are int64 `[B]`."""
     ids = np.ascontiguousarray(sample_ids)
     if ids.ndim != 1 or ids.dtype != np.int64:
         raise ValueError(f"`sample_ids` must be int64 [B], but is {ids.dtype} {list(ids.shape)} instead.")
@@ -32,11 +32,11 @@ def checked_ids(sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, without the GIL, and keep the machine code on disk where a folder can be written."""
+    """Compile with numba, without the GIL, and cache the machine code on disk if a folder is writable."""
     try:
         return njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:
-        # no folder to keep the compiled code in: compile once per process
+        # no writable cache folder: compile once per process
         return njit(nogil=True, error_model="numpy")(function)
 
 
@@ -49,19 +49,19 @@ def _mix(value: np.uint64) -> np.uint64:
 
 @compiled
 def unit(state: np.uint64) -> np.float64:
-    """Uniform in [0, 1), for the position `state` of a stream."""
+    """Return the number in [0, 1) at position `state` of a stream."""
     return np.float64(_mix(state) >> _SHIFT_11) * _TO_UNIT
 
 
 @compiled
 def below(state: np.uint64, limit: int) -> np.int64:
-    """Integer in [0, limit); the bias of the multiplication is under limit / 2**32."""
+    """Return an integer in [0, limit); the bias of the multiplication is below limit / 2**32."""
     return np.int64(((_mix(state) >> _SHIFT_32) * np.uint64(limit)) >> _SHIFT_32)
 
 
 @compiled
 def choose(flags: npt.NDArray[np.uint8], state: np.uint64, population: int, num: int) -> np.uint64:
-    """Set `num` of the first `population` flags, all clear before; every choice is equally likely.
+    """Set `num` of the first `population` flags, which must be clear, with every choice equally likely.
 
     Returns the position of the stream after `num` draws (Floyd's algorithm, Bentley 1987).
     """

@@ -1,8 +1,9 @@
 """Block masks for images: data2vec (arXiv 2202.03555, section 4.1) with the algorithm of BEiT (2106.08254).
 
-Rectangles are laid on the patch grid until the wanted number of patches is covered. The last rectangle rarely
-fits exactly, so an image gets at most that many masked patches, sometimes a few less. `block_mask_reference`
-is the algorithm in plain Python; `block_mask_rows` draws from the same distribution in compiled code.
+Rectangles are placed on the patch grid until the requested number of patches is covered. The last rectangle
+rarely fits exactly, so an image gets at most that many masked patches, sometimes a few fewer.
+`block_mask_reference` is the algorithm in plain Python; `block_mask_rows` draws from the same distribution in
+compiled code.
 """
 
 from __future__ import annotations
@@ -35,16 +36,21 @@ def block_mask_rows(
 
     Args:
         seed: Seed of the run.
-        epoch: Epoch. A mask depends on these three only.
+        epoch: Epoch. A mask depends on seed, epoch and sample id only.
         sample_ids: int64 `[B]`.
         grid_size: patches along a side; an image has `P = grid_size**2`.
         num_patches: the most patches to mask in an image, in [1, P - 1].
         min_patches: Smallest area of one rectangle, before rounding.
-        max_patches: Largest area of one rectangle; None sets no limit but `num_patches`.
+        max_patches: Largest area of one rectangle. `None` means `num_patches`.
         min_aspect: rectangles have a height to width ratio in [min_aspect, 1 / min_aspect], log-uniform.
     Returns:
         int64 `[N]`: flat indices `b * P + p` of the masked patches, ascending. Every image has at least one
         masked and one visible patch.
+
+    Example:
+        >>> ids = np.array([7, 8])
+        >>> block_mask_rows(0, 0, ids, 3, num_patches=4, min_patches=2, max_patches=None, min_aspect=0.5)
+        array([ 3,  4,  6,  7, 12, 13, 15, 16])
     """
     ids = _check(sample_ids, grid_size, num_patches, min_patches, max_patches, min_aspect)
     # one element more than can be masked: the kernel writes before it knows whether the patch counts
@@ -65,7 +71,14 @@ def block_masks(
     max_patches: int | None,
     min_aspect: float,
 ) -> npt.NDArray[np.bool_]:
-    """The masks of `block_mask_rows` as bool `[B, grid_size, grid_size]`, True where masked."""
+    """Draw the masks of `block_mask_rows` as bool `[B, grid_size, grid_size]`, True for masked patches.
+
+    Example:
+        >>> block_masks(0, 0, np.array([7]), 3, 4, 2, None, 0.5).astype(int)
+        array([[[0, 0, 0],
+                [1, 1, 0],
+                [1, 1, 0]]])
+    """
     rows = block_mask_rows(seed, epoch, sample_ids, grid_size, num_patches, min_patches, max_patches, min_aspect)
     masks = np.zeros(len(sample_ids) * grid_size**2, dtype=np.bool_)
     masks[rows] = True
@@ -80,7 +93,7 @@ def block_mask_reference(
     max_patches: int | None,
     min_aspect: float,
 ) -> list[list[bool]]:
-    """One block mask `[grid_size][grid_size]`, True where masked: the algorithm, in plain Python."""
+    """Draw one block mask `[grid_size][grid_size]`, True for masked patches, in plain Python."""
     side = grid_size
     masked = [[False] * side for _ in range(side)]
     spread = -math.log(min_aspect)

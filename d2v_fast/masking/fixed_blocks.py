@@ -1,8 +1,8 @@
 """Masks of blocks of one size: data2vec 2.0 (arXiv 2212.07525, section 3), for images, speech and text.
 
-Blocks are laid at random, overlapping, and then single places are added or removed at random until the mask has exactly
-the wanted number: all rows have as many masked places, and the encoder can be run on the visible ones alone. `inverse`
-lays the blocks that stay visible. A sample gets several masks, since the teacher's targets serve them all.
+Blocks are placed at random and may overlap; then single places are added or removed at random until the mask has
+exactly the requested number. So all samples have equally many visible places, and the encoder can run on these alone.
+`inverse` places the blocks that stay visible. A sample gets several masks, which share the teacher's targets.
 """
 
 from __future__ import annotations
@@ -38,19 +38,26 @@ def inverse_block_mask_rows(
 
     Args:
         seed: Seed of the run.
-        epoch: Epoch. A mask depends on these three and the index of the mask only.
+        epoch: Epoch. A mask depends on seed, epoch, sample id and the index of the mask only.
         sample_ids: int64 `[B]`.
         grid_size: patches along a side; an image has `P = grid_size**2`.
         prob: share of masked patches; each mask leaves exactly `floor(P * (1 - prob))` patches visible. Published:
             0.8 for ViT-B, 0.75 for larger models.
-        length: patches along a side of a block; published: 3. A block that sticks out of the grid is cut.
-        prob_adjust: what is added to the visible share when blocks are counted, since they overlap:
-            `floor(P * (1 - prob + prob_adjust) / length**2)` are laid. Published: 0.07, and 0.1 for larger models.
-        num_masks: masks of a sample, M; mask m does not depend on how many there are.
+        length: patches along a side of a block; published: 3. A block that extends beyond the grid is cut.
+        prob_adjust: added to the visible share to compensate for overlap:
+            `floor(P * (1 - prob + prob_adjust) / length**2)` blocks are placed. Published: 0.07, and 0.1 for larger
+            models.
+        num_masks: masks per sample, M. Mask m does not depend on M.
+
     Returns:
         int64 `[B * M * num_masked]`: flat indices `(b * M + m) * P + p` of the masked patches, ascending.
+
     Raises:
-        ValueError: an argument out of range; nothing would be masked, or nothing visible.
+        ValueError: an argument is out of range, or nothing would be masked or visible.
+
+    Example:
+        >>> inverse_block_mask_rows(0, 0, np.array([7, 8]), grid_size=3, prob=0.5, length=2, prob_adjust=0.1)
+        array([ 1,  4,  6,  7,  8,  9, 12, 15, 16, 17])
     """
     ids = checked_ids(sample_ids)
     if grid_size < 2:
@@ -74,24 +81,30 @@ def block_mask_1d_rows(
     """Draw masks for sequences that hide blocks, or leave them visible, and list the masked positions.
 
     All sequences have the same length: crop before drawing. `length=1, inverse=True` is the published mask for text,
-    each set of positions equally likely.
+    in which every set of positions is equally likely.
 
     Args:
         seed: Seed of the run.
-        epoch: Epoch. A mask depends on these three and the index of the mask only.
+        epoch: Epoch. A mask depends on seed, epoch, sample id and the index of the mask only.
         sample_ids: int64 `[B]`.
         num_positions: frames or tokens of a sequence, T.
         prob: share of masked positions; each mask hides exactly `floor(T * prob)` of them, and with `inverse` leaves
             exactly `floor(T * (1 - prob))` visible. Published: 0.5 for speech (large model: 0.55), 0.48 for text.
-        length: positions of a block; published: 5 for speech, 1 for text. A block that sticks out is cut.
-        prob_adjust: what is added to the share of the blocks when they are counted, since they overlap: without
-            `inverse`, `floor(T * (prob + prob_adjust) / length)` are laid. Published: 0.05 and 0.1.
-        num_masks: masks of a sample, M; mask m does not depend on how many there are.
-        inverse: lay the blocks that stay visible, not those that are hidden.
+        length: positions of a block; published: 5 for speech, 1 for text. A block that extends beyond the end is cut.
+        prob_adjust: added to the share of the blocks to compensate for overlap: without `inverse`,
+            `floor(T * (prob + prob_adjust) / length)` blocks are placed. Published: 0.05 and 0.1.
+        num_masks: masks per sample, M. Mask m does not depend on M.
+        inverse: place the blocks that stay visible instead of the masked ones.
+
     Returns:
         int64 `[B * M * num_masked]`: flat indices `(b * M + m) * T + t` of the masked positions, ascending.
+
     Raises:
-        ValueError: an argument out of range; nothing would be masked, or nothing visible.
+        ValueError: an argument is out of range, or nothing would be masked or visible.
+
+    Example:
+        >>> block_mask_1d_rows(0, 0, np.array([7, 8]), num_positions=8, prob=0.5, length=2, prob_adjust=0.1)
+        array([ 1,  2,  3,  5, 10, 11, 13, 14])
     """
     ids = checked_ids(sample_ids)
     if num_positions < 2:
@@ -102,7 +115,7 @@ def block_mask_1d_rows(
 def inverse_block_mask_reference(
     generator: random.Random, grid_size: int, prob: float, length: int, prob_adjust: float
 ) -> list[list[bool]]:
-    """One mask of `inverse_block_mask_rows` `[grid_size][grid_size]`, True where masked, in plain Python."""
+    """Draw one mask of `inverse_block_mask_rows`, `[grid_size][grid_size]`, True for masked, in plain Python."""
     return _reference(generator, (grid_size, grid_size), (length, length), prob, prob_adjust, True)
 
 

@@ -1,8 +1,8 @@
-"""Span masks for speech: wav2vec 2.0 (arXiv 2006.11477, section 3.1), as data2vec takes them (2202.03555, section 4.2).
+"""Span masks for speech: wav2vec 2.0 (arXiv 2006.11477, section 3.1), as data2vec uses them (2202.03555, section 4.2).
 
-Frames are drawn as starts, each masks itself and the frames after it, and spans may overlap: with the published 0.065
-starts per frame and spans of 10, 49 % of the frames. `equal_counts` is what the public code adds: every row is cut to
-the count of the smallest. It leaves 43 to 46 % (8 to 24 rows of 10 to 16 s; less of shorter ones), in spans with holes.
+Frames are drawn as starts. Each start masks itself and the frames after it, and spans may overlap: the published 0.065
+starts per frame and spans of 10 mask 49 % of the frames. The public code also reduces every sample to the count of the
+smallest (`equal_counts`), which leaves 43 to 46 % (8 to 24 samples of 10 to 16 s; less for shorter ones) and holes.
 """
 
 from __future__ import annotations
@@ -36,22 +36,27 @@ def span_mask_rows(
 
     Args:
         seed: Seed of the run.
-        epoch: Epoch. A mask depends on these three, and with `equal_counts` on the other samples.
+        epoch: Epoch. A mask depends on seed, epoch and sample id, and with `equal_counts` on the other samples.
         sample_ids: int64 `[B]`.
-        num_positions: frames of a row, T.
-        prob: share of the frames that the spans would mask if none overlapped, in (0, 1]; published: 0.65. A row of
+        num_positions: frames per sample, T.
+        prob: share of the frames that the spans would mask without overlap, in (0, 1]; published: 0.65. A sample of
             S frames gets `prob * S / length` spans, rounded up or down at random so that the mean is exact.
-        length: frames of a span; published: 10.
-        min_masks: the fewest spans of a row.
-        equal_counts: drop masked frames at random until all rows have as many as the smallest, as the public code
-            does. The masks then depend on which samples the batch holds too, but not on their order.
-        lengths: int64 `[B]`, frames that are not padding, at the beginning of the row; None: all. Padding is never
-            masked.
+        length: frames per span; published: 10.
+        min_masks: the fewest spans per sample.
+        equal_counts: unmask frames at random until all samples have as many masked frames as the smallest, as the
+            public code does. The masks then also depend on which samples the batch contains, but not on their order.
+        lengths: int64 `[B]`, frames of each sample before its padding, which is never masked. `None` means T.
+
     Returns:
-        int64 `[N]`: flat indices `b * T + t` of the masked frames, ascending. A row of two or more frames has at least
-        one masked and one visible frame; a shorter one has nothing masked.
+        int64 `[N]`: flat indices `b * T + t` of the masked frames, ascending. A sample of two or more frames has at
+        least one masked and one visible frame; a shorter one has no masked frame.
+
     Raises:
-        ValueError: an argument out of range; a row of less than two frames with `equal_counts`.
+        ValueError: an argument is out of range, or a sample has fewer than two frames with `equal_counts`.
+
+    Example:
+        >>> span_mask_rows(0, 0, np.array([7, 8]), num_positions=8, prob=0.5, length=2)
+        array([ 1,  2,  3,  4,  9, 10, 12, 13])
     """
     ids = checked_ids(sample_ids)
     sizes = _check(ids, num_positions, prob, length, min_masks, equal_counts, lengths)
@@ -70,7 +75,7 @@ def span_mask_reference(
     equal_counts: bool,
     lengths: Sequence[int],
 ) -> list[list[bool]]:
-    """One span mask per length `[B][num_positions]`, True where masked: the algorithm, in plain Python."""
+    """Draw one span mask per length, `[B][num_positions]`, True for masked frames, in plain Python."""
     batch: list[set[int]] = []
     for size in lengths:
         masked: set[int] = set()

@@ -1,9 +1,9 @@
-"""Counter-based random numbers: they depend on a seed and on counters, never on what was drawn before.
+"""Counter-based random numbers, which depend on a seed and counters, not on earlier draws.
 
-A stream is named by (seed, purpose, epoch, id). Its key is a hash of the four, and its n-th number is
-splitmix64's (Steele, Lea and Flood 2014): the mixed sum of the key and n times the golden ratio. Workers,
-processes and resumed runs thus agree without sharing a state, and the numbers do not change with the version
-of any library.
+A stream is identified by (seed, purpose, epoch, id). Its key is a hash of the four, and its n-th number is
+that of splitmix64 (Steele, Lea and Flood 2014): the mixed sum of the key and n times the golden ratio. So
+workers, processes and resumed runs agree without sharing state, and the numbers do not change with the
+version of any library.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = [
     "uniforms",
 ]
 
-# what a stream is for: each purpose has streams of its own
+# purposes of streams; each has its own streams
 MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER, DROP = 1, 2, 3, 4, 5, 6
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def stream_keys(seed: int, purpose: int, epoch: int, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
-    """Keys of the streams of the given ids, uint64 `[B]`. Every number counts modulo 2**64."""
+    """Return the keys of the streams of the given ids, uint64 `[B]`. Numbers are taken modulo 2**64."""
     keys = np.zeros(1, dtype=np.uint64)
     for value in (seed, purpose, epoch):
         keys = _mix((keys ^ np.uint64(value & 0xFFFF_FFFF_FFFF_FFFF)) + GOLDEN)
@@ -40,19 +40,19 @@ def stream_keys(seed: int, purpose: int, epoch: int, ids: npt.NDArray[np.integer
 
 
 def clone_keys(keys: npt.NDArray[np.uint64], num_clones: int) -> npt.NDArray[np.uint64]:
-    """Keys of more streams below each of `keys`, uint64 `[B, num_clones]`; clone m does not depend on their number."""
+    """Derive further keys from each of `keys`, uint64 `[B, num_clones]`. Clone m does not depend on `num_clones`."""
     return _mix((keys[:, None] ^ np.arange(num_clones, dtype=np.uint64)) + GOLDEN)
 
 
 def uniforms(keys: npt.NDArray[np.uint64], num: int) -> npt.NDArray[np.float64]:
-    """The first `num` numbers of each stream, uniform in [0, 1), `[B, num]`."""
+    """Return the first `num` numbers of each stream, uniform in [0, 1), `[B, num]`."""
     positions = np.arange(1, num + 1, dtype=np.uint64) * GOLDEN
     bits = _mix(keys[:, None] + positions)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, purpose: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
-    """A random order of 0 to `size` - 1, int64 `[size]`."""
+    """Return a random permutation of 0 to `size` - 1, int64 `[size]`."""
     keys = stream_keys(seed, purpose, epoch, np.arange(size, dtype=np.int64))
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 

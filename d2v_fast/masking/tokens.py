@@ -1,10 +1,10 @@
-"""Masks for text: single tokens as in BERT (arXiv 1810.04805, section 3.1), or spans; data2vec takes both (2202.03555,
+"""Masks for text: single tokens as in BERT (arXiv 1810.04805, section 3.1), or spans; data2vec uses both (2202.03555,
 section 4.3).
 
-Starts are drawn without replacement from the whole sequence; each hides itself and the tokens after it, and spans may
-overlap or be cut by the end: with the published 0.0875 starts per token and spans of 4, 30.7 % of the tokens. Special
-tokens are then taken out again, so that all others are hidden as often as in the public code, which hides begin and end
-too.
+Starts are drawn without replacement from the whole sequence. Each start masks itself and the tokens after it, and spans
+may overlap or be cut at the end: the published 0.0875 starts per token and spans of 4 mask 30.7 % of the tokens.
+Special tokens are then unmasked, so that all others are masked as often as in the public code, which masks the begin
+and end tokens as well.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["TokenMasks", "token_mask_reference", "token_mask_rows"]
 
 
 class TokenMasks(NamedTuple):
-    """What the student sees, and where its loss is taken.
+    """Input of the student, and the tokens in the loss.
 
     Attributes:
         rows: int64 `[N]`, flat indices `b * T + t` of the tokens in the loss, ascending.
-        tokens: int64 `[B, T]`, a copy with the chosen tokens hidden, replaced or kept.
+        tokens: int64 `[B, T]`, a copy in which the chosen tokens are masked, replaced or unchanged.
     """
 
     rows: npt.NDArray[np.int64]
@@ -52,29 +52,38 @@ def token_mask_rows(
     loss_on_kept: bool = False,
     mask_specials: bool = False,
 ) -> TokenMasks:
-    """Choose the tokens of every sample that the student does not see as they are.
+    """Choose tokens of every sample, and mask, replace or keep each of them in the student's input.
 
     Args:
         seed: Seed of the run.
-        epoch: Epoch. A mask depends on these three and the tokens only.
+        epoch: Epoch. A mask depends on seed, epoch, sample id and the tokens only.
         sample_ids: int64 `[B]`.
         tokens: int64 `[B, T]`, in [0, V).
-        lengths: int64 `[B]`, tokens that are not padding, at the beginning of the row. Padding is never chosen.
-        prob: share of the tokens that the spans would hide if none overlapped, in (0, 1]; published: 0.35, and 0.15 for
-            single tokens. A row of S tokens gets `prob * S / length` spans, and at least one, rounded up or down at
+        lengths: int64 `[B]`, tokens of each sample before its padding, which is never chosen.
+        prob: share of the tokens that the spans would cover without overlap, in (0, 1]; published: 0.35, and 0.15 for
+            single tokens. A sample of S tokens gets `prob * S / length` spans, and at least one, rounded up or down at
             random so that the mean is exact.
-        length: tokens of a span; published: 4, and 1 for single tokens.
-        vocab_size: V; replacements are drawn from [0, V) without `special_ids`, all equally likely.
+        length: tokens per span; published: 4, and 1 for single tokens.
+        vocab_size: V. Replacements are drawn uniformly from [0, V) without `special_ids`.
         mask_id: the mask token.
         special_ids: tokens that are never drawn as a replacement, nor chosen unless `mask_specials`.
-        keep_prob: Probability that a chosen token stays as it is.
-        random_prob: Probability that it is replaced by another token; otherwise it becomes the mask token.
-        loss_on_kept: list kept and replaced tokens as well.
+        keep_prob: probability that a chosen token stays unchanged.
+        random_prob: probability that a chosen token is replaced by another; otherwise it becomes the mask token.
+        loss_on_kept: include unchanged and replaced tokens in `rows`.
+        mask_specials: allow special tokens to be chosen.
+
     Returns:
-        A row with two or more tokens that may be chosen has at least one that is chosen and one that is not; one with
-        fewer has nothing chosen.
+        The masks. A sample with two or more tokens that may be chosen has at least one that is chosen and one that is
+        not; in a shorter one nothing is chosen.
+
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> tokens = np.array([[0, 5, 6, 7, 8, 2]])
+        >>> options = {"prob": 0.4, "length": 1, "vocab_size": 10, "mask_id": 9, "special_ids": [0, 1, 2, 9]}
+        >>> token_mask_rows(0, 0, np.array([7]), tokens, np.array([6]), **options)
+        TokenMasks(rows=array([1, 3]), tokens=array([[0, 9, 6, 9, 8, 2]]))
     """
     ids = checked_ids(sample_ids)
     known = np.unique(np.fromiter(special_ids, dtype=np.int64, count=len(special_ids)))
@@ -105,7 +114,7 @@ def token_mask_reference(
     loss_on_kept: bool,
     mask_specials: bool,
 ) -> tuple[list[int], list[int]]:
-    """Positions in the loss, and the tokens that the student sees, of one row: the algorithm, in plain Python."""
+    """Return the positions in the loss, and the student's tokens, of one sample, in plain Python."""
     size = len(tokens)
     seen = list(tokens)
     allowed = [position for position in range(size) if mask_specials or tokens[position] not in special_ids]

@@ -1,12 +1,12 @@
-"""The fused operations of data2vec, usable in any EMA-teacher method; needs torch only.
+"""Fused operations of data2vec, usable in any method with an EMA teacher. They require torch only.
 
 ========================  =========================================================================
 ``ema_update_``           EMA of a whole model, with an optional working copy in another dtype
-``EmaUpdate``             the same for tensors that stay, checked once
-``topk_target``           normalize K layers, average them, normalize the average, keep some rows
-``masked_smooth_l1``      Smooth L1 (or squared error) over rows, with the moments of both sides
-``data2vec_loss``         the two above in one pass, the target is never written to memory
-``layer_norm_gelu``       layer norm over channels and exact GELU, as after every convolution of speech
+``EmaUpdate``             the same for a fixed set of tensors, checked once
+``topk_target``           normalize K layers, average them, normalize the average, select rows
+``masked_smooth_l1``      Smooth L1 (or squared error) over rows, with per-channel sums of both sides
+``data2vec_loss``         both in one pass, without writing the target to memory
+``layer_norm_gelu``       layer norm over channels and exact GELU, as after each convolution for speech
 ========================  =========================================================================
 """
 

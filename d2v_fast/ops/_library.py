@@ -1,7 +1,7 @@
-"""The one ``torch.library`` of this package: schemas, and which kernel answers for which device.
+"""The ``torch.library`` of this package: schemas, and the kernel of each device.
 
-PyTorch's dispatcher is the choice of the backend: the reference is the default kernel, C++ answers for the CPU key
-when ``_C.so`` was built, Triton for the CUDA key when Triton can be imported.
+PyTorch's dispatcher chooses the backend. The reference is the default kernel; C++ is registered for the CPU key if
+``_C.so`` was built, and Triton for the CUDA key if Triton can be imported.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Storage types of the operations; all of them compute in fp32."""
+"""Storage types of the operations, which all compute in fp32."""
 
 library = torch.library.Library("d2v", "DEF")
 library.define("cpu_capability() -> int")
 
 _C_PATH = Path(__file__).resolve().parent.parent / "_C.so"
-# what brings the kernels back: an installed package holds nothing to build them from
+# how to obtain the kernels: an installed package has no sources to build them from
 _BUILD = (
     f"install a C++20 compiler and make, and run `pip install -e .` again in {_C_PATH.parent.parent}"
     if (_C_PATH.parent.parent / "CMakeLists.txt").is_file()
@@ -32,12 +32,12 @@ _BUILD = (
     "source archive or a clone (`pip install --force-reinstall --no-deps`)"
 )
 HAS_CPP = False
-"""True when the C++ kernels were built and loaded; otherwise CPU tensors take the PyTorch reference."""
+"""True if the C++ kernels were built and loaded. Otherwise CPU tensors use the PyTorch reference."""
 
 
 @cache
 def has_triton() -> bool:
-    """True when Triton is installed, without importing it."""
+    """Return whether Triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -53,9 +53,9 @@ def define(
 
     Args:
         schema: ``name(arguments) -> result`` in PyTorch's schema language.
-        reference: Default kernel, the meaning of the operation.
+        reference: Default kernel, which defines the operation's meaning.
         triton_launcher: ``module.function`` below ``d2v_fast.kernels``, imported at the first call with a CUDA tensor.
-        check: Called with the operation's arguments before the reference or Triton. The C++ kernel checks by itself.
+        check: Called with the operation's arguments before the reference or Triton. The C++ kernel does its own checks.
     """
     name = schema.partition("(")[0]
     library.define(schema)
@@ -75,7 +75,7 @@ def define(
             _say_once(missing)
             return reference(*args)
         launcher = _launcher(triton_launcher)
-        # Triton launches on the current device, which need not be that of the tensors
+        # Triton launches on the current device, which may differ from that of the tensors
         with torch.cuda.device(_first_tensor(args).device):
             return launcher(*args)
 
@@ -85,7 +85,7 @@ def define(
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     if written:
         _raise_versions(name, written)
-    # the batching rule of torch.vmap, which could not guess one for lists of tensors
+    # torch.vmap cannot derive a batching rule for lists of tensors
     library.impl(name, _no_batch(name) if written else reference, "FuncTorchBatchedDecomposition")
 
 
@@ -104,15 +104,15 @@ def _launcher(triton_launcher: str) -> Callable[..., Any]:
 
 
 def _raise_versions(name: str, written: Sequence[int]) -> None:
-    """Raise the version counters of the arguments at `written`, whichever kernel writes them, as torch's operations do.
+    """Raise the version counters of the arguments at `written` for every kernel, as torch's operations do.
 
-    Autograd then refuses a graph that has saved the old values.
+    Autograd then refuses to use a graph that saved the old values.
     """
     operation = getattr(torch.ops.d2v, name).default
 
     def below_autograd(keyset: Any, *args: Any) -> Any:
         for i in written:
-            # an inference tensor has no counter and is left out
+            # an inference tensor has no counter and is skipped
             torch.autograd.graph.increment_version(args[i])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return operation.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
@@ -121,13 +121,13 @@ def _raise_versions(name: str, written: Sequence[int]) -> None:
 
 
 def define_in_cpp(schema: str) -> None:
-    """Define an operation that has a C++ kernel only; call it where `in_cpp` is true."""
+    """Define an operation that has a C++ kernel only. Call it only if `in_cpp` is true."""
     library.define(schema)
 
 
 @cache
 def in_cpp(name: str) -> bool:
-    """Whether the C++ kernels were built and have this operation: a build may be older than this file."""
+    """Return whether the C++ kernels were built and have this operation: a build may be older than this file."""
     found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"d2v::{name}", "CompositeExplicitAutograd")
     return found
 
@@ -136,11 +136,11 @@ def tensor_list(name: str, value: Any) -> list[Tensor]:
     """Return a list, tuple or iterator of tensors as a list, consumed once.
 
     Args:
-        name: Of the argument, for messages.
-        value: What the user passed. Its elements are not looked at, see `check_tensors`.
+        name: Name of the argument, for messages.
+        value: The user's argument. `check_tensors` checks its elements.
 
     Raises:
-        TypeError: Something that has no order, or a single tensor or module.
+        TypeError: The value has no order, or is a single tensor or module.
     """
     if isinstance(value, torch.nn.Module) and not isinstance(value, torch.nn.ParameterList):
         raise TypeError(
@@ -158,10 +158,10 @@ def tensor_list(name: str, value: Any) -> list[Tensor]:
 
 
 def check_tensors(name: str, values: Iterable[Any]) -> None:
-    """Refuse elements that are no tensors.
+    """Check that all elements are tensors.
 
     Raises:
-        TypeError: An element is None, or a pair as `named_parameters()` yields them, or anything else.
+        TypeError: An element is None, a pair from `named_parameters()`, or anything else that is not a tensor.
     """
     for i, value in enumerate(values):
         if isinstance(value, Tensor):
@@ -175,7 +175,7 @@ def check_tensors(name: str, values: Iterable[Any]) -> None:
 
 
 def is_observed() -> bool:
-    """Whether a mode of `torch.utils._python_dispatch` is on, as that of fake tensors, which sees every operation."""
+    """Return whether a dispatch mode is active, such as that of fake tensors, which intercepts every operation."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -185,7 +185,7 @@ def _first_tensor(args: tuple[Any, ...]) -> Tensor:
 
 
 def load_cpp() -> None:
-    """Load ``_C.so``; called once, after every schema is defined."""
+    """Load ``_C.so``. Call once, after every schema is defined."""
     global HAS_CPP
     if not _C_PATH.exists():
         return
@@ -194,7 +194,7 @@ def load_cpp() -> None:
         HAS_CPP = True
     except OSError as error:
         warnings.warn(
-            f"{_C_PATH} exists but cannot be loaded ({error}), and CPU tensors use the slower PyTorch reference. It "
+            f"{_C_PATH} exists but cannot be loaded ({error}), so CPU tensors use the slower PyTorch reference. It "
             f"needs torch 2.10 or later, and a system as new as the one that built it. To replace it, {_BUILD}.",
             RuntimeWarning,
             stacklevel=2,
@@ -202,10 +202,14 @@ def load_cpp() -> None:
 
 
 def missing_kernels(device_type: str) -> str | None:
-    """Return what a user whose tensors take the slower reference should read; None where the kernels run.
+    """Return a message if tensors of a device use the slower reference; None if its kernels are available.
 
     Args:
         device_type: "cpu" or "cuda".
+
+    Example:
+        >>> missing_kernels("meta") is None
+        True
     """
     if device_type == "cpu" and not HAS_CPP:
         return f"the C++ kernels of d2v_fast are not built, CPU tensors use the slower PyTorch reference: {_BUILD}"
@@ -215,7 +219,12 @@ def missing_kernels(device_type: str) -> str | None:
 
 
 def backends() -> dict[str, str]:
-    """What will run: ``{"cpu": "c++ (avx512)" | "reference", "cuda": "triton" | "reference" | "none"}``."""
+    """Return the backends that run: ``{"cpu": "c++ (avx512)" | "reference", "cuda": "triton" | "reference" | "none"}``.
+
+    Example:
+        >>> sorted(backends())
+        ['cpu', 'cuda']
+    """
     cpu = "reference"
     if HAS_CPP:
         cpu = f"c++ ({('baseline', 'avx2', 'avx512')[torch.ops.d2v.cpu_capability()]})"

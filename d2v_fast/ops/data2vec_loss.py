@@ -1,4 +1,4 @@
-"""The target and the loss of data2vec in one operation: the target is never written to memory."""
+"""The target and the loss of data2vec in one operation, which never writes the target to memory."""
 
 from __future__ import annotations
 
@@ -90,33 +90,41 @@ def data2vec_loss(
     reduction: str = "mean",
     target_rows: Tensor | None = None,
 ) -> MaskedLoss:
-    """The data2vec objective: ``masked_smooth_l1(pred, topk_target(layers, rows=rows))``, the target kept on the chip.
+    """Compute ``masked_smooth_l1(pred, topk_target(layers, rows=rows))`` without storing the target.
 
-    Each row of the target is computed where it is compared and then forgotten (arXiv 2202.03555, sections 3.3 and 3.4).
-    What is kept besides the result are statistics: `K * B * D` numbers for ``instance`` and ``batch``, partial sums
-    over groups of positions for a final ``instance``. Equal to the two operations one after the other up to rounding.
+    Each row of the target is computed when it is compared (arXiv 2202.03555, sections 3.3 and 3.4). Besides the result,
+    only statistics are stored: `K * B * D` numbers for ``instance`` and ``batch``, partial sums over groups of
+    positions for a final ``instance``. The result equals that of the two operations up to rounding.
 
     Args:
         pred: `[N, D]`, fp32, bf16 or fp16, on the device of ``layers``; the prediction for ``rows[i]``, or for
             ``rows[target_rows[i]]``.
-        layers: K tensors `[B, T, D]`, as for ``topk_target``; so are ``layer_norm``, ``final_norm``, ``lengths`` and
+        layers: K tensors `[B, T, D]`; see ``topk_target``, also for ``layer_norm``, ``final_norm``, ``lengths`` and
             ``eps``.
         rows: int64 `[M]`, flat positions ``b * T + t``; `M = N` without ``target_rows``.
-        beta: Where the loss turns from quadratic to linear; 0 is the squared error. As for ``masked_smooth_l1``; so are
-            ``scale`` and ``reduction``.
-        target_rows: int64 `[N]`, which entry of ``rows`` each prediction belongs to, where several share a target.
+        beta: Error at which the loss turns from quadratic to linear; 0 is the squared error. See
+            ``masked_smooth_l1``, also for ``scale`` and ``reduction``.
+        target_rows: int64 `[N]`, the entry of ``rows`` of each prediction, if several predictions share a target.
 
     Returns:
-        ``loss``, 0-d fp32, and ``moments``, fp32 `[4, D]` (in which a target counts as often as it is used).
+        ``loss``, 0-d fp32, and ``moments``, fp32 `[4, D]`, which count a target as often as it is used.
 
     Backward:
-        Gradient to ``pred`` only, saved by the forward pass. Higher derivatives, forward mode and ``torch.func`` as for
-        ``masked_smooth_l1``; ``layers`` are constants.
+        Gradient to ``pred`` only, saved by the forward pass. ``layers`` are constants. For higher derivatives, forward
+        mode and ``torch.func`` see ``masked_smooth_l1``.
 
     Raises:
-        ValueError: What is not as described above.
-        IndexError: On a CPU, ``rows``, ``lengths`` or ``target_rows`` out of range. A GPU is not waited for: there a
-            row out of range gives NaN, as it does under ``torch.vmap``.
+        ValueError: An argument is not as described above.
+        IndexError: On a CPU, ``rows``, ``lengths`` or ``target_rows`` are out of range. On a GPU, which would have to
+            wait for the values, and under ``torch.vmap``, a row out of range gives NaN.
+
+    Example:
+        >>> pred = torch.zeros(1, 2, requires_grad=True)
+        >>> layers = [torch.tensor([[[1.0, 3.0], [4.0, 8.0]]])]
+        >>> loss = data2vec_loss(pred, layers, rows=torch.tensor([1])).loss
+        >>> loss.backward()
+        >>> loss.detach(), pred.grad
+        (tensor(1.0000), tensor([[ 1.0000, -1.0000]]))
     """
     layers = layer_list(layers)
     check_layers(layers, layer_norm, final_norm, eps)

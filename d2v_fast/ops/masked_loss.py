@@ -1,4 +1,4 @@
-"""Smooth L1 (or squared error) over rows, with its gradient and the moments of both sides from the same pass."""
+"""Smooth L1 (or squared error) over rows, with its gradient and per-channel sums of both sides in one pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from d2v_fast.ops.autograd import below_autograd, register_autograd
 from d2v_fast.ops.topk_target import check_indices, take_rows
 
 REDUCTIONS = ("sum", "mean")
-# a smaller beta has no finite inverse in fp32, and no error lies between it and 0
+# a smaller beta has no finite inverse in fp32, and no fp32 error lies between it and 0
 LEAST_BETA = torch.finfo(torch.float32).tiny
 
 
 class MaskedLoss(NamedTuple):
-    """What ``masked_smooth_l1`` and ``data2vec_loss`` return."""
+    """Result of ``masked_smooth_l1`` and ``data2vec_loss``.
+
+    Example:
+        >>> loss, moments = masked_smooth_l1(torch.ones(2, 3), torch.zeros(2, 3))
+        >>> moments.shape
+        torch.Size([4, 3])
+    """
 
     loss: Tensor
     """0-d fp32."""
@@ -30,10 +36,10 @@ class MaskedLoss(NamedTuple):
 def masked_smooth_l1_reference(
     pred: Tensor, target: Tensor, target_rows: Tensor | None, beta: float, scale: float, mean: bool, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, moments and slope.
+    """Return the loss, the sums of ``MaskedLoss.moments``, and the slope.
 
-    The slope is the derivative of each element's loss times what ``split_factor`` saves of the factor on their sum.
-    It is empty if no gradient is needed. Differentiable to any order with respect to `pred`, and constant in `target`.
+    The slope is the derivative of each element's loss times the part of the loss's factor that ``split_factor`` saves,
+    or empty without `need_grad`. Differentiable to any order with respect to `pred`, constant in `target`.
     """
     target = target.detach()
     if target_rows is not None:
@@ -46,12 +52,12 @@ def masked_smooth_l1_reference(
         beta = max(beta, LEAST_BETA)
         size = error.abs()
         near = size < beta
-        # a large error has no share in the square, so that its derivative does not overflow either
+        # exclude large errors from the square, whose derivative could overflow
         inner = torch.where(near, error, 0.0)
         values = torch.where(near, inner.square() / (2.0 * beta), size - beta / 2.0)
         slope = torch.where(near, inner / beta, error.sign())
     factor = loss_factor(pred, scale, mean)
-    # a product with a number of Python has an fp64 tangent under `torch.func.jvp`
+    # multiply by a tensor: a Python number would give an fp64 tangent under `torch.func.jvp`
     loss = values.sum() * torch.full((), factor, dtype=torch.float32, device=pred.device)
     saved, _ = split_factor(factor, pred.dtype)
     p = p.detach()
@@ -60,15 +66,15 @@ def masked_smooth_l1_reference(
 
 
 def loss_factor(pred: Tensor, scale: float, mean: bool) -> float:
-    """What the sum over rows and channels is multiplied with; finite for no rows."""
+    """Return the factor of the sum over rows and channels; finite if there are no rows."""
     return scale / max(pred.numel(), 1) if mean else scale
 
 
 def split_factor(factor: float, dtype: torch.dtype) -> tuple[float, float]:
-    """What of the loss's factor the saved slope holds, and what the backward pass multiplies with.
+    """Divide the loss's factor between the saved slope and the backward pass.
 
-    All and nothing but for fp16, whose exponent is too short. There it is the mantissa and the power of two, so that a
-    small factor does not underflow before a loss scale reaches it, and the slope is rounded once.
+    The slope holds all of it except in fp16, where it holds the mantissa only: the power of two could underflow before
+    the loss scale is applied. The slope is rounded once either way.
     """
     if dtype != torch.float16:
         return factor, 1.0
@@ -92,14 +98,14 @@ def _fake(
 
 
 def fake_loss(pred: Tensor, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of what both loss operations return."""
+    """Return empty results of either loss operation."""
     loss = pred.new_empty((), dtype=torch.float32)
     moments = pred.new_empty((4, pred.shape[1]), dtype=torch.float32)
     return loss, moments, pred.new_empty(pred.shape if need_grad else (0,))
 
 
 def scale_gradient_reference(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> Tensor:
-    """The saved `slope` times the 0-d fp32 `grad_output` and what ``split_factor`` left, in its dtype."""
+    """Multiply `slope` by the 0-d fp32 `grad_output` and the factor that ``split_factor`` left; keep its dtype."""
     _, left = split_factor(loss_factor(slope, scale, mean), slope.dtype)
     return (slope.float() * (grad_output * left)).to(slope.dtype)
 
@@ -117,7 +123,7 @@ def _fake_scale(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) ->
 
 
 def scale_gradient_inplace_reference(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> None:
-    """``scale_gradient`` in place."""
+    """Run ``scale_gradient`` in place."""
     slope.copy_(scale_gradient_reference(slope, grad_output, scale, mean))
 
 
@@ -133,14 +139,14 @@ def _fake_scale_inplace(slope: Tensor, grad_output: Tensor, scale: float, mean: 
     return None
 
 
-# whether somebody asked for `retain_graph`; a torch without the question is taken to say yes
+# whether the backward pass retains the graph; assume so if torch lacks the query
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _is_last_use(slope: Tensor, grad_loss: Tensor) -> bool:
-    """True in a plain backward pass, after which nobody can read the saved slope.
+    """Whether nothing can read the saved slope after this backward pass.
 
-    Not where the graph is kept, while it is traced (tensors are of subclasses then), nor under vmap.
+    False if the graph is retained or traced (tensors are of subclasses then), and under vmap.
     """
     if type(slope) is not Tensor or _graph_is_kept():
         return False
@@ -149,9 +155,9 @@ def _is_last_use(slope: Tensor, grad_loss: Tensor) -> bool:
 
 
 def _second_derivative(slope: Tensor, grad_slope: Tensor, beta: float, scale: float, mean: bool) -> Tensor:
-    """Gradient to the predictions of what the saved `slope` received, as the operation that made it would give it.
+    """Return the gradient of the predictions from the gradient of the saved `slope`.
 
-    The slope says itself on which side of beta an error lies: beyond, it is the factor itself, up to rounding.
+    The slope shows on which side of beta an error lies: beyond, it equals the factor, up to rounding.
     """
     saved, _ = split_factor(loss_factor(slope, scale, mean), slope.dtype)
     if beta == 0.0:
@@ -162,10 +168,10 @@ def _second_derivative(slope: Tensor, grad_slope: Tensor, beta: float, scale: fl
 
 
 class LossFunction(torch.autograd.Function):
-    """Autograd of both losses, whose arguments begin with `pred` and end with `beta, scale, mean, need_grad`.
+    """Autograd of both losses. Their arguments begin with `pred` and end with `beta, scale, mean, need_grad`.
 
-    The slope that the operation returns is the only tensor that is saved. It is an output with a derivative of its own,
-    so that a backward pass with ``create_graph`` has a way back to the predictions.
+    Only the slope that the operation returns is saved. It is an output with a derivative, so that a backward pass with
+    ``create_graph`` reaches the predictions.
     """
 
     @staticmethod
@@ -176,7 +182,7 @@ class LossFunction(torch.autograd.Function):
             loss, moments, slope = operation(pred, *others)
         ctx.settings = others[-4:]
         ctx.mark_non_differentiable(moments)
-        # the slope is as large as the predictions: no zeros for its gradient, which only a second backward pass has
+        # do not allocate zeros for the slope's gradient, which only a second backward pass has
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(slope)
         return loss, moments, slope
@@ -199,7 +205,7 @@ def _first_derivative(slope: Tensor, grad_loss: Tensor, scale: float, mean: bool
     if torch.is_grad_enabled():
         return scale_gradient_reference(slope, grad_loss, scale, mean)
     if _is_last_use(slope, grad_loss):
-        # the slope becomes the gradient, and a factor of 1 costs nothing
+        # reuse the slope's memory for the gradient; a factor of 1 costs nothing
         slope = slope.detach()
         torch.autograd.graph.increment_version(slope)
         with below_autograd():
@@ -225,16 +231,16 @@ def masked_smooth_l1(
     reduction: str = "mean",
     target_rows: Tensor | None = None,
 ) -> MaskedLoss:
-    """Smooth L1 between predictions and targets at the masked rows, with the sums that a collapse monitor needs.
+    """Compute Smooth L1 between predictions and targets, and the sums that a collapse monitor needs.
 
-    The loss of data2vec (arXiv 2202.03555, section 3.4): for an error ``e``, ``e^2 / (2 beta)`` where ``|e| < beta``,
-    else ``|e| - beta / 2``; ``beta`` 0 means the squared error ``e^2`` (without 1/2), as in the published code.
-    Arithmetic is fp32, and the result does not depend on the number of threads.
+    The loss of data2vec (arXiv 2202.03555, section 3.4). For an error ``e`` it is ``e^2 / (2 beta)`` if
+    ``|e| < beta``, else ``|e| - beta / 2``. ``beta`` 0 selects the squared error ``e^2`` (without 1/2), as in the
+    published code. Arithmetic is fp32, and the result does not depend on the number of threads.
 
     Args:
         pred: `[N, D]`, fp32, bf16 or fp16.
         target: `[M, D]`, fp32, bf16 or fp16, on the same device; `M = N` without ``target_rows``. A constant.
-        beta: Where the loss turns from quadratic to linear, in units of the target, >= 0.
+        beta: Error at which the loss turns from quadratic to linear, in units of the target, >= 0.
         scale: Factor on the loss.
         reduction: ``sum`` over rows and channels, or ``mean``: the sum divided by `N * D`.
         target_rows: int64 `[N]`: row i of ``pred`` is compared with row ``target_rows[i]`` of ``target``, so that
@@ -244,18 +250,18 @@ def masked_smooth_l1(
         ``loss``, 0-d fp32 (0 if there are no rows), and ``moments``, fp32 `[4, D]`.
 
     Backward:
-        Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it, in fp16 up to a power of two;
-        backward multiplies with the incoming gradient, in place unless the graph is retained, and not at all where
-        that is 1: whoever else holds the saved tensor sees it change.
+        Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it, in fp16 up to a power of two.
+        The backward pass multiplies it by the incoming gradient, in place unless the graph is retained: another holder
+        of the saved tensor sees it change.
 
-        A gradient made with ``create_graph`` has derivatives of any order. Whether an error is within ``beta`` is read
-        off the saved gradient, after its rounding. Forward mode and the transforms of ``torch.func`` run a composition
-        of PyTorch operations instead, which is slower. ``target`` and ``moments`` are constants in all of these.
+        A gradient computed with ``create_graph`` has derivatives of any order, which decide from the rounded gradient
+        whether an error is within ``beta``. Forward mode and the transforms of ``torch.func`` run a slower composition
+        of PyTorch operations. ``target`` and ``moments`` are constants in all of these.
 
     Raises:
-        ValueError: What is not as described above.
-        IndexError: On a CPU, a ``target_rows`` entry outside [0, M). A GPU is not waited for: there it gives NaN, as it
-            does under ``torch.vmap``.
+        ValueError: An argument is not as described above.
+        IndexError: On a CPU, an entry of ``target_rows`` is outside [0, M). On a GPU, which would have to wait for the
+            values, and under ``torch.vmap``, it gives NaN.
 
     Example:
         >>> masked_smooth_l1(torch.tensor([[1.0, 5.0]]), torch.tensor([[0.0, 0.0]]), beta=2.0, reduction="sum").loss
@@ -284,7 +290,7 @@ def masked_smooth_l1(
 
 
 def check_pred(pred: Tensor, beta: float, scale: float, reduction: str) -> None:
-    """Refuse predictions of a wrong shape or dtype, and settings that no loss has."""
+    """Raise ValueError for predictions of a wrong shape or dtype, or invalid settings of the loss."""
     if pred.ndim != 2:
         raise ValueError(f"`pred` must have shape [N, D], but has {tuple(pred.shape)} instead.")
     if pred.dtype not in FLOAT_DTYPES:
@@ -298,7 +304,7 @@ def check_pred(pred: Tensor, beta: float, scale: float, reduction: str) -> None:
 
 
 def check_target_rows(pred: Tensor, target_rows: Tensor | None) -> None:
-    """Refuse a row map of a wrong shape, dtype or device; its values are the kernels' business."""
+    """Raise for a row map of a wrong shape, dtype or device. The kernels check its values."""
     if target_rows is None:
         return
     check_indices("target_rows", target_rows, pred.device)

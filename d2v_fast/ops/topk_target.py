@@ -1,4 +1,4 @@
-"""The regression target of data2vec: K layers normalized, averaged, normalized again, at the asked rows."""
+"""The regression target of data2vec: K layers normalized, averaged and normalized again, at selected rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2v_fast.ops._library import FLOAT_DTYPES, check_tensors, define, tensor_list
 
-# the operations below take positions in these tuples
+# the operations receive indices into these tuples
 LAYER_NORMS = ("none", "layer", "instance", "batch")
 FINAL_NORMS = ("none", "layer", "instance")
 _DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1)}
@@ -21,7 +21,7 @@ _DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1)}
 def topk_target_reference(
     layers: Sequence[Tensor], layer_norm: int, final_norm: int, rows: Tensor | None, lengths: Tensor | None, eps: float
 ) -> Tensor:
-    """Normalize every layer, average, normalize the average, keep `rows`; all in fp32, and constant in `layers`."""
+    """Normalize every layer, average, normalize the average, select `rows`; in fp32, constant in `layers`."""
     _, num_positions, _ = layers[0].shape
     valid = None
     if lengths is not None:
@@ -32,18 +32,18 @@ def topk_target_reference(
     target = _normalize(total / len(layers), FINAL_NORMS[final_norm], valid, eps)
     if rows is None:
         return target if valid is None else target.masked_fill(~valid, 0.0)
-    kept = take_rows("rows", target.flatten(0, 1), rows)
+    selected = take_rows("rows", target.flatten(0, 1), rows)
     if valid is not None and _is_readable(rows) and _is_readable(valid):
         outside = rows[~valid.reshape(-1)[rows]]
         if outside.numel():
             raise IndexError(
                 f"`rows` must lie within `lengths`, but {int(outside[0])} is a position past its sample's length."
             )
-    return kept
+    return selected
 
 
 def _normalize(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor:
-    """Zero mean and unit (biased) variance over the dimensions of `norm`, of the `valid` `[B, T, 1]` positions only."""
+    """Normalize to zero mean and unit (biased) variance over the `valid` `[B, T, 1]` positions."""
     if norm == "none":
         return x
     if norm == "layer" or valid is None:
@@ -56,7 +56,7 @@ def _normalize(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor
 
 
 def check_range(name: str, values: Tensor, upper: int) -> None:
-    """Refuse values outside [0, upper), if they can be read."""
+    """Raise IndexError for values outside [0, upper), if they can be read."""
     if not values.numel() or not _is_readable(values):
         return
     for value in (int(values.min()), int(values.max())):
@@ -66,14 +66,14 @@ def check_range(name: str, values: Tensor, upper: int) -> None:
 
 
 def _is_readable(values: Tensor) -> bool:
-    """False on a GPU, which reading would wait for, and under vmap or a tracer, which have no values to branch on."""
+    """Whether values can be read without waiting: not on a GPU, and not under vmap or a tracer."""
     if values.is_cuda or type(values) is not Tensor or torch._C._functorch.is_batchedtensor(values):
         return False
     return torch._C._len_torch_dispatch_stack() == 0
 
 
 def take_rows(name: str, x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of `x` `[M, D]`; others than [0, M) are refused where they can be read, and NaN where they cannot."""
+    """Select rows of `x` `[M, D]`. Rows outside [0, M) raise IndexError if they can be read, else give NaN."""
     check_range(name, rows, len(x))
     if _is_readable(rows):
         return x[rows]
@@ -105,33 +105,33 @@ def topk_target(
     lengths: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Build the regression target: normalize each of K layers, average them, normalize the average, keep some rows.
+    """Build the regression target: normalize each of K layers, average them, normalize the average, select rows.
 
-    The target of data2vec (arXiv 2202.03555, section 3.3). Every normalization is free of parameters, with the biased
-    variance and ``eps`` added to it. Arithmetic is fp32 whatever the storage. Nothing of the size of a layer is
-    allocated besides the result: with ``none`` and ``layer`` only the asked rows are read; ``instance`` and ``batch``
-    keep statistics of `K * B * D` numbers, a final ``instance`` partial sums over groups of positions.
+    The target of data2vec (arXiv 2202.03555, section 3.3). The normalizations have no parameters; they add ``eps`` to
+    the biased variance. Arithmetic is fp32 for every storage type. Besides the result, nothing of the size of a layer
+    is allocated: ``none`` and ``layer`` read the selected rows only, ``instance`` and ``batch`` store statistics of
+    `K * B * D` numbers, and a final ``instance`` stores partial sums over groups of positions.
 
     Args:
-        layers: K tensors `[B, T, D]` of one shape, dtype (fp32, bf16 or fp16) and device. Any strides are right; no
-            copy is made where the last dimension is contiguous and all of them have the same strides, so a view such
-            as ``x[:, 1:]`` costs nothing.
+        layers: K tensors `[B, T, D]` of one shape, dtype (fp32, bf16 or fp16) and device. They are copied only if the
+            last dimension is not contiguous or their strides differ, so a view such as ``x[:, 1:]`` costs nothing.
         layer_norm: For each layer ``none``, ``layer`` (over D), ``instance`` (over T, for each sample and channel) or
             ``batch`` (over B and T, for each channel).
         final_norm: For the average ``none``, ``layer`` or ``instance``.
-        rows: int64 `[N]`, flat positions ``b * T + t`` in any order; None for all.
-        lengths: int64 `[B]`, number of valid positions of each sample: ``instance`` and ``batch`` statistics leave out
-            the others. Without it every position counts, as in the published code.
+        rows: int64 `[N]`, flat positions ``b * T + t`` in any order. ``None`` selects all.
+        lengths: int64 `[B]`, number of valid positions of each sample. The statistics of ``instance`` and ``batch``
+            exclude the others. By default every position counts, as in the published code.
         eps: Added to every variance, > 0.
 
     Returns:
-        fp32 `[N, D]`, or `[B, T, D]` without ``rows``, there 0 past ``lengths``. A constant: ``layers`` get no
+        fp32 `[N, D]`, or `[B, T, D]` without ``rows``, with 0 past ``lengths``. It is a constant: ``layers`` get no
         derivative in any mode, as if they were detached.
 
     Raises:
-        ValueError: What is not as described above.
-        IndexError: On a CPU, a row outside [0, B * T) or past its sample's length, a length outside [0, T]. A GPU is
-            not waited for: there a row outside [0, B * T) gives NaN, as it does under ``torch.vmap``.
+        ValueError: An argument is not as described above.
+        IndexError: On a CPU, a row is outside [0, B * T) or past its sample's length, or a length is outside [0, T].
+            On a GPU, which would have to wait for the values, and under ``torch.vmap``, a row outside [0, B * T)
+            gives NaN.
 
     Example:
         >>> topk_target([torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 8.0]]])], rows=torch.tensor([0]))
@@ -147,10 +147,10 @@ def topk_target(
 
 
 def layer_list(layers: Sequence[Tensor]) -> list[Tensor]:
-    """Return the layers as a list: of a sequence or iterator, which is consumed once, or one tensor `[K, B, T, D]`.
+    """Return the layers as a list, from a sequence, an iterator (consumed once) or one tensor `[K, B, T, D]`.
 
     Raises:
-        TypeError: A single layer, a dict, a module, or a list that holds something else than tensors.
+        TypeError: `layers` is a single layer, a dict or a module, or contains an element that is not a tensor.
     """
     if isinstance(layers, Tensor) and layers.ndim == 4:
         return list(layers)
@@ -160,7 +160,7 @@ def layer_list(layers: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_layers(layers: list[Tensor], layer_norm: str, final_norm: str, eps: float) -> None:
-    """Refuse layers that differ from one another, and norms that do not exist."""
+    """Raise ValueError for layers that differ in shape, dtype or device, and for unknown norms."""
     if not layers:
         raise ValueError("`layers` must hold at least one tensor, but is empty instead.")
     first = layers[0]
@@ -182,7 +182,7 @@ def check_layers(layers: list[Tensor], layer_norm: str, final_norm: str, eps: fl
 
 
 def check_rows(layers: list[Tensor], rows: Tensor | None, lengths: Tensor | None) -> None:
-    """Refuse index tensors of a wrong shape, dtype or device; their values are the kernels' business."""
+    """Raise for index tensors of a wrong shape, dtype or device. The kernels check their values."""
     if rows is not None:
         check_indices("rows", rows, layers[0].device)
     if lengths is not None:
@@ -194,7 +194,7 @@ def check_rows(layers: list[Tensor], rows: Tensor | None, lengths: Tensor | None
 
 
 def check_indices(name: str, x: Tensor, device: torch.device) -> None:
-    """Refuse what is not a 1-d int64 tensor on `device`."""
+    """Raise unless `x` is a 1-d int64 tensor on `device`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` must be a 1-d int64 tensor, but is {type(x).__name__} instead.")
     if x.dtype != torch.int64 or x.ndim != 1:

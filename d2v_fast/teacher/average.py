@@ -36,6 +36,11 @@ def decay_at(config: TeacherConfig, step: int) -> float:
     """Decay of the update that follows optimizer step `step`, counted from 1.
 
     Linear from `decay_start` to `decay_end` over `decay_steps`, then constant (arXiv 2202.03555, section 4).
+
+    Example:
+        >>> config = TeacherConfig(decay_start=0.99, decay_end=0.999, decay_steps=100)
+        >>> [round(decay_at(config, step), 4) for step in (0, 50, 100, 1000)]
+        [0.99, 0.9945, 0.999, 0.999]
     """
     if step >= config.decay_steps:
         return config.decay_end
@@ -62,6 +67,16 @@ class Teacher:
     Attributes:
         last_step: Number of the last optimizer step that the average followed.
         shapes: Of the averaged parameters, whole, by name.
+
+    Example:
+        >>> student = torch.nn.Linear(2, 2)
+        >>> teacher = Teacher(student, TeacherConfig(decay_start=0.5, decay_end=0.5))
+        >>> before = student.bias.detach().clone()
+        >>> with torch.no_grad():
+        ...     _ = student.bias.add_(1.0)
+        >>> teacher.update(1)
+        >>> bool(torch.allclose(teacher.module.bias, before + 0.5))
+        True
     """
 
     def __init__(
