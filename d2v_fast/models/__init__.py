@@ -1,1 +1,1 @@
-"""Transformer encoders without anything that only one modality has."""
+"""Transformer encoders, independent of the modality."""

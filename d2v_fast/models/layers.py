@@ -1,4 +1,4 @@
-"""Small parts of the networks that several of them use."""
+"""Layers and initializations shared by several networks."""
 
 from __future__ import annotations
 
@@ -14,69 +14,71 @@ from d2v_fast.ops.autograd import is_transformed
 
 INIT_STD = 0.02
 
-# oneDNN's matrix product, which Inductor calls too; torch's own linear map goes to MKL
+# oneDNN's matrix product, which Inductor uses as well; `F.linear` calls MKL
 _ONEDNN_LINEAR: Any = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
     else None
 )
-# weights with fewer elements: what a product gains there, its set-up costs
+# below this number of weights, oneDNN's set-up costs more than it gains
 _LARGE = 2**18
 
 
 @torch.no_grad()
 def truncated_normal_(tensor: Tensor) -> Tensor:
-    """Fill from a normal distribution of deviation 0.02, cut off at one deviation."""
-    # through the inverse of the distribution: `nn.init.trunc_normal_` draws and rejects, at 40 times the cost
+    """Fill from a normal distribution of deviation 0.02, truncated at one deviation."""
+    # by the inverse distribution function: `nn.init.trunc_normal_` rejects samples, at 40 times the cost
     inside = math.erf(math.sqrt(0.5))
     return tensor.uniform_(-inside, inside).erfinv_().mul_(math.sqrt(2) * INIT_STD)
 
 
 def init_linear_(linear: nn.Linear) -> None:
-    """Truncated normal weight (`truncated_normal_`), zero bias."""
+    """Initialize with a truncated normal weight (`truncated_normal_`) and zero bias."""
     truncated_normal_(linear.weight)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
 
 def dropout(x: Tensor, prob: float, training: bool) -> Tensor:
-    """`F.dropout`, by `drop` on a CPU."""
+    """Apply `F.dropout`, or `drop` on a CPU."""
     if not training or prob == 0.0:
         return x
     return drop(x, prob) if x.device.type == "cpu" else F.dropout(x, prob)
 
 
 def drop(x: Tensor, prob: float) -> Tensor:
-    """`F.dropout` of a CPU tensor, from 16 random bits per element: a draw for each takes several times as long.
+    """Apply dropout to a CPU tensor from 16 random bits per element, several times faster than `F.dropout`.
 
     Args:
         x: any shape.
         prob: in [0, 1), rounded down to a multiple of `2 ** -16`.
+
     Returns:
-        `x` with elements set to zero at that probability, and the others divided by the complement of it.
+        `x` with elements zeroed at probability `prob` and the others divided by `1 - prob`.
     """
     num_dropped = int(prob * 2**16)
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = bits[: x.numel()].view(x.shape) >= num_dropped - 2**15
-    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - num_dropped))
+    is_kept = bits[: x.numel()].view(x.shape) >= num_dropped - 2**15
+    return x * is_kept.to(x.dtype).mul_(2**16 / (2**16 - num_dropped))
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by `linear`."""
+    """`nn.Linear` computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, where it pays by oneDNN: fp32 on an x86 CPU, and a weight that is not small.
+    """Compute `F.linear`, by oneDNN where it is faster: in fp32 on an x86 CPU, with a weight that is not small.
 
     Args:
         x: `[..., I]`.
         weight: `[O, I]`.
         bias: `[O]`.
+
     Returns:
-        `[..., O]`; equal to `F.linear` but for the order of the sums, with derivatives of any order.
+        `[..., O]`, equal to `F.linear` up to the order of the sums, with derivatives of any order.
     """
     if not _fits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -85,10 +87,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    # a graph that is being made, or a transformed function, wants torch's own operation
+    # compilers, tracers and transforms need torch's own operation
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or is_transformed(x, weight):
         return False
-    # not those that are divided among devices, or that only pretend to hold numbers
+    # excludes distributed and fake tensors
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
     if not plain or _ONEDNN_LINEAR is None or not torch._C._get_mkldnn_enabled():
         return False
@@ -96,7 +98,7 @@ def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if weight.numel() < _LARGE or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
         return False
-    # it would read a bias as if it had this shape, whatever its strides
+    # oneDNN assumes this shape and contiguous memory of a bias without checking
     if bias is not None and not (bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.is_contiguous()):
         return False
     return not torch.is_autocast_enabled("cpu")
@@ -115,7 +117,7 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            # a gradient that will be differentiated itself is made of torch's own products
+            # torch's own products, so that the gradient can be differentiated
             grad_x = grad @ weight if needs_x else None
             grad_weight = grad.t() @ x if needs_weight else None
         else:
@@ -125,13 +127,13 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    # oneDNN wants `grad` transposed in memory: it pays where the output is much narrower than the input
+    # oneDNN needs `grad` transposed in memory, which pays if the output is much narrower than the input
     if 2 * grad.shape[1] <= x.shape[1]:
         return _multiply(grad.t(), x.contiguous().t(), None)
     return grad.t() @ x
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # rows with gaps between them would be multiplied by a loop that is a thousand times slower
+    # for rows with gaps, oneDNN falls back to a loop that is a thousand times slower
     y: Tensor = _ONEDNN_LINEAR(x.contiguous(), weight, bias, "none", [], "")
     return y

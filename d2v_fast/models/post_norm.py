@@ -1,4 +1,4 @@
-"""Post-norm blocks, and attention within utterances or documents of unlike length: the speech and the text encoder's.
+"""Post-norm blocks and attention within segments of different lengths, for the speech and the text encoder.
 
 Shape letters: B batch, T tokens, D width, H heads, N rows, S segments.
 
@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens, D width, H heads, N rows, S segments.
     f = mlp(x)
     x = norm_2(x + dropout(f))
 
-The targets of data2vec are made of f, before dropout and residual (arXiv 2202.03555, section 3.3 and table 5).
+The targets of data2vec are computed from f, before dropout and residual (arXiv 2202.03555, section 3.3 and table 5).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from d2v_fast.models.layers import INIT_STD, Linear, drop, dropout
 
 
 class Segments(NamedTuple):
-    """Which tokens attend to each other, where not all of a row do.
+    """Segments of packed tokens; tokens attend to each other within a segment.
 
     Attributes:
-        offsets: int32 `[S + 1]`, where the segments start in the row of all tokens, and its length.
-        longest: no segment is longer; known without asking the device.
-        samples: int64 `[N]`, the sample of every token of that row; None: unknown, and nothing is left out by sample.
+        offsets: int32 `[S + 1]`, start of each segment among the packed tokens, and the number of tokens.
+        longest: upper bound of a segment's length, known on the host.
+        samples: int64 `[N]`, the sample of every packed token, required if samples skip blocks.
     """
 
     offsets: Tensor
@@ -39,23 +39,25 @@ class Segments(NamedTuple):
     samples: Tensor | None = None
 
 
-# None: every token of a row attends to all of them. Tensor: bool `[B, 1, 1 or T, T]`, True where the key counts.
+# None: tokens attend to all tokens of their sample. Tensor: bool `[B, 1, 1 or T, T]`, True for keys to attend to.
 Attendable = Tensor | Segments | None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attendable: Attendable, prob: float = 0.0) -> Tensor:
-    """Scaled dot-product attention, `[B, H, T, D / H]` each.
+    """Compute scaled dot-product attention.
 
     Args:
-        attendable: see `Attendable`; with `Segments`, B is 1 and T the number of all tokens.
-        prob: of dropping an attention weight.
+        q, k, v: `[B, H, T, D / H]`.
+        attendable: see `Attendable`. With `Segments`, B is 1 and T the number of packed tokens.
+        prob: probability of dropping an attention weight.
+
     Returns:
-        `[B, H, T, D / H]`. Where the mask lets a query see nothing, numbers without meaning.
+        `[B, H, T, D / H]`, undefined for queries without a key to attend to.
     """
     if isinstance(attendable, Segments):
         return _attend_in_segments(q, k, v, attendable, prob)
     if q.device.type == "cpu" and prob > 0.0:
-        # the kernel in tiles has no dropout on a CPU, and what torch falls back to draws 32 bits per weight
+        # torch's CPU kernel has no dropout, and its fallback draws 32 bits per weight
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
         if attendable is not None:
             logits.masked_fill_(~attendable, torch.finfo(logits.dtype).min)
@@ -74,14 +76,14 @@ def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, pro
         attended = varlen_attn(queries, keys, values, offsets, offsets, longest, longest)
         assert isinstance(attended, Tensor)
         return attended.transpose(0, 1)[None]
-    # without such a kernel: one after the other, and on a GPU the host waits for the lengths
+    # without that kernel: segment by segment; on a GPU the host waits for the lengths
     sizes = segments.offsets.diff().tolist()
     parts = zip(q.split(sizes, dim=2), k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True)
     return torch.cat([attend(*part, None, prob) for part in parts], dim=2)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, queries, keys and values from one linear map with bias."""
+    """Multi-head self-attention with one linear map, with bias, for queries, keys and values."""
 
     def __init__(self, width: int, heads: int, attention_dropout: float) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ class SelfAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, attendable: Attendable, rows: Tensor | None = None) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`, or to `[N, D]` with `rows`."""
+        """Map `[B, T, D]` to `[B, T, D]`, or to `[N, D]` at `rows`."""
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         attended = attend(q, k, v, attendable, self.attention_dropout if self.training else 0.0)
@@ -108,9 +110,9 @@ class PostNormBlock(nn.Module):
     Args:
         width, heads: D and H.
         hidden_width: of the MLP.
-        dropout, attention_dropout, activation_dropout: on the branches, the attention weights, inside the MLP.
+        dropout, attention_dropout, activation_dropout: rates on the branches, on the attention weights, in the MLP.
         norm_eps: of both norms.
-        layer_drop: probability with which a sample skips the block in training (arXiv 1909.11556).
+        layer_drop: probability that a sample skips the block in training (arXiv 1909.11556).
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class PostNormBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialization: N(0, 0.02), zero bias."""
+        """Apply the published initialization: N(0, 0.02), zero bias."""
         for linear in (self.attention.qkv, self.attention.proj, self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=INIT_STD)
             nn.init.zeros_(linear.bias)
@@ -148,18 +150,18 @@ class PostNormBlock(nn.Module):
         x: Tensor,
         attendable: Attendable,
         rows: Tensor | None = None,
-        kept: Sequence[Tensor] | None = None,
+        active: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `encoder.Block`; with `rows`, nothing after the attention weights is computed for other tokens.
+        """See `encoder.Block`. With `rows`, only these tokens are computed after the attention weights.
 
-        A sample that skips the block keeps its residual stream, which is its feature, too. The block is computed and
-        discarded with `rows`, of packed samples, whose tokens cannot be taken out without asking the device, and where
-        no sample keeps it: fused attention may refuse a batch of nothing, and all parameters are to have a gradient.
+        The residual stream of a sample that skips the block is its output and its feature. Skipping saves computation
+        unless `rows` are given, samples are packed (their tokens cannot be removed without waiting for the device) or
+        all samples skip (attention kernels may refuse an empty batch, and all parameters need a gradient).
         """
-        if kept is None:
+        if active is None:
             return self._transform(x, attendable, rows)
-        [samples] = kept
-        # packed samples have a segment at least
+        [samples] = active
+        # a packed sample has at least one segment
         num_samples = len(attendable.offsets) - 1 if isinstance(attendable, Segments) else len(x)
         if len(samples) == num_samples:
             return self._transform(x, attendable, rows)
@@ -191,7 +193,7 @@ class PostNormBlock(nn.Module):
 
 
 def _samples_of(x: Tensor, attendable: Attendable, rows: Tensor | None) -> Tensor:
-    """The sample of each token, int64 `[N]`: of those at `rows`, or of all that are packed."""
+    """Return the sample of each token at `rows`, or of each packed token, int64 `[N]`."""
     if isinstance(attendable, Segments):
         assert attendable.samples is not None
         return attendable.samples if rows is None else attendable.samples.index_select(0, rows)
@@ -200,7 +202,7 @@ def _samples_of(x: Tensor, attendable: Attendable, rows: Tensor | None) -> Tenso
 
 
 def post_norm_encoder(config: SpeechModelConfig | TextModelConfig) -> Encoder:
-    """The stack of post-norm blocks that a configuration describes."""
+    """Build the stack of post-norm blocks of a configuration."""
     blocks = (
         PostNormBlock(
             config.width,
@@ -218,7 +220,7 @@ def post_norm_encoder(config: SpeechModelConfig | TextModelConfig) -> Encoder:
 
 
 def padding_of(lengths: Tensor, num_tokens: int) -> Tensor:
-    """Bool `[B, T]`, True where a row of int64 `lengths` `[B]` has ended."""
+    """Return bool `[B, T]`, True for padding: positions from `lengths`, int64 `[B]`, on."""
     return torch.arange(num_tokens, device=lengths.device) >= lengths[:, None]
 
 
@@ -231,16 +233,17 @@ def encode_packed(
     rows: Tensor | None,
     drop_keys: npt.NDArray[np.uint64] | None = None,
 ) -> EncoderOutput:
-    """Run blocks on the tokens that are not padding, and lay their output out again.
+    """Pack the tokens that are not padding, run the blocks, and unpack the output.
 
     Args:
-        encoder: of `PostNormBlock`.
+        encoder: a stack of `PostNormBlock`.
         x: `[B, T, D]`.
-        segments: of the kept tokens.
-        kept: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending; None: all.
-        top_k, rows, drop_keys: as for `Encoder`.
+        segments: segments of the packed tokens.
+        kept: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending. `None` means all.
+        top_k, rows, drop_keys: see `Encoder`.
+
     Returns:
-        As of `Encoder`, zero at padding.
+        The output of `Encoder`, zero at padding.
     """
     B, T, D = x.shape
     if encoder.drops_samples:
@@ -251,7 +254,7 @@ def encode_packed(
         output = encoder(x.reshape(1, B * T, D), segments, top_k, rows, drop_keys)
     else:
         if rows is not None:
-            # where a token is among those that are kept
+            # position of each token among the packed ones
             places = kept.new_empty(B * T).index_copy_(0, kept, torch.arange(len(kept), device=kept.device))
             rows = places.index_select(0, rows)
         output = encoder(x.flatten(0, 1).index_select(0, kept)[None], segments, top_k, rows, drop_keys)

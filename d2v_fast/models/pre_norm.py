@@ -1,9 +1,9 @@
-"""Pre-norm blocks with LayerScale, stochastic depth and an attention bias, shared or of their own: the image encoder's.
+"""Pre-norm blocks with LayerScale, stochastic depth and an attention bias (shared or per block), for images.
 
 Shape letters: B batch, T tokens, D width, H heads, N rows.
 
-Architecture and initialization are those of the BEiT-style code behind the published vision results of
-data2vec (arXiv 2202.03555, section 4.1):
+Architecture and initialization follow the BEiT-style code behind data2vec's published vision results
+(arXiv 2202.03555, section 4.1):
 
     x = x + drop_path(gamma_1 * attention(norm_1(x)))
     x = x + drop_path(gamma_2 * mlp(norm_2(x)))
@@ -28,7 +28,7 @@ class RelativePositionBias(nn.Module):
     The table has one row per offset and three rows for the class token (to a patch, from a patch, to itself).
 
     Args:
-        grid_size: G, patches along one side; the bias is for `T = 1 + G * G` tokens, class token first.
+        grid_size: G, patches along one side. The bias covers `T = 1 + G * G` tokens, class token first.
         num_heads: H.
     """
 
@@ -38,31 +38,31 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         self.num_tokens = 1 + grid_size * grid_size
         self.table = nn.Parameter(torch.empty((2 * grid_size - 1) ** 2 + 3, num_heads))
-        # memory-efficient attention wants mask rows that start at multiples of 8 elements: padded here once
-        # and cut by a view, or every block of every step would pad its own copy
+        # memory-efficient attention requires mask rows aligned to 8 elements: pad once here and cut by a view,
+        # instead of a padded copy in every block
         padding = -self.num_tokens % 8
         index = F.pad(relative_position_index(grid_size), (0, padding))
         self.register_buffer("index", index.flatten(), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero: attention starts without any notion of position."""
+        """Set to zero: attention starts without position information."""
         nn.init.zeros_(self.table)
 
     def forward(self) -> Tensor:
-        """Bias `[1, H, T, T]` in the dtype that attention will compute in, rows aligned to 8 elements."""
+        """Return the bias `[1, H, T, T]` in the dtype of attention, with rows aligned to 8 elements."""
         num_heads = self.table.shape[1]
-        # gathered head by head, so that it is already in the layout of the result
+        # gather by head, which gives the result's layout
         bias = self.table.t().index_select(1, self.index).view(1, num_heads, self.num_tokens, -1)
         device_type = self.table.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            # otherwise autocast casts (and unaligns) the mask again in every block
+            # otherwise autocast casts the mask, and loses its alignment, in every block
             bias = bias.to(torch.get_autocast_dtype(device_type))
         return bias[..., : self.num_tokens]
 
 
 def relative_position_index(grid_size: int) -> Tensor:
-    """Row of the bias table for every (query, key) pair: int64 `[T, T]` with `T = 1 + grid_size ** 2`.
+    """Return the row of the bias table for every (query, key) pair: int64 `[T, T]`, `T = 1 + grid_size ** 2`.
 
     The table is row-major over the offset `query - key` in rows and columns of the grid, each from
     `1 - grid_size` to `grid_size - 1`; its last three rows are class token to patch, patch to class token,
@@ -85,7 +85,7 @@ def relative_position_index(grid_size: int) -> Tensor:
 class QKVProjection(nn.Module):
     """Linear map to queries, keys and values, with a bias for queries and values only.
 
-    A bias on the keys would shift all logits of a query alike, which softmax ignores.
+    A bias on the keys would shift all logits of a query by the same amount, which softmax ignores.
     """
 
     def __init__(self, width: int) -> None:
@@ -101,25 +101,26 @@ class QKVProjection(nn.Module):
         nn.init.zeros_(self.v_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` to `[B, T, 3 * D]`: queries, keys, values side by side."""
+        """Map `[B, T, D]` to `[B, T, 3 * D]`: queries, keys, values."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         return linear(x, self.weight, bias)
 
 
 def attention_with_bias_gradient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """Plain attention, for where `scaled_dot_product_attention` has no kernel that gives the bias a gradient.
+    """Compute attention if `scaled_dot_product_attention` has no kernel with a gradient for the bias, as on a CPU.
 
-    On a CPU that is so, and what it falls back to also looks for rows that are masked out entirely.
+    Its own fallback is slower, because it also looks for rows that are masked entirely.
 
     Args:
         q, k, v: `[B, H, T, D / H]`.
         bias: `[1, H, T, T]`, added to the scaled logits.
-        dropout: probability with which an attention weight is dropped.
+        dropout: probability of dropping an attention weight.
+
     Returns:
         `[B, H, T, D / H]`.
     """
     logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
-    # in place: the backward pass of the product does not read it
+    # in place: the product's backward pass does not read it
     weights = logits.add_(bias).softmax(dim=-1)
     return torch.matmul(drop(weights, dropout) if dropout > 0.0 else weights, v)
 
@@ -153,7 +154,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps with an exact (erf) GELU between them; dropout after the second only."""
+    """Two linear maps with an exact (erf) GELU between them, and dropout after the second."""
 
     def __init__(self, config: VisionModelConfig) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` to `[..., D]`."""
+        """Map `[..., D]` to `[..., D]`."""
         return self.dropout(self.fc2(F.gelu(self.fc1(x))))
 
 
@@ -172,7 +173,7 @@ class PreNormBlock(nn.Module):
 
     Args:
         config: sizes and rates of the encoder.
-        index: position in the stack, from 0: it sets the drop-path rate and the scale of the output weights.
+        index: position in the stack, from 0, which sets the drop-path rate and the scale of the output weights.
     """
 
     def __init__(self, config: VisionModelConfig, index: int) -> None:
@@ -191,7 +192,7 @@ class PreNormBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialization: the deeper the block, the less it writes into the residual stream."""
+        """Apply the published initialization: deeper blocks add less to the residual stream."""
         self.attention.qkv.reset_parameters()
         for layer in (self.attention.proj, self.mlp.fc1, self.mlp.fc2):
             init_linear_(layer)
@@ -205,7 +206,7 @@ class PreNormBlock(nn.Module):
 
     @property
     def drop_rates(self) -> tuple[float, float]:
-        """See `encoder.Block`: of the two branches."""
+        """See `encoder.Block`: the rates of the two branches."""
         return self.drop_path, self.drop_path
 
     def forward(
@@ -213,19 +214,19 @@ class PreNormBlock(nn.Module):
         x: Tensor,
         attention_bias: Tensor | None,
         rows: Tensor | None = None,
-        kept: Sequence[Tensor] | None = None,
+        active: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `encoder.Block`: attend, then transform token by token; the feature is the residual stream itself.
+        """See `encoder.Block`: attend, then apply the MLP. The feature is the residual stream.
 
         Args:
             x: `[B, T, D]`.
-            attention_bias: `[1, H, T, T]`; None where the block has its own.
-            rows: int64 `[N]`, so that the MLP runs on no other token.
-            kept: two of int64 `[S]`, the samples that keep the attention and those that keep the MLP.
+            attention_bias: `[1, H, T, T]`, or None if the block has its own.
+            rows: int64 `[N]`, the only tokens on which the MLP runs.
+            active: two of int64 `[S]`, the samples that compute the attention and those that compute the MLP.
         """
         B, T, D = x.shape
         bias = self.position_bias() if self.position_bias is not None else attention_bias
-        attending, transformed = (None, None) if kept is None else kept
+        attending, transformed = (None, None) if active is None else active
         x = self._add_branch(x, lambda part: self.attention(self.norm1(part), bias), self.gamma1, attending)
         if rows is None:
             x = self._add_branch(x, lambda part: self.mlp(self.norm2(part)), self.gamma2, transformed)
@@ -238,12 +239,14 @@ class PreNormBlock(nn.Module):
         x = torch.addcmul(x, self.mlp(self.norm2(x)), scale)
         return x, x
 
-    def _add_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor, kept: Tensor | None) -> Tensor:
-        """`x + drop_path(gamma * branch(x))`; the branch is computed for the samples that stochastic depth keeps."""
-        if kept is None:
+    def _add_branch(
+        self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor, active: Tensor | None
+    ) -> Tensor:
+        """Return `x + drop_path(gamma * branch(x))`, with the branch computed for the `active` samples only."""
+        if active is None:
             return torch.addcmul(x, branch(x), gamma)
         scale = gamma / (1.0 - self.drop_path)
-        if len(kept) == 0:
-            # fused attention may refuse a batch of nothing: one sample is computed, and adds nothing
-            kept, scale = kept.new_zeros(1), scale * 0.0
-        return x.index_add(0, kept, branch(x.index_select(0, kept)) * scale)
+        if len(active) == 0:
+            # fused attention may refuse an empty batch: compute one sample, scaled by zero
+            active, scale = active.new_zeros(1), scale * 0.0
+        return x.index_add(0, active, branch(x.index_select(0, active)) * scale)

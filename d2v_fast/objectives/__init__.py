@@ -1,1 +1,1 @@
-"""Training objectives: student outputs and teacher targets in, loss out."""
+"""Training objectives, which compute a loss from student outputs and teacher targets."""

@@ -1,10 +1,10 @@
-"""data2vec: the student regresses what the teacher makes of the unmasked input (arXiv 2202.03555, section 3).
+"""data2vec: the student regresses the teacher's features of the unmasked input (arXiv 2202.03555, section 3).
 
-Shape letters: B batch, P places (patches, frames), T tokens: the places and what stands before them, D width, N masked
-rows, K averaged layers.
+Shape letters: B batch, P places (patches, frames, tokens of text), T tokens including a prefix, D width, N masked rows,
+K averaged layers.
 
-The teacher is an average of the student's encoder over time. It is handed in at every step and is no
-submodule, so neither the optimizer nor DeepSpeed takes it for a part of the model.
+The teacher is an average of the student's encoder over time. It is an argument of every step and not a submodule, so
+that neither the optimizer nor DeepSpeed treats it as a part of the model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class StepOutput(NamedTuple):
     """One forward pass of the objective.
 
     Attributes:
-        loss_sum: 0-d fp32, the loss summed over masked rows and channels: whoever trains divides by the rows
-            of the global batch, so that the loss does not depend on how that batch is split.
+        loss_sum: 0-d fp32, the loss summed over masked rows and channels. The engine divides by the masked rows of
+            the global batch, so that the loss does not depend on how that batch is split.
         num_rows: N, masked rows of this batch.
         moments: fp32 `[4, D]`, sums over the rows of prediction, prediction^2, target, target^2; no gradient.
     """
@@ -40,24 +40,28 @@ class Data2Vec(nn.Module):
     """Student encoder, regression head, and the objective.
 
     Args:
-        config: the model, which of the teacher's layers make the target and how, and the loss.
+        config: model, target and loss.
     """
 
     def __init__(self, config: D2VConfig) -> None:
         super().__init__()
         self.target = config.target
-        # statistics over positions need the last layer at all of them
+        # statistics over positions need the last layer at all positions
         self.target_is_per_row = {config.target.layer_norm, config.target.final_norm} <= {"none", "layer"}
         self.beta = config.loss.beta
         self.student = build_student(config)
         self.head = self.student.make_head()
 
     def forward(self, batch: MaskedBatch, teacher: nn.Module) -> StepOutput:
-        """Loss of one batch against a teacher: of the class of `student.averaged`, in eval mode, of any floating dtype.
+        """Compute the loss of one batch.
+
+        Args:
+            batch: the masked batch.
+            teacher: a module of the class of `student.averaged`, in eval mode, of any floating dtype.
 
         Raises:
-            ValueError: `batch` is not as `MaskedBatch` describes it. Rows out of range are torch's IndexError or
-                RuntimeError on a CPU; a GPU is not waited for.
+            ValueError: `rows` have a wrong dtype, shape or device. On a CPU, rows out of range raise IndexError or
+                RuntimeError in torch; on a GPU they are not checked, since the host would have to wait.
         """
         rows = batch.rows
         if rows.dtype != torch.int64 or rows.dim() != 1:
@@ -70,7 +74,7 @@ class Data2Vec(nn.Module):
                 f"`rows` must be on {batch.inputs.device} as `inputs` are, but is on {rows.device} instead."
             )
         masked, unmasked = self.embed(batch)
-        # the teacher goes first: its working memory is free again when the student's activations pile up
+        # the teacher runs first, so that its working memory is free when the student's activations accumulate
         features = self.teacher_features(unmasked, teacher, rows)
         return self.objective(self.student_forward(masked, rows), features, rows, batch.lengths)
 
@@ -106,7 +110,7 @@ class Data2Vec(nn.Module):
         """
         if teacher.training:
             raise ValueError("`teacher` must be in eval mode, but is in training mode instead: `teacher.eval()`.")
-        # a working copy in the compute dtype needs no autocast, which would only run its norms in fp32
+        # a working copy in the compute dtype needs no autocast, which would run its norms in fp32
         is_working_copy = next(teacher.parameters()).dtype != torch.float32
         device_type = rows.device.type
         without_autocast = is_working_copy and torch.amp.is_autocast_available(device_type)
@@ -117,7 +121,7 @@ class Data2Vec(nn.Module):
         features = [feature[:, skipped:] for feature in features]
         if output_rows is None:
             return [*features, last[:, skipped:]]
-        # laid out as the other layers are, prefix and all: layers with different strides would be copied
+        # same layout as the other layers, with the prefix: layers with different strides would be copied
         num_places = unmasked.num_places
         scattered = last.new_empty(unmasked.num_samples, skipped + num_places, last.shape[1])
         scattered.flatten(0, 1).index_copy_(0, self.student.token_rows(output_rows, num_places), last)
@@ -126,13 +130,13 @@ class Data2Vec(nn.Module):
     def objective(
         self, prediction: Tensor, features: list[Tensor], rows: Tensor, lengths: Tensor | None = None
     ) -> StepOutput:
-        """Regress the normalized average of the features at the masked places.
+        """Compute the loss between predictions and the normalized average of the features at the masked places.
 
         Args:
-            prediction: `[N, D]`, of `student_forward`.
-            features: K tensors `[B, P, D]`, of `teacher_features`.
-            rows: int64 `[N]`.
-            lengths: int64 `[B]`, for statistics over places; None: all are full.
+            prediction: `[N, D]`, from `student_forward`.
+            features: K tensors `[B, P, D]`, from `teacher_features`.
+            rows: int64 `[N]`, flat indices of the masked places.
+            lengths: int64 `[B]`, valid places of each sample, for statistics over places. `None` means all.
         """
         loss, moments = ops.data2vec_loss(
             prediction,
@@ -149,5 +153,5 @@ class Data2Vec(nn.Module):
 
 
 def build_model(config: D2VConfig) -> Data2Vec:
-    """A student with the published initialization; seed torch before calling."""
+    """Create a model with the published initialization. Seed torch before."""
     return Data2Vec(config)

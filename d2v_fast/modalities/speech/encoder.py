@@ -2,8 +2,8 @@
 
 Shape letters: B batch, N samples, T frames, D width, M masked rows.
 
-The published data2vec audio model (arXiv 2202.03555, section 4.2). The convolutions are trained with the student and
-feed the teacher as they are; the teacher is an average of what follows them.
+The published data2vec audio model (arXiv 2202.03555, section 4.2). The convolutions are trained with the student, and
+the teacher uses them unchanged; the teacher averages the layers after them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from d2v_fast.models.student import MaskedBatch, Student
 
 
 class FrontEnd(nn.Module):
-    """Waveform to frames of the encoder's width, and the vector that stands for masked ones."""
+    """Map a waveform to frames of the encoder's width; holds the mask token."""
 
     def __init__(self, config: SpeechModelConfig) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class FrontEnd(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialization: the mask token uniform in [0, 1), the rest PyTorch's."""
+        """Apply the published initialization: mask token uniform in [0, 1), otherwise PyTorch's defaults."""
         nn.init.uniform_(self.mask_token)
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """`[B, N]` to `[B, T, D]`."""
+        """Map `[B, N]` to `[B, T, D]`."""
         frames: Tensor = self.projection(self.norm(self.convolutions(waveforms)))
         return frames
 
 
 class ConvPositions(nn.Module):
-    """What a frame's neighborhood tells about its position: grouped convolutions, norm without affine, and GELU."""
+    """Positional embedding of frames: grouped convolutions, each with a norm without parameters and GELU."""
 
     def __init__(self, config: SpeechModelConfig) -> None:
         super().__init__()
@@ -64,11 +64,12 @@ class ConvPositions(nn.Module):
         )
 
     def forward(self, frames: Tensor, is_padding: Tensor | None) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`, to be added.
+        """Return `[B, T, D]` to add to frames `[B, T, D]`.
 
         Args:
-            is_padding: bool `[B, T, 1]`; such frames are zero for every convolution. The public code zeroes them for
-                the first one only, so that the end of an utterance depends on how far it is padded.
+            frames: `[B, T, D]`.
+            is_padding: bool `[B, T, 1]`. Padding is zero for every convolution. The public code zeroes it for the
+                first one only, so that the end of an utterance depends on its padding.
         """
         x = frames
         for convolution in self.convolutions:
@@ -84,7 +85,7 @@ class SpeechContext(nn.Module):
 
     Args:
         config: sizes and rates.
-        own_positions: whether the positions are a part of it, or handed in with the frames.
+        own_positions: whether this module adds the positions, or the frames already include them.
     """
 
     def __init__(self, config: SpeechModelConfig, own_positions: bool) -> None:
@@ -108,17 +109,19 @@ class SpeechContext(nn.Module):
 
         Args:
             frames: `[B, T, D]`, masked or not.
-            lengths: int64 `[B]`, frames of each utterance that are not padding; None: all.
-            kept: int64 `[M]`, flat indices `b * T + t` of these frames, ascending, for packed attention.
-            drop_keys: uint64 `[B]`, as of `data.Batch`.
+            lengths: int64 `[B]`, frames of each utterance before its padding. `None` means T.
+            kept: int64 `[M]`, flat indices `b * T + t` of the frames that are not padding, ascending, for packed
+                attention.
+            drop_keys: uint64 `[B]`, see `data.Batch`.
             top_k: K, how many of the last blocks' features to return.
-            output_rows: int64 `[N]`, flat indices: the only frames at which the last block's output is wanted.
+            output_rows: int64 `[N]`, flat indices of the only frames that the last block computes.
+
         Returns:
             `last_hidden` `[B, T, D]` and K features of that shape; with `output_rows`, `last_hidden` and the last
-            feature are `[N, D]`. At padding they are without meaning.
+            feature are `[N, D]`. They are undefined at padding.
         """
         T = frames.shape[1]
-        # the frames may come from a student that keeps other precision than its teacher
+        # the student's frames may have another dtype than the teacher
         x = frames = frames.to(self.norm.weight.dtype)
         is_padding = None if lengths is None else padding_of(lengths, T)
         if self.positions is not None:
@@ -165,10 +168,10 @@ class EmbeddedFrames:
 
 
 class SpeechModel(Student):
-    """The speech encoder: the teacher shares the convolutions, and the positions where the configuration says so.
+    """The speech encoder. The teacher shares the convolutions and, depending on the configuration, the positions.
 
     Args:
-        config: sizes and rates. The parameters are drawn from torch's global generator.
+        config: sizes and rates. Parameters are initialized from torch's global generator.
     """
 
     averaged_name = "context"
@@ -185,11 +188,11 @@ class SpeechModel(Student):
     def forward(
         self, waveforms: Tensor, lengths: Tensor | None = None, kept: Tensor | None = None, top_k: int = 0
     ) -> EncoderOutput:
-        """Encode utterances, unmasked.
+        """Encode unmasked utterances.
 
         Args:
-            waveforms: `[B, N]`, each normalized to zero mean and unit variance, zero after its end.
-            lengths: int64 `[B]`, frames of each; None: all. `kept` and `top_k` as for `SpeechContext`.
+            waveforms: `[B, N]`, each normalized to zero mean and unit variance and padded with zeros.
+            lengths, kept, top_k: see `SpeechContext`.
         """
         frames = self._with_positions(self.front_end(waveforms), lengths)
         output: EncoderOutput = self.context(frames, lengths, kept, top_k=top_k)
@@ -217,7 +220,7 @@ class SpeechModel(Student):
         self.front_end.convolutions.compute_dtype = dtype
 
     def make_head(self) -> Linear:
-        """See `Student`: with PyTorch's initialization."""
+        """See `Student`; with PyTorch's initialization."""
         return Linear(self.width, self.width)
 
     def _with_positions(self, frames: Tensor, lengths: Tensor | None) -> Tensor:

@@ -2,9 +2,9 @@
 
 Shape letters: B batch, T tokens, D width, M kept tokens.
 
-The published data2vec text model (arXiv 2202.03555, section 4.3), built as RoBERTa is. Embeddings are trained with the
-student, and the teacher reads through them as they are; the teacher is an average of the blocks. It sees the whole
-text, as the paper says: the public code shows it the labels of the masked tokens instead, and padding everywhere else.
+The published data2vec text model (arXiv 2202.03555, section 4.3), with the architecture of RoBERTa. The embeddings are
+trained with the student, and the teacher uses them unchanged; the teacher averages the blocks. It reads the whole text,
+as in the paper. The public code instead shows it the original masked tokens and padding everywhere else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from d2v_fast.models.student import MaskedBatch, Student
 
 
 class TextEmbedding(nn.Module):
-    """Tokens and their positions, normalized."""
+    """Normalized sum of token and position embeddings."""
 
     def __init__(self, config: TextModelConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TextEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialization: N(0, 0.02), the padding token and position zero."""
+        """Apply the published initialization: N(0, 0.02), zero for the padding token and position."""
         nn.init.normal_(self.token.weight, std=INIT_STD)
         nn.init.normal_(self.position, std=INIT_STD)
         with torch.no_grad():
@@ -46,7 +46,14 @@ class TextEmbedding(nn.Module):
             self.position[POSITION_OFFSET - 1].zero_()
 
     def forward(self, tokens: Tensor, drops: bool = True) -> Tensor:
-        """int64 `[B, T]` to `[B, T, D]`; `drops`: with dropout in training.
+        """Embed tokens.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            drops: whether to apply dropout in training.
+
+        Returns:
+            `[B, T, D]`.
 
         Raises:
             ValueError: there are more tokens than positions.
@@ -59,7 +66,7 @@ class TextEmbedding(nn.Module):
 
 
 class TextContext(nn.Module):
-    """The blocks."""
+    """The stack of blocks, with attention within samples or documents."""
 
     def __init__(self, config: TextModelConfig) -> None:
         super().__init__()
@@ -80,19 +87,21 @@ class TextContext(nn.Module):
 
         Args:
             x: `[B, T, D]`.
-            lengths: int64 `[B]`, tokens of each sample that are not padding; None: all.
-            kept: int64 `[M]`, flat indices `b * T + t` of these tokens, ascending; None: all.
-            offsets: int32 `[S + 1]`, where the documents start among the kept tokens, and their number: only tokens of
-                one document attend to each other. None: those of a sample do.
-            drop_keys: uint64 `[B]`, as of `data.Batch`.
+            lengths: int64 `[B]`, tokens of each sample before its padding. `None` means T.
+            kept: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending. `None` means
+                all.
+            offsets: int32 `[S + 1]`, start of each document among the kept tokens, and their number. Tokens attend to
+                each other within a document, or within a sample if `offsets` is None.
+            drop_keys: uint64 `[B]`, see `data.Batch`.
             top_k: K, how many of the last blocks' features to return.
-            output_rows: int64 `[N]`, flat indices: the only tokens at which the last block's output is wanted.
+            output_rows: int64 `[N]`, flat indices of the only tokens that the last block computes.
+
         Returns:
             `last_hidden` `[B, T, D]` and K features of that shape; with `output_rows`, `last_hidden` and the last
-            feature are `[N, D]`. At padding they are without meaning.
+            feature are `[N, D]`. They are undefined at padding.
         """
         B, T, _ = x.shape
-        # the embeddings may come from a student that keeps other precision than its teacher
+        # the student's embeddings may have another dtype than the teacher
         x = x.to(next(self.parameters()).dtype)
         if self.packs and (offsets is not None or kept is not None):
             if offsets is None:
@@ -141,10 +150,10 @@ class EmbeddedTokens:
 
 
 class TextModel(Student):
-    """The text encoder: the teacher shares the embeddings.
+    """The text encoder. The teacher shares the embeddings.
 
     Args:
-        config: sizes and rates. The parameters are drawn from torch's global generator.
+        config: sizes and rates. Parameters are initialized from torch's global generator.
     """
 
     averaged_name = "context"
@@ -164,11 +173,11 @@ class TextModel(Student):
         offsets: Tensor | None = None,
         top_k: int = 0,
     ) -> EncoderOutput:
-        """Encode text as it is, masked or not.
+        """Encode tokens, masked or not.
 
         Args:
             tokens: int64 `[B, T]`.
-            lengths, kept, offsets, top_k: as for `TextContext`.
+            lengths, kept, offsets, top_k: see `TextContext`.
         """
         output: EncoderOutput = self.context(self.embedding(tokens), lengths, kept, offsets, top_k=top_k)
         return output
@@ -179,7 +188,7 @@ class TextModel(Student):
         return output.features
 
     def embed(self, batch: MaskedBatch) -> tuple[EmbeddedTokens, EmbeddedTokens]:
-        """See `Student`: the mask is a token, and the teacher reads without dropout."""
+        """See `Student`. The batch has the masked tokens; the teacher's input has no dropout."""
         assert batch.masked_inputs is not None
         structure = batch.lengths, batch.kept, batch.offsets
         with torch.no_grad():
@@ -188,7 +197,7 @@ class TextModel(Student):
         return masked, EmbeddedTokens(unmasked, *structure)
 
     def make_head(self) -> nn.Module:
-        """See `Student`: two layers."""
+        """See `Student`; two linear layers with a GELU."""
         wide, narrow = Linear(self.width, 2 * self.width), Linear(2 * self.width, self.width)
         for linear in (wide, narrow):
             nn.init.normal_(linear.weight, std=INIT_STD)
@@ -197,7 +206,7 @@ class TextModel(Student):
 
 
 def _same_document(offsets: Tensor, kept: Tensor | None, num_samples: int, num_tokens: int) -> Tensor:
-    """Bool `[B, 1, T, T]`, True where two tokens are of one document; every padding token is its own."""
+    """Return bool `[B, 1, T, T]`, True for tokens of the same document; each padding token is a document of its own."""
     total = num_samples * num_tokens
     document = -1 - torch.arange(total, device=offsets.device)
     among_kept = torch.arange(total if kept is None else len(kept), device=offsets.device)

@@ -1,4 +1,4 @@
-"""The image encoder: patch embeddings, the mask token at masked patches, the class token in front, pre-norm blocks.
+"""The image encoder: patch embeddings, mask token, class token, pre-norm blocks.
 
 Shape letters: B batch, C channels, P patches, D width, N masked rows, G patches along one side of the grid.
 """
@@ -20,11 +20,11 @@ from d2v_fast.models.student import MaskedBatch, Student
 
 
 class VisionEmbedding(nn.Module):
-    """Non-overlapping square patches through one linear map; positions enter later, as an attention bias, unless
-    `absolute_position` adds learned embeddings here as well.
+    """Linear embedding of square patches without overlap.
 
-    The map is the published model's convolution with `kernel = stride = patch_size`, written as a matrix
-    product: its weight `[D, C * patch_size ** 2]` is the convolution's weight, flattened.
+    Positions enter as an attention bias in the blocks, and with `absolute_position` as learned embeddings here. The
+    linear map equals the published convolution with `kernel = stride = patch_size`: its weight
+    `[D, C * patch_size ** 2]` is the convolution's weight, flattened.
     """
 
     def __init__(self, config: VisionModelConfig) -> None:
@@ -35,8 +35,8 @@ class VisionEmbedding(nn.Module):
         self.grid_size = config.grid_size
         patch_values = config.channels * config.patch_size * config.patch_size
         self.projection = Linear(patch_values, config.width)
-        # the published recipe decays the mask token but not the class token: the shapes tell them apart,
-        # since 1-D parameters are not decayed
+        # the published recipe decays the mask token but not the class token; 1-D parameters are not decayed,
+        # so the shapes distinguish them
         self.cls_token = nn.Parameter(torch.empty(config.width))
         self.mask_token = nn.Parameter(torch.empty(1, config.width))
         shape = (1 + config.num_patches, config.width)
@@ -45,7 +45,7 @@ class VisionEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialization: truncated normal everywhere, zero bias."""
+        """Apply the published initialization: truncated normal, zero bias."""
         init_linear_(self.projection)
         truncated_normal_(self.cls_token)
         truncated_normal_(self.mask_token)
@@ -58,8 +58,12 @@ class VisionEmbedding(nn.Module):
         Args:
             pixels: `[B, C, image_size, image_size]`, normalized.
             rows: int64 `[N]`, flat indices `b * P + p`, without repeats, of the patches to mask.
+
         Returns:
             `[B, 1 + P, D]`, class token first.
+
+        Raises:
+            ValueError: `pixels` have another shape.
         """
         expected = (self.channels, self.image_size, self.image_size)
         if pixels.dim() != 4 or pixels.shape[1:] != expected:
@@ -67,12 +71,12 @@ class VisionEmbedding(nn.Module):
                 f"`pixels` must be [B, {', '.join(map(str, expected))}], but is {list(pixels.shape)} instead."
             )
         B, G, S = pixels.shape[0], self.grid_size, self.patch_size
-        # a low-precision copy of the model takes the loader's fp32 pixels
+        # pixels are fp32; the model may have a lower precision
         pixels = pixels.to(self.projection.weight.dtype)
         patches = pixels.view(B, self.channels, G, S, G, S).permute(0, 2, 4, 1, 3, 5)
         tokens = self.projection(patches.reshape(B * G * G, self.projection.in_features))
         if rows is not None:
-            # in place: `tokens` is new, and the projection's backward does not read it
+            # in place: `tokens` is new, and the projection's backward pass does not read it
             tokens.index_copy_(0, rows, self.mask_token.to(tokens.dtype).expand(len(rows), -1))
         cls_token = self.cls_token.expand(B, 1, -1)
         tokens = torch.cat((cls_token, tokens.view(B, G * G, self.projection.out_features)), dim=1)
@@ -112,7 +116,7 @@ class VisionModel(Student):
     """The image encoder, averaged into the teacher as a whole.
 
     Args:
-        config: sizes and rates. The parameters are drawn from torch's global generator.
+        config: sizes and rates. Parameters are initialized from torch's global generator.
     """
 
     num_prefix_tokens = 1
@@ -123,7 +127,7 @@ class VisionModel(Student):
         self.width = config.width
         self.num_patches = config.num_patches
         self.embedding = VisionEmbedding(config)
-        # of all blocks, unless each has its own
+        # shared by all blocks, unless each has its own
         shared = config.position_bias == "shared"
         self.position_bias = RelativePositionBias(config.grid_size, config.heads) if shared else None
         self.encoder = Encoder(
@@ -140,15 +144,16 @@ class VisionModel(Student):
         top_k: int = 0,
         output_rows: Tensor | None = None,
     ) -> EncoderOutput:
-        """Encode a batch of images. `norm` is left to the caller, who may want it on some rows only.
+        """Encode a batch of images. The caller applies `norm`, if need be to some rows only.
 
         Args:
             pixels: `[B, C, H, W]`, normalized.
-            rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; None masks nothing.
-            drop_keys: uint64 `[B]`, as of `data.Batch`.
+            rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask. `None` masks nothing.
+            drop_keys: uint64 `[B]`, see `data.Batch`.
             top_k: K, how many of the last blocks' outputs to return.
-            output_rows: int64 `[M]`, flat indices `b * P + p`: the only patches at which the last block's output is
-                wanted; None: the whole output.
+            output_rows: int64 `[M]`, flat indices `b * P + p` of the only patches that the last block computes.
+                `None` computes all.
+
         Returns:
             `last_hidden` `[B, 1 + P, D]`, class token first, and K features of that shape. With `output_rows`,
             `last_hidden` and the last feature are `[M, D]`.
@@ -169,7 +174,7 @@ class VisionModel(Student):
         return student, EmbeddedImages(batch.inputs, self.num_patches)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """See `Student`: the last norm."""
+        """See `Student`; applies the last norm."""
         normed: Tensor = self.norm(hidden)
         return normed
 
