@@ -1,14 +1,17 @@
-"""Packages that only one kind of file needs are imported when such a file is read."""
+"""Packages that only one kind of file or format needs are imported at its first use."""
 
 from __future__ import annotations
 
 from tests.helpers.common import run_python
 
-
-def test_packages_are_imported_when_a_file_is_read() -> None:
-    code = """
+CODE = """
 import sys
 import d2v_fast.data, d2v_fast.modalities.speech.audio, d2v_fast.modalities.text.tasks
-print(*{"soundfile", "soxr", "cffi", "tokenizers", "pyarrow", "rich"} & set(sys.modules))
+print("data:", *{"soundfile", "soxr", "cffi", "tokenizers", "pyarrow", "rich"} & set(sys.modules))
+import d2v_fast.interop.huggingface, d2v_fast.interop.fairseq, d2v_fast.training.begin
+print("formats:", *{"transformers", "fairseq", "tokenizers"} & set(sys.modules))
 """
-    assert run_python(code).split() == []
+
+
+def test_packages_are_imported_at_their_first_use() -> None:
+    assert run_python(CODE).splitlines() == ["data:", "formats:"]

@@ -19,7 +19,6 @@ from d2v_fast.files.outputs import RECORD
 from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.modalities.speech.encoder import SpeechModel
 from d2v_fast.modalities.speech.huggingface import export_speech, import_speech
-from tests.helpers.common import run_python
 from tests.helpers.speech_folders import build, edited
 from tests.helpers.speech_models import SIZES as SMALL
 from tests.helpers.speech_models import make_config
@@ -243,14 +242,6 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert "| step | 5 |" in card
     assert '"modality": "speech"' in card
-
-
-def test_writing_and_reading_need_no_transformers() -> None:
-    modules = "d2v_fast.interop.huggingface, d2v_fast.interop.fairseq, d2v_fast.training.begin"
-    printed = run_python(
-        f"import sys, {modules}; print({{'transformers', 'fairseq', 'tokenizers'}} & set(sys.modules))"
-    )
-    assert printed.strip() == "set()"
 
 
 @pytest.mark.parametrize(

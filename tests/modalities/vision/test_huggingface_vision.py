@@ -16,7 +16,6 @@ from d2v_fast.config import VisionModelConfig
 from d2v_fast.files.outputs import RECORD
 from d2v_fast.modalities.vision.encoder import VisionModel
 from d2v_fast.modalities.vision.huggingface import export_vision, import_vision
-from tests.helpers.common import run_python
 from tests.helpers.vision_folders import SIZES, build, edited
 from tests.helpers.vision_reference import randomize_
 
@@ -131,11 +130,6 @@ def test_export_replaces_an_earlier_one_and_leaves_nothing_behind(tmp_path: Path
     assert "| weights | teacher |" in card
     assert "| step | 750 |" in card
     assert "student |" not in card
-
-
-def test_writing_and_reading_need_no_transformers() -> None:
-    printed = run_python("import sys, d2v_fast.interop.huggingface; print('transformers' in sys.modules)")
-    assert printed.strip() == "False"
 
 
 def test_digits_are_prepared_as_in_training(tmp_path: Path) -> None:
