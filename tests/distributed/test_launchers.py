@@ -1,4 +1,4 @@
-"""Real launchers: what they start, where signals go, and restarts below them. See docs/launch.md."""
+"""Real launchers: the processes they start, signals and restarts. See docs/launch.md."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAUNCHERS = {
 
 
 def command(launcher: str, folder: Path, *arguments: str, **changes: object) -> list[str]:
-    """Two processes that train the tiny model as the run `r`."""
+    """Return the command by which two processes train the tiny model as the run `r`."""
     words = [sys.executable, "-m", *LAUNCHERS[launcher]]
     if launcher == "deepspeed":
         words.append(str(free_port()))
@@ -53,7 +53,7 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(words: list[str], output: Path) -> Iterator[subprocess.Popen]:
-    """A launcher in a process group of its own, of which nothing is left afterwards."""
+    """Run a launcher in its own process group, and end all of the group afterwards."""
     with output.open("w") as file:
         launcher = subprocess.Popen(words, stdout=file, stderr=file, env=environment(), start_new_session=True)
     try:
@@ -68,7 +68,7 @@ def running(words: list[str], output: Path) -> Iterator[subprocess.Popen]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
-    """Figures of two processes that were forked, not launched."""
+    """Return the log of two processes that were forked, not launched."""
     folder = tmp_path_factory.mktemp("undisturbed")
     torch.set_num_threads(1)
     file = tiny_file(folder, d2v__schedule__steps=40, d2v__guard__min_prediction_std=0)

@@ -1,4 +1,4 @@
-"""Who is named when a process has waited too long for the others."""
+"""A process that has waited too long for the others names those that are missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def store() -> dist.TCPStore:
 
 
 class Watched:
-    """Watches of one run that put their messages into a queue instead of ending a process."""
+    """Watches that put their messages into a queue instead of ending the process."""
 
     def __init__(self) -> None:
         self.messages: queue.Queue[str] = queue.Queue()

@@ -1,4 +1,4 @@
-"""Tensors for the EMA update, and what it must give."""
+"""Tensors for the EMA update and its expected result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make(device: torch.device, student_dtype: torch.dtype, working_dtype: torch.
 
 
 def expected(teacher: list[Tensor], student: list[Tensor], decay: float) -> list[Tensor]:
-    """Correctly rounded FMA of the lerp form, made in fp64: fp32 products are exact there."""
+    """Return the correctly rounded FMA of the lerp form, computed in fp64, where fp32 products are exact."""
     weight = torch.tensor(1.0 - decay, dtype=torch.float32).double()
     out = []
     for t, s in zip(teacher, student, strict=True):

@@ -1,4 +1,4 @@
-"""The target and the loss written out plainly in any precision: fp64 is the truth, fp32 what one would write."""
+"""The target and the loss from plain PyTorch operations in any precision: fp64 is the truth, fp32 the baseline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FINAL_NORMS = ("none", "layer", "instance")
 def make_layers(
     shape: tuple[int, int, int], num_layers: int, dtype: torch.dtype, device: torch.device, offset: float = 0.0
 ) -> list[Tensor]:
-    """Layers of differing spread, with every channel, position and layer somewhere else."""
+    """Return layers whose channels, positions and layers differ in mean and spread."""
     num_samples, num_positions, width = shape
     channel = torch.randn(width, device=device)
     position = torch.randn(num_samples, num_positions, 1, device=device)
@@ -30,7 +30,7 @@ def _normalized(x: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
 
 
 def _apply(x: Tensor, norm: str, lengths: list[int], eps: float) -> Tensor:
-    """Padding keeps its values under a norm over positions; whoever reads it is wrong."""
+    """Apply a norm; padding keeps its values under a norm over positions and must not be read."""
     if norm == "none":
         return x
     if norm == "layer":
@@ -57,7 +57,7 @@ def plain_target(
     eps: float = 1e-5,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`topk_target` step by step in `dtype`."""
+    """Compute `topk_target` step by step in `dtype`."""
     num_samples, num_positions, _ = layers[0].shape
     valid = [num_positions] * num_samples if lengths is None else lengths.tolist()
     average = sum(_apply(x.to(dtype), layer_norm, valid, eps) for x in layers) / len(layers)
@@ -78,7 +78,7 @@ def plain_loss(
     target_rows: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`masked_smooth_l1` by PyTorch's own losses in `dtype`, differentiable."""
+    """Compute `masked_smooth_l1` with PyTorch's own losses in `dtype`, differentiable."""
     p, t = pred.to(dtype), target.to(dtype)
     if target_rows is not None:
         t = t[target_rows]
@@ -91,6 +91,6 @@ def plain_loss(
 
 
 def plain_moments(pred: Tensor, target: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Per channel the sums over rows of both sides and their squares, `[4, D]`."""
+    """Return the sums over rows of both sides and of their squares per channel, `[4, D]`."""
     p, t = pred.detach().to(dtype), target.to(dtype)
     return torch.stack([p.sum(0), p.square().sum(0), t.sum(0), t.square().sum(0)])

@@ -1,4 +1,4 @@
-"""data2vec_loss: equal to the loss of the target, for every pair of norms, in every form: reference, C++, Triton."""
+"""data2vec_loss equals the loss of the target for every pair of norms, in the reference, C++ and Triton."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def launcher():
 
 
 def make(device, shape, num_layers, num_rows, layer_dtype, pred_dtype, num_preds=None):
-    """Layers, rows, predictions that want a gradient, and a row map if there are more predictions than rows."""
+    """Return predictions, layers, rows, and a row map if there are more predictions than rows."""
     layers = [x[:, 1:] for x in make_layers((shape[0], shape[1] + 1, shape[2]), num_layers, layer_dtype, device)]
     rows = torch.randint(0, shape[0] * shape[1], (num_rows,), device=device)
     target_rows = None if num_preds is None else torch.randint(0, num_rows, (num_preds,), device=device)
@@ -126,7 +126,7 @@ def test_no_rows(device, layer_norm, final_norm):
 
 
 def test_the_target_is_never_written(device):
-    """Nothing of the size of the rows is allocated besides the gradient."""
+    """No tensor of the size of the rows is allocated except the gradient."""
     pred, layers, rows, _ = make(device, (2, 300, 64), 2, 500, torch.bfloat16, torch.float32)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
         data2vec_loss(pred, layers, rows=rows, final_norm="layer")

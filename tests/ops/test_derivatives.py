@@ -29,7 +29,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 def pair(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Function, Function, Tensor]:
-    """A scalar function of an operation, the same in fp64 of PyTorch's operations, and where to differentiate."""
+    """Return a scalar function of an operation, its fp64 form from PyTorch's operations, and the point."""
     x = torch.randn(4, 6, device=device).to(dtype)
     other = torch.randn(4, 6, device=device).to(dtype)
     weight, bias = torch.rand(6, device=device) + 0.5, torch.randn(6, device=device)
@@ -244,7 +244,7 @@ def test_constants_are_constants_in_every_mode(device):
 
 
 def test_batched_rows_are_checked_or_nan(device):
-    """Under vmap nothing can be raised for a value: a row out of range is NaN, as on a GPU."""
+    """Under vmap a row out of range cannot raise, so it gives NaN, as on a GPU."""
     pred, target = torch.zeros(2, 3, device=device), torch.ones(4, 3, device=device)
     rows = torch.tensor([[0, 3], [1, 4], [-1, 0]], device=device)
     losses = func.vmap(lambda r: masked_smooth_l1(pred, target, target_rows=r).loss)(rows)
@@ -320,7 +320,7 @@ def test_hooks_run_once_in_a_differentiable_backward(device):
 @pytest.mark.parametrize("mode", ["dual numbers", "jvp", "grad", "hessian", "gradient penalty", "third derivative"])
 @pytest.mark.parametrize("of", ["x", "weight"])
 def test_large_linear_map(monkeypatch, mode, of):
-    """oneDNN's product, where it is used, is differentiated as torch's own."""
+    """Where oneDNN's product is used, its derivatives equal those of torch's own."""
     monkeypatch.setattr(model_layers, "_LARGE", 1)
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
 

@@ -13,7 +13,7 @@ from tests.ops.ema_reference import WORKING, expected, make
 
 
 def assert_copied(copy: Tensor, teacher: Tensor) -> None:
-    """The nearest value; Triton's interpreter truncates where the compiled kernel rounds to nearest even."""
+    """Assert the nearest value; Triton's interpreter truncates, while the compiled kernel rounds to nearest even."""
     if copy.device.type == "cpu" and copy.dtype == torch.bfloat16:
         torch.testing.assert_close(copy.float(), teacher, rtol=2**-7, atol=0)
     else:
@@ -21,7 +21,7 @@ def assert_copied(copy: Tensor, teacher: Tensor) -> None:
 
 
 def triton_tolerance(device: torch.device) -> dict[str, float]:
-    """One unit in the last place for the compiled kernel; the interpreter's fma rounds the product as well."""
+    """Return one unit in the last place for the compiled kernel; the interpreter's fma also rounds the product."""
     return {"rtol": 1.2e-7, "atol": 1e-38} if device.type == "cuda" else {"rtol": 2.4e-7, "atol": 1e-9}
 
 

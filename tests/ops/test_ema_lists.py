@@ -1,4 +1,4 @@
-"""What may be passed to ema_update_ and EmaUpdate: iterators, dicts by name, integers; and what is refused."""
+"""ema_update_ and EmaUpdate accept iterators, dicts by name and integers, and refuse mistakes."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_weights_tied_on_one_side_only(update):
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_integers(device, update, as_tensor):
-    """Copied, in lists as in dicts, but for a decay of 1, which changes nothing."""
+    """Integers are copied, in lists and dicts, unless the decay is 1."""
     counts = [torch.tensor(3, device=device), torch.tensor([True, False], device=device)]
     teacher = [
         torch.zeros(2, device=device),

@@ -50,7 +50,7 @@ class Distributed(torch.Tensor):
 @pytest.mark.parametrize("side", ["teacher", "student", "working"])
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_tensors_without_memory(update, make, message, side, as_dict):
-    """Named, where reading through their address would end the process or blame another tensor."""
+    """Tensors without memory are named; reading their address would crash or blame another tensor."""
     sides = {name: [torch.zeros(2), torch.zeros(3)] for name in ("teacher", "student", "working")}
     sides[side][1] = make()
     if as_dict:
@@ -118,7 +118,7 @@ def test_decay_tensor_out_of_range(update, value):
 
 @UPDATES
 def test_working_copies_that_are_used_up(update):
-    """An iterator that has been consumed is no wish for an update without a working copy."""
+    """A consumed iterator of working copies is an error, not an update without working copies."""
     for working in ([], iter([])):
         with pytest.raises(ValueError, match=r"`working` must have as many tensors as `teacher` \(1\), but has 0"):
             update([torch.zeros(3)], [torch.ones(3)], 0.5, working=working)

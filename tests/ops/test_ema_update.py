@@ -26,7 +26,7 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 @pytest.fixture(params=["kernels", "no kernels"])
 def checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who checks: C++, or Python as where the kernels were not built."""
+    """Let C++ check the lists, or Python, as in an installation without kernels."""
     if request.param == "no kernels":
         monkeypatch.setattr(ema, "in_cpp", lambda name: False)
     elif not HAS_CPP:
@@ -36,7 +36,7 @@ def checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(params=["EmaUpdate", "ema_update_"])
 def prepare(request: pytest.FixtureRequest, checks: str) -> Callable[[Lists], Callable[[float], None]]:
-    """Checks the lists once; what it returns updates them again, by either of the two."""
+    """Check the lists once and return a function that updates them again, by either of the two."""
 
     def from_lists(lists: Lists) -> Callable[[float], None]:
         if request.param == "EmaUpdate":
@@ -185,7 +185,7 @@ def test_bad_lists_are_refused_when_prepared():
 
 @pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
 def test_operation_checks_by_itself():
-    """Whoever calls it without the function in front of it is not let through either."""
+    """The operation also checks its arguments when it is called without the Python function."""
     x, flat = torch.zeros(3), torch.zeros(8)
     for arguments, message in (
         (([x], [x], 0.5, None, []), "share memory"),

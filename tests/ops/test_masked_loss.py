@@ -1,4 +1,4 @@
-"""masked_smooth_l1: values, gradients and moments against fp64, in every form: reference, C++, Triton."""
+"""masked_smooth_l1: values, gradients and moments against fp64, in the reference, C++ and Triton."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def launchers():
 
 
 def make(device, num_rows, width, pred_dtype, target_dtype=torch.float32, num_targets=None):
-    """Predictions that want a gradient, targets, and a row map if there are fewer or more targets."""
+    """Return predictions, targets, and a row map if there are fewer or more targets."""
     pred = torch.randn(num_rows, width, device=device).to(pred_dtype).requires_grad_()
     target = (torch.randn(num_targets or num_rows, width, device=device) + 0.5).to(target_dtype)
     rows = None if num_targets is None else torch.randint(0, num_targets, (num_rows,), device=device)
@@ -44,7 +44,7 @@ def gradient(loss, pred):
 
 
 def check(pred, target, target_rows, beta, scale, reduction):
-    """Loss, gradient and moments are as close to fp64 as PyTorch's own loss in fp32."""
+    """Assert that loss, gradient and moments are as close to fp64 as PyTorch's own loss in fp32."""
     loss, moments = masked_smooth_l1(pred, target, beta=beta, scale=scale, reduction=reduction, target_rows=target_rows)
     wide = pred.detach().double().requires_grad_()
     truth = plain_loss(wide, target, beta, scale, reduction, target_rows)

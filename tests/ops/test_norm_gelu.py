@@ -1,4 +1,4 @@
-"""layer_norm_gelu: values and gradients against fp64, in every form: reference, C++, Triton."""
+"""layer_norm_gelu: values and gradients against fp64, in the reference, C++ and Triton."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def launchers():
 
 
 def composition(x, weight, bias, eps=1e-5, dtype=torch.float32):
-    """What the operation means, in `dtype`."""
+    """Compute the operation from PyTorch's own in `dtype`."""
     return F.gelu(F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps))
 
 
 def truth(x, weight, bias, grad, eps=1e-5):
-    """Value and gradients in fp64."""
+    """Return value and gradients in fp64."""
     wide = [value.detach().double().requires_grad_() for value in (x, weight, bias)]
     y = composition(*wide, eps, torch.float64)
     return y, *torch.autograd.grad(y, wide, grad.double())
 
 
 def check(x, weight, bias, grad, eps=1e-5):
-    """Value and gradients are as close to fp64 as PyTorch's own two operations in fp32."""
+    """Assert that value and gradients are as close to fp64 as PyTorch's own two operations in fp32."""
     y = layer_norm_gelu(x, weight, bias, eps=eps)
     assert y.dtype == x.dtype
     assert y.is_contiguous()

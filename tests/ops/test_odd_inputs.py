@@ -1,4 +1,4 @@
-"""Inputs that nobody means to give: refused by name, or as right as any other; empty ones give 0 and never NaN."""
+"""Odd inputs are refused by name or handled correctly; empty ones give 0 and never NaN."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_row_masked_agrees_in_every_backend(device, layer_norm, final_norm
 
 
 def layouts(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """The same values in another memory layout."""
+    """Return the same values in another memory layout."""
     if kind == "plain":
         return x
     if kind == "gaps":
@@ -156,7 +156,7 @@ def test_teacher_that_lies_on_itself_is_refused() -> None:
 
 
 def test_more_than_two_billion_elements_have_shapes() -> None:
-    """On the meta device, where nothing is computed: no size passes through a 32-bit number."""
+    """On the meta device, sizes beyond 32 bits keep their shapes."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
@@ -249,7 +249,7 @@ def indices(*values: int) -> torch.Tensor:
     ],
 )
 def test_index_out_of_range_is_an_index_error_in_one_sentence(call, message) -> None:
-    """Nothing else: neither a path of the machine that built the kernels nor the name of a C++ function."""
+    """The message contains neither a path of the build machine nor the name of a C++ function."""
     with pytest.raises(IndexError) as caught:
         call()
     assert str(caught.value) == message

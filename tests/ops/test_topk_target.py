@@ -1,4 +1,4 @@
-"""topk_target: against fp64 for every pair of norms, in every form: reference, C++, Triton."""
+"""topk_target against fp64 for every pair of norms, in the reference, C++ and Triton."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def launcher():
 
 
 def check(layers, layer_norm, final_norm, rows=None, lengths=None, got=None):
-    """`got`, or what the operation gives, is as close to fp64 as the same arithmetic written out in fp32."""
+    """Assert that `got`, or the operation's result, is as close to fp64 as the plain arithmetic in fp32."""
     if got is None:
         got = topk_target(layers, layer_norm=layer_norm, final_norm=final_norm, rows=rows, lengths=lengths)
     truth = plain_target(layers, layer_norm, final_norm, rows, lengths)

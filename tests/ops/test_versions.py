@@ -1,4 +1,4 @@
-"""What an operation overwrites has another version: autograd refuses a graph that has saved the old values."""
+"""Operations raise the version of tensors that they overwrite, so autograd refuses graphs with old values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_later_graph_is_right(device, write):
 
 @pytest.mark.parametrize("write", CASES)
 def test_inference_tensors(device, write):
-    """They have no counter; the others keep theirs, also where the operation runs in inference mode."""
+    """Inference tensors have no version; others keep theirs, also in inference mode."""
     with torch.inference_mode():
         x = torch.randn(4, 3, device=device)
         write(x)
@@ -77,7 +77,7 @@ def test_what_is_read_keeps_its_version(device):
 
 
 def test_update_between_forward_and_backward(device):
-    """A student whose parameters are also somebody's teacher, as in a chain of averages."""
+    """A student may itself be a teacher, as in a chain of averages."""
     model = torch.nn.Linear(3, 3, device=device)
     x = torch.randn(4, 3, device=device, requires_grad=True)
     y = model(x)
@@ -125,5 +125,5 @@ print(backends()["cpu"])
 
 
 def test_reference():
-    """Installed without kernels."""
+    """Without the C++ kernels, the reference raises the versions as well."""
     assert run_python(WITHOUT_KERNELS).strip() == "reference"

@@ -1,4 +1,4 @@
-"""A process that waits for something which does not come ends; one that works, or was stopped, does not."""
+"""An idle process ends with a message; one that works, or that was stopped and continued, does not."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def compute_in_a_child() -> None:
 
 
 def compile_below_a_child() -> None:
-    """As a compiler below a build tool: the child itself only waits."""
+    """Compute in a grandchild, like a compiler below a build tool; the child itself only waits."""
     command = f"{sys.executable} -S -c 'for _ in range(10**7): pass'; true"
     subprocess.run(["sh", "-c", command], check=True)
 
@@ -146,7 +146,7 @@ def test_a_pager_that_waits_for_a_key_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
-    """Stopped for longer than the limit, in the middle of a short wait."""
+    """A process may be stopped for longer than the limit in the middle of a short wait."""
     child = fork(watched(lambda: time.sleep(2 * LIMIT_S + 1)), tmp_path / "output")
     time.sleep(LIMIT_S / 2)
     os.kill(child, signal.SIGSTOP)
@@ -169,7 +169,7 @@ def test_large_files_are_flushed_in_parts(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_dead_disk_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flush of a checkpoint in the background never returns: the next save waits for it."""
+    """The next save waits for the flush of a checkpoint in the background, which never returns."""
     leave_out_reports(monkeypatch.setattr)
     output, file = tmp_path / "output", tiny_file(tmp_path, d2v__run__timeout_minutes=0.05)
 
@@ -238,7 +238,7 @@ def test_stopped_worker_ends_a_run_and_a_stopped_run_goes_on(tmp_path: Path, mon
 
 
 def test_death_of_a_worker_that_is_ended_is_raised_nowhere_else() -> None:
-    """torch raises the death of a worker out of a signal handler, which would hide what the worker was ended for."""
+    """torch raises the death of a worker from a signal handler, which would hide why the worker was ended."""
     iterator = iter(DataLoader(range(100), num_workers=1))
     (worker,) = iterator._workers
     watch = WorkerWatch(iterator, 0.4)

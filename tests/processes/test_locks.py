@@ -1,4 +1,4 @@
-"""A lock that another process holds: how long it is waited for, and how its holder is named."""
+"""How long a process waits for a lock of another process, and how it names the holder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME = "tokens-1"
 
 @pytest.fixture
 def children() -> Iterator[list[int]]:
-    """Processes to be ended, whatever state they are in."""
+    """Process ids that are killed after the test, whatever state they are in."""
     found: list[int] = []
     yield found
     for child in found:
@@ -41,7 +41,7 @@ def write_one(folder: Path) -> None:
 
 
 def hold(root: Path, children: list[int], meanwhile: Callable[[Path], None]) -> int:
-    """Make the folder in another process, which does `meanwhile` while it holds the lock; returns its id."""
+    """Make the folder in another process, which calls `meanwhile` while it holds the lock; return its process id."""
     child = fork(lambda: made_once(str(root), NAME, meanwhile) is None, root.parent / "output")
     children.append(child)
     until(lambda: (root / f".{NAME}.lock").is_file() and (root / f".{NAME}.lock").read_text().startswith("pid"))
@@ -108,7 +108,7 @@ def write_for(seconds: float) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("work", [compute_for(2.5), write_for(2.5)], ids=["computes", "writes"])
 def test_holder_that_makes_progress_is_waited_for(work: Callable[[Path], None], tmp_path: Path, children) -> None:
-    """For longer than the patience. Of a holder on another machine, what it writes is all that can be seen."""
+    """A holder that makes progress is waited for beyond the patience; on another machine, only writes are seen."""
     root = tmp_path / "cache"
     hold(root, children, work)
     assert (made_once(str(root), NAME, pytest.fail, patience_s=1.0) / "file").read_text() == "made"
@@ -173,7 +173,7 @@ def test_run_folder_without_locks(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_patience_is_that_of_the_run(tmp_path: Path, children: list[int], capsys) -> None:
-    """The command line, with the tokenizer of the sample set made by a stopped process."""
+    """Use the patience of the run on the command line, while a stopped process makes the tokenizer of the samples."""
     file = tiny_file(tmp_path, TINY_TEXT, d2v__data__tokens_path=str(tmp_path / "cache"))
     arguments = ["tokenize", str(file), "--set", "d2v.run.timeout_minutes=0.01"]
     stop = partial(setattr, cache, "fault_point", lambda point: os.kill(os.getpid(), signal.SIGSTOP))

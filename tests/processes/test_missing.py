@@ -1,4 +1,4 @@
-"""Which process is named when one of several ends or stops: that one, by all others, wherever they notice."""
+"""When one of several processes ends or stops, all others name it, wherever they notice."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Ranks:
     """Forked processes that form a world and meet again and again.
 
     Args:
-        act: called with the rank and the number of every meeting, before it.
-        begin: called with the rank before it meets the others for the first time.
+        act: called with the rank and the number of a collective before each one.
+        begin: called with the rank before the first collective.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Ranks:
         self.pids = [fork(lambda rank=rank: work(rank), folder / f"{rank}.out") for rank in range(count)]
 
     def messages(self, missing: int, timeout_s: float = 60) -> dict[int, str]:
-        """What the others say; each has ended with status 1."""
+        """Return the output of the other ranks after checking that each has ended with status 1."""
         others = [rank for rank in range(len(self.pids)) if rank != missing]
         statuses = wait(*(self.pids[rank] for rank in others), timeout_s=timeout_s)
         texts = {rank: (self._folder / f"{rank}.out").read_text() for rank in others}
@@ -96,7 +96,7 @@ def send_myself(number: signal.Signals) -> Callable[[], None]:
 
 
 def named(text: str, own: int) -> set[int]:
-    """The ranks of which a message says that they are missing."""
+    """Return the ranks that a message reports as missing."""
     (line,) = re.findall("^error: .*$", text, re.MULTILINE)
     assert line.startswith(f"error: rank {own} ")
     return {int(rank) for rank in re.findall(r"rank (\d+)", line.removeprefix(f"error: rank {own} "))}
@@ -130,7 +130,7 @@ def test_stopped_rank_of_three_is_named(rank: int, tmp_path: Path) -> None:
 
 
 def test_killed_rank_of_four_is_named_by_one_that_was_busy(tmp_path: Path) -> None:
-    """It comes to the next meeting when the others have ended long ago."""
+    """A busy rank reaches the next collective long after the others have ended."""
 
     def act(rank: int, meeting: int) -> None:
         if meeting == 6 and rank == 3:
@@ -167,7 +167,7 @@ def test_rank_killed_between_store_and_group_is_named(rank: int, tmp_path: Path)
 
 
 def test_all_stopped_together_go_on(tmp_path: Path) -> None:
-    """As by Ctrl-Z, or on a machine that sleeps, for longer than the time-out."""
+    """All processes may be stopped for longer than the timeout, as by Ctrl-Z or on a machine that sleeps."""
     ranks = Ranks(3, tmp_path, lambda rank, meeting: time.sleep(0.05))
     time.sleep(1.0)
     for pid in ranks.pids:

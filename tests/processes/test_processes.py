@@ -1,4 +1,4 @@
-"""Faults of processes and of the machine around them: killed, stopped, hung; no compiler, odd places, odd clocks."""
+"""Processes that are killed, stopped or hang, and machines with no compiler, odd paths or odd clocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ several_tests_in_a_process = pytest.mark.filterwarnings("ignore:This DataLoader 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
-    """Figures of the tiny run in one process."""
+    """Return the log of the tiny run in one process."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +36,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
 
 
 def at_step(step: int, act: Callable[[], object], rank: str = "0") -> Callable[[], None]:
-    """What `before` of a forked run is to be, so that one rank does something after this step."""
+    """Return a `before` for a forked run that makes one rank act after this step."""
 
     def arm() -> None:
         passed = []
@@ -138,7 +138,7 @@ def test_loader_worker_in_trouble_ends_the_run(trouble: str, tmp_path: Path, und
 
 @needs_deepspeed
 def test_neither_compiler_nor_stale_locks_matter(tmp_path: Path) -> None:
-    """DeepSpeed compiles extensions when it finds a compiler, and waits for ever on the lock of a build that died."""
+    """DeepSpeed would compile extensions if it found a compiler, and wait forever for the lock of a dead build."""
     output, extensions = tmp_path / "output", tmp_path / "extensions"
     for name in ("deepspeed_shm_comm", "fused_adam", "cpu_adam"):
         (extensions / name).mkdir(parents=True)
@@ -164,8 +164,8 @@ def test_shared_memory_too_small_is_said_at_once(tmp_path: Path, monkeypatch, ca
 
 
 def test_odd_place_odd_clock(tmp_path: Path, undisturbed: list[tuple]) -> None:
-    """A folder with blanks, a newline and letters of three scripts; a deleted working directory; another time zone; a
-    clock that jumps back and forth by days."""
+    """Train with odd surroundings: a folder with blanks, a newline and letters of three scripts, a deleted working
+    directory, another time zone, a clock that jumps by days."""
     folder, gone, output = tmp_path / "a b\nc é 数 🙂", tmp_path / "gone", tmp_path / "output"
     folder.mkdir()
 
@@ -205,7 +205,7 @@ def test_unnamed_runs_that_start_together_get_folders_of_their_own(tmp_path: Pat
 
 
 def test_two_processes_cannot_resume_one_run_together(tmp_path: Path, undisturbed: list[tuple]) -> None:
-    """One of them gets it, whoever that is, and is not disturbed."""
+    """One of two processes gets the run and finishes it undisturbed."""
     arguments: list[object] = ["--ds_config", tiny_file(tmp_path), "--run", "r"]
     output = tmp_path / "output"
     assert run_forked(*arguments, output=output, before=at_step(4, send_myself(signal.SIGKILL))) == [-signal.SIGKILL]
@@ -246,7 +246,7 @@ def test_a_few_kills(modality: str, processes: int, workers: int, tmp_path: Path
     ids=["one", "six"],
 )
 def test_random_sequences_of_divisions(count: int, options: dict[str, Any], tmp_path: Path) -> None:
-    """Stops and kills, going on with other processes, stages, accumulation and workers each time."""
+    """Stop and kill runs, and resume them with other processes, stages, accumulation and workers each time."""
     from tests.helpers.soak_sequences import soak_sequences
 
     report = soak_sequences(tmp_path, count, **options)

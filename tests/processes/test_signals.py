@@ -1,4 +1,4 @@
-"""Signals before a run has begun, and to every other command: words, a status, nothing half written, no child left."""
+"""Signals to a starting run and to every other command: a message, a status, no partial file, no child left."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def as_in_a_terminal() -> None:
-    """Another test, or whoever started this one, may have left a signal ignored."""
+    """Restore the default signals, which another test or the caller may have set to be ignored."""
     for number in NUMBERS:
         assert signal.getsignal(number) is not None
 
@@ -43,7 +43,7 @@ def raising(number: signal.Signals) -> Callable[..., None]:
 def test_while_data_are_listed(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At once, and not after a first step: it may take hours until then."""
+    """A signal during the listing of the data, which may take hours, stops a run at once."""
     monkeypatch.setattr("d2v_fast.data.batch_maker", raising(number))
     assert run_here(tiny_file(tmp_path), "--run", "r") == 128 + number
     words = f"interrupted by {number.name} before a step was made; the same command begins again"
@@ -53,7 +53,7 @@ def test_while_data_are_listed(
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_while_a_run_is_built(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request, as in any step: the first one is made and saved."""
+    """A signal while a run is built stops it after its first step, which is saved."""
     real = console.sys.modules["d2v_fast.objectives.data2vec"].build_model
 
     def build(*arguments: object) -> object:
@@ -77,7 +77,7 @@ def test_other_commands(
 
 
 def test_while_a_run_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps are made: it is exported and brought to its end."""
+    """A signal after the last step does not stop the export and the end of a run."""
     leave_out_reports(monkeypatch.setattr)
     monkeypatch.setattr("d2v_fast.interop.export.export_student", raising(signal.SIGTERM))
     file = tiny_file(tmp_path, d2v__schedule={"steps": 2, "warmup_steps": 1})
@@ -105,7 +105,7 @@ def test_in_the_middle_of_tokens(tmp_path: Path) -> None:
 
 
 def test_signals_that_a_library_turns_into_something_else(capsys: pytest.CaptureFixture[str]) -> None:
-    """As C code does when Python raises while it imports."""
+    """C code may replace the exception of a signal handler during an import."""
 
     def work() -> None:
         try:
@@ -118,7 +118,7 @@ def test_signals_that_a_library_turns_into_something_else(capsys: pytest.Capture
 
 
 def test_signal_that_a_library_swallows(tmp_path: Path) -> None:
-    """The next phase finds it, and else a thread ends the process."""
+    """The next phase notices a swallowed signal; without one, a thread ends the process."""
 
     def swallow() -> None:
         with contextlib.suppress(BaseException):
@@ -147,7 +147,7 @@ def test_signal_that_a_library_swallows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pause_s", [0.0, 1.3])
 def test_two_signals(pause_s: float, tmp_path: Path) -> None:
-    """The second is the same request where it comes at once, and else ends all that is left, children included."""
+    """A second signal is ignored if it comes at once, and later ends everything, including children."""
 
     def work() -> int:
         try:
@@ -206,7 +206,7 @@ def test_hang_up_under_nohup_is_ignored_and_handlers_are_restored() -> None:
 
 
 def test_terminal_that_hangs_up(tmp_path: Path) -> None:
-    """What is printed after that goes nowhere, instead of ending the run before it has saved."""
+    """After a hang-up, output is dropped so that it does not end the run before it has saved."""
 
     def work() -> int:
         main_end, own_end = os.openpty()
@@ -240,7 +240,7 @@ def test_other_threads_change_nothing() -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("program", ["train.py", "d2v-fast"])
 def test_first_seconds_of_a_process(program: str, tmp_path: Path) -> None:
-    """At any moment of the imports: no traceback, and the status of the signal; a run begins again after it."""
+    """A signal at any moment of the imports gives its status and no traceback, and the next start works."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("\n\n".join(sentences(200)))
     file = tiny_file(tmp_path)
@@ -265,7 +265,7 @@ def test_first_seconds_of_a_process(program: str, tmp_path: Path) -> None:
 
 
 def is_up(child: subprocess.Popen[str]) -> bool:
-    """Whether a process has handlers of its own, or has ended."""
+    """Return whether a process has installed signal handlers or has ended."""
     caught = [
         line.split()[1] for line in Path(f"/proc/{child.pid}/status").read_text().splitlines() if "SigCgt" in line
     ]

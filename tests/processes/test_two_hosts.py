@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with an address each, a cable between them, and a cut of that cable."""
+"""Two hosts on one machine: network namespaces joined by a virtual cable, which is cut."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class Hosts:
         self.cable("up")
 
     def cable(self, state: str) -> None:
-        """Plug it in ("up") or cut it ("down")."""
+        """Plug the cable in ("up") or cut it ("down")."""
         for name in self.names:
             self._run("-n", name, "link", "set", "cable", state)
 
     def give_connections_up(self) -> None:
-        """Let the kernel end connections that nobody answers after some seconds, instead of 15 minutes."""
+        """Let the kernel end unanswered connections after some seconds instead of 15 minutes."""
         for name in self.names:
             self._run("netns", "exec", name, "sysctl", "-w", "net.ipv4.tcp_retries2=3")
 
     def start(self, number: int, words: list[str], output: Path) -> subprocess.Popen:
-        """Run a command on a host; what it prints goes to a file."""
+        """Run a command on a host with its output in a file."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
         environment["GLOO_SOCKET_IFNAME"] = "cable"
@@ -62,7 +62,7 @@ class Hosts:
             return subprocess.Popen(words, stdout=file, stderr=file, env=environment)
 
     def close(self) -> None:
-        """Remove both, and what still runs in them."""
+        """Remove both hosts and end their processes."""
         for name in self.names:
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
             for pid in pids:
@@ -88,7 +88,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def on_one_host(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
-    """Figures of two processes that have no network between them."""
+    """Return the log of two processes on one host."""
     folder = tmp_path_factory.mktemp("one-host")
     torch.set_num_threads(1)
     file, output = tiny_file(folder, d2v__schedule__steps=STEPS), folder / "output"

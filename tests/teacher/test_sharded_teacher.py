@@ -1,4 +1,4 @@
-"""The teacher under every ZeRO stage, in one, two and four processes, beside one plain process."""
+"""The teacher at every ZeRO stage in one, two and four processes, compared with one plain process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BF16 = {name: {**RUNS[name], "bf16": {"enabled": True}} for name in ("0", "1", "
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, dict[str, Tensor]]:
-    """Student and average after 20 steps of one plain process."""
+    """Return student and average after 20 steps of one plain process."""
     trial = Trial(run_config({}, 1), World("cpu"))
     for step in range(1, STEPS + 1):
         assert trial.step(step)
@@ -96,7 +96,7 @@ def test_equals_one_process(processes: int, names: list[str], tmp_path: Path, on
 
 
 def test_linear_maps_by_onednn(tmp_path: Path, one_process, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their backward pass reads weights that are partitioned between the passes."""
+    """The backward pass of oneDNN's linear maps reads weights that are partitioned between the passes."""
     monkeypatch.setattr("d2v_fast.models.layers._LARGE", 1)
     original, calls = layers._ONEDNN_LINEAR, []
     if original is None:
@@ -116,8 +116,9 @@ def test_linear_maps_by_onednn(tmp_path: Path, one_process, monkeypatch: pytest.
 
 
 def test_half_precision_follows_the_fp32_values(tmp_path: Path) -> None:
-    """In bf16 the average follows what the optimizer steps, not its rounded copy, and the module holds the nearest
-    bf16 values of it, on every process."""
+    """In bf16 the average follows the optimizer's fp32 values.
+
+    On every process, the module holds the nearest bf16 values of the average."""
 
     def work(world: World, folder: Path) -> Any:
         report = {}
@@ -152,7 +153,7 @@ def test_half_precision_follows_the_fp32_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [2])
 def test_nan_of_one_process_reaches_nothing(processes: int, tmp_path: Path) -> None:
-    """A NaN in the last process's images leaves student, optimizer and teacher as they are, under every stage."""
+    """A NaN in the last process's images changes neither student, optimizer nor teacher, at every stage."""
 
     def held(trial: Trial) -> list[Tensor]:
         tensors = [kept.shard.master for kept in trial.engine.kept()]
@@ -182,8 +183,8 @@ def test_nan_of_one_process_reaches_nothing(processes: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_process_without_a_part_of_the_student(stage: int, tmp_path: Path) -> None:
-    """The averaged part is so small that the second process trains nothing of it: it takes part in the exchange all the
-    same, and sees the average."""
+    """The averaged part is so small that the second process holds none of it, but still takes part in the exchange and
+    sees the average."""
 
     def work(world: World, folder: Path) -> Any:
         import deepspeed

@@ -88,7 +88,7 @@ def test_decay_one_freezes():
 
 
 def test_flag_on_the_device():
-    """With the flag set the update is that of the step; without it nothing changes, whatever the student holds."""
+    """A flag on the device decides whether an update is applied; without it nothing changes, even for NaN."""
     net = Net()
     teacher, other = (Teacher(net, TeacherConfig(decay_start=0.9998, decay_end=0.9998)) for _ in range(2))
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_flag_on_the_device():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autograd_notices_an_update(dtype):
-    """A graph through the teacher's module refuses the backward pass after an update or a restored state."""
+    """Autograd refuses a backward pass through the teacher after an update or a restored state."""
     net = Net()
     teacher = Teacher(net, TeacherConfig(decay_start=0.5, decay_end=0.5), compute_dtype=dtype)
     state = copy.deepcopy(teacher.state_dict())

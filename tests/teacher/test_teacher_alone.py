@@ -1,4 +1,4 @@
-"""The teacher in other people's loops: DDP, FSDP2, a DeepSpeed engine of their own."""
+"""The teacher in users' own loops: DDP, FSDP2 and their own DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.helpers.small_net import (
 
 @pytest.fixture(scope="module")
 def unsharded() -> dict[str, Any]:
-    """Average and outputs of one plain process with the whole batches."""
+    """Return average and outputs of one plain process with the whole batches."""
     net = Net()
     teacher = Teacher(net, SCHEDULE)
     outputs = train(net, teacher, adamw(net), World("cpu"))
@@ -86,7 +86,7 @@ def test_ddp(tmp_path: Path, unsharded: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_fsdp2(processes: int, tmp_path: Path, unsharded: dict[str, Any]) -> None:
-    """Also after forward passes without a backward pass, after which FSDP2 keeps whole parameters around."""
+    """FSDP2 keeps whole parameters after forward passes without a backward pass, which must not become stale."""
 
     def work(world: World, folder: Path) -> Any:
         net, copied = shard_net(Net()), shard_net(Net())
@@ -100,7 +100,7 @@ def test_fsdp2(processes: int, tmp_path: Path, unsharded: dict[str, Any]) -> Non
 
 @needs_deepspeed
 def test_what_an_update_sends(tmp_path: Path) -> None:
-    """One all-gather per parameter group in stages 1 and 2; nothing without ZeRO, in stage 3 and with FSDP2."""
+    """An update sends one all-gather per parameter group at stages 1 and 2, and nothing otherwise."""
 
     def work(world: World, folder: Path) -> Any:
         sent = {}
@@ -129,7 +129,7 @@ def test_what_an_update_sends(tmp_path: Path) -> None:
 
 
 def move(engine: Any, stage: int) -> None:
-    """Give the optimizer's fp32 values other memory, as users do who make room on the device for a while."""
+    """Move the optimizer's fp32 values to other memory, as users do to free the device for a while."""
     if stage in (1, 2):
         engine.offload_states()
         engine.reload_states()
@@ -141,7 +141,7 @@ def move(engine: Any, stage: int) -> None:
 
 @needs_deepspeed
 def test_own_engine_at_every_stage(tmp_path: Path) -> None:
-    """Somebody's loop with accumulation: average, frozen parameters, state, decay 1, memory that moves."""
+    """Check average, frozen parameters, state, decay 1 and moved memory in a user's loop with accumulation."""
 
     def work(world: World, folder: Path) -> Any:
         report = {}
@@ -200,7 +200,7 @@ def test_own_engine_at_every_stage(tmp_path: Path) -> None:
 
 @needs_deepspeed
 def test_parameters_that_nobody_trains(tmp_path: Path) -> None:
-    """What requires a gradient and was not given to the optimizer stays what it is."""
+    """Parameters that require a gradient but are not in the optimizer stay as they are."""
 
     def work(world: World, folder: Path) -> Any:
         report = {}
@@ -227,7 +227,7 @@ def test_parameters_that_nobody_trains(tmp_path: Path) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("way", ["initialize", "zero.Init", "zero.Init, initialize", "one engine"])
 def test_teacher_partitioned_by_its_user(way: str, tmp_path: Path) -> None:
-    """With DeepSpeed's default threshold all of these parameters are kept whole, which must not go stale."""
+    """With DeepSpeed's default threshold all these parameters are kept whole and must not become stale."""
 
     def work(world: World, folder: Path) -> Any:
         import deepspeed

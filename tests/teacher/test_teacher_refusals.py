@@ -1,4 +1,4 @@
-"""What the teacher refuses, each with what to do about it."""
+"""Cases that the teacher refuses, each with advice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def message_of(make: Callable[[], Any]) -> str:
 
 
 def refusals(world: World) -> dict[str, str]:
-    """The message of every case that DeepSpeed brings about, or a stand-in for it."""
+    """Return the message of every case, caused by DeepSpeed or by a stand-in for it."""
     import deepspeed
 
     messages = {}
@@ -141,7 +141,7 @@ def test_fsdp2(tmp_path: Path) -> None:
 
 
 def test_zero_optimizer_of_an_unknown_kind() -> None:
-    """An engine that keeps fp32 values in a way that is not known is an error, not an average of rounded values."""
+    """An unknown ZeRO optimizer is an error instead of an average of rounded values."""
     net = Net()
     net.first.weight._hp_mapping = None
     words = message_of(lambda: Teacher(net, SCHEDULE, module=Net(), engine=SimpleNamespace(optimizer=object())))

@@ -1,4 +1,4 @@
-"""Three ways of averaging a ZeRO-3 model by hand, each a known mistake, and that a check finds them."""
+"""Three known mistakes in averaging a ZeRO-3 model by hand, and the check that finds them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.small_net import (
 
 
 class ByHand:
-    """A frozen teacher under the student's engine, whose every step gathers small parameters and keeps them."""
+    """A frozen teacher under the student's engine, which keeps small parameters whole."""
 
     def __init__(self, both: Both) -> None:
         self.module = both.teacher
@@ -34,7 +34,7 @@ class ByHand:
 
 
 class ShardsOnly(ByHand):
-    """Averages the shards, and forgets the parameters that are kept whole."""
+    """Mistake: average the shards but not the parameters that are kept whole."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -43,7 +43,7 @@ class ShardsOnly(ByHand):
 
 
 class GatheredWithoutRank(ByHand):
-    """Averages whole parameters, which are dropped on the way out: nobody said that they were changed."""
+    """Mistake: average gathered parameters without `modifier_rank`, so that the change is dropped."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -55,7 +55,7 @@ class GatheredWithoutRank(ByHand):
 
 
 class Gathered(ByHand):
-    """Slow and right, if its caller asks whether the step was applied."""
+    """Slow but right if the caller checks that the step was applied."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
