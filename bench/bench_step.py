@@ -15,35 +15,28 @@ from __future__ import annotations
 
 import statistics
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bench import peers_speech, peers_text, peers_vision
 from bench.measure import compared, describe_device, peak_bytes, quantiles
-from d2v_fast.config import D2VConfig, RunConfig, SpeechConfig, TextConfig, VisionConfig, load_config
+from d2v_fast.config import D2VConfig, RunConfig, load_config
 from d2v_fast.data import Batch
 from d2v_fast.distributed.world import World
-from d2v_fast.masking import block_mask_rows, span_mask_rows, token_mask_rows
-from d2v_fast.modalities.speech import huggingface as huggingface_speech
-from d2v_fast.modalities.text import huggingface as huggingface_text
-from d2v_fast.modalities.vision import huggingface as huggingface_vision
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import make_engine
 from d2v_fast.training.stepclock import StepClock
 
-PEERS: Any = {"speech": peers_speech, "text": peers_text, "vision": peers_vision}
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["d2v.model.width=384", "d2v.model.heads=6"]
 WITHOUT_DROPOUT = ["d2v.model.drop_path=0.0", "d2v.model.attention_dropout=0.0"]
 SPEECH = [f"d2v.model.{rate}=0.0" for rate in ("dropout", "attention_dropout", "layer_drop")]
 TEXT = ["d2v.model.dropout=0.0", "d2v.model.attention_dropout=0.0", "d2v.data.tokenizer=/none"]
-SECONDS = 5
 # with the step whose memory is measured, those that the clock ignores
 NUM_WARMUP, NUM_ROUNDS = 2, 5
 LR = 1e-4
@@ -67,6 +60,11 @@ CASES = {
     "text": Case("text_base", 2, TEXT),
     "speech lean": Case("speech_base", 2, [*SPEECH, "d2v.model.front_end_checkpointing=true"]),
 }
+
+
+def peers_of(config: D2VConfig) -> Any:
+    """Return the module of a modality's peer, which also knows its inputs and its arithmetic."""
+    return import_module(f"bench.peers_{config.modality}")
 
 
 class OurStep:
@@ -113,7 +111,7 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     changes = [*changes, f"train_batch_size={batch_size}", f"train_micro_batch_size_per_gpu={batch_size}"]
     config = load_config(CONFIGS / f"{file}.json", [*changes, f"d2v.data.path={tmp_path}"])
     ours = OurStep(config, device)
-    peer = PEERS[config.d2v.modality].PeerStep(ours.model, config, tmp_path, device, LR)
+    peer = peers_of(config.d2v).PeerStep(ours.model, config, tmp_path, device, LR)
     batch, masked = random_batch(config.d2v, batch_size, device)
     if case != "base published":
         assert_same_step(config.d2v, ours, peer, batch, masked)
@@ -140,13 +138,12 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     if benchmark.stats is None:
         return
     seconds = benchmark.stats.stats.data
-    gflop = useful_flop(config.d2v, batch_size, len(batch.rows)) / 1e9
+    gflop = peers_of(config.d2v).useful_flop(config.d2v, batch_size, len(batch.rows)) / 1e9
     gemm, shares = statistics.median(gemm_rates), ours.shares()
     info = benchmark.extra_info
     info |= {"op": "step", "case": f"{case}, batch {batch_size}", **describe_device(device), **quantiles(seconds)}
     info |= {"peak_bytes": peak, "shares": shares, "dtype": str(ours.engine.compute_dtype)}
-    units = {"speech": ("seconds of sound", SECONDS), "text": ("tokens", masked.shape[1]), "vision": ("images", 1)}
-    what, per_sample = units[config.d2v.modality]
+    what, per_sample = peers_of(config.d2v).amount(config.d2v)
     amount = batch_size * per_sample
     info |= {"units_per_s": amount / info["p50_s"], "gflop_per_s": gflop / info["p50_s"], "gemm_gflop_per_s": gemm}
     info["percent_of_gemm"] = 100 * info["gflop_per_s"] / gemm
@@ -164,29 +161,10 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
 
 def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
     """Noise with published masks, and the masks as bool `[B, P]`."""
-    ids = np.arange(batch_size)
-    masked_inputs = None
-    if isinstance(config, SpeechConfig):
-        num_places = config.model.num_frames(SECONDS * config.model.sample_rate) // 8 * 8
-        inputs = torch.randn(batch_size, config.model.num_samples(num_places))
-        rows = span_mask_rows(0, 0, ids, num_places, config.mask.prob, config.mask.length)
-    elif isinstance(config, TextConfig):
-        num_places, vocab_size = config.data.block_size, config.model.token_rows
-        inputs = torch.randint(4, vocab_size - 1, (batch_size, num_places))
-        lengths = np.full(batch_size, num_places)
-        masks = token_mask_rows(0, 0, ids, inputs.numpy(), lengths, **peers_text.mask_options(config))
-        rows = masks.rows
-        masked_inputs = torch.from_numpy(masks.tokens)
-    else:
-        assert isinstance(config, VisionConfig)
-        model, mask = config.model, config.mask
-        num_places = model.num_patches
-        inputs = torch.randn(batch_size, model.channels, model.image_size, model.image_size)
-        options = (model.grid_size, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect)
-        rows = block_mask_rows(0, 0, ids, *options)
-    masked = torch.zeros(batch_size * num_places, dtype=torch.bool).index_fill(0, torch.from_numpy(rows), True)
-    batch = Batch(inputs, torch.from_numpy(rows), torch.from_numpy(ids), masked_inputs=masked_inputs).to(device)
-    return batch, masked.view(batch_size, -1).to(device)
+    batch = peers_of(config).random_batch(config, batch_size)
+    masked = torch.zeros(batch_size * config.model.num_places(batch.inputs.shape), dtype=torch.bool)
+    masked.index_fill_(0, batch.rows, True)
+    return batch.to(device), masked.view(batch_size, -1).to(device)
 
 
 def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, masked: Tensor) -> None:
@@ -197,8 +175,7 @@ def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, 
     loss.backward()
     peer_loss.backward()
     mine, theirs = gradients(ours.model.student), gradients(peer.student.encoder)
-    interop: Any = {"speech": huggingface_speech, "text": huggingface_text, "vision": huggingface_vision}
-    layout = interop[config.modality].layout(config.model)
+    layout = peers_of(config).layout(config.model)
     heads = gradients(peer.student.head)
     pairs = {f"head.{name}": (gradient, heads[name]) for name, gradient in gradients(ours.model.head).items()}
     for own, gradient in mine.items():
@@ -217,51 +194,6 @@ def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
-
-
-def useful_flop(config: D2VConfig, batch_size: int, num_rows: int) -> float:
-    """Floating-point operations of the matrix products that loss and gradients need, in expectation.
-
-    That is without what nobody reads (the last MLP where no place is masked) or multiplies by zero (residual branches
-    that stochastic depth drops).
-    """
-    assert isinstance(config, SpeechConfig | TextConfig | VisionConfig)
-    model, N = config.model, num_rows / batch_size
-    D = model.width
-    mlp, head = 4 * D * int(D * model.mlp_ratio), 2 * N * D * D
-    if isinstance(config, SpeechConfig):
-        T = config.model.num_frames(SECONDS * config.model.sample_rate) // 8 * 8
-        convolutions, length, C = 0.0, config.model.num_samples(T), 1
-        first = 0.0
-        for kernel, stride in zip(config.model.conv_kernels, config.model.conv_strides, strict=True):
-            length = (length - kernel) // stride + 1
-            convolutions += 2 * length * kernel * C * config.model.conv_width
-            first = first or convolutions
-            C = config.model.conv_width
-        convolutions += 2 * T * C * D
-        positions = config.model.position_depth * 2 * T * D * (D // config.model.position_groups)
-        positions *= config.model.position_kernel
-        attention = 8 * T * D * D + 4 * T * T * D
-        # instance norm reads the teacher's last block at all frames
-        teacher: float = positions + model.depth * (attention + T * mlp)
-        student: float = positions + model.depth * attention + ((model.depth - 1) * T + N) * mlp + head
-        # the backward pass is two products for each one; none is needed for the waveform
-        return batch_size * (teacher + 3 * (student + convolutions) - first)
-    if isinstance(config, TextConfig):
-        T = config.data.block_size
-        attention = 8 * T * D * D + 4 * T * T * D
-        # layer norm reads the teacher's last MLP at the masked tokens only
-        each = model.depth * attention + ((model.depth - 1) * T + N) * mlp
-        return batch_size * (4 * each + 3 * 8 * N * D * D)
-    assert isinstance(config, VisionConfig)
-    P = config.model.num_patches
-    T = 1 + P
-    attention = 8 * T * D * D + 4 * T * T * D
-    embedding = 2 * P * config.model.channels * config.model.patch_size**2 * D
-    teacher = embedding + model.depth * attention + ((model.depth - 1) * T + N) * mlp
-    kept = [1 - config.model.drop_path * index / max(1, model.depth - 1) for index in range(model.depth)]
-    student = sum(kept) * attention + (sum(kept[:-1]) * T + kept[-1] * N) * mlp + head
-    return batch_size * (teacher + 3 * student + 2 * embedding)
 
 
 def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device) -> float:

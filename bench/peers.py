@@ -19,6 +19,19 @@ from d2v_fast.data import Batch
 from d2v_fast.models.layers import Linear
 
 
+def blocks_flop(D: int, T: int, mlp_ratio: float, N: float) -> tuple[float, float, float]:
+    """Return the operations of a block's attention for a sample, of its MLP for a token, and of a linear head.
+
+    `useful_flop` of each modality adds up the matrix products that loss and gradients need, in expectation, without
+    what no one reads (the last MLP where no place is masked) or multiplies by zero (branches that a sample skips).
+
+    Args:
+        D, T, N: width, tokens of a sample, masked places of a sample.
+        mlp_ratio: hidden units of the MLP for each of D.
+    """
+    return 8 * T * D * D + 4 * T * T * D, 4 * D * int(D * mlp_ratio), 2 * N * D * D
+
+
 def plain_head(head: nn.Module) -> nn.Module:
     """A copy of our regression head on the host, of torch's own linear maps."""
     if isinstance(head, Linear):

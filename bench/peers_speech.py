@@ -18,8 +18,52 @@ from bench import peers
 from bench.bench_masking import published_spans
 from d2v_fast.config import RunConfig, SpeechConfig
 from d2v_fast.data import Batch
-from d2v_fast.modalities.speech.huggingface import export_speech
+from d2v_fast.masking import span_mask_rows
+from d2v_fast.modalities.speech.huggingface import export_speech, layout
 from d2v_fast.objectives.data2vec import Data2Vec
+
+__all__ = ["PeerStep", "amount", "layout", "random_batch", "useful_flop"]
+
+SECONDS = 5
+
+
+def amount(config: SpeechConfig) -> tuple[str, int]:
+    """Return the unit in which data are counted, and how many of it a sample has."""
+    return "seconds of sound", SECONDS
+
+
+def num_frames(config: SpeechConfig) -> int:
+    """Frames of a sample, a multiple of 8."""
+    return config.model.num_frames(SECONDS * config.model.sample_rate) // 8 * 8
+
+
+def random_batch(config: SpeechConfig, batch_size: int) -> Batch:
+    """Noise under published masks."""
+    T, ids = num_frames(config), np.arange(batch_size)
+    waveforms = torch.randn(batch_size, config.model.num_samples(T))
+    rows = span_mask_rows(0, 0, ids, T, config.mask.prob, config.mask.length)
+    return Batch(waveforms, torch.from_numpy(rows), torch.from_numpy(ids))
+
+
+def useful_flop(config: SpeechConfig, batch_size: int, num_rows: int) -> float:
+    """See `peers.blocks_flop`."""
+    model, N, T = config.model, num_rows / batch_size, num_frames(config)
+    D = model.width
+    attention, mlp, head = peers.blocks_flop(D, T, model.mlp_ratio, N)
+    convolutions, length, C = 0.0, model.num_samples(T), 1
+    first = 0.0
+    for kernel, stride in zip(model.conv_kernels, model.conv_strides, strict=True):
+        length = (length - kernel) // stride + 1
+        convolutions += 2 * length * kernel * C * model.conv_width
+        first = first or convolutions
+        C = model.conv_width
+    convolutions += 2 * T * C * D
+    positions = model.position_depth * 2 * T * D * (D // model.position_groups) * model.position_kernel
+    # instance norm reads the teacher's last block at all frames
+    teacher: float = positions + model.depth * (attention + T * mlp)
+    student: float = positions + model.depth * attention + ((model.depth - 1) * T + N) * mlp + head
+    # the backward pass is two products for each one; none is needed for the waveform
+    return batch_size * (teacher + 3 * (student + convolutions) - first)
 
 
 class PeerModel(nn.Module):

@@ -18,8 +18,34 @@ from transformers import Data2VecTextModel
 from bench import peers
 from d2v_fast.config import RunConfig, TextConfig
 from d2v_fast.data import Batch
-from d2v_fast.modalities.text.huggingface import export_text
+from d2v_fast.masking import token_mask_rows
+from d2v_fast.modalities.text.huggingface import export_text, layout
 from d2v_fast.objectives.data2vec import Data2Vec
+
+__all__ = ["PeerStep", "amount", "layout", "random_batch", "useful_flop"]
+
+
+def amount(config: TextConfig) -> tuple[str, int]:
+    """Return the unit in which data are counted, and how many of it a sample has."""
+    return "tokens", config.data.block_size
+
+
+def random_batch(config: TextConfig, batch_size: int) -> Batch:
+    """Noise under published masks."""
+    T, ids = config.data.block_size, np.arange(batch_size)
+    tokens = torch.randint(4, config.model.token_rows - 1, (batch_size, T))
+    masks = token_mask_rows(0, 0, ids, tokens.numpy(), np.full(batch_size, T), **mask_options(config))
+    masked = torch.from_numpy(masks.tokens)
+    return Batch(tokens, torch.from_numpy(masks.rows), torch.from_numpy(ids), masked_inputs=masked)
+
+
+def useful_flop(config: TextConfig, batch_size: int, num_rows: int) -> float:
+    """See `peers.blocks_flop`."""
+    model, N, T = config.model, num_rows / batch_size, config.data.block_size
+    attention, mlp, _ = peers.blocks_flop(model.width, T, model.mlp_ratio, N)
+    # layer norm reads the teacher's last MLP at the masked tokens only
+    each = model.depth * attention + ((model.depth - 1) * T + N) * mlp
+    return batch_size * (4 * each + 3 * 8 * N * model.width**2)
 
 
 def mask_options(config: TextConfig) -> dict[str, Any]:

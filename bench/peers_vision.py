@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +16,38 @@ from transformers import Data2VecVisionModel
 from bench import peers
 from d2v_fast.config import RunConfig, VisionConfig
 from d2v_fast.data import Batch
-from d2v_fast.modalities.vision.huggingface import export_vision
+from d2v_fast.masking import block_mask_rows
+from d2v_fast.modalities.vision.huggingface import export_vision, layout
 from d2v_fast.objectives.data2vec import Data2Vec
+
+__all__ = ["PeerStep", "amount", "layout", "random_batch", "useful_flop"]
+
+
+def amount(config: VisionConfig) -> tuple[str, int]:
+    """Return the unit in which data are counted, and how many of it a sample has."""
+    return "images", 1
+
+
+def random_batch(config: VisionConfig, batch_size: int) -> Batch:
+    """Noise under published masks."""
+    model, mask, ids = config.model, config.mask, np.arange(batch_size)
+    options = (model.grid_size, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect)
+    rows = torch.from_numpy(block_mask_rows(0, 0, ids, *options))
+    pixels = torch.randn(batch_size, model.channels, model.image_size, model.image_size)
+    return Batch(pixels, rows, torch.from_numpy(ids))
+
+
+def useful_flop(config: VisionConfig, batch_size: int, num_rows: int) -> float:
+    """See `peers.blocks_flop`; embedding and blocks that stochastic depth drops are counted in expectation."""
+    model, N = config.model, num_rows / batch_size
+    D, P = model.width, model.num_patches
+    T = 1 + P
+    attention, mlp, head = peers.blocks_flop(D, T, model.mlp_ratio, N)
+    embedding = 2 * P * model.channels * model.patch_size**2 * D
+    teacher = embedding + model.depth * attention + ((model.depth - 1) * T + N) * mlp
+    kept = [1 - model.drop_path * index / max(1, model.depth - 1) for index in range(model.depth)]
+    student = sum(kept) * attention + (sum(kept[:-1]) * T + kept[-1] * N) * mlp + head
+    return batch_size * (teacher + 3 * student + 2 * embedding)
 
 
 class PeerModel(nn.Module):
