@@ -32,7 +32,7 @@ FILES = {
 }
 # the comment that a page has in the place of what is generated
 KEYS, COMMANDS = "<!-- keys -->", "<!-- commands -->"
-_TYPES = {int: "integer", float: "number", bool: "boolean", str: "text"}
+_TYPES = {int: "integer", float: "number", bool: "boolean", str: "text", type(None): "`null`"}
 _NO_DEFAULT = "required"
 
 
@@ -42,7 +42,6 @@ class Key(NamedTuple):
     name: str
     kind: str
     default: str
-    bounds: str
     description: str
 
 
@@ -60,6 +59,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     if KEYS in markdown:
         markdown = markdown.replace(KEYS, configuration())
     return markdown.replace(COMMANDS, commands()) if COMMANDS in markdown else markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let long code in tables break between its parts; short code never breaks."""
+
+    def breakable(code: re.Match[str]) -> str:
+        return "<code>" + re.sub(r"(::|[/_.=,])", r"\1<wbr>", code[1]) + "</code>"
+
+    def cell(found: re.Match[str]) -> str:
+        return re.sub(r"<code>([^<]{30,})</code>", breakable, found[0])
+
+    return re.sub(r"<td.*?</td>", cell, html, flags=re.DOTALL)
 
 
 def page_of(text: str) -> str:
@@ -100,7 +111,8 @@ def help_of(*command: str) -> str:
 
 def configuration() -> str:
     """Return the reference of all keys in Markdown: DeepSpeed's, then those of `d2v`, which differ by modality."""
-    from d2v_fast.config import DeepSpeedConfig
+    from d2v_fast.config import D2VConfig, DeepSpeedConfig
+    from d2v_fast.config.schema import DEFAULT_MODALITY
     from d2v_fast.modalities import BUILT_IN, modality_named
 
     modalities = {name: modality_named(name).config for name in BUILT_IN}
@@ -108,10 +120,17 @@ def configuration() -> str:
     lines += section_lines(DeepSpeedConfig, "", {})
     for path, model in nested(DeepSpeedConfig, ""):
         lines += [f"### `{path}`", "", *section_lines(model, path, {})]
-    lines += ["## `d2v`", ""]
+    intro, descriptions = described(D2VConfig)
+    names = ", ".join(shown(name) for name in modalities)
+    rows = [Key("modality", names, shown(DEFAULT_MODALITY), descriptions["modality"])]
     first = next(iter(modalities.values()))
     plain = {name for name, field in first.model_fields.items() if section_of(field.annotation) is None}
-    lines += section_lines(first, "d2v", modalities, only=plain)
+    rows += [
+        key_of(name, first.model_fields[name], "d2v", modalities, descriptions[name])
+        for name in first.model_fields
+        if name in plain - {"modality"}
+    ]
+    lines += ["## `d2v`", "", intro, "", *table(rows), ""]
     for name in first.model_fields:
         if name in plain:
             continue
@@ -136,26 +155,24 @@ def nested(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[Base
             yield from nested(inner, path)
 
 
-def section_lines(
-    model: type[BaseModel], path: str, defaults: Mapping[str, Any], only: set[str] | None = None
-) -> list[str]:
+def section_lines(model: type[BaseModel], path: str, defaults: Mapping[str, Any]) -> list[str]:
     """Return a paragraph about a section and the table of its keys.
 
     Args:
         model: the section.
         path: its dotted name.
         defaults: by modality, the section as it stands if the file says nothing; empty takes the defaults of the model.
-        only: the keys to list; None lists all.
     """
     intro, descriptions = described(model)
-    rows = []
-    for name, field in model.model_fields.items():
-        if only is not None and name not in only:
-            continue
-        key = key_of(name, field, path, defaults, descriptions.get(name, ""))
-        rows.append(f"| `{key.name}` | {key.kind} | {key.default} | {key.bounds} | {key.description} |")
-    head = ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-    return [*([intro, ""] if intro else []), *head, *rows, ""]
+    fields = model.model_fields.items()
+    keys = [key_of(name, field, path, defaults, descriptions.get(name, "")) for name, field in fields]
+    return [intro, "", *table(keys), ""]
+
+
+def table(keys: list[Key]) -> list[str]:
+    """Return a table with a row per key."""
+    rows = [f"| `{key.name}` | {key.kind} | {key.default} | {key.description} |" for key in keys]
+    return ["| key | value | default | meaning |", "|---|---|---|---|", *rows]
 
 
 def described(model: type[BaseModel]) -> tuple[str, dict[str, str]]:
@@ -178,8 +195,8 @@ def key_of(name: str, field: FieldInfo, path: str, defaults: Mapping[str, Any], 
     inner = section_of(field.annotation)
     if inner is not None:
         whole = f"{path}.{name}" if path else name
-        optional = "null" if field.default is None else _NO_DEFAULT if field.is_required() else "its defaults"
-        return Key(name, f"[section](#{anchor(whole)})", optional, "", description)
+        optional = "`null`" if field.default is None else _NO_DEFAULT if field.is_required() else "its defaults"
+        return Key(name, f"[section](#{anchor(whole)})", optional, description)
     if defaults:
         values = {modality: _default(default, name) for modality, default in defaults.items()}
     else:
@@ -188,7 +205,8 @@ def key_of(name: str, field: FieldInfo, path: str, defaults: Mapping[str, Any], 
         default = next(iter(values.values()))
     else:
         default = ", ".join(f"{modality} {value}" for modality, value in values.items())
-    return Key(name, kind_of(field.annotation), default, bounds_of(field), description)
+    bounds = bounds_of(field)
+    return Key(name, kind_of(field.annotation) + (f", {bounds}" if bounds else ""), default, description)
 
 
 def _default(section: Any, name: str) -> str:
@@ -205,39 +223,27 @@ def anchor(path: str) -> str:
 
 
 def kind_of(annotation: Any) -> str:
-    """Return the type of a key in words."""
+    """Return in words what may stand there: a type, or the values to choose from."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return "choice"
+        return ", ".join(shown(value) for value in arguments)
     if origin in (Union, UnionType):
-        kinds = [kind_of(one) for one in arguments if one is not type(None)]
-        return " or ".join(dict.fromkeys(kinds)) + (" or null" if type(None) in arguments else "")
+        return " or ".join(dict.fromkeys(kind_of(one) for one in arguments))
     if origin is tuple:
         return f"list of {kind_of(arguments[0])}s"
     if hasattr(annotation, "__metadata__"):
         return kind_of(arguments[0])
-    return _TYPES.get(annotation, 'boolean or "auto"')
+    return _TYPES[annotation]
 
 
 def bounds_of(field: FieldInfo) -> str:
-    """Return the values that a key may have."""
-    choices = [value for literal in _literals(field.annotation) for value in get_args(literal)]
-    if choices:
-        return ", ".join(shown(value) for value in choices)
+    """Return the bounds of a number; a list has those of its numbers."""
     bounds: dict[str, Any] = {}
     for constraint in [*field.metadata, *_metadata(field.annotation)]:
         for one in getattr(constraint, "metadata", None) or [constraint]:
             bounds |= {key: getattr(one, key) for key in ("gt", "ge", "lt", "le") if hasattr(one, key)}
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     return ", ".join(f"{signs[key]} {number(bounds[key])}" for key in signs if key in bounds)
-
-
-def _literals(annotation: Any) -> Iterator[Any]:
-    if get_origin(annotation) is Literal:
-        yield annotation
-    elif get_origin(annotation) in (Union, UnionType):
-        for one in get_args(annotation):
-            yield from _literals(one)
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:

@@ -12,10 +12,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from d2v_fast.config.deepspeed_sections import (
+from d2v_fast.config.deepspeed_extras import (
     ActivationCheckpointingConfig,
     AioConfig,
-    Bf16Config,
     CheckpointConfig,
     CometConfig,
     CommsLoggerConfig,
@@ -23,13 +22,11 @@ from d2v_fast.config.deepspeed_sections import (
     CsvMonitorConfig,
     DataTypesConfig,
     FlopsProfilerConfig,
-    Fp16Config,
-    OptimizerConfig,
     TensorBoardConfig,
     TimersConfig,
     WandbConfig,
-    ZeroConfig,
 )
+from d2v_fast.config.deepspeed_sections import Bf16Config, Fp16Config, OptimizerConfig, ZeroConfig
 from d2v_fast.config.errors import MAX_SAMPLES, ConfigError, Problem, Section, refuse_if, say, show
 
 # keys that DeepSpeed accepts and d2v_fast refuses -> reason or advice
@@ -139,7 +136,44 @@ class BatchSplit(NamedTuple):
 
 
 class DeepSpeedConfig(Section):
-    """Everything outside `"d2v"`: DeepSpeed's keys, which both engines read."""
+    """Everything outside `"d2v"`: DeepSpeed's own keys, read with and without DeepSpeed.
+
+    Attributes:
+        train_batch_size: Samples per optimizer step: the micro-batch x accumulation x processes. Whichever of the three
+            is missing follows.
+        train_micro_batch_size_per_gpu: Samples per process in one forward and backward pass.
+        gradient_accumulation_steps: Forward and backward passes per optimizer step.
+        gradient_clipping: Largest norm of all gradients; 0 does not clip.
+        optimizer: The optimizer.
+        bf16: Training in bf16.
+        fp16: Training in fp16.
+        zero_optimization: Sharding and offload.
+        steps_per_print: Steps between two lines of DeepSpeed's own log.
+        zero_allow_untested_optimizer: Let ZeRO use an optimizer that DeepSpeed does not know.
+        zero_force_ds_cpu_optimizer: Require DeepSpeed's own optimizer if it is offloaded.
+        prescale_gradients: Divide gradients before they are summed over the processes.
+        gradient_predivide_factor: Divisor of `prescale_gradients`.
+        communication_data_type: Dtype in which gradients are exchanged; null takes the compute dtype.
+        disable_allgather: No effect: DeepSpeed does not read it.
+        disable_python_gc: Run Python's garbage collection between steps only.
+        dataloader_drop_last: No effect: the loader is d2v_fast's own.
+        dump_state: Log the state of the engine at its start.
+        log_level: Level of DeepSpeed's log.
+        memory_breakdown: Log memory by step phase.
+        wall_clock_breakdown: Log time by step phase.
+        activation_checkpointing: No effect: `d2v.model.gradient_checkpointing` is the key for it.
+        aio: No effect: it is for offload to NVMe, which is not supported.
+        checkpoint: No effect: checkpoints are d2v_fast's own.
+        comet: Report to Comet.
+        comms_logger: Log collectives.
+        compile: No effect: the model is not compiled.
+        csv_monitor: Report to CSV files.
+        data_types: Dtypes of gradients, parameters and buffers.
+        flops_profiler: Count operations of a step.
+        tensorboard: Report to TensorBoard, beside d2v_fast's own log.
+        timers: DeepSpeed's timers.
+        wandb: Report to Weights & Biases.
+    """
 
     train_batch_size: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
     train_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)

@@ -1,4 +1,4 @@
-"""The sections of DeepSpeed's part of the configuration file.
+"""The sections of DeepSpeed's part of the configuration file that decide a run: optimizer, precision, ZeRO.
 
 `tests/config/test_deepspeed_keys.py` compares the keys with those of the installed DeepSpeed. An unknown key is refused
 with the nearest known key, or with the advice in `hints` of its section.
@@ -30,7 +30,14 @@ AutoBool = Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)]
 
 
 class AdamWParams(Section):
-    """Adam with decoupled weight decay, which `d2v.decay_1d` extends to 1-D parameters."""
+    """Adam with decoupled weight decay.
+
+    Attributes:
+        lr: Peak learning rate; `d2v.schedule` scales it.
+        betas: Decay rates of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay; `d2v.decay_1d` extends it to 1-D parameters.
+    """
 
     hints: ClassVar[dict[str, str]] = {
         "max_grad_norm": "Write it as `gradient_clipping`.",
@@ -51,11 +58,12 @@ class AdamWParams(Section):
 
 
 class OptimizerConfig(Section):
-    """The optimizer. DeepSpeed compiles its own types at their first use.
+    """Whose AdamW runs.
 
     Attributes:
-        type: "AdamW" is torch's fused implementation, "FusedAdam" DeepSpeed's for GPUs, "CPUAdam" DeepSpeed's for
-            offload to the host, and "ApexFusedAdam" that of NVIDIA's apex.
+        type: `AdamW` is torch's fused one, `FusedAdam` DeepSpeed's for GPUs, `CPUAdam` DeepSpeed's for an offloaded
+            optimizer, `ApexFusedAdam` that of NVIDIA's apex. DeepSpeed compiles its own at their first use.
+        params: Its parameters.
     """
 
     hints: ClassVar[dict[str, str]] = {"legacy_fusion": '`type` "ApexFusedAdam" is the optimizer of NVIDIA\'s apex.'}
@@ -74,7 +82,15 @@ class OptimizerConfig(Section):
 
 
 class Bf16Config(Section):
-    """bf16 compute. `enabled` "auto" enables it on GPUs that support bf16."""
+    """Training in bf16.
+
+    Attributes:
+        enabled: "auto" enables it on a GPU that computes in bf16, and nowhere else.
+        immediate_grad_update: Add gradients to their fp32 copy as soon as they are computed.
+        check_grad_overflow: Leave out steps with non-finite gradients; it must be true.
+        bf16_master_weights_and_grads: Keep the optimizer's weights and gradients in bf16.
+        bf16_optimizer_states: Keep the optimizer's moments in bf16.
+    """
 
     enabled: AutoBool = False
     immediate_grad_update: bool = False
@@ -84,7 +100,19 @@ class Bf16Config(Section):
 
 
 class Fp16Config(Section):
-    """DeepSpeed's fp16 compute with loss scaling; `loss_scale` 0 is dynamic."""
+    """Training in fp16 with a scaled loss, which needs DeepSpeed.
+
+    Attributes:
+        enabled: Train in fp16.
+        auto_cast: Cast inputs to fp16.
+        loss_scale: Factor on the loss; 0 adapts it.
+        initial_scale_power: The first factor is 2 to this power.
+        loss_scale_window: Steps without overflow before the factor doubles.
+        hysteresis: Overflows before the factor halves.
+        consecutive_hysteresis: Restore the hysteresis after a step without overflow.
+        min_loss_scale: Smallest factor.
+        fp16_master_weights_and_grads: Keep the optimizer's weights and gradients in fp16.
+    """
 
     hints: ClassVar[dict[str, str]] = dict.fromkeys(
         ("opt_level", "fp16_opt_level"), "It belongs to NVIDIA's apex, which is not used: leave it out."
@@ -102,6 +130,21 @@ class Fp16Config(Section):
 
 
 class OffloadOptimizerConfig(Section):
+    """Offload of the optimizer, in stages 1 to 3.
+
+    Attributes:
+        device: "cpu" keeps the optimizer on the host; "nvme" is refused.
+        nvme_path: No effect: it is for offload to NVMe, which is not supported.
+        buffer_count: No effect: it is for offload to NVMe, which is not supported.
+        pin_memory: Use page-locked host memory.
+        pipeline_read: No effect: it is for offload to NVMe, which is not supported.
+        pipeline_write: No effect: it is for offload to NVMe, which is not supported.
+        fast_init: No effect: it is for offload to NVMe, which is not supported.
+        ratio: Share of the parameters that is offloaded, in stage 3.
+        super_offload: Use DeepSpeed's SuperOffload, in stage 3.
+        cpuadam_cores_perc: Share of the cores for SuperOffload's optimizer.
+    """
+
     device: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: PathText | None = None
     buffer_count: Count = 4
@@ -115,6 +158,17 @@ class OffloadOptimizerConfig(Section):
 
 
 class OffloadParamConfig(Section):
+    """Offload of the parameters, in stage 3.
+
+    Attributes:
+        device: "cpu" keeps the parameters on the host; "nvme" is refused.
+        nvme_path: No effect: it is for offload to NVMe, which is not supported.
+        buffer_count: No effect: it is for offload to NVMe, which is not supported.
+        buffer_size: No effect: it is for offload to NVMe, which is not supported.
+        max_in_cpu: No effect: it is for offload to NVMe, which is not supported.
+        pin_memory: Use page-locked host memory.
+    """
+
     device: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: PathText | None = None
     buffer_count: Count = 5
@@ -124,7 +178,43 @@ class OffloadParamConfig(Section):
 
 
 class ZeroConfig(Section):
-    """ZeRO: stage 1 shards the optimizer state over the ranks, stage 2 also gradients, stage 3 also parameters."""
+    """ZeRO: what is sharded over the processes.
+
+    Attributes:
+        stage: 0 nothing, 1 optimizer, 2 also gradients, 3 also parameters.
+        offload_optimizer: Offload of the optimizer to the host.
+        offload_param: Offload of the parameters to the host.
+        contiguous_gradients: Copy gradients into one buffer as they are computed.
+        reduce_scatter: Reduce gradients to their owner instead of to all processes.
+        reduce_bucket_size: Elements that are reduced at once.
+        use_multi_rank_bucket_allreduce: Reduce buckets of several owners at once, in stages 1 and 2.
+        allgather_partitions: No effect: DeepSpeed does not read it.
+        allgather_bucket_size: Elements that are gathered at once, in stages 1 and 2.
+        overlap_comm: Reduce gradients during the backward pass; null takes DeepSpeed's default for the stage.
+        load_from_fp32_weights: No effect: checkpoints are d2v_fast's own.
+        sub_group_size: Elements that stage 3 steps at once.
+        ignore_unused_parameters: Accept parameters without a gradient, in stages 1 and 2.
+        legacy_stage1: Must be false: DeepSpeed has removed its old stage 1.
+        round_robin_gradients: Distribute gradients over the owners in turn, in stages 1 and 2.
+        parameter_alignment: Align parameters in memory, in stages 1 and 2.
+        zero_hpz_partition_size: Processes of a secondary partition (ZeRO++); the teacher must have 1.
+        zero_quantized_weights: Gather weights in 8 bits (ZeRO++), in stage 3.
+        zero_quantized_nontrainable_weights: Gather frozen weights in 8 bits, in stage 3.
+        zero_quantized_gradients: Reduce gradients in 4 bits (ZeRO++), in stage 3.
+        memory_efficient_linear: Use DeepSpeed's linear map that saves fewer activations, in stage 3.
+        override_module_apply: Gather parameters when a module's `apply` runs, in stage 3.
+        log_trace_cache_warnings: Log when the order of modules changes, in stage 3.
+        enable_sanity_checks: Check the sharding at every step, in stage 3.
+        stage3_prefetch_bucket_size: Elements that are gathered ahead of their use.
+        stage3_param_persistence_threshold: Parameters of at most so many elements stay whole on every process.
+        stage3_model_persistence_threshold: Most elements that stay whole because they are small.
+        stage3_max_live_parameters: Most elements that are gathered at a time.
+        stage3_max_reuse_distance: Parameters that are used again within so many elements stay gathered.
+        stage3_gather_16bit_weights_on_model_save: No effect: checkpoints are d2v_fast's own.
+        stage3_module_granularity_threshold: Gather modules with fewer elements per layer as a whole.
+        stage3_use_all_reduce_for_fetch_params: Gather parameters by an all-reduce.
+        stage3_allgather_sequential: Gather parameters one after the other.
+    """
 
     hints: ClassVar[dict[str, str]] = {
         # deprecated names of DeepSpeed, and aliases
@@ -218,130 +308,3 @@ class ZeroConfig(Section):
             problems.append(Problem("stage", "be 1, 2 or 3 with `offload_optimizer`", 0, hint))
         refuse_if(problems)
         return self
-
-
-class ActivationCheckpointingConfig(Section):
-    partition_activations: bool = False
-    number_checkpoints: int | None = Field(default=None, ge=1)
-    contiguous_memory_optimization: bool = False
-    synchronize_checkpoint_boundary: bool = False
-    profile: bool = False
-    cpu_checkpointing: bool = False
-
-
-class AioConfig(Section):
-    hints: ClassVar[dict[str, str]] = {"thread_count": "DeepSpeed calls it `aio.intra_op_parallelism` now."}
-
-    block_size: Count = 1_048_576
-    queue_depth: Count = 8
-    intra_op_parallelism: Count = 1
-    single_submit: bool = False
-    overlap_events: bool = True
-    use_gds: bool = False
-
-
-class CheckpointWriterConfig(Section):
-    type: str = "FAST"
-    io_buffer_size: Count = 67_108_864
-    io_buffer_double: bool = True
-    show_statistics: bool = False
-    data_parallel: str | None = None
-    decoupled: bool = False
-    io_multiplier: Count = 1
-
-
-class ParallelWriteConfig(Section):
-    pipeline_stage: bool = False
-
-
-class CheckpointConfig(Section):
-    tag_validation: str = "WARN"
-    checkpoint_serialization: bool = True
-    load_universal: bool = False
-    use_node_local_storage: bool = False
-    parallel_write: ParallelWriteConfig | None = None
-    writer: CheckpointWriterConfig | None = None
-
-
-class CometConfig(Section):
-    enabled: bool = False
-    samples_log_interval: int = Field(default=100, ge=1)
-    project: str | None = None
-    workspace: str | None = None
-    api_key: str | None = None
-    experiment_name: str | None = None
-    experiment_key: str | None = None
-    online: bool | None = None
-    mode: Literal["get", "create", "get_or_create"] | None = None
-
-
-class CommsLoggerConfig(Section):
-    enabled: bool = False
-    prof_all: bool = True
-    prof_ops: tuple[str, ...] = Field(default=(), strict=False)
-    verbose: bool = False
-    debug: bool = False
-
-
-class CompileConfig(Section):
-    deepcompile: bool = False
-    autoep_non_moe: bool = False
-    free_activation: bool = False
-    free_activation_threshold: Count = 10_485_760
-    offload_activation: bool = False
-    offload_activation_pin_memory: bool = True
-    offload_opt_states: bool = False
-    double_buffer: bool = True
-    symmetric_memory: bool = False
-    debug_log: bool = False
-    offload_parameters: bool = False
-    sync_before_reduce: bool = False
-    sync_after_reduce: bool = False
-    sync_before_allgather: bool = False
-    sync_after_allgather: bool = False
-    keep_int_input_tensors: bool = True
-    keep_all_input_tensors: bool = False
-    passes: tuple[str, ...] | None = Field(default=None, strict=False)
-
-
-class CsvMonitorConfig(Section):
-    enabled: bool = False
-    output_path: PathText = ""
-    job_name: str = "DeepSpeedJobName"
-
-
-class TensorBoardConfig(CsvMonitorConfig):
-    pass
-
-
-class DataTypesConfig(Section):
-    grad_accum_dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    param_dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    buffer_dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    keep_in_fp32_modules: Literal["auto"] | Annotated[tuple[str, ...], Field(strict=False)] = "auto"
-
-
-class FlopsProfilerConfig(Section):
-    enabled: bool = False
-    recompute_fwd_factor: float = Field(default=0.0, ge=0)
-    profile_step: int = Field(default=1, ge=1)
-    module_depth: int = -1
-    top_modules: int = Field(default=1, ge=1)
-    detailed: bool = True
-    output_file: PathText | None = None
-
-
-class ThroughputTimerConfig(Section):
-    enabled: bool = True
-    synchronized: bool = True
-
-
-class TimersConfig(Section):
-    throughput: ThroughputTimerConfig | None = None
-
-
-class WandbConfig(Section):
-    enabled: bool = False
-    group: str | None = None
-    team: str | None = None
-    project: str = "deepspeed"

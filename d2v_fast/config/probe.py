@@ -8,16 +8,16 @@ from d2v_fast.config.errors import MAX_SAMPLES, PathText, Section
 
 
 class ProbeConfig(Section):
-    """k-nearest-neighbor and linear probe of frozen features on labeled data.
+    """Linear and nearest-neighbor probe of frozen features on labeled data.
 
     Attributes:
-        every_epochs: epochs between probes; 0 probes at the end only.
-        labels_per_class: labels per class for the probe with few labels.
-        num_draws: random draws of those labels.
-        neighbours: k of the k-nearest-neighbor probe.
-        path: folder with one sub-folder for each class; None uses the labels of the sample data.
-        test_fraction: fraction of each class that is held out.
-        max_samples: most samples to use, spread as evenly over the classes as they allow.
+        every_epochs: Epochs between two probes; 0 probes only at the end.
+        labels_per_class: Labels per class of the probe on few labels.
+        num_draws: Draws of these labels, whose mean is reported.
+        neighbours: Neighbors that vote in the nearest-neighbor probe.
+        path: Labeled data: a folder with a sub-folder per class. Null takes the labels of a sample set.
+        test_fraction: Share of each class that is held out.
+        max_samples: Most samples that are used, as evenly over the classes as possible.
     """
 
     every_epochs: int = Field(default=0, ge=0, le=10**6)

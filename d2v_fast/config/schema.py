@@ -71,7 +71,12 @@ _COMPILE = (
 
 
 class ModelSection(Section):
-    """The sizes of an encoder. A modality's class defines the fields, because the saved file has them in its order."""
+    """The sizes of an encoder. A modality's class defines the fields, because the saved file has them in its order.
+
+    Attributes:
+        width: Channels of the encoder.
+        depth: Transformer blocks.
+    """
 
     required: ClassVar = ("width", "depth")
     if TYPE_CHECKING:
@@ -91,7 +96,13 @@ class DataSection(Section):
     """Where the samples come from. A modality's class defines the fields, because the saved file has them in its order.
 
     Attributes:
-        only_for: by value of `kind`, the keys that a run reads with this kind only.
+        only_for: By value of `kind`, the keys that a run reads with this kind only.
+        kind: Kind of the data set.
+        on_change: When a run is resumed on other samples than its checkpoint was trained on: "refuse" ends it with an
+            error, "accept" logs the difference and continues.
+        num_workers: Loader processes per training process; 0 loads in the training process.
+        max_bad_fraction: The run stops when more than this share of the samples is unreadable.
+        strict: Stop at the first unreadable sample.
     """
 
     required: ClassVar = ("kind", "on_change", "num_workers", "max_bad_fraction", "strict")
@@ -105,8 +116,15 @@ class DataSection(Section):
 
 
 class TargetConfig(Section):
-    """What the student regresses: the mean of the teacher's last `top_k` block outputs, each normalized by
-    `layer_norm`, the mean normalized by `final_norm`."""
+    """What the student regresses: the normalized mean of the teacher's last blocks.
+
+    Attributes:
+        top_k: Number of blocks, counted from the last, whose outputs are averaged; at most `d2v.model.depth`.
+        layer_norm: Normalization of each block's output: "layer" over channels, "instance" over the places of a sample,
+            "batch" over the places of all samples.
+        final_norm: Normalization of the mean.
+        eps: Added to every variance.
+    """
 
     top_k: int = Field(default=6, ge=1, le=MAX_SIZE)
     layer_norm: Literal["none", "layer", "instance", "batch"] = "layer"
@@ -115,8 +133,13 @@ class TargetConfig(Section):
 
 
 class LossConfig(Section):
-    """Smooth L1: quadratic below `beta`; 0 is the squared error. A masked place's loss is the "sum" over the channels,
-    their "mean", or the sum over the root of their number ("rsqrt"); the loss is the mean over the masked places."""
+    """Smooth L1 between prediction and target, averaged over the masked places.
+
+    Attributes:
+        beta: Error at which the loss turns from quadratic to linear; 0 is the squared error.
+        channel_reduction: A place's loss is the "sum" over the channels, their "mean", or the sum over the root of
+            their number ("rsqrt").
+    """
 
     beta: float = Field(default=2.0, ge=0, le=1e6)
     channel_reduction: Literal["mean", "rsqrt", "sum"] = "mean"
@@ -127,7 +150,13 @@ class LossConfig(Section):
 
 
 class TeacherConfig(Section):
-    """EMA decay: linear from `decay_start` to `decay_end` over `decay_steps` optimizer steps; 1 freezes."""
+    """Decay of the moving average, linear over the first steps and then constant.
+
+    Attributes:
+        decay_start: Decay of the first update; 1 freezes the teacher.
+        decay_end: Decay from optimizer step `decay_steps` on.
+        decay_steps: Optimizer steps over which the decay changes.
+    """
 
     decay_start: float = Field(default=0.9998, ge=0, le=1)
     decay_end: float = Field(default=0.9998, ge=0, le=1)
@@ -148,11 +177,19 @@ def shorter_warmup(key: str, length: float) -> str:
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the run, as a factor on `optimizer.params.lr`, and how long the run is.
+    """Learning rate, as a factor on `optimizer.params.lr`, and length of the run. Exactly one of `epochs` and `steps`
+    is given.
 
-    Exactly one of `epochs` and `steps` (optimizer steps). All kinds rise linearly from `initial_lr_ratio` to 1
-    during the warm-up. `constant` stays there; `cosine` falls to `final_lr_ratio` at the last step; `tri_stage`
-    holds for `hold_ratio` of the run and then falls exponentially to `final_lr_ratio`.
+    Attributes:
+        kind: After the warm-up, "constant" stays at 1; "cosine" falls to `final_lr_ratio` at the last step; "tri_stage"
+            holds, then falls exponentially to it.
+        epochs: Length in epochs.
+        steps: Length in optimizer steps.
+        warmup_epochs: Length of the linear rise to 1, in epochs.
+        warmup_steps: The same in optimizer steps.
+        initial_lr_ratio: Factor at the start of the warm-up.
+        final_lr_ratio: Factor at the last step.
+        hold_ratio: With "tri_stage": share of the run that the factor stays at 1.
     """
 
     kind: Literal["cosine", "tri_stage", "constant"] = "cosine"
@@ -190,11 +227,18 @@ class ScheduleConfig(Section):
 
 
 class GuardConfig(Section):
-    """When a run stops itself. It has collapsed when a standard deviation is under its limit after `after_steps`
-    steps, or after two thirds of a shorter run, and at its end; fewer than 20 steps are not judged, and a limit of 0
-    never stops. A NaN or infinite loss or gradient stops it at once with `nonfinite` "stop", after `nonfinite_patience`
-    such steps in a row with "skip"; they change nothing. A loss above `loss_spike` times its running median is logged;
-    None: never."""
+    """When a run stops itself. Runs of fewer than 20 steps are not judged for collapse.
+
+    Attributes:
+        after_steps: Optimizer steps before a run is judged for collapse; a shorter run is judged after two thirds, and
+            every run at its end.
+        min_target_std: The run has collapsed when the standard deviation of the targets is below; 0 disables the check.
+        min_prediction_std: The same for the predictions.
+        nonfinite: A NaN or infinite loss or gradient: "skip" leaves the step out, "stop" ends the run. Neither changes
+            any weight.
+        nonfinite_patience: With "skip": so many such steps in a row end the run.
+        loss_spike: Log a warning when the loss exceeds this multiple of its running median; null disables the check.
+    """
 
     after_steps: int = Field(default=5000, ge=0, le=MAX_STEPS)
     min_target_std: float = Field(default=0.1, ge=0, le=1e6)
@@ -205,10 +249,20 @@ class GuardConfig(Section):
 
 
 class RunSection(Section):
-    """The run folder is `dir`/`name` (None: the file's name and a number). `log_every` and `save_every` in
-    optimizer steps; `keep` is the number of checkpoints that stay; with `background_save` training goes on while one is
-    written, for a second copy of the state in host memory. After `timeout_minutes` of waiting for another process, or
-    for a batch, a process ends with an error instead of waiting for ever."""
+    """The run folder and how the run is carried out.
+
+    Attributes:
+        dir: Folder of all runs.
+        name: Name of the run folder in `dir`; null takes the file's name and a number.
+        seed: Seed of everything random.
+        log_every: Optimizer steps between two logged ones.
+        save_every: Optimizer steps between two checkpoints.
+        keep: Checkpoints that are kept.
+        background_save: Write checkpoints while training continues, for a second copy of the state in host memory.
+        timeout_minutes: Longest wait for another process or for a batch; then the process ends with an error.
+        profile: Measure the parts of a step. It waits for the device between them.
+        device: "auto" takes a GPU if there is one.
+    """
 
     hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}
 
@@ -240,8 +294,20 @@ class RunSection(Section):
 class D2VConfig(Section):
     """The `"d2v"` section: what all modalities have. Each modality has a subclass with its own sections and defaults.
 
-    `decay_1d` applies `optimizer.params.weight_decay` to 1-D parameters (biases, norms, LayerScale, the class token)
-    as well. The published speech and text recipes do, the published vision recipe does not.
+    Attributes:
+        modality: Kind of the data, which decides the encoder and the sections below.
+        decay_1d: Apply `optimizer.params.weight_decay` to 1-D parameters (biases, norms, LayerScale, the class token),
+            as the published speech and text recipes do.
+        model: The encoder.
+        mask: Which places the student does not see.
+        target: What the student regresses.
+        loss: How prediction and target are compared.
+        teacher: The moving average.
+        schedule: Learning rate and length of the run.
+        data: The data set.
+        guard: When a run stops itself.
+        probe: How the features are probed.
+        run: The run folder, checkpoints and time-outs.
     """
 
     hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}

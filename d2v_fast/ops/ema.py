@@ -156,7 +156,7 @@ def ema_update_(
             dict that share all of their memory on every side (tied weights) are updated once.
         TypeError: A module, a single tensor, or a list that holds None or something else that is no tensor.
 
-    Example:
+    Examples:
         >>> teacher, student = [torch.zeros(3)], [torch.ones(3)]
         >>> ema_update_(teacher, student, 0.75)
         >>> teacher[0]
@@ -196,7 +196,7 @@ class EmaUpdate:
     Raises:
         ValueError, TypeError: As `ema_update_`; also in a call, where the tensors have changed into such.
 
-    Example:
+    Examples:
         >>> teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
         >>> update = EmaUpdate(teacher.parameters(), student.parameters())
         >>> update(0.0)

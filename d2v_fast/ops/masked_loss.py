@@ -263,7 +263,7 @@ def masked_smooth_l1(
         IndexError: On a CPU, an entry of ``target_rows`` is outside [0, M). On a GPU, which would have to wait for the
             values, and under ``torch.vmap``, it gives NaN.
 
-    Example:
+    Examples:
         >>> masked_smooth_l1(torch.tensor([[1.0, 5.0]]), torch.tensor([[0.0, 0.0]]), beta=2.0, reduction="sum").loss
         tensor(4.2500)
     """

@@ -178,7 +178,7 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
     Raises:
         ValueError: What is not as described above.
 
-    Example:
+    Examples:
         >>> layer_norm_gelu(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2))
         tensor([[-0.1587,  0.8413]])
     """

@@ -133,7 +133,7 @@ def topk_target(
             On a GPU, which would have to wait for the values, and under ``torch.vmap``, a row outside [0, B * T)
             gives NaN.
 
-    Example:
+    Examples:
         >>> topk_target([torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 8.0]]])], rows=torch.tensor([0]))
         tensor([[-1.0000,  1.0000]])
     """

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from d2v_fast.config import ConfigError, RunConfig, apply_overrides, parse_config
+from d2v_fast.config import deepspeed_extras as extras
 from d2v_fast.config import deepspeed_sections as sections
 from d2v_fast.config.deepspeed import _ALWAYS, _NEVER, _STAGES, REFUSED_KEYS, DeepSpeedConfig
 from tests.helpers.runs import TINY, leave_out_reports, run_here, tiny_file
@@ -50,13 +51,13 @@ def theirs(module: str, name: str) -> Any:
         (sections.OffloadParamConfig, "runtime.zero.offload_config", "DeepSpeedZeroOffloadParamConfig"),
         (sections.Bf16Config, "runtime.precision_config", "DeepSpeedBF16Config"),
         (sections.Fp16Config, "runtime.precision_config", "DeepSpeedFP16Config"),
-        (sections.TensorBoardConfig, "monitor.config", "TensorBoardConfig"),
-        (sections.CsvMonitorConfig, "monitor.config", "CSVConfig"),
-        (sections.WandbConfig, "monitor.config", "WandbConfig"),
-        (sections.CometConfig, "monitor.config", "CometConfig"),
-        (sections.CommsLoggerConfig, "comm.config", "CommsLoggerConfig"),
-        (sections.CompileConfig, "compile.config", "CompileConfig"),
-        (sections.ThroughputTimerConfig, "utils.config", "DeepSpeedThroughputTimerConfig"),
+        (extras.TensorBoardConfig, "monitor.config", "TensorBoardConfig"),
+        (extras.CsvMonitorConfig, "monitor.config", "CSVConfig"),
+        (extras.WandbConfig, "monitor.config", "WandbConfig"),
+        (extras.CometConfig, "monitor.config", "CometConfig"),
+        (extras.CommsLoggerConfig, "comm.config", "CommsLoggerConfig"),
+        (extras.CompileConfig, "compile.config", "CompileConfig"),
+        (extras.ThroughputTimerConfig, "utils.config", "DeepSpeedThroughputTimerConfig"),
     ],
 )
 def test_keys_and_defaults_of_their_models(section: type[sections.Section], module: str, name: str) -> None:
@@ -105,16 +106,16 @@ def constants(module: str, prefix: str) -> set[str]:
 def test_keys_of_the_sections_without_a_model() -> None:
     pytest.importorskip("deepspeed")
     default = theirs("runtime.activation_checkpointing.config", "ACT_CHKPT_DEFAULT")
-    assert set(sections.ActivationCheckpointingConfig.model_fields) == set(default)
-    assert set(sections.AioConfig.model_fields) == set(theirs("runtime.swap_tensor.aio_config", "AIO_DEFAULT_DICT"))
-    assert set(sections.FlopsProfilerConfig.model_fields) == constants("profiling.constants", "FLOPS_PROFILER_")
+    assert set(extras.ActivationCheckpointingConfig.model_fields) == set(default)
+    assert set(extras.AioConfig.model_fields) == set(theirs("runtime.swap_tensor.aio_config", "AIO_DEFAULT_DICT"))
+    assert set(extras.FlopsProfilerConfig.model_fields) == constants("profiling.constants", "FLOPS_PROFILER_")
     read = theirs("runtime.model_checkpointing.config", "get_checkpoint_writer_config")({"writer": {}})
-    assert set(sections.CheckpointWriterConfig.model_fields) == set(read)
+    assert set(extras.CheckpointWriterConfig.model_fields) == set(read)
     checkpoint = set(theirs("runtime.model_checkpointing.config", "CHECKPOINT_DEFAULT_DICT"))
     more = {"load_universal", "use_node_local_storage", "parallel_write"}
     assert more <= constants("runtime.constants", "")
-    assert set(sections.CheckpointConfig.model_fields) == checkpoint | more
-    assert set(sections.DataTypesConfig.model_fields) == {
+    assert set(extras.CheckpointConfig.model_fields) == checkpoint | more
+    assert set(extras.DataTypesConfig.model_fields) == {
         *constants("runtime.constants", "GRAD_ACCUM_DTYPE"),
         *constants("runtime.constants", "PARAM_DTYPE"),
         *constants("runtime.constants", "BUFFER_DTYPE"),

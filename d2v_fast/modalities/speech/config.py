@@ -23,13 +23,27 @@ from d2v_fast.config.schema import (
 class SpeechModelConfig(ModelSection):
     """The speech encoder: convolutions over the waveform, convolutional positions, post-norm blocks.
 
-    `conv_kernels` and `conv_strides` in samples of the layer's input, one per layer, all of `conv_width` channels;
-    `position_depth` layers of `position_kernel` frames in `position_groups` groups. `layer_drop` lets a sample skip a
-    block; `input_dropout` is on the features that the student masks, `dropout` on tokens and branches,
-    `activation_dropout` inside the MLP. `position_in_teacher` "averaged": the teacher has an average of the positions
-    as of the blocks; "shared": it takes the student's, as the published recipe does. `attention` "padded" pads to the
-    longest utterance; "packed" computes no padding, on a GPU and in 16 bits. `front_end_checkpointing` computes part of
-    the front end again in the backward pass instead of keeping it.
+    Attributes:
+        sample_rate: Samples per second; recordings at other rates are resampled.
+        conv_width: Channels of the convolutions.
+        conv_kernels: Kernel of each convolution, in samples of its input.
+        conv_strides: Stride of each convolution, in samples of its input.
+        position_depth: Convolutions of the positions.
+        position_kernel: Their kernel in frames; it is odd.
+        position_groups: Their groups; they divide `width`.
+        position_in_teacher: The teacher averages the positions ("averaged") or uses the student's ("shared", as the
+            published recipe does).
+        heads: Attention heads; they divide `width`.
+        mlp_ratio: Hidden width of the MLP over `width`.
+        dropout: Dropout of tokens and branches.
+        attention_dropout: Dropout of attention weights.
+        activation_dropout: Dropout inside the MLP.
+        input_dropout: Dropout of the features that the student masks.
+        layer_drop: Probability that a sample skips a block.
+        norm_eps: Added to the variance in every norm.
+        attention: "padded" pads to the longest utterance; "packed" computes no padding, on a GPU and in 16 bits.
+        gradient_checkpointing: Recompute each block in the backward pass to save memory.
+        front_end_checkpointing: Recompute part of the convolutions in the backward pass.
     """
 
     sample_rate: int = Field(default=16_000, ge=1_000, le=192_000)
@@ -111,9 +125,15 @@ class SpeechModelConfig(ModelSection):
 
 
 class SpanMaskConfig(Section):
-    """Spans of `length` frames; `prob` is the share of frames that they would mask if none overlapped. With
-    `equal_counts` every utterance of a step is cut to the count of the smallest, as published; without, the counts
-    differ. An utterance has at least `min_masks` spans."""
+    """Spans of frames are masked.
+
+    Attributes:
+        kind: Kind of the masks.
+        prob: Share of the frames that the spans would mask if none overlapped.
+        length: Frames of a span.
+        min_masks: Fewest spans of an utterance.
+        equal_counts: Cut every utterance of a step to the number of masked frames of the one with fewest, as published.
+    """
 
     kind: Literal["span"] = "span"
     prob: float = Field(default=0.65, gt=0, le=1)
@@ -123,21 +143,20 @@ class SpanMaskConfig(Section):
 
 
 class SpeechDataConfig(DataSection):
-    """Where the recordings come from, and what of them a step sees.
+    """Where the recordings come from, and what of them a step uses. Utterances of similar length form a step. Silent
+    and non-finite recordings count as unreadable.
 
-    `kind` "audio" is a folder tree, or a manifest (`.tsv`) of WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU, CAF, W64
-    and NIST files; "speech" the sample set that ships with this library. Shorter ones than `min_seconds` are left out;
-    of longer ones than `max_seconds` a step sees a random part. Utterances of like length make a step: at most
-    `train_batch_size` of them and at most `max_batch_seconds` of sound (None: no limit). `lengths` "crop" cuts all to
-    the shortest of the step, to a multiple of 8 frames; "pad" keeps all and pads.
-
-    More than `max_bad_fraction` unreadable files stop the run, or with `strict` the first one. Silent files (no sample
-    above `silence` of full scale in what is read) and files with samples that are not finite count as unreadable. Of a
-    file larger than `max_file_bytes` nothing is read; links that lead out of `path` are not followed unless
-    `follow_outside`.
-
-    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
-    error, "accept" logs the difference and goes on.
+    Attributes:
+        kind: "audio" is a folder tree or a manifest (.tsv) of recordings, "speech" the sample set of this library.
+        path: With "audio": the folder or the manifest.
+        min_seconds: Shorter recordings are left out.
+        max_seconds: A step uses a random part of longer recordings.
+        max_batch_seconds: Most seconds of sound in a step; null sets no limit beside `train_batch_size`.
+        lengths: "crop" cuts all utterances to the shortest of the step, to a multiple of 8 frames; "pad" pads them to
+            the longest.
+        silence: A recording is silent if no sample that is read exceeds this share of full scale.
+        max_file_bytes: A larger file counts as unreadable.
+        follow_outside: Follow links that lead out of `path`; otherwise they are left out.
     """
 
     # keys that only one kind reads

@@ -37,11 +37,20 @@ _MODES: dict[str, dict[str, Any]] = {
 class TextModelConfig(ModelSection):
     """The text encoder: token and position embeddings, a norm, post-norm blocks.
 
-    `vocab_size` is the number of token embeddings, at least that of the tokenizer; null takes the tokenizer's number.
-    `padding_id` is the id of the padding token, whose embedding stays zero; null takes the tokenizer's, and no other is
-    accepted. `max_positions` is the longest sequence in tokens, specials included. `dropout` is on embeddings and
-    branches, `activation_dropout` inside the MLP; `layer_drop` lets a sample skip a block. `attention` "padded" pads to
-    the longest block; "packed" computes no padding, on a GPU and in 16 bits.
+    Attributes:
+        vocab_size: Token embeddings, at least as many as the tokenizer has tokens; null takes its number.
+        padding_id: Id of the padding token, whose embedding stays zero; null takes the tokenizer's, and no other is
+            accepted.
+        max_positions: Longest sequence in tokens, special tokens included.
+        heads: Attention heads; they divide `width`.
+        mlp_ratio: Hidden width of the MLP over `width`.
+        dropout: Dropout of embeddings and branches.
+        attention_dropout: Dropout of attention weights.
+        activation_dropout: Dropout inside the MLP.
+        layer_drop: Probability that a sample skips a block.
+        norm_eps: Added to the variance in every norm.
+        attention: "padded" pads to the longest block; "packed" computes no padding, on a GPU and in 16 bits.
+        gradient_checkpointing: Recompute each block in the backward pass to save memory.
     """
 
     vocab_size: int | None = Field(default=None, ge=8, le=MAX_VOCAB)
@@ -94,15 +103,19 @@ class TextModelConfig(ModelSection):
 
 
 class TokenMaskConfig(Section):
-    """Which tokens the student does not see as they are, drawn anew every epoch.
+    """Tokens that the student does not see as they are, drawn anew every epoch. Keys that are not given follow `mode`:
+    "span" 0.35, 4, 0, 0; "bert" 0.15, 1, 0.1, 0.1.
 
-    `mode` "span" hides spans of `length` tokens, "bert" single ones; `prob` is the share of tokens that they would hide
-    if none overlapped. Of the chosen tokens, `keep_prob` stay as they are and `random_prob` become another token, drawn
-    from the vocabulary; the rest become the mask token. The loss is taken at the mask tokens, as in the published code,
-    and with `loss_on_kept` at the kept and the replaced ones too. Special tokens (begin, end, padding, unknown, mask)
-    are never chosen unless `mask_specials`, which is how the published code treats begin and end.
-
-    What is not given follows from the mode: "span" 0.35, 4, 0, 0; "bert" 0.15, 1, 0.1, 0.1.
+    Attributes:
+        kind: Kind of the masks.
+        mode: "span" chooses spans of tokens, "bert" single ones.
+        prob: Share of the tokens that would be chosen if no spans overlapped.
+        length: Tokens of a span.
+        keep_prob: Probability that a chosen token stays as it is.
+        random_prob: Probability that it becomes a random token; otherwise it becomes the mask token.
+        loss_on_kept: Compute the loss at kept and replaced tokens too, not only at mask tokens.
+        mask_specials: Special tokens (begin, end, padding, unknown, mask) may be chosen too, as begin and end may in
+            the published code.
     """
 
     kind: Literal["token"] = "token"
@@ -136,29 +149,28 @@ class TokenMaskConfig(Section):
 
 
 class TextDataConfig(DataSection):
-    """Where the text comes from, and what of it a step sees.
+    """Where the text comes from, and how it is cut into blocks.
 
-    `kind` "text" is a file, or a folder tree, of .txt, JSON lines (.jsonl, .ndjson, .json) and .parquet, the first two
-    also as .gz and .zst; "docs" the sample set, Python's own
-    reference pages, of which `test_fraction` is held out. `field` is the field of a .jsonl line and the column of a
-    .parquet file that holds the text. A line or row is a document; of a .txt file, the whole "file" is, or every
-    "paragraph" (between empty lines), or every "line" (`documents`). Text is UTF-8: what is not counts as unreadable,
-    or with `encoding_errors` "replace" has its wrong bytes, and zero bytes among text, replaced by U+FFFD.
-
-    `tokenizer` is a `tokenizer.json`, or a folder with one or with vocab.json and merges.txt; the sample set has one
-    made if none is named. Text is tokenized once, into a folder below `tokens_path` (null: `d2v_fast` in the user's
-    cache folder), which is used again while files, tokenizer and settings are the same.
-
-    A sample is a block of at most `block_size` tokens, special tokens included. `packing` "document" fills it with
-    whole documents, in their order, and cuts only those that are longer than a block; "stream" fills every block to
-    its end. With `separate_documents` those of one block do not attend to each other, and each begins with the begin
-    token. Documents of fewer than `min_tokens` tokens are left out.
-
-    More than `max_bad_fraction` unreadable files, lines and rows stop the run, or with `strict` the first one. Links
-    that lead out of `path` are not followed unless `follow_outside`.
-
-    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
-    error, "accept" logs the difference and goes on.
+    Attributes:
+        kind: "text" is a file or a folder tree of .txt, JSON lines (.jsonl, .ndjson, .json) and .parquet, the first two
+            also as .gz and .zst; "docs" is the sample set, Python's own reference pages.
+        path: With "text": the file or the folder.
+        field: Field of a JSON line or column of a .parquet file that holds the text.
+        documents: What of a .txt file is a document: the whole "file", every "paragraph" between empty lines, or every
+            "line".
+        encoding_errors: Text that is not UTF-8 counts as unreadable ("strict"), or its wrong bytes, and zero bytes,
+            become U+FFFD ("replace").
+        tokenizer: A `tokenizer.json`, or a folder with one or with vocab.json and merges.txt; the sample set has one
+            made if none is given.
+        tokens_path: Folder of the tokenized text; null takes `d2v_fast` in the user's cache folder. It is used again
+            while files, tokenizer and settings are the same.
+        block_size: Most tokens of a block, special tokens included.
+        packing: "document" fills a block with whole documents and cuts only longer ones; "stream" fills every block to
+            its end.
+        separate_documents: Documents of a block do not attend to each other, and each begins with the begin token.
+        min_tokens: Documents with fewer tokens are left out.
+        test_fraction: Share of the sample set that is held out for the probe.
+        follow_outside: Follow links that lead out of `path`; otherwise they are left out.
     """
 
     # keys that only one kind reads
@@ -204,8 +216,14 @@ class TextDataConfig(DataSection):
 
 
 class TextProbeConfig(ProbeConfig):
-    """`path` may also be a file. The class of a row of .jsonl or .parquet is its `label_field`, and its text its
-    `field` (None: `d2v.data.field`); the class of a .txt file is the sub-folder that it lies in."""
+    """Probe of text features. The class of a .txt file is the sub-folder that it is in.
+
+    Attributes:
+        path: Labeled data: a folder with a sub-folder per class, or a .jsonl or .parquet file. Null takes the labels of
+            the sample set.
+        field: Field or column of the text; null takes `d2v.data.field`.
+        label_field: Field or column of the label.
+    """
 
     field: str | None = None
     label_field: str = "label"

@@ -26,11 +26,25 @@ _NEVER = 1e-12
 
 
 class VisionModelConfig(ModelSection):
-    """The image encoder. `image_size` and `patch_size` in pixels; `drop_path` is that of the last block and falls
-    linearly to 0 at the first. `absolute_position` adds learned position embeddings to the tokens, which the published
-    models do without: a small model on small images needs fewer steps with them. The attention bias for relative
-    positions is one table that all blocks share, as in the published pre-training, or with `position_bias` "per_block"
-    one table in each block, as in the published fine-tuned models."""
+    """The image encoder: a Transformer on patches, with an attention bias for relative positions.
+
+    Attributes:
+        image_size: Side of the square input in pixels.
+        patch_size: Side of a patch in pixels; it divides `image_size`.
+        channels: Color channels: 3, or 1 for gray.
+        heads: Attention heads; they divide `width`.
+        mlp_ratio: Hidden width of the MLP over `width`.
+        drop_path: Rate of stochastic depth in the last block; it falls linearly to 0 at the first.
+        attention_dropout: Dropout of attention weights.
+        dropout: Dropout of tokens and branches.
+        layer_scale: Initial factor on every residual branch.
+        norm_eps: Added to the variance in every norm.
+        absolute_position: Add learned position embeddings to the tokens. The published models have none; small models
+            on small images learn faster with them.
+        position_bias: One table of relative positions for all blocks ("shared", as in the published pre-training) or
+            one per block (as in the published fine-tuned models).
+        gradient_checkpointing: Recompute each block in the backward pass to save memory.
+    """
 
     image_size: int = Field(default=224, ge=1, le=MAX_SIZE)
     patch_size: int = Field(default=16, ge=1, le=MAX_SIZE)
@@ -81,8 +95,15 @@ class VisionModelConfig(ModelSection):
 
 
 class BlockMaskConfig(Section):
-    """Block-wise masks: rectangles of `min_patches` to `max_patches` (None: as many as are still to be
-    masked), aspect ratio in [`min_aspect`, 1/`min_aspect`], until `num_patches` patches are masked."""
+    """Rectangles of patches are masked until enough patches are.
+
+    Attributes:
+        kind: Kind of the masks.
+        num_patches: Patches that are masked in an image.
+        min_patches: Smallest area of a rectangle, in patches.
+        max_patches: Largest area of a rectangle; null allows all that remain to be masked.
+        min_aspect: Aspect ratios lie between this and its inverse.
+    """
 
     kind: Literal["block"] = "block"
     num_patches: int = Field(default=120, ge=1)
@@ -102,21 +123,27 @@ class BlockMaskConfig(Section):
 
 
 class VisionDataConfig(DataSection):
-    """Where the images come from, and how they are changed at random.
+    """Where the images come from, and how they are augmented.
 
-    `mean` and `std` per channel, of pixels in [0, 1]; `crop_scale` as a share of the area; `zoom` 0.1 is up to
-    10 % larger or smaller; `test_fraction` (digits) is held out for the probe; more than `max_bad_fraction`
-    unreadable files stop the run, or with `strict` the first one.
-
-    A file of more than `max_image_bytes`, an image of more than `max_image_pixels` (width times height) or with a side
-    under `min_image_side` pixels counts as unreadable, and so does a link that leads out of `path` unless
-    `follow_outside`. A decoder needs up to 24 bytes per pixel in each worker.
-
-    `bit_depth` is how many bits the values of PNG and TIFF images have that are stored in more, such as 12 in a 16-bit
-    file. None takes what a file says of itself, else all bits, and warns where the images then are dark.
-
-    `on_change` applies when a run is resumed on other samples than its checkpoint was trained on: "refuse" ends with an
-    error, "accept" logs the difference and goes on.
+    Attributes:
+        kind: "images" is a folder tree of image files, "digits" the sample set of scikit-learn.
+        path: With "images": the folder.
+        mean: Mean per channel that is subtracted, of pixels in [0, 1]; one value serves all channels.
+        std: Standard deviation per channel that is divided by.
+        crop_scale: Smallest and largest area of a random crop, as a share of the image.
+        flip_prob: Probability of a horizontal flip.
+        color_jitter: Strength of random brightness, contrast, saturation.
+        rotation_degrees: Largest random rotation of a digit.
+        zoom: Largest random change of a digit's size; 0.1 is 10 %.
+        shift_pixels: Largest random shift of a digit.
+        test_fraction: Share of the digits that is held out for the probe.
+        max_image_pixels: An image with more pixels (width times height) counts as unreadable. A decoder needs up to 24
+            bytes per pixel in each worker.
+        max_image_bytes: A larger file counts as unreadable.
+        min_image_side: An image with a shorter side in pixels counts as unreadable.
+        follow_outside: Follow links that lead out of `path`; otherwise they are left out.
+        bit_depth: Bits of the values in PNG and TIFF files that store them in more, such as 12 in a 16-bit file. Null
+            takes what a file records of itself, else all bits, and warns if the images are dark.
     """
 
     # keys that only one kind reads
@@ -169,8 +196,12 @@ class VisionDataConfig(DataSection):
 
 
 class VisionProbeConfig(ProbeConfig):
-    """Features are averages over the patches of each cell of a `grid` x `grid` division of the image; 1 averages over
-    all patches."""
+    """Probe of image features.
+
+    Attributes:
+        grid: Features are averaged over each cell of a `grid` x `grid` division of the image; 1 averages over all
+            patches.
+    """
 
     grid: int = Field(default=1, ge=1)
 
