@@ -65,10 +65,12 @@ train-speech: train ## pre-train on 300 spoken words
 train-text: CONFIG = configs/text.json
 train-text: train ## pre-train on the reference pages that Python carries
 
-# two files at a time, so that what the tests of a file share is made once; then those that no other work may hold up
+# two files at a time, so that what the tests of a file share is made once: first those that compute, then those that
+# mostly wait; at last, one by one, those with a clock
 test: build ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not waits"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m waits
+	$(BIN)/python -m pytest -m alone
 
 test-minimal: ## the tests of the operations in an environment with torch and no other dependency
 	rm -rf build/minimal

@@ -50,9 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files without such a test in a run of the tests marked `alone`, for importing them all takes long."""
+    """Skip files without a test of the one mark that a run asks for, because importing all files takes long."""
+    mark = config.getoption("-m")
     is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    if config.getoption("-m") == "alone" and is_module and "pytest.mark.alone" not in collection_path.read_text():
+    if mark in ("alone", "waits") and is_module and f"pytest.mark.{mark}" not in collection_path.read_text():
         return True
     return None
 

@@ -26,7 +26,7 @@ from tests.helpers.runs import (
 )
 
 pytestmark = [
-    pytest.mark.alone,
+    pytest.mark.waits,
     pytest.mark.slow,
     needs_deepspeed,
 ]

@@ -26,7 +26,7 @@ from tests.helpers.runs import fork, leave_out_reports, run_forked, run_here, st
 
 LIMIT_S = 0.8
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.waits
 
 
 def wait_for_nothing() -> None:

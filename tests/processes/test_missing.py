@@ -18,7 +18,7 @@ from d2v_fast.files import faults
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import fork, free_port, leave_out_reports, start_ranks, tiny_file, wait
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.waits
 
 
 # seconds

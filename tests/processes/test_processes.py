@@ -19,7 +19,7 @@ from d2v_fast.modalities.vision.digits import DigitsDataset
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import figures, leave_out_reports, run_forked, run_here, start, start_ranks, tiny_file, wait
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("quick_runs")]
+pytestmark = [pytest.mark.waits, pytest.mark.usefixtures("quick_runs")]
 
 several_tests_in_a_process = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

@@ -237,7 +237,7 @@ def test_other_threads_change_nothing() -> None:
     assert results == [False]
 
 
-@pytest.mark.alone
+@pytest.mark.waits
 @pytest.mark.parametrize("program", ["train.py", "d2v-fast"])
 def test_first_seconds_of_a_process(program: str, tmp_path: Path) -> None:
     """A signal at any moment of the imports gives its status and no traceback, and the next start works."""

@@ -18,7 +18,7 @@ from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import figures, leave_out_reports, logged_steps, processes, run_forked, tiny_file, until
 
 pytestmark = [
-    pytest.mark.alone,
+    pytest.mark.waits,
     pytest.mark.slow,
     needs_deepspeed,
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),

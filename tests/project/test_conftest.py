@@ -34,13 +34,17 @@ def test_this_process_has_the_form_of_its_device(request: pytest.FixtureRequest)
     assert triton.knobs.runtime.interpret == (request.config.getoption("--device") != "cuda")
 
 
-def test_only_files_with_such_tests_are_read_for_the_mark_alone(tmp_path: Path) -> None:
-    with_mark, without = tmp_path / "test_a.py", tmp_path / "test_b.py"
-    with_mark.write_text("@pytest.mark.alone\ndef test_it(): pass\n")
-    without.write_text("def test_it(): pass\n")
+def test_only_files_with_a_test_of_the_mark_are_read(tmp_path: Path) -> None:
+    for name, line in (("a", "@pytest.mark.alone"), ("b", "pytestmark = pytest.mark.waits"), ("c", "")):
+        (tmp_path / f"test_{name}.py").write_text(f"{line}\n")
     (tmp_path / "conftest.py").write_text("")
     ignored = {
         mark: [path.name for path in sorted(tmp_path.iterdir()) if conftest.pytest_ignore_collect(path, config(m=mark))]
-        for mark in ("alone", "not alone", "")
+        for mark in ("alone", "waits", "not alone", "")
     }
-    assert ignored == {"alone": ["test_b.py"], "not alone": [], "": []}
+    assert ignored == {
+        "alone": ["test_b.py", "test_c.py"],
+        "waits": ["test_a.py", "test_c.py"],
+        "not alone": [],
+        "": [],
+    }

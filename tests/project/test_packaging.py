@@ -259,7 +259,6 @@ ops.EmaUpdate([torch.ones(2)], [torch.ones(2)])("half")
 
 
 @needs_build
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mypy") is None, reason="needs mypy")
 def test_scripts_of_users_are_type_checked(python: Path, tmp_path: Path) -> None:
