@@ -1,9 +1,9 @@
-"""The files of one checkpoint, opened once, checked, and read through what was opened.
+"""The files of one checkpoint: opened once, checked, and read through the open handles.
 
 Only the files that `manifest.json` lists are opened, and only regular ones. Anything else in the folder is an error:
-shards that another save left there would otherwise mix with those that belong to the checkpoint. Two kinds of failure
-are told apart. A `DamageError` says that the checkpoint itself is wrong, and stays wrong. An OSError says that it could
-not be read this time, which says nothing about the checkpoint.
+shards that another save left there would otherwise mix with those of the checkpoint. There are two kinds of failure. A
+`DamageError` means that the checkpoint itself is wrong, and stays wrong. An OSError means that it could not be read
+this time, which does not make it wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 from d2v_fast.checkpoints.shard_files import DamageError, HeldFile, ShardReader
 from d2v_fast.config.errors import show
@@ -27,29 +27,36 @@ STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 _DAMAGED = re.compile(rf"{STEP_NAME.pattern}\.damaged(-[0-9]+)?")
 _SHARD = re.compile(r"shard-[0-9]{5,}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# what a save that was cut off leaves, too
+# also what an interrupted save leaves
 _OWN = re.compile(rf"({re.escape(MANIFEST)}|{re.escape(STATE)}|{_SHARD.pattern})(\.part)?")
 
 
+class FileRecord(TypedDict):
+    """Size and SHA-256 of a file, as the manifest lists them."""
+
+    bytes: int
+    sha256: str
+
+
 class AbsentError(DamageError):
-    """A file of a checkpoint is not there."""
+    """A file of a checkpoint is missing."""
 
 
 class Checkpoint:
     """An open checkpoint. Close it, or use it in a `with` block.
 
     Args:
-        folder: of the checkpoint, which is not a link; a file in it is never opened through a link either.
-        step: that the checkpoint must be of.
+        folder: Folder of the checkpoint. Neither it nor a file in it is opened through a link.
+        step: The step that the checkpoint must have.
     Attributes:
-        folder: as given.
-        step: as given.
+        folder: As given.
+        step: As given.
         manifest_digest: SHA-256 of `manifest.json`.
-        state: what `state.json` holds, after `load`.
+        state: Content of `state.json`, after `load`.
     Raises:
-        AbsentError: a listed file is missing.
-        DamageError: the manifest is wrong, a file has another size than it says, or is not listed in it.
-        OSError: something could not be read.
+        AbsentError: A listed file is missing.
+        DamageError: The manifest is wrong, a file has another size than listed, or is not listed.
+        OSError: A file could not be read.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -81,8 +88,8 @@ class Checkpoint:
         """Compare the SHA-256 of every `num_parts`-th shard, from `part` on, and of `state.json`, with the manifest.
 
         Raises:
-            DamageError: a file has another content than was written.
-            OSError: it could not be read.
+            DamageError: The content of a file has changed since it was written.
+            OSError: A file could not be read.
         """
         shards = sorted(self._expected.keys() - {STATE})
         for name in (STATE, *shards[part::num_parts]):
@@ -91,11 +98,11 @@ class Checkpoint:
                 raise DamageError(f"{name} has another content than was written")
 
     def load(self) -> None:
-        """Read `state.json`. Call it when all of the content has been checked.
+        """Read `state.json`. Call it after all content has been checked.
 
         Raises:
-            DamageError: it is no state, or one of another step.
-            OSError: it could not be read.
+            DamageError: It is not a state, or that of another step.
+            OSError: It could not be read.
         """
         try:
             state = parse_json(self._held[STATE].read(MAX_STATE_BYTES).decode("utf-8"))
@@ -111,17 +118,17 @@ class Checkpoint:
         self.state = state
 
     def reader(self) -> ShardReader:
-        """Return what reads the tensors, when `load` has read their shapes.
+        """Return a reader of the tensors. Call it after `load`, which reads their shapes.
 
         Raises:
-            DamageError: the shards do not hold every element of every tensor exactly once.
-            OSError: a shard could not be read.
+            DamageError: The shards do not hold every element of every tensor exactly once.
+            OSError: A shard could not be read.
         """
         shards = [self._held[name] for name in sorted(self._expected.keys() - {STATE})]
         return ShardReader(shards, self.state["shapes"])
 
-    def _read_manifest(self) -> dict[str, dict[str, Any]]:
-        """The expected size and SHA-256 of every file, by its name."""
+    def _read_manifest(self) -> dict[str, FileRecord]:
+        """Return the expected size and SHA-256 of every file, by its name."""
         held = self._hold(MANIFEST)
         try:
             manifest = parse_json(held.read(MAX_MANIFEST_BYTES).decode("utf-8"))
@@ -157,7 +164,7 @@ class Checkpoint:
             self._held[name] = HeldFile(self.folder / name, self.folder.parent)
         except FileNotFoundError:
             if not self.folder.exists():
-                # it has just been listed: moved away, or not on a file system that this process sees
+                # it was listed before: moved away, or on a file system that this process does not see
                 raise
             raise AbsentError(f"{name} is missing") from None
         except NotRegularError as error:
@@ -169,11 +176,11 @@ def verified_checkpoint(folder: Path, step: int) -> Checkpoint:
     """Open a checkpoint, check every byte of it, and read its state.
 
     Args:
-        folder: of the checkpoint.
-        step: that it must be of.
+        folder: Folder of the checkpoint.
+        step: The step that it must have.
     Raises:
-        DamageError: it is damaged.
-        OSError: it could not be read.
+        DamageError: It is damaged.
+        OSError: It could not be read.
     """
     checkpoint = Checkpoint(folder, step)
     try:
@@ -190,17 +197,17 @@ def complete_steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a `checkpoints` folder, newest first.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: The folder cannot be listed.
     """
     names = (STEP_NAME.fullmatch(entry.name) for entry in _entries(folder) if entry.is_dir(follow_symlinks=False))
     return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
 def strays(folder: Path) -> list[str]:
-    """Return a sentence about everything in a `checkpoints` folder that is called as a checkpoint and is no folder.
+    """Return a sentence for every entry of a `checkpoints` folder that has a checkpoint's name and is not a folder.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: The folder cannot be listed.
     """
     sentences = []
     for entry in sorted(_entries(folder), key=lambda entry: entry.name):
@@ -216,10 +223,10 @@ def strays(folder: Path) -> list[str]:
 
 
 def damaged_names(folder: Path) -> list[tuple[int, str]]:
-    """Return step and name of the checkpoints in a `checkpoints` folder that were found damaged before, newest first.
+    """Return step and name of the damaged checkpoints that were set aside in a `checkpoints` folder, newest first.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: The folder cannot be listed.
     """
     names = (_DAMAGED.fullmatch(entry.name) for entry in _entries(folder) if entry.is_dir(follow_symlinks=False))
     return sorted(((int(name[1]), name[0]) for name in names if name), reverse=True)
@@ -228,10 +235,10 @@ def damaged_names(folder: Path) -> list[tuple[int, str]]:
 def move_aside(folder: Path, step: int, why: str) -> str:
     """Rename `step-<step>` in a `checkpoints` folder to `step-<step>.<why>`, and return the new name.
 
-    A link is renamed itself. Nothing is replaced: where the new name is taken, it gets a number.
+    A link itself is renamed. Nothing is replaced: if the new name is taken, it gets a number.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: It cannot be renamed.
     """
     aside = free_path(folder / f"step-{step}.{why}")
     (folder / f"step-{step}").rename(aside)
@@ -239,22 +246,22 @@ def move_aside(folder: Path, step: int, why: str) -> str:
 
 
 def clear_name(folder: Path, step: int) -> str | None:
-    """Move away what has the name `step-<step>`; return its new name, or None where there was nothing.
+    """Move away any entry called `step-<step>`; return its new name, or None if there was none.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: It cannot be renamed.
     """
     return move_aside(folder, step, "in-the-way") if os.path.lexists(folder / f"step-{step}") else None
 
 
 def free_path(path: Path) -> Path:
-    """Return a path where nothing lies: this one, or the first free one of PATH-2, PATH-3, and so on."""
+    """Return a path that does not exist: this one, or the first free one of PATH-2, PATH-3, and so on."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
     return next(candidate for candidate in chain([path], numbered) if not os.path.lexists(candidate))
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Return what the manifest holds of a file."""
+def fingerprint(path: Path) -> FileRecord:
+    """Return the size and the SHA-256 of a file, as the manifest lists them."""
     held = HeldFile(path, path.parent)
     try:
         return {"bytes": held.size, "sha256": held.digest()}
@@ -263,12 +270,12 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def foreign_entries(folder: Path) -> list[str]:
-    """Return the names in the folder of a checkpoint that no run has written, sorted; hidden ones are left out.
+    """Return the sorted names in a checkpoint's folder that no run has written, without hidden ones.
 
-    A pipe, a link or an empty folder under the name of a checkpoint's file is none: nothing is lost with it.
+    A pipe, a link or an empty folder with the name of a checkpoint's file is not listed: deleting it loses nothing.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: The folder cannot be listed.
     """
     with os.scandir(folder) as entries:
         return sorted(

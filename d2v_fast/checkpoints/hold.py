@@ -1,8 +1,9 @@
-"""Checkpoints that are read while a run goes on: a lock keeps the run from deleting one.
+"""A lock that keeps a run from deleting a checkpoint while another process reads it.
 
-A reader holds a shared lock on the manifest. The run deletes a checkpoint only while it holds the lock alone, and else
-leaves it until the next save. The system drops the locks of a process that dies. Linux keeps `flock` across the
-machines of an NFS mount. Where a file system has no locks, a reader that loses its checkpoint says so.
+A reader holds a shared lock on the manifest. The run deletes a checkpoint only while it holds the lock exclusively, and
+otherwise leaves it until the next save. The system releases the locks of a process that dies, and Linux supports
+`flock` between the machines of an NFS mount. On a file system without locks, a reader that loses its checkpoint raises
+an error.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ _MANIFEST = "manifest.json"
 
 @contextmanager
 def hold(checkpoint: Path) -> Iterator[None]:
-    """Keep a checkpoint from being deleted while the block runs. Writes nothing.
+    """Keep a checkpoint from being deleted while the block runs, without writing anything.
 
     Raises:
-        FileNotFoundError: it is being deleted, or is gone.
+        FileNotFoundError: It is being deleted, or is gone.
     """
     path = checkpoint / _MANIFEST
     try:
-        # a pipe in the place of the manifest is not waited for; a folder is for others to refuse
+        # O_NONBLOCK: do not wait for a pipe in the place of the manifest; the caller refuses a folder
         lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         if checkpoint.is_dir():
-            # damaged, which whoever reads it will find
+            # damaged, as the reader will find
             yield
             return
         raise
@@ -53,9 +54,9 @@ def hold(checkpoint: Path) -> Iterator[None]:
 
 @contextmanager
 def alone_with(checkpoint: Path) -> Iterator[bool]:
-    """Yield whether nobody reads a checkpoint; if so, nobody begins to while the block runs."""
+    """Yield whether no process reads a checkpoint. If so, none can begin while the block runs."""
     lock = None
-    # NFS locks alone only what may be written; elsewhere a manifest that is protected from writing is locked as well
+    # NFS needs a writable file for an exclusive lock; other file systems lock read-only ones as well
     for access in (os.O_RDWR, os.O_RDONLY):
         with suppress(OSError):
             lock = os.open(checkpoint / _MANIFEST, access | os.O_NONBLOCK)

@@ -1,8 +1,7 @@
-"""What the `state.json` of a checkpoint counts, held against its step and against each other.
+"""Check the counters in a checkpoint's `state.json` against its step and each other.
 
-Size and hash say that a file is what was written, and not that it makes sense. A number that cannot be right would
-otherwise be computed with: a step beyond the end of the run counts as finished, and an optimizer step of 1e9 takes
-hours to replay.
+Size and hash show that a file is what was written, not that it makes sense. A wrong number would otherwise be used: a
+step beyond the end of the run counts as finished, and an optimizer step of 1e9 may take long to replay.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from d2v_fast.config.errors import show
 
 _SECTIONS = ("config", "config.d2v", "config.d2v.data", "conditions", "engine")
 _PRESENT = ("digest", "vocabulary", "engine.engine", "engine.processes", "engine.zero_stage", "engine.optimizer")
-# of fp16
+# counters of the fp16 loss scaler
 _SCALE_STEPS = ("cur_iter", "last_overflow_iter")
-# more than any configuration can ask for
+# more than any configuration accepts
 _MAX_HYSTERESIS = 10**9
 
 
 def check_counters(checkpoint: Checkpoint) -> None:
-    """Check what a checkpoint of a run counts.
+    """Check the counters of a run's checkpoint.
 
     Args:
-        checkpoint: loaded, so that its step is that of its folder.
+        checkpoint: A loaded checkpoint, whose step is that of its folder.
     Raises:
-        DamageError: a number is missing, of another type, or contradicts the step or another number.
+        DamageError: A number is missing, of another type, or contradicts the step or another number.
     """
     state, step = checkpoint.state, checkpoint.step
     for path in _SECTIONS:
@@ -37,11 +36,11 @@ def check_counters(checkpoint: Checkpoint) -> None:
             raise DamageError(f"`{path}` in {STATE} must be a section {{...}}")
     for path in _PRESENT:
         _at(state, path)
-    # weights from elsewhere begin a run before its first step
+    # 0 skipped steps and step 0: a run that begins with imported weights
     _whole(state, "global_batch", 1, 10**18)
     skipped = _whole(state, "skipped", 0, step)
     streak = _whole(state, "streak", 0, skipped)
-    # where the host knows that a step changed nothing, the teacher is not asked to follow it
+    # on the CPU the teacher is not updated after a step that changed nothing
     _whole(state, "teacher_step", step - streak, step)
     # some optimizers count steps that changed nothing
     _whole(state, "engine.optimizer_step", step - skipped, step)
@@ -49,7 +48,7 @@ def check_counters(checkpoint: Checkpoint) -> None:
     _check_samples(state.get("samples"))
 
 
-def _check_loss_scale(values: Any, step: int) -> None:
+def _check_loss_scale(values: object, step: int) -> None:
     path = "engine.loss_scale"
     if not isinstance(values, dict):
         raise DamageError(f"`{path}` in {STATE} must be a section {{...}}")
@@ -64,7 +63,7 @@ def _check_loss_scale(values: Any, step: int) -> None:
             raise DamageError(f"`{path}.{name}` in {STATE} must be a finite number above 0, but is {show(value)}")
 
 
-def _check_samples(values: Any) -> None:
+def _check_samples(values: object) -> None:
     if values is None:
         return
     kinds = {"what": str, "number": int, "names": str, "sizes": str}
@@ -73,7 +72,7 @@ def _check_samples(values: Any) -> None:
 
 
 def _whole(state: Mapping[str, Any], path: str, low: int, high: int, within: str = "") -> int:
-    """The whole number at a path, in [low, high]."""
+    """Return the integer at a path, which must be in [low, high]."""
     value = _at(state, path)
     if type(value) is not int or not low <= value <= high:
         bounds = f"{low:,}" if low == high else f"in [{low:,}, {high:,}]"
@@ -82,7 +81,7 @@ def _whole(state: Mapping[str, Any], path: str, low: int, high: int, within: str
 
 
 def _at(state: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path; DamageError where there is none."""
+    """Return the value at a dotted path; raise a DamageError if there is none."""
     place: Any = state
     for key in path.split("."):
         if not isinstance(place, dict) or key not in place:

@@ -1,9 +1,9 @@
-"""Find the newest checkpoint that is whole, verified and agreed upon by all processes of a run.
+"""Find the newest checkpoint that is complete, verified and the same for all processes of a run.
 
-Absence, a wrong size, a wrong hash and content that contradicts itself are damage: such a checkpoint is renamed to
-`step-N.damaged`, and the one before it is looked at. Any other error of the system (a disk that reports a fault, a
-network file system that does not answer, too many open files, a missing permission) says nothing about the
-checkpoint: all processes stop, and nothing is renamed.
+A missing file, a wrong size, a wrong hash and contradictory content are damage: such a checkpoint is renamed to
+`step-N.damaged`, and the one before it is tried. Any other system error (a disk fault, a network file system that does
+not answer, too many open files, a missing permission) does not condemn the checkpoint: all processes stop, and nothing
+is renamed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from d2v_fast.files.io_errors import advice
 
 
 class _Outcome(NamedTuple):
-    """What one process found in a checkpoint: "absent" and "damage" are of the checkpoint, "error" is of the system.
+    """The result of one process's look at a checkpoint.
 
     Attributes:
-        kind: one of these, or empty where all is well.
-        text: what was found.
-        manifest: digest of the manifest that this process read; empty where it could not.
+        kind: "absent" or "damage" if the checkpoint is wrong, "error" if the system failed, empty otherwise.
+        text: What was found.
+        manifest: Digest of the manifest that this process read; empty if it could not.
     """
 
     kind: str = ""
@@ -45,19 +45,18 @@ class _Outcome(NamedTuple):
 def find_newest(
     folder: Path, world: World, tell: Callable[[str], None], check: Callable[[Checkpoint], None]
 ) -> Checkpoint | None:
-    """Open the newest checkpoint that is whole; None where there is none at all. Every process calls it.
+    """Open the newest good checkpoint; None if there is none at all. Every process calls it.
 
-    Those that were found damaged before are verified again when no other is left: an earlier version, or a fault that
-    has passed, may have condemned a good one.
+    If no other is left, the checkpoints that were set aside as damaged are verified again: an earlier version or a
+    temporary fault may have condemned a good one.
 
     Args:
-        folder: `checkpoints` of a run.
-        world: the first process lists and renames, each reads a part of the files.
-        tell: is told about every damaged one that is passed over, and about what else is not used.
-        check: raises a DamageError where the state of a checkpoint contradicts itself.
+        folder: Folder `checkpoints` of a run.
+        world: The processes of the run. The first one lists and renames; each reads a part of the files.
+        tell: Reports every checkpoint that is not used.
+        check: Raises a DamageError if the state of a checkpoint contradicts itself.
     Raises:
-        RunError: there are checkpoints and every one is damaged, or one could not be read. In the latter case
-            nothing was renamed.
+        RunError: Every checkpoint is damaged, or one could not be read. In the latter case nothing was renamed.
     """
     steps, damaged, others = world.decide(lambda: (complete_steps(folder), damaged_names(folder), strays(folder)))
     for sentence in others:
@@ -92,16 +91,18 @@ def find_newest(
 def _open(
     folder: Path, step: int, world: World, check: Callable[[Checkpoint], None]
 ) -> tuple[Checkpoint, str] | tuple[None, str]:
-    """Open and verify a checkpoint in all processes; None and what is damaged in all of them, where something is.
+    """Open and verify a checkpoint in all processes.
 
+    Returns:
+        The checkpoint and an empty text; or None and the damage, which is the same in all processes.
     Raises:
-        RunError: it could not be read, or not every process finds the same.
+        RunError: It could not be read, or the processes find different files.
     """
     opened: list[Checkpoint] = []
 
     def compare_bytes() -> None:
         opened.append(Checkpoint(folder, step))
-        # every process reads a part of the files, so that this takes no longer for many of them
+        # the processes share the files, so that many shards take no longer
         opened[0].require_content(world.rank, world.size)
 
     def understand() -> None:
@@ -110,7 +111,7 @@ def _open(
         check(opened[0])
 
     try:
-        # nothing is parsed before every byte was compared
+        # parse nothing before every byte has been compared
         for work in (compare_bytes, understand):
             outcome = _outcome(work)
             if opened:
@@ -126,7 +127,7 @@ def _open(
 
 
 def _agree(folder: Path, outcomes: Sequence[_Outcome]) -> str | None:
-    """What is damaged, which all processes agree on; None where nothing is."""
+    """Return the damage that all processes agree on; None if there is none."""
     then = f"Nothing was changed. When that is mended: {resume_command(folder.parent.parent)}"
     for rank, outcome in enumerate(outcomes):
         if outcome.kind == "error":
@@ -152,7 +153,7 @@ def _close(opened: Sequence[Checkpoint]) -> None:
 
 
 def _outcome(work: Callable[[], None]) -> _Outcome:
-    """Run a part of reading a checkpoint, and return what it found."""
+    """Run one part of reading a checkpoint, and return its result."""
     try:
         work()
     except DamageError as error:

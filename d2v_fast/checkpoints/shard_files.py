@@ -1,8 +1,9 @@
-"""Tensors of a checkpoint, as the processes that hold them wrote them, and read into any other division.
+"""The tensor files of a checkpoint: each process writes its ranges, and any other division can read them.
 
-`shard-00000.safetensors` of process 0, and so on, hold fp32 ranges under `KIND/NAME`, or `KIND/NAME@START` where the
-range is not the whole parameter: then it is 1-D and `START` is its first element in the flat parameter. The kinds are
-`student`, `teacher`, `exp_avg` and `exp_avg_sq`. What every process holds is written by the first one only.
+Process 0 writes `shard-00000.safetensors`, and so on. A file holds fp32 ranges under `KIND/NAME`, or under
+`KIND/NAME@START` if a range is not the whole parameter; it is then 1-D, and `START` is its first element in the flat
+parameter. The kinds are `student`, `teacher`, `exp_avg` and `exp_avg_sq`. Replicated ranges are written by process 0
+only.
 """
 
 from __future__ import annotations
@@ -32,49 +33,49 @@ _START = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class Kept(NamedTuple):
-    """A range of a parameter, and what is kept of it: `shard.master` is the tensor that is written and read."""
+    """A range of a parameter in a checkpoint: `shard.master` is the tensor that is written and read."""
 
     kind: str
     shard: Shard
 
 
 class DamageError(ValueError):
-    """A checkpoint lacks something that it should hold, or holds something else."""
+    """The content of a checkpoint is missing or wrong."""
 
 
 class HeldFile:
-    """A regular file that stays open, so that what is read later is what was checked before.
+    """A regular file that stays open, so that the content that is read is the content that was checked.
 
     Args:
-        path: the file.
-        below: a folder that it lies in; no part of the path beneath it may be a link.
+        path: The file.
+        below: A folder that contains it; no part of the path beneath that folder may be a link.
     Attributes:
-        path: as given.
-        size: in bytes.
+        path: As given.
+        size: Size in bytes.
     Raises:
-        NotRegularError: it is no regular file, or is reached through a link.
-        OSError: it cannot be opened.
+        NotRegularError: It is not a regular file, or is reached through a link.
+        OSError: It cannot be opened.
     """
 
     def __init__(self, path: Path, below: Path) -> None:
         self.path = path
         with open_regular(path, below=below) as file:
-            # not the file object, which complains where it is dropped instead of closed
+            # keep the descriptor only: a file object warns if it is collected before it is closed
             self._handle = os.dup(file.fileno())
         self._finalizer = weakref.finalize(self, os.close, self._handle)
         self._status = os.fstat(self._handle)
         self.size = self._status.st_size
 
     def close(self) -> None:
-        """Close the file, which also happens when the last reference to it is gone."""
+        """Close the file, as also happens when the last reference to this object is gone."""
         self._finalizer()
 
     def read(self, max_bytes: int) -> bytes:
         """Return the content.
 
         Raises:
-            ValueError: it is longer than `max_bytes`.
-            OSError: it cannot be read, or was changed since it was opened.
+            ValueError: It is longer than `max_bytes`.
+            OSError: It cannot be read, or has changed since it was opened.
         """
         if self.size > max_bytes:
             raise ValueError(f"longer than {max_bytes:,} bytes.")
@@ -84,7 +85,7 @@ class HeldFile:
         """Return the SHA-256 of the content, in hexadecimal digits.
 
         Raises:
-            OSError: it cannot be read, or was changed since it was opened.
+            OSError: It cannot be read, or has changed since it was opened.
         """
         found = hashlib.sha256()
         for block in self._blocks():
@@ -92,11 +93,11 @@ class HeldFile:
         return found.hexdigest()
 
     def open_tensors(self) -> Any:
-        """Return the safetensors file that was opened, whatever its path leads to by now.
+        """Return a safetensors reader of the open file, even if its path leads to another file by now.
 
         Raises:
-            DamageError: it is no safetensors file.
-            OSError: it cannot be opened once more.
+            DamageError: It is not a safetensors file.
+            OSError: It cannot be opened once more.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -105,15 +106,15 @@ class HeldFile:
         except SafetensorError as error:
             raise DamageError(f"{self.path.name} is no safetensors file: {error}") from None
         except FileNotFoundError:
-            # what safetensors says whatever the reason is; most often there are too many open files
+            # safetensors raises this for any reason; the usual one is too many open files
             raise OSError(errno.EMFILE, "cannot be opened once more", str(self.path)) from None
         except RuntimeError as error:
-            # torch, which maps the file, has the number of the system's error at the end of its message
+            # torch maps the file; its message ends with the number of the system error
             found = _NUMBER.search(str(error))
             raise OSError(int(found[1]) if found else errno.EIO, str(error), str(self.path)) from None
 
     def require_unchanged(self) -> None:
-        """OSError if the file was written to since it was opened."""
+        """Raise an OSError if the file was written to since it was opened."""
         now = os.fstat(self._handle)
         if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
             raise OSError(errno.EBUSY, "was changed while it was read", str(self.path))
@@ -136,15 +137,17 @@ class _Piece(NamedTuple):
 
 
 def copy_to_host(kept: Sequence[Kept], *, even_if_there: bool) -> dict[str, Tensor]:
-    """What goes into this process's file, by key, in host memory.
+    """Return the tensors of this process's file by key, in host memory.
 
     Args:
-        even_if_there: copy what is in host memory already, because training goes on while it is written.
+        kept: The ranges to write.
+        even_if_there: Copy tensors that are in host memory already, because training changes them while they are
+            written.
     """
     tensors = {}
     for kind, shard in kept:
         value = shard.master.detach()
-        # queued on a GPU: waited for once, below
+        # asynchronous on a GPU: one wait for all of them below
         on_host = value.to("cpu", copy=even_if_there, non_blocking=value.device.type != "cpu")
         tensors[f"{kind}/{shard.key}"] = on_host.view(shard.shape) if shard.is_whole else on_host
     if any(shard.master.device.type == "cuda" for _, shard in kept):
@@ -158,14 +161,14 @@ def write_shards(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 class ShardReader:
-    """Reads ranges out of the files of a checkpoint, in whatever division they were written.
+    """Read ranges from the files of a checkpoint, however they were divided when they were written.
 
     Args:
-        files: of ranges, all that the checkpoint has, with the content that was written. They must stay open.
-        shapes: of whole tensors, by `KIND/NAME`.
+        files: All shard files of the checkpoint, with verified content. They must stay open.
+        shapes: Shapes of the whole tensors, by `KIND/NAME`.
     Raises:
-        DamageError: they do not hold every element of these tensors exactly once, or hold others.
-        OSError: one cannot be read.
+        DamageError: They do not hold every element of these tensors exactly once, or hold others.
+        OSError: A file cannot be read.
     """
 
     def __init__(self, files: Iterable[HeldFile], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -180,17 +183,17 @@ class ShardReader:
         """Fill `kept.shard.master`.
 
         Raises:
-            RunError: the checkpoint does not hold all of this range.
-            OSError: a file was changed since it was opened.
+            RunError: The checkpoint does not hold all of this range.
+            OSError: A file has changed since it was opened.
         """
         shard = kept.shard
         self._fill(f"{kept.kind}/{shard.name}", shard.start, shard.master)
 
     def whole(self, name: str) -> Tensor:
-        """Return the whole tensor `KIND/NAME`, in host memory.
+        """Return the whole tensor `KIND/NAME` in host memory, in fp32.
 
         Raises:
-            OSError: a file was changed since it was opened.
+            OSError: A file has changed since it was opened.
         """
         tensor = torch.empty(list(self.shapes[name]), dtype=torch.float32)
         self._fill(name, 0, tensor.view(-1))
@@ -216,7 +219,7 @@ class ShardReader:
 
     def _add(self, held: HeldFile) -> None:
         tensors = held.open_tensors()
-        for key in tensors.keys():  # noqa: SIM118 - it is no dictionary
+        for key in tensors.keys():  # noqa: SIM118 - not a dictionary
             found = tensors.get_slice(key)
             name, mark, start = key.partition("@")
             shape, is_whole = found.get_shape(), not mark
@@ -234,7 +237,7 @@ class ShardReader:
 
 
 def _require_once(name: str, count: int, pieces: list[_Piece]) -> None:
-    """Sort the pieces of a tensor of `count` elements; DamageError unless they hold each element exactly once."""
+    """Sort the pieces of a tensor of `count` elements, and check that they hold each element exactly once."""
     pieces.sort(key=lambda piece: piece.start)
     position = 0
     for piece in pieces:

@@ -1,17 +1,17 @@
-"""Checkpoints that are complete or absent, and checked before they are used.
+"""Checkpoints that are complete or absent, and verified before they are used.
 
-`checkpoints/step-N/` is written under another name, flushed to the disk, and renamed last; a process that dies at any
+`checkpoints/step-N/` is written under another name, flushed to the disk, and renamed last: a process that dies at any
 moment leaves the previous checkpoints as they were. `manifest.json` holds size and SHA-256 of every file, and
-`checkpoint_files.py` compares them: a checkpoint with a single changed byte is passed over for the one before it, and
-stays beside it as `step-N.damaged`. An error of the system while it is read is no damage: the run stops, and nothing is
-renamed. Nothing in it is loaded with pickle: the tensors are in safetensors files, the rest is JSON.
+`files.py` compares them: a checkpoint with a changed byte is renamed to `step-N.damaged`, and the one before it is
+used. A system error while it is read is not damage: the run stops, and nothing is renamed. Nothing is loaded with
+pickle: the tensors are in safetensors files, the rest is JSON.
 
-What lies in the `checkpoints` folder and was not written by a run is never followed, overwritten or deleted: it stays,
-or is moved aside where a checkpoint needs its name, and a line says so.
+An entry of the `checkpoints` folder that no run has written is never followed, overwritten or deleted. It stays, or is
+moved aside with a message if a checkpoint needs its name.
 
-Every process writes the ranges that it trains into a file of its own; `shard_files.py` says how, and reads them back
-into any other division. Training waits for the copy to host memory and no longer: a thread writes it to the disk, and
-the checkpoint gets its name when all processes are through.
+Every process writes the ranges that it trains to its own file, as `shard_files.py` describes. Training waits only for
+the copy to host memory: a thread writes it to the disk, and the checkpoint gets its name when all processes have
+finished.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from d2v_fast.checkpoints.files import (
     MANIFEST,
     STATE,
     Checkpoint,
+    FileRecord,
     clear_name,
     complete_steps,
     fingerprint,
@@ -51,19 +52,19 @@ from d2v_fast.files.io_errors import advice
 from d2v_fast.files.reading import printable
 
 _TEMPORARY = re.compile(r"step-[0-9]+\.tmp-.*", re.DOTALL)
-# of a save: `tmp-` and the number of its process, or `tmp-old` while an old checkpoint is deleted
+# names of a save: `tmp-` and the process id, or `tmp-old` while an old checkpoint is deleted
 _OWN_TEMPORARY = re.compile(r"step-[0-9]+\.tmp-([0-9]+|old)(-[0-9]+)?")
 
 
 class _Writing:
-    """A checkpoint on its way to the disk: what this process writes, in a thread of its own or at once."""
+    """The part of a checkpoint that this process writes to the disk, in a thread or at once."""
 
     def __init__(
-        self, step: int, folder: Path, state: Mapping[str, Any], file: str, tensors: dict[str, Tensor]
+        self, step: int, folder: Path, state: Mapping[str, object], file: str, tensors: dict[str, Tensor]
     ) -> None:
         self.step, self.folder, self.state = step, folder, state
         self.failure: Exception | None = None
-        self.written: dict[str, Any] = {}
+        self.written: dict[str, FileRecord] = {}
         self._file, self._tensors = file, tensors
         self._thread: threading.Thread | None = None
 
@@ -93,7 +94,7 @@ class _Writing:
                 flush(path)
                 self.written = {path.name: fingerprint(path)}
         except Exception as error:
-            # raised by the process that asks for it, together with the others
+            # the main thread raises it, in agreement with the other processes
             self.failure = error
 
 
@@ -101,10 +102,10 @@ class Checkpoints:
     """The `checkpoints` folder of a run. Every method is called by all processes.
 
     Args:
-        folder: may not exist yet.
-        keep: how many complete checkpoints stay.
-        world: the first process names and finishes them, all agree on what was found.
-        say: prints a line about what lies in the way, in the first process.
+        folder: The folder, which need not exist yet.
+        keep: Number of complete checkpoints to keep.
+        world: The processes of the run. The first one names and finishes checkpoints; all agree on errors.
+        say: Prints a line in the first process.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, say: Callable[[str], None] = print) -> None:
@@ -113,21 +114,22 @@ class Checkpoints:
         self.world = world
         self._say = say
         self._said: set[str] = set()
-        # that this process has written or read, so that they are not written again
+        # steps that this process has written or read, and need not be written again
         self._known: set[int] = set()
         self._writing: _Writing | None = None
 
-    def save(self, step: int, state: Mapping[str, Any], kept: Sequence[Kept], *, in_background: bool = False) -> None:
-        """Write `step-<step>`; nothing happens where this process wrote or read it. An earlier one that is still
-        being written is waited for.
+    def save(
+        self, step: int, state: Mapping[str, object], kept: Sequence[Kept], *, in_background: bool = False
+    ) -> None:
+        """Write `step-<step>`, unless this process has written or read it. Wait for an earlier save first.
 
         Args:
-            step: optimizer steps made.
-            state: what JSON can express; goes to `state.json`.
-            kept: the ranges that this process trains, see `shard_files.Kept`.
-            in_background: return when the values are copied to host memory; `advance` and `finish` do the rest.
+            step: Number of optimizer steps.
+            state: Content of `state.json`, which JSON must be able to express.
+            kept: The ranges that this process trains.
+            in_background: Return when the values are in host memory; `advance` and `finish` do the rest.
         Raises:
-            RunError: it, or the earlier one, could not be written. The checkpoints before it are untouched.
+            RunError: This checkpoint or the earlier one could not be written. Those before it are untouched.
         """
         self.finish()
         own = [entry for entry in kept if self.world.is_first or not entry.shard.replicated]
@@ -139,7 +141,7 @@ class Checkpoints:
         fault_point("save.begin")
         shapes = {f"{kind}/{shard.name}": list(shard.shape) for kind, shard in kept}
         if self.world.any(any(not shard.is_whole for _, shard in kept)):
-            # no process knows the parameters that it trains nothing of
+            # a process does not know parameters that it trains no part of
             shapes = {name: shape for known in self.world.collect(shapes) for name, shape in known.items()}
         failure: Exception | None = None
         try:
@@ -155,19 +157,19 @@ class Checkpoints:
             self.finish()
 
     def advance(self) -> None:
-        """Give a checkpoint that was written in the background its name, if all processes are through with it.
+        """Give a checkpoint that is written in the background its name, if all processes have finished writing.
 
         Raises:
-            RunError: it could not be written.
+            RunError: It could not be written.
         """
         if self._writing is not None and not self.world.any(self._writing.is_busy):
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one, and give it its name.
+        """Wait for the checkpoint that is being written, if any, and give it its name.
 
         Raises:
-            RunError: it could not be written.
+            RunError: It could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -232,7 +234,7 @@ class Checkpoints:
         temporary.mkdir()
         return temporary.name
 
-    def _name(self, writing: _Writing, files: dict[str, Any]) -> None:
+    def _name(self, writing: _Writing, files: dict[str, FileRecord]) -> None:
         temporary = writing.folder
         state = temporary / STATE
         state.write_text(json.dumps(writing.state))
@@ -251,10 +253,10 @@ class Checkpoints:
         self._known.add(writing.step)
 
     def _retire(self, newest: int) -> None:
-        """Delete the oldest checkpoints. One that cannot be deleted stays, and is no reason to stop.
+        """Delete the oldest checkpoints. One that cannot be deleted stays, and the run goes on.
 
         Args:
-            newest: step of the checkpoint that was written just now. What has a higher number is not of this run.
+            newest: Step of the checkpoint that was just written. Higher numbers are not of this run.
         """
         fault_point("save.retention")
         older = [step for step in self.steps() if step < newest]
@@ -266,9 +268,9 @@ class Checkpoints:
             try:
                 with alone_with(folder) as is_free:
                     if not is_free:
-                        # an export or a probe reads it: its turn comes with a later save
+                        # an export or a probe reads it, and a later save deletes it
                         continue
-                    # renamed first, so that no half-deleted checkpoint ever carries a good name
+                    # renamed first, so that no half-deleted checkpoint has a good name
                     doomed = folder.rename(free_path(self.folder / f"step-{old}.tmp-old"))
             except OSError as error:
                 self._say_once(folder, f"the old checkpoint {folder} could not be deleted and stays: {error}")
@@ -277,7 +279,7 @@ class Checkpoints:
             self._delete(doomed)
 
     def _delete(self, folder: Path) -> None:
-        """Delete what is left of a checkpoint, unless a run has not written all of it."""
+        """Delete the rest of a checkpoint, unless it holds something that no run has written."""
         if folder.is_symlink() or not folder.is_dir() or not _OWN_TEMPORARY.fullmatch(folder.name):
             self._say_once(folder, f"{printable(str(folder))} is not of this run; it stays as it is")
         elif not self._holds_others(folder):
@@ -287,7 +289,7 @@ class Checkpoints:
                 self._say_once(folder, f"{folder} is left of a save, and could not be deleted: {error}")
 
     def _holds_others(self, folder: Path) -> bool:
-        """Whether the folder of a checkpoint holds what no run has written; it is said once."""
+        """Return whether a checkpoint's folder holds something that no run has written, and report it once."""
         others = foreign_entries(folder)
         if others:
             found = printable(", ".join(others[:3]))
@@ -306,7 +308,7 @@ class Checkpoints:
             self._give_up(step, None, self._described(error))
 
     def _require_success(self, step: int, temporary: Path, failure: Exception | None) -> None:
-        """RunError in every process if one of them failed, with the rank and the reason of the first that did."""
+        """Raise a RunError in every process if one failed, with the rank and the reason of the first failure."""
         for rank, told in enumerate(self.world.collect(failure and self._described(failure))):
             if told is not None:
                 reason, remedy = told
@@ -314,7 +316,7 @@ class Checkpoints:
                 self._give_up(step, temporary, (f"{which}{reason}", remedy))
 
     def _described(self, error: Exception) -> tuple[str, str]:
-        """What went wrong, and what to do about it."""
+        """Return what went wrong, and what to do about it."""
         return f"{type(error).__name__}: {error}", advice(error, self.folder)
 
     def _give_up(self, step: int, temporary: Path | None, described: Sequence[str]) -> NoReturn:
@@ -323,7 +325,7 @@ class Checkpoints:
         reason, remedy = described
         steps, free = [], "free space unknown"
         with suppress(OSError):
-            # the folder itself may be what cannot be read
+            # the folder itself may be unreadable
             steps = self.steps()
             free = f"{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"
         intact = f"step-{steps[0]} before it is intact" if steps else "there is none before it"
@@ -335,14 +337,14 @@ class Checkpoints:
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Good checkpoints must not give way to one that no run can go on from."""
+    """Refuse non-finite values: good checkpoints would be deleted for one that no run can resume from."""
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds values that are not finite")
 
 
 def require_same_shapes(saved: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], what: str) -> None:
-    """RunError that lists what differs, where names or shapes do."""
+    """Raise a RunError that lists the differing names and shapes, if there are any."""
     lines = [f"{name} is not in the checkpoint" for name in expected if name not in saved]
     lines += [f"{name} is only in the checkpoint" for name in saved if name not in expected]
     lines += [

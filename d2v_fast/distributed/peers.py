@@ -1,8 +1,8 @@
-"""What the processes of a run say to one another through its store: that they are alive, and who is missing.
+"""Signs of life and reports of missing processes, exchanged through the store of a run.
 
-When a process ends, the others lose connections one after the other, and each of those that end for this reason breaks
-further ones. So whoever finds out first which process is missing says so in the store, and the others repeat it. The
-process that holds the store stays until they have heard it.
+When a process ends, the others lose connections one after the other, and each one that ends for this reason breaks
+further connections. So the first process that finds out which one is missing reports it in the store, and the others
+repeat that report. The process that serves the store stays until they have read it.
 """
 
 from __future__ import annotations
@@ -13,24 +13,44 @@ import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from torch.distributed.distributed_c10d import Store
 
 from d2v_fast.processes.state import start_of, state_of
 
-# seconds: between two signs of life at most, and how long a question to the store may take
+# seconds: the longest time between two signs of life, and the timeout of a request to the store
 SIGN_S, QUESTION_S = 2.0, 3.0
 _POLL_S = 0.05
 _MISSING = "missing"
 
 
-class Missing(NamedTuple):
-    """What keeps the others from going on.
+class About(TypedDict):
+    """A process's last sign of life.
 
     Attributes:
-        ranks: those that are missing, or late.
-        text: who they are, and what about them.
+        pid: Its process id.
+        start: Start time of that process, which tells it from a later one with the same id.
+        host: Name of its machine.
+        place: Machine and PID namespace, within which process ids are comparable.
+        arrivals: How often it has come to a collective.
+        sign: Counter of its signs of life.
+    """
+
+    pid: int
+    start: int | None
+    host: str
+    place: str
+    arrivals: int
+    sign: int
+
+
+class Missing(NamedTuple):
+    """The processes that the others wait for.
+
+    Attributes:
+        ranks: Ranks of the missing or late processes.
+        text: Their names and what is wrong with them.
     """
 
     ranks: list[int]
@@ -41,11 +61,11 @@ class Peers:
     """All processes of a run, as one of them sees them.
 
     Args:
-        store: shared by all processes; a connection of its own is made.
-        rank, size: of this process, and how many there are.
-        sign_s: seconds between two signs of life.
-        serves: whether this process holds the store.
-        question_s: seconds that a question to the store may take.
+        store: Shared by all processes; this object opens its own connection.
+        rank, size: Rank of this process, and number of processes.
+        sign_s: Seconds between two signs of life.
+        serves: Whether this process serves the store.
+        question_s: Timeout of a request to the store, in seconds.
     """
 
     def __init__(
@@ -54,12 +74,12 @@ class Peers:
         self._rank, self._size, self._sign_s, self._serves = rank, size, sign_s, serves
         self._store: Store = store.clone()  # type: ignore[attr-defined]  # missing in the stubs
         self._store.set_timeout(timedelta(seconds=question_s))
-        self._known: dict[int, dict[str, Any]] = {}
+        self._known: dict[int, About] = {}
         self._missing: Missing | None = None
 
     def say(self, arrivals: int, sign: int) -> None:
-        """Give a sign of life."""
-        about = {
+        """Write a sign of life to the store."""
+        about: About = {
             "pid": os.getpid(),
             "start": start_of(os.getpid()),
             "host": socket.gethostname(),
@@ -69,23 +89,23 @@ class Peers:
         }
         self._store.set(f"watch/{self._rank}", json.dumps(about))
 
-    def hear(self) -> list[dict[str, Any]]:
-        """Return what every process has said last."""
+    def hear(self) -> list[About]:
+        """Return the last sign of life of every process."""
         self._known = dict(enumerate(map(json.loads, self._store.multi_get(self._keys("watch")))))
         return list(self._known.values())
 
     def learn(self, other: Peers) -> None:
-        """Take over what another connection of this process has heard."""
+        """Copy what another connection of this process has read."""
         self._known = dict(other._known)
         self._missing = self._missing or other._missing
 
     @property
     def known_missing(self) -> Missing | None:
-        """What was reported to be missing, as far as this process has heard; asks nobody."""
+        """The report that this process has read before, if any. The store is not asked."""
         return self._missing
 
     def wait_for_all(self, limit: timedelta) -> list[int]:
-        """Wait until every process has said something; returns the ranks of those that have not within the limit."""
+        """Wait for a sign of life of every process; return the ranks without one within the limit."""
         try:
             self._store.wait(self._keys("watch"), limit)
         except RuntimeError:
@@ -94,24 +114,24 @@ class Peers:
         return []
 
     def have_all_come(self) -> bool:
-        """Whether every process has said something."""
+        """Return whether every process has given a sign of life."""
         return bool(self._store.check(self._keys("watch")))
 
     def absent(self) -> list[int]:
-        """Return the ranks that have never said anything."""
+        """Return the ranks that have never given a sign of life."""
         return [rank for rank, key in enumerate(self._keys("watch")) if not self._store.check([key])]
 
     def reported(self) -> Missing | None:
-        """Return what was reported to be missing, by this process or another; None before anything was."""
+        """Return the report of a missing process, by this process or another; None if there is none."""
         if self._missing is None and self._store.check([_MISSING]):
             self._missing = Missing(**json.loads(self._store.get(_MISSING)))
             self._store.set(f"heard/{self._rank}", "")
         return self._missing
 
     def report(self, found: Missing) -> Missing:
-        """Say what is missing; returns that, or what another process has said before.
+        """Report a missing process; return this report, or an earlier one of another process.
 
-        The process that holds the store waits until the others have heard it.
+        The process that serves the store waits until the others have read it.
         """
         first = self._store.compare_set(_MISSING, "", json.dumps(found._asdict()))
         self._missing = Missing(**json.loads(first))
@@ -121,24 +141,24 @@ class Peers:
 
     @property
     def patience_s(self) -> float:
-        """Seconds within which `find_missing` and `report` are through, unless the store does not answer."""
+        """Longest duration of `find_missing` and `report` in seconds, if the store answers."""
         return 2 * (3 * self._sign_s + 1) + QUESTION_S
 
     def find_missing(self) -> Missing | None:
-        """Find out which process has ended, once a connection has been lost, and report it; None if unknown.
+        """Find out which process has ended after a connection was lost, and report it; None if unknown.
 
         Raises:
-            RuntimeError: the store has gone with the process that holds it.
+            RuntimeError: The process that served the store has ended.
         """
         if (known := self.reported()) is not None:
             return self.report(known)
-        # not missing itself, but about to end for this reason
+        # this process is about to end too, but is not the cause
         self._store.set(f"left/{self._rank}", "")
         ended = self._ended()
         return None if ended is None else self.report(ended)
 
     def host_missing(self) -> Missing | None:
-        """Return that the first process is missing, which holds the store; None where another one holds it."""
+        """Return that the first process, which serves the store, is missing; None if another one serves it."""
         if self._rank == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return None
         about = self._known.get(0)
@@ -148,7 +168,7 @@ class Peers:
         return self._missing_of([0], "ended, or is cut off; its own message, or the launcher's, says why")
 
     def names(self, ranks: Sequence[int]) -> str:
-        """Name processes by rank, id and host, as far as they are known."""
+        """Return the rank, process id and host of processes, as far as they are known."""
         shown = [self._name(rank) for rank in ranks[:8]]
         return ", ".join(shown) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
@@ -163,7 +183,7 @@ class Peers:
         return bool(self._store.check([f"{kind}/{rank}"]))
 
     def _ended(self) -> Missing | None:
-        """Those that have ended on this machine, or else those on other ones that give no further sign of life."""
+        """Return the processes of this machine that have ended, or else silent ones of other machines."""
         deadline = time.monotonic() + 3 * self._sign_s + 1
         first = self.hear()
         while True:
@@ -201,19 +221,19 @@ class Peers:
                 and not (_is_here(self._known.get(rank)) and state_of(self._known[rank]["pid"]) is not None)
             ]
             time.sleep(_POLL_S)
-        # those that have left may still be asking
+        # processes that have left may still be reading
         time.sleep(2 * _POLL_S)
 
 
 def _place() -> str:
-    """The machine, or the part of it, within which process ids mean the same."""
+    """Return the machine and PID namespace, within which process ids are comparable."""
     return f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
-def _is_here(about: dict[str, Any] | None) -> bool:
+def _is_here(about: About | None) -> bool:
     return about is not None and about.get("place") == _place()
 
 
-def _is_dead(about: dict[str, Any]) -> bool:
-    """Whether a process of this machine has ended, also where its id belongs to another one by now."""
+def _is_dead(about: About) -> bool:
+    """Return whether a process of this machine has ended, even if another one has its id by now."""
     return _is_here(about) and (state_of(about["pid"]) == "dead" or start_of(about["pid"]) != about["start"])

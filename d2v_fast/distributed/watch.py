@@ -1,9 +1,9 @@
-"""Ends a process that has waited too long for the others, and says which of them it waited for.
+"""End a process that has waited too long for the others, and name those that it waited for.
 
-A collective that waits for a stopped process, or for one behind a cut cable, says at most that it waited, and some
-(those of groups that DeepSpeed makes) wait for half an hour. So every process tells the store of the run how often
-it has come to a point where all of them meet, and that it is alive. A blocked process finds out which peers are missing
-or late, names them in its error, and exits.
+A collective that waits for a stopped or unreachable process at most reports that it waited, and some (in groups that
+DeepSpeed makes) wait for half an hour. So every process writes to the store of the run that it is alive, and how many
+collectives it has come to. A blocked process finds out which peers are dead or late, names them in its error, and
+exits.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from d2v_fast.distributed.peers import SIGN_S, Missing, Peers
+from d2v_fast.distributed.peers import SIGN_S, About, Missing, Peers
 from d2v_fast.processes.idle import LOOKS, clock, end_process, late
 
 _ADVICE = "If that is normal here, raise `d2v.run.timeout_minutes`."
 
 
 class Watch:
-    """Two threads: one counts how long nothing has happened here, the other talks to the store, which may hang.
+    """Two threads: one measures how long this process makes no progress, the other talks to the store, which may hang.
 
     Args:
-        store: shared by all processes; connections of its own are made.
-        rank, size: of this process, and how many there are.
-        limit_s: how long this process may get no further.
-        end: called with the message from a thread; ends the process.
-        serves: whether this process holds the store.
+        store: Shared by all processes; the watch opens its own connections.
+        rank, size: Rank of this process, and number of processes.
+        limit_s: Seconds that this process may make no progress.
+        end: Ends the process; a thread calls it with the message.
+        serves: Whether this process serves the store.
     """
 
     def __init__(
@@ -48,32 +47,31 @@ class Watch:
         self._rank, self._size, self._limit_s = rank, size, limit_s
         self._end = end_process if end is None else end
         self._sign_s = min(limit_s / LOOKS, SIGN_S)
-        # one is for the thread that talks: it may hang while the others ask
+        # the talking thread has its own connection, because it may hang
         self._talking = Peers(store, rank, size, self._sign_s, serves, question_s=max(1.0, limit_s))
         self._asking = Peers(store, rank, size, self._sign_s, serves)
         self._arrivals, self._is_meeting = 0, False
         self._looks = self._looks_without_progress = 0
         self._stopped_s, self._looks_since_stop = 0.0, 0
-        # what the others said last, and at which look their sign of life was another one
-        self._peers: list[dict[str, Any]] = []
+        # the last signs of life, and the look at which each of them last changed
+        self._peers: list[About] = []
         self._changed: list[int] = []
         self._answered = 0
         self._closed = threading.Event()
-        # said before the first step: a process that is stopped during its first steps must be known by then, because
-        # the others wait for the word of each
+        # written before the first step, because the others wait for a sign of life of each process
         self._talking.say(0, 0)
         for work in (self._count, self._talk):
             threading.Thread(target=work, name="d2v_fast watch", daemon=True).start()
 
     def arrived(self) -> None:
-        """This process has come to a point where it meets the others, and is about to wait for them."""
+        """Count that this process has come to a collective, and may have to wait there."""
         self._arrivals += 1
 
     def wait_for_all(self) -> str | None:
-        """Wait until every process has come; returns which have not within the limit, as a sentence without its end.
+        """Wait until every process has come; return a clause that names those that have not within the limit.
 
         Raises:
-            RuntimeError: the store is gone.
+            RuntimeError: The store is gone.
         """
         # this wait has the same limit
         self._is_meeting = True
@@ -82,19 +80,19 @@ class Watch:
             if not absent:
                 return None
             text = f"{self._asking.names(absent)} {'has' if len(absent) == 1 else 'have'} not come"
-            # the process that holds the store waits until the others have heard it
+            # the process that serves the store waits until the others have read it
             return self._asking.report(Missing(absent, text)).text
         finally:
             self._is_meeting = False
 
     def missing(self) -> str | None:
-        """Return which process is missing, as a sentence without its end, once a connection to it has been lost.
+        """Return a clause that names the missing process after a connection was lost, and report it to the others.
 
-        What is found is told to the others. None where it cannot be found out.
+        None if it cannot be found out.
         """
         found = self._within(self._asking.find_missing, self._asking.patience_s)
         if found is None:
-            # or else the store does not answer
+            # the store may not answer
             found = self._asking.known_missing or self._asking.host_missing()
         itself = ""
         if self._stopped_s and self._looks_since_stop < LOOKS:
@@ -114,7 +112,7 @@ class Watch:
             self._looks += 1
             self._looks_since_stop += 1
             if late(last, now, interval_s):
-                # the others were stopped as well, or need time to come back, or are gone
+                # the others may have been stopped as well, and need time to come back
                 self._stopped_s, self._looks_since_stop = now - last, 0
             advanced = self._arrivals != before or self._is_meeting or self._looks_since_stop == 0
             self._looks_without_progress = 0 if advanced else self._looks_without_progress + 1
@@ -130,14 +128,14 @@ class Watch:
             try:
                 self._talking.say(self._arrivals, sign)
                 self._talking.reported()
-                # what the others say matters only when something is wrong: it is much to ask for in a large run
+                # read the others only if something may be wrong: it is a large request in a large run
                 if self._looks_without_progress <= LOOKS // 2 and self._peers:
                     self._answered = self._looks
                 elif heard_at != self._looks and self._talking.have_all_come():
                     heard_at = self._looks
                     self._listen()
             except dist.DistNetworkError:
-                # the store has gone with the process that holds it; `_message` says so when nothing happens any more
+                # the process that serves the store has ended; `_message` reports it at the limit
                 return
             except RuntimeError:
                 # it may answer later
@@ -146,11 +144,11 @@ class Watch:
     def _listen(self) -> None:
         peers = self._talking.hear()
         self._asking.learn(self._talking)
-        known = self._peers or [{}] * self._size
+        known: list[int | None] = [peer["sign"] for peer in self._peers] or [None] * self._size
         changed = self._changed or [self._looks] * self._size
         self._changed = [
-            self._looks if new["sign"] != old.get("sign") else last
-            for new, old, last in zip(peers, known, changed, strict=True)
+            self._looks if peer["sign"] != sign else last
+            for peer, sign, last in zip(peers, known, changed, strict=True)
         ]
         self._peers, self._answered = peers, self._looks
 
@@ -164,21 +162,21 @@ class Watch:
         return f"{waited}: {found.text}. {_ADVICE}"
 
     def _within(self, ask: Callable[[], Missing | None], limit_s: float) -> Missing | None:
-        """What a question to the store gives; None also where the store does not answer, or is gone."""
+        """Return the answer to a request to the store; None if the store does not answer, or is gone."""
         answers: list[Missing | None] = []
 
         def work() -> None:
             with suppress(RuntimeError):
                 answers.append(ask())
 
-        # a store that is stopped holds some questions for ever
+        # a stopped store never answers some requests
         thread = threading.Thread(target=work, name="d2v_fast question", daemon=True)
         thread.start()
         thread.join(limit_s)
         return answers[0] if answers else None
 
     def _find_late(self) -> Missing | None:
-        """Those that do not answer, or else those that have not come to where this process waits."""
+        """Return the processes that do not answer, or else those that have not come to this collective."""
         gone = "does not answer: it is stopped, or the network is cut"
         # a sign of life is due at every look; a quarter of the limit is a long silence
         silence = LOOKS // 4

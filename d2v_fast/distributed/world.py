@@ -1,8 +1,8 @@
-"""The processes of a run: which one this is, where it computes, and how they agree.
+"""The processes of a run: rank, device, and agreement between them.
 
-One process needs no process group. Several are connected with torch.distributed as `torchrun` or the
-`deepspeed` launcher describe them in the environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`,
-`MASTER_PORT`). Decisions of the host travel over a gloo group of their own, so that no one waits for a GPU.
+One process needs no process group. Several are connected with torch.distributed, as `torchrun` or the `deepspeed`
+launcher describe them in the environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`). Decisions
+of the host use their own gloo group, so that they never wait for a GPU.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from d2v_fast.distributed.watch import Watch
 from d2v_fast.errors import RunError as RunError
 
-# what gloo says when a process at the other end, or the network to it, is gone
+# messages of gloo when a peer, or the network to it, is gone
 _BROKEN = re.compile(r"gloo/(transport|rendezvous)|[Cc]onnection (closed|reset|refused)|connectFullMesh failed")
 
-# of the run that this process is in, if several take part
+# the watch of the run, if it has several processes
 _watch: Watch | None = None
 
 
@@ -34,15 +34,15 @@ class World:
     """This process among all processes of the run.
 
     Args:
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        grouped: whether a process group is needed even for one process, as DeepSpeed does.
-        timeout_minutes: how long this process waits for the others, at the start and at every later point. Then it
-            ends with an error that names who is missing.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        grouped: Whether even one process needs a process group, as with DeepSpeed.
+        timeout_minutes: Longest wait for the others, at the start and at every later point. Then this process ends
+            with an error that names the missing ones.
 
     Attributes:
         rank: 0 to `size` - 1; only rank 0 prints and writes.
-        size: number of processes.
-        device: where this process computes.
+        size: Number of processes.
+        device: The device that this process computes on.
     """
 
     def __init__(self, device: str = "auto", grouped: bool = False, timeout_minutes: float = 10.0) -> None:
@@ -62,18 +62,18 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """True in the one process that prints and writes."""
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over all processes, in place, on its device."""
+        """Sum a tensor over all processes, in place, on its device."""
         if self.size > 1:
             self.arrive()
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """True in every process where it is true in one. Between hosts: no device is waited for."""
+        """Return whether the flag is true in any process. The hosts exchange it without waiting for a device."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
@@ -86,17 +86,17 @@ class World:
         self.any(False)
 
     def arrive(self) -> None:
-        """Say that this process has come to a collective, of its own or of DeepSpeed's, and may have to wait there.
+        """Count that this process has come to a collective, its own or DeepSpeed's, and may have to wait there.
 
-        The more often, the better can be told who keeps the others waiting when that takes too long.
+        The more often it is called, the better a timeout can name the late process.
         """
         if self._watch is not None:
             self._watch.arrived()
 
     def decide(self, make: Callable[[], Any]) -> Any:
-        """Run `make` in the first process and hand its result, which JSON can express, to all of them.
+        """Run `make` in the first process and return its result, which JSON must be able to express, in all of them.
 
-        An OSError, ValueError or RuntimeError is raised in every process: the same there, as RunError elsewhere.
+        An OSError, ValueError or RuntimeError is raised there, and a RunError with the same text elsewhere.
         """
         if self.size == 1:
             return make()
@@ -115,7 +115,7 @@ class World:
         return told["answer"]
 
     def collect(self, value: Any) -> list[Any]:
-        """What every process passes, which JSON can express, in the order of their ranks; in every process."""
+        """Return the values of all processes, which JSON must be able to express, in the order of ranks."""
         if self.size == 1:
             return [value]
         self.arrive()
@@ -130,7 +130,7 @@ class World:
         return [json.loads(text[: int(length)].numpy().tobytes()) for text, length in pairs]
 
     def close(self) -> None:
-        """Take the process group down; torch warns about one that is left."""
+        """Destroy the process group; torch warns about one that is left."""
         global _watch
         if self._watch is not None:
             self._watch.close()
@@ -156,7 +156,7 @@ class World:
                 raise
             raise ConnectionError(told) from error
         except BaseException:
-            # nobody closes a world that was not made
+            # the caller has no object to close
             self.close()
             raise
 
@@ -173,14 +173,14 @@ class World:
             store=PrefixStore(_attempt(), store),
             rank=self.rank,
             world_size=self.size,
-            # longer than the watch waits, which can say who is missing
+            # longer than the watch waits, which can name the missing process
             timeout=2 * limit,
             device_id=None if backend == "gloo" else self.device,
         )
         self._hosts = dist.new_group(backend="gloo", timeout=2 * limit)
 
     def _tell(self, message: bytes) -> bytes:
-        """Broadcast bytes of the first process; what the others pass is ignored."""
+        """Broadcast bytes of the first process; the argument of the others is ignored."""
         self.arrive()
         length = torch.tensor([len(message)])
         dist.broadcast(length, 0, group=self._hosts)
@@ -192,12 +192,12 @@ class World:
 
 
 def world_size() -> int:
-    """Number of processes that the launcher has started; 1 without a launcher."""
+    """Return the number of processes that the launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def lost_connection(error: RuntimeError) -> str | None:
-    """What to tell where another process of the run is gone; None where `error` is about something else."""
+    """Return the message for an error that a lost process caused; None for other errors."""
     if not isinstance(error, dist.DistError) and not _BROKEN.search(str(error)):
         return None
     rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
@@ -208,22 +208,25 @@ def lost_connection(error: RuntimeError) -> str | None:
 
 
 def _open_store(rank: int, size: int, limit: timedelta) -> tuple[Store, bool]:
-    """The store in which the processes find each other, and whether this one holds it.
+    """Return the store through which the processes connect, and whether this one serves it.
 
-    Unlike torch's own rendezvous it does not wait for all, so that whoever waits can say who is missing.
+    Unlike torch's rendezvous it does not wait for all, so that a waiting process can name the missing ones.
     """
     # torchrun serves a store for its processes
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options: dict[str, Any] = {"timeout": limit, "wait_for_workers": False, "multi_tenant": True}
-    # the stubs leave it out
+    # missing in the stubs
     make: Any = dist.TCPStore  # type: ignore[attr-defined]
     return make(address, port, size, serves, **options), serves
 
 
 def _attempt() -> str:
-    """Prefix in the store. torchrun keeps its store over its restarts, with the addresses of the processes that have
-    died; on several machines every agent counts restarts for itself, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps."""
+    """Return the prefix in the store.
+
+    torchrun keeps its store across restarts, with the addresses of dead processes. On several machines every agent
+    counts its own restarts, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.
+    """
     is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if is_shared and alone else "attempt"

@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
-import os
-import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +26,8 @@ from torch import Tensor, nn
 from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.config import BatchSplit, DeepSpeedConfig
 from d2v_fast.data import Batch
+from d2v_fast.distributed import deepspeed_internals, deepspeed_start
+from d2v_fast.distributed.deepspeed_types import Engine as ZeroEngine
 from d2v_fast.distributed.shards import Shard, find_shards
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.objectives.data2vec import StepOutput
@@ -41,9 +39,6 @@ from d2v_fast.training.optimizers import (
     optimizer_step,
     restore_optimizer,
 )
-
-# what a loss scaler of DeepSpeed's goes by
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine(ABC):
@@ -98,8 +93,8 @@ class Engine(ABC):
         """The optimizer that steps the fp32 values."""
 
     @property
-    def deepspeed(self) -> Any:
-        """DeepSpeed's engine, for whoever must know how it shards; None without DeepSpeed."""
+    def deepspeed(self) -> ZeroEngine | None:
+        """DeepSpeed's engine, which decides how the parameters are sharded; None without DeepSpeed."""
         return None
 
     def shards(self) -> list[Shard]:
@@ -151,16 +146,18 @@ def make_engine(model: nn.Module, config: DeepSpeedConfig, world: World, *, deca
 
 
 def check_engine_available(config: DeepSpeedConfig, num_processes: int) -> None:
-    """Check that DeepSpeed, where it is needed, and the optimizer can be imported.
+    """Check that DeepSpeed, where it is needed, is installed in a supported version, and the optimizer as well.
 
     Raises:
-        RunError: one of them cannot.
+        RunError: one of them is not.
     """
-    if config.needs_deepspeed(num_processes) and importlib.util.find_spec("deepspeed") is None:
-        raise RunError(
-            "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
-            f"`{install_command('deepspeed')}`. One process without `zero_optimization` needs none."
-        )
+    if config.needs_deepspeed(num_processes):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise RunError(
+                "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
+                f"`{install_command('deepspeed')}`. One process without `zero_optimization` does not need it."
+            )
+        deepspeed_start.check_version()
     if config.optimizer.type != "AdamW":
         check_optimizer_available(config.optimizer)
 
@@ -170,13 +167,14 @@ def import_engine(config: DeepSpeedConfig, world: World) -> None:
     importlib.import_module("torch._dynamo")
     if config.needs_deepspeed(world.size):
         try:
-            _import_deepspeed(world.device)
+            deepspeed_start.load(world.device)
+        except RunError:
+            raise
         except Exception as error:
             # a package that does not fit the others raises what it likes
             raise RunError(f"deepspeed cannot be imported: {type(error).__name__}: {error}") from error
         if config.zero_optimization.stage > 0:
-            # whichever optimizer it is
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+            deepspeed_start.load_zero()
 
 
 class PlainEngine(Engine):
@@ -226,7 +224,7 @@ class DeepSpeedEngine(Engine):
     """Several processes, ZeRO, offload to the host."""
 
     def __init__(self, model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> None:
-        deepspeed = _import_deepspeed(world.device)
+        deepspeed_start.load(world.device)
         split = config.batch_split(world.size)
         self.model = model
         self.compute_dtype = compute_dtype(config, world.device)
@@ -244,11 +242,9 @@ class DeepSpeedEngine(Engine):
         del settings["optimizer"]
         optimizer = _make_optimizer(model, config, decay_1d)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), deepspeed_internals.without_compiling(world.device):
                 warnings.simplefilter("ignore")
-                self._engine, *_ = deepspeed.initialize(
-                    model=model, optimizer=optimizer, config=settings, dist_init_required=False
-                )
+                self._engine = deepspeed_start.initialize(model, settings, optimizer)
         except (ValueError, AssertionError) as error:
             raise RunError(f"DeepSpeed cannot run this configuration here: {error}") from error
         except Exception as error:
@@ -259,9 +255,9 @@ class DeepSpeedEngine(Engine):
             raise RunError(
                 f"{package} cannot report this run: {error} Mend that, or set its `enabled` to false."
             ) from error
-        if hasattr(self._loss_scaler(), "raise_error_at_min_scale"):
-            # the guard stops the run, with what was seen
-            self._loss_scaler().raise_error_at_min_scale = False
+        if self.compute_dtype == torch.float16:
+            # the guard ends the run, and reports what it has seen
+            deepspeed_internals.tolerate_smallest_scale(self._engine)
         self._engine.train()
 
     def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
@@ -279,9 +275,9 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float) -> Tensor:
         self._micro_steps = 0
-        _set_lr(self._engine.optimizer, lr)
+        _set_lr(self.optimizer, lr)
         if self._checks_here:
-            self.grad_norm, applied = _clip(self.model, self._engine.optimizer, self._clipping)
+            self.grad_norm, applied = _clip(self.model, self.optimizer, self._clipping)
             self._engine.step()
             return applied
         self._engine.step()
@@ -295,34 +291,23 @@ class DeepSpeedEngine(Engine):
 
     @property
     def optimizer(self) -> Any:
-        return self._engine.basic_optimizer
+        return deepspeed_internals.stepping_optimizer(self._engine)
 
     @property
-    def deepspeed(self) -> Any:
+    def deepspeed(self) -> ZeroEngine:
         return self._engine
 
     def state(self) -> dict[str, Any]:
-        scaler = self._loss_scaler()
-        return {
-            **super().state(),
-            "loss_scale": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
-        }
+        # the other dtypes need no scale
+        is_scaled = self.compute_dtype == torch.float16
+        scale = deepspeed_internals.loss_scale_state(self._engine) if is_scaled else {}
+        return {**super().state(), "loss_scale": scale}
 
     def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
         super().restore(read, state)
-        scaler = self._loss_scaler()
-        saved = state.get("loss_scale", {})
-        for name in _SCALER:
-            if name in saved and hasattr(scaler, name):
-                setattr(scaler, name, saved[name])
-        _write_low_precision(self._engine.optimizer)
-
-    def _loss_scaler(self) -> Any:
-        """What fp16 scales its loss with; None in the other dtypes, which need no scale."""
-        if self.compute_dtype != torch.float16:
-            return None
-        optimizer = self._engine.optimizer
-        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        if self.compute_dtype == torch.float16:
+            deepspeed_internals.restore_loss_scale(self._engine, state.get("loss_scale", {}))
+        deepspeed_internals.write_low_precision(self._engine)
 
 
 def compute_dtype(config: DeepSpeedConfig, device: torch.device) -> torch.dtype:
@@ -399,57 +384,6 @@ def _deepspeed_settings(
         # the default is a buffer of 2 GB; no bucket needs to be larger than the model
         zero.setdefault(bucket, min(getattr(config.zero_optimization, bucket), num_parameters))
     return settings
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed loads its own checkpoints with pickle unless told otherwise
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    _hide_broken_apex()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # ZeRO calls two collectives by names that torch 2.13 deprecates
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if device.type == "cpu":
-        # only a shared-memory collective asks this table, and would be compiled; the optimizers do not ask
-        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-    return deepspeed
-
-
-def _hide_broken_apex() -> None:
-    """DeepSpeed takes apex where it can be imported, and bears no other error there than a missing one."""
-    try:
-        importlib.import_module("apex")
-    except ImportError:
-        pass
-    except Exception:
-        # None makes the next import say that it is missing
-        sys.modules["apex"] = None  # type: ignore[assignment]
-
-
-@torch.no_grad()
-def _write_low_precision(optimizer: Any) -> None:
-    """Make DeepSpeed's copies of the fp32 values follow them, as at the end of its `step`."""
-    if hasattr(optimizer, "update_lp_params"):
-        optimizer.update_lp_params()
-    elif hasattr(optimizer, "grad_position"):
-        optimizer._partition_all_parameters()
-        for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        optimizer.invalidate_secondary_tensor()
-    elif hasattr(optimizer, "refresh_fp32_params"):
-        flat = getattr(optimizer, "fp32_groups_flat", None)
-        for index, group in enumerate(optimizer.fp16_groups):
-            if flat is not None:
-                optimizer.fp16_groups_flat[index].copy_(flat[index])
-                continue
-            for low, high in zip(group, optimizer.fp32_groups[index], strict=True):
-                low.copy_(high)
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

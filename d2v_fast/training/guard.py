@@ -19,6 +19,7 @@ from torch import Tensor
 from d2v_fast.command_lines import resume_command
 from d2v_fast.config import GuardConfig, RunConfig
 from d2v_fast.data import Batch
+from d2v_fast.distributed.deepspeed_internals import is_partitioned
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training.metrics import Entry, read_log
@@ -136,7 +137,7 @@ class Guard:
         """Look at the gradients of this process before they are averaged over all."""
         for parameter in parameters:
             # not at those that ZeRO-3 has taken apart, which have no gradient of this process alone
-            if parameter not in self._watched and not hasattr(parameter, "ds_id"):
+            if parameter not in self._watched and not is_partitioned(parameter):
                 self._watched.add(parameter)
                 parameter.register_hook(self._see_gradient)
 

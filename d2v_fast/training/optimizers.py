@@ -1,4 +1,4 @@
-"""The optimizers that a run can choose, and their state in a form that does not depend on which one it is."""
+"""The optimizers that a run can choose, and their state in a form that is the same for all of them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,42 @@ import importlib
 import math
 import struct
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from d2v_fast.config.deepspeed_sections import OptimizerConfig
+from d2v_fast.distributed.deepspeed_internals import cpu_adam_step
+from d2v_fast.distributed.deepspeed_start import adam_class
 from d2v_fast.distributed.world import RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_optimizer_available(config: OptimizerConfig) -> None:
-    """RunError where the optimizer is not installed or cannot run here, with the reason."""
+    """Check that the optimizer is installed and can run here.
+
+    Raises:
+        RunError: It is not, or cannot; the message has the reason.
+    """
     _optimizer_class(config)
 
 
-def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay, as `optimizer.type` names it, over groups that hold their `weight_decay`.
+def make_optimizer(config: OptimizerConfig, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    """Return the Adam with decoupled weight decay that `optimizer.type` names.
 
+    Args:
+        config: Section `optimizer`.
+        groups: Parameter groups, each with its `weight_decay`.
     Raises:
-        RunError: it is not installed, or cannot be built here.
+        RunError: The optimizer is not installed, or cannot be built here.
     """
     params = config.params
     common = {"lr": params.lr, "betas": params.betas, "eps": params.eps}
     kind = config.type
-    options: dict[str, dict[str, Any]] = {
-        # fused: one pass over the memory, and the only form that takes the flag of a step that is not finite
+    options: dict[str, dict[str, bool]] = {
+        # fused: one pass over the memory, and the only form that accepts the flag of a step that is not finite
         "AdamW": {"fused": True},
         "FusedAdam": {"adam_w_mode": True},
         "CPUAdam": {"adamw_mode": True},
@@ -44,44 +52,43 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> tor
         optimizer: torch.optim.Optimizer = make(groups, **common, **options[kind])
     except (RuntimeError, OSError, ImportError) as error:
         raise RunError(
-            f'`optimizer.type` "{kind}" cannot be built here: {_reason(error)}. "AdamW" needs nothing.'
+            f'`optimizer.type` "{kind}" cannot be built here: {_reason(error)}. Use "AdamW", which is not compiled.'
         ) from error
     return optimizer
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first, in one line: DeepSpeed wraps the error of the compiler in its own."""
+    """Return the first cause in one line: DeepSpeed wraps the compiler's error in its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
 
 
-def _optimizer_class(config: OptimizerConfig) -> Any:
+def _optimizer_class(config: OptimizerConfig) -> Callable[..., torch.optim.Optimizer]:
     kind = config.type
     if kind == "AdamW":
         return torch.optim.AdamW
     if kind == "ApexFusedAdam" and not torch.cuda.is_available():
         raise RunError('`optimizer.type` "ApexFusedAdam" needs a CUDA device, and there is none. Use "AdamW".')
-    module, name, package = {
-        "FusedAdam": ("deepspeed.ops.adam", "FusedAdam", "deepspeed"),
-        "CPUAdam": ("deepspeed.ops.adam", "DeepSpeedCPUAdam", "deepspeed"),
-        # the exact symbol, which only NVIDIA's has
-        "ApexFusedAdam": ("apex.optimizers", "FusedAdam", "NVIDIA's apex (that of PyPI is another project)"),
-    }[kind]
+    package = "NVIDIA's apex (that of PyPI is another project)" if kind == "ApexFusedAdam" else "deepspeed"
     try:
-        return getattr(importlib.import_module(module), name)
+        if kind == "ApexFusedAdam":
+            # the exact symbol, which only NVIDIA's apex has
+            fused: Callable[..., torch.optim.Optimizer] = importlib.import_module("apex.optimizers").FusedAdam
+            return fused
+        return adam_class({"FusedAdam": "FusedAdam", "CPUAdam": "DeepSpeedCPUAdam"}[kind])
     except Exception as error:
-        # a package that is broken, or another one of that name, raises what it likes
+        # a broken package, or another one of that name, may raise anything
         raise RunError(
             f'`optimizer.type` "{kind}" needs {package}, which cannot be imported: {_reason(error)}. Use "AdamW".'
         ) from error
 
 
-def optimizer_step(optimizer: Any, stepped: Iterable[Tensor]) -> int:
-    """How many steps the optimizer has applied; 0 before the first one.
+def optimizer_step(optimizer: torch.optim.Optimizer, stepped: Iterable[Tensor]) -> int:
+    """Return how many steps the optimizer has applied; 0 before the first one.
 
     Raises:
-        RunError: its tensors disagree, as when some were trained from another point on than others.
+        RunError: The counts of its tensors differ, for example because some were trained from a later step on.
     """
     counts = {_count(optimizer, value) for value in stepped}
     if len(counts) > 1:
@@ -89,8 +96,8 @@ def optimizer_step(optimizer: Any, stepped: Iterable[Tensor]) -> int:
     return counts.pop() if counts else 0
 
 
-def restore_optimizer(optimizer: Any, stepped: Iterable[Tensor], step: int) -> None:
-    """Give the optimizer the state that it has after `step` applied steps, moments left for the caller to fill."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, stepped: Iterable[Tensor], step: int) -> None:
+    """Give the optimizer the state that it has after `step` applied steps. The caller fills the moments."""
     stepped = list(stepped)
     for value in stepped:
         if step == 0:
@@ -102,34 +109,30 @@ def restore_optimizer(optimizer: Any, stepped: Iterable[Tensor], step: int) -> N
         on_device = isinstance(optimizer, torch.optim.AdamW)
         state["step"] = torch.tensor(float(step), device=value.device) if on_device else step
     for group in optimizer.param_groups:
-        # NVIDIA's counts per group
+        # NVIDIA's FusedAdam counts steps per group
         if "step" in group or type(optimizer).__module__.startswith("apex."):
             group["step"] = step
     if stepped and not stepped[0].is_cuda:
         _replay_bias_correction(optimizer, step)
 
 
-def _replay_bias_correction(optimizer: Any, step: int) -> None:
-    """DeepSpeed's optimizers for the CPU keep `beta ** step` as a product that is rounded at every step, in an object
-    of C++ that nothing saves. Counting from 1 again, on one element, gives the same bits. Where every product of so
-    many steps rounds 1 minus it to 1, the last step alone does."""
-    group = optimizer.param_groups[0]
-    first = step if step > steps_until_unbiased(group["betas"]) else 1
-    hyper = (0.0, *group["betas"], group["eps"])
-    value, grad, exp_avg, exp_avg_sq = (torch.ones(1) for _ in range(4))
+def _replay_bias_correction(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Bring the bias corrections of DeepSpeed's CPU optimizers to `step`, bit for bit.
+
+    Their C++ object keeps `beta ** step` in fp32 as a product that is rounded at every step. It cannot be set: the
+    object either multiplies once more or takes a power, which rounds differently. So the steps are made again, on one
+    element. Once 1 minus any such product rounds to 1, the last step is enough.
+    """
+    advance = cpu_adam_step(optimizer)
+    if advance is None:
+        return
+    first = step if step > steps_until_unbiased(optimizer.param_groups[0]["betas"]) else 1
     for count in range(first, step + 1):
-        if hasattr(optimizer, "ds_opt_adam"):
-            optimizer.ds_opt_adam.adam_update(
-                optimizer.opt_id, count, *hyper, 0.0, True, value, grad, exp_avg, exp_avg_sq
-            )
-        elif hasattr(optimizer, "multi_tensor_adam"):
-            lists = [[grad], [value], [exp_avg], [exp_avg_sq]]
-            unused = torch.zeros(1, dtype=torch.int)
-            optimizer.multi_tensor_adam(1, unused, lists, *hyper, count, 1, 1, 0.0)
+        advance(count)
 
 
 def steps_until_unbiased(betas: Iterable[float]) -> int:
-    """Return after how many steps Adam's bias corrections are exactly 1 in fp32, however `beta ** step` was rounded.
+    """Return the step from which Adam's bias corrections are exactly 1 in fp32, however `beta ** step` was rounded.
 
     Args:
         betas: decays of the moments, each in [0, 1).
@@ -144,7 +147,7 @@ def _fp32(value: float) -> float:
     return rounded
 
 
-def _count(optimizer: Any, value: Tensor) -> int:
+def _count(optimizer: torch.optim.Optimizer, value: Tensor) -> int:
     state = optimizer.state.get(value)
     if not state:
         return 0

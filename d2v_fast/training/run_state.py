@@ -17,6 +17,7 @@ from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints, require_same_shapes
 from d2v_fast.config import RunConfig, changed_keys
 from d2v_fast.data import BatchMaker, Samples
+from d2v_fast.distributed.deepspeed_internals import is_partitioned
 from d2v_fast.distributed.shards import full_shape, gather_whole
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.models.student import Student
@@ -158,7 +159,7 @@ class RunState:
         copies where the run computes in 16 bits or ZeRO-3 has partitioned these."""
         teacher = self._teacher.module
         parameters = [*self._model.parameters(), *teacher.parameters()]
-        if all(p.dtype == torch.float32 and not hasattr(p, "ds_id") for p in parameters):
+        if all(p.dtype == torch.float32 and not is_partitioned(p) for p in parameters):
             student = self._model.student
             return (student, student.with_averaged(teacher)) if self._world.is_first else None
         names = {n: full_shape(p) for n, p in self._model.named_parameters() if n.startswith("student.")}

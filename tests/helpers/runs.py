@@ -20,11 +20,14 @@ from typing import Any
 
 import torch
 
+from d2v_fast.distributed import deepspeed_internals, deepspeed_start
 from d2v_fast.distributed.world import World
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.interop import export
 from d2v_fast.train import main
-from d2v_fast.training import engine, metrics
+from d2v_fast.training import metrics
+
+_never_compiling = contextlib.ExitStack()
 
 TINY: dict[str, Any] = {
     "train_batch_size": 24,
@@ -252,8 +255,10 @@ def import_deepspeed() -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine._import_deepspeed(torch.device("cpu"))
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        deepspeed_start.load(torch.device("cpu"))
+        deepspeed_start.load_zero()
+        # for the tests that call `deepspeed.initialize` themselves
+        _never_compiling.enter_context(deepspeed_internals.without_compiling(torch.device("cpu")))
 
 
 def processes(*words: str) -> dict[int, dict[str, str]]:

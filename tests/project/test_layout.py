@@ -45,7 +45,7 @@ FLAT = ("d2v_fast.ops.", "d2v_fast.kernels.", "d2v_fast.masking.", "d2v_fast.mod
 
 # only these may import a heavy package, and only inside a function
 LAZY = {
-    "deepspeed": {"d2v_fast.training.engine", "d2v_fast.teacher.zero"},
+    "deepspeed": {"d2v_fast.distributed.deepspeed_start"},
     "transformers": set(),
     "matplotlib": {"d2v_fast.figures.curves", "d2v_fast.training.metrics", "d2v_fast.figures.sheet"},
     "sklearn": {"d2v_fast.evaluation.classifiers", "d2v_fast.modalities.vision.digits"},

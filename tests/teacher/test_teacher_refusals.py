@@ -140,9 +140,17 @@ def test_fsdp2(tmp_path: Path) -> None:
             assert words in found[case], (case, found[case])
 
 
+@needs_deepspeed
 def test_zero_optimizer_of_an_unknown_kind() -> None:
     """An unknown ZeRO optimizer is an error instead of an average of rounded values."""
-    net = Net()
-    net.first.weight._hp_mapping = None
-    words = message_of(lambda: Teacher(net, SCHEDULE, module=Net(), engine=SimpleNamespace(optimizer=object())))
-    assert "with its ZeRO optimizer, but that is object instead" in words
+    for stage, words in {
+        0: "or with one of ZeRO's optimizers, but its optimizer is object instead",
+        1: "with the ZeRO optimizer of stages 1 and 2, but its optimizer is object instead",
+        2: "with the ZeRO optimizer of stages 1 and 2, but its optimizer is object instead",
+        3: "but its optimizer is object: an engine of stage 3 that was made without an optimizer trains nothing",
+    }.items():
+        net = Net()
+        engine: Any = SimpleNamespace(
+            optimizer=object(), basic_optimizer=None, _config=None, zero_optimization_stage=lambda stage=stage: stage
+        )
+        assert words in message_of(lambda net=net, engine=engine: Teacher(net, SCHEDULE, module=Net(), engine=engine))

@@ -142,8 +142,25 @@ def test_failed_build_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError) as caught:
         make_optimizer(parsed("CPUAdam", 2, **ON_HOST).deepspeed.optimizer, [])
     assert str(caught.value) == (
-        '`optimizer.type` "CPUAdam" cannot be built here: No such file or directory: \'g++\'. "AdamW" needs nothing.'
+        "`optimizer.type` \"CPUAdam\" cannot be built here: No such file or directory: 'g++'. "
+        'Use "AdamW", which is not compiled.'
     )
+
+
+@pytest.mark.parametrize(
+    ("betas", "step", "calls"),
+    [((0.9, 0.999), 5, range(1, 6)), ((0.9, 0.999), 1_000_000, [1_000_000]), ((0.9, 0.98), 10**9, [10**9])],
+)
+def test_few_steps_are_made_again_on_resume(
+    betas: tuple[float, float], step: int, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them while a bias correction depends on how the product was rounded, then the last one only."""
+    value = nn.Parameter(torch.ones(1))
+    optimizer, found = torch.optim.SGD([value]), []
+    optimizer.param_groups[0]["betas"] = betas
+    monkeypatch.setattr(optimizers, "cpu_adam_step", lambda optimizer: found.append)
+    optimizers.restore_optimizer(optimizer, [value], step)
+    assert found == list(calls)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import torch
 
 from d2v_fast.commands.console import main
 from d2v_fast.config import load_config
+from d2v_fast.distributed import deepspeed_start
 from d2v_fast.memory.predict import predict
 from d2v_fast.ops import _library
 from d2v_fast.training import engine, preflight
@@ -103,7 +104,7 @@ def test_deepspeed_that_cannot_be_imported(
     def broken(device: torch.device) -> None:
         raise AttributeError("module torch has no attribute x")
 
-    monkeypatch.setattr(engine, "_import_deepspeed", broken)
+    monkeypatch.setattr(deepspeed_start, "load", broken)
     said = fails(tiny_file(tmp_path, zero_optimization__stage=1))
     assert "deepspeed cannot be imported: AttributeError: module torch has no attribute x" in said
 
