@@ -12,7 +12,7 @@ The targets of data2vec are computed from f, before dropout and residual (arXiv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_fast.config import SpeechModelConfig, TextModelConfig
 from d2v_fast.models.encoder import Encoder, EncoderOutput, random_keys
 from d2v_fast.models.layers import INIT_STD, Linear, drop, dropout
+
+
+class PostNormSizes(Protocol):
+    """The fields of a model's configuration that describe a stack of post-norm blocks."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    layer_drop: float
+    norm_eps: float
+    gradient_checkpointing: bool
 
 
 class Segments(NamedTuple):
@@ -201,7 +215,7 @@ def _samples_of(x: Tensor, attendable: Attendable, rows: Tensor | None) -> Tenso
     return rows // x.shape[1]
 
 
-def post_norm_encoder(config: SpeechModelConfig | TextModelConfig) -> Encoder:
+def post_norm_encoder(config: PostNormSizes) -> Encoder:
     """Build the stack of post-norm blocks of a configuration."""
     blocks = (
         PostNormBlock(

@@ -13,13 +13,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_fast.config import VisionModelConfig
 from d2v_fast.models.layers import Linear, drop, init_linear_, linear, truncated_normal_
+
+
+class PreNormSizes(Protocol):
+    """The fields of a model's configuration that describe a stack of pre-norm blocks."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    drop_path: float
+    attention_dropout: float
+    dropout: float
+    layer_scale: float
+    norm_eps: float
+    position_bias: Literal["shared", "per_block"]
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        ...
 
 
 class RelativePositionBias(nn.Module):
@@ -128,7 +148,7 @@ def attention_with_bias_gradient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, 
 class Attention(nn.Module):
     """Multi-head self-attention with an additive bias on the logits."""
 
-    def __init__(self, config: VisionModelConfig) -> None:
+    def __init__(self, config: PreNormSizes) -> None:
         super().__init__()
         self.num_heads = config.heads
         self.attention_dropout = config.attention_dropout
@@ -156,7 +176,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear maps with an exact (erf) GELU between them, and dropout after the second."""
 
-    def __init__(self, config: VisionModelConfig) -> None:
+    def __init__(self, config: PreNormSizes) -> None:
         super().__init__()
         hidden_width = int(config.width * config.mlp_ratio)
         self.fc1 = Linear(config.width, hidden_width)
@@ -176,7 +196,7 @@ class PreNormBlock(nn.Module):
         index: position in the stack, from 0, which sets the drop-path rate and the scale of the output weights.
     """
 
-    def __init__(self, config: VisionModelConfig, index: int) -> None:
+    def __init__(self, config: PreNormSizes, index: int) -> None:
         super().__init__()
         self.index = index
         self.layer_scale = config.layer_scale

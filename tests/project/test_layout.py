@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from d2v_fast import config
 from tests.helpers.places import ROOT
 
 PACKAGE = ROOT / "d2v_fast"
@@ -125,6 +126,18 @@ def arrows() -> dict[tuple[str, str], list[str]]:
             if floor(target) not in (floor(name), "__init__"):
                 found.setdefault((floor(name), floor(target)), []).append(f"{name} -> {target}")
     return found
+
+
+def test_only_a_modality_knows_its_configuration():
+    """Every other module asks the modality's record, so that another modality needs no edit of it."""
+    classes = {one for names in config._OF_MODALITY.values() for one in names}
+    for path in sources():
+        name = module_name(path)
+        # trains a tokenizer, which text alone has
+        if name.startswith("d2v_fast.modalities.") or name in ("d2v_fast.config", "d2v_fast.commands.tokenize"):
+            continue
+        named = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert not named & classes, f"{name} names {named & classes}"
 
 
 def within(module: str, allowed: set[str]) -> bool:
