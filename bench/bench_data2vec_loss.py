@@ -1,4 +1,4 @@
-"""Target and loss in one operation, beside the same two one after the other, and beside plain PyTorch."""
+"""Target and loss in one operation, compared with the two operations in sequence and with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.measure import Compiled, Contest
 from d2v_fast.ops import data2vec_loss, masked_smooth_l1, topk_target
 
 BETAS = {"v1 vision": 2.0, "v1 text": 4.0, "v2 image": 0.0}
-# data2vec 2.0: predictions of so many masks of a sample share its targets
+# data2vec 2.0: number of masks per sample, whose predictions share the targets
 MASKS = {"v2 image": 16}
 
 

@@ -1,4 +1,4 @@
-"""EMA update of the parameter lists of real models, tensor by tensor as the models hold them."""
+"""EMA update of the parameter lists of real models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shapes = list[tuple[int, ...]]
 
 
 def vit_shapes(D: int, depth: int, heads: int) -> Shapes:
-    """The published vision model: BEiT-style blocks with LayerScale, and one shared table of position biases."""
+    """Return the shapes of the published vision model: BEiT-style blocks with LayerScale, one shared position bias."""
     block: Shapes = [(3 * D, D), (D,), (D,), (D, D), (D,), (D,), (D,), (D,)]  # attention, norm, LayerScale
     block += [(4 * D, D), (4 * D,), (D, 4 * D), (D,), (D,), (D,), (D,)]  # MLP, norm, LayerScale
     front: Shapes = [(D, 3 * 16 * 16), (D,), (D,), (1, D), (27 * 27 + 3, heads)]
@@ -26,7 +26,7 @@ def vit_shapes(D: int, depth: int, heads: int) -> Shapes:
 
 
 def wav2vec_base_shapes() -> Shapes:
-    """What is averaged of the speech model: positional convolutions, Transformer layers, input norm."""
+    """Return the averaged shapes of the speech model: positional convolutions, Transformer layers, input norm."""
     D = 768
     layer: Shapes = 4 * [(D, D), (D,)] + [(D,), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,), (D,), (D,)]
     return 5 * [(D, D // 16, 19), (D,)] + 12 * layer + [(D,), (D,)]
@@ -42,7 +42,7 @@ MODELS = {
 
 
 def published(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) -> None:
-    """Tensor by tensor: scale, add the scaled student, copy into the module that runs."""
+    """Update tensor by tensor: scale, add the scaled student, copy into the working module."""
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         t.mul_(DECAY)
         t.add_(s.to(torch.float32), alpha=1 - DECAY)
@@ -51,7 +51,7 @@ def published(teacher: list[Tensor], student: list[Tensor], working: list[Tensor
 
 
 def stock(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) -> None:
-    """The best that PyTorch's own multi-tensor functions do."""
+    """Update with PyTorch's multi-tensor functions."""
     if student[0].dtype != torch.float32:
         student = [s.to(torch.float32) for s in student]
     torch._foreach_lerp_(teacher, student, 1 - DECAY)
@@ -60,7 +60,7 @@ def stock(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) -
 
 
 def for_compile(teacher: list[Tensor], student: list[Tensor], working: list[Tensor]) -> None:
-    """The formula, left to the compiler to fuse."""
+    """Update by the formula, for the compiler to fuse."""
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         t.copy_(torch.lerp(t, s.to(torch.float32), 1 - DECAY))
         if working:
@@ -80,7 +80,7 @@ def bench_ema(
     teacher = [torch.randn(shape, device=device) for shape in shapes]
     student = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     working = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes] if with_working else []
-    # the compiler takes minutes for a long list: shown where it can be afforded
+    # compiling a long list takes minutes: limit it to a GPU and one model
     is_short = device.type == "cuda" or (model == "ViT-B" and dtype == torch.float32)
     peers = {"published": published, "stock": stock}
     bound = {name: _bind(f, teacher, student, working) for name, f in peers.items()}
@@ -88,7 +88,7 @@ def bench_ema(
     if is_short:
         bound["torch.compile"] = Compiled(torch.compile(_bind(for_compile, teacher, student, working)))
     else:
-        missing["torch.compile"] = "measured at ViT-B in fp32 only: compiling takes a minute a list"
+        missing["torch.compile"] = "measured at ViT-B in fp32 only: compiling takes a minute per list"
     if not working:
         found, absent = apex_ema(teacher, student, DECAY)
         bound |= found

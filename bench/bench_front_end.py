@@ -1,8 +1,8 @@
-"""The convolutions of the speech front end, forward and backward, beside the same layers in plain torch.
+"""Forward and backward pass of the convolutions for speech, compared with the same layers in plain torch.
 
-The peer is what Transformers and the published code run: channels first, with a transpose before and after every norm.
-Both start from the same weights and must agree on the output and on every gradient. `lean` computes norms and GELUs
-again in the backward pass.
+The peer is the form of Transformers and the published code: channels first, with a transpose before and after every
+norm. Both have the same weights and must agree on the output and on every gradient. `lean` recomputes norms and GELUs
+in the backward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUM_ROUNDS = 5
 
 
 class PlainLayers(nn.Module):
-    """The same layers, channels first."""
+    """The same layers with channels first."""
 
     def __init__(self, stack: ConvStack) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def bench_front_end(benchmark: Any, device: torch.device, case: str) -> None:
 
 
 def assert_same(stack: ConvStack, plain: PlainLayers, waveforms: Tensor, direction: Tensor) -> None:
-    """Same frames, and the same gradient of every parameter."""
+    """Check that frames and the gradients of all parameters agree."""
     outputs = stack(waveforms), plain(waveforms)
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
     for output in outputs:

@@ -1,6 +1,6 @@
-"""Host time: what a call costs where there is nearly nothing to compute. One thread.
+"""Host time: the cost of a call on tiny tensors, with one thread.
 
-A GPU waits for the host where this is longer than its own work; on a CPU it is what a small model pays at every step.
+A GPU waits for the host if this is longer than its own work; on a CPU a small model pays it at every step.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from bench.measure import Contest
 from d2v_fast.ops import EmaUpdate, data2vec_loss, ema_update_, layer_norm_gelu, masked_smooth_l1
 
 DECAY = 0.9998
-# as many as a ViT-L has
+# number of tensors of a ViT-L
 NUM_TENSORS, NUM_ELEMENTS = 367, 4
-# of one measurement: a single call is too short for the clock's neighbors
+# calls per measurement: a single call is too short to time
 CALLS = 5
 
 
@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 
 def repeated(run: Callable[[], object]) -> Callable[[], None]:
-    """`CALLS` calls."""
+    """Return a function that calls `run` `CALLS` times."""
 
     def calls() -> None:
         for _ in range(CALLS):

@@ -1,4 +1,4 @@
-"""The loss forward and backward: on rows that lie together, with the gathers before it, and with a row map."""
+"""Forward and backward pass of the loss: on contiguous rows, with gathers before it, and with a row map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.measure import Compiled, Contest
 from d2v_fast.ops import masked_smooth_l1
 
 WIDTH = 768
-# v1 speech, one GPU and step; v2 images: 16 samples, 16 masks of each, 157 of 196 patches masked
+# v1 speech, per GPU and step; v2 images: 16 samples with 16 masks each, 157 of 196 patches masked
 NUM_ROWS, NUM_POSITIONS = 5800, 11_900
 SAMPLES, MASKS, MASKED, PATCHES = 16, 16, 157, 196
 BETAS = {"smooth L1": 2.0, "squared error": 0.0}
@@ -23,21 +23,21 @@ Loss = Callable[..., Tensor]
 
 
 def plain_loss(pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """The published loss: fp32, element by element, summed over channels, then over rows."""
+    """Compute the published loss: fp32, elementwise, summed over channels, then over rows."""
     if beta == 0.0:
         return F.mse_loss(pred.float(), target.float(), reduction="none").sum(-1).sum()
     return F.smooth_l1_loss(pred.float(), target.float(), beta=beta, reduction="none").sum(-1).sum()
 
 
 def stock_loss(pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """The same without the intermediate tensor."""
+    """Compute the same loss without the intermediate tensor."""
     if beta == 0.0:
         return F.mse_loss(pred.float(), target.float(), reduction="sum")
     return F.smooth_l1_loss(pred.float(), target.float(), beta=beta, reduction="sum")
 
 
 def forward_backward(loss: Loss, pred: Tensor, *others: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Loss and gradient to `pred`."""
+    """Return a function that computes the loss and the gradient of `pred`."""
 
     def run() -> tuple[Tensor, Tensor]:
         value = loss(pred, *others)
@@ -50,7 +50,7 @@ def forward_backward(loss: Loss, pred: Tensor, *others: Tensor) -> Callable[[], 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_rows(compete: Callable[[Contest], None], device: torch.device, dtype: str, beta: str) -> None:
-    """Rows that lie together: what our own model hands over, since its head runs on masked rows only."""
+    """Contiguous rows, as in our model, whose head runs on masked rows only."""
     pred = torch.randn(NUM_ROWS, WIDTH, device=device).to(DTYPES[dtype]).requires_grad_()
     target = torch.randn(NUM_ROWS, WIDTH, device=device)
     contend(
@@ -66,7 +66,7 @@ def bench_rows(compete: Callable[[Contest], None], device: torch.device, dtype: 
 
 @pytest.mark.parametrize("beta", BETAS)
 def bench_with_gathers(compete: Callable[[Contest], None], device: torch.device, beta: str) -> None:
-    """Predictions and targets at every position, of which the loss wants the masked ones."""
+    """Predictions and targets at every position, of which the loss uses the masked ones."""
     pred = torch.randn(NUM_POSITIONS, WIDTH, device=device, requires_grad=True)
     target = torch.randn(NUM_POSITIONS, WIDTH, device=device)
     rows = torch.randperm(NUM_POSITIONS)[:NUM_ROWS].sort().values.to(device)
@@ -82,7 +82,7 @@ def bench_with_gathers(compete: Callable[[Contest], None], device: torch.device,
         ours=ours,
         published=lambda p, t: plain_loss(p[mask], t[mask], BETAS[beta]),
         stock=lambda p, t: stock_loss(p.index_select(0, rows), t.index_select(0, rows), BETAS[beta]),
-        # both sides at the rows, the gradient at every position
+        # predictions and targets at the rows, the gradient at every position
         num_bytes=WIDTH * 4 * (2 * NUM_ROWS + NUM_POSITIONS),
     )
 
@@ -121,7 +121,7 @@ def contend(
     stock: Loss,
     num_bytes: int,
 ) -> None:
-    """Forward and backward of each, and of the compiled stock form."""
+    """Compare forward and backward passes with the peers and the compiled stock form."""
     pred, target = inputs
     low = pred.dtype != torch.float32
     peers: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {

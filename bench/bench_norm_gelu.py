@@ -1,4 +1,4 @@
-"""Layer norm and GELU forward and backward, at the sizes that the convolutions of speech leave behind."""
+"""Forward and backward pass of layer norm and GELU, at the output sizes of the convolutions for speech."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Two operations on channels last."""
+    """Apply two operations to channels-last input."""
     return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias))
 
 
 def published(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As Transformers and fairseq do it, between convolutions whose channels come first."""
+    """Apply the operations as Transformers and fairseq do, between channels-first convolutions."""
     return F.gelu(F.layer_norm(x.transpose(-2, -1), weight.shape, weight, bias).transpose(-2, -1))
 
 
 def forward_backward(operation: Operation, grad: Tensor, *inputs: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Value and all gradients; channels that come first are reported last."""
+    """Return a function that computes value and gradients; channels-first results are transposed."""
     first = grad.shape[-1] != inputs[1].shape[0]
 
     def run() -> tuple[Tensor, ...]:
@@ -65,7 +65,7 @@ def bench_norm_gelu(compete: Callable[[Contest], None], device: torch.device, dt
             },
             # forward: one read, one written; backward: two read, one written
             model_bytes=5 * x.numel() * x.itemsize,
-            # in bf16 PyTorch rounds between its two operations, and its sums over rows are off by several percent
+            # in bf16, PyTorch rounds between its two operations, and its sums over rows differ by several percent
             outcome=(lambda run: run()[:2]) if low else (lambda run: run()),
             rtol=5e-2 if low else 1e-3,
             atol=1e-1 if low else 1e-2,

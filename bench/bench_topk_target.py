@@ -1,4 +1,4 @@
-"""The target at the sizes of the published recipes, per GPU and step: K layers in, the masked rows out."""
+"""The target at the sizes of the published recipes, per GPU and step: from K layers to the masked rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Target = Callable[[list[Tensor], Tensor], Tensor]
 
 
 def published(size: Size) -> Target:
-    """Every layer in fp32, normalized at every position, averaged, normalized, and only then the masked rows."""
+    """Normalize every layer at every position in fp32, average, normalize, then select the masked rows."""
     shape = (size.width,)
 
     def target(layers: list[Tensor], rows: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def published(size: Size) -> Target:
 
 
 def stock(size: Size, norm: Callable[[Tensor], Tensor] | None = None) -> Target:
-    """The same in the best order that stock operations allow: rows first where the norm permits."""
+    """Compute the same with stock operations in the best order: select rows first if the norm permits."""
     shape = (size.width,)
     layer_norm = norm or (lambda x: F.layer_norm(x, shape))
 
@@ -116,7 +116,7 @@ def bench_topk_target(compete: Callable[[Contest], None], device: torch.device, 
 
 
 def make_inputs(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """K layers `[B, T, D]`, and the masked rows in ascending order."""
+    """Create K layers `[B, T, D]`, and the masked rows in ascending order."""
     shape = (size.samples, size.positions, size.width)
     layers = [torch.randn(shape, device=device).to(dtype) for _ in range(size.top_k)]
     num_positions = size.samples * size.positions
@@ -125,7 +125,7 @@ def make_inputs(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[l
 
 
 def target_bytes(size: Size, num_rows: int, item: int) -> int:
-    """What must be read of the layers: all of them once for statistics over positions, else the rows alone."""
+    """Return the bytes to read: all positions once for statistics over positions, otherwise the rows only."""
     read = size.samples * size.positions if size.layer_norm == "instance" else num_rows
     return size.top_k * read * size.width * item
 

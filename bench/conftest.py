@@ -1,4 +1,4 @@
-"""The fixture that every benchmark of an operation uses."""
+"""Fixtures of the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-# compile times are reported: none may come out of an earlier run; read when torch is imported first
+# compile times are reported, so disable caches of earlier runs; torch reads the variable at import
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
@@ -17,7 +17,7 @@ from bench.measure import Contest, run_contest
 
 @pytest.fixture
 def compete(benchmark: Any, device: torch.device) -> Callable[[Contest], None]:
-    """`compete(Contest(...))`: ours beside its peers; figures go to `extra_info` of the benchmark."""
+    """Return a function that runs a `Contest` and stores its figures in the benchmark's `extra_info`."""
 
     def run(contest: Contest) -> None:
         run_contest(contest, benchmark, device)

@@ -1,9 +1,9 @@
-"""How every benchmark measures: ours and its peers in turn, in one process, on the same inputs.
+"""Measure an implementation and its peers in turn, in one process, on the same inputs.
 
-A shared machine drifts, so nothing is compared with a figure of another minute: in every round each peer runs once,
-then the machine's own speed is taken, then ours runs, and ratios are formed within rounds. What an operation cannot
-avoid to move is counted in `model_bytes`; the line it is held against is measured on as many bytes: on a CPU a
-STREAM scale in place (a copy would pay for reading its destination, which no model counts), on a GPU a copy.
+The speed of a shared machine drifts, so figures are compared within a round only: in every round each peer runs once,
+then the memory bandwidth is measured, then our implementation runs. `model_bytes` is the minimum memory traffic of an
+operation. The bandwidth is measured on as many bytes: on a CPU by a STREAM scale in place (a copy would also read its
+destination, which `model_bytes` excludes), on a GPU by a copy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 41
-# the line is not measured on more than this
+# upper bound of the bytes for measuring the bandwidth
 MAX_LINE_BYTES = 1 << 30
 
 
@@ -32,14 +32,14 @@ class Contest:
     """One case of one operation.
 
     Attributes:
-        op, case: what the row is called; `case` says sizes and dtypes.
-        ours: runs the operation on inputs that it holds.
-        peers: others that do the same, by name. A `Compiled` one has its compile time reported apart.
-        outcome: runs an implementation and returns what it computed, for the comparison; by default what it returns.
-        model_bytes: bytes that the operation must move.
-        rtol, atol: how far a peer may be from ours.
-        missing: peers that cannot run here, by name, and why.
-        seconds: for about how long to measure.
+        op, case: name of the operation and of the case, with sizes and dtypes.
+        ours: runs our implementation on fixed inputs.
+        peers: other implementations by name. The compile time of a `Compiled` one is reported separately.
+        outcome: runs an implementation and returns its result for the comparison; by default its return value.
+        model_bytes: minimum memory traffic that the operation requires, in bytes.
+        rtol, atol: allowed differences between a peer's result and ours.
+        missing: peers that cannot run here, by name, with the reason.
+        seconds: approximate duration of the measurement.
     """
 
     op: str
@@ -55,7 +55,7 @@ class Contest:
 
 
 class Compiled:
-    """A peer whose first call compiles; how long that took is reported apart."""
+    """A peer whose first call compiles; the time of that call is reported separately."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self.compile_s: float | None = None
@@ -71,14 +71,14 @@ class Compiled:
 
 
 def run_contest(contest: Contest, benchmark: Any, device: torch.device) -> None:
-    """Check that everyone agrees, time them in turn, and leave the figures in `benchmark.extra_info`."""
+    """Check that all results agree, time the implementations in turn, and store figures in `benchmark.extra_info`."""
     peers, missing = dict(contest.peers), dict(contest.missing)
     expected = [x.clone() for x in contest.outcome(contest.ours)]
     for name, peer in contest.peers.items():
         try:
             found = contest.outcome(peer)
         except (RuntimeError, NotImplementedError) as error:
-            # a peer that cannot do this is reported, not hidden; ours may not fail
+            # report a peer that fails; our own failure is an error
             del peers[name]
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
             continue
@@ -97,7 +97,7 @@ def run_contest(contest: Contest, benchmark: Any, device: torch.device) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in (*timed, "line")}
 
     def others() -> None:
-        # the order turns, so that no peer always follows the same one
+        # rotate the order, so that no peer always follows the same one
         names = list(timed)
         turn = len(seconds["line"]) % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
@@ -131,7 +131,7 @@ def run_contest(contest: Contest, benchmark: Any, device: torch.device) -> None:
 
 
 class Line:
-    """What the machine does with `num_bytes`: a scale in place on a CPU, a copy on a GPU; half read, half written."""
+    """Bandwidth of the machine on `num_bytes`, half read, half written: a scale in place on a CPU, a copy on a GPU."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         n = max(1, min(num_bytes, MAX_LINE_BYTES) // 8)
@@ -148,7 +148,7 @@ class Line:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory that one call takes on top of what is allocated before it; None where the system does not tell."""
+    """Return the bytes that one call needs on top of what was allocated before; None if they cannot be measured."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -158,7 +158,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        # what was freed before and kept by the allocator would hide what is taken now
+        # freed blocks that the allocator retains would hide new allocations
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status_bytes("VmRSS")
@@ -169,7 +169,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def cuda_facts(run: Callable[[], Any], model_bytes: int, calls: int = 20) -> dict[str, Any]:
-    """Device time with a cold cache, kernel launches, and host syncs of one call."""
+    """Measure device time with a cold cache, kernel launches, and host synchronization of one call."""
     flush = torch.empty(64 * 1024 * 1024, device="cuda")
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
     run()
@@ -198,17 +198,17 @@ def cuda_facts(run: Callable[[], Any], model_bytes: int, calls: int = 20) -> dic
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, 20th and 80th percentile."""
+    """Return median, 20th and 80th percentile."""
     return {f"{name}_s": value for name, value in _quantiles(seconds).items()}
 
 
 def compared(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """A peer's times, and their ratios to ours, round by round."""
+    """Return the quantiles of a peer's times and of their ratios to ours within rounds."""
     return {**quantiles(theirs), "ratio": _quantiles(np.array(theirs) / np.array(ours))}
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Where a figure comes from."""
+    """Describe the device, threads and torch version of a figure."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
     return {"device": name, "device_type": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
 

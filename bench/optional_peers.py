@@ -1,4 +1,4 @@
-"""Peers that a machine may lack: NVIDIA apex and Liger. What cannot run is named with the reason."""
+"""Optional peers: NVIDIA apex and Liger. If one cannot run, the reason is reported."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Peers = tuple[dict[str, Callable[[], Any]], dict[str, str]]
 
 
 def apex_ema(teacher: list[Tensor], student: list[Tensor], decay: float) -> Peers:
-    """apex's multi-tensor `out = a * x + b * y`, which knows fp32 and fp16 but not bf16."""
+    """Return apex's multi-tensor `out = a * x + b * y`, which supports fp32 and fp16 but not bf16."""
     name = "apex axpby"
     if reason := _unfit(teacher[0].device) or _bf16(student):
         return {}, {name: reason}
     try:
-        # the exact symbols: on PyPI, `apex` is something else
+        # import exact symbols: `apex` on PyPI is another package
         from amp_C import multi_tensor_axpby
         from apex.multi_tensor_apply import multi_tensor_applier
     except ImportError as error:
@@ -28,7 +28,7 @@ def apex_ema(teacher: list[Tensor], student: list[Tensor], decay: float) -> Peer
 
 
 def layer_norms(example: Tensor) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str]]:
-    """Layer norms without parameters over the last dimension, by name."""
+    """Return layer norms without parameters over the last dimension, by name."""
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     if reason := _unfit(example.device):
         return found, {"apex layer norm": reason, "Liger layer norm": reason}

@@ -1,7 +1,7 @@
-"""What the peers of a whole step share: data2vec around Transformers' own models, as the published code trains it.
+"""Shared code of the peers of a whole step: data2vec around Transformers' models, trained as in the published code.
 
-Plain parts only: the teacher's layers are kept at every position, the targets are picked at the end by a boolean mask,
-the average follows tensor by tensor over the whole state dict, and AdamW is torch's default.
+The parts are plain: the teacher's layers are stored at every position, a boolean mask selects the targets at the end,
+the average is updated tensor by tensor over the whole state dict, and AdamW is torch's default.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def blocks_flop(D: int, T: int, mlp_ratio: float, N: float) -> tuple[float, floa
 
 
 def plain_head(head: nn.Module) -> nn.Module:
-    """A copy of our regression head on the host, of torch's own linear maps."""
+    """Copy our regression head to the host with torch's own linear maps."""
     if isinstance(head, Linear):
         plain = nn.Linear(head.in_features, head.out_features)
         plain.load_state_dict(head.state_dict())
@@ -48,13 +48,13 @@ class PeerStep:
 
     Args:
         student: Transformers' model as `encoder`, and the `head`.
-        averaged: the part of it that the teacher has too.
+        averaged: the part of the student that the teacher averages.
         config: of the run.
         lr: learning rate.
-        groups: for AdamW; None: all parameters decay.
+        groups: parameter groups for AdamW. `None` applies weight decay to all parameters.
 
     Attributes:
-        attention: Transformers' name for the implementation of attention that it picked.
+        attention: Transformers' name of the attention implementation that it chose.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class PeerStep:
         )
 
     def loss(self, batch: Batch, masked: Tensor) -> Tensor:
-        """As the configuration says; `masked` is bool `[B, P]`."""
+        """Compute the loss of the configuration; `masked` is bool `[B, P]`."""
         raise NotImplementedError
 
     def draw_masks(self, num_samples: int, num_places: int) -> None:
-        """What the published code draws within the step. The masks of the batch are used."""
+        """Draw masks as the published code does within the step. The step uses the masks of the batch."""
 
     def __call__(self, batch: Batch, masked: Tensor) -> None:
-        """A whole step."""
+        """Run a whole step."""
         self.draw_masks(*masked.shape)
         self.loss(batch, masked).backward()
         if self._config.deepspeed.gradient_clipping:
@@ -100,17 +100,17 @@ class PeerStep:
             averaged.mul_(decay).add_(student[name].float(), alpha=1 - decay)
 
     def keep_outputs(self, modules: Iterable[nn.Module]) -> None:
-        """Of the teacher, for `layers`."""
+        """Record the outputs of these modules of the teacher for `layers`."""
         for module in modules:
             module.register_forward_hook(lambda module, inputs, output: self._outputs.append(output))
 
     def layers(self, embedded: Tensor) -> list[Tensor]:
-        """What the last K of the modules of `keep_outputs` give, fp32."""
+        """Return the fp32 outputs of the last K modules of `keep_outputs`."""
         self._outputs.clear()
         with self.autocast():
             self.teacher(embedded)
         return [output.float() for output in self._outputs[-self._config.d2v.target.top_k :]]
 
     def autocast(self) -> AbstractContextManager[None]:
-        """On a GPU, bf16."""
+        """Return the autocast context: bf16 on a GPU."""
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda")

@@ -1,6 +1,6 @@
-"""The peer of a whole step on speech: data2vec around Transformers' own model, as the published code trains it.
+"""The peer of a whole step on speech: data2vec around Transformers' model, trained as in the published code.
 
-Beside what `peers` says: convolutions channels first with transposes around their norms, targets normalized over time
+In addition to `peers`: convolutions channels first with transposes around their norms, targets normalized over time
 and averaged at every frame, masks drawn within the step.
 """
 

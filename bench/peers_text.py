@@ -1,6 +1,6 @@
-"""The peer of a whole step on text: data2vec around Transformers' own model, as the published code trains it.
+"""The peer of a whole step on text: data2vec around Transformers' model, trained as in the published code.
 
-Beside what `peers` says: targets normalized and averaged at every token, the head runs on the masked ones, masks drawn
+In addition to `peers`: targets normalized and averaged at every token, the head runs on the masked ones, masks drawn
 within the step row by row in numpy. The teacher reads the whole text.
 """
 

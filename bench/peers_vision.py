@@ -1,6 +1,6 @@
-"""The peer of a whole step: data2vec around Transformers' own model, as the published code trains it.
+"""The peer of a whole step: data2vec around Transformers' model, trained as in the published code.
 
-Beside what `peers` says: all hidden states are kept, targets are normalized and averaged at every position.
+In addition to `peers`: all hidden states are kept, targets are normalized and averaged at every position.
 """
 
 from __future__ import annotations

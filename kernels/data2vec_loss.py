@@ -1,9 +1,8 @@
-"""Target and loss in one kernel, the target stays in registers. Reference: ``ops/data2vec_loss.py``.
+"""Target and loss in one kernel, with the target in registers. Reference: ``ops/data2vec_loss.py``.
 
-Traffic per masked element: K reads of the layers (2 or 4 B each), the prediction read, the slope written; norms over
-positions read all positions of the layers once more before, for their statistics (``topk_target.py``). A program works
-on a fixed set of predictions, one row after the other, and writes its sums, which ``masked_loss.py`` adds up in a fixed
-order.
+Traffic per masked element: K reads of the layers (2 or 4 B each), one read of the prediction, one write of the slope.
+Norms over positions first read all positions of the layers for their statistics (``topk_target.py``). A program
+processes a fixed set of predictions row by row and writes its sums, which ``masked_loss.py`` adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from .masked_loss import beta_and_inverse, element_loss, loss_factor, no_rows, plain_rows, split_factor, sum_blocks
 from .topk_target import plain_layers, statistics, target_row
 
-# a row costs K reads here, so more blocks than in the loss alone are cheap: about 4 to an SM
+# a row costs K reads, so more blocks than for the loss alone are cheap: about 4 per SM
 MAX_BLOCKS = 512
 
 
@@ -31,7 +30,7 @@ def _data2vec_loss_fwd_kernel(
     rows,  # [M] int64
     target_rows,  # [N] int64 or None
     slope,  # [N, D] like pred, or None
-    partial,  # [num_blocks, 4, D] fp32: moments
+    partial,  # [num_blocks, 4, D] fp32: sums of pred, pred^2, target, target^2
     partial_loss,  # [num_blocks] fp32
     layer_mean,
     layer_scale,
@@ -125,7 +124,7 @@ def data2vec_loss(
     mean: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the statistics that the norms need, the loss, and the sum over its blocks; no host synchronization."""
+    """Launch the statistics of the norms, the loss, and the sum over its blocks, without host synchronization."""
     num_preds, width = pred.shape
     num_samples, num_positions, _ = layers[0].shape
     slope = pred.new_empty(pred.shape if need_grad else (0,))
@@ -166,7 +165,7 @@ def data2vec_loss(
         FINAL_NORM=final_norm,
         SQUARE=beta == 0.0,
         BLOCK_D=block_d,
-        # eight channels a thread: with four of fp32 the compiler keeps to 64 registers on sm_80, and spills
+        # eight channels per thread: with four of fp32, the compiler limits itself to 64 registers on sm_80 and spills
         num_warps=min(max(block_d // 256, 1), 16),
     )
     return *sum_blocks(partial, partial_loss, factor), slope

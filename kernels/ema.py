@@ -1,9 +1,9 @@
 """EMA update of a list of tensors in one launch. Reference: ``d2v_fast/ops/ema.py``.
 
-Memory traffic per parameter: 4 B teacher read, 4 B written, the student read (2 or 4 B), the working copy written (0,
-2 or 4 B): 12 B for a bf16 student with a bf16 working copy. The addresses lie in a table in device memory that is
-built once per model, so one launch serves any number of tensors, and with ``decay`` as a device tensor the launch can
-be captured in a CUDA graph.
+Memory traffic per parameter: 4 B read and 4 B written of the teacher, 2 or 4 B read of the student, 0, 2 or 4 B written
+of the working copy: 12 B for a bf16 student with a bf16 working copy. A table in device memory, built once per model,
+holds the addresses, so that one launch updates any number of tensors. With ``decay`` as a device tensor, a CUDA graph
+can capture the launch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _ema_fwd_kernel(
 ):
     pid = tl.program_id(0)
     if DECAY_ON_DEVICE:
-        # fp64 as on the host: 1 - 0.9999 in fp32 is off by 1e-4 of itself
+        # fp64 as on the host: in fp32, 1 - 0.9999 has a relative error of 1e-4
         weight = (1.0 - tl.load(decay_tensor).to(tl.float64)).to(tl.float32)
     if weight != 0.0:
         row = table + tl.load(block_tensor + pid).to(tl.int64) * 4
@@ -49,7 +49,7 @@ def _ema_fwd_kernel(
         working = tl.load(row + 2).to(tl.pointer_type(WORKING)) + start
         left = tl.load(row + 3) - start
         if ALIGNED:
-            # addresses out of a table carry no alignment; without it loads stay 4 bytes wide
+            # addresses from a table have no known alignment, without which loads stay 4 bytes wide
             teacher = tl.multiple_of(teacher, 16)
             student = tl.multiple_of(student, 16)
             working = tl.multiple_of(working, 16)
@@ -73,7 +73,7 @@ def _ema_fwd_kernel(
 
 @triton.jit
 def _lerp(b_t, b_s, weight):
-    # the two forms of torch.lerp: weight 1 gives the student exactly
+    # the two forms of torch.lerp, so that weight 1 gives the student exactly
     near = weight < 0.5
     coefficient = tl.where(near, weight, weight - 1.0)
     return tl.fma(b_s - b_t, coefficient, tl.where(near, b_t, b_s))
@@ -90,7 +90,7 @@ _tables: OrderedDict[tuple, _Table] = OrderedDict()
 
 
 def _table(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequence[Tensor]) -> _Table:
-    """The address table of these tensors, built and copied to the device the first time that they are seen."""
+    """Return the address table of these tensors; build and copy it to the device at the first use."""
     device = teacher[0].device
     sizes = tuple(t.numel() for t in teacher)
     groups = (teacher, student, working or teacher)
@@ -118,7 +118,7 @@ def _table(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequen
 
 
 class Launch(NamedTuple):
-    """One launch: the tensors of one student dtype and one working dtype."""
+    """One launch, for the tensors of one student dtype and one working dtype."""
 
     table: _Table
     student: torch.dtype
@@ -126,9 +126,9 @@ class Launch(NamedTuple):
 
 
 def prepare(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequence[Tensor]) -> list[Launch]:
-    """The launches of one update of contiguous tensors, usable as long as these stay where they are.
+    """Prepare the launches of one update of contiguous tensors; they are valid until a tensor moves.
 
-    One per (student dtype, working dtype) among the tensors, so one for nearly every model.
+    There is one launch per pair of student dtype and working dtype, so nearly every model has one.
     """
     groups: dict[tuple, list[int]] = {}
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
@@ -143,7 +143,7 @@ def prepare(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Seque
 
 
 def launch(launches: Sequence[Launch], decay: float, decay_tensor: Tensor | None) -> None:
-    """Update the tensors that `prepare` was given."""
+    """Update the tensors of `prepare`."""
     for table, student, working in launches:
         _ema_fwd_kernel[(len(table.block_tensor),)](
             table.addresses,
@@ -168,7 +168,7 @@ def ema_update(
     decay_tensor: Tensor | None,
     working: Sequence[Tensor],
 ) -> None:
-    """Launch the update; tensors with gaps are updated in a contiguous copy."""
+    """Launch the update; update tensors with gaps through a contiguous copy."""
     plain = [[x if x.is_contiguous() else x.contiguous() for x in group] for group in (teacher, student, working)]
     launch(prepare(*plain), decay, decay_tensor)
     for target, copy in zip([*teacher, *working], [*plain[0], *plain[2]], strict=True):

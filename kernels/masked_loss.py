@@ -1,9 +1,9 @@
-"""Smooth L1 over rows with slope and moments in one pass. Reference: ``ops/masked_loss.py``.
+"""Smooth L1 over rows with slope and sums of both sides in one pass. Reference: ``ops/masked_loss.py``.
 
-Traffic per element: the prediction (2 or 4 B) and the target (2 or 4 B) read, the slope (2 or 4 B) written: 8 B for
-bf16 predictions and fp32 targets. A program works on a fixed set of rows and 256 channels and writes its sums; a second
-kernel adds them up in a fixed order. No atomics, and a partition that depends on the shape only: a run repeats itself
-bit for bit.
+Traffic per element: 2 or 4 B read of the prediction and of the target, 2 or 4 B written of the slope: 8 B for bf16
+predictions and fp32 targets. A program processes a fixed set of rows and 256 channels and writes its sums; a second
+kernel adds them in a fixed order. Without atomics, and with a partition that depends on the shape only, results are
+reproducible bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# sums of the blocks of rows are 20 bytes a channel and block: few enough blocks to be cheap, enough for every SM
+# sums cost 20 bytes per channel and block: few enough blocks to be cheap, enough to occupy every SM
 MAX_BLOCKS = 256
 TILE_CHANNELS = 256
 # bytes of the predictions in a tile: two 16-byte loads for each of 256 threads
@@ -25,12 +25,12 @@ SCALE_BLOCK = 4096
 
 @triton.jit
 def element_loss(b_error, beta, inverse_beta, slope_factor, SQUARE: tl.constexpr):
-    """Loss of each element and its derivative times `slope_factor`; NaN stays NaN."""
+    """Return the loss of each element and its derivative times `slope_factor`. Keeps NaN."""
     if SQUARE:
         b_loss = b_error * b_error
         b_slope = 2.0 * b_error
     else:
-        # the error cut off at beta makes both parts, the quadratic and the linear
+        # clamping the error at beta gives both the quadratic and the linear part
         b_near = tl.where(b_error > beta, beta, tl.where(b_error < -beta, -beta, b_error))
         b_slope = b_near * inverse_beta
         b_loss = b_slope * (b_error - 0.5 * b_near)
@@ -38,8 +38,8 @@ def element_loss(b_error, beta, inverse_beta, slope_factor, SQUARE: tl.constexpr
 
 
 def beta_and_inverse(beta: float) -> tuple[float, float]:
-    """What ``element_loss`` takes: a denormal beta has no finite inverse, and no error that counts in fp32 lies between
-    it and the least normal number."""
+    """Return beta, at least the smallest normal number, and its inverse. A subnormal beta has no finite inverse, and no
+    relevant fp32 error lies between it and the smallest normal number."""
     beta = max(beta, torch.finfo(torch.float32).tiny)
     return beta, 1.0 / beta
 
@@ -50,7 +50,7 @@ def _masked_loss_fwd_kernel(
     target,  # [M, D]
     target_rows,  # [N] int64 or None
     slope,  # [N, D] like pred, or None
-    partial,  # [num_blocks, 4, D] fp32: moments
+    partial,  # [num_blocks, 4, D] fp32: sums of pred, pred^2, target, target^2
     partial_loss,  # [num_blocks, num_tiles] fp32
     num_rows,
     num_targets,
@@ -150,12 +150,12 @@ def _scale_gradient_kernel(
 
 
 def loss_factor(num_elements: int, scale: float, mean: bool) -> float:
-    """What the sum over rows and channels is multiplied with; finite for no rows."""
+    """Return the factor of the sum over rows and channels; finite if there are no rows."""
     return scale / max(num_elements, 1) if mean else scale
 
 
 def split_factor(factor: float, dtype: torch.dtype) -> tuple[float, float]:
-    """What of the loss's factor the slope holds, and what the backward pass multiplies with: see the reference."""
+    """Divide the loss's factor between the slope and the backward pass; see the reference."""
     if dtype != torch.float16:
         return factor, 1.0
     mantissa, exponent = math.frexp(factor)
@@ -163,12 +163,12 @@ def split_factor(factor: float, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def plain_rows(x: Tensor) -> Tensor:
-    """The rows with a contiguous last dimension: themselves if they are so."""
+    """Return the rows with a contiguous last dimension; copy only if necessary."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def sum_blocks(partial: Tensor, partial_loss: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Launch the sum over the blocks' moments `[num_blocks, 4, D]` and losses: ``(loss, moments)``."""
+    """Launch the sum over the blocks' sums `[num_blocks, 4, D]` and losses; return ``(loss, moments)``."""
     num_blocks, _, width = partial.shape
     loss = partial.new_empty(())
     moments = partial.new_empty((4, width))
@@ -191,7 +191,7 @@ def sum_blocks(partial: Tensor, partial_loss: Tensor, factor: float) -> tuple[Te
 
 
 def no_rows(pred: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and moments of nothing: zeros."""
+    """Return loss and sums without rows: zeros."""
     return pred.new_zeros((), dtype=torch.float32), pred.new_zeros((4, pred.shape[1]), dtype=torch.float32)
 
 
@@ -204,7 +204,7 @@ def masked_smooth_l1(
     mean: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the loss and the sum over its blocks; no host synchronization."""
+    """Launch the loss and the sum over its blocks, without host synchronization."""
     num_rows, width = pred.shape
     slope = pred.new_empty(pred.shape if need_grad else (0,))
     if pred.numel() == 0:
@@ -242,7 +242,7 @@ def masked_smooth_l1(
 
 
 def scale_gradient(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> Tensor:
-    """Launch the multiplication of the saved slope with the incoming gradient, read on the device."""
+    """Launch the product of the saved slope and the incoming gradient, which is read on the device."""
     slope = slope.contiguous()
     out = torch.empty_like(slope)
     _launch_scale(slope, grad_output, out, scale, mean)
@@ -250,7 +250,7 @@ def scale_gradient(slope: Tensor, grad_output: Tensor, scale: float, mean: bool)
 
 
 def scale_gradient_(slope: Tensor, grad_output: Tensor, scale: float, mean: bool) -> None:
-    """The same in place; on the device a factor of 1 ends the launch before anything is read."""
+    """Run `scale_gradient` in place; for a factor of 1 the kernel returns before reading the slope."""
     _launch_scale(slope, grad_output, slope, scale, mean)
 
 

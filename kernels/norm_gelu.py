@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# elements in a tile of 4 warps: 16 a thread, two 16-byte loads in bf16 and four in fp32
+# elements per tile of 4 warps: 16 per thread, two 16-byte loads in bf16 and four in fp32
 TILE = 2048
-# tiles that a program of the forward pass goes through
+# tiles per program of the forward pass
 TILES_PER_PROGRAM = 8
-# programs of the backward pass: their sums are 8 bytes a channel each
+# programs of the backward pass, whose sums cost 8 bytes per channel each
 MAX_PROGRAMS = 1024
 # CUDA's limit on the second dimension of a grid
 MAX_GROUPS = 65535
@@ -25,9 +25,9 @@ MAX_GROUPS = 65535
 
 @triton.jit
 def _normal_tail(z):
-    """Size of `z`, exp(-z^2 / 2), and the ratio that makes Phi(-|z|) of it: see ``csrc/norm_gelu.cpp``."""
+    """Return |z|, exp(-z^2 / 2), and the ratio of Phi(-|z|) to it; see ``csrc/norm_gelu.cpp``."""
     size = tl.abs(z)
-    # written so that NaN stays NaN
+    # this form keeps NaN
     size = tl.where(size > 13.0, 13.0, size)
     bell = tl.exp2(size * size * -0.72134752)
     t = 1.0 / (size * 0.3 + 1.0)
@@ -178,8 +178,8 @@ def _sum_programs_kernel(
 
 
 def as_groups(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors `[..., C]` as `[num_groups, rows_per_group, C]` with contiguous channels: views where one division into
-    groups fits all of them, as for `x[:, :T]`; copies otherwise."""
+    """Reshape tensors `[..., C]` to `[num_groups, rows_per_group, C]` with contiguous channels. Returns views if one
+    division into groups fits all of them, as for `x[:, :T]`, and copies otherwise."""
     shape = tensors[0].shape
     divisions = [(1, shape[:-1].numel(), shape[-1])]
     if len(shape) > 2 and shape[:-2].numel() <= MAX_GROUPS:
@@ -195,20 +195,20 @@ def as_groups(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def tile_of(width: int) -> dict[str, int]:
-    """Rows and channels of a tile, and its warps: more of them where a row is longer than a tile."""
+    """Return rows, channels and warps of a tile; a row longer than a tile gets more warps."""
     block_c = triton.next_power_of_2(width)
     num_warps = min(max(block_c * 4 // TILE, 4), 16)
     return {"BLOCK_N": max(TILE // block_c, 1), "BLOCK_C": block_c, "num_warps": num_warps}
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward pass: ``(y, mean, rstd)``; no host synchronization."""
+    """Launch the forward pass without host synchronization; return ``(y, mean, rstd)``."""
     y = x.new_empty(x.shape)
     return y, *_forward_into(y, x, weight, bias, eps)
 
 
 def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same with `y` in place of `x`: a program has read a tile before it writes it."""
+    """Launch the forward pass in place: each program reads a tile before writing it."""
     return _forward_into(x, x, weight, bias, eps)
 
 
@@ -243,7 +243,7 @@ def _forward_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 def layer_norm_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward pass and the sum over its programs: gradients of `x`, `weight` and `bias`."""
+    """Launch the backward pass and the sum over its programs; return gradients of `x`, `weight` and `bias`."""
     grad_x = x.new_empty(x.shape)
     return grad_x, *_backward_into(grad_x, grad, x, weight, bias, mean, rstd)
 
@@ -251,7 +251,7 @@ def layer_norm_gelu_backward(
 def layer_norm_gelu_backward_(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same with the gradient of `x` in place of `grad`: a program has read a tile before it writes it."""
+    """Launch the backward pass in place of `grad`: each program reads a tile before writing it."""
     return _backward_into(grad, grad, x, weight, bias, mean, rstd)
 
 

@@ -1,4 +1,4 @@
-"""The target: K layers normalized, averaged, normalized again, at the asked rows. Reference: ``ops/topk_target.py``.
+"""The target: K layers normalized, averaged, normalized again, at selected rows. Reference: ``ops/topk_target.py``.
 
 Norms that need one row only (none, layer) are one kernel: a program reads K rows and writes one, so the traffic is that
 of the asked rows. Norms over positions take statistics first. ``instance``: one more kernel that reads every layer
@@ -20,16 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# positions in LAYER_NORMS and FINAL_NORMS of d2v_fast/ops/topk_target.py
+# indices into LAYER_NORMS and FINAL_NORMS of d2v_fast/ops/topk_target.py
 NONE = tl.constexpr(0)
 LAYER = tl.constexpr(1)
 INSTANCE = tl.constexpr(2)
 BATCH = tl.constexpr(3)
 
-# a tile of the layers' statistics: 64 channels of bf16 are 128 bytes, whole sectors; 64 positions are 4 loads a thread
+# tile of the layers' statistics: 64 bf16 channels are 128 bytes, whole sectors; 64 positions are 4 loads per thread
 TILE_POSITIONS = 64
 TILE_CHANNELS = 64
-# positions of one partial result of the average's statistics
+# positions per partial result of the statistics of the average
 PART = 32
 
 
@@ -38,10 +38,10 @@ def target_row(
     layers,  # tuple of K [B, T, D]
     sample,
     position,
-    valid,  # nothing is read where this is false
+    valid,  # if false, nothing is read
     cols,
     layer_mean,  # [K, B, D], or [K, D] for BATCH; fp32
-    layer_scale,  # the same shape, with 1 / K in it
+    layer_scale,  # the same shape, includes 1 / K
     average_mean,  # [B, D] fp32
     average_scale,  # [B, D] fp32
     num_samples,
@@ -53,7 +53,7 @@ def target_row(
     LAYER_NORM: tl.constexpr,
     FINAL_NORM: tl.constexpr,
 ):
-    """One row of the target in fp32, 0 past D."""
+    """Return one row of the target in fp32, 0 past D."""
     inside = (cols < D) & valid
     offset = sample * stride_sample + position * stride_position + cols
     b_sum = tl.zeros(cols.shape, tl.float32)
@@ -61,7 +61,7 @@ def target_row(
     for k in tl.static_range(K):
         b_x = b_next.to(tl.float32)
         if k + 1 < K:
-            # the next layer is under way while this one is reduced
+            # load the next layer while this one is reduced
             b_next = tl.load(layers[k + 1] + offset, mask=inside, other=0.0)
         if LAYER_NORM == NONE:
             b_sum += b_x
@@ -180,7 +180,7 @@ def _layer_statistics_kernel(
     positions = tl.arange(0, BLOCK_T)[:, None]
     in_row = (cols < D)[None, :]
 
-    # the mean of the first tile is taken off before anything is squared: a large mean costs no digits
+    # subtract the mean of the first tile before squaring, so that a large mean does not cost precision
     inside = in_row & (positions < length)
     b_x = tl.load(start + positions.to(tl.int64) * stride_position, mask=inside, other=0.0).to(tl.float32)
     b_pivot = tl.sum(b_x, 0) / tl.maximum(tl.minimum(length, BLOCK_T), 1)
@@ -234,7 +234,7 @@ def _average_statistics_kernel(
     b_sum = tl.zeros((BLOCK_D,), tl.float32)
     b_square = tl.zeros((BLOCK_D,), tl.float32)
     for t in range(first, last):
-        # or the assembler hoists the statistics of all layers into more registers than there are
+        # prevents the assembler from hoisting the statistics of all layers, which would spill registers
         tl.debug_barrier()
         b_row = target_row(
             layers,
@@ -255,7 +255,7 @@ def _average_statistics_kernel(
             LAYER_NORM,
             NONE,
         )
-        # the first row is taken off before anything is squared
+        # subtract the first row before squaring
         b_pivot = tl.where(t == first, b_row, b_pivot)
         b_row -= b_pivot
         b_sum += b_row
@@ -313,7 +313,7 @@ def _combine_statistics_kernel(
 
 
 class Statistics(NamedTuple):
-    """What the norms over positions need besides a row, fp32; None where no such norm is asked for."""
+    """fp32 statistics of norms over positions; None without such a norm."""
 
     layer_mean: Tensor | None
     layer_scale: Tensor | None
@@ -322,7 +322,7 @@ class Statistics(NamedTuple):
 
 
 def plain_layers(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The layers with the same strides and a contiguous last dimension: themselves if they are so."""
+    """Return the layers with equal strides and a contiguous last dimension; copy only if necessary."""
     first = layers[0].stride()
     if first[2] == 1 and all(x.stride() == first for x in layers):
         return tuple(layers)
@@ -330,14 +330,14 @@ def plain_layers(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def row_warps(block_d: int, layer: Tensor) -> int:
-    """Warps for a program that holds one row: 16 bytes of a layer for each thread."""
+    """Return the warps of a program that holds one row: 16 bytes of a layer per thread."""
     return min(max(block_d * layer.element_size() // 512, 1), 16)
 
 
 def statistics(
     layers: tuple[Tensor, ...], layer_norm: int, final_norm: int, lengths: Tensor | None, eps: float
 ) -> Statistics:
-    """Launch what has to see every position; nothing for norms within a row."""
+    """Launch the statistics over positions; norms within a row need none."""
     num_samples, num_positions, width = layers[0].shape
     stride_sample, stride_position, _ = layers[0].stride()
     num_layers = len(layers)
@@ -432,14 +432,14 @@ def topk_target(
     lengths: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Launch the statistics that the norms need and one program for each row; no host synchronization."""
+    """Launch the statistics of the norms and one program per row, without host synchronization."""
     num_samples, num_positions, width = layers[0].shape
     if rows is None:
         out = layers[0].new_empty((num_samples, num_positions, width), dtype=torch.float32)
     else:
         out = layers[0].new_empty((rows.shape[0], width), dtype=torch.float32)
     if out.numel() == 0 or layers[0].numel() == 0:
-        # rows of no position at all can only be out of range
+        # without positions, every row is out of range
         return out.fill_(float("nan"))
     layers = plain_layers(layers)
     lengths = None if lengths is None else lengths.contiguous()

@@ -14,14 +14,14 @@ _MEMORY = Path("/proc/meminfo")
 
 
 class PeakMemory:
-    """Measures from the moment when it is made: make it after the imports and before the model.
+    """Measure peak memory from construction on. Construct it after the imports and before the model.
 
-    On CUDA these are bytes of tensors (`torch.cuda.max_memory_allocated`), without what the allocator holds in reserve.
-    On a CPU it is how much the resident memory of the process has grown, without mapped files, that is without the code
-    of libraries: tensors, and what `malloc` keeps of freed ones.
+    On CUDA the peak counts bytes of tensors (`torch.cuda.max_memory_allocated`) without the allocator's reserve. On a
+    CPU it is the growth of the process's resident memory without mapped files, such as the code of libraries: tensors,
+    and freed blocks that `malloc` retains.
 
     Args:
-        device: where the process computes.
+        device: the device of the process.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,17 +35,17 @@ class PeakMemory:
             self._before = _resident()
 
     def bytes(self) -> int:
-        """The peak so far. Waits for nothing."""
+        """Return the peak so far, without waiting for the device."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
         self._peak = max(self._peak, _resident(high_water=True) - self._before)
-        # mapped files come and go: subtracted from a mark that is not much older
+        # the size of mapped files changes, so the mark they are subtracted from must be recent
         _restart_high_water_mark()
         return self._peak
 
 
 def available_memory() -> int | None:
-    """Return the bytes of host memory that a process can still get; None where the system does not say."""
+    """Return the bytes of host memory that are available, or None if the system does not report them."""
     if not _MEMORY.exists():
         return None
     for line in _MEMORY.read_text().splitlines():
@@ -55,7 +55,7 @@ def available_memory() -> int | None:
 
 
 def format_bytes(size: float) -> str:
-    """Three digits and a decimal unit: 1.38 GB."""
+    """Format bytes with three digits and a decimal unit: 1.38 GB."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -64,9 +64,9 @@ def format_bytes(size: float) -> str:
 
 
 def _resident(high_water: bool = False) -> int:
-    """Resident bytes of this process without mapped files, now or at most since the mark was restarted."""
+    """Return the resident bytes of this process without mapped files: now, or the most since the mark was reset."""
     if not _STATUS.exists():
-        # in kilobytes, on macOS in bytes
+        # kilobytes, on macOS bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     kilobytes = {}
     for line in _STATUS.read_text().splitlines():
@@ -77,6 +77,6 @@ def _resident(high_water: bool = False) -> int:
 
 
 def _restart_high_water_mark() -> None:
-    # where that is not allowed, the mark is of the whole process
+    # without the permission, the mark covers the whole life of the process
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")

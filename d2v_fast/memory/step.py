@@ -1,8 +1,8 @@
-"""What a forward and a backward pass hold in memory besides parameters, found without computing anything.
+"""Count the memory of a forward and a backward pass besides parameters, without computing anything.
 
-Teacher and student run on PyTorch's `meta` device, whose tensors have shapes and no values, and every storage is
-counted from the operation that makes it to the moment when it is freed: outputs, what autograd saves, what a backward
-pass needs for a moment, gradients. What an operation allocates inside itself is not seen.
+Teacher and student run on PyTorch's `meta` device, whose tensors have shapes and no values. Every storage counts from
+the operation that allocates it until it is freed: outputs, tensors that autograd saves, temporary tensors of the
+backward pass, gradients. Memory that an operation allocates internally is not counted.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from d2v_fast.models.pre_norm import attention_with_bias_gradient
 from d2v_fast.models.student import MaskedBatch
 from d2v_fast.objectives.data2vec import build_model
 
-# glibc takes blocks of up to so many bytes from its heap, and keeps them when they are freed
+# glibc allocates blocks of up to this many bytes from its heap, and retains them when they are freed
 HEAP_BLOCK = 32 << 20
 
 
 class Arrival(NamedTuple):
-    """A gradient of a parameter that is complete.
+    """The completed gradient of a parameter.
 
     Attributes:
-        elements: of the parameter.
-        most: largest bytes since the arrival before, this gradient included, without the ones before it.
-        rest: bytes that are left without it.
+        elements: elements of the parameter.
+        most: most bytes since the previous arrival, including this gradient but no earlier one.
+        rest: bytes that remain without it.
     """
 
     elements: int
@@ -49,13 +49,13 @@ class StepMemory(NamedTuple):
     """Bytes of one micro-step of one process besides parameters and their gradients, unless said otherwise.
 
     Attributes:
-        batch: pixels and rows of the masked places.
-        saved: what the backward pass finds, the batch aside.
-        forward: largest while teacher and student run.
-        backward: largest during the backward pass, the gradient being made included until it is accumulated.
-        with_gradients: the same with the gradients that are there already.
+        batch: inputs and rows of the masked places.
+        saved: bytes that the forward pass saves for the backward pass, without the batch.
+        forward: most bytes while teacher and student run.
+        backward: most bytes during the backward pass, with the gradient in progress but no completed one.
+        with_gradients: most bytes during the backward pass, with the completed gradients.
         arrivals: gradients of the parameters, in the order in which the backward pass completes them.
-        small: largest of what is in blocks of at most `HEAP_BLOCK` bytes, with the gradients that are there already.
+        small: most bytes in blocks of at most `HEAP_BLOCK` bytes, with the completed gradients.
     """
 
     batch: int
@@ -76,15 +76,16 @@ def step_memory(
     device_type: str = "cpu",
     like: MaskedBatch | None = None,
 ) -> StepMemory:
-    """Count a micro-step.
+    """Count the memory of a micro-step.
 
     Args:
-        config: the model, its mask and its target. Stochastic depth is taken to keep every sample.
+        config: the model, its mask and its target. No sample is assumed to skip a block: this is the worst case.
         micro_batch: samples.
-        dtype: of the forward pass.
-        autocast: the student's parameters are fp32 and cast in the forward pass; else they are of `dtype`.
-        device_type: "cpu" or "cuda": they attend in different ways.
-        like: a batch of the wanted size, taken to be full; None for the largest that a run can have.
+        dtype: dtype of the forward pass.
+        autocast: whether the student's parameters are fp32 and cast in the forward pass. Otherwise they are of
+            `dtype`.
+        device_type: "cpu" or "cuda", which use different attention kernels.
+        like: a batch of the size to assume, without padding. `None` assumes the largest that a run can have.
     """
     with torch.device("meta"):
         model = build_model(_without_skipping(config))
@@ -135,20 +136,20 @@ class _Batch(NamedTuple):
 
 
 def _empty_like(batch: MaskedBatch) -> MaskedBatch:
-    """Of the same shapes, on torch's current device, without padding."""
+    """Return a batch of the same shapes, on torch's current device, without padding."""
     masked = None if batch.masked_inputs is None else torch.empty(batch.masked_inputs.shape, dtype=torch.int64)
     inputs = torch.empty(batch.inputs.shape, dtype=batch.inputs.dtype)
     return _Batch(inputs, torch.empty(batch.rows.shape, dtype=torch.int64), masked_inputs=masked)
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that exist.
+    """Count the bytes of all live storages.
 
     Attributes:
-        bytes: now.
-        peak: the most so far; may be set back.
-        small_peak: the most so far in blocks of at most `HEAP_BLOCK` bytes, what is held included.
-        watcher: is called whenever `bytes` has grown.
+        bytes: live bytes.
+        peak: the most live bytes so far; may be reset.
+        small_peak: the most bytes so far in blocks of at most `HEAP_BLOCK` bytes, including held ones.
+        watcher: called whenever `bytes` has grown.
     """
 
     def __init__(self, ignored: Iterable[Tensor]) -> None:
@@ -157,7 +158,7 @@ class _LiveBytes(TorchDispatchMode):
         self.small_peak = self._small = 0
         self._held: set[int] = set()
         self.watcher: Callable[[], None] = lambda: None
-        # by address of the storage: a storage that is freed takes its entry along
+        # by address of the storage; the entry is removed when the storage is freed
         self._known: dict[int, tuple[int, Any]] = {x.untyped_storage()._cdata: (0, None) for x in ignored}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,7 +184,7 @@ class _LiveBytes(TorchDispatchMode):
             self.watcher()
 
     def hold(self, tensor: Tensor) -> None:
-        """Count the storage of `tensor` in `small_peak` from now on, also when it is freed: a run keeps it."""
+        """Keep counting the storage of `tensor` in `small_peak` after it is freed, as a run keeps it."""
         self._held.add(tensor.untyped_storage()._cdata)
 
     def _free(self, key: int, _: Any) -> None:
@@ -196,11 +197,11 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _Gradients:
-    """Takes the gradients of parameters out of `live` when they are complete, and counts them apart.
+    """Remove completed gradients of parameters from `live`, and count them separately.
 
     Attributes:
-        arrivals: in order.
-        peak: largest sum of the gradients that have come and of everything else that is live.
+        arrivals: the completed gradients in order.
+        peak: most bytes of completed gradients and all other live storages together.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], live: _LiveBytes) -> None:
@@ -226,21 +227,21 @@ class _Gradients:
 
 
 class _AsOn(TorchFunctionMode):
-    """On `meta`: the attention that a device runs, and autocast, which `meta` has none of.
+    """Imitate on `meta` the attention of another device, and autocast, which `meta` lacks.
 
     Attributes:
-        keeps: whether cast parameters are kept for the next use, as autocast does until the forward pass ends.
+        caches: whether cast parameters are cached, as autocast does until the forward pass ends.
     """
 
     def __init__(self, device_type: str, autocast_to: torch.dtype | None) -> None:
         super().__init__()
         self._device_type, self._dtype = device_type, autocast_to
         self._cast: dict[int, Tensor] = {}
-        self.keeps = True
+        self.caches = True
 
     def end_forward(self) -> None:
         self._cast.clear()
-        self.keeps = False
+        self.caches = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -252,7 +253,7 @@ class _AsOn(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _lower(self, x: Tensor) -> Tensor:
-        if not isinstance(x, nn.Parameter) or not x.requires_grad or not self.keeps:
+        if not isinstance(x, nn.Parameter) or not x.requires_grad or not self.caches:
             return x.to(self._dtype)
         if id(x) not in self._cast:
             self._cast[id(x)] = x.to(self._dtype)
@@ -263,7 +264,7 @@ class _AsOn(TorchFunctionMode):
     ) -> Tensor:
         bias = q.new_empty(1, 1, 1, 1) if attn_mask is None else attn_mask.to(q.dtype)
         if not torch.is_grad_enabled() or not q.requires_grad:
-            # a kernel in tiles writes nothing but its result, laid out as `[B, T, H, D / H]`
+            # a tiled kernel writes its result only, in the layout `[B, T, H, D / H]`
             return torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
         if self._device_type == "cpu" and (bias.requires_grad or dropout_p > 0):
             return attention_with_bias_gradient(q, k, v, bias, dropout_p)
@@ -271,7 +272,7 @@ class _AsOn(TorchFunctionMode):
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Sizes of memory-efficient attention with a bias: what it saves, and the bias's gradient for every sample."""
+    """Memory-efficient attention with a bias: the tensors it saves, and a gradient of the bias per sample."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Differentiate operations and hand-written backward passes in every mode of PyTorch, or refuse with an error."""
+"""Differentiate operations and hand-written backward passes in every mode of PyTorch, or raise an error."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from d2v_fast.ops._library import library
 def register_autograd(
     name: str, num_inputs: int, ordinary: Callable[..., Any], transformed: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register how the operation ``d2v::<name>`` is differentiated in every mode of PyTorch.
+    """Register the derivative of the operation ``d2v::<name>`` for every mode of PyTorch.
 
     Args:
         name: The operation, already defined.
-        num_inputs: How many of its first arguments are tensors with a derivative.
-        ordinary: Runs the operation where an input requires a gradient: ``apply`` of a ``torch.autograd.Function``, of
-            the operation, the inputs, and a tuple of the other arguments, all of which cost time one by one.
-        transformed: Runs it under the transforms of ``torch.func`` and on inputs with a forward-mode tangent, from
+        num_inputs: Number of leading arguments that are tensors with a derivative.
+        ordinary: Runs the operation if an input requires a gradient: ``apply`` of a ``torch.autograd.Function`` whose
+            arguments are the operation, the inputs, and one tuple of the other arguments, which is faster.
+        transformed: Runs it under the transforms of ``torch.func`` and for inputs with a forward-mode tangent, with
             differentiable PyTorch operations, or raises.
 
     Returns:
-        A function that runs the operation with the same arguments. It does in one Python call what the dispatcher
-        would do in several, and leaves compilers and transforms to the dispatcher.
+        A function with the operation's arguments. It replaces several Python calls of the dispatcher by one, and
+        leaves compilers and transforms to the dispatcher.
     """
     operation = getattr(torch.ops.d2v, name).default
 
@@ -52,21 +52,21 @@ def register_autograd(
 
 
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
-"""Context in which an operation neither is differentiated nor raises version counters: the caller does both."""
+"""Context in which operations neither record derivatives nor raise version counters; the caller does both."""
 
 
 def is_transformed(*inputs: Tensor) -> bool:
-    """True under a transform of ``torch.func``, and if an input has a forward-mode tangent."""
+    """Return whether a transform of ``torch.func`` is active or an input has a forward-mode tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
     return len([x for x in inputs if unpack_dual(x).tangent is not None]) > 0
 
 
 def once_differentiable(message: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate the ``backward`` of a ``torch.autograd.Function`` that has a derivative only once.
+    """Decorate the ``backward`` of a ``torch.autograd.Function`` without a second derivative.
 
-    A second derivative raises ``RuntimeError(message)``. ``torch.autograd.function.once_differentiable`` raises only
-    where the incoming gradient has a graph itself, and else gives a gradient that is silently constant in the inputs.
+    A second derivative raises ``RuntimeError(message)``. ``torch.autograd.function.once_differentiable`` raises only if
+    the incoming gradient has a graph, and otherwise returns a gradient that is silently constant in the inputs.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def once_differentiable(message: str) -> Callable[[Callable[..., Any]], Callable
 
 
 def refuse_derivative(message: str, results: Sequence[Any], inputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """The same results, whose derivative with respect to any of the inputs raises ``RuntimeError(message)``."""
+    """Return the results such that differentiating them by any input raises ``RuntimeError(message)``."""
     tensors = [x for x in inputs if x is not None and x.requires_grad]
     refused = iter(_Refusal.apply(message, tuple(x for x in results if x is not None), *tensors))
     return tuple(None if x is None else next(refused) for x in results)

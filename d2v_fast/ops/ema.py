@@ -25,7 +25,7 @@ from d2v_fast.ops._library import (
 from d2v_fast.ops.memory_checks import check_memory, check_overlap
 
 Tensors = Iterable[Tensor] | Mapping[str, Tensor]
-"""Tensors in an order, or by name."""
+"""Tensors by position or by name."""
 
 _LAYOUTS_KEPT = 4
 
@@ -37,7 +37,7 @@ def ema_update_reference(
     decay_tensor: Tensor | None,
     working: Sequence[Tensor],
 ) -> None:
-    """``teacher <- lerp(teacher, student, 1 - decay)`` in fp32, then ``working <- teacher``; decay 1 touches
+    """Update ``teacher <- lerp(teacher, student, 1 - decay)`` in fp32, then ``working <- teacher``. Decay 1 does
     nothing."""
     if decay_tensor is None:
         if decay == 1.0:
@@ -49,21 +49,21 @@ def ema_update_reference(
         frozen = decay_tensor == 1.0
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         updated = torch.lerp(t, s.to(torch.float32), weight.to(t.device))
-        # a frozen teacher stays as it is even where the student holds NaN
+        # decay 1 must not copy NaN from the student
         t.copy_(torch.where(frozen.to(t.device), t, updated))
         if working:
             working[i].copy_(torch.where(frozen.to(t.device), working[i], t.to(working[i].dtype)))
 
 
 class _Lists(NamedTuple):
-    """Tensors of an update, in one order; `working` is empty without a working copy."""
+    """Tensors of an update, matched by position; `working` is empty without a working copy."""
 
     teacher: list[Tensor]
     student: list[Tensor]
     working: list[Tensor]
 
     def only(self, indices: Iterable[int]) -> _Lists:
-        """These positions of every list."""
+        """Return the entries at these positions of every list."""
         indices = list(indices)
         return _Lists(*([group[i] for i in indices] for group in self if group), *([] for group in self if not group))
 
@@ -71,7 +71,7 @@ class _Lists(NamedTuple):
 def _check_call(
     teacher: list[Tensor], student: list[Tensor], _decay: float, _decay_tensor: Tensor | None, working: list[Tensor]
 ) -> None:
-    """The checks of the reference and of Triton."""
+    """Check arguments for the reference and for Triton."""
     lists = _Lists(teacher, student, working)
     if in_cpp("ema_check"):
         try:
@@ -88,7 +88,7 @@ def _check_call(
             _accepted.popitem(last=False)
 
 
-# layouts that passed the checks, which depend on nothing else; those seen last
+# recent layouts that passed the checks, which depend on nothing else
 _accepted: OrderedDict[tuple, None] = OrderedDict()
 
 define(
@@ -128,33 +128,32 @@ def ema_update_(
     *,
     working: Tensors | None = None,
 ) -> None:
-    """Move the teacher toward the student, in place: ``teacher <- decay * teacher + (1 - decay) * student``.
+    """Update the teacher in place: ``teacher <- decay * teacher + (1 - decay) * student``.
 
-    The EMA of data2vec (arXiv 2202.03555, section 3.2, "teacher parameterization") for a list of tensors at once:
-    one kernel launch on a GPU, one parallel loop on a CPU. Arithmetic is fp32 in the form of ``torch.lerp``. Version
-    counters of what is written are raised: autograd refuses a backward pass through values that an update replaced.
-    The update itself has no derivative, as under ``torch.no_grad()``.
-    For the same tensors at every step, `EmaUpdate` is faster.
+    The EMA of data2vec (arXiv 2202.03555, section 3.2, "teacher parameterization") for a list of tensors: one kernel
+    launch on a GPU, one parallel loop on a CPU. Arithmetic is fp32 in the form of ``torch.lerp``. The update raises
+    the version counters of the tensors that it writes, so that autograd refuses a backward pass through replaced
+    values. It has no derivative, as under ``torch.no_grad()``. For a fixed set of tensors, `EmaUpdate` is faster.
 
     Args:
-        teacher: Tensors of any shape, fp32: in bf16 nearly every update at decay 0.9999 would be rounded away. A list,
-            tuple or iterator such as ``module.parameters()``, or a dict such as ``module.state_dict()``. An integer or
-            bool tensor (a counter of batches) is not averaged: it becomes a copy of the student's, unless decay is 1.
-        student: As many tensors of the same shapes on the same device; fp32, bf16 or fp16. Only read. A dict where
-            ``teacher`` is one, with the same names: dicts are matched by name, lists by position.
-        decay: In [0, 1]. A float, or a 0-d fp64 or fp32 tensor on that device, which a CUDA graph can capture. The
-            value of a tensor on a GPU is not checked. 1 changes nothing, 0 copies. Under `torch.compile` a float may
-            change without another compilation.
-        working: Optional tensors of the same shapes, fp32, bf16 or fp16, that receive the updated teacher in the
-            same pass (the copy that the teacher's forward runs on). A dict where ``teacher`` is one.
+        teacher: Tensors of any shape in fp32: bf16 would lose nearly every update at decay 0.9999. A list, tuple or
+            iterator such as ``module.parameters()``, or a dict such as ``module.state_dict()``. Integer and bool
+            tensors (counters of batches) are copied from the student instead of averaged, unless decay is 1.
+        student: Tensors of the same number, shapes and device; fp32, bf16 or fp16. Read only. A dict with the same
+            names if ``teacher`` is a dict: dicts are matched by name, lists by position.
+        decay: In [0, 1]; 1 changes nothing, 0 copies. A float, or a 0-d fp64 or fp32 tensor on the same device, which
+            a CUDA graph can capture; the value of a tensor on a GPU is not checked. Under `torch.compile` a float may
+            change without recompilation.
+        working: Optional tensors of the same shapes, fp32, bf16 or fp16, that receive the updated teacher in the same
+            pass (the copy that runs the teacher's forward pass). A dict if ``teacher`` is a dict.
 
     Raises:
-        ValueError: Lists of different lengths, dicts of different names, different shapes or devices, a dtype not
-            listed above, a decay outside [0, 1], a tensor that is not dense or is distributed, a batch of
-            ``torch.vmap``, a teacher that shares memory with the student or the working copy, or
-            a teacher or working copy with several elements in one place of memory (an expanded tensor). Entries of a
-            dict that share all of their memory on every side (tied weights) are updated once.
-        TypeError: A module, a single tensor, or a list that holds None or something else that is no tensor.
+        ValueError: Lists differ in length, dicts in names, or tensors in shape or device; a dtype is not listed above;
+            the decay is outside [0, 1]; a tensor is sparse, distributed or a batch of ``torch.vmap``; the teacher
+            shares memory with the student or the working copy; or several elements of the teacher or working copy
+            share memory (an expanded tensor). Entries of a dict that share all of their memory on every side (tied
+            weights) are allowed and updated once.
+        TypeError: An argument is a module or a single tensor, or a list contains an element that is not a tensor.
 
     Examples:
         >>> teacher, student = [torch.zeros(3)], [torch.ones(3)]
@@ -172,7 +171,7 @@ def ema_update_(
         return
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         refused = error
-    # rare, so that only here every element is looked at: a wrong list, or one with integers
+    # check every element only in this rare case: wrong lists, or lists with integers
     floats, integers = _sorted_out(lists)
     if not integers.teacher:
         raise refused
@@ -181,20 +180,19 @@ def ema_update_(
 
 
 class EmaUpdate:
-    """An `ema_update_` of the same tensors at every call, which are checked and tabulated once.
+    """Run `ema_update_` on a fixed set of tensors, which are checked and tabulated once.
 
-    A call costs a fraction of the host time of `ema_update_`. The tensors are kept alive, and looked at in every call:
-    where one of them has got other memory, another shape or another dtype (``.data = ``, ``set_``, ``resize_``,
-    ``module.to``), they are checked and tabulated again first.
+    A call costs a fraction of the host time of `ema_update_`. The object keeps the tensors alive. If the memory, shape
+    or dtype of one has changed (``.data = ``, ``set_``, ``resize_``, ``module.to``), a call first checks and tabulates
+    them again.
 
     Args:
-        teacher: As for `ema_update_`. An iterator is consumed here; a dict is read here, and later changes of it are
-            not seen.
-        student: As for `ema_update_`, read like ``teacher``.
-        working: As for `ema_update_`, read like ``teacher``.
+        teacher: See `ema_update_`. An iterator or dict is read once, here.
+        student: See `ema_update_`, read like ``teacher``.
+        working: See `ema_update_`, read like ``teacher``.
 
     Raises:
-        ValueError, TypeError: As `ema_update_`; also in a call, where the tensors have changed into such.
+        ValueError, TypeError: See `ema_update_`. A call raises them if the tensors have become invalid.
 
     Examples:
         >>> teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
@@ -214,7 +212,7 @@ class EmaUpdate:
         """Update once.
 
         Args:
-            decay: As for `ema_update_`.
+            decay: See `ema_update_`.
         """
         value, decay_tensor = _read_decay(decay, self._lists)
         if torch.compiler.is_compiling():
@@ -227,7 +225,7 @@ class EmaUpdate:
         _copy_integers(self._integers, value, decay_tensor)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has tensors of its own, which are prepared at its first call
+        # a copy has its own tensors and prepares them at its first call
         return {"_lists": self._lists, "_integers": self._integers, "_prepared": None, "_is_direct": True}
 
     def _prepare(self) -> None:
@@ -238,7 +236,7 @@ class EmaUpdate:
             self._prepared = _Prepared(self._lists)
 
     def _run_prepared(self, value: float, decay_tensor: Tensor | None) -> bool:
-        """False where nothing was done, since the tensors are of a kind for the operation to handle."""
+        """Update; return False without an update if the tensors need the general operation."""
         while self._is_direct:
             if self._prepared is not None and self._prepared.run(value, decay_tensor):
                 _raise_versions(self._lists)
@@ -248,7 +246,7 @@ class EmaUpdate:
 
 
 class _Prepared:
-    """What C++ (and Triton) keep of tensors that all are contiguous, on one device, and of no subclass."""
+    """A prepared update in C++ (and Triton) of tensors that are contiguous, on one device, and of no subclass."""
 
     def __init__(self, lists: _Lists) -> None:
         self._handle = torch.ops.d2v.ema_prepare.default(*lists)
@@ -261,7 +259,7 @@ class _Prepared:
                 self._launches = self._triton.prepare(*lists)
 
     def run(self, value: float, decay_tensor: Tensor | None) -> bool:
-        """Update; False, and nothing is done, where a tensor has moved."""
+        """Update; return False without an update if a tensor has moved."""
         if self._launches is None:
             done: bool = torch.ops.d2v.ema_run.default(self._handle, value, decay_tensor)
             return done
@@ -273,7 +271,7 @@ class _Prepared:
 
 
 def _is_direct(lists: _Lists) -> bool:
-    """Whether `_Prepared` handles these tensors."""
+    """Return whether `_Prepared` supports these tensors."""
     if not lists.teacher:
         return False
     device = lists.teacher[0].device
@@ -281,7 +279,7 @@ def _is_direct(lists: _Lists) -> bool:
         return False
     every = [x for group in lists for x in group]
     plain = (Tensor, torch.nn.Parameter)
-    # of a negative view, C++ would keep a copy, and later changes would not be seen
+    # C++ would copy a negative view and miss later changes
     return all(type(x) in plain and x.device == device and x.is_contiguous() and not x.is_neg() for x in every)
 
 
@@ -289,12 +287,12 @@ def _update(lists: _Lists, value: float, decay_tensor: Tensor | None) -> None:
     """Run the operation, which checks its arguments."""
     arguments = lists.teacher, lists.student, value, decay_tensor, lists.working
     if _library.HAS_CPP and not in_cpp("ema_check"):
-        # kernels built from an older source check less
+        # kernels built from older sources check less
         _check_call(*arguments)
     if not lists.teacher or (value == 1.0 and decay_tensor is None):
         _check_call(*arguments)
         return
-    # the guard stands for the operation's own kernel below autograd, which passes the lists through Python once more
+    # the guard replaces the operation's own kernel below autograd, which would convert the lists once more
     with torch._C._AutoDispatchBelowADInplaceOrView():
         torch.ops.d2v.ema_update_.default(*arguments)
     _raise_versions(lists)
@@ -312,7 +310,7 @@ def _update_in_graph(floats: _Lists, integers: _Lists, decay: float | Tensor) ->
     if not written:
         return
     if not isinstance(decay, Tensor):
-        # in the graph a float argument is a constant, and another value another compilation; that of a product is not
+        # a float argument is a constant of the graph, and a new value would recompile; a product is not constant
         decay = torch.ones((), dtype=torch.float64, device=written[0].device) * decay
     with torch.no_grad():
         if floats.teacher:
@@ -333,7 +331,7 @@ def _copy_integers(lists: _Lists, value: float, decay_tensor: Tensor | None) -> 
 
 
 def _read_decay(decay: float | Tensor, lists: _Lists) -> tuple[float, Tensor | None]:
-    """The decay as a float, or 1 and a tensor."""
+    """Return the decay as a float, or 1 and a tensor."""
     if isinstance(decay, Tensor):
         if decay.ndim != 0 or decay.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -345,7 +343,7 @@ def _read_decay(decay: float | Tensor, lists: _Lists) -> tuple[float, Tensor | N
             raise ValueError(f"`decay` must be on {first.device}, but is on {decay.device} instead.")
         if decay.device.type != "cpu" or type(decay) is not Tensor or is_observed() or torch.compiler.is_compiling():
             return 1.0, decay
-        # without a device to wait for, it is checked as a float is
+        # no device to wait for: check it like a float
         decay = decay.item()
     if not torch.compiler.is_compiling():
         try:
@@ -358,13 +356,13 @@ def _read_decay(decay: float | Tensor, lists: _Lists) -> tuple[float, Tensor | N
 
 
 def _paired(teacher: Tensors, student: Tensors, working: Tensors | None) -> _Lists:
-    """The tensors of every side in one order: by name where they are dicts."""
+    """Match the tensors of all sides, dicts by name."""
     sides = {"teacher": teacher, "student": student} | ({} if working is None else {"working": working})
     named = {name: _as_dict(side) for name, side in sides.items()}
     if not any(isinstance(side, dict) for side in named.values()):
         lists = [tensor_list(name, side) for name, side in sides.items()]
         if len(lists) > 2 and lists[0] and not lists[2]:
-            # an empty list stands for no working copy from here on
+            # below, an empty list means no working copy
             raise ValueError(f"`working` must have as many tensors as `teacher` ({len(lists[0])}), but has 0 instead.")
         return _Lists(lists[0], lists[1], lists[2] if len(lists) > 2 else [])
     by_name: dict[str, dict[str, Tensor]] = {}
@@ -394,7 +392,7 @@ def _as_dict(side: Any) -> dict[str, Tensor] | None:
 
 
 def _untied(lists: _Lists) -> _Lists:
-    """Each group of entries that are the same memory on every side once: tied weights in a state_dict."""
+    """Keep one of each group of entries with the same memory on every side: tied weights in a state_dict."""
     if torch.compiler.is_compiling():
         return lists
     try:
@@ -411,7 +409,7 @@ def _untied(lists: _Lists) -> _Lists:
 
 
 def _sorted_out(lists: _Lists) -> tuple[_Lists, _Lists]:
-    """What is averaged and what is copied, both checked."""
+    """Split into tensors to average and tensors to copy, both checked."""
     for name, group in zip(_Lists._fields, lists, strict=True):
         check_tensors(name, group)
     _check_lengths(lists)
@@ -435,7 +433,7 @@ def _sorted_out(lists: _Lists) -> tuple[_Lists, _Lists]:
 def _check(lists: _Lists) -> None:
     _check_memory(lists)
     _check_alike(lists)
-    # under torch.compile, and with fake tensors, there are no addresses to compare
+    # under torch.compile and with fake tensors there are no addresses to compare
     if not torch.compiler.is_compiling() and not is_observed():
         check_overlap(*lists)
 

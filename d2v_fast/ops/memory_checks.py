@@ -1,4 +1,4 @@
-"""Checks that tensors which are written in place have memory of their own."""
+"""Check that tensors to be written in place have memory of their own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from d2v_fast.ops._library import is_observed
 
 
 def check_memory(name: str, values: Iterable[Tensor]) -> None:
-    """Refuse tensors whose elements have no address in memory; meta tensors need none.
+    """Check that the elements of tensors have addresses in memory; meta tensors need none.
 
     Raises:
-        ValueError: A tensor is sparse, distributed, without storage, or followed by a transform of ``torch.func``.
+        ValueError: A tensor is sparse, distributed, without storage, or wrapped by a transform of ``torch.func``.
     """
     if torch.compiler.is_compiling():
         return
@@ -33,7 +33,7 @@ def check_memory(name: str, values: Iterable[Tensor]) -> None:
 
 
 def _overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements may share memory: where a dimension does not step over all that the smaller ones reach."""
+    """Return whether two elements may share memory: a stride is within the reach of the smaller dimensions."""
     if x.is_contiguous():
         return False
     reach = 0

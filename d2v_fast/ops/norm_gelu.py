@@ -1,4 +1,4 @@
-"""Layer norm over channels and GELU in one pass, as the convolutional front end of wav2vec 2.0 and data2vec wants."""
+"""Layer norm over channels and GELU in one pass, for the convolutional front end of wav2vec 2.0 and data2vec."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ class _LayerNormGelu(torch.autograd.Function):
 def _differentiable_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that have derivatives themselves, of PyTorch's own operations."""
-    # views: hooks on the tensors themselves are for the backward pass that is running
+    """Compute differentiable gradients with PyTorch's own operations."""
+    # views, since hooks on the tensors belong to the backward pass in progress
     x, weight, bias = inputs = [value.view_as(value) for value in (x, weight, bias)]
     y, _, _ = layer_norm_gelu_reference(x, weight, bias, eps)
     wanted = [value for value in inputs if value.requires_grad]
@@ -155,28 +155,28 @@ _run_backward = register_autograd("layer_norm_gelu_backward", 4, _backward_with_
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """GELU of the layer norm over the last dimension, in one pass over memory.
+    """Compute GELU of the layer norm over the last dimension, in one pass over memory.
 
-    What follows each convolution in the front end of wav2vec 2.0 and data2vec (arXiv 2006.11477, section 2):
-    ``F.gelu(F.layer_norm(x.float(), (C,), weight.float(), bias.float(), eps)).to(x.dtype)``, the exact GELU and not
-    the one with tanh. Arithmetic is fp32, and the result does not depend on the number of threads.
+    It follows each convolution in the front end of wav2vec 2.0 and data2vec (arXiv 2006.11477, section 2):
+    ``F.gelu(F.layer_norm(x.float(), (C,), weight.float(), bias.float(), eps)).to(x.dtype)``, with the exact GELU.
+    Arithmetic is fp32, and the result does not depend on the number of threads.
 
     Args:
-        x: `[..., C]`, fp32, bf16 or fp16. Rows whose channels do not lie together are copied first.
-        weight: `[C]`, fp32 or of the dtype of ``x``, on the same device.
-        bias: As ``weight``.
+        x: `[..., C]`, fp32, bf16 or fp16. It is copied first if its channels are not contiguous.
+        weight: `[C]`, fp32 or in the dtype of ``x``, on the same device.
+        bias: Like ``weight``.
         eps: Added to the variance, >= 0.
 
     Returns:
         `[..., C]` in the dtype of ``x``, contiguous.
 
     Backward:
-        Gradients to all three, each in its dtype. Saved are ``x`` itself and two fp32 numbers a row; normalized values
-        and GELU are computed again. A gradient made with ``create_graph``, forward mode and the transforms of
+        Gradients to all three, each in its dtype. The forward pass saves ``x`` and two fp32 numbers per row; normalized
+        values and GELU are recomputed. A gradient computed with ``create_graph``, forward mode and the transforms of
         ``torch.func`` run a slower composition of PyTorch operations, with derivatives of any order.
 
     Raises:
-        ValueError: What is not as described above.
+        ValueError: An argument is not as described above.
 
     Examples:
         >>> layer_norm_gelu(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2))
@@ -188,11 +188,11 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
 def layer_norm_gelu_forward(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``layer_norm_gelu`` for hand-written backward passes: also what ``layer_norm_gelu_backward`` needs.
+    """Compute ``layer_norm_gelu`` and the statistics that ``layer_norm_gelu_backward`` needs.
 
     Returns:
-        ``y``, and per row the mean and 1 / deviation, fp32 `[...]` without gradient. The same call computes ``y``
-        again, bit for bit.
+        ``y``, and per row the mean and 1 / deviation, fp32 `[...]` without gradient. Another call with the same
+        arguments returns the same bits.
     """
     _check_forward(x, weight, bias, eps)
     y, mean, rstd = _run(x, weight, bias, float(eps))
@@ -200,19 +200,19 @@ def layer_norm_gelu_forward(
 
 
 def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """``layer_norm_gelu_forward`` that leaves ``y`` in ``x``: a large result is new memory.
+    """Run ``layer_norm_gelu_forward`` in place: ``y`` overwrites ``x``, without allocating a result.
 
-    For those who can compute ``x`` again for the backward pass. It has no gradient.
+    It has no gradient: use it if ``x`` can be recomputed for the backward pass.
 
     Args:
-        x: As there, contiguous, and not part of a graph.
-        weight, bias, eps: As there.
+        x: See ``layer_norm_gelu``; contiguous, and not part of a graph.
+        weight, bias, eps: See ``layer_norm_gelu``.
 
     Returns:
         Per row the mean and 1 / deviation, fp32 `[...]`.
 
     Raises:
-        ValueError: As there, or ``x`` is not contiguous, or a derivative of the result is asked for.
+        ValueError: See ``layer_norm_gelu``; or ``x`` is not contiguous, or a derivative would be required.
     """
     _check_forward(x, weight, bias, eps)
     _check_overwritten("x", x, weight, bias)
@@ -224,17 +224,15 @@ def layer_norm_gelu_(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e
 def layer_norm_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``weight`` and ``bias`` in one pass, each in its dtype; deterministic, without a derivative.
+    """Compute the gradients of ``x``, ``weight`` and ``bias`` in one pass, each in its dtype; deterministic.
 
     Args:
-        grad: `[..., C]`, gradient of ``y``, of the shape and dtype of ``x``.
-        x: As ``layer_norm_gelu_forward`` got it.
-        weight: As ``layer_norm_gelu_forward`` got it.
-        bias: As ``layer_norm_gelu_forward`` got it.
-        mean, rstd: fp32 `[...]`, as it returned them.
+        grad: `[..., C]`, gradient of ``y``, in the shape and dtype of ``x``.
+        x, weight, bias: The arguments of ``layer_norm_gelu_forward``.
+        mean, rstd: fp32 `[...]`, results of ``layer_norm_gelu_forward``.
 
     Raises:
-        ValueError: A gradient or statistics of another shape or dtype.
+        ValueError: A gradient or a statistic has another shape or dtype.
         RuntimeError: The result is differentiated, or computed in forward mode or under ``torch.func``.
     """
     _check_backward(grad, x, weight, bias, mean, rstd)
@@ -245,17 +243,17 @@ def layer_norm_gelu_backward(
 def layer_norm_gelu_backward_(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``layer_norm_gelu_backward`` that leaves the gradient of ``x`` in ``grad``: a large result is new memory.
+    """Run ``layer_norm_gelu_backward`` in place: the gradient of ``x`` overwrites ``grad``.
 
     Args:
-        grad: As there, and contiguous.
-        x, weight, bias, mean, rstd: As there.
+        grad: See ``layer_norm_gelu_backward``; contiguous.
+        x, weight, bias, mean, rstd: See ``layer_norm_gelu_backward``.
 
     Returns:
         Gradients of ``weight`` and ``bias``.
 
     Raises:
-        ValueError: As there, or ``grad`` is not contiguous, or a derivative of the result is asked for.
+        ValueError: See ``layer_norm_gelu_backward``; or ``grad`` is not contiguous, or a derivative would be required.
     """
     _check_backward(grad, x, weight, bias, mean, rstd)
     _check_overwritten("grad", grad, x, weight, bias)
