@@ -216,7 +216,7 @@ def test_what_a_sample_drops_is_its_own() -> None:
 def test_decisions_have_their_rates_and_are_independent() -> None:
     encoder = make_encoder(small(drop_path=0.6, depth=4))
     num_samples = 4000
-    kept = encoder._kept(random_keys(num_samples), torch.empty(num_samples))
+    kept = encoder._active(random_keys(num_samples), torch.empty(num_samples))
     keeps = np.zeros((8, num_samples), dtype=bool)
     for decision, samples in enumerate(samples for block in kept for samples in block):
         assert (samples.diff() > 0).all()
