@@ -1,9 +1,8 @@
-"""Mask samplers: time per mask, compiled against the way the public code of data2vec goes about it.
+"""Mask samplers: time per mask of the compiled samplers and of data2vec's public algorithms.
 
-One thread, in CPU time, so that what else runs on the machine does not count; the two take turns, round by round. The
-peers are what the published algorithms look like in numpy when one row is done after the other, and they stop at
-boolean masks; ours go on to the row indices that the model needs. Before anything is timed, both must draw from the
-same distribution.
+Times are CPU times of one thread, so that other load on the machine does not count; samplers and peers alternate within
+rounds. The peers are the published algorithms in numpy, sample by sample, and return boolean masks; ours also compute
+the row indices that the model needs. Both must draw from the same distribution before they are timed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from d2v_fast.masking import block_mask_1d_rows, block_mask_rows, inverse_block_
 def published_spans(
     generator: np.random.Generator, num_rows: int, num_positions: int, prob: float, length: int
 ) -> np.ndarray:
-    """Row by row, spans put together in Python, then every row cut to the smallest."""
+    """Draw masks sample by sample, with spans assembled in Python; then reduce every sample to the smallest count."""
     chosen = []
     for _ in range(num_rows):
         num_spans = max(1, int(prob * num_positions / length + generator.random()))
@@ -42,7 +41,7 @@ def published_spans(
 def vectorized_spans(
     generator: np.random.Generator, num_rows: int, num_positions: int, prob: float, length: int
 ) -> np.ndarray:
-    """Only the starts are drawn row by row; the spans of the batch are written at once, and counts stay ragged."""
+    """Draw starts sample by sample, and write all spans of the batch at once; counts differ between samples."""
     counts = (prob * num_positions / length + generator.random(num_rows)).astype(int).clip(min=1)
     starts = np.empty((num_rows, counts.max()), dtype=np.int64)
     for row, count in enumerate(counts):
@@ -56,7 +55,7 @@ def vectorized_spans(
 def published_blocks(
     generator: random.Random, num_images: int, side: int, num_patches: int, min_patches: int, min_aspect: float
 ) -> np.ndarray:
-    """One image after the other, one cell after the other."""
+    """Draw masks image by image and cell by cell."""
     masks = np.zeros((num_images, side, side), dtype=bool)
     spread = -math.log(min_aspect)
     for mask in masks:
@@ -91,7 +90,7 @@ def published_fixed_blocks(
     adjust: float,
     inverse: bool,
 ) -> np.ndarray:
-    """The masks of one sample together, up to the blocks; the exact count row by row."""
+    """Draw the blocks of all masks of a sample together, then reach the exact count mask by mask."""
     size = shape[0] * shape[1]
     num_blocks, num_marked = int(size * (share + adjust) / (block[0] * block[1])), int(size * share)
     samples = []
@@ -200,7 +199,7 @@ def as_masks(case: Case, epoch: int) -> np.ndarray:
 
 
 def figures(case: Case, masks: np.ndarray) -> list[float]:
-    """Masked share at all positions, at the two ends and in the middle; how often neighbors differ."""
+    """Return the masked share at all positions, at both ends and in the middle, and how often neighbors differ."""
     middle = case.num_positions // 2
     parts = (masks, masks[:, 0], masks[:, -1], masks[:, middle : middle + 5])
     differ = (masks[:, distance:] != masks[:, :-distance] for distance in case.neighbors)
@@ -233,7 +232,7 @@ def bench_masks(benchmark, case: Case) -> None:  # type: ignore[no-untyped-def]
     warmup_rounds = 2
     benchmark.pedantic(ours, setup=time_peer, rounds=21, warmup_rounds=warmup_rounds)
     if benchmark.stats is not None:
-        # of one mask
+        # seconds per mask
         mine = [seconds / (case.num_batches * case.num_ours) for seconds in benchmark.stats.stats.data]
         peer = [seconds / case.num_peer for seconds in peer_seconds[warmup_rounds:]]
         benchmark.extra_info |= {"op": "masks", "case": case.name, **describe_device(torch.device("cpu"))}

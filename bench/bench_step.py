@@ -1,14 +1,14 @@
-"""A whole pre-training step, beside the same step made of Transformers' model and plain parts.
+"""A whole pre-training step, compared with the same step around Transformers' model.
 
-Both start from the same weights and must agree on loss and gradients before anything is timed. They then take turns,
-so that whatever slows the machine down slows both. Data is made beforehand. Besides what every benchmark reports,
-`extra_info` holds the share of each part in percent; images, or seconds of sound, per second; and `gflop_per_s`, the
-arithmetic that the objective needs (`useful_flop`) over the time taken, beside `gemm_gflop_per_s`, the rate of a large
-matrix product in the same process and precision, before every pair.
+Both start from the same weights and must agree on loss and gradients before they are timed. They alternate, so that
+other load slows both. Data is created before. In addition to the figures of every benchmark, `extra_info` contains the
+share of each part in percent; images, or seconds of sound, per second; `gflop_per_s`, the arithmetic that the objective
+needs (`useful_flop`) per second; and `gemm_gflop_per_s`, the rate of a large matrix product in the same process and
+precision, measured before every pair.
 
-`base` has the published sizes, `base published` the published rates of dropout and stochastic depth as well: the peer
-computes the residual branches that it then multiplies by zero, ours leaves them out. `speech` is the published Base
-model without dropout; `speech lean` computes norms and GELUs of the convolutions again in the backward pass.
+`base` has the published sizes, `base published` also the published rates of dropout and stochastic depth: the peer
+computes residual branches and multiplies them by zero, ours skips them. `speech` is the published Base model without
+dropout; `speech lean` recomputes norms and GELUs of the convolutions in the backward pass.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LONG = ("base published", "speech lean")
 
 
 class Case(NamedTuple):
-    """A configuration file, samples in a batch, and overrides."""
+    """A configuration file, samples per batch, and overrides."""
 
     file: str
     batch_size: int
@@ -160,7 +160,7 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
 
 
 def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
-    """Noise with published masks, and the masks as bool `[B, P]`."""
+    """Create noise with published masks, and the masks as bool `[B, P]`."""
     batch = peers_of(config).random_batch(config, batch_size)
     masked = torch.zeros(batch_size * config.model.num_places(batch.inputs.shape), dtype=torch.bool)
     masked.index_fill_(0, batch.rows, True)
@@ -168,7 +168,7 @@ def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tu
 
 
 def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, masked: Tensor) -> None:
-    """Same loss, and the same gradient of every parameter of the encoder and the head."""
+    """Check that the loss and all gradients of encoder and head agree."""
     tolerance = 1e-3 if ours.engine.compute_dtype == torch.float32 else 0.1
     loss, peer_loss = ours.loss(batch), peer.loss(batch, masked)
     torch.testing.assert_close(loss, peer_loss, rtol=tolerance / 10, atol=0)
@@ -197,7 +197,7 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device) -> float:
-    """Rate of a large matrix product: the best of some."""
+    """Return the best measured rate of a large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
@@ -209,7 +209,7 @@ def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, after everything that was asked of the device is done."""
+    """Return the time in seconds after the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,12 +1,12 @@
-"""Peak memory per process, predicted and measured on a CPU: short runs, one after the other, as a Markdown table.
+"""Predict and measure peak memory per process on a CPU in short runs; print a Markdown table.
 
     python bench/memory_per_rank.py                      # ViT-B in 1, 2 and 4 processes, stages 0 to 3, fp32
     python bench/memory_per_rank.py --dtypes bf16 --processes 2
     python bench/memory_per_rank.py --stages 2 3 --offload optimizer
-    python bench/memory_per_rank.py --largest            # nothing is run: which model fits on how many GPUs
+    python bench/memory_per_rank.py --largest            # without runs: which model fits on how many GPUs
 
-The runs have `MALLOC_MMAP_THRESHOLD_` set, so that the C library returns what is freed and the resident memory is that
-of the tensors; `--malloc default` leaves it to keep what it likes.
+The runs set `MALLOC_MMAP_THRESHOLD_`, so that the C library returns freed memory and the resident memory is that of the
+tensors. `--malloc default` keeps the library's default.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from d2v_fast.memory.step import StepMemory, step_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
-# name, width, depth, heads: ViT-B, ViT-L, and two larger ones of the same make
+# name, width, depth, heads: ViT-B, ViT-L, and larger models of the same architecture
 MODELS = (
     ("86 M", 768, 12, 12),
     ("304 M", 1024, 24, 16),
@@ -85,7 +85,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def settings(processes: int, stage: int, dtype: str, offload: str) -> list[str]:
-    """Overrides of a short run, one sample per process."""
+    """Return the overrides of a short run with one sample per process."""
     zero: dict[str, Any] = {"stage": stage}
     if offload != "none" and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -107,7 +107,7 @@ def settings(processes: int, stage: int, dtype: str, offload: str) -> list[str]:
 
 
 def make_images(folder: Path) -> None:
-    """A few small images of noise."""
+    """Write a few small images of noise."""
     folder.mkdir()
     random = np.random.default_rng(0)
     for index in range(16):
@@ -115,7 +115,7 @@ def make_images(folder: Path) -> None:
 
 
 def run(config: Path, overrides: list[str], processes: int, folder: Path, malloc: str) -> int:
-    """Train for a few steps; the peak that the run's log ends with."""
+    """Train for a few steps and return the peak from the run's log."""
     name = "run"
     script = [str(ROOT / "d2v_fast" / "train.py"), "--ds_config", str(config), "--run-name", name]
     for override in [*overrides, f"d2v.run.dir={folder}"]:
@@ -135,7 +135,7 @@ def run(config: Path, overrides: list[str], processes: int, folder: Path, malloc
 
 
 def sizes_table() -> Iterator[str]:
-    """Lines of a table: GB per GPU in bf16 with a micro-batch of 1, predicted."""
+    """Yield the lines of a table: predicted GB per GPU in bf16 with a micro-batch of 1."""
     yield "| model | stage | offload | 1 GPU | 8 | 64 | 1,024 | largest part |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, width, depth, heads in MODELS:
@@ -149,7 +149,7 @@ def sizes_table() -> Iterator[str]:
 
 
 def predicted_for(width: int, depth: int, heads: int, stage: int, offload: str, processes: int) -> Prediction:
-    """Of a model on GPUs, in bf16."""
+    """Predict the memory of a model on GPUs in bf16."""
     overrides = [
         "d2v.data.path=/none",
         f"d2v.model.width={width}",
@@ -166,18 +166,18 @@ def predicted_for(width: int, depth: int, heads: int, stage: int, offload: str, 
     return predict_from(config, processes, torch.bfloat16, "cuda", *_counted[key])
 
 
-# of a model and whether it runs under autocast
+# cached by model and autocast
 _counted: dict[tuple[int, int, int, bool], tuple[Shapes, StepMemory]] = {}
 
 
 def cell(found: Prediction) -> str:
-    """What stays, the peak, and the same of the host where anything lives there."""
+    """Format permanent memory and peak of the device, and permanent memory of the host if any."""
     text = f"{found.device_state / 1e9:.3g} / {found.device_peak / 1e9:.3g}"
     return text + (f" + {found.host_state / 1e9:.3g}" if found.host_state else "")
 
 
 def largest(found: Prediction) -> str:
-    """Name of the part that needs most of the device."""
+    """Return the name of the largest part on the device."""
     return max(found.parts, key=lambda part: part.device).name
 
 

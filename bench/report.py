@@ -1,4 +1,4 @@
-"""Results of a benchmark run as JSON, Markdown table and plots; and whether the expected ratios still hold.
+"""Write the results of a benchmark run as JSON, Markdown table and plots, and check the expected ratios.
 
 python bench/report.py build/bench.json                  # writes bench/results/<machine>.{json,md,...}
 python bench/report.py build/bench.json --check          # compares with bench/goals.json, exit status 1 on a loss
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The figures of every benchmark in a pytest-benchmark file."""
+    """Read the figures of every benchmark in a pytest-benchmark file."""
     raw = json.loads(path.read_text())
     rows = [entry["extra_info"] for entry in raw["benchmarks"] if "op" in entry["extra_info"]]
     if not rows:
@@ -33,14 +33,14 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def machine_name(rows: list[Row]) -> str:
-    """What the result files are called after: device and threads."""
+    """Return the stem of the result files: device and threads."""
     device = rows[0]["device"]
     threads = "" if "nvidia" in device.lower() else f"-{rows[0]['threads']}-threads"
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + threads
 
 
 class Verdict(NamedTuple):
-    """One goal beside what was measured.
+    """One goal with its measured value.
 
     `holds` says that the figure is not below what is expected of it; `reached` that it is what the project wants.
     """
@@ -53,7 +53,7 @@ class Verdict(NamedTuple):
 
 
 def judge(rows: list[Row], goals: list[Row]) -> Iterator[Verdict]:
-    """Every goal at every case that it names, on the kind of device that it is for."""
+    """Yield every goal for each of its cases on its kind of device."""
     for goal in goals:
         for row in rows:
             fits = row["op"] == goal["op"] and row["device_type"] == goal["device_type"]
@@ -67,7 +67,7 @@ def judge(rows: list[Row], goals: list[Row]) -> Iterator[Verdict]:
 
 
 def metric(row: Row, name: str) -> float | None:
-    """`ratio:PEER`, `peak:PEER` (the peer's peak memory over ours), or a figure of the row itself."""
+    """Return `ratio:PEER`, `peak:PEER` (the peer's peak memory over ours), or a figure of the row itself."""
     kind, _, peer = name.partition(":")
     if not peer:
         value = row.get(kind)
@@ -82,7 +82,7 @@ def metric(row: Row, name: str) -> float | None:
 
 
 def check(rows: list[Row]) -> int:
-    """Print every goal with what was measured; 1 where one is lost, or is for this device and was not measured."""
+    """Print every goal with its measured value; return 1 if one is missed, or applies here and was not measured."""
     goals = [goal for goal in json.loads(GOALS.read_text()) if goal["device_type"] == rows[0]["device_type"]]
     failed = 0
     for goal in goals:
@@ -104,7 +104,7 @@ def check(rows: list[Row]) -> int:
 
 
 def markdown(rows: list[Row]) -> str:
-    """One table an operation: ours, the machine's line, and every peer's time over ours."""
+    """Yield a table per operation: ours, the machine's bandwidth, and every peer's time over ours."""
     first = rows[0]
     where = f"{first['device']}, {first['threads']} CPU threads, torch {first['torch']}"
     lines = [
@@ -171,7 +171,7 @@ def _bytes(value: float | None) -> str:
 
 
 def draw(rows: list[Row], stem: Path) -> list[Path]:
-    """The plots that the rows allow; returns the files."""
+    """Draw the plots that the rows allow; return the files."""
     try:
         import matplotlib
     except ImportError:
@@ -289,7 +289,7 @@ def _save(figure: Any, stem: Path, kind: str) -> Path:
 
 
 def write(rows: list[Row], folder: Path) -> list[Path]:
-    """All result files of one machine."""
+    """Write all result files of one machine."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / machine_name(rows)
     table, figures = stem.with_suffix(".md"), stem.with_suffix(".json")
@@ -299,7 +299,7 @@ def write(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _rounded(value: Any) -> Any:
-    """Four significant digits: more would only be noise in the history."""
+    """Round to four significant digits: more would be noise in the history."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, float) and value and math.isfinite(value):

@@ -1,10 +1,10 @@
-"""EMA of a sharded model: what a step costs under every ZeRO stage, beside the two ways that people write by hand.
+"""EMA of a sharded model: cost of an update under every ZeRO stage, compared with two common hand-written ways.
 
 python bench/sharded_ema.py                  # prints a table and writes bench/results/sharded-ema-<machine>.md
-python bench/sharded_ema.py --depth 2        # a smaller model, for a look; writes nothing
+python bench/sharded_ema.py --depth 2        # a smaller model; writes nothing
 
-Two processes with one thread each. In every round each way runs once, with both processes starting together; a time is
-that of the slower one, up to where the teacher's module could run. Ratios are taken within a round.
+Two processes with one thread each. In every round each way runs once, and both processes start together. A time is that
+of the slower process until the teacher's module could run. Ratios are formed within a round.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Ways = dict[str, Callable[[], None]]
 
 
 class Parameters(nn.Module):
-    """The parameters of a vision model, and no forward pass."""
+    """The parameters of a vision model, without a forward pass."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Parameters(nn.Module):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that are started inside, whoever starts them."""
+    """Count the collectives that are started within the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Collectives(TorchDispatchMode):
 
 
 class Trial:
-    """A model under a stage with its teacher, and the ways to update it."""
+    """A model under a ZeRO stage with its teacher, and the ways to update the teacher."""
 
     def __init__(self, stage: int, dtype: torch.dtype, depth: int) -> None:
         import deepspeed
@@ -79,7 +79,7 @@ class Trial:
             "steps_per_print": 10**9,
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": dtype == torch.bfloat16},
-            # the default is a buffer of 2 GB
+            # the default buffer is 2 GB
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 10**7, "allgather_bucket_size": 10**7},
         }
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -106,7 +106,7 @@ class Trial:
         _ = self.teacher.module
 
     def loop(self) -> None:
-        """Parameter by parameter over the shards, with what is sent afterwards as ours sends it."""
+        """Update the shards parameter by parameter, and then communicate as ours does."""
         with torch.no_grad():
             for average, shard in zip(self.averages, self.masters, strict=True):
                 average.lerp_(shard.master, 1 - DECAY)
@@ -115,7 +115,7 @@ class Trial:
 
     @torch.no_grad()
     def gathered(self) -> None:
-        """DeepSpeed's accessor gives every process every fp32 value, which all of them average."""
+        """Gather every fp32 value in every process by DeepSpeed's accessor, and average all of them."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         pairs = zip(self.whole, self.model.parameters(), self.teacher.module.parameters(), strict=True)
@@ -125,7 +125,7 @@ class Trial:
 
     @torch.no_grad()
     def gathered_zero3(self) -> None:
-        """What the documentation of ZeRO-3 offers: gather both, average in the first process, scatter."""
+        """Follow the documentation of ZeRO-3: gather both, average in the first process, scatter."""
         import deepspeed
 
         for mine, other in zip(self.teacher.module.parameters(), self.model.parameters(), strict=True):
@@ -135,13 +135,13 @@ class Trial:
 
 
 def measure(stage: int, dtype: torch.dtype, depth: int, rounds: int, world: World) -> dict[str, Any]:
-    """Seconds of every way in every round, of the slower process; and what `update` sends."""
+    """Return the seconds of every way in every round, of the slower process, and the collectives of `update`."""
     trial = Trial(stage, dtype, depth)
     ways = trial.ways()
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARM_UP + rounds):
-        # the order turns, so that nobody always follows the same one
+        # rotate the order, so that no way always follows the same one
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             world.barrier()

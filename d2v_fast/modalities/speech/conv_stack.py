@@ -1,4 +1,4 @@
-"""The convolutions over a waveform, channels last from end to end: no transposes, and no im2col after the first one.
+"""Convolutions over a waveform in channels-last layout, without transposes, and without im2col after the first.
 
 Shape letters: B batch, N samples, T frames of a layer, C channels, R rows of an utterance.
 
@@ -31,18 +31,18 @@ _NO_SECOND_DERIVATIVE = (
     "the gradient of `ConvStack` has no derivative; under `torch.func`, as in `torch.func.hessian`, it has derivatives "
     "of any order."
 )
-# numbers of a window: below, they are copied out, or every product would be too narrow
+# windows with fewer numbers are copied, since the products would be too narrow
 _SMALL_WINDOW = 64
 
 
 class ConvStack(nn.Module):
-    """Waveform to frames.
+    """Map a waveform to frames.
 
     Args:
         width: C, of all layers.
         kernels, strides: in frames of the layer's input, one per layer.
-        recompute: keep only the outputs of the convolutions for the backward pass, and compute norm and GELU again. The
-            first of several is computed again in any case: of one channel, it costs less than to keep it.
+        recompute: save only the outputs of the convolutions, and recompute norm and GELU in the backward pass. The
+            first of several convolutions is always recomputed: with one input channel, that costs less than saving.
 
     Attributes:
         compute_dtype: of a forward pass where autocast cannot be asked for it, as on `meta`; None: what autocast says,
@@ -66,7 +66,7 @@ class ConvStack(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialization: Kaiming normal over the inputs of a window."""
+        """Apply the published initialization: Kaiming normal over the inputs of a window."""
         for weight, norm_weight, norm_bias in zip(self.weights, self.norm_weights, self.norm_biases, strict=True):
             fan_in = weight.shape[1] * weight.shape[2]
             nn.init.normal_(weight, std=(2.0 / fan_in) ** 0.5)
@@ -74,7 +74,7 @@ class ConvStack(nn.Module):
             nn.init.zeros_(norm_bias)
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """`[B, N]` to `[B, T, C]`.
+        """Map `[B, N]` to `[B, T, C]`.
 
         Raises:
             ValueError: the waveforms are too short for one frame, or have another shape.
@@ -105,7 +105,7 @@ class ConvStack(nn.Module):
         return y.view(filled.shape[0], rows[-1].num, y.shape[-1])[:, : rows[-1].num_read]
 
     def _transformed(self, waveforms: Tensor) -> Tensor:
-        """``forward`` of PyTorch's own convolutions, for forward mode and ``torch.func``."""
+        """Run ``forward`` with PyTorch's own convolutions, for forward mode and ``torch.func``."""
         x = waveforms.to(self._dtype())[..., None]
         for weight, norm_weight, norm_bias, stride in zip(
             self.weights, self.norm_weights, self.norm_biases, self.strides, strict=True
@@ -116,12 +116,12 @@ class ConvStack(nn.Module):
         return x
 
     def _fill_up(self, waveforms: Tensor) -> tuple[Tensor, list[_Rows]]:
-        """Waveforms of as many samples as make whole rows in every layer, and the rows of every layer's output."""
+        """Pad waveforms so that every layer has whole rows; return them and the rows of every layer's output."""
         layers = [(weight.shape[1], stride) for weight, stride in zip(self.weights, self.strides, strict=True)]
         num_frames = waveforms.shape[1]
         for kernel, stride in layers:
             num_frames = _num_frames(num_frames, kernel, stride)
-        # of the last layer's output, of its input, and so on
+        # from the last layer's output backward
         num_read, ratios = [num_frames], [1]
         for kernel, stride in reversed(layers):
             num_read.append((num_read[-1] - 1) * stride + kernel)
@@ -143,19 +143,19 @@ class ConvStack(nn.Module):
 
 
 class _Rows(NamedTuple):
-    """Rows of an utterance in the output of a layer, and how many of them the next layers read."""
+    """Rows of an utterance in a layer's output, and how many of them the next layers read."""
 
     num: int
     num_read: int
 
     def clear(self, frames: Tensor) -> Tensor:
-        """Sets the other rows to zero: a NaN there, even times zero, would reach gradients of those that are read."""
+        """Set the unread rows to zero: a NaN in them, even times zero, would reach gradients of read rows."""
         frames.view(frames.shape[0] // self.num, self.num, frames.shape[1])[:, self.num_read :] = 0
         return frames
 
 
 class _Convolution(torch.autograd.Function):
-    """`[B * R * stride, C]` and a weight `[O, k, C]` to `[B * R, O]`."""
+    """Map `[B * R * stride, C]` to `[B * R, O]` by a weight `[O, k, C]`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, rows: _Rows) -> Tensor:
@@ -172,7 +172,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _FirstTwoConvolutions(torch.autograd.Function):
-    """The first convolution, layer norm and GELU in its place, and the next convolution."""
+    """The first convolution, layer norm and GELU in place, and the next convolution."""
 
     @staticmethod
     def forward(
@@ -209,7 +209,7 @@ class _FirstTwoConvolutions(torch.autograd.Function):
         assert grad_frames is not None
         norm = norm_weight.float(), norm_bias.float()
         grad_norms = []
-        # a few utterances at a time: their frames are new memory
+        # a few utterances at a time, since their frames are recomputed into new memory
         size = max(1, len(grad_frames) // ctx.rows.num // 8) * ctx.rows.num
         parts = zip(*(whole.split(size) for whole in (grad_frames, mean, rstd)), x.split(size * stride), strict=True)
         for grad_part, *statistics, samples in parts:
@@ -223,7 +223,7 @@ class _FirstTwoConvolutions(torch.autograd.Function):
 
 
 class _NormGeluConvolution(torch.autograd.Function):
-    """Layer norm, GELU and the next convolution. Between the two, nothing needs to be kept."""
+    """Layer norm, GELU and the next convolution, without saving tensors in between if `lean`."""
 
     @staticmethod
     def forward(
@@ -264,7 +264,7 @@ def _num_frames(num_inputs: int, kernel: int, stride: int) -> int:
 
 
 def _windows(x: Tensor, kernel: int, stride: int) -> Iterator[tuple[slice, Tensor]]:
-    """The taps of a convolution, as many at a time as the stride: their columns in a weight, and a view of `x`.
+    """Yield the taps of a convolution in groups of `stride`: their columns in a weight, and a view of `x`.
 
     The view is `[M, number of them * C]`, without the last rows, whose windows end past the end of `x`.
     """
@@ -276,7 +276,7 @@ def _windows(x: Tensor, kernel: int, stride: int) -> Iterator[tuple[slice, Tenso
 
 
 def _copied_windows(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """`[B * R, kernel * C]`."""
+    """Return the windows as a copy `[B * R, kernel * C]`."""
     C = x.shape[1]
     overlap = max(0, kernel - stride) * C
     if len(x) == 0:
@@ -285,7 +285,7 @@ def _copied_windows(x: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 def _without_autocast(function: Callable[P, T]) -> Callable[P, T]:
-    """In the dtype of the arguments: a backward pass may run within autocast where the forward pass did not."""
+    """Disable autocast, which may be active in the backward pass even if it was not in the forward pass."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -321,7 +321,7 @@ def _convolve_backward(
     flat = weight.view(out_width, kernel * C)
     grad_x = _input_gradient(grad, flat, x.shape, kernel, stride) if needs_x else None
     if kernel * C <= _SMALL_WINDOW:
-        # this way round: a product with few columns is slower than one with few rows
+        # transposed, because a product with few columns is slower than one with few rows
         grad_weight = (_copied_windows(x, kernel, stride).t() @ grad).t()
     else:
         grad_weight = torch.empty_like(flat)
@@ -335,7 +335,7 @@ def _input_gradient(grad: Tensor, flat: Tensor, shape: torch.Size, kernel: int, 
     if kernel < stride:
         grad_x = grad.new_zeros(shape)
     else:
-        # every input is in a window of the first taps
+        # the windows of the first taps cover every input
         grad_x = linear(grad, flat[:, : stride * C].t(), None).view(shape)
     for columns, window in _windows(grad_x, kernel, stride):
         if columns.start > 0 or kernel < stride:
