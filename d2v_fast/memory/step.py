@@ -159,14 +159,14 @@ class _LiveBytes(TorchDispatchMode):
         self._held: set[int] = set()
         self.watcher: Callable[[], None] = lambda: None
         # by address of the storage; the entry is removed when the storage is freed
-        self._known: dict[int, tuple[int, Any]] = {x.untyped_storage()._cdata: (0, None) for x in ignored}
+        self._known: dict[int, tuple[int, object]] = {x.untyped_storage()._cdata: (0, None) for x in ignored}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.add(result)
         return result
 
-    def add(self, tensors: Any) -> None:
+    def add(self, tensors: object) -> None:
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
                 continue
@@ -187,7 +187,7 @@ class _LiveBytes(TorchDispatchMode):
         """Keep counting the storage of `tensor` in `small_peak` after it is freed, as a run keeps it."""
         self._held.add(tensor.untyped_storage()._cdata)
 
-    def _free(self, key: int, _: Any) -> None:
+    def _free(self, key: int, _: object) -> None:
         size, _ = self._known.pop(key)
         self.bytes -= size
         if key in self._held:

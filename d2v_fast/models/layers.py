@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from d2v_fast.ops.autograd import is_transformed
 INIT_STD = 0.02
 
 # oneDNN's matrix product, which Inductor uses as well; `F.linear` calls MKL
-_ONEDNN_LINEAR: Any = (
+_ONEDNN_LINEAR: Callable[..., Tensor] | None = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
     else None
@@ -135,5 +136,5 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # for rows with gaps, oneDNN falls back to a loop that is a thousand times slower
-    y: Tensor = _ONEDNN_LINEAR(x.contiguous(), weight, bias, "none", [], "")
-    return y
+    assert _ONEDNN_LINEAR is not None
+    return _ONEDNN_LINEAR(x.contiguous(), weight, bias, "none", [], "")

@@ -132,7 +132,7 @@ def in_cpp(name: str) -> bool:
     return found
 
 
-def tensor_list(name: str, value: Any) -> list[Tensor]:
+def tensor_list(name: str, value: object) -> list[Tensor]:
     """Return a list, tuple or iterator of tensors as a list, consumed once.
 
     Args:
@@ -157,7 +157,7 @@ def tensor_list(name: str, value: Any) -> list[Tensor]:
     return list(value)
 
 
-def check_tensors(name: str, values: Iterable[Any]) -> None:
+def check_tensors(name: str, values: Iterable[object]) -> None:
     """Check that all elements are tensors.
 
     Raises:

@@ -387,7 +387,7 @@ def _paired(teacher: Tensors, student: Tensors, working: Tensors | None) -> _Lis
     return _untied(_Lists(lists[0], lists[1], lists[2] if len(lists) > 2 else []))
 
 
-def _as_dict(side: Any) -> dict[str, Tensor] | None:
+def _as_dict(side: object) -> dict[str, Tensor] | None:
     return dict(side.items()) if isinstance(side, (Mapping, torch.nn.ParameterDict)) else None
 
 
