@@ -1,4 +1,4 @@
-"""Every command that is printed can be pasted as it stands, and does what its message says."""
+"""Every printed command can be pasted as it is, and does what its message says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `d2v-fast` command: every part of it on small real inputs, mistakes in words, help without heavy imports."""
+"""The `d2v-fast` command on small real inputs, with messages for mistakes and help without heavy imports."""
 
 from __future__ import annotations
 

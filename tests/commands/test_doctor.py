@@ -1,4 +1,4 @@
-"""`d2v-fast doctor`: whatever is broken, a line that says so, with its fix, and never a traceback."""
+"""`d2v-fast doctor` reports everything that is broken in one line with its fix, without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`d2v-fast draw`: what it reads from a run folder, and the picture itself."""
+"""`d2v-fast draw`: reading a run folder, and the picture."""
 
 from __future__ import annotations
 

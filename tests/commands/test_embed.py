@@ -1,4 +1,4 @@
-"""`d2v-fast embed`: features of files, in their order, and what cannot be read named and left out."""
+"""`d2v-fast embed` writes the features of files in order, and names files that cannot be read."""
 
 from __future__ import annotations
 

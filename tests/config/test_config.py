@@ -1,4 +1,4 @@
-"""Configuration: what is accepted, and how everything else is refused."""
+"""Configurations that are accepted, and the messages for all others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every number of a configuration and of the command line: refused in words, or small enough for all that follows."""
+"""Every number in a configuration or option is refused with a message or small enough for all that uses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any edit of a valid file is refused with the key named, or changes what is parsed; none is ignored."""
+"""Any edit of a valid file is refused by key or changes the parsed configuration; none is ignored."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The keys of DeepSpeed: those of the installed version, each with an effect, a line that says it has none, or a
-hint."""
+"""Every key of the installed DeepSpeed has an effect, a line that says it has none, or a hint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unreadable images in a run: replaced alike by any number of workers and on resume, named; too many stop the run."""
+"""Unreadable images are named and replaced alike for any workers and on resume; too many stop the run."""
 
 from __future__ import annotations
 

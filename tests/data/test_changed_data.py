@@ -1,4 +1,4 @@
-"""Data that change between a checkpoint and its resume: noticed, refused or accepted, and counted."""
+"""Data that changed between a checkpoint and its resume are noticed, counted, and refused or accepted."""
 
 from __future__ import annotations
 

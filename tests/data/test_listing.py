@@ -1,4 +1,4 @@
-"""What a data set consists of and leaves out: counted by ending and reason, and said by every command."""
+"""Every command reports the files of a data set by ending, and those that are left out by reason."""
 
 from __future__ import annotations
 

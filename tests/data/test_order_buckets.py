@@ -1,4 +1,4 @@
-"""Steps of utterances of like length: each once per epoch, the same for any split, bounded, and little is padded."""
+"""Steps of similar lengths: every utterance once per epoch, the same for any split, bounded, little padding."""
 
 from __future__ import annotations
 

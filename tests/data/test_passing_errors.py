@@ -1,4 +1,4 @@
-"""An error of the machine or its network is none of a sample: a good file is never counted as unreadable for it."""
+"""A passing error of the machine or network does not count a good file as unreadable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of frozen encoders: in eval mode, and every module afterwards in the mode that it had."""
+"""Features are computed in eval mode, and every module returns to its mode afterwards."""
 
 from __future__ import annotations
 

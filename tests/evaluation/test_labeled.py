@@ -1,4 +1,4 @@
-"""Labeled data of a user's own: which samples are chosen, how they are divided, and what is said of the rest."""
+"""A user's labeled data: the choice of samples, their split, and the report about the rest."""
 
 from __future__ import annotations
 

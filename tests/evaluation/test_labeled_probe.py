@@ -1,4 +1,4 @@
-"""The probe of a user's own labels, for every modality: in the middle of a run, at its end, and of a checkpoint."""
+"""Probe a user's own labels in every modality: during a run, at its end, and from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The probe of a run and that of its checkpoint: the same weights, and the same table."""
+"""The probe of a run and the probe of its checkpoint use the same weights and give the same table."""
 
 from __future__ import annotations
 

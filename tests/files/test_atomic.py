@@ -1,4 +1,4 @@
-"""Files that are complete or absent, with the permissions of the umask, whoever writes them."""
+"""Every written file is complete or absent and has the permissions of the umask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is advised about an error of the system: right for its cause, from one place for all that is written."""
+"""The advice about a system error fits its cause and comes from one place."""
 
 from __future__ import annotations
 

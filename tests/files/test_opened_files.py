@@ -1,6 +1,6 @@
 """Every file is opened through `open_regular`: the sources are searched for calls that open a path in another way.
 
-A pipe in the place of a file would be waited for without end, and a signal would not end it.
+Opening a pipe in the place of a file would block forever, and a signal would not end it.
 """
 
 from __future__ import annotations

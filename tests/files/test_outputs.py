@@ -1,4 +1,4 @@
-"""What commands write to places that users name: nothing that is there is lost, and nothing is replaced unasked."""
+"""Commands never lose or replace a user's files at the place they write to, unless they are asked to."""
 
 from __future__ import annotations
 

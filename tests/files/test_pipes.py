@@ -1,4 +1,4 @@
-"""A pipe without a writer at every path that a user or somebody else names: an error in words, and never a wait."""
+"""A pipe without a writer, at any path that is read, gives an error message instead of a wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: limits while reading, and text that no terminal obeys."""
+"""Files of others are read with limits, and their text cannot control a terminal."""
 
 from __future__ import annotations
 

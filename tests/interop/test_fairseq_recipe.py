@@ -1,4 +1,4 @@
-"""The configuration of a fairseq checkpoint: kept by the program that strips it, given by options, or assumed."""
+"""The configuration of a fairseq checkpoint is kept by the strip program, given by options, or assumed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What Transformers saves of every `Data2Vec` class comes back as an encoder with the same features, and what is left
-out or drawn anew is said."""
+"""Every `Data2Vec` class that Transformers saves is imported with the same features; weights that are left out or new
+are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that cannot be used, wherever they are given: what they are is said before anything is written."""
+"""Weights that cannot be used are described by every command before it writes a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`d2v-fast export --format onnx`: what onnxruntime computes from the file is what Transformers computes."""
+"""`d2v-fast export --format onnx`: onnxruntime computes the same from the file as Transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modality a checkpoint of the published code is of, and what is said of one that is of none."""
+"""Find the modality of a checkpoint of the published code, and report one that has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks at their limits: what the sampler can draw, and what a step makes of none masked, all masked, and nonsense."""
+"""Masks at their limits: what the sampler can draw, and steps with no, all or invalid masked places."""
 
 from __future__ import annotations
 

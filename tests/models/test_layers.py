@@ -1,4 +1,4 @@
-"""Linear maps by oneDNN against formulas in fp64, and where they are left to torch."""
+"""Linear maps by oneDNN against formulas in fp64, and the cases that are left to torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full names of what a source file imports and calls."""
+"""Full names of the functions that a source file imports and calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark suite's own logic: who is compared, what is lost, and what the result files say."""
+"""The benchmark suite compares the right peers, reports what is slower, and writes the result files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small files that would become large: each is refused, or read, with a bounded peak of memory.
+"""Small files that would expand to large ones are refused, or read with a bounded peak of memory.
 
 Every case runs in a process of its own.
 """

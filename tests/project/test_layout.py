@@ -1,4 +1,4 @@
-"""The structure that docs/architecture.md promises: the symlink, one stem per op, who may import whom."""
+"""The structure that docs/architecture.md promises: links, one stem per operation, allowed imports, sizes."""
 
 from __future__ import annotations
 

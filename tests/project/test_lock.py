@@ -1,5 +1,4 @@
-"""What is installed: pyproject.toml asks for ranges, constraints.txt names one version of each, requirements.lock their
-hashes. The three agree."""
+"""The ranges of pyproject.toml, the versions of constraints.txt and the hashes of requirements.lock agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Without a package: every command says which extra installs it, and what needs none works."""
+"""Without a package, every command that needs it names the extra that installs it, and the others work."""
 
 from __future__ import annotations
 

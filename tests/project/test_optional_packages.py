@@ -1,4 +1,4 @@
-"""Packages that are not needed, and broken: ignored, or one line, and the run goes on."""
+"""A broken package that is not needed is ignored or reported in one line, and the run goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Source archive and wheels, as `python -m build` makes them, looked into, installed and used outside of a clone."""
+"""Source archive and wheels of `python -m build` are complete, and work outside of a clone."""
 
 from __future__ import annotations
 

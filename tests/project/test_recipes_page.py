@@ -1,4 +1,4 @@
-"""The sizes on docs/recipes.md that can be computed, and the links to the page."""
+"""The sizes on docs/recipes.md are those that the code computes, and the page is linked."""
 
 from __future__ import annotations
 

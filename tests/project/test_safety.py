@@ -1,5 +1,4 @@
-"""No code comes out of data: the sources are walked for calls that would execute or unpickle what they read. And every
-test that SECURITY.md names exists."""
+"""No source file calls a function that executes or unpickles what it reads, and every test in SECURITY.md exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several tests share has a home that is no test module, so that a test can change without breaking others."""
+"""Code that several tests share is not in a test module, so that a test can change without breaking others."""
 
 from __future__ import annotations
 
