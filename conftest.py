@@ -53,7 +53,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Skip files without a test of the one mark that a run asks for, because importing all files takes long."""
     mark = config.getoption("-m")
     is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    if mark in ("alone", "waits") and is_module and f"pytest.mark.{mark}" not in collection_path.read_text():
+    if mark in ("alone", "waits") and is_module and f"pytest.mark.{mark}" not in collection_path.read_text("utf-8"):
         return True
     return None
 
