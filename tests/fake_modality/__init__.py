@@ -11,7 +11,11 @@ from d2v_fast.modalities import Modality
 from tests.fake_modality.config import CurvesConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from d2v_fast.data import Batch, BatchMaker
+    from d2v_fast.evaluation.inputs import Encoder, Source
+    from d2v_fast.evaluation.probing import Probing
     from tests.fake_modality.encoder import CurvesModel
 
 
@@ -33,6 +37,18 @@ def _largest_batch(config: CurvesConfig, num_samples: int) -> Batch:
     return largest_batch(config, num_samples)
 
 
+def _open_inputs(encoder: Encoder, inputs: Path, tokenizer: Path | None) -> Source:
+    from tests.fake_modality.embed import open_curves
+
+    return open_curves(encoder, inputs)
+
+
+def _probing() -> Probing:
+    from tests.fake_modality.probe import PROBING
+
+    return PROBING
+
+
 MODALITY = Modality(
     name="curves",
     place="point",
@@ -40,4 +56,6 @@ MODALITY = Modality(
     encoder=_encoder,
     batches=_batches,
     largest_batch=_largest_batch,
+    open_inputs=_open_inputs,
+    probing=_probing,
 )
