@@ -25,11 +25,12 @@ from torch import Tensor
 
 from bench.measure import compared, describe_device, peak_bytes, quantiles
 from d2v_fast.config import D2VConfig, RunConfig, load_config
-from d2v_fast.data import Batch
+from d2v_fast.data import Batch, Step
 from d2v_fast.distributed.world import World
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import make_engine
+from d2v_fast.training.step import TrainStep
 from d2v_fast.training.stepclock import StepClock
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -68,7 +69,7 @@ def peers_of(config: D2VConfig) -> Any:
 
 
 class OurStep:
-    """The training loop's own parts, called as it calls them."""
+    """The step of the training loop."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         world = World(device.type)
@@ -76,8 +77,9 @@ class OurStep:
         self.engine = make_engine(self.model, config.deepspeed, world, decay_1d=config.d2v.decay_1d)
         self.teacher = Teacher(self.model.student.averaged, config.d2v.teacher, compute_dtype=self.engine.compute_dtype)
         self.clock = StepClock(device, enabled=True)
-        self.clock.watch(self.model)
-        self._divisor, self._step = config.d2v.loss.divisor(config.d2v.model.width), 0
+        self.model.part = self.clock.part
+        self._divisor, self._number = config.d2v.loss.divisor(config.d2v.model.width), 0
+        self._step = TrainStep(self.engine, self.teacher, world, divisor=self._divisor, seed=0, clock=self.clock)
 
     def loss(self, batch: Batch) -> Tensor:
         """As it is trained: the mean over masked places."""
@@ -86,14 +88,8 @@ class OurStep:
 
     def __call__(self, batch: Batch) -> None:
         """A whole step."""
-        self._step += 1
-        output = self.engine.forward(batch, self.teacher.module)
-        with self.clock.part("backward"):
-            self.engine.backward(output.loss_sum, output.num_rows * self._divisor)
-        with self.clock.part("optimizer"):
-            applied = self.engine.step(LR)
-        with self.clock.part("EMA"):
-            self.teacher.update(self._step, applied if batch.inputs.is_cuda else None)
+        self._number += 1
+        self._step(self._number, Step([batch], len(batch.rows)), LR)
         self.clock.end_step()
 
     def shares(self) -> dict[str, float]:

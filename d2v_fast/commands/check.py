@@ -17,9 +17,8 @@ import torch
 
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, load_config
 from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
-from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, steps_per_epoch
+from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, step_order, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
-from d2v_fast.data.order import StepOrder
 from d2v_fast.data.progress import duration
 from d2v_fast.distributed.world import RunError, World, world_size
 from d2v_fast.evaluation import run as evaluation
@@ -32,6 +31,7 @@ from d2v_fast.training.describe import describe
 from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine
 from d2v_fast.training.preflight import check_packages
 from d2v_fast.training.schedules import LearningRate
+from d2v_fast.training.step import TrainStep
 
 # of the steps that are tried: at least, and at most, until there is enough, and when to give up on the rest
 MIN_STEPS, MAX_STEPS = 3, 30
@@ -144,37 +144,25 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
     engine.step(0.0)
     teacher = Teacher(model.student.averaged, d2v.teacher, compute_dtype=engine.compute_dtype, module=copied)
     divisor = d2v.loss.divisor(d2v.model.width)
-    order = StepOrder(
-        maker.num_samples,
-        micro_batch=split.micro_batch,
-        accumulation=split.accumulation,
-        world_size=split.world_size,
-        rank=0,
-        seed=d2v.run.seed,
-        start_step=0,
-        num_steps=None,
-        lengths=maker.lengths,
-        max_step_length=maker.max_step_length,
-    )
+    train_step = TrainStep(engine, teacher, world, divisor=divisor, seed=d2v.run.seed)
+    order = step_order(maker, split, seed=d2v.run.seed)
     losses, batches, times = [], [], []
     bad = BadFiles(d2v.data, maker)
     start = time.monotonic()
     for step, of_step in enumerate(islice(order, 0, None, split.accumulation), start=1):
         before = time.perf_counter()
-        made = maker.make(of_step, d2v.run.seed)
+        made = maker.make(of_step, d2v.run.seed).batch
         batch = made.to(device)
         _wait(device)
         has_data = time.perf_counter()
-        num_values = max(1, len(batch.rows)) * divisor
-        output = engine.forward(batch, teacher.module)
-        engine.backward(output.loss_sum, num_values)
+        num_rows = max(1, len(batch.rows))
+        output = train_step.add_gradient(step, 0, batch, num_rows)
         _wait(device)
         has_gradient = time.perf_counter()
-        engine.step(schedule.at(min(step, schedule.num_steps) - 1))
-        teacher.update(step)
+        train_step.update(step, schedule.at(min(step, schedule.num_steps) - 1))
         _wait(device)
         times.append((has_data - before, has_gradient - has_data, time.perf_counter() - has_gradient))
-        losses.append(float(output.loss_sum.detach()) / num_values)
+        losses.append(float(output.loss_sum.detach()) / (num_rows * divisor))
         batches.append(_without_values(made))
         bad.add(made)
         elapsed = time.monotonic() - start

@@ -134,6 +134,11 @@ class BatchSplit(NamedTuple):
     accumulation: int
     world_size: int
 
+    @classmethod
+    def of(cls, micro_batch: int, accumulation: int = 1, world_size: int = 1) -> BatchSplit:
+        """Return the split with these factors."""
+        return cls(micro_batch * accumulation * world_size, micro_batch, accumulation, world_size)
+
 
 class DeepSpeedConfig(Section):
     """Everything outside `"d2v"`: DeepSpeed's own keys, read with and without DeepSpeed.

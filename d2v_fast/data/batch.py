@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from d2v_fast.data.listing import Listing
 from d2v_fast.data.samples import SampleSource
 from d2v_fast.errors import DataError
 
-__all__ = ["Batch", "DataError", "ImageDataset"]
+__all__ = ["Batch", "DataError", "ImageDataset", "MicroBatch", "Step"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,6 @@ class Batch:
         bad: the unreadable files that were replaced by a neighbor, as `path: reason`.
         drop_keys: uint64 `[B]`, always on the host: keys of the streams (`streams.DROP`) from which stochastic depth
             and layer-drop decide what each sample skips; None: new ones, drawn from torch's generator.
-        global_rows: masked places of the whole optimizer step, over all its micro steps and processes; None when the
-            batch was not made by a `StepLoader`.
     """
 
     inputs: Tensor
@@ -49,7 +47,6 @@ class Batch:
     offsets: Tensor | None = None
     bad: tuple[str, ...] = ()
     drop_keys: npt.NDArray[np.uint64] | None = None
-    global_rows: int | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with its tensors on `device`."""
@@ -62,6 +59,31 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **changed)
+
+
+class MicroBatch(NamedTuple):
+    """What a loader worker makes of one micro-step of one process.
+
+    Attributes:
+        batch: the samples of this micro-step.
+        step_rows: masked places of the whole optimizer step, over all its micro-steps and processes.
+    """
+
+    batch: Batch
+    step_rows: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process needs for one optimizer step.
+
+    Attributes:
+        micro_batches: the batches of its micro-steps.
+        num_rows: masked places of the whole step, over all micro-steps and processes.
+    """
+
+    micro_batches: list[Batch]
+    num_rows: int
 
 
 class ImageDataset(SampleSource, Protocol):

@@ -1,7 +1,7 @@
-"""From a data set to batches with masks, one optimizer step at a time.
+"""Loads micro-batches with masks in worker processes and groups them into optimizer steps.
 
-Worker processes read, augment and draw masks; everything random depends on (seed, epoch, sample id), so the batches
-are the same for any number of workers, and resuming needs the step number only.
+Everything random depends on (seed, epoch, sample id), so the batches do not depend on the number of workers, and a
+resumed run needs only the step number.
 """
 
 from __future__ import annotations
@@ -19,122 +19,85 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from d2v_fast.data.bad_files import BadFiles
-from d2v_fast.data.batch import Batch, DataError
+from d2v_fast.data.batch import Batch, DataError, MicroBatch, Step
 from d2v_fast.data.makers import BatchMaker
 from d2v_fast.data.order import MicroStep, StepOrder
 from d2v_fast.data.worker_watch import WorkerWatch
 from d2v_fast.processes.idle import LOOKS
 
 if TYPE_CHECKING:
-    from d2v_fast.config import D2VConfig
+    from d2v_fast.config import DataSection
 
 __all__ = ["StepLoader", "worker_died"]
 
-# small batches are made in no time, and wait in the queue so that a step never waits for a worker
+# batches up to this size are prefetched deeper, so that a step never waits for a worker
 SMALL_BATCH_BYTES = 1 << 20
 PREFETCH_SMALL, PREFETCH_LARGE = 8, 2
 
-# how long a worker lives on after SIGTERM, for the main process to finish its step and save
+# how long a worker outlives SIGTERM, so that the main process can finish its step and save
 GRACE_SECONDS = 60
 
 
 class StepLoader:
-    """Yields, for every optimizer step, the list of its micro batches for this process.
+    """Iterates over the optimizer steps of one process.
 
     Args:
-        maker: what `batch_maker` returns.
-        config: the `"d2v"` section; number of workers and the limit for unreadable files are read from it.
-        micro_batch, accumulation, world_size, rank: see `StepOrder`.
-        seed: of order, augmentation and masks; None takes `config.run.seed`.
-        start_step: optimizer steps already made; iteration begins after them.
-        num_steps: optimizer steps of the whole run; None yields without end.
-        pin_memory: page-locked batches; None pins if there is a CUDA device and `config.run.device` allows it.
-        on_bad: is told of every unreadable file when this process first meets it, as `path: reason`.
-        timeout_s: seconds to wait for a batch before a worker counts as hung, 0 waits for ever; None takes
-            `config.run.timeout_minutes`.
+        maker: the `BatchMaker` of the data set, as `batch_maker` returns it.
+        order: which samples form which step, on which process; batches are drawn with its seed.
+        config: the `d2v.data` section: number of workers and limits for unreadable files.
+        pin_memory: whether batches are in page-locked memory, for copies to a GPU.
+        timeout_s: seconds without a batch after which a worker counts as hung; 0 waits forever.
+        on_bad: called once per unreadable file, with `path: reason`.
     Raises:
-        DataError: if the data set is smaller than one optimizer step, or shared memory is too small for the workers;
-            while iterating, if more than `max_bad_fraction` of the files are unreadable (with `strict`: the first), or
-            a worker dies or hangs.
+        DataError: shared memory is too small for the workers; or, while iterating, more than `max_bad_fraction` of the
+            files are unreadable (with `strict`, one is), or a worker dies or hangs.
+
+    Attributes:
+        order: as given.
     """
 
     def __init__(
         self,
         maker: BatchMaker,
-        config: D2VConfig,
+        order: StepOrder,
+        config: DataSection,
         *,
-        micro_batch: int,
-        accumulation: int = 1,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int | None = None,
-        start_step: int = 0,
-        num_steps: int | None = None,
-        pin_memory: bool | None = None,
+        pin_memory: bool = False,
+        timeout_s: float = 0.0,
         on_bad: Callable[[str], None] = lambda file: None,
-        timeout_s: float | None = None,
     ) -> None:
-        seed = config.run.seed if seed is None else seed
-        self._order = StepOrder(
-            maker.num_samples,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            world_size=world_size,
-            rank=rank,
-            seed=seed,
-            start_step=start_step,
-            num_steps=num_steps,
-            lengths=maker.lengths,
-            max_step_length=maker.max_step_length,
-        )
-        self._maker = _Micro(maker, seed)
-        self._num_workers = config.data.num_workers
-        if pin_memory is None:
-            pin_memory = config.run.device != "cpu" and torch.cuda.is_available()
-        self._pin_memory = pin_memory
-        self._timeout_s = config.run.timeout_s if timeout_s is None else timeout_s
-        self._bytes = micro_batch * maker.sample_bytes
+        self.order = order
+        self._maker = _Micro(maker, order.seed)
+        self._num_workers = config.num_workers
+        self._pin_memory, self._timeout_s = pin_memory, timeout_s
+        self._bytes = order.split.micro_batch * maker.sample_bytes
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
-        self._bad = BadFiles(config.data, maker, on_bad)
+        self._bad = BadFiles(config, maker, on_bad)
         if self._num_workers > 0:
             _check_shared_memory(self._num_workers * self._prefetch * self._bytes, self._num_workers)
-        # compiles the sampler here, once, and not in every worker
+        # compile the mask sampler once here, and not in every worker
         maker.warm_up()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data; the rest that does not fill a step is left out."""
-        return self._order.steps_per_epoch
-
-    @property
-    def global_batch(self) -> int:
-        """Samples in one optimizer step, over all micro steps and processes."""
-        return self._order.global_batch
-
-    def samples_after(self, step: int) -> int:
-        """Samples used after so many optimizer steps."""
-        return self._order.samples_after(step)
 
     @property
     def bad_files(self) -> tuple[str, ...]:
         """The unreadable files that this process has met, as `path: reason`."""
         return tuple(self._bad.files)
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[Step]:
         iterator = iter(self._data_loader())
         stop = functools.partial(_stop_workers, iterator)
-        # an interpreter that ends while the iteration is suspended would wait for its workers
+        # an interpreter that exits while the iteration is suspended would wait for its workers
         atexit.register(stop)
         try:
-            step: list[Batch] = []
-            for made in _batches(iterator, self._timeout_s if self._num_workers else 0):
+            batches: list[Batch] = []
+            for made in _micro_batches(iterator, self._timeout_s if self._num_workers else 0):
                 if isinstance(made, DataError):
                     raise made
-                self._bad.add(made)
-                step.append(made)
-                if len(step) == self._order.accumulation:
-                    yield step
-                    step = []
+                self._bad.add(made.batch)
+                batches.append(made.batch)
+                if len(batches) == self.order.split.accumulation:
+                    yield Step(batches, made.step_rows)
+                    batches = []
         finally:
             atexit.unregister(stop)
             stop()
@@ -145,50 +108,50 @@ class StepLoader:
             options = {
                 "worker_init_fn": _init_worker,
                 "prefetch_factor": self._prefetch,
-                # torch's time-out is a look only: `WorkerWatch` counts
+                # torch's timeout only wakes the main thread: `WorkerWatch` counts
                 "timeout": self._timeout_s / LOOKS,
             }
         return DataLoader(
             self._maker,
             batch_size=None,
-            sampler=self._order,
+            sampler=self.order,
             collate_fn=_as_is,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
-            # one of its own, so that torch's global generator stays untouched
+            # its own, so that torch's global generator is not used
             generator=torch.Generator(),
             **options,
         )
 
 
 class _Micro(TorchDataset):
-    """Makes one micro batch; runs in the workers."""
+    """Makes one micro-batch, in a worker."""
 
     def __init__(self, maker: BatchMaker, seed: int) -> None:
         self._maker, self._seed = maker, seed
 
-    def __getitem__(self, micro: MicroStep) -> Batch | DataError:
+    def __getitem__(self, micro: MicroStep) -> MicroBatch | DataError:
         try:
             return self._maker.make(micro, self._seed)
         except DataError as error:
-            # raised by the main process: a worker's exception would arrive as the text of a traceback
+            # the main process raises it: a worker's exception would arrive as the text of a traceback
             return error
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+def _as_is(made: Any) -> Any:
+    return made
 
 
 def _init_worker(worker_id: int) -> None:
-    # Ctrl-C and SIGTERM often go to every process of a run; only the main one decides when to stop
+    # Ctrl-C and SIGTERM often reach every process of a run; only the main process decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
 
 
 def worker_died(error: Exception) -> str | None:
-    """What to tell where a data loading worker was killed; None where `error` is about something else.
+    """Return a message for the user if `error` reports the death of a loader worker, and None otherwise.
 
-    torch raises that error out of a signal handler, so wherever the main process happens to be.
+    torch raises that error in a signal handler, so it can come from any line of the main process.
     """
     text = str(error)
     if "killed by signal" not in text and "exited unexpectedly" not in text:
@@ -202,8 +165,12 @@ def _advice(died: str) -> str:
     )
 
 
-def _batches(iterator: Iterator[Any], timeout_s: float) -> Iterator[Any]:
-    """What a `DataLoader` gives; DataError where a worker dies, or gives nothing for `timeout_s` (0: for ever)."""
+def _micro_batches(iterator: Iterator[MicroBatch | DataError], timeout_s: float) -> Iterator[MicroBatch | DataError]:
+    """Yield the items of a `DataLoader`.
+
+    Raises:
+        DataError: a worker died, or made nothing for `timeout_s` seconds (0 waits forever).
+    """
     if not hasattr(iterator, "_workers"):
         yield from iterator
         return
@@ -220,7 +187,7 @@ def _batches(iterator: Iterator[Any], timeout_s: float) -> Iterator[Any]:
                     raise DataError(watch.problem) from error
                 died = worker_died(error)
                 if died is None and (dead := watch.dead()) is not None:
-                    # while a batch of it was being taken over
+                    # it died while the main process received a batch from it
                     died = _advice(f"{dead}: {type(error).__name__}")
                 if died is None:
                     raise
@@ -230,7 +197,7 @@ def _batches(iterator: Iterator[Any], timeout_s: float) -> Iterator[Any]:
         watch.close()
 
 
-def _next(iterator: Iterator[Any], watch: WorkerWatch) -> Any:
+def _next(iterator: Iterator[MicroBatch | DataError], watch: WorkerWatch) -> MicroBatch | DataError:
     while True:
         try:
             return next(iterator)
@@ -240,10 +207,10 @@ def _next(iterator: Iterator[Any], watch: WorkerWatch) -> Any:
 
 
 def _stop_workers(iterator: object) -> None:
-    """End the workers, those that hang or are stopped too. torch has no public way to do so."""
+    """End all workers, including hung and stopped ones. torch has no public function for this."""
     workers = getattr(iterator, "_workers", ())
     for worker in workers:
-        # one that is stopped may hold what the others, or the thread that pins memory, wait for
+        # a stopped worker may hold a lock that the others, or the thread that pins memory, wait for
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGCONT)
     shut_down = getattr(iterator, "_shutdown_workers", None)
@@ -251,7 +218,7 @@ def _stop_workers(iterator: object) -> None:
         try:
             shut_down()
         except RuntimeError as error:
-            # torch's handler of SIGCHLD interrupts whatever runs when one dies, the end of all of them included
+            # torch's SIGCHLD handler raises when a worker dies, also during this shutdown
             if worker_died(error) is None:
                 raise
     for worker in workers:
@@ -259,7 +226,7 @@ def _stop_workers(iterator: object) -> None:
 
 
 def _check_shared_memory(needed: int, num_workers: int) -> None:
-    """Workers hand batches over in /dev/shm; when it is full, they die of a bus error."""
+    """Check that /dev/shm can hold the batches in flight: workers die of a bus error when it is full."""
     try:
         status = os.statvfs("/dev/shm")
     except OSError:
@@ -268,6 +235,6 @@ def _check_shared_memory(needed: int, num_workers: int) -> None:
     if needed > free:
         raise DataError(
             f"`d2v.data.num_workers` must leave room in /dev/shm, but {num_workers} workers need up to "
-            f"{needed / 1e6:.0f} MB of it and {free / 1e6:.0f} MB are free. Use fewer workers, 0 for none, or give a "
-            f"container more (`--shm-size`)."
+            f"{needed / 1e6:.0f} MB of it and {free / 1e6:.0f} MB are free. Use fewer workers (0 loads in the main "
+            "process), or enlarge the container's /dev/shm (`--shm-size`)."
         )

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.data.bad_files import judge_listing
-from d2v_fast.data.batch import Batch
+from d2v_fast.data.batch import MicroBatch
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
@@ -44,7 +44,7 @@ class BatchMaker(Protocol):
     vocabulary: str | None
     source: SampleSource
 
-    def make(self, micro: MicroStep, seed: int) -> Batch:
+    def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """The batch of a micro step: a function of it and the seed.
 
         Raises:

@@ -9,7 +9,8 @@ that neither the optimizer nor DeepSpeed treats it as a part of the model.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -36,12 +37,22 @@ class StepOutput(NamedTuple):
     moments: Tensor
 
 
+def unmeasured(part: str) -> AbstractContextManager[None]:
+    """Return a context that does nothing."""
+    return nullcontext()
+
+
 class Data2Vec(nn.Module):
     """Student encoder, regression head, and the objective.
 
     Args:
         config: model, target and loss.
+
+    Attributes:
+        part: entered around each part of the forward pass, with the name of the part. Replace it to time the parts.
     """
+
+    part: Callable[[str], AbstractContextManager[None]]
 
     def __init__(self, config: D2VConfig) -> None:
         super().__init__()
@@ -51,6 +62,7 @@ class Data2Vec(nn.Module):
         self.beta = config.loss.beta
         self.student = build_student(config)
         self.head = self.student.make_head()
+        self.part = unmeasured
 
     def forward(self, batch: MaskedBatch, teacher: nn.Module) -> StepOutput:
         """Compute the loss of one batch.
@@ -73,10 +85,15 @@ class Data2Vec(nn.Module):
             raise ValueError(
                 f"`rows` must be on {batch.inputs.device} as `inputs` are, but is on {rows.device} instead."
             )
-        masked, unmasked = self.embed(batch)
-        # the teacher runs first, so that its working memory is free when the student's activations accumulate
-        features = self.teacher_features(unmasked, teacher, rows)
-        return self.objective(self.student_forward(masked, rows), features, rows, batch.lengths)
+        with self.part("student forward"):
+            masked, unmasked = self.embed(batch)
+        # the teacher goes first: its working memory is free again when the student's activations pile up
+        with self.part("teacher forward"):
+            features = self.teacher_features(unmasked, teacher, rows)
+        with self.part("student forward"):
+            prediction = self.student_forward(masked, rows)
+        with self.part("target + loss"):
+            return self.objective(prediction, features, rows, batch.lengths)
 
     def embed(self, batch: MaskedBatch) -> tuple[Embedded, Embedded]:
         """Compute the inputs of student and teacher; see `Student.embed`."""

@@ -176,11 +176,15 @@ class Teacher:
 
         Args:
             step: Number of the step, from 1; the decay depends on it. Skip steps that changed nothing.
-            applied: Optional 0-d bool on the student's device. If it is false nothing changes; the host does not
-                wait for it.
+            applied: Optional 0-d bool on the student's device. If it is false nothing changes; the host reads it on a
+                CPU and does not wait for it on a GPU.
         Raises:
             ValueError: The step was averaged already. A second update would square its decay.
         """
+        if applied is not None and applied.device.type == "cpu":
+            if not applied:
+                return
+            applied = None
         if step <= self.last_step:
             raise ValueError(
                 f"`step` must exceed the last one averaged ({self.last_step}), but is {step} instead: "

@@ -44,7 +44,7 @@ from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.resume_rules import FREE_MODEL_KEYS
 from d2v_fast.training.run_folder import RunFolder
-from d2v_fast.training.run_state import RunState
+from d2v_fast.training.run_state import DataIdentity, Networks, RunState
 
 # suffixes of files that belong to a folder
 _PARTS = (".json", ".model", ".safetensors", ".txt")
@@ -142,7 +142,8 @@ def start_run(
         try:
             checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world)
             unstarted: Any = _Unstarted(model)
-            RunState(config, world, model, average, unstarted, checkpoints, _vocabulary(source, found)).save(0)
+            networks, data = Networks(model, average, unstarted), DataIdentity(_vocabulary(source, found), None)
+            RunState(config, world, networks, checkpoints, data).save(0)
             folder.write_config(config)
         except BaseException:
             # a half-made folder is of no use

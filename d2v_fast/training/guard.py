@@ -1,7 +1,7 @@
-"""When a run stops itself: steps that are not finite, a collapse; and what it tells of a loss that jumps.
+"""Stops a run after too many steps that are not finite, or after a collapse; marks losses that jump.
 
-A step whose loss or gradient is not finite on any process changes nothing on all of them (`engine.py`). What is decided
-here is how many of them a run bears, and what it leaves behind for whoever looks for the cause.
+A step whose loss or gradient is not finite on one process changes nothing on any process (`engine.py`). The guard
+counts such steps, and writes a report about them when it stops the run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,67 +18,71 @@ from torch import Tensor
 
 from d2v_fast.command_lines import resume_command
 from d2v_fast.config import GuardConfig, RunConfig
-from d2v_fast.data import Batch
 from d2v_fast.distributed.deepspeed_internals import is_partitioned
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training.metrics import Entry, read_log
 from d2v_fast.training.run_folder import RunFolder
-from d2v_fast.training.run_state import RunState
+from d2v_fast.training.step import SkipCounts, StepResult
 
 DUMP = "nonfinite.json"
 
-# logged losses that a spike is measured against: at most, and at least
+# number of logged losses whose median a spike is compared with: the most, and the fewest
 SPIKE_WINDOW, SPIKE_HISTORY = 100, 10
 
-# a run is judged after this share of it at the latest, and after so many steps at the soonest
+# a collapse is judged from this share of the run on at the latest, and never before so many steps
 LATEST_JUDGED, FEWEST_JUDGED = 2 / 3, 20
 # steps of the shortest runs that were published
 USUAL_STEPS = 5000
 
 
-class _Step(NamedTuple):
-    """What is kept of a step until it is known to have been finite; the flags are 0-d bool on the device."""
+class _Seen(NamedTuple):
+    """A step, and whether the gradient of this process was finite (0-d bool on the device)."""
 
-    step: int
-    sample_ids: list[Tensor]
-    applied: Tensor
-    loss_finite: Tensor
+    result: StepResult
     gradient_finite: Tensor
 
 
 class Guard:
-    """Follows the steps of a run, and stops it when too many in a row were not finite.
+    """Counts the steps that were not finite, and stops the run when there are too many in a row.
 
-    Nothing is read from the device before `check`, which the loop calls where it waits for the device anyway.
+    It reads nothing from the device before `check`, which the loop calls where it waits for the device anyway.
 
     Args:
-        say: prints a line.
+        config: of the run.
+        world: of the run.
+        folder: of the run; the log in it is that of the steps made so far.
+        model: of the run.
+        counts: of the steps made so far.
         steps_per_epoch: optimizer steps.
+        say: prints a line.
     """
 
     def __init__(
         self,
         config: RunConfig,
         world: World,
-        state: RunState,
         folder: RunFolder,
         model: Data2Vec,
         *,
+        counts: SkipCounts,
         steps_per_epoch: int,
         say: Callable[[str], None],
     ) -> None:
-        self._config, self._world, self._state, self._folder = config, world, state, folder
+        self._config, self._world, self._folder = config, world, folder
         self._steps_per_epoch, self._say = steps_per_epoch, say
         self._patience = _patience(config)
-        # as many as can pass between two looks at the device
-        self._steps: deque[_Step] = deque(maxlen=self._patience + config.d2v.run.log_every)
-        self._loss_finite = torch.ones((), dtype=torch.bool, device=world.device)
-        self._gradient_finite = self._loss_finite.clone()
+        # as many as can pass between two calls of `check`
+        self._steps: deque[_Seen] = deque(maxlen=self._patience + config.d2v.run.log_every)
+        self._gradient_finite = torch.ones((), dtype=torch.bool, device=world.device)
+        # 0-d int64 on the device; the longest streak is that of this process
+        self._skipped = torch.full((), counts.skipped, dtype=torch.int64, device=world.device)
+        self._streak = torch.full_like(self._skipped, counts.streak)
+        self._longest_streak = torch.zeros_like(self._skipped)
         self._model = model
         self._watched: set[Tensor] = set()
         if world.size > 1:
-            # where every gradient that went wrong on its way through the layers ends up
+            # the first layer's gradient: a NaN in a later layer reaches it
             self._watch(model.student.get_submodule(model.student.entrance_name).parameters())
         # from the log, so that a resumed run finds the same spikes; the first process alone writes and reads it
         logged = read_log(folder.path) if world.is_first else []
@@ -86,34 +90,36 @@ class Guard:
         losses = (entry["loss"] for entry in logged if entry["loss"] is not None)
         self._losses: deque[float] = deque(losses, maxlen=SPIKE_WINDOW)
 
-    def see_loss(self, loss: Tensor) -> None:
-        """Take note of the loss of one micro-step of this process, 0-d."""
-        self._loss_finite &= loss.detach().isfinite()
-
-    def end_step(self, step: int, micro_batches: Sequence[Batch], applied: Tensor) -> None:
-        """Take note of a whole step: number, samples of this process, and whether it changed anything (0-d bool)."""
-        ids = [batch.sample_ids for batch in micro_batches]
-        self._steps.append(_Step(step, ids, applied, self._loss_finite, self._gradient_finite))
-        self._loss_finite = torch.ones_like(self._loss_finite)
+    def record(self, result: StepResult) -> None:
+        """Count a step."""
+        skipped = ~result.applied
+        self._skipped += skipped
+        self._streak = (self._streak + 1) * skipped
+        self._longest_streak = torch.maximum(self._longest_streak, self._streak)
+        # a few numbers per step, and no moments
+        self._steps.append(_Seen(result._replace(losses=[], moments=[]), self._gradient_finite))
         self._gradient_finite = torch.ones_like(self._gradient_finite)
 
+    def counts(self) -> SkipCounts:
+        """Return the counts up to now; waits for the device."""
+        return SkipCounts(int(self._skipped), int(self._streak))
+
     def check(self, step: int) -> None:
-        """Waits for the device; every process calls it.
+        """Stop the run if it must be; waits for the device. Every process calls it.
 
         Raises:
-            RunError: more steps in a row than `d2v.guard` allows changed nothing. `nonfinite.json` tells of them.
+            RunError: more steps in a row than `d2v.guard` allows changed nothing. `nonfinite.json` describes them.
         """
-        longest = int(self._state.longest_streak)
+        longest = int(self._longest_streak)
         if longest >= self._patience:
             self._dump(step)
             raise RunError(
-                f"loss or gradient was not finite in {longest} steps in a row, up to step {step}: "
-                f"nothing was changed in these steps. {self._folder.path / DUMP} names processes and samples. Look at "
-                "the data of these steps, lower `optimizer.params.lr`, or set `gradient_clipping`. The checkpoints "
-                "before are as they were."
+                f"loss or gradient was not finite in {longest} steps in a row, up to step {step}. These steps changed "
+                f"nothing. {self._folder.path / DUMP} lists their processes and samples. Check the data of these "
+                "steps, lower `optimizer.params.lr`, or set `gradient_clipping`. Earlier checkpoints are unchanged."
             )
         if longest > 0 and self._world.size > 1:
-            # something is wrong: from now on one look at every gradient, to name the process it comes from
+            # from now on check every gradient, to name the process that a NaN comes from
             self._watch(self._model.parameters())
 
     def mark_spike(self, entry: Entry) -> None:
@@ -129,14 +135,14 @@ class Guard:
         self._losses.append(loss)
 
     def check_collapse(self, entry: Entry, num_steps: int) -> None:
-        """Raise a RunError in every process where this step is one of a collapsed run; see `check_collapse`."""
+        """Raise a RunError, in every process, if the run has collapsed; see the function `check_collapse`."""
         check_collapse(entry, self._config.d2v.guard, num_steps, self._has_varied)
         self._has_varied |= has_varied(entry, self._config.d2v.guard)
 
     def _watch(self, parameters: Iterable[Tensor]) -> None:
-        """Look at the gradients of this process before they are averaged over all."""
+        """Check the gradients of this process before they are averaged over all processes."""
         for parameter in parameters:
-            # not at those that ZeRO-3 has taken apart, which have no gradient of this process alone
+            # parameters that ZeRO-3 has partitioned have no gradient of this process alone
             if parameter not in self._watched and not is_partitioned(parameter):
                 self._watched.add(parameter)
                 parameter.register_hook(self._see_gradient)
@@ -145,18 +151,17 @@ class Guard:
         self._gradient_finite &= gradient.isfinite().all()
 
     def _dump(self, step: int) -> None:
-        """Write what is needed to make the steps again, as the first process, with what all of them know."""
-        steps = [one for one in self._steps if not bool(one.applied)]
+        """Write what is needed to repeat the steps: the first process writes, all of them contribute."""
+        steps = [one for one in self._steps if not bool(one.result.applied)]
         flags = torch.zeros(self._world.size, len(steps), 2, dtype=torch.int64, device=self._world.device)
-        ids = torch.stack([torch.stack(one.sample_ids) for one in steps]).to(self._world.device)
+        ids = torch.stack([torch.stack(one.result.sample_ids) for one in steps]).to(self._world.device)
         all_ids = torch.zeros(self._world.size, *ids.shape, dtype=torch.int64, device=self._world.device)
         all_ids[self._world.rank] = ids
         for i, one in enumerate(steps):
             # one process needs no hook to know whose gradient it was
             wrong_gradient = ~one.gradient_finite if self._world.size > 1 else torch.tensor(True)
-            flags[self._world.rank, i] = torch.stack(
-                [~one.loss_finite, wrong_gradient.to(one.loss_finite.device)]
-            ).long()
+            wrong_loss = ~one.result.loss_finite
+            flags[self._world.rank, i] = torch.stack([wrong_loss, wrong_gradient.to(wrong_loss.device)]).long()
         self._world.sum(flags)
         self._world.sum(all_ids)
         if self._world.is_first:
@@ -170,12 +175,14 @@ class Guard:
                     "processes": split.world_size,
                     "micro_batch": split.micro_batch,
                     "accumulation": split.accumulation,
-                    "steps": [self._describe(one.step, flags[:, i], all_ids[:, i]) for i, one in enumerate(steps)],
+                    "steps": [
+                        self._describe(one.result.number, flags[:, i], all_ids[:, i]) for i, one in enumerate(steps)
+                    ],
                 },
             )
 
     def _describe(self, step: int, flags: Tensor, ids: Tensor) -> dict[str, Any]:
-        """One step: flags int64 `[processes, 2]`, sample ids int64 `[processes, micro-steps, B]`."""
+        """Describe one step: flags int64 `[processes, 2]`, sample ids int64 `[processes, micro-steps, B]`."""
         loss, gradient = (flags[:, i].nonzero()[:, 0].tolist() for i in (0, 1))
         return {
             "step": step,
@@ -196,13 +203,16 @@ def first_judged_step(guard: GuardConfig, num_steps: int) -> int:
 
 
 def check_collapse(entry: Entry, guard: GuardConfig, num_steps: int, has_varied: bool = True) -> None:
-    """Raise a RunError where targets or predictions have become the same everywhere.
+    """Check that targets and predictions still differ from place to place.
 
     Args:
-        entry: of the log. Deviations of a step that was not finite are NaN or None and say nothing.
+        entry: of the log. Deviations of a step that was not finite are NaN or None, and are ignored.
+        guard: the limits.
         num_steps: of the whole run.
-        has_varied: whether they were above the limits before. If not, a run that has not come to `after_steps` may
-            not have begun to learn, and is judged at its end only.
+        has_varied: whether they were above the limits before. If not, a run before `after_steps` may not have begun to
+            learn, and is judged only at its end.
+    Raises:
+        RunError: a deviation is under its limit: the run has collapsed.
     """
     what, step = _collapsed(entry, guard), entry["step"]
     waits = not has_varied and step < min(guard.after_steps, num_steps)
@@ -216,12 +226,12 @@ def has_varied(entry: Entry, guard: GuardConfig) -> bool:
 
 
 def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
-    """Judge a run that has made its last step, by the last deviations in its log.
+    """Judge a finished run by the last deviations in its log.
 
     Returns:
-        A line for the user where the run cannot be judged, None where it is good.
+        A line for the user if the run cannot be judged, None if it has not collapsed.
     Raises:
-        RunError: the run has collapsed. Its weights are saved, and not exported.
+        RunError: the run has collapsed. Its weights are saved, but not exported.
     """
     first = first_judged_step(guard, num_steps)
     known = [entry for entry in read_log(folder) if entry["prediction_std"] is not None]
@@ -239,14 +249,14 @@ def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
         check_collapse(known[-1], guard, num_steps)
     except RunError as error:
         raise RunError(
-            f"{error} The checkpoint of step {num_steps} is saved, and nothing was exported. To finish the run all the "
-            f"same, lower that limit by a `--set` after this: {resume_command(folder)}"
+            f"{error} The checkpoint of step {num_steps} is saved, and nothing was exported. To finish the run anyway, "
+            f"lower that limit by a `--set` after this: {resume_command(folder)}"
         ) from None
     return None
 
 
 def _collapsed(entry: Entry, guard: GuardConfig) -> str | None:
-    """Return what has a deviation under its limit: "target", "prediction" or None."""
+    """Return "target" or "prediction", whichever has a deviation under its limit, or None."""
     limits = {"target": guard.min_target_std, "prediction": guard.min_prediction_std}
     found = {what: entry[f"{what}_std"] for what in limits}
     return next((what for what in limits if found[what] is not None and found[what] < limits[what]), None)
@@ -265,14 +275,14 @@ def _about_collapse(entry: Entry, what: str, guard: GuardConfig, num_steps: int)
         f"the run has collapsed: at step {entry['step']} the standard deviation of the {what}s over the masked "
         f"positions is {show(f'{what}_std')}, under `d2v.guard.min_{what}_std` ({limit}) (targets "
         f"{show('target_std')}, predictions {show('prediction_std')}, loss {show('loss')}). "
-        "What helps: a lower `optimizer.params.lr` or a longer warm-up, a teacher that follows more slowly "
-        "(`d2v.teacher.decay_start`, `decay_end` nearer to 1), `d2v.target.layer_norm` layer or instance."
-        f"{short} The checkpoints before this step are as they were."
+        "Lower `optimizer.params.lr`, lengthen the warm-up, let the teacher follow more slowly "
+        "(`d2v.teacher.decay_start`, `decay_end` nearer to 1), or set `d2v.target.layer_norm` to layer or instance."
+        f"{short} Earlier checkpoints are unchanged."
     )
 
 
 def _patience(config: RunConfig) -> int:
-    """Steps in a row that are not finite, and end a run."""
+    """Return how many steps in a row may be not finite before the run ends."""
     guard, fp16 = config.d2v.guard, config.deepspeed.fp16
     patience = 1 if guard.nonfinite == "stop" else guard.nonfinite_patience
     if fp16.enabled:

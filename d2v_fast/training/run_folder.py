@@ -18,6 +18,8 @@ from d2v_fast.files.atomic import write_text
 from d2v_fast.files.locks import Holder, own_record
 from d2v_fast.files.reading import append_regular, open_regular, read_json, read_text
 
+# the unreadable files of the data set, as `path: reason`
+BAD_FILES = "bad_files.txt"
 # letters of the file that names the holder of the lock
 _MAX_RECORD = 1000
 # of the file that holds the mark
@@ -27,7 +29,7 @@ _MAX_MARK_BYTES = 1000
 # of a run that saved nothing: what a new run in its place would otherwise continue
 _REPORTS = (
     *("config.json", "log.jsonl", "tensorboard", "curves.png", "profile.json"),
-    *("bad_files.txt", "nonfinite.json", "probe.json", "checkpoints", _MARK),
+    *(BAD_FILES, "nonfinite.json", "probe.json", "checkpoints", _MARK),
 )
 
 

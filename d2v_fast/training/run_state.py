@@ -1,14 +1,13 @@
-"""What a checkpoint holds of a run, and how a run is put back into that state."""
+"""What a checkpoint holds of a run, and how a run is restored from it."""
 
 from __future__ import annotations
 
 import platform
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import d2v_fast
 from d2v_fast.checkpoints.files import Checkpoint
@@ -25,71 +24,77 @@ from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine
 from d2v_fast.training.resume_rules import refused_changes, reported_changes
+from d2v_fast.training.step import SkipCounts
+
+
+class Networks(NamedTuple):
+    """What a run trains.
+
+    Attributes:
+        model: student and head.
+        teacher: the average of the student's encoder.
+        engine: the optimizer of the model.
+    """
+
+    model: Data2Vec
+    teacher: Teacher
+    engine: Engine
+
+
+class DataIdentity(NamedTuple):
+    """Which data a run trains on. A checkpoint of a run on other data is refused.
+
+    Attributes:
+        vocabulary: digest of the tokenizer, as of the `BatchMaker`; None without one.
+        samples: number and digests of the samples; None if nothing has been trained yet. `d2v.data.on_change` can
+            accept other samples.
+    """
+
+    vocabulary: str | None
+    samples: Samples | None
+
+
+class Resumed(NamedTuple):
+    """Where a run goes on: the steps made, and how many of them changed nothing."""
+
+    step: int = 0
+    counts: SkipCounts = SkipCounts()
 
 
 class RunState:
-    """Student, teacher, optimizer and counters of a run.
+    """Saves and restores student, teacher, optimizer and counters of a run.
 
     The order of the data, masks, augmentation, dropout and schedules follow from the seed and the step number.
 
     Args:
-        vocabulary: of the `BatchMaker`: a checkpoint of another one is refused.
-        samples: what the run trains on. A checkpoint of others is refused, unless `d2v.data.on_change` accepts it. None
-            where nothing has been trained yet.
-
-    Attributes:
-        skipped: 0-d int64 on the device, steps that changed nothing because something was not finite.
-        streak: the same, of those in a row up to now.
-        longest_streak: the longest of these since the start of this process.
+        config: of the run.
+        world: of the run.
+        networks: what is saved and restored.
+        checkpoints: where.
+        data: what the run trains on.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        model: Data2Vec,
-        teacher: Teacher,
-        engine: Engine,
-        checkpoints: Checkpoints,
-        vocabulary: str | None = None,
-        samples: Samples | None = None,
+        self, config: RunConfig, world: World, networks: Networks, checkpoints: Checkpoints, data: DataIdentity
     ) -> None:
-        self._vocabulary, self._samples = vocabulary, samples
         self._config, self._world = config, world
-        self._model, self._teacher, self._engine = model, teacher, engine
+        self._model, self._teacher, self._engine = networks
         self._checkpoints = checkpoints
-        self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
-        self.streak = torch.zeros_like(self.skipped)
-        self.longest_streak = torch.zeros_like(self.skipped)
+        self._vocabulary, self._samples = data
 
-    def follow(self, step: int, applied: Tensor) -> None:
-        """Let the teacher follow the student where step number `step` was applied, and count it where it was not.
-
-        A step that was not applied keeps its place in the order of the data and in the schedules, which are
-        functions of the step number. On the CPU the flag can be read. On a GPU nothing waits for it: a decay of 1
-        leaves the teacher as it is.
-        """
-        skipped = ~applied
-        self.skipped += skipped
-        self.streak = (self.streak + 1) * skipped
-        self.longest_streak = torch.maximum(self.longest_streak, self.streak)
-        if applied.device.type != "cpu":
-            self._teacher.update(step, applied)
-        elif applied:
-            self._teacher.update(step)
-
-    def save(self, step: int, *, wait: bool = True) -> None:
+    def save(self, step: int, counts: SkipCounts = SkipCounts(), *, wait: bool = True) -> None:  # noqa: B008
         """Write the checkpoint of `step`; every process calls it.
 
         Args:
-            wait: for the disk, too, and not for the copy to host memory only.
+            step: number of steps made.
+            counts: of the steps made.
+            wait: whether to wait until it is on the disk. Otherwise only until it is copied to host memory.
         """
         state = {
             "global_batch": self._global_batch,
             "vocabulary": self._vocabulary,
             "samples": None if self._samples is None else self._samples._asdict(),
-            "skipped": int(self.skipped),
-            "streak": int(self.streak),
+            **counts._asdict(),
             "teacher_step": self._teacher.last_step,
             "engine": {**self._engine.signature(), **self._engine.state()},
             "digest": self._config.digest(),
@@ -100,42 +105,46 @@ class RunState:
         self._checkpoints.save(step, state, self._kept(), in_background=in_background)
 
     def advance_save(self) -> None:
-        """Give a checkpoint that was written in the background its name once it is on the disk."""
+        """Rename a checkpoint that was written in the background to its final name once it is on the disk."""
         self._checkpoints.advance()
 
     def finish_save(self) -> None:
         """Wait for a checkpoint that is being written in the background."""
         self._checkpoints.finish()
 
-    def restore(self, tell: Callable[[str], None]) -> int:
-        """Load the newest good checkpoint, of whatever engine, number of processes and ZeRO stage; returns its step,
-        0 where nothing has been saved yet.
+    def restore(self, say: Callable[[str], None]) -> Resumed:
+        """Load the newest good checkpoint, from any engine, number of processes and ZeRO stage.
 
+        Args:
+            say: prints a line.
+        Returns:
+            Where the run goes on: at step 0 if nothing has been saved yet.
         Raises:
-            RunError: it is of another model, seed or global batch, or of other samples and these are not accepted.
+            RunError: the checkpoint is of another model, seed or global batch, or of other samples and these are not
+                accepted.
         """
-        checkpoint = self._checkpoints.newest(tell, check_counters)
+        checkpoint = self._checkpoints.newest(say, check_counters)
         if checkpoint is None:
-            tell("nothing has been saved yet: starting from the beginning")
-            return 0
+            say("nothing has been saved yet: starting from the beginning")
+            return Resumed()
         with checkpoint:
-            return self._restore_from(checkpoint, tell)
+            return self._restore_from(checkpoint, say)
 
-    def _restore_from(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> int:
+    def _restore_from(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> Resumed:
         state = checkpoint.state
-        # weights that no step was made from have seen no sample
+        # imported weights have seen no sample
         if state["step"] and state["global_batch"] != self._global_batch:
             raise RunError(
                 f"`train_batch_size` must be {state['global_batch']} as in the checkpoint, but is "
-                f"{self._global_batch} instead: other samples would be seen twice or not at all in this epoch."
+                f"{self._global_batch} instead: some samples of this epoch would be seen twice and others not at all."
             )
-        # weights from elsewhere may not say which they need
+        # imported weights may not say which they need
         if state["vocabulary"] not in (None, self._vocabulary):
             raise RunError(
-                "`d2v.data.tokenizer` must be the tokenizer that the checkpoint was trained with, but is another one: "
-                "its tokens have other meanings. Name that one, or start a new run."
+                "`d2v.data.tokenizer` must be the tokenizer that the checkpoint was trained with, but is another one. "
+                "Name that tokenizer, or start a new run."
             )
-        self._compare_samples(state, tell)
+        self._compare_samples(state, say)
         expected = {f"student/{name}": full_shape(p) for name, p in self._model.named_parameters()}
         expected |= {f"teacher/{name}": shape for name, shape in self._teacher.shapes.items()}
         saved = {name: shape for name, shape in state["shapes"].items() if name.startswith(("student/", "teacher/"))}
@@ -147,16 +156,17 @@ class RunState:
         for shard in self._teacher.shards:
             reader.read(Kept("teacher", shard))
         self._teacher.refresh(state["teacher_step"])
-        self.skipped.fill_(state["skipped"])
-        self.streak.fill_(state["streak"])
-        self._tell_changes(state, tell)
-        tell(f"resumed after step {state['step']}")
-        return int(state["step"])
+        self._report_changes(state, say)
+        say(f"resumed after step {state['step']}")
+        return Resumed(int(state["step"]), SkipCounts(int(state["skipped"]), int(state["streak"])))
 
     def whole_encoders(self) -> tuple[Student, Student] | None:
-        """Return student and teacher in fp32, with the weights that a checkpoint holds, as modules that the first
-        process can run alone; None in the other processes. Every process calls it. They are the modules of the run, or
-        copies where the run computes in 16 bits or ZeRO-3 has partitioned these."""
+        """Gather student and teacher in fp32 as modules that the first process can run alone; every process calls it.
+
+        Returns:
+            Student and teacher, in the first process; None in the others. They are the modules of the run, or copies
+            if the run computes in 16 bits or ZeRO-3 has partitioned them.
+        """
         teacher = self._teacher.module
         parameters = [*self._model.parameters(), *teacher.parameters()]
         if all(p.dtype == torch.float32 and not is_partitioned(p) for p in parameters):
@@ -180,12 +190,12 @@ class RunState:
     def _global_batch(self) -> int:
         return self._config.deepspeed.batch_split(self._world.size).global_batch
 
-    def _compare_samples(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
-        """Refuse a checkpoint that was trained on other samples, or report the difference where that is accepted."""
+    def _compare_samples(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Refuse a checkpoint that was trained on other samples, or report the difference if that is accepted."""
         if state["step"] == 0 or self._samples is None:
             return
         if state.get("samples") is None:
-            tell(
+            say(
                 "the checkpoint does not record its samples, so that changes of the data since then cannot be found. "
                 "The next one will."
             )
@@ -199,10 +209,10 @@ class RunState:
         if self._config.d2v.data.on_change == "refuse":
             raise RunError(
                 f"the data have changed since the checkpoint of step {state['step']}: {difference}{also}. In the rest "
-                "of this epoch some samples would be seen twice and others not at all. Bring the data back as they "
-                "were, or go on with them as they are by `--set d2v.data.on_change=accept`."
+                "of this epoch some samples would be seen twice and others not at all. Restore the data, or accept the "
+                "change by `--set d2v.data.on_change=accept`."
             )
-        tell(
+        say(
             f"the data have changed since the checkpoint: {difference}{also}. This is accepted "
             "(`d2v.data.on_change`): the rest of this epoch follows the order of the new data, in which some samples "
             "are seen twice and others not at all. From the next epoch on every sample is seen once."
@@ -211,25 +221,33 @@ class RunState:
     def _kept(self) -> list[Kept]:
         return [*self._engine.kept(), *(Kept("teacher", shard) for shard in self._teacher.shards)]
 
-    def _tell_changes(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
+    def _report_changes(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
         if changes := reported_changes(state["config"], self._config):
-            tell(f"changed since the checkpoint, and followed from here on: {'; '.join(changes)}")
+            say(f"changed since the checkpoint, and followed from here on: {'; '.join(changes)}")
         if state["step"] == 0:
-            # no step was made under any conditions
             return
         conditions = changed_keys(
             {**state["conditions"], **{key: state["engine"][key] for key in self._engine.signature()}},
             {**_conditions(self._world.device), **self._engine.signature()},
         )
         if conditions:
-            tell(f"not the conditions of the checkpoint, the last digits may differ: {'; '.join(conditions)}")
+            say(f"not the conditions of the checkpoint, so the last digits may differ: {'; '.join(conditions)}")
+
+
+def data_identity(maker: BatchMaker, world: World) -> DataIdentity:
+    """Return which data a run trains on; every process calls it.
+
+    Raises:
+        RunError: the processes do not have the same samples.
+    """
+    return DataIdentity(maker.vocabulary, samples_of(maker, world))
 
 
 def samples_of(maker: BatchMaker, world: World) -> Samples:
     """Return which samples a run trains on; every process calls it.
 
     Raises:
-        RunError: the processes do not have the same samples, so that none of them would follow the order of the others.
+        RunError: the processes do not have the same samples.
     """
     names = maker.source.names_digest()
     everywhere = [Samples(maker.what, number, found, "") for number, found in world.collect([maker.num_samples, names])]
@@ -238,13 +256,13 @@ def samples_of(maker: BatchMaker, world: World) -> Samples:
             counts = f"{everywhere[0].number:,} {maker.what}s of rank 0 and {other.number:,} of rank {rank}"
             raise RunError(
                 f"`d2v.data.path` must hold the same files for every process, but the {counts} are not the same. Copy "
-                "the data anew to the machines that differ, or put them on a file system that all of them share."
+                "the data again to the machines that differ, or put them on a file system that all of them share."
             )
     return everywhere[0]._replace(sizes=world.decide(maker.source.sizes_digest))
 
 
 def _conditions(device: torch.device) -> dict[str, Any]:
-    """What the last digits of a result depend on."""
+    """Return what the last digits of a result depend on."""
     deepspeed = sys.modules.get("deepspeed")
     return {
         "d2v_fast": d2v_fast.__version__,

@@ -1,17 +1,15 @@
-"""Where the time of a step goes. Every part waits for the device, so only a run with `--profile` is measured."""
+"""Measures the parts of a step. Every part waits for the device, so only a run with `--profile` is measured."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 
-from d2v_fast.objectives.data2vec import Data2Vec
-
-Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 PARTS = (
     "data",
@@ -27,15 +25,23 @@ PARTS = (
 _WARMUP_STEPS = 3
 
 
+class Report(TypedDict):
+    """What `profile.json` holds."""
+
+    steps: int
+    ms_per_step: dict[str, float]
+    percent: dict[str, float]
+
+
 class StepClock:
-    """Adds up the seconds of the parts of a step; does nothing unless `enabled`."""
+    """Adds up the seconds of each part of a step; does nothing unless `enabled`."""
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self.enabled = enabled
         self._device = device
         self._num_steps, self._num_measured = 0, 0
         self._step_started = 0.0
-        # of this step, and of all measured ones
+        # of this step, and of all measured steps
         self._current, self._seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
@@ -48,8 +54,8 @@ class StepClock:
         yield
         self._current[name] += self._now() - started
 
-    def each(self, items: Iterable[Result], name: str) -> Iterator[Result]:
-        """Iterate, and count the time that every item takes to come for this part."""
+    def each(self, items: Iterable[Item], name: str) -> Iterator[Item]:
+        """Iterate, and count the time that every item takes to arrive for this part."""
         iterator = iter(items)
         while True:
             with self.part(name):
@@ -59,19 +65,8 @@ class StepClock:
                     return
             yield item
 
-    def watch(self, model: Data2Vec) -> None:
-        """Count the parts of the model's forward pass."""
-        if self.enabled:
-            for method, part in (
-                ("embed", "student forward"),
-                ("teacher_features", "teacher forward"),
-                ("student_forward", "student forward"),
-                ("objective", "target + loss"),
-            ):
-                setattr(model, method, self._timed(getattr(model, method), part))
-
     def end_step(self) -> None:
-        """Close a step: what no part has counted is everything else."""
+        """End a step: the time that no part has counted becomes "everything else"."""
         if not self.enabled:
             return
         now = self._now()
@@ -84,8 +79,8 @@ class StepClock:
         self._step_started = now
         self._num_steps += 1
 
-    def report(self) -> dict[str, Any]:
-        """Milliseconds per step, and the share of the step in percent, by part."""
+    def report(self) -> Report:
+        """Return the milliseconds per step and the percentage of the step, by part."""
         steps, total = max(1, self._num_measured), sum(self._seconds.values()) or 1.0
         return {
             "steps": self._num_measured,
@@ -99,13 +94,6 @@ class StepClock:
         for part in PARTS:
             lines.append(f"  {part:16} {report['ms_per_step'][part]:9.2f} ms {report['percent'][part]:6.1f} %")
         return "\n".join(lines)
-
-    def _timed(self, call: Callable[..., Result], part: str) -> Callable[..., Result]:
-        def timed(*args: Any, **kwargs: Any) -> Result:
-            with self.part(part):
-                return call(*args, **kwargs)
-
-        return timed
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -56,25 +56,15 @@ def by_sample(batches: list[Batch]) -> dict[int, tuple[bytes, tuple[int, ...]]]:
 def all_steps(dataset: ImageDataset, config: VisionConfig, split: tuple[int, int, int], num_steps: int) -> list[dict]:
     """For each optimizer step what all processes see together."""
     micro_batch, accumulation, world_size = split
+    options = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size}
     ranks = [
-        list(
-            make_loader(
-                dataset,
-                config,
-                micro_batch=micro_batch,
-                accumulation=accumulation,
-                world_size=world_size,
-                rank=rank,
-                num_steps=num_steps,
-            )
-        )
-        for rank in range(world_size)
+        list(make_loader(dataset, config, **options, rank=rank, num_steps=num_steps)) for rank in range(world_size)
     ]
     steps = []
     for parts in zip(*ranks, strict=True):
-        assert all(len(part) == accumulation for part in parts)
-        batches = [batch for part in parts for batch in part]
-        assert {batch.global_rows for batch in batches} == {sum(len(batch.rows) for batch in batches)}
+        assert all(len(part.micro_batches) == accumulation for part in parts)
+        batches = [batch for part in parts for batch in part.micro_batches]
+        assert {part.num_rows for part in parts} == {sum(len(batch.rows) for batch in batches)}
         steps.append(by_sample(batches))
     return steps
 
@@ -102,7 +92,7 @@ def test_batches_in_their_order_with_workers() -> None:
         config = make_config(num_workers)
         dataset = image_dataset(config)
         for step in make_loader(dataset, config, micro_batch=8, accumulation=2, num_steps=6):
-            yield from step
+            yield from step.micro_batches
 
     for one, other in zip(batches(0), batches(3), strict=True):
         assert torch.equal(one.inputs, other.inputs)
@@ -112,9 +102,9 @@ def test_batches_in_their_order_with_workers() -> None:
 
 def test_an_epoch_sees_every_sample_at_most_once_and_the_next_in_another_order() -> None:
     loader = make_loader(Squares(), make_config(), micro_batch=8, accumulation=4, num_steps=6)
-    assert loader.steps_per_epoch == 3
-    assert loader.global_batch == 32
-    ids = [torch.cat([batch.sample_ids for batch in step]) for step in loader]
+    assert loader.order.steps_per_epoch == 3
+    assert loader.order.split.global_batch == 32
+    ids = [torch.cat([batch.sample_ids for batch in step.micro_batches]) for step in loader]
     epochs = torch.cat(ids[:3]), torch.cat(ids[3:])
     for epoch in epochs:
         assert len(epoch.unique()) == 96
@@ -127,7 +117,7 @@ def test_augmentation_and_masks_change_with_the_epoch() -> None:
     config = make_config()
     dataset = image_dataset(config)
     loader = make_loader(dataset, config, micro_batch=len(dataset), num_steps=2)
-    first, second = (by_sample(step) for step in loader)
+    first, second = (by_sample(step.micro_batches) for step in loader)
     assert all(first[i][0] != second[i][0] for i in first)
     assert np.mean([first[i][1] == second[i][1] for i in first]) < 0.05
 
@@ -140,14 +130,16 @@ def test_resume_continues_exactly(start_step: int) -> None:
     whole = list(make_loader(dataset, config, **options))
     rest = list(make_loader(dataset, config, start_step=start_step, **options))
     assert len(whole) == 30
-    assert [by_sample(step) for step in rest] == [by_sample(step) for step in whole[start_step:]]
+    assert [by_sample(step.micro_batches) for step in rest] == [
+        by_sample(step.micro_batches) for step in whole[start_step:]
+    ]
 
 
 def test_batch_contents() -> None:
     config = make_config()
     dataset = image_dataset(config)
     step = next(iter(make_loader(dataset, config, micro_batch=16, accumulation=2)))
-    batch = step[0]
+    batch, other = step.micro_batches
     assert batch.inputs.shape == (16, 1, 8, 8)
     assert batch.inputs.dtype == torch.float32
     assert batch.rows.dtype == batch.sample_ids.dtype == torch.int64
@@ -155,10 +147,9 @@ def test_batch_contents() -> None:
     np.testing.assert_array_equal(batch.rows, rows)
     assert torch.equal(batch.inputs, dataset.augmented(batch.sample_ids.numpy(), 9, 0)[0])
     assert batch.bad == ()
-    assert batch.global_rows == len(step[0].rows) + len(step[1].rows)
+    assert step.num_rows == len(batch.rows) + len(other.rows)
     moved = batch.to("meta", non_blocking=True)
     assert {moved.inputs.device.type, moved.rows.device.type, moved.sample_ids.device.type} == {"meta"}
-    assert moved.global_rows == batch.global_rows
 
 
 @pytest.mark.gpu
@@ -166,7 +157,7 @@ def test_pinned_memory(device: torch.device) -> None:
     for num_workers in (0, 1):
         config = make_config(num_workers)
         dataset = image_dataset(config)
-        (batch,) = next(iter(make_loader(dataset, config, micro_batch=16, pin_memory=True)))
+        [batch] = next(iter(make_loader(dataset, config, micro_batch=16, pin_memory=True))).micro_batches
         assert batch.inputs.is_pinned()
         assert batch.rows.is_pinned()
         assert torch.equal(batch.to(device, non_blocking=True).inputs.cpu(), batch.inputs)
@@ -174,7 +165,8 @@ def test_pinned_memory(device: torch.device) -> None:
 
 def test_seed_is_the_runs_unless_given() -> None:
     def first(**options: int) -> list[int]:
-        return next(iter(make_loader(Squares(), make_config(), micro_batch=8, **options)))[0].sample_ids.tolist()
+        step = next(iter(make_loader(Squares(), make_config(), micro_batch=8, **options)))
+        return step.micro_batches[0].sample_ids.tolist()
 
     assert first() == first(seed=9) != first(seed=10)
 
@@ -201,12 +193,12 @@ def test_workers_start_once_and_end_with_the_iteration() -> None:
 
 def test_data_set_smaller_than_a_step() -> None:
     message = (
-        r"has 100 samples and a step takes 120 \(20 per micro batch x 2 micro steps x 3 processes\). "
+        r"has 100 samples and a step takes 120 \(20 per micro-batch x 2 micro-steps x 3 processes\). "
         "Lower `train_batch_size` to 100"
     )
     with pytest.raises(DataError, match=message):
         make_loader(Squares(), make_config(), micro_batch=20, accumulation=2, world_size=3)
-    assert make_loader(Squares(), make_config(), micro_batch=20, accumulation=5).steps_per_epoch == 1
+    assert make_loader(Squares(), make_config(), micro_batch=20, accumulation=5).order.steps_per_epoch == 1
 
 
 def spoil(folder: Path, num: int) -> list[str]:
@@ -306,7 +298,7 @@ def test_worker_killed_while_its_batch_is_taken_over() -> None:
             raise ConnectionRefusedError(111, "Connection refused")
 
     with pytest.raises(DataError, match=r"died, .*worker 0 \(pid \d+\) is dead: ConnectionRefusedError"):
-        next(loader_module._batches(Broken(), 0))
+        next(loader_module._micro_batches(Broken(), 0))
 
 
 @pytest.fixture

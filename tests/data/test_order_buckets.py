@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from d2v_fast.config import BatchSplit
 from d2v_fast.data import DataError
 from d2v_fast.data.order import MicroStep, StepOrder
 from d2v_fast.masking.streams import ORDER, permutation
@@ -22,18 +23,17 @@ def mixed(num: int, seed: int = 0) -> np.ndarray:
 
 
 def make_order(lengths: np.ndarray | None, batch: int, *, num: int = 0, **changes: int | None) -> StepOrder:
-    options = {"accumulation": 1, "world_size": 1, "rank": 0, "seed": 5, "start_step": 0, "num_steps": None} | changes
-    num = num if lengths is None else len(lengths)
-    micro_batch = batch // (options["accumulation"] * options["world_size"])
-    return StepOrder(num, micro_batch=micro_batch, lengths=lengths, **options)
+    accumulation, world_size = changes.pop("accumulation", 1), changes.pop("world_size", 1)
+    split = BatchSplit.of(batch // (accumulation * world_size), accumulation, world_size)
+    return StepOrder(num if lengths is None else len(lengths), split, lengths=lengths, **{"seed": 5, **changes})
 
 
 def first(order: StepOrder, num_steps: int) -> list[MicroStep]:
-    return list(itertools.islice(order, num_steps * order.accumulation))
+    return list(itertools.islice(order, num_steps * order.split.accumulation))
 
 
 def step_ids(order: StepOrder, num_steps: int) -> list[list[int]]:
-    return [micro.step_sample_ids.tolist() for micro in first(order, num_steps)[:: order.accumulation]]
+    return [micro.step_sample_ids.tolist() for micro in first(order, num_steps)[:: order.split.accumulation]]
 
 
 def test_every_sample_once_per_epoch() -> None:
@@ -121,7 +121,7 @@ def test_without_lengths_nothing_changes() -> None:
     steps = []
     for rank in range(2):
         order = make_order(None, 12, num=50, accumulation=3, world_size=2, rank=rank, start_step=2, num_steps=11)
-        assert (order.steps_per_epoch, order.global_batch) == (4, 12)
+        assert (order.steps_per_epoch, order.split.global_batch) == (4, 12)
         steps.append(list(order))
         assert [order.samples_after(step) for step in range(9)] == [12 * step for step in range(9)]
     for step in range(9):
@@ -154,7 +154,7 @@ def test_order_of_equal_lengths_depends_on_the_seed_only() -> None:
 
 
 def test_impossible_splits_are_refused() -> None:
-    with pytest.raises(DataError, match=r"at least 8 utterances \(4 micro steps x 2 processes\).*the smallest 5"):
+    with pytest.raises(DataError, match=r"at least 8 utterances \(4 micro-steps x 2 processes\).*the smallest 5"):
         make_order(mixed(5), 16, accumulation=4, world_size=2)
     with pytest.raises(DataError, match=r"raise `d2v\.data\.max_batch_seconds`"):
         make_order(np.full(100, 10), 16, accumulation=4, world_size=2, max_step_length=79)
@@ -163,14 +163,4 @@ def test_impossible_splits_are_refused() -> None:
     with pytest.raises(DataError, match="at least 1 utterances"):
         make_order(np.zeros(0, dtype=np.int64), 16)
     with pytest.raises(ValueError, match="`lengths` must hold 7 values, but holds 8"):
-        StepOrder(
-            7,
-            micro_batch=1,
-            accumulation=1,
-            world_size=1,
-            rank=0,
-            seed=0,
-            start_step=0,
-            num_steps=None,
-            lengths=np.ones(8, dtype=np.int64),
-        )
+        StepOrder(7, BatchSplit.of(1), seed=0, lengths=np.ones(8, dtype=np.int64))

@@ -94,7 +94,7 @@ ALLOWED = {
     # written
     "commands.embed": {"zipfile.ZipFile(path, 'w')"},
     # a function of that name
-    "train": {"RunFolder.open(config, world, resume=resume, stem=stem)"},
+    "training.prepare": {"RunFolder.open(config, world, resume=resume, stem=stem)"},
 }
 
 

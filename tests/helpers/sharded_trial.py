@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from d2v_fast.config import RunConfig, parse_config
-from d2v_fast.data.batch import Batch
+from d2v_fast.data.batch import Batch, Step
 from d2v_fast.distributed.shards import gather_whole
 from d2v_fast.distributed.world import World
 from d2v_fast.masking import block_mask_rows
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine, make_engine
+from d2v_fast.training.step import TrainStep
 from tests.helpers.runs import TINY
 
 STEPS, GLOBAL_BATCH = 20, 8
@@ -53,26 +54,23 @@ class Trial:
             module=copied,
             engine=self.engine.deepspeed,
         )
+        self.train_step = TrainStep(self.engine, self.teacher, world, divisor=config.d2v.model.width, seed=0)
 
     def step(self, step: int, poison: bool = False) -> bool:
-        split, width = self.config.deepspeed.batch_split(self.world.size), self.config.d2v.model.width
+        split = self.config.deepspeed.batch_split(self.world.size)
         pixels = torch.randn(GLOBAL_BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(step))
         if poison:
             pixels[-1, 0, 0, 0] = torch.nan
         ids = torch.arange(GLOBAL_BATCH)
         rows = torch.from_numpy(block_mask_rows(7, step, ids.numpy(), 4, 9, 2, None, 0.3))
         num_patches = self.config.d2v.model.num_patches
+        batches = []
         for micro_step in range(split.accumulation):
             first = (micro_step * self.world.size + self.world.rank) * split.micro_batch
             mine = (rows >= first * num_patches) & (rows < (first + split.micro_batch) * num_patches)
             part = slice(first, first + split.micro_batch)
-            batch = Batch(pixels[part], rows[mine] - first * num_patches, ids[part], global_rows=len(rows))
-            output = self.engine.forward(batch, self.teacher.module)
-            self.engine.backward(output.loss_sum, len(rows) * width)
-        applied = bool(self.engine.step(1e-3))
-        if applied:
-            self.teacher.update(step)
-        return applied
+            batches.append(Batch(pixels[part], rows[mine] - first * num_patches, ids[part]))
+        return bool(self.train_step(step, Step(batches, len(rows)), 1e-3).applied)
 
     def student(self) -> dict[str, Tensor]:
         """Gather the trained values of the encoder on the first process."""

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2v_fast.data import Batch, StepLoader
+from d2v_fast.data import Step, StepLoader
 from tests.helpers.runs import (
     TINY,
     TINY_SPEECH,
@@ -191,14 +191,14 @@ def _record(path: Path) -> None:
     """Make every loader of this process record the samples that it yields."""
     original = StepLoader.__iter__
 
-    def recorded(self: StepLoader) -> Iterator[list[Batch]]:
-        start_step = self._order.start_step
+    def recorded(self: StepLoader) -> Iterator[Step]:
+        start_step = self.order.start_step
         with path.open("w", buffering=1) as file:
             file.write(json.dumps(start_step) + "\n")
-            for step, batches in enumerate(original(self), start=start_step + 1):
-                samples = [int(sample) for batch in batches for sample in batch.sample_ids]
-                file.write(json.dumps([step, (step - 1) // self.steps_per_epoch, samples]) + "\n")
-                yield batches
+            for number, step in enumerate(original(self), start=start_step + 1):
+                samples = [int(sample) for batch in step.micro_batches for sample in batch.sample_ids]
+                file.write(json.dumps([number, (number - 1) // self.order.steps_per_epoch, samples]) + "\n")
+                yield step
 
     StepLoader.__iter__ = recorded  # type: ignore[method-assign]
 

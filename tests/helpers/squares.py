@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
-from d2v_fast.config import VisionConfig
+from d2v_fast.config import BatchSplit, VisionConfig
 from d2v_fast.data import DataError, ImageDataset, StepLoader
 from d2v_fast.data.listing import Listing
 from d2v_fast.modalities.vision.batches import ImageBatches
+from tests.helpers import loaders
 
 
 def make_config(num_workers: int = 0, **data: object) -> VisionConfig:
@@ -56,5 +58,14 @@ class Squares:
         raise NotImplementedError
 
 
-def make_loader(dataset: ImageDataset, config: VisionConfig, **options: object) -> StepLoader:
-    return StepLoader(ImageBatches(dataset, config), config, **options)
+def make_loader(
+    dataset: ImageDataset,
+    config: VisionConfig,
+    *,
+    micro_batch: int,
+    accumulation: int = 1,
+    world_size: int = 1,
+    **options: Any,
+) -> StepLoader:
+    split = BatchSplit.of(micro_batch, accumulation, world_size)
+    return loaders.make_loader(ImageBatches(dataset, config), config, split, **options)

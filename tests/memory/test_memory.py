@@ -239,7 +239,7 @@ def test_activations_are_what_autograd_saves(mode: str) -> None:
     if mode == "bf16":
         model.to(BF16)
     num_rows = 8 * config.mask.num_patches
-    batch = Batch(torch.randn(8, 1, 8, 8), torch.arange(num_rows), torch.arange(8), global_rows=num_rows)
+    batch = Batch(torch.randn(8, 1, 8, 8), torch.arange(num_rows), torch.arange(8))
     saved = Saved(model)
     enabled = mode == "autocast"
     with (
@@ -268,7 +268,7 @@ def test_speech_activations(mode: str, recompute: bool) -> None:
         model.to(BF16)
     num_samples = int(config.data.max_seconds * config.model.sample_rate)
     num_rows = int(8 * config.model.num_frames(num_samples) * (1 - math.exp(-config.mask.prob)))
-    batch = Batch(torch.randn(8, num_samples), torch.arange(num_rows), torch.arange(8), global_rows=num_rows)
+    batch = Batch(torch.randn(8, num_samples), torch.arange(num_rows), torch.arange(8))
     saved = Saved(model)
     with (
         torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x),

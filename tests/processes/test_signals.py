@@ -44,7 +44,7 @@ def test_while_data_are_listed(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A signal during the listing of the data, which may take hours, stops a run at once."""
-    monkeypatch.setattr("d2v_fast.data.batch_maker", raising(number))
+    monkeypatch.setattr("d2v_fast.training.prepare.batch_maker", raising(number))
     assert run_here(tiny_file(tmp_path), "--run", "r") == 128 + number
     words = f"interrupted by {number.name} before a step was made; the same command begins again"
     assert words in capsys.readouterr().err
@@ -57,11 +57,11 @@ def test_while_a_run_is_built(number: signal.Signals, tmp_path: Path, monkeypatc
     real = console.sys.modules["d2v_fast.objectives.data2vec"].build_model
 
     def build(*arguments: object) -> object:
-        monkeypatch.setattr("d2v_fast.objectives.data2vec.build_model", real)
+        monkeypatch.setattr("d2v_fast.training.prepare.build_model", real)
         os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr("d2v_fast.objectives.data2vec.build_model", build)
+    monkeypatch.setattr("d2v_fast.training.prepare.build_model", build)
     assert run_here(tiny_file(tmp_path), "--run", "r") == 0
     assert [path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()] == ["step-1"]
 

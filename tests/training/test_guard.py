@@ -6,20 +6,19 @@ import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from d2v_fast.config import GuardConfig, load_config
-from d2v_fast.data import Batch
+from d2v_fast.config import BatchSplit, GuardConfig, load_config
 from d2v_fast.data.order import StepOrder
 from d2v_fast.distributed.world import RunError, World
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training import guard as guard_module
 from d2v_fast.training.guard import Guard, check_collapse, first_judged_step, judge_end
 from d2v_fast.training.run_folder import RunFolder
+from d2v_fast.training.step import SkipCounts, StepResult
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import figures, run_forked, run_here, tiny_file
 from tests.helpers.witness import Witness
@@ -36,10 +35,10 @@ def dump_of(tmp_path: Path) -> dict[str, Any]:
 
 def expected_samples(step: int, world_size: int, accumulation: int = 1) -> list[list[list[int]]]:
     """Return the sample ids of a step of the tiny run, by rank and micro-step."""
-    options = {"micro_batch": 24 // world_size // accumulation, "accumulation": accumulation, "world_size": world_size}
+    split = BatchSplit.of(24 // world_size // accumulation, accumulation, world_size)
     ranks = []
     for rank in range(world_size):
-        order = StepOrder(NUM_DIGITS, **options, rank=rank, seed=0, start_step=step - 1, num_steps=step)
+        order = StepOrder(NUM_DIGITS, split, rank=rank, seed=0, start_step=step - 1, num_steps=step)
         ranks.append([micro.sample_ids.tolist() for micro in order])
     return ranks
 
@@ -160,14 +159,14 @@ def test_loss_scale_that_never_fits(nonfinite: str, allowed: int, tmp_path: Path
     """An fp16 loss scale may overflow as often as it can be halved; one more time in a row stops the run."""
     fp16 = {"enabled": True, "initial_scale_power": 5, "hysteresis": 2}
     file = tiny_file(tmp_path, fp16=fp16, zero_optimization__stage=1, d2v__guard={"nonfinite": nonfinite})
-    config, state = load_config(file), SimpleNamespace(longest_streak=torch.zeros((), dtype=torch.int64))
+    config, yes, no = load_config(file), torch.tensor(True), torch.tensor(False)
     (tmp_path / "runs/r").mkdir(parents=True)
     folder = RunFolder(tmp_path / "runs/r")
-    guard = Guard(config, World("cpu"), state, folder, Data2Vec(config.d2v), steps_per_epoch=59, say=print)  # type: ignore[arg-type]
-    batch = Batch(torch.empty(0), torch.empty(0), torch.arange(24))
+    model, none = Data2Vec(config.d2v), SkipCounts()
+    guard = Guard(config, World("cpu"), folder, model, counts=none, steps_per_epoch=59, say=print)
     for step in range(1, allowed + 2):
-        guard.end_step(step, [batch], torch.tensor(False))
-        state.longest_streak += 1
+        guard.record(StepResult(step, [torch.arange(24)], 1, yes, no, torch.tensor(1.0), [], []))
+        assert guard.counts() == (step, step)
         if step <= allowed:
             guard.check(step)
     with pytest.raises(RunError, match=f"in {allowed + 1} steps in a row"):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_fast import train
 from d2v_fast.config import GuardConfig
 from d2v_fast.data.progress import Progress, duration
 from d2v_fast.figures.curves import curves_figure
 from d2v_fast.training import metrics
 from d2v_fast.training.metrics import RunLog, deviations, draw_curves, loss_and_deviations, read_log
+from d2v_fast.training.prepare import prepare
 from d2v_fast.training.run_folder import RunFolder
 from d2v_fast.training.stepclock import StepClock
 
@@ -156,7 +156,7 @@ def test_imports_of_reports_are_not_memory_of_a_run(monkeypatch) -> None:
     metrics.import_reports()
     assert order[0] == "torch.utils.tensorboard"
     assert len(order) == 3
-    source = inspect.getsource(train.prepare)
+    source = inspect.getsource(prepare)
     assert source.index("import_reports()") < source.index("PeakMemory(world.device)")
 
 

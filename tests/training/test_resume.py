@@ -98,12 +98,10 @@ def test_resume_with_other_processes_and_stages(tmp_path: Path, monkeypatch: pyt
     iterate = StepLoader.__iter__
 
     def recorded(self: StepLoader) -> Any:
-        step = self._order.start_step
-        for micro_batches in iterate(self):
-            step += 1
-            ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
-            (record / f"{step}-{self._order.rank}").write_text(json.dumps(ids))
-            yield micro_batches
+        for number, step in enumerate(iterate(self), start=self.order.start_step + 1):
+            ids = [int(i) for batch in step.micro_batches for i in batch.sample_ids]
+            (record / f"{number}-{self.order.rank}").write_text(json.dumps(ids))
+            yield step
 
     monkeypatch.setattr(StepLoader, "__iter__", recorded)
     file, output = tiny_file(tmp_path, **changes, d2v__schedule__steps=total), tmp_path / "output"

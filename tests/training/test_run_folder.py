@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from d2v_fast import train
 from d2v_fast.distributed.world import RunError
 from d2v_fast.training import run_folder
 from tests.helpers.runs import figures, leave_out_reports, run_here, tiny_file
@@ -24,7 +23,7 @@ def fail_while_it_is_built(monkeypatch: pytest.MonkeyPatch, file: Path, *argumen
         def fail(*arguments: object, **options: object) -> None:
             raise RunError("no")
 
-        patch.setattr("d2v_fast.training.engine.make_engine", fail)
+        patch.setattr("d2v_fast.training.prepare.make_engine", fail)
         assert run_here(file, "--run", "r", *arguments) == 1
 
 
@@ -90,7 +89,7 @@ def test_folders_that_are_not_taken(file: Path, tmp_path: Path, capsys: pytest.C
     held = run_folder.RunFolder.create(root, "empty", "x")
     assert held.replaced
     held.close()
-    assert train.BAD_FILES in run_folder._REPORTS
+    assert run_folder.BAD_FILES in run_folder._REPORTS
 
 
 def test_name_that_is_taken_is_refused_before_the_data_are_read(
@@ -103,6 +102,6 @@ def test_name_that_is_taken_is_refused_before_the_data_are_read(
     def fail(*arguments: object) -> None:
         raise AssertionError("the data are listed")
 
-    monkeypatch.setattr("d2v_fast.data.batch_maker", fail)
+    monkeypatch.setattr("d2v_fast.training.prepare.batch_maker", fail)
     assert run_here(file, "--run", "r") == 1
     assert f"the run {folder} exists: choose another name with --run, or continue it: " in capsys.readouterr().err

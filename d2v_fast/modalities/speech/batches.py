@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2v_fast.data.batch import Batch
+from d2v_fast.data.batch import Batch, MicroBatch
 from d2v_fast.data.makers import drop_keys
 from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
@@ -50,7 +50,7 @@ class SpeechBatches:
         self.max_step_length = None if seconds is None else int(seconds * config.model.sample_rate)
         self.sample_bytes = 4 * int(dataset.lengths.max())
 
-    def make(self, micro: MicroStep, seed: int) -> Batch:
+    def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""
         sizes, frames = self._sizes(micro.step_sample_ids)
         step_rows = span_mask_rows(
@@ -77,7 +77,7 @@ class SpeechBatches:
         kept = None
         if padded and self._packs:
             kept = torch.from_numpy(np.flatnonzero(np.arange(num_frames) < frames[:, None]))
-        return Batch(
+        batch = Batch(
             waveforms,
             torch.from_numpy(rows),
             torch.from_numpy(micro.sample_ids),
@@ -85,8 +85,8 @@ class SpeechBatches:
             kept=kept,
             bad=bad,
             drop_keys=drop_keys(micro, seed),
-            global_rows=len(step_rows),
         )
+        return MicroBatch(batch, len(step_rows))
 
     def _sizes(self, step_sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Samples and frames that a step uses of each of its utterances, int64 `[S]` each."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2v_fast.data.batch import Batch
+from d2v_fast.data.batch import Batch, MicroBatch
 from d2v_fast.data.makers import drop_keys
 from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
@@ -34,14 +34,14 @@ class TextBatches:
         self.sample_bytes = 16 * int(dataset.lengths.max())
         self.vocabulary: str | None = dataset.tokenizer.digest
 
-    def make(self, micro: MicroStep, seed: int) -> Batch:
+    def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""
         blocks = self._dataset.read(micro.sample_ids)
         masks = self._masks(micro.sample_ids, blocks, micro.epoch, seed)
-        global_rows = len(masks.rows)
+        step_rows = len(masks.rows)
         if len(micro.sample_ids) < len(micro.step_sample_ids):
             of_step = self._dataset.read(micro.step_sample_ids)
-            global_rows = len(self._masks(micro.step_sample_ids, of_step, micro.epoch, seed).rows)
+            step_rows = len(self._masks(micro.step_sample_ids, of_step, micro.epoch, seed).rows)
         width = blocks.tokens.shape[1]
         padded = bool((blocks.lengths < width).any())
         kept = offsets = None
@@ -49,7 +49,7 @@ class TextBatches:
             kept = torch.from_numpy(np.flatnonzero(np.arange(width) < blocks.lengths[:, None]))
         if blocks.offsets is not None:
             offsets = torch.from_numpy(blocks.offsets)
-        return Batch(
+        batch = Batch(
             torch.from_numpy(blocks.tokens),
             torch.from_numpy(masks.rows),
             torch.from_numpy(micro.sample_ids),
@@ -58,8 +58,8 @@ class TextBatches:
             masked_inputs=torch.from_numpy(masks.tokens),
             offsets=offsets,
             drop_keys=drop_keys(micro, seed),
-            global_rows=global_rows,
         )
+        return MicroBatch(batch, step_rows)
 
     def _masks(self, ids: npt.NDArray[np.int64], blocks: TokenBlocks, epoch: int, seed: int) -> TokenMasks:
         mask, specials = self._mask, self._dataset.specials

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2v_fast.data.batch import Batch, DataError, ImageDataset
+from d2v_fast.data.batch import Batch, DataError, ImageDataset, MicroBatch
 from d2v_fast.data.makers import drop_keys
 from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
@@ -49,16 +49,16 @@ class ImageBatches:
         self.source: SampleSource = dataset
         self.sample_bytes = 4 * dataset.channels * dataset.image_size**2
 
-    def make(self, micro: MicroStep, seed: int) -> Batch:
+    def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""
         pixels, bad = self._dataset.augmented(micro.sample_ids, seed, micro.epoch)
         rows = self.rows(seed, micro.epoch, micro.sample_ids)
         # cheaper than asking the other processes: a mask is a millionth of a second
         alone = len(micro.sample_ids) == len(micro.step_sample_ids)
-        global_rows = len(rows) if alone else len(self.rows(seed, micro.epoch, micro.step_sample_ids))
+        step_rows = len(rows) if alone else len(self.rows(seed, micro.epoch, micro.step_sample_ids))
         ids = torch.from_numpy(micro.sample_ids)
-        keys = drop_keys(micro, seed)
-        return Batch(pixels, torch.from_numpy(rows), ids, bad=bad, drop_keys=keys, global_rows=global_rows)
+        batch = Batch(pixels, torch.from_numpy(rows), ids, bad=bad, drop_keys=drop_keys(micro, seed))
+        return MicroBatch(batch, step_rows)
 
     def rows(self, seed: int, epoch: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64 `[N]`, the masked patches of the samples."""

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_fast.config import SpeechConfig, parse_config
-from d2v_fast.data import StepLoader, batch_maker
+from d2v_fast.config import BatchSplit, SpeechConfig, parse_config
+from d2v_fast.data import batch_maker
 from d2v_fast.modalities.speech.log_mel import log_mel
 from d2v_fast.training.run_state import RunState
+from tests.helpers.loaders import make_loader
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import TINY_SPEECH, figures, leave_out_reports, run_forked, run_here, tiny_file
 
@@ -81,23 +82,13 @@ def test_any_split_gives_the_same_samples(lengths: str, equal_counts: bool) -> N
     maker = batch_maker(config)
 
     def steps(micro_batch: int, accumulation: int, world_size: int) -> list[dict[int, tuple[Any, ...]]]:
-        ranks = [
-            StepLoader(
-                maker,
-                config,
-                micro_batch=micro_batch,
-                accumulation=accumulation,
-                world_size=world_size,
-                rank=rank,
-                num_steps=5,
-            )
-            for rank in range(world_size)
-        ]
+        split = BatchSplit.of(micro_batch, accumulation, world_size)
+        ranks = [make_loader(maker, config, split, rank=rank, num_steps=5) for rank in range(world_size)]
         found = []
         for parts in zip(*ranks, strict=True):
             seen: dict[int, tuple[Any, ...]] = {}
             num_rows = 0
-            for batch in (batch for part in parts for batch in part):
+            for batch in (batch for part in parts for batch in part.micro_batches):
                 num_frames = config.model.num_frames(batch.inputs.shape[1])
                 frames = torch.full((len(batch.inputs),), num_frames) if batch.lengths is None else batch.lengths
                 num_rows += len(batch.rows)
@@ -107,8 +98,7 @@ def test_any_split_gives_the_same_samples(lengths: str, equal_counts: bool) -> N
                     assert rows.max() < frames[b]
                     used = batch.inputs[b, : config.model.num_samples(int(frames[b]))]
                     seen[sample] = (int(frames[b]), tuple(rows.tolist()), used.numpy().tobytes())
-                assert batch.global_rows is not None
-            assert num_rows == batch.global_rows
+            assert {part.num_rows for part in parts} == {num_rows}
             found.append(seen)
         return found
 
@@ -126,12 +116,13 @@ def test_any_split_gives_the_same_samples(lengths: str, equal_counts: bool) -> N
 
 def test_every_recording_once_per_epoch() -> None:
     config = make_config()
-    loader = StepLoader(batch_maker(config), config, micro_batch=24, num_steps=200)
+    loader = make_loader(batch_maker(config), config, BatchSplit.of(24), num_steps=200)
     seen: list[int] = []
-    for step, [batch] in enumerate(loader, start=1):
+    for number, step in enumerate(loader, start=1):
+        [batch] = step.micro_batches
         seen += batch.sample_ids.tolist()
-        assert loader.samples_after(step) == len(seen)
-        if step == loader.steps_per_epoch:
+        assert loader.order.samples_after(number) == len(seen)
+        if number == loader.order.steps_per_epoch:
             break
     assert sorted(seen) == list(range(300))
 

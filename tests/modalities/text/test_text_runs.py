@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from d2v_fast.commands.console import main
-from d2v_fast.config import TextConfig, parse_config
-from d2v_fast.data import StepLoader, batch_maker
+from d2v_fast.config import BatchSplit, TextConfig, parse_config
+from d2v_fast.data import batch_maker
 from d2v_fast.modalities.text.probe import masked_words, run_text_probe
 from d2v_fast.modalities.text.reference_pages import docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
 from d2v_fast.objectives.data2vec import build_model
+from tests.helpers.loaders import make_loader
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_forked, run_here, tiny_file
 from tests.helpers.tokenizer_folders import tokenizer_with_padding_at, unigrams, word_pieces
@@ -77,13 +78,13 @@ def test_any_split_gives_the_same_samples(separate: bool, packing: str, tmp_path
     maker = batch_maker(config)
 
     def steps(micro_batch: int, accumulation: int, world_size: int) -> list[dict[int, tuple[bytes, ...]]]:
-        split = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size}
-        ranks = [StepLoader(maker, config, **split, rank=rank, num_steps=4) for rank in range(world_size)]
+        split = BatchSplit.of(micro_batch, accumulation, world_size)
+        ranks = [make_loader(maker, config, split, rank=rank, num_steps=4) for rank in range(world_size)]
         found = []
         for parts in zip(*ranks, strict=True):
             seen: dict[int, tuple[bytes, ...]] = {}
-            batches = [batch for part in parts for batch in part]
-            assert {batch.global_rows for batch in batches} == {sum(len(batch.rows) for batch in batches)}
+            batches = [batch for part in parts for batch in part.micro_batches]
+            assert {part.num_rows for part in parts} == {sum(len(batch.rows) for batch in batches)}
             for batch in batches:
                 width = batch.inputs.shape[1]
                 assert (batch.offsets is not None) == separate

@@ -1,0 +1,276 @@
+"""Builds everything that a run needs. What is cheapest to find wrong is checked first."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from d2v_fast.checkpoints.files import complete_steps
+from d2v_fast.checkpoints.store import Checkpoints
+from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.data import BatchMaker, StepLoader, batch_maker, resolved, step_order, steps_per_epoch
+from d2v_fast.distributed.world import RunError, World, world_size
+from d2v_fast.evaluation import run as evaluation
+from d2v_fast.memory.peak import PeakMemory
+from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.teacher import Teacher
+from d2v_fast.training import metrics
+from d2v_fast.training.engine import compute_dtype, import_engine, make_engine
+from d2v_fast.training.guard import Guard
+from d2v_fast.training.metrics import Log, NoLog, RunLog
+from d2v_fast.training.preflight import check_packages, check_room, report_missing_kernels
+from d2v_fast.training.resume_rules import too_short
+from d2v_fast.training.run_folder import BAD_FILES, RunFolder
+from d2v_fast.training.run_state import Networks, Resumed, RunState, data_identity
+from d2v_fast.training.schedules import LearningRate
+from d2v_fast.training.step import TrainStep
+from d2v_fast.training.stepclock import StepClock
+
+Say = Callable[[str], None]
+
+
+class Plan(NamedTuple):
+    """What is known of a run before there are processes, a folder or a model.
+
+    Attributes:
+        config: with the values that follow from the data.
+        split: of the global batch.
+        maker: of the training batches.
+        schedule: of the learning rate; it knows the length of the run.
+        steps_per_epoch: optimizer steps.
+    """
+
+    config: RunConfig
+    split: BatchSplit
+    maker: BatchMaker
+    schedule: LearningRate
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        config: with the values that follow from the data.
+        world: its processes.
+        folder: where it writes.
+        log: what it reports.
+        schedule: of the learning rate.
+        loader: of its batches.
+        step: makes a step.
+        state: saves its checkpoints.
+        guard: stops it when something is wrong.
+        memory: its peak since the model was built.
+        start_step: steps made before this process.
+    """
+
+    config: RunConfig
+    world: World
+    folder: RunFolder
+    log: Log
+    schedule: LearningRate
+    loader: StepLoader
+    step: TrainStep
+    state: RunState
+    guard: Guard
+    memory: PeakMemory
+    start_step: int
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Check packages and data, and find the length of the run.
+
+    Raises:
+        ConfigError, DataError, RunError: with a message for the user.
+    """
+    split = config.deepspeed.batch_split(world_size())
+    check_packages(config, split.world_size)
+    config = resolved(config)
+    maker = batch_maker(config.d2v)
+    epoch_steps = steps_per_epoch(maker, split)
+    schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, epoch_steps)
+    return Plan(config, split, maker, schedule, epoch_steps)
+
+
+def open_world(config: RunConfig, opened: ExitStack) -> World:
+    """Connect the processes of the run.
+
+    Args:
+        config: of the run.
+        opened: closes the connection.
+    """
+    run = config.d2v.run
+    world = World(run.device, config.deepspeed.needs_deepspeed(world_size()), timeout_minutes=run.timeout_minutes)
+    opened.callback(world.close)
+    return world
+
+
+def prepare(plan: Plan, world: World, opened: ExitStack, *, resume: bool, stem: str) -> Run | None:
+    """Build a run; every process calls it.
+
+    Args:
+        plan: of the run.
+        world: of the run.
+        opened: closes what must be closed when the run ends.
+        resume: whether to continue the run that the configuration names.
+        stem: the name of a run without a name, before its number.
+    Returns:
+        The run, or None if it is finished already.
+    Raises:
+        ConfigError, DataError, RunError: with a message for the user.
+    """
+    say: Say = functools.partial(print, flush=True) if world.is_first else lambda text: None
+    folder = _open_folder(plan, world, opened, say, resume=resume, stem=stem)
+    if world.decide(lambda: is_finished(folder, plan)):
+        say("this run is finished, there is nothing left to do")
+        return None
+    if world.is_first:
+        # their memory is not counted as memory of the run
+        metrics.import_reports()
+    say("building the model ...")
+    memory = PeakMemory(world.device)
+    networks = _build_networks(plan.config, world)
+    state, resumed = _restore(plan, world, folder, networks, say)
+    say("compiling the mask sampler ...")
+    loader = _make_loader(plan, world, folder, resumed.step)
+    log = _open_log(plan, world, folder, resumed.step)
+    opened.callback(log.close)
+    guard = Guard(
+        plan.config,
+        world,
+        folder,
+        networks.model,
+        counts=resumed.counts,
+        steps_per_epoch=plan.steps_per_epoch,
+        say=log.say,
+    )
+    return Run(
+        config=plan.config,
+        world=world,
+        folder=folder,
+        log=log,
+        schedule=plan.schedule,
+        loader=loader,
+        step=_make_step(plan.config, world, networks),
+        state=state,
+        guard=guard,
+        memory=memory,
+        start_step=resumed.step,
+    )
+
+
+def is_finished(folder: RunFolder, plan: Plan) -> bool:
+    """Return whether the run in this folder has reached the end of its schedule.
+
+    Raises:
+        RunError: it has reached the end of a longer one.
+    """
+    num_steps = plan.schedule.num_steps
+    saved, finished = complete_steps(folder.path / "checkpoints"), folder.finished_steps()
+    if finished > num_steps:
+        raise RunError(too_short(finished, num_steps, plan.steps_per_epoch, folder.path, saved))
+    # a finished run may have been extended and interrupted
+    return finished == num_steps and max(saved, default=0) <= num_steps
+
+
+def _open_folder(plan: Plan, world: World, opened: ExitStack, say: Say, *, resume: bool, stem: str) -> RunFolder:
+    """Make or reopen the run folder, after everything that can be checked without it."""
+    config = plan.config
+    labels = world.decide(lambda: evaluation.check_labels(config.d2v))
+    report_missing_kernels(world, say)
+    say("importing the engine ...")
+    import_engine(config.deepspeed, world)
+    check_room(config, world, compute_dtype(config.deepspeed, world.device))
+    folder = RunFolder.open(config, world, resume=resume, stem=stem)
+    opened.callback(folder.close)
+    replaced = " (the run in it ended before it saved anything)" if folder.replaced else ""
+    repaired = world.decide(folder.repair) if folder.reopened else []
+    say("\n".join([*labels, f"run folder: {folder.path}{replaced}", *repaired]))
+    if world.is_first and not folder.reopened:
+        # so that a run that fails before its first checkpoint can be resumed
+        folder.write_config(config)
+    for line in config.without_effect(world.size):
+        say(line)
+    return folder
+
+
+def _build_networks(config: RunConfig, world: World) -> Networks:
+    """Build student, engine and teacher with initial weights."""
+    d2v = config.d2v
+    torch.manual_seed(d2v.run.seed)
+    model = build_model(d2v)
+    if not config.deepspeed.needs_deepspeed(world.size):
+        # DeepSpeed moves what it needs on the device itself, in its dtype
+        model.to(world.device)
+    # copied before an engine shards the student
+    copied = copy.deepcopy(model.student.averaged)
+    engine = make_engine(model, config.deepspeed, world, decay_1d=d2v.decay_1d)
+    teacher = Teacher(
+        model.student.averaged,
+        d2v.teacher,
+        compute_dtype=engine.compute_dtype,
+        module=copied,
+        engine=engine.deepspeed,
+    )
+    return Networks(model, teacher, engine)
+
+
+def _restore(plan: Plan, world: World, folder: RunFolder, networks: Networks, say: Say) -> tuple[RunState, Resumed]:
+    """Load the newest checkpoint of a reopened run, and write the configuration that goes on."""
+    config = plan.config
+    checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world, say)
+    state = RunState(config, world, networks, checkpoints, data_identity(plan.maker, world))
+    resumed = state.restore(say) if folder.reopened else Resumed()
+    if resumed.step > plan.schedule.num_steps:
+        saved = world.decide(checkpoints.steps)
+        raise RunError(too_short(resumed.step, plan.schedule.num_steps, plan.steps_per_epoch, folder.path, saved))
+    if world.is_first:
+        folder.write_config(config)
+    return state, resumed
+
+
+def _make_loader(plan: Plan, world: World, folder: RunFolder, start_step: int) -> StepLoader:
+    d2v = plan.config.d2v
+    order = step_order(
+        plan.maker,
+        plan.split,
+        rank=world.rank,
+        seed=d2v.run.seed,
+        start_step=start_step,
+        num_steps=plan.schedule.num_steps,
+    )
+    return StepLoader(
+        plan.maker,
+        order,
+        d2v.data,
+        pin_memory=world.device.type == "cuda",
+        timeout_s=d2v.run.timeout_s,
+        on_bad=functools.partial(folder.add_line, BAD_FILES),
+    )
+
+
+def _open_log(plan: Plan, world: World, folder: RunFolder, start_step: int) -> Log:
+    if not world.is_first:
+        return NoLog()
+    return RunLog(folder, plan.schedule.num_steps, start_step, plan.config.d2v.guard)
+
+
+def _make_step(config: RunConfig, world: World, networks: Networks) -> TrainStep:
+    d2v = config.d2v
+    clock = StepClock(world.device, enabled=d2v.run.profile)
+    networks.model.part = clock.part
+    return TrainStep(
+        networks.engine,
+        networks.teacher,
+        world,
+        divisor=d2v.loss.divisor(d2v.model.width),
+        seed=d2v.run.seed,
+        clock=clock,
+    )

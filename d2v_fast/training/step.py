@@ -1,0 +1,149 @@
+"""One optimizer step: forward and backward passes of its micro-batches, the update, and the teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2v_fast.data import Batch, Step
+from d2v_fast.distributed.world import World
+from d2v_fast.objectives.data2vec import StepOutput
+from d2v_fast.teacher import Teacher
+from d2v_fast.training.engine import Engine
+from d2v_fast.training.stepclock import StepClock
+
+
+class StepResult(NamedTuple):
+    """What a step did. Its tensors are on the model's device, and nothing waits for them.
+
+    Attributes:
+        number: of the step, from 1.
+        sample_ids: int64 `[B]` per micro-batch of this process.
+        num_rows: masked rows of the step over all processes, at least 1.
+        loss_finite: 0-d bool, whether the loss of every micro-batch of this process was finite.
+        applied: 0-d bool, whether the step changed anything: loss and gradient were finite on all processes.
+        grad_norm: 0-d, norm of the gradient before clipping, over all processes.
+        losses: 0-d fp32 per micro-batch of this process, summed over its rows and channels.
+        moments: fp32 `[4, D]` per micro-batch, as of `StepOutput`.
+    """
+
+    number: int
+    sample_ids: list[Tensor]
+    num_rows: int
+    loss_finite: Tensor
+    applied: Tensor
+    grad_norm: Tensor
+    losses: list[Tensor]
+    moments: list[Tensor]
+
+    def sums(self) -> Tensor:
+        """Return the loss and the flattened moments, summed over the micro-batches: fp32 `[1 + 4 * D]`."""
+        first, *others = (
+            torch.cat((loss.view(1), moments.flatten()))
+            for loss, moments in zip(self.losses, self.moments, strict=True)
+        )
+        return sum(others, start=first)
+
+
+class SkipCounts(NamedTuple):
+    """How many steps of a run changed nothing, because loss or gradient was not finite.
+
+    Attributes:
+        skipped: of the whole run.
+        streak: of the last steps, in a row.
+    """
+
+    skipped: int = 0
+    streak: int = 0
+
+
+class TrainStep:
+    """Makes optimizer steps.
+
+    Args:
+        engine: model and optimizer.
+        teacher: the average of the model's encoder.
+        world: of the run.
+        divisor: of the loss of one masked row, summed over its channels.
+        seed: of dropout.
+        clock: measures the parts of a step; None measures nothing.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        teacher: Teacher,
+        world: World,
+        *,
+        divisor: float,
+        seed: int,
+        clock: StepClock | None = None,
+    ) -> None:
+        self.engine, self.teacher = engine, teacher
+        self.clock = StepClock(world.device, enabled=False) if clock is None else clock
+        self._world, self._divisor, self._seed = world, divisor, seed
+
+    def __call__(self, number: int, step: Step, lr: float) -> StepResult:
+        """Make step `number`, counted from 1; every process calls it.
+
+        A step whose loss or gradient is not finite changes nothing, but keeps its place in the order of the data and
+        in the schedules, which are functions of the step number.
+        """
+        num_rows = max(1, step.num_rows)
+        loss_finite = torch.ones((), dtype=torch.bool, device=self._world.device)
+        losses: list[Tensor] = []
+        moments: list[Tensor] = []
+        for micro_step, batch in enumerate(step.micro_batches):
+            output = self.add_gradient(number, micro_step, batch.to(self._world.device, non_blocking=True), num_rows)
+            losses.append(output.loss_sum.detach())
+            moments.append(output.moments)
+            loss_finite &= losses[-1].isfinite()
+        applied = self.update(number, lr)
+        return StepResult(
+            number=number,
+            sample_ids=[batch.sample_ids for batch in step.micro_batches],
+            num_rows=num_rows,
+            loss_finite=loss_finite,
+            applied=applied,
+            grad_norm=self.engine.grad_norm,
+            losses=losses,
+            moments=moments,
+        )
+
+    def add_gradient(self, number: int, micro_step: int, batch: Batch, num_rows: int) -> StepOutput:
+        """Run one micro-batch forward and backward.
+
+        Args:
+            number: of the step, from 1.
+            micro_step: of the step, from 0.
+            batch: on the model's device.
+            num_rows: masked rows of the whole step.
+        """
+        self._world.arrive()
+        torch.manual_seed(dropout_seed(self._seed, number, micro_step, self._world.rank))
+        output = self.engine.forward(batch, self.teacher.module)
+        with self.clock.part("backward"):
+            self.engine.backward(output.loss_sum, num_rows * self._divisor)
+        return output
+
+    def update(self, number: int, lr: float) -> Tensor:
+        """Apply the gradients of all micro-batches, and let the teacher follow.
+
+        Returns:
+            0-d bool on the model's device: whether anything was changed.
+        """
+        with self.clock.part("optimizer"):
+            applied = self.engine.step(lr)
+        with self.clock.part("EMA"):
+            self.teacher.update(number, applied)
+        return applied
+
+
+def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Return the seed of torch's generator for one forward pass, in [0, 2**63)."""
+    digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_step, rank), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
