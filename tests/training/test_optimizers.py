@@ -58,7 +58,7 @@ def test_accepted(kind: str, stages: tuple[int, ...], zero: dict[str, Any]) -> N
         ("CPUAdam", 2, {}, 'Set `zero_optimization.offload_optimizer.device` to "cpu", or choose another type'),
         ("FusedAdam", 2, ON_HOST, 'Its kernels run on a GPU: use "CPUAdam" or "AdamW"'),
         ("ApexFusedAdam", 1, ON_HOST, 'Its kernels run on a GPU: use "CPUAdam" or "AdamW"'),
-        ("ApexFusedAdam", 3, {}, "It counts steps per group, and ZeRO-3 steps a group in several parts"),
+        ("ApexFusedAdam", 3, {}, "It counts steps per parameter group, and ZeRO-3 steps a group in several parts"),
     ],
 )
 def test_refused(kind: str, stage: int, zero: dict[str, Any], words: str) -> None:
