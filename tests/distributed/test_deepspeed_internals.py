@@ -4,8 +4,10 @@ names it, and no other file reads any."""
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from d2v_fast.training.engine import check_engine_available
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY, in_processes
-from tests.helpers.small_net import SCHEDULE, Net, initialize
+from tests.helpers.small_net import SCHEDULE, SMALL_BUCKETS, Net, adamw, initialize
 
 DESCRIPTIONS = [
     *internals.CLASSES.values(),
@@ -152,6 +154,28 @@ def test_a_renamed_attribute_takes_no_other_branch(tmp_path: Path) -> None:
     for case, said in found.items():
         name = case.partition(", ")[2]
         assert f"lacks {internals.LINKED if name == 'mark' else name}." in said, (case, said)
+
+
+@needs_deepspeed
+@pytest.mark.alone
+def test_an_engine_may_be_configured_by_a_file(tmp_path: Path) -> None:
+    """As with `deepspeed.initialize(config="file.json")`, where the engine's `config` is a path."""
+
+    def work(world: World, folder: Path) -> Any:
+        import deepspeed
+
+        file = folder / f"{world.rank}.json.config"
+        zero = {"stage": 3, "stage3_prefetch_bucket_size": 1234, **SMALL_BUCKETS}
+        settings = {"train_micro_batch_size_per_gpu": 4, "zero_allow_untested_optimizer": True}
+        file.write_text(json.dumps({**settings, "zero_optimization": zero}))
+        net = Net()
+        copied = copy.deepcopy(net)
+        engine, *_ = deepspeed.initialize(model=net, optimizer=adamw(net), config=str(file))
+        teacher = Teacher(net, SCHEDULE, module=copied, engine=engine)
+        assert internals.given_settings(engine)["zero_optimization"]["stage3_prefetch_bucket_size"] == 1234
+        return len(teacher.shards)
+
+    assert in_processes(1, tmp_path, work) == [6]
 
 
 def touches(source: str) -> list[str]:
