@@ -19,14 +19,33 @@ FORM = "fairseq"
 
 
 def read_fairseq(path: str | os.PathLike[str], *, heads: int | None = None) -> Pretrained:
-    """Read everything of a checkpoint; arguments and errors as of `load_published`."""
+    """Read everything of a checkpoint.
+
+    Args:
+        path: The `.pt` file.
+        heads: Attention heads, if the file does not say; None is 64 channels in each.
+    Returns:
+        Student, regression head, whole teacher and the model's configuration; head and teacher may be None.
+    Raises:
+        ValueError: The file is damaged, needs code, or holds no model of fairseq.
+    """
     return read_published(path, Settings.of(None, heads), form=FORM)
 
 
 def load_fairseq(
     path: str | os.PathLike[str], *, weights: str = "student", heads: int | None = None
 ) -> tuple[Student, dict[str, Tensor] | None, Section]:
-    """Read student or teacher of a checkpoint; arguments, result and errors as of `load_published`."""
+    """Read student or teacher of a checkpoint.
+
+    Args:
+        path: The `.pt` file.
+        weights: "student" or "teacher".
+        heads: Attention heads, if the file does not say; None is 64 channels in each.
+    Returns:
+        The encoder, the tensors of the regression head or None, and the model's configuration.
+    Raises:
+        ValueError: The file is damaged, needs code, holds no model of fairseq, or has no teacher.
+    """
     return load_published(path, weights=weights, heads=heads, form=FORM)
 
 
@@ -42,7 +61,9 @@ def save_fairseq(
     """Write a checkpoint.
 
     Args:
-        model, head, teacher: Student, regression head and whole teacher, or the tensors of each by name.
+        model: The student, or its tensors by name.
+        head: The regression head, or its tensors by name; None leaves it out.
+        teacher: The whole teacher, or its tensors by name; None leaves it out.
         config: The run's. It decides the modality.
         path: The `.pt` file; it is replaced as a whole.
         num_updates: Optimizer steps that the student has made.

@@ -47,7 +47,7 @@ def block_mask_rows(
         int64 `[N]`: flat indices `b * P + p` of the masked patches, ascending. Every image has at least one
         masked and one visible patch.
 
-    Example:
+    Examples:
         >>> ids = np.array([7, 8])
         >>> block_mask_rows(0, 0, ids, 3, num_patches=4, min_patches=2, max_patches=None, min_aspect=0.5)
         array([ 3,  4,  6,  7, 12, 13, 15, 16])
@@ -73,7 +73,7 @@ def block_masks(
 ) -> npt.NDArray[np.bool_]:
     """Draw the masks of `block_mask_rows` as bool `[B, grid_size, grid_size]`, True for masked patches.
 
-    Example:
+    Examples:
         >>> block_masks(0, 0, np.array([7]), 3, 4, 2, None, 0.5).astype(int)
         array([[[0, 0, 0],
                 [1, 1, 0],

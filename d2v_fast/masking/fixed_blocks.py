@@ -55,7 +55,7 @@ def inverse_block_mask_rows(
     Raises:
         ValueError: an argument is out of range, or nothing would be masked or visible.
 
-    Example:
+    Examples:
         >>> inverse_block_mask_rows(0, 0, np.array([7, 8]), grid_size=3, prob=0.5, length=2, prob_adjust=0.1)
         array([ 1,  4,  6,  7,  8,  9, 12, 15, 16, 17])
     """
@@ -102,7 +102,7 @@ def block_mask_1d_rows(
     Raises:
         ValueError: an argument is out of range, or nothing would be masked or visible.
 
-    Example:
+    Examples:
         >>> block_mask_1d_rows(0, 0, np.array([7, 8]), num_positions=8, prob=0.5, length=2, prob_adjust=0.1)
         array([ 1,  2,  3,  5, 10, 11, 13, 14])
     """

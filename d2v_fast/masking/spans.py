@@ -54,7 +54,7 @@ def span_mask_rows(
     Raises:
         ValueError: an argument is out of range, or a sample has fewer than two frames with `equal_counts`.
 
-    Example:
+    Examples:
         >>> span_mask_rows(0, 0, np.array([7, 8]), num_positions=8, prob=0.5, length=2)
         array([ 1,  2,  3,  4,  9, 10, 12, 13])
     """

@@ -79,7 +79,7 @@ def token_mask_rows(
     Raises:
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> tokens = np.array([[0, 5, 6, 7, 8, 2]])
         >>> options = {"prob": 0.4, "length": 1, "vocab_size": 10, "mask_id": 9, "special_ids": [0, 1, 2, 9]}
         >>> token_mask_rows(0, 0, np.array([7]), tokens, np.array([6]), **options)

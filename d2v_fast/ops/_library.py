@@ -207,7 +207,7 @@ def missing_kernels(device_type: str) -> str | None:
     Args:
         device_type: "cpu" or "cuda".
 
-    Example:
+    Examples:
         >>> missing_kernels("meta") is None
         True
     """
@@ -221,7 +221,7 @@ def missing_kernels(device_type: str) -> str | None:
 def backends() -> dict[str, str]:
     """Return the backends that run: ``{"cpu": "c++ (avx512)" | "reference", "cuda": "triton" | "reference" | "none"}``.
 
-    Example:
+    Examples:
         >>> sorted(backends())
         ['cpu', 'cuda']
     """

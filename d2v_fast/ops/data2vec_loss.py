@@ -118,7 +118,7 @@ def data2vec_loss(
         IndexError: On a CPU, ``rows``, ``lengths`` or ``target_rows`` are out of range. On a GPU, which would have to
             wait for the values, and under ``torch.vmap``, a row out of range gives NaN.
 
-    Example:
+    Examples:
         >>> pred = torch.zeros(1, 2, requires_grad=True)
         >>> layers = [torch.tensor([[[1.0, 3.0], [4.0, 8.0]]])]
         >>> loss = data2vec_loss(pred, layers, rows=torch.tensor([1])).loss

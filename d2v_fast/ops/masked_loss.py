@@ -21,7 +21,7 @@ LEAST_BETA = torch.finfo(torch.float32).tiny
 class MaskedLoss(NamedTuple):
     """Result of ``masked_smooth_l1`` and ``data2vec_loss``.
 
-    Example:
+    Examples:
         >>> loss, moments = masked_smooth_l1(torch.ones(2, 3), torch.zeros(2, 3))
         >>> moments.shape
         torch.Size([4, 3])

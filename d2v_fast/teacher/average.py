@@ -43,7 +43,7 @@ def decay_at(config: TeacherConfig, step: int) -> float:
 
     It is linear from `decay_start` to `decay_end` over `decay_steps`, then constant (arXiv 2202.03555, section 4).
 
-    Example:
+    Examples:
         >>> config = TeacherConfig(decay_start=0.99, decay_end=0.999, decay_steps=100)
         >>> [round(decay_at(config, step), 4) for step in (0, 50, 100, 1000)]
         [0.99, 0.9945, 0.999, 0.999]
@@ -75,7 +75,7 @@ class Teacher:
         last_step: Number of the last optimizer step that was averaged.
         shapes: Shapes of the whole averaged parameters, by name.
 
-    Example:
+    Examples:
         >>> student = torch.nn.Linear(2, 2)
         >>> teacher = Teacher(student, TeacherConfig(decay_start=0.5, decay_end=0.5))
         >>> before = student.bias.detach().clone()

@@ -238,7 +238,7 @@ for step, (x, rows) in enumerate(batches(), start=1):
     target: Tensor = ops.topk_target(layers, layer_norm="layer", rows=rows)
     found: ops.MaskedLoss = ops.masked_smooth_l1(student(x).flatten(0, 1)[rows], target, beta=1.0)
     loss, moments = ops.data2vec_loss(student(x).flatten(0, 1)[rows], layers, rows=rows)
-    (loss + found.loss).backward()
+    (loss + found.loss).backward()  # type: ignore[no-untyped-call]  # torch's is untyped
     y: Tensor = ops.layer_norm_gelu(x, torch.ones(8), torch.zeros(8))
     ops.ema_update_(student.parameters(), student.state_dict().values(), 0.5)
     teacher.update(step)
