@@ -1,4 +1,4 @@
-# The targets that people use. `make help` lists them.
+# `make help` lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,9 +18,9 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## virtual environment, pinned packages, C++ kernels
 
-# Every file is held against its hash in requirements.lock, but for torch: each index has other files of one version, and
-# a GPU machine wants its own. setuptools comes first, for it builds what is published as source, and only what is locked
-# takes part in a build. The lock begins with Python 3.11; before that, the ranges of pyproject.toml must do.
+# Files are checked against the hashes in requirements.lock, except torch: its files differ between indexes, and a GPU
+# machine needs another build. setuptools comes first, because it builds packages that are published as source.
+# The lock needs Python 3.11; older versions use the ranges of pyproject.toml.
 $(INSTALLED): requirements.lock constraints.txt pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
@@ -44,26 +44,26 @@ lock: ## requirements.lock and docs/requirements.lock again, after a change in c
 	--constraint constraints.txt --generate-hashes --no-annotate --no-header --no-emit-index-url -o build/lock/docs -
 	{ echo '# Made by `make lock` out of the extra `docs` of pyproject.toml and constraints.txt.'; cat build/lock/docs; } > docs/requirements.lock
 
-build: $(INSTALLED) $(LIBRARY) ## compile the C++ kernels again after a change in csrc/
+build: $(INSTALLED) $(LIBRARY) ## rebuild the C++ kernels if csrc/ changed
 
-# with the cmake of the environment: that of the isolated build is gone once pip has ended; the set-up may have just built it
+# uses the cmake of the virtual environment; the set-up may have just built the library
 $(LIBRARY): CMakeLists.txt $(wildcard csrc/*) | $(INSTALLED)
 	@if test ! -e $@ || test -n "$$(find $^ -newer $@)"; then \
 	PATH=$(abspath $(BIN)):$$PATH D2V_REQUIRE_CPP=1 $(BIN)/python setup.py --quiet build_ext --inplace && touch $@; fi
 
-# with isolation, as for a release: torch and the build tools are installed into an environment of their own
+# isolated, as for a release: installs torch and the build tools into a separate environment
 dist: $(INSTALLED) ## source archive and wheel, in dist/
 	rm -rf dist
 	PIP_CONSTRAINT=$(abspath constraints.txt) D2V_REQUIRE_CPP=1 $(BIN)/python -m build
 
-train: build ## pre-train on CONFIG (configs/digits.json) with PROCESSES (1) processes
+train: build ## pre-train with CONFIG (configs/digits.json) and PROCESSES (1)
 	$(BIN)/deepspeed --num_accelerators $(PROCESSES) d2v_fast/train.py --ds_config $(CONFIG)
 
 train-speech: CONFIG = configs/speech.json
 train-speech: train ## pre-train on 300 spoken words
 
 train-text: CONFIG = configs/text.json
-train-text: train ## pre-train on the reference pages that Python carries
+train-text: train ## pre-train on the reference pages of Python
 
 # two files at a time, so that what the tests of a file share is made once: first those that compute, then those that
 # mostly wait; at last, one by one, those with a clock
@@ -83,9 +83,9 @@ test-minimal: ## the tests of the operations in an environment with torch and no
 test-dist: build ## source archive and wheel: what is in them, and whether they work where they are installed
 	$(BIN)/python -m pytest tests/project/test_packaging.py --run-slow
 
-# beside a copy of the Python files, so that d2v_fast/_C.so stays what it is; with GCC, whose libraries are loaded first:
-# Python itself is not instrumented. Triton and torch.compile have none of our C++ in them.
-sanitize: $(INSTALLED) ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# in a copy of the Python files, so that d2v_fast/_C.so does not change. The libraries of GCC are preloaded, because
+# Python is not instrumented. Tests of Triton and torch.compile run no C++ of this library.
+sanitize: $(INSTALLED) ## test the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G "Unix Makefiles" -DCMAKE_CXX_COMPILER=g++ -DD2V_SANITIZE=ON \
 	-DD2V_TORCH_FOLDER=$$($(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)")
 	$(BIN)/cmake --build build/sanitize --parallel
@@ -107,7 +107,7 @@ lint: $(INSTALLED) ## ruff, mypy, clang-format, codespell
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
-format: $(INSTALLED) ## let ruff and clang-format rewrite the files
+format: $(INSTALLED) ## format the code with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
@@ -124,18 +124,18 @@ $(DOCS)/.installed: docs/requirements.lock
 docs: $(DOCS)/.installed ## documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
-bench: build ## measure the operations, the masks and a step; table and plots in bench/results
+bench: build ## time operations, masks and a step; write bench/results
 	mkdir -p build
 	$(BIN)/python -m pytest bench -q --run-slow --benchmark-json build/bench.json
 	$(BIN)/python bench/report.py build/bench.json
 
-bench-check: build ## measure, and fail where a ratio is below what bench/goals.json expects
+bench-check: build ## fail if a ratio is below its goal in bench/goals.json
 	mkdir -p build
 	$(BIN)/python -m pytest bench -q --benchmark-json build/bench-check.json
 	$(BIN)/python bench/report.py build/bench-check.json --check
 
-# with the machine's own python: no network and no virtual environment; what is not installed there is skipped by name
-gpu: ## build, test and benchmark on a machine with a CUDA GPU and no network; results under OUT
+# uses the machine's own python, without network or virtual environment; reports and skips what is not installed
+gpu: ## build, test and benchmark on a CUDA machine without network; results in OUT
 	mkdir -p $(OUT)
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e . || $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -c "import torch, d2v_fast.ops as ops; print(torch.__version__, torch.cuda.get_device_name(), ops.backends())" > $(OUT)/machine.txt
@@ -145,5 +145,5 @@ gpu: ## build, test and benchmark on a machine with a CUDA GPU and no network; r
 	$(PYTHON) bench/report.py $(OUT)/bench.json --out $(OUT)/results || code=$$?; \
 	exit $$code
 
-clean: ## remove what was built, not the runs
+clean: ## remove everything that was built; keep runs
 	rm -rf build dist $(VENV) d2v_fast/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,8 @@
-"""PEP 517 backend: setuptools, and torch as a build requirement where the environment has none.
+"""PEP 517 backend: setuptools, with torch as a build requirement if the environment has none.
 
-The C++ kernels need torch's headers. pip's isolated build finds an installed torch through `python -I`, so that nothing
-is downloaded beside it. Where there is none, as in the environment of `python -m build`, the build requires one. The
-kernels use torch's stable ABI only, so they run with whichever torch is installed later.
+The C++ kernels need torch's headers. pip's isolated build finds an installed torch through `python -I`, so that no
+second one is downloaded. The environment of `python -m build` has none, so the build requires one there. The kernels
+use torch's stable ABI and run with any torch that is installed later.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if spec is not None and spec.origin is not None:
 
 
 def torch_folder() -> Path:
-    """Return the folder of the torch that the kernels are compiled with, which is not imported.
+    """Return the folder of the installed torch to compile with, without importing it.
 
     Raises:
-        RuntimeError: There is none, or only one that is too old.
+        RuntimeError: torch is not installed, or too old.
     """
     older = ""
-    # -I looks past pip's build isolation; without it a torch of the user's site or of the build itself is found
+    # -I looks past pip's build isolation; without it Python finds a torch of the user's site or of the build
     for flags in (["-I"], []):
         answer = subprocess.run([sys.executable, *flags, "-c", _PROBE], capture_output=True, text=True, check=False)
         lines = answer.stdout.splitlines()
@@ -52,7 +52,7 @@ def torch_folder() -> Path:
 
 
 def wants_kernels() -> bool:
-    """Return whether the C++ kernels are to be built: unless `D2V_NO_CPP=1` asks for a wheel without them."""
+    """Return whether to build the C++ kernels: `D2V_NO_CPP=1` asks for a wheel without them."""
     return os.environ.get("D2V_NO_CPP") != "1"
 
 
@@ -67,7 +67,7 @@ def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
 
 
 def _torch() -> list[str]:
-    # torch is large: not for a wheel that will have no kernels
+    # torch is large: do not require it for a wheel without kernels
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not wants_kernels() or not any(map(shutil.which, compilers)):
         return []

@@ -11,12 +11,12 @@ import torch
 
 from d2v_fast import ops
 
-# tests that run beside each other share the cores
+# tests that run at the same time share the cores
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# a GPU machine without network may lack some of these; the operations need torch only
+# a GPU machine without network may lack some of these; the tests of the operations need only torch
 NEEDED_FOR_TRAINING = ("pydantic", "numba", "numpy", "safetensors", "sklearn", "PIL")
 MISSING = [name for name in NEEDED_FOR_TRAINING if find_spec(name) is None]
 TESTS_OF_TRAINING = [
@@ -77,5 +77,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device under test: CPU, or CUDA with ``--device cuda``."""
+    """Return the device under test: CPU, or CUDA with ``--device cuda``."""
     return torch.device(request.config.getoption("--device"))

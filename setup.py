@@ -1,13 +1,11 @@
-"""Build of the C++ kernels: setuptools calls CMake, CMake makes one library, ``d2v_fast/_C.so``.
+"""Build the C++ kernels: setuptools calls CMake, which builds one library, ``d2v_fast/_C.so``.
 
-Why it looks like this:
-
-* The library uses torch's stable ABI and no Python header. So one wheel serves every Python and every torch from 2.10
-  on, and its tag is py3-none and the platform.
-* The library names ``libtorch_cpu.so`` without a folder, and is linked without ``find_package(Torch)``, which fails for
+* The library uses torch's stable ABI and no Python header. One wheel, tagged py3-none-PLATFORM, therefore serves every
+  Python and every torch from 2.10 on.
+* The library names ``libtorch_cpu.so`` without a folder and is linked without ``find_package(Torch)``, which fails for
   a CUDA build of torch on a machine without the CUDA toolkit. ``build_backend.py`` finds the torch to compile with.
-* Without a compiler or torch the build goes on, since every operation has a PyTorch reference, and the wheel is
-  py3-none-any. ``D2V_REQUIRE_CPP=1`` makes it an error, and ``D2V_NO_CPP=1`` asks for such a wheel.
+* Without a compiler or torch the build continues, since every operation has a PyTorch reference, and the wheel is
+  py3-none-any. ``D2V_REQUIRE_CPP=1`` makes this an error; ``D2V_NO_CPP=1`` asks for such a wheel.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Build with CMake, or go on without kernels."""
+    """Build with CMake, or continue without kernels."""
 
     has_kernels = False
 
@@ -41,7 +39,7 @@ class CMakeBuild(build_ext):
         in_place = "--inplace" in sys.argv or getattr(self, "editable_mode", False)
         prefix = ROOT if in_place else Path(self.build_lib).resolve()
         if not in_place:
-            # of an earlier build: a wheel holds what was built for it, or nothing
+            # remove the library of an earlier build: a wheel holds only its own
             (prefix / "d2v_fast" / "_C.so").unlink(missing_ok=True)
         try:
             self.build_with_cmake(prefix)
@@ -57,7 +55,7 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RuntimeError("cmake is not installed")
-        # setuptools owns the rest of build/; a kept tree makes the second build a matter of seconds
+        # setuptools owns the rest of build/; keeping the tree makes the next build fast
         tree = ROOT / "build" / "cmake"
         configure = [
             cmake,
@@ -73,7 +71,7 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(configure, check=True)
         except subprocess.CalledProcessError:
-            # a tree made by another cmake or compiler that is gone cannot be configured again
+            # a tree of another cmake, or of a removed compiler, cannot be configured again
             shutil.rmtree(tree, ignore_errors=True)
             subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(tree), "--parallel", str(os.cpu_count() or 1)], check=True)
@@ -91,17 +89,17 @@ class CMakeBuild(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Tag the wheel by what was built: for any Python, on this platform with kernels, anywhere without."""
+    """Tag the wheel for any Python: for this platform if it has kernels, else for all."""
 
     def run_command(self, command: str) -> None:
         super().run_command(command)
         if command == "build" and not self.get_finalized_command("build_ext").has_kernels:
             self.root_is_pure = True
-            # what is left is installed where pure Python goes
+            # install the rest as pure Python
             self.distribution.ext_modules = []
 
     def get_tag(self) -> tuple[str, str, str]:
-        # the kernels are built for this machine alone, also with a Python for two
+        # the kernels are built for one architecture, even with a universal2 Python
         return "py3", "none", super().get_tag()[2].replace("universal2", platform.machine())
 
 

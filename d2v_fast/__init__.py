@@ -1,4 +1,4 @@
-"""d2v_fast: data2vec pre-training, and the fused operations it is made of (``d2v_fast.ops``)."""
+"""Fast pre-training of data2vec, and its fused operations (``d2v_fast.ops``)."""
 
 from typing import TYPE_CHECKING
 
@@ -7,12 +7,12 @@ __version__ = "0.1.0"
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        """Import a module of this package, or say which extra it needs."""
+        """Import a module of this package; if a package is missing, name the extra that installs it."""
         from importlib import import_module
         from importlib.util import find_spec
 
         module = f"{__name__}.{name}"
-        # an import system asks for names with underscores that no package has
+        # the import system asks for names such as __path__
         if name.startswith("_") or find_spec(module) is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:

@@ -1,4 +1,4 @@
-"""The commands that messages show: what a user can paste as it stands, in the folder where the program was started."""
+"""Commands for messages, which the user can paste into a shell in the folder where the program was started."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# environment variable by which `--supervise` passes on how it was started, to the process that trains
+# environment variable in which `--supervise` tells the training process how it was started
 COMMAND = "D2V_COMMAND"
-# environment variable that `--supervise` sets: the mark of its run, kept in a file in the run folder
+# environment variable of `--supervise`: the mark of its run, which a file in the run folder holds as well
 SUPERVISION = "D2V_SUPERVISION"
 _TOOL = "d2v-fast"
 _SCRIPT = Path(__file__).resolve().with_name("train.py")
-# Python starts `-m d2v_fast` with the whole path of this file
+# `python -m d2v_fast` sets sys.argv[0] to the full path of this file
 _MAIN = Path(__file__).with_name("__main__.py")
 _PROCESSES = Path("/proc")
 
@@ -30,10 +30,10 @@ def tool_command(*arguments: object) -> str:
 def resume_command(run_folder: Path) -> str:
     """Return the command that continues the run in `run_folder`, quoted for a shell.
 
-    It starts the program as this process was started: by `d2v-fast`, as a file, or below a launcher.
+    It starts the program as this process was started: by `d2v-fast`, as a file, or by a launcher.
     """
     started, launched = _started_as()
-    # torchrun takes --run for an option of its own
+    # torchrun takes --run for its own option
     option = "--run-name" if launched else "--run"
     name = run_folder.name
     arguments = [f"{option}={name}"] if name.startswith("-") else [option, name]
@@ -51,23 +51,23 @@ def pass_on_command() -> None:
 
 
 def path_words(path: Path) -> str:
-    """Return a path as an argument that `expand_path` reads as this path."""
+    """Return a path as an argument that `expand_path` leaves unchanged."""
     text = str(path)
     return f"./{text}" if text.startswith(("~", "-")) else text
 
 
 def path_override(key: str, path: Path) -> list[str]:
-    """Return the two words that set a key of the configuration to a path."""
+    """Return the two arguments that set a key of the configuration to a path."""
     text = path_words(path)
     with contextlib.suppress(ValueError):
-        # the value of an override is JSON where it can be read as that
+        # an override that is valid JSON is read as JSON
         json.loads(text)
         text = json.dumps(text)
     return ["--set", f"{key}={text}"]
 
 
 def _started_as() -> tuple[list[str], bool]:
-    """The words in front of the options of training, and whether a launcher is among them."""
+    """Return the words before the options of training, and whether a launcher is among them."""
     if COMMAND in os.environ:
         words, launched = json.loads(os.environ[COMMAND])
         return words, launched
@@ -83,7 +83,7 @@ def _started_as() -> tuple[list[str], bool]:
 
 
 def _launcher() -> list[str] | None:
-    """The words of the outermost process that started this program by its file, up to the file; None without one."""
+    """Return the command line, up to this program, of the outermost process that launched it; None without one."""
     found, process = None, os.getppid()
     while process > 1:
         folder = _PROCESSES / str(process)
@@ -104,7 +104,7 @@ def _is_program(path: Path) -> bool:
 
 
 def _without_interpreter(words: Sequence[str]) -> list[str]:
-    """Name a script beside its interpreter, as pip installs commands, by itself."""
+    """Leave out the interpreter of a script that pip installed beside it."""
     first = Path(words[0])
     if first.name.startswith("python") and Path(words[1]).parent == first.parent:
         return [_short(Path(words[1])), *words[2:]]
@@ -112,7 +112,7 @@ def _without_interpreter(words: Sequence[str]) -> list[str]:
 
 
 def _tool() -> list[str]:
-    """The words that start `d2v-fast`."""
+    """Return the words that start `d2v-fast`."""
     own, beside = Path(sys.argv[0]), Path(sys.executable).with_name(_TOOL)
     for path in (own, beside):
         if path.name == _TOOL and path.is_file():
@@ -121,7 +121,7 @@ def _tool() -> list[str]:
 
 
 def _short(path: Path) -> str:
-    """The name alone where the search path leads to the same file, else a path that is relative below this folder."""
+    """Return the name if the search path finds the same file, else the path, relative if it is below this folder."""
     try:
         here = Path.cwd()
     except FileNotFoundError:

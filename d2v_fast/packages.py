@@ -1,4 +1,4 @@
-"""Packages that this library uses: the extra that installs each, and what `--version` names."""
+"""Packages that this library uses: the extra that installs each, and `--version`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from d2v_fast import __version__
 
-# import name -> extra of pyproject.toml, of what `train` does not install
+# import name -> extra of pyproject.toml, for packages outside the extra `train`
 _EXTRAS = {
     "pyarrow": "parquet",
     "onnx": "onnx",
@@ -23,14 +22,14 @@ _EXTRAS = {
 
 
 class MissingPackageError(ImportError):
-    """A module of this library needs a package that cannot be imported; the message names the extra with it."""
+    """A package that a module of this library needs cannot be imported; the message names the extra with it."""
 
 
 def install_command(module: str) -> str:
-    """Return the command that installs a package which some part of this library needs.
+    """Return the command that installs a package that this library uses.
 
     Args:
-        module: Its import name, such as "sklearn".
+        module: import name of the package, such as "sklearn".
     """
     if module == "torch":
         return "pip install torch"
@@ -38,7 +37,7 @@ def install_command(module: str) -> str:
 
 
 def import_problem(error: ImportError) -> str:
-    """Say which package cannot be imported, why, and which extra installs it."""
+    """Return a message: which package cannot be imported, why, and which extra installs it."""
     from d2v_fast.command_lines import tool_command
 
     if isinstance(error, MissingPackageError):
@@ -47,11 +46,11 @@ def import_problem(error: ImportError) -> str:
     problem = f"{name} cannot be imported: {error}."
     if name == "d2v_fast":
         return problem
-    return f"{problem} `{install_command(name)}` installs what is needed, and `{tool_command('doctor')}` looks at it."
+    return f"{problem} `{install_command(name)}` installs what is needed, and `{tool_command('doctor')}` checks it."
 
 
 def version_line() -> str:
-    """Return the versions of this library, torch and Python, and whether the C++ kernels are there; imports none."""
+    """Return the versions of this library, torch and Python, and whether the C++ kernels are built; import nothing."""
     try:
         torch = f"torch {metadata.version('torch')}"
     except metadata.PackageNotFoundError:
@@ -61,9 +60,9 @@ def version_line() -> str:
 
 
 class _ShowVersion(argparse.Action):
-    """Print the versions, which are looked up only where they are asked for."""
+    """Look up and print the versions, then exit."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(version_line())
         parser.exit()
 

@@ -1,4 +1,4 @@
-"""`d2v-fast bench`: the benchmarks of the source tree, which no installed package has."""
+"""`d2v-fast bench`: run the benchmarks of the source tree."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from d2v_fast.packages import install_command
 
 ROOT = Path(__file__).resolve().parents[2]
 _NEEDED = ("pytest", "pytest_benchmark")
-# of pytest: words that it does not take, and that no name matches
+# exit statuses of pytest: wrong -k expression, no test collected
 _NONE_FOUND = (4, 5)
 
 
 def run_benchmarks(*, check: bool = False, only: str | None = None, device: str = "cpu", root: Path = ROOT) -> int:
-    """Measure, then write table and plots to `bench/results`; returns the exit status.
+    """Run benchmarks, write table and plots to `bench/results`, and return the exit status.
 
     Args:
-        check: write nothing, and fail where a ratio is below what `bench/goals.json` expects.
-        only: words that the names of benchmarks are to match, as of pytest's `-k`, with results in `build/bench`; None
-            runs all.
+        check: write nothing, and fail if a ratio is below its goal in `bench/goals.json`.
+        only: expression for the names of benchmarks, as for pytest's `-k`; their results go to `build/bench`. None runs
+            all benchmarks.
         device: "cpu" or "cuda".
-        root: of the source tree.
+        root: the source tree.
     Raises:
-        ValueError: there is no source tree, a package is missing, no benchmark has such a name, or `check` is for all.
+        OptionError: no benchmark matches `only`, or `only` is combined with `check`.
+        ValueError: there is no source tree, or a package is missing.
     """
     if not (root / "bench" / "report.py").is_file():
         raise ValueError(
             "the benchmarks are in the source tree of d2v_fast, and this installation has none: unpack or clone it, "
-            "`pip install -e '.[bench]'` in it (it builds the C++ kernels, with a C++20 compiler), and run "
-            f"`{tool_command('bench')}` there."
+            "run `pip install -e '.[bench]'` in it (a C++20 compiler builds the kernels), and then "
+            f"`{tool_command('bench')}`."
         )
     if check and only:
-        raise OptionError("`--check` looks at every goal, and so at every benchmark: leave out `--only`.")
+        raise OptionError("`--check` needs the results of all benchmarks: leave out `--only`.")
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ValueError(f"the benchmarks need {' and '.join(missing)}: `{install_command(missing[0])}`.")
     if not only:
-        # what two idle cores of a current x86 machine take, with compilation and what is not timed
+        # on two idle cores of a current x86 machine, including compilation
         length = "ten minutes" if check else "a quarter of an hour"
         some = tool_command("bench", "--only", "ema")
         print(f"bench: every benchmark, about {length} on two idle cores; to run some: {some}", flush=True)
@@ -49,13 +50,13 @@ def run_benchmarks(*, check: bool = False, only: str | None = None, device: str 
     which = [*([] if check else ["--run-slow"]), *(["-k", only] if only else [])]
     pytest = [sys.executable, "-m", "pytest", "bench", "-q", "--device", device, *which]
     if only:
-        # asked first: without a benchmark there are no figures, which is an error of another kind
+        # check first that a benchmark matches
         found = subprocess.run([*pytest, "--collect-only"], cwd=root, check=False, capture_output=True)
         if found.returncode in _NONE_FOUND:
-            raise OptionError(f"`--only` must match the name of a benchmark, as of pytest's -k, but is {only} instead.")
+            raise OptionError(f"`--only` must match the name of a benchmark, as for pytest -k, but is {only} instead.")
     if subprocess.run([*pytest, "--benchmark-json", str(figures)], cwd=root, check=False).returncode != 0:
         return 1
-    # of some only, beside the figures: the table of all of them stays what it is
+    # results of some benchmarks do not replace the table of all
     how = ["--check"] if check else ["--out", str(root / "build" / "bench")] if only else []
     report = [sys.executable, str(root / "bench" / "report.py"), str(figures), *how]
     return int(subprocess.run(report, cwd=root, check=False).returncode != 0)

@@ -1,8 +1,8 @@
-"""One JSON file per run: DeepSpeed's keys, and a `"d2v"` section that holds everything else.
+"""The configuration of a run: one JSON file with DeepSpeed's keys and a `"d2v"` section for everything else.
 
-`load_config` reads it, applies `--set` overrides, and refuses every unknown key, wrong type and impossible
-value in one message. The sections that only one modality has are in `modalities.<name>.config`, and the registry of
-modalities names the class of a `"d2v"` section. No torch is imported here, so that a wrong file is refused at once.
+`load_config` reads the file, applies `--set` overrides, and reports all unknown keys, wrong types and impossible values
+in one error. Sections of one modality are in `modalities.<name>.config`; the registry of modalities names the class of
+the `"d2v"` section. Nothing here imports torch, so that a wrong file is refused at once.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ __all__ = [
 ]
 
 MAX_FILE_BYTES = 1_000_000
-# of `d2v`: what every run did before there was the key
+# keys of `d2v` that older runs lack -> value that those runs used
 EARLIER_VALUES = {"decay_1d": False}
-# of a file without the key `d2v.modality`
+# modality of a file without the key `d2v.modality`
 DEFAULT_MODALITY = "vision"
 _COMPILE = (
-    "The model is not compiled: the fused operations of d2v_fast take the place of `torch.compile`. DeepSpeed's "
-    "section `compile` is about its own compiler passes, which a run does not use either."
+    "The model is not compiled: d2v_fast has fused operations instead of `torch.compile`. A run does not use the "
+    "compiler passes of DeepSpeed's section `compile` either."
 )
 
 
@@ -145,7 +145,7 @@ class LossConfig(Section):
     channel_reduction: Literal["mean", "rsqrt", "sum"] = "mean"
 
     def divisor(self, width: int) -> float:
-        """What the sum over `width` channels is divided by."""
+        """Return the divisor of the sum over `width` channels."""
         return {"mean": width, "rsqrt": width**0.5, "sum": 1}[self.channel_reduction]
 
 
@@ -171,7 +171,7 @@ class TeacherConfig(Section):
 
 
 def shorter_warmup(key: str, length: float) -> str:
-    """Return the hint for a warm-up that is longer than a run of `length` steps or epochs."""
+    """Return a hint for a warm-up that is longer than the run, whose length is in steps or epochs."""
     tenth = int(length) // 10 if key == "warmup_steps" else round(length / 10, 6)
     return f"Shorten it with the run, for example to a tenth: `--set d2v.schedule.{key}={tenth:g}`."
 
@@ -206,7 +206,7 @@ class ScheduleConfig(Section):
         problems = []
         if (self.epochs is None) == (self.steps is None):
             lengths = {"epochs": self.epochs, "steps": self.steps}
-            both = "Set the one that does not count to null: `--set d2v.schedule.epochs=null`." if self.epochs else ""
+            both = "Set one of them to null, such as `--set d2v.schedule.epochs=null`." if self.epochs else ""
             problems.append(Problem("epochs", "be given, or `steps`, and not both", lengths, both))
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             warmups: dict[str, float | None] = {
@@ -292,7 +292,7 @@ class RunSection(Section):
 
 
 class D2VConfig(Section):
-    """The `"d2v"` section: what all modalities have. Each modality has a subclass with its own sections and defaults.
+    """The `"d2v"` section. Each modality has a subclass with its own sections and defaults.
 
     Attributes:
         modality: Kind of the data, which decides the encoder and the sections below.
@@ -332,18 +332,22 @@ class D2VConfig(Section):
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        """What no section can see alone. Sections that are themselves wrong are left out by the caller."""
+        """Yield problems between sections.
+
+        Args:
+            sections: valid sections by name; invalid ones are left out.
+        """
         model, target = sections.get("model"), sections.get("target")
         if model and target and target.top_k > model.depth:
-            hint = "There are no more blocks to average: lower it or raise `d2v.model.depth`."
+            hint = "The model has no more blocks to average: lower it, or raise `d2v.model.depth`."
             yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
 
     def problems_of_a_run(self) -> list[Problem]:
-        """What is wrong only where the section is to be trained with."""
+        """Return problems that matter only for training."""
         return []
 
     def without_effect(self) -> dict[str, str]:
-        """Return the dotted keys that differ from their defaults and that a run does not read, each with the reason."""
+        """Return the dotted keys that differ from their defaults but have no effect, each with the reason."""
         data, schedule, guard = self.data, self.schedule, self.guard
         kind = f'`d2v.data.kind` is "{data.kind}"'
         idle: list[tuple[str, Section, str, str]] = [
@@ -387,24 +391,24 @@ def _section_named(name: Any) -> tuple[type[D2VConfig] | None, list[str]]:
 
 
 class RunConfig(Section):
-    """A whole file: `deepspeed` is everything outside `"d2v"`."""
+    """A whole file: `deepspeed` holds everything outside `"d2v"`."""
 
     deepspeed: DeepSpeedConfig
     d2v: D2VConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """The file again: DeepSpeed's keys as given, `"d2v"` with every default written out."""
+        """Return the content of the file: DeepSpeed's keys as given, `"d2v"` with all defaults."""
         return {**self.deepspeed.asked_for(), "d2v": self.d2v.model_dump(mode="json")}
 
     def without_effect(self, world_size: int) -> list[str]:
-        """Return a line per reason why keys of the file have no effect on a run of so many processes."""
+        """Return one line for each reason why keys of the file have no effect on a run of `world_size` processes."""
         keys: dict[str, list[str]] = {}
         for key, reason in (self.deepspeed.without_effect(world_size) | self.d2v.without_effect()).items():
             keys.setdefault(reason, []).append(f"`{key}`")
         return [f"no effect of {', '.join(names)}: {reason}" for reason, names in keys.items()]
 
     def digest(self) -> str:
-        """SHA-256 over what decides the numbers of a run: not its name or folder, nor how often it reports."""
+        """Return the SHA-256 of the keys that affect results: not the run's name, folder, logging or probes."""
         content = self.to_dict()
         for section in ("run", "probe"):
             content["d2v"].pop(section)
@@ -415,20 +419,20 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int = 1) -> RunConfig:
-    """Read, override and check a configuration file.
+    """Read a configuration file, apply overrides, and validate it.
 
     Args:
-        path: a JSON file, or the name of a preset where there is no such file.
-        overrides: `dotted.key=value` each, the value in JSON (bare words are text).
+        path: JSON file, or the name of a preset if there is no such file.
+        overrides: `dotted.key=value` each; the value is JSON, or else text.
         world_size: number of processes, for the batch sizes.
     Raises:
-        ConfigError: with every problem of the file at once.
+        ConfigError: with every problem of the file.
     """
     return parse_config(apply_overrides(_read(path), overrides), world_size, source=str(path))
 
 
 def with_earlier_values(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run saved, with what it was trained with if it began before there was a key for it."""
+    """Return a saved configuration, with the values that older runs used for keys they lack."""
     d2v = saved.get("d2v")
     return {**saved, "d2v": {**EARLIER_VALUES, **d2v}} if isinstance(d2v, dict) else dict(saved)
 
@@ -438,7 +442,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     try:
         text = read_text(file, MAX_FILE_BYTES)
     except NotRegularError as error:
-        # several processes of a run read it, and again to resume
+        # each process of a run reads it, also to resume
         advice = "It is read more than once: write it to a file first."
         raise ConfigError([f"`--ds_config` must be a readable JSON file, but {error}. {advice}"], str(path)) from None
     except (OSError, ValueError) as error:
@@ -447,7 +451,15 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "configuration") -> RunConfig:
-    """Check a configuration given as nested dictionaries; `ConfigError` lists every problem."""
+    """Validate a configuration given as nested dictionaries.
+
+    Args:
+        raw: content of the file.
+        world_size: number of processes, for the batch sizes.
+        source: name of the configuration, for errors.
+    Raises:
+        ConfigError: with every problem.
+    """
     outside = {key: value for key, value in raw.items() if key != "d2v"}
     problems = refused(outside)
     outside = {key: value for key, value in outside.items() if key not in REFUSED_KEYS}
@@ -484,11 +496,11 @@ def _keys_of_d2v(raw: Any) -> Iterator[str]:
 
 
 def _more_problems(config: type[D2VConfig], raw: Any) -> list[str]:
-    """Problems between those sections that are right in themselves."""
+    """Return the problems between valid sections."""
     sections: dict[str, Any] = {}
     for name, field in config.model_fields.items():
         if isinstance(field.default, Section) and isinstance(raw, dict):
-            # a wrong section is left out: what it holds says nothing about the others
+            # leave out invalid sections
             with contextlib.suppress(ValidationError):
                 given = name in raw
                 sections[name] = type(field.default).model_validate(raw[name]) if given else field.default

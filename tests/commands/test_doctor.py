@@ -55,10 +55,10 @@ def test_packages_good_broken_and_missing(place: Path) -> None:
 
 def test_packages_that_crash_or_hang_are_survived(place: Path) -> None:
     add_package(place, "crashing_one", "import os; os.abort()")
-    assert "ended by signal 6" in look("crashing_one").text
+    assert "killed by signal 6" in look("crashing_one").text
     add_package(place, "hanging_one", "import time; time.sleep(100)")
     start = time.monotonic()
-    assert "not through after 1 s" in look("hanging_one", timeout_s=1).text
+    assert "not finished after 1 s" in look("hanging_one", timeout_s=1).text
     assert time.monotonic() - start < 20
     add_package(place, "ending_one", "import sys; sys.exit(3)")
     assert "exit status 3" in look("ending_one").text
@@ -179,7 +179,7 @@ def test_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wheel_has_no_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever installed a package is told nothing that needs the repository."""
     assert ROOT == doctor.SOURCE_TREE
-    assert f"pip install -e . again in {doctor.SOURCE_TREE}" in doctor.kernels_fix()
+    assert f"run `pip install -e .` in {doctor.SOURCE_TREE} with a C++20 compiler" in doctor.kernels_fix()
     monkeypatch.setattr(doctor, "SOURCE_TREE", None)
     monkeypatch.setattr(
         doctor, "ask", lambda code, timeout_s: doctor.Answer({"backends": _NO_KERNELS, "said": []}, None)
@@ -188,8 +188,8 @@ def test_a_wheel_has_no_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [doctor.kernels(LIMIT_S), doctor.compiler(), doctor.cmake()]
     assert [finding.state for finding in found] == [found[0].state, ABSENT, OK]
     assert found[0].state in (BROKEN, WARNING)
-    assert "install a wheel of d2v_fast for this platform, or, with a C++20 compiler" in found[0].fix
-    assert "optimizers of DeepSpeed's own cannot be built" in found[1].text
+    assert "install a wheel of d2v_fast for this platform; or, with a C++20 compiler" in found[0].fix
+    assert "DeepSpeed's optimizers cannot be built" in found[1].text
     for finding in found:
         assert not re.search(r"\bmake \w|pip install -e", str(finding)), finding
 
@@ -215,10 +215,10 @@ def test_command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "ok      good_one        1.2\n" in said
     assert "broken  broken_one      cannot be imported (ImportError: undefined symbol); for tests\n" in said
     assert "fix: pip install --force-reinstall x" in said
-    assert re.search(r"training can work here; \d+ to look at\n$", said)
+    assert re.search(r"training can work here; (1 warning|\d+ warnings)\n$", said)
     monkeypatch.setattr(doctor, "PACKAGES", (broken._replace(is_needed=True),))
     assert main(["doctor", "--timeout", "30"]) == 1
-    assert "1 of these keep training from working" in capsys.readouterr().out
+    assert "training cannot work until 1 of these problems is fixed" in capsys.readouterr().out
 
 
 def test_every_finding_that_is_wrong_has_a_fix() -> None:

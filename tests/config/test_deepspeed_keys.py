@@ -183,8 +183,8 @@ def test_every_key_that_deepspeed_looks_for_is_known() -> None:
         ("gradient_clipping", "auto", "Only Transformers' Trainer fills in `auto`: write the value."),
         (f"{ZERO}__reduce_bucket_size", "auto", "Only Transformers' Trainer fills in `auto`: write the value."),
         (f"{ZERO}__legacy_stage1", True, "`zero_optimization.legacy_stage1` must be false"),
-        ("d2v__run__compile", True, "The model is not compiled: the fused operations of d2v_fast take the place of"),
-        ("d2v__compile", {}, "DeepSpeed's section `compile` is about its own compiler passes"),
+        ("d2v__run__compile", True, "The model is not compiled: d2v_fast has fused operations instead of"),
+        ("d2v__compile", {}, "A run does not use the compiler passes of DeepSpeed's section"),
     ],
 )
 def test_hints(key: str, value: Any, sentence: str) -> None:
