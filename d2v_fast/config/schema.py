@@ -332,11 +332,7 @@ class D2VConfig(Section):
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        """Yield problems between sections.
-
-        Args:
-            sections: valid sections by name; invalid ones are left out.
-        """
+        """Yield problems between `sections`, which are valid themselves and given by name."""
         model, target = sections.get("model"), sections.get("target")
         if model and target and target.top_k > model.depth:
             hint = "The model has no more blocks to average: lower it, or raise `d2v.model.depth`."
@@ -451,15 +447,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "configuration") -> RunConfig:
-    """Validate a configuration given as nested dictionaries.
-
-    Args:
-        raw: content of the file.
-        world_size: number of processes, for the batch sizes.
-        source: name of the configuration, for errors.
-    Raises:
-        ConfigError: with every problem.
-    """
+    """Validate a configuration given as nested dictionaries; ConfigError lists every problem."""
     outside = {key: value for key, value in raw.items() if key != "d2v"}
     problems = refused(outside)
     outside = {key: value for key, value in outside.items() if key not in REFUSED_KEYS}
