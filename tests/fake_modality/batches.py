@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2v_fast.data import Batch
+from d2v_fast.data.batch import Batch, MicroBatch
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.makers import drop_keys
 from d2v_fast.data.order import MicroStep
@@ -43,14 +43,13 @@ class CurvesBatches:
         waves = [np.sin((1 + i % 5) * times / 3 + i + channels) + np.cos(times * (1 + i % 3) / 2) for i in ids]
         return torch.from_numpy(np.stack(waves).astype(np.float32))
 
-    def make(self, micro: MicroStep, seed: int) -> Batch:
+    def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""
         ids = micro.sample_ids
         rows, num_rows = self.rows(seed, micro.epoch, ids), len(self.rows(seed, micro.epoch, micro.step_sample_ids))
         keys = drop_keys(micro, seed)
-        return Batch(
-            self.curves(ids), torch.from_numpy(rows), torch.from_numpy(ids), drop_keys=keys, global_rows=num_rows
-        )
+        batch = Batch(self.curves(ids), torch.from_numpy(rows), torch.from_numpy(ids), drop_keys=keys)
+        return MicroBatch(batch, num_rows)
 
     def rows(self, seed: int, epoch: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the masked points, int64 `[N]`."""

@@ -129,9 +129,9 @@ def test_masks_do_not_depend_on_the_split(curves: None) -> None:
     maker, ids = batch_maker(CurvesConfig()), np.arange(6)
     whole = maker.make(MicroStep(0, ids, ids), 0)
     part = maker.make(MicroStep(0, ids[3:], ids), 0)
-    assert part.global_rows == whole.global_rows == len(whole.rows)
-    assert torch.equal(part.rows, whole.rows[whole.rows >= 3 * 12] - 3 * 12)
-    assert torch.equal(part.inputs, whole.inputs[3:])
+    assert part.step_rows == whole.step_rows == len(whole.batch.rows)
+    assert torch.equal(part.batch.rows, whole.batch.rows[whole.batch.rows >= 3 * 12] - 3 * 12)
+    assert torch.equal(part.batch.inputs, whole.batch.inputs[3:])
 
 
 def test_memory_is_that_of_no_skipped_sample(curves: None) -> None:
