@@ -41,7 +41,7 @@ def log_unused(names: Iterable[str], source: str) -> None:
     parts = Counter(name.partition(".")[0] for name in names)
     if parts:
         shown = ", ".join(f"{name} ({count} tensors)" if count > 1 else name for name, count in sorted(parts.items()))
-        _log.warning("%s holds parts besides the encoder, which are ignored: %s", printable(source), printable(shown))
+        _log.warning("%s holds parts beside the encoder, which are left out: %s", printable(source), printable(shown))
 
 
 def within(tensors: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:
