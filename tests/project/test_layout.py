@@ -31,16 +31,15 @@ THIRD_PARTY = {
 }
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-# imports that point upwards and are still to be mended: (folder, what it imports)
-PENDING: set[tuple[str, str]] = set()
-# functions that are still too long, or have too many parameters
-PENDING_LONG: set[str] = set()
-PENDING_WIDE = {
-    "d2v_fast.modalities.text.packing._fill",
-}
 MAX_LINES, MAX_PARAMETERS = 80, 8
-# an operator's schema is flat, and numba compiles functions of arrays and numbers: neither takes a record
-FLAT = ("d2v_fast.ops.", "d2v_fast.kernels.", "d2v_fast.masking.", "d2v_fast.modalities.speech.conv_stack.")
+# operator schemas are flat, and numba kernels accept only arrays and numbers: neither can take a record
+FLAT = (
+    "d2v_fast.ops.",
+    "d2v_fast.kernels.",
+    "d2v_fast.masking.",
+    "d2v_fast.modalities.speech.conv_stack.",
+    "d2v_fast.modalities.text.packing._fill",
+)
 
 # only these may import a heavy package, and only inside a function
 LAZY = {
@@ -156,12 +155,9 @@ def test_imports_point_downwards():
 def test_imports_are_those_of_the_page():
     found = arrows()
     for (name, target), examples in found.items():
-        assert target in FLOORS[name] or (name, target) in PENDING, (
-            f"docs/architecture.md has no {name}: {target}; {examples}"
-        )
+        assert target in FLOORS[name], f"docs/architecture.md has no {name}: {target}; {examples}"
     shown = {(name, target) for name, allowed in FLOORS.items() for target in allowed}
     assert not shown - set(found), "docs/architecture.md shows imports that nothing does"
-    assert not PENDING - set(found), "mended: take it off PENDING"
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)
@@ -192,12 +188,12 @@ def functions() -> list[tuple[str, int, int]]:
 
 def test_functions_are_short():
     long = {name for name, lines, _ in functions() if lines > MAX_LINES and not name.startswith(FLAT)}
-    assert long == PENDING_LONG
+    assert not long
 
 
 def test_functions_have_few_parameters():
     wide = {name for name, _, count in functions() if count > MAX_PARAMETERS and not name.startswith(FLAT)}
-    assert wide == PENDING_WIDE
+    assert not wide
 
 
 def check_link(name, pattern):

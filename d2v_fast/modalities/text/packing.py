@@ -1,8 +1,8 @@
-"""Documents in blocks of at most so many tokens, special tokens included.
+"""Packing of documents into blocks of at most `block_size` tokens, special tokens included.
 
-All documents, each followed by its end token, are one long row; a block is a part of it, with a begin token in front
-(`separate`: in front of every document in it). So an index is two arrays of positions in that row, and a block is read
-as one range of tokens.
+All documents, each followed by its end token, form one long row. A block is a range of that row with a begin token in
+front (with `separate`, in front of each of its documents). The index is therefore two arrays of positions in the row,
+and a block is read as one range of tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["Blocks", "Part", "pack"]
 
 
 class Part(NamedTuple):
-    """A block, by tokens.
+    """The tokens of one block.
 
     Attributes:
-        start, stop: range of the tokens of all documents, end tokens not counted.
-        begin, end: positions in the row, end tokens counted.
-        document: the one it begins in.
+        start, stop: Range among the tokens of all documents, not counting end tokens.
+        begin, end: Range in the row, which counts end tokens.
+        document: Index of the document in which the block begins.
     """
 
     start: int
@@ -34,12 +34,12 @@ class Part(NamedTuple):
 
 
 class Blocks:
-    """Which tokens every block holds.
+    """The index of the blocks.
 
     Attributes:
-        lengths: int64 `[S]`, tokens of every block, special ones included.
-        starts: int64 `[D + 1]`, where documents start in the row.
-        bounds: int64 `[S + 1]`, where blocks start in the row.
+        lengths: int64 `[S]`, tokens of each block, special tokens included.
+        starts: int64 `[D + 1]`, positions in the row where documents start.
+        bounds: int64 `[S + 1]`, positions in the row where blocks start.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Blocks:
         return len(self.lengths)
 
     def part(self, block: int) -> Part:
-        """What a block holds."""
+        """Return the token ranges of a block."""
         begin, end = int(self.bounds[block]), int(self.bounds[block + 1])
         first = int(np.searchsorted(self.starts, begin, side="right")) - 1
-        # the document behind the last one that ends in it: so many end tokens are before that
+        # `last` documents end at or before `end`, so `last` end tokens precede it
         last = int(np.searchsorted(self.starts, end, side="right")) - 1
         return Part(begin - first, end - last, begin, end, first)
 
@@ -67,10 +67,16 @@ class Blocks:
         eos: int,
         separate: bool,
     ) -> npt.NDArray[np.int64]:
-        """Write a block to the beginning of `row`; return the lengths of its segments, one per document, int64.
+        """Write a block to the beginning of `row`.
 
         Args:
-            tokens: int64, those of `part`.
+            row: int64, at least as long as the block.
+            part: The block.
+            tokens: int64, the tokens of `part`.
+            bos, eos: Ids of the begin and the end token.
+            separate: Put a begin token in front of each document, not only of the block.
+        Returns:
+            int64 `[segments]`, the length of the segment of each document.
         """
         last = int(np.searchsorted(self.starts, part.end, side="left"))
         segments = np.zeros(last - part.document, dtype=np.int64)
@@ -79,15 +85,15 @@ class Blocks:
 
 
 def pack(lengths: npt.NDArray[np.int64], block_size: int, *, whole: bool, separate: bool) -> Blocks:
-    """Divide documents into blocks, in their order.
+    """Divide documents into blocks, keeping their order.
 
     Args:
-        lengths: int64 `[D]`, tokens of every document, >= 1.
-        block_size: >= 3.
-        whole: begin another block rather than cut a document that fits into one; a longer one begins a block, and what
-            is left of it may share one with those behind it. Otherwise every block is filled to its end; with
-            `separate` to one token less where a begin token would be left alone.
-        separate: every document has a begin token.
+        lengths: int64 `[D]`, tokens of each document, >= 1.
+        block_size: Most tokens of a block, >= 3.
+        whole: Start a new block rather than cut a document that fits into one block. A longer document starts a block,
+            and its remainder may share a block with the next documents. If false, fill every block, except that with
+            `separate` a block ends one token early rather than with a lone begin token.
+        separate: Give each document a begin token.
     """
     starts = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths + 1, out=starts[1:])
@@ -107,7 +113,7 @@ def _pack(
     whole: bool,
     separate: bool,
 ) -> int:
-    """Write where blocks start and what they hold, unless the arrays are empty; return how many there are."""
+    """Return the number of blocks; write their starts and sizes unless the arrays are empty."""
     writes = len(bounds) > 0
     num = 0
     used = 0
@@ -117,7 +123,7 @@ def _pack(
             extra = 1 if separate or used == 0 else 0
             room = block_size - used - extra
             left = stop - position
-            # where a document may not be cut, it is only at the beginning of a block that it does not fit
+            # with `whole`, only a document at the beginning of a block is cut
             if used > 0 and (room < 1 or (whole and left > room)):
                 if writes:
                     sizes[num] = used
@@ -151,6 +157,7 @@ def _fill(
     eos: int,
     separate: bool,
 ) -> None:
+    """Write a block to `row` and the lengths of its segments to `segments`; see `Blocks.fill`."""
     position = begin
     read = written = 0
     for segment in range(len(segments)):
