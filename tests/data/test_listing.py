@@ -145,13 +145,13 @@ def test_check_and_dry_run_say_what_is_left_out(tmp_path: Path, capsys: pytest.C
 def test_training_says_what_is_left_out_before_it_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from d2v_fast.distributed import world
+    from d2v_fast.training import prepare
 
     def stop(*arguments: object, **options: object) -> None:
         raise DataError("stopped here")
 
     file = speech_file(tmp_path)
-    monkeypatch.setattr(world, "World", stop)
+    monkeypatch.setattr(prepare, "World", stop)
     assert run_here(file) == 1
     said = capsys.readouterr().out
     assert said.startswith("data: 4 recordings in 7 files (7 .wav)\n  left out: 2 files (2 .m4a)")
