@@ -191,7 +191,7 @@ def _about_memory(found: _Found, config: RunConfig, dtype: torch.dtype, device_t
 def _without_values(batch: Batch) -> Batch:
     """The batch without its inputs' values: those of all steps together would count as memory of a run."""
     masked = None if batch.masked_inputs is None else batch.masked_inputs.to("meta")
-    return replace(batch, inputs=batch.inputs.to("meta"), masked_inputs=masked, kept=None, offsets=None)
+    return replace(batch, inputs=batch.inputs.to("meta"), masked_inputs=masked, unpadded=None, offsets=None)
 
 
 def _wait(device: torch.device | None) -> None:

@@ -28,7 +28,7 @@ class Batch:
         rows: int64 `[N]`, flat indices `b * P + p` of the places in the loss (patches, frames, tokens), ascending.
         sample_ids: int64 `[B]`, positions in the data set.
         lengths: int64 `[B]`, places of each sample that are not padding; None: all.
-        kept: int64 `[M]`, flat indices of the places that are not padding, ascending; None: all.
+        unpadded: int64 `[M]`, flat indices of the places that are not padding, ascending; None: all.
         masked_inputs: what the student sees, of the form of `inputs`, where masks are a part of the input; None: where
             the encoder puts its mask token at `rows`.
         offsets: int32 `[S + 1]`, where the documents start in the row of all places that are not padding, and its
@@ -42,7 +42,7 @@ class Batch:
     rows: Tensor
     sample_ids: Tensor
     lengths: Tensor | None = None
-    kept: Tensor | None = None
+    unpadded: Tensor | None = None
     masked_inputs: Tensor | None = None
     offsets: Tensor | None = None
     bad: tuple[str, ...] = ()

@@ -129,7 +129,7 @@ class _Batch(NamedTuple):
     inputs: Tensor
     rows: Tensor
     lengths: Tensor | None = None
-    kept: Tensor | None = None
+    unpadded: Tensor | None = None
     masked_inputs: Tensor | None = None
     offsets: Tensor | None = None
     drop_keys: None = None

@@ -242,7 +242,7 @@ def encode_packed(
     encoder: Encoder,
     x: Tensor,
     segments: Segments,
-    kept: Tensor | None,
+    unpadded: Tensor | None,
     top_k: int,
     rows: Tensor | None,
     drop_keys: npt.NDArray[np.uint64] | None = None,
@@ -253,7 +253,7 @@ def encode_packed(
         encoder: a stack of `PostNormBlock`.
         x: `[B, T, D]`.
         segments: segments of the packed tokens.
-        kept: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending. `None` means all.
+        unpadded: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending. `None` means all.
         top_k, rows, drop_keys: see `Encoder`.
 
     Returns:
@@ -262,22 +262,24 @@ def encode_packed(
     B, T, D = x.shape
     if encoder.drops_samples:
         drop_keys = random_keys(B) if drop_keys is None else drop_keys
-        places = torch.arange(B * T, device=x.device) if kept is None else kept
+        places = torch.arange(B * T, device=x.device) if unpadded is None else unpadded
         segments = segments._replace(samples=places // T)
-    if kept is None:
+    if unpadded is None:
         output = encoder(x.reshape(1, B * T, D), segments, top_k, rows, drop_keys)
     else:
         if rows is not None:
             # position of each token among the packed ones
-            places = kept.new_empty(B * T).index_copy_(0, kept, torch.arange(len(kept), device=kept.device))
+            places = unpadded.new_empty(B * T).index_copy_(
+                0, unpadded, torch.arange(len(unpadded), device=unpadded.device)
+            )
             rows = places.index_select(0, rows)
-        output = encoder(x.flatten(0, 1).index_select(0, kept)[None], segments, top_k, rows, drop_keys)
+        output = encoder(x.flatten(0, 1).index_select(0, unpadded)[None], segments, top_k, rows, drop_keys)
 
     def unpack(y: Tensor) -> Tensor:
         if y.dim() == 2:
             return y
-        if kept is None:
+        if unpadded is None:
             return y.view(B, T, D)
-        return y.new_zeros(B * T, D).index_copy(0, kept, y[0]).view(B, T, D)
+        return y.new_zeros(B * T, D).index_copy(0, unpadded, y[0]).view(B, T, D)
 
     return EncoderOutput(unpack(output.last_hidden), [unpack(feature) for feature in output.features])

@@ -17,7 +17,7 @@ class MaskedBatch(Protocol):
     """The fields of a batch that a training step reads.
 
     Attributes:
-        inputs, lengths, kept, masked_inputs, offsets, drop_keys: as in `data.Batch`.
+        inputs, lengths, unpadded, masked_inputs, offsets, drop_keys: as in `data.Batch`.
         rows: int64 `[N]`, flat indices `b * P + p` of the masked places, ascending, without repeats.
     """
 
@@ -28,7 +28,7 @@ class MaskedBatch(Protocol):
     @property
     def lengths(self) -> Tensor | None: ...
     @property
-    def kept(self) -> Tensor | None: ...
+    def unpadded(self) -> Tensor | None: ...
     @property
     def masked_inputs(self) -> Tensor | None: ...
     @property

@@ -30,7 +30,7 @@ class Images:
     rows: Tensor
     masked: Tensor
     lengths: None = None
-    kept: None = None
+    unpadded: None = None
     masked_inputs: None = None
     drop_keys: None = None
     offsets: None = None

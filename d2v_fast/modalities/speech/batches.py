@@ -74,15 +74,15 @@ class SpeechBatches:
         rows = (of_sample[mine] - start) * num_frames + frame[mine]
         waveforms, bad = self._dataset.read(micro.sample_ids, sizes[start:stop], seed, micro.epoch)
         padded = bool((frames < num_frames).any())
-        kept = None
+        unpadded = None
         if padded and self._packs:
-            kept = torch.from_numpy(np.flatnonzero(np.arange(num_frames) < frames[:, None]))
+            unpadded = torch.from_numpy(np.flatnonzero(np.arange(num_frames) < frames[:, None]))
         batch = Batch(
             waveforms,
             torch.from_numpy(rows),
             torch.from_numpy(micro.sample_ids),
             lengths=torch.from_numpy(frames) if padded else None,
-            kept=kept,
+            unpadded=unpadded,
             bad=bad,
             drop_keys=drop_keys(micro, seed),
         )

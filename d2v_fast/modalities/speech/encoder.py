@@ -100,7 +100,7 @@ class SpeechContext(nn.Module):
         self,
         frames: Tensor,
         lengths: Tensor | None = None,
-        kept: Tensor | None = None,
+        unpadded: Tensor | None = None,
         drop_keys: npt.NDArray[np.uint64] | None = None,
         top_k: int = 0,
         output_rows: Tensor | None = None,
@@ -110,7 +110,7 @@ class SpeechContext(nn.Module):
         Args:
             frames: `[B, T, D]`, masked or not.
             lengths: int64 `[B]`, frames of each utterance before its padding. `None` means T.
-            kept: int64 `[M]`, flat indices `b * T + t` of the frames that are not padding, ascending, for packed
+            unpadded: int64 `[M]`, flat indices `b * T + t` of the frames that are not padding, ascending, for packed
                 attention.
             drop_keys: uint64 `[B]`, see `data.Batch`.
             top_k: K, how many of the last blocks' features to return.
@@ -127,12 +127,12 @@ class SpeechContext(nn.Module):
         if self.positions is not None:
             x = x + self.positions(frames, None if is_padding is None else is_padding[:, :, None])
         x = dropout(self.norm(x), self.dropout, self.training)
-        if lengths is None or kept is None or not self.packs:
+        if lengths is None or unpadded is None or not self.packs:
             attendable: Attendable = None if is_padding is None else ~is_padding[:, None, None, :]
             padded: EncoderOutput = self.encoder(x, attendable, top_k, output_rows, drop_keys)
             return padded
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows, drop_keys)
+        return encode_packed(self.encoder, x, Segments(offsets, T), unpadded, top_k, output_rows, drop_keys)
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,12 @@ class EmbeddedFrames:
 
     Attributes:
         frames: `[B, T, D]`.
-        lengths, kept, drop_keys: as for `SpeechContext`.
+        lengths, unpadded, drop_keys: as for `SpeechContext`.
     """
 
     frames: Tensor
     lengths: Tensor | None
-    kept: Tensor | None
+    unpadded: Tensor | None
     drop_keys: npt.NDArray[np.uint64] | None = None
 
     @property
@@ -162,7 +162,7 @@ class EmbeddedFrames:
     def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
         """See `Embedded`."""
         output: EncoderOutput = averaged(
-            self.frames, self.lengths, self.kept, self.drop_keys, top_k=top_k, output_rows=output_rows
+            self.frames, self.lengths, self.unpadded, self.drop_keys, top_k=top_k, output_rows=output_rows
         )
         return output
 
@@ -186,16 +186,16 @@ class SpeechModel(Student):
         self.context = SpeechContext(config, own_positions=not shares_positions)
 
     def forward(
-        self, waveforms: Tensor, lengths: Tensor | None = None, kept: Tensor | None = None, top_k: int = 0
+        self, waveforms: Tensor, lengths: Tensor | None = None, unpadded: Tensor | None = None, top_k: int = 0
     ) -> EncoderOutput:
         """Encode unmasked utterances.
 
         Args:
             waveforms: `[B, N]`, each normalized to zero mean and unit variance and padded with zeros.
-            lengths, kept, top_k: see `SpeechContext`.
+            lengths, unpadded, top_k: see `SpeechContext`.
         """
         frames = self._with_positions(self.front_end(waveforms), lengths)
-        output: EncoderOutput = self.context(frames, lengths, kept, top_k=top_k)
+        output: EncoderOutput = self.context(frames, lengths, unpadded, top_k=top_k)
         return output
 
     def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
@@ -212,8 +212,8 @@ class SpeechModel(Student):
         token = self.front_end.mask_token.to(masked.dtype)
         masked = masked.index_copy(0, batch.rows, token.expand(len(batch.rows), -1)).view_as(frames)
         masked = self._with_positions(masked, batch.lengths)
-        student = EmbeddedFrames(masked, batch.lengths, batch.kept, batch.drop_keys)
-        return student, EmbeddedFrames(unmasked, batch.lengths, batch.kept)
+        student = EmbeddedFrames(masked, batch.lengths, batch.unpadded, batch.drop_keys)
+        return student, EmbeddedFrames(unmasked, batch.lengths, batch.unpadded)
 
     def imitate_autocast(self, dtype: torch.dtype) -> None:
         """See `Student`."""

@@ -44,9 +44,9 @@ class TextBatches:
             step_rows = len(self._masks(micro.step_sample_ids, of_step, micro.epoch, seed).rows)
         width = blocks.tokens.shape[1]
         padded = bool((blocks.lengths < width).any())
-        kept = offsets = None
+        unpadded = offsets = None
         if padded and self._needs_places:
-            kept = torch.from_numpy(np.flatnonzero(np.arange(width) < blocks.lengths[:, None]))
+            unpadded = torch.from_numpy(np.flatnonzero(np.arange(width) < blocks.lengths[:, None]))
         if blocks.offsets is not None:
             offsets = torch.from_numpy(blocks.offsets)
         batch = Batch(
@@ -54,7 +54,7 @@ class TextBatches:
             torch.from_numpy(masks.rows),
             torch.from_numpy(micro.sample_ids),
             lengths=torch.from_numpy(blocks.lengths) if padded else None,
-            kept=kept,
+            unpadded=unpadded,
             masked_inputs=torch.from_numpy(masks.tokens),
             offsets=offsets,
             drop_keys=drop_keys(micro, seed),

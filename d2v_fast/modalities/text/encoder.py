@@ -1,6 +1,6 @@
 """The text encoder: token and position embeddings, a norm, post-norm blocks.
 
-Shape letters: B batch, T tokens, D width, M kept tokens.
+Shape letters: B batch, T tokens, D width, M unpadded tokens.
 
 The published data2vec text model (arXiv 2202.03555, section 4.3), with the architecture of RoBERTa. The embeddings are
 trained with the student, and the teacher uses them unchanged; the teacher averages the blocks. It reads the whole text,
@@ -77,7 +77,7 @@ class TextContext(nn.Module):
         self,
         x: Tensor,
         lengths: Tensor | None = None,
-        kept: Tensor | None = None,
+        unpadded: Tensor | None = None,
         offsets: Tensor | None = None,
         drop_keys: npt.NDArray[np.uint64] | None = None,
         top_k: int = 0,
@@ -88,10 +88,10 @@ class TextContext(nn.Module):
         Args:
             x: `[B, T, D]`.
             lengths: int64 `[B]`, tokens of each sample before its padding. `None` means T.
-            kept: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending. `None` means
+            unpadded: int64 `[M]`, flat indices `b * T + t` of the tokens that are not padding, ascending. `None` means
                 all.
-            offsets: int32 `[S + 1]`, start of each document among the kept tokens, and their number. Tokens attend to
-                each other within a document, or within a sample if `offsets` is None.
+            offsets: int32 `[S + 1]`, start of each document among the unpadded tokens, and the number of these tokens.
+                Tokens attend to each other within a document, or within a sample if `offsets` is None.
             drop_keys: uint64 `[B]`, see `data.Batch`.
             top_k: K, how many of the last blocks' features to return.
             output_rows: int64 `[N]`, flat indices of the only tokens that the last block computes.
@@ -103,14 +103,14 @@ class TextContext(nn.Module):
         B, T, _ = x.shape
         # the student's embeddings may have another dtype than the teacher
         x = x.to(next(self.parameters()).dtype)
-        if self.packs and (offsets is not None or kept is not None):
+        if self.packs and (offsets is not None or unpadded is not None):
             if offsets is None:
                 assert lengths is not None
                 offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-            return encode_packed(self.encoder, x, Segments(offsets, T), kept, top_k, output_rows, drop_keys)
+            return encode_packed(self.encoder, x, Segments(offsets, T), unpadded, top_k, output_rows, drop_keys)
         attendable: Attendable = None
         if offsets is not None:
-            attendable = _same_document(offsets, kept, B, T)
+            attendable = _same_document(offsets, unpadded, B, T)
         elif lengths is not None:
             attendable = ~padding_of(lengths, T)[:, None, None, :]
         output: EncoderOutput = self.encoder(x, attendable, top_k, output_rows, drop_keys)
@@ -123,12 +123,12 @@ class EmbeddedTokens:
 
     Attributes:
         tokens: `[B, T, D]`.
-        lengths, kept, offsets, drop_keys: as for `TextContext`.
+        lengths, unpadded, offsets, drop_keys: as for `TextContext`.
     """
 
     tokens: Tensor
     lengths: Tensor | None
-    kept: Tensor | None
+    unpadded: Tensor | None
     offsets: Tensor | None
     drop_keys: npt.NDArray[np.uint64] | None = None
 
@@ -144,7 +144,7 @@ class EmbeddedTokens:
 
     def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
         """See `Embedded`."""
-        structure = self.lengths, self.kept, self.offsets, self.drop_keys
+        structure = self.lengths, self.unpadded, self.offsets, self.drop_keys
         output: EncoderOutput = averaged(self.tokens, *structure, top_k=top_k, output_rows=output_rows)
         return output
 
@@ -169,7 +169,7 @@ class TextModel(Student):
         self,
         tokens: Tensor,
         lengths: Tensor | None = None,
-        kept: Tensor | None = None,
+        unpadded: Tensor | None = None,
         offsets: Tensor | None = None,
         top_k: int = 0,
     ) -> EncoderOutput:
@@ -177,9 +177,9 @@ class TextModel(Student):
 
         Args:
             tokens: int64 `[B, T]`.
-            lengths, kept, offsets, top_k: see `TextContext`.
+            lengths, unpadded, offsets, top_k: see `TextContext`.
         """
-        output: EncoderOutput = self.context(self.embedding(tokens), lengths, kept, offsets, top_k=top_k)
+        output: EncoderOutput = self.context(self.embedding(tokens), lengths, unpadded, offsets, top_k=top_k)
         return output
 
     def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
@@ -190,7 +190,7 @@ class TextModel(Student):
     def embed(self, batch: MaskedBatch) -> tuple[EmbeddedTokens, EmbeddedTokens]:
         """See `Student`. The batch has the masked tokens; the teacher's input has no dropout."""
         assert batch.masked_inputs is not None
-        structure = batch.lengths, batch.kept, batch.offsets
+        structure = batch.lengths, batch.unpadded, batch.offsets
         with torch.no_grad():
             unmasked = self.embedding(batch.inputs, drops=False)
         masked = EmbeddedTokens(self.embedding(batch.masked_inputs), *structure, batch.drop_keys)
@@ -205,12 +205,12 @@ class TextModel(Student):
         return nn.Sequential(wide, nn.GELU(), narrow)
 
 
-def _same_document(offsets: Tensor, kept: Tensor | None, num_samples: int, num_tokens: int) -> Tensor:
+def _same_document(offsets: Tensor, unpadded: Tensor | None, num_samples: int, num_tokens: int) -> Tensor:
     """Return bool `[B, 1, T, T]`, True for tokens of the same document; each padding token is a document of its own."""
     total = num_samples * num_tokens
     document = -1 - torch.arange(total, device=offsets.device)
-    among_kept = torch.arange(total if kept is None else len(kept), device=offsets.device)
-    ids = torch.searchsorted(offsets.to(torch.int64), among_kept, right=True)
-    document = ids if kept is None else document.index_copy(0, kept, ids)
+    places = torch.arange(total if unpadded is None else len(unpadded), device=offsets.device)
+    ids = torch.searchsorted(offsets.to(torch.int64), places, right=True)
+    document = ids if unpadded is None else document.index_copy(0, unpadded, ids)
     document = document.view(num_samples, num_tokens)
     return (document[:, :, None] == document[:, None, :])[:, None]

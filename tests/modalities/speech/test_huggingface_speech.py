@@ -169,8 +169,8 @@ def test_padding(attention: str, tmp_path: Path) -> None:
     num_samples = [700, 431, 622]
     waveforms, mask = padded_batch(*num_samples)
     lengths = torch.tensor([config.model.num_frames(n) for n in num_samples])
-    kept = (torch.arange(int(lengths.max())) < lengths[:, None]).flatten().nonzero()[:, 0]
-    ours = model(waveforms, lengths, kept).last_hidden
+    unpadded = (torch.arange(int(lengths.max())) < lengths[:, None]).flatten().nonzero()[:, 0]
+    ours = model(waveforms, lengths, unpadded).last_hidden
     with without_leaks(theirs, lengths):
         batch = theirs(waveforms, attention_mask=mask).last_hidden_state
     leaking = theirs(waveforms, attention_mask=mask).last_hidden_state

@@ -32,13 +32,13 @@ def make_batch(config: SpeechConfig, num_samples: list[int], seed: int = 0) -> B
     ids = np.arange(len(frames))
     rows = span_mask_rows(seed, 0, ids, int(frames.max()), 0.5, 3, equal_counts=False, lengths=frames)
     padded = bool((frames < frames.max()).any())
-    kept = torch.from_numpy(np.flatnonzero(np.arange(frames.max()) < frames[:, None]))
+    unpadded = torch.from_numpy(np.flatnonzero(np.arange(frames.max()) < frames[:, None]))
     return Batch(
         waveforms,
         torch.from_numpy(rows),
         torch.from_numpy(ids),
         lengths=torch.from_numpy(frames) if padded else None,
-        kept=kept if padded else None,
+        unpadded=unpadded if padded else None,
     )
 
 
@@ -210,7 +210,7 @@ def test_padding_changes_nothing(attention: str) -> None:
     garbage = batch.inputs.clone()
     # what reaches no frame that counts
     garbage[1, config.model.num_samples(frames[1] + 1) :] = 1e3
-    together = model(Batch(garbage, batch.rows, batch.sample_ids, batch.lengths, batch.kept), teacher)
+    together = model(Batch(garbage, batch.rows, batch.sample_ids, batch.lengths, batch.unpadded), teacher)
     alone = 0.0
     for b, (n, num_frames) in enumerate(zip(num_samples, frames, strict=True)):
         rows = batch.rows[batch.rows // frames[0] == b] - b * frames[0]
@@ -273,11 +273,11 @@ def test_skipped_blocks_pass_samples_on(attention: str, with_rows: bool) -> None
     lengths = torch.tensor([7, 4, 9, 5, 9])
     places = (torch.arange(9) < lengths[:, None]).flatten()
     rows = places.nonzero()[::2, 0] if with_rows else None
-    kept = places.nonzero()[:, 0] if attention == "packed" else None
+    unpadded = places.nonzero()[:, 0] if attention == "packed" else None
     frames = torch.randn(5, 9, 24, dtype=torch.float64, requires_grad=True)
     keys = random_keys(5)
     keeps = uniforms(keys, 3) >= 0.5
-    output = context(frames, lengths, kept, keys, top_k=0, output_rows=rows).last_hidden
+    output = context(frames, lengths, unpadded, keys, top_k=0, output_rows=rows).last_hidden
 
     expected = []
     for frame, length, kept_blocks in zip(frames, lengths.tolist(), keeps, strict=True):

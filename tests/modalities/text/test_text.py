@@ -31,7 +31,7 @@ def make_batch(lengths: list[int], documents: list[list[int]] | None = None) -> 
         hidden.flatten().nonzero()[:, 0],
         torch.arange(len(lengths)),
         lengths=torch.tensor(lengths) if padded else None,
-        kept=valid.flatten().nonzero()[:, 0] if padded else None,
+        unpadded=valid.flatten().nonzero()[:, 0] if padded else None,
         masked_inputs=torch.where(hidden, MASK, tokens),
         offsets=None if sizes is None else torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32),
     )
