@@ -246,7 +246,7 @@ def test_mistakes_are_named(photographs: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "exported/preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2]}')
     assert "must hold 1 values, but holds 2" in said(tmp_path / "exported", photographs, *to)
     (tmp_path / "exported/preprocessor_config.json").write_text('{"image_mean": "gray"}')
-    assert "names no preparation of images" in said(tmp_path / "exported", photographs, *to)
+    assert "is not a valid preprocessor configuration" in said(tmp_path / "exported", photographs, *to)
     (tmp_path / "exported/config.json").write_text("[")
     assert "not valid JSON" in said(tmp_path / "exported", photographs, *to)
     if not torch.cuda.is_available():

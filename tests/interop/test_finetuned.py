@@ -92,7 +92,7 @@ def test_every_class_comes_back(
     assert LEFT_OUT.get(name, "") in told
     options = OPTIONS.get(name, {})
     assert ("holds no mask token: a new one is drawn" in told) == (options.get("mask_time_prob") == 0.0)
-    assert ("holds no norm behind the last block" in told) == ("use_mean_pooling" in options)
+    assert ("holds no norm after the last block" in told) == ("use_mean_pooling" in options)
 
     run = tmp_path / "runs" / "more"
     assert main(["import", str(tmp_path / "saved"), "--to", str(run), "--ds_config", str(file)]) == 0
@@ -118,9 +118,9 @@ def test_vision_models_of_other_configurations(
     assert_same_features(model, theirs, masks="use_mask_token" not in changes)
     told = "\n".join(caplog.messages)
     if changes is NEITHER:
-        assert "holds no relative positions: their table begins at zero" in told
+        assert "holds no relative positions: their table is 0" in told
     elif changes is UNSCALED:
-        assert "holds no scales of the blocks' branches: they are one" in told
+        assert "holds no LayerScale factors: they are 1" in told
     elif changes is PER_BLOCK:
         assert config.position_bias == "per_block"
         assert not told

@@ -1,4 +1,4 @@
-"""Images: patches, one row per patch."""
+"""The vision modality: images cut into patches, one encoder row per patch."""
 
 from __future__ import annotations
 

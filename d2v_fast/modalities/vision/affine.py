@@ -1,5 +1,4 @@
-"""Rotation, zoom and shift of small gray images in one cubic resampling, compiled, a whole batch in one
-call."""
+"""Compiled rotation, zoom and shift of a batch of small gray images in one cubic resampling."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ __all__ = ["warp"]
 
 @compiled
 def _cubic(x: float) -> float:
-    """Keys' cubic convolution kernel with a = -1/2: exact at the samples, third order between them."""
+    """Evaluate Keys' cubic convolution kernel with a = -1/2, which is of third order and exact at the samples."""
     x = abs(x)
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1
@@ -31,14 +30,13 @@ def warp(
     ids: npt.NDArray[np.int64],
     motions: npt.NDArray[np.float64],
 ) -> None:
-    """Write `images[ids]`, moved, into `out`.
+    """Rotate, zoom and shift `images[ids]` into `out`.
 
     Args:
-        out: fp32 `[B, H, H]`; any size, sampled over the same field of view as the source.
-        images: fp32 `[S, G, G]` in [0, 1]; 0 outside.
+        out: fp32 `[B, H, H]`, overwritten. H is free; the field of view is that of the source.
+        images: fp32 `[S, G, G]` in [0, 1]. Pixels outside an image count as 0.
         ids: int64 `[B]`.
-        motions: fp64 `[B, 4]`: rotation in radians, log of the zoom, shift right and shift down in source
-        pixels.
+        motions: fp64 `[B, 4]`: rotation in radians, log of the zoom, shift right and shift down in source pixels.
     """
     side, source = out.shape[1], images.shape[1]
     step = source / side
@@ -51,7 +49,7 @@ def warp(
         along, across = math.cos(turn) * shrink, math.sin(turn) * shrink
         for row in range(side):
             for col in range(side):
-                # from the output's pixel back to a point of the source
+                # map the output pixel back to a point of the source
                 u = (col + 0.5) * step - 0.5 - center - right
                 v = (row + 0.5) * step - 0.5 - center - down
                 x = along * u + across * v + center

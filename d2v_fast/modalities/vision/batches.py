@@ -1,4 +1,4 @@
-"""Batches of images under block masks. They run in the loader's workers."""
+"""Batches of augmented images with block masks, made in the loader's workers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ __all__ = ["ImageBatches", "image_dataset", "largest_batch"]
 
 
 def image_dataset(config: VisionConfig, split: Literal["train", "test"] = "train") -> DigitsDataset | ImagesDataset:
-    """Return the images that `data.kind` names, of the size that the model reads.
+    """Return the data set that `data.kind` names, with images of the model's input size.
 
     Args:
-        split: "test" is the held-out part of the digits; a folder of images has none.
+        config: The run's `d2v` section.
+        split: "test" is the held-out part of the digits. A folder of images has only "train".
     Raises:
-        DataError: there is nothing to read, or the model does not fit it.
+        DataError: There are no readable images, the model has another number of channels, or there is no such split.
     """
     if config.data.kind == "digits":
         return DigitsDataset(config.data, config.model, split)
@@ -36,7 +37,7 @@ def image_dataset(config: VisionConfig, split: Literal["train", "test"] = "train
 
 
 class ImageBatches:
-    """Augmented images under block masks."""
+    """Make batches of augmented images with block masks; see `BatchMaker`."""
 
     what = "image"
     lengths: npt.NDArray[np.int64] | None = None
@@ -53,7 +54,7 @@ class ImageBatches:
         """See `BatchMaker`."""
         pixels, bad = self._dataset.augmented(micro.sample_ids, seed, micro.epoch)
         rows = self.rows(seed, micro.epoch, micro.sample_ids)
-        # cheaper than asking the other processes: a mask is a millionth of a second
+        # drawing the other processes' masks again is cheaper than communication: a mask takes about 1 us
         alone = len(micro.sample_ids) == len(micro.step_sample_ids)
         step_rows = len(rows) if alone else len(self.rows(seed, micro.epoch, micro.step_sample_ids))
         ids = torch.from_numpy(micro.sample_ids)
@@ -61,7 +62,7 @@ class ImageBatches:
         return MicroBatch(batch, step_rows)
 
     def rows(self, seed: int, epoch: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """int64 `[N]`, the masked patches of the samples."""
+        """Return the flat indices `b * P + p` of the masked patches, int64 `[N]`."""
         mask = self._mask
         return block_mask_rows(
             seed,
@@ -80,7 +81,7 @@ class ImageBatches:
 
 
 def largest_batch(config: VisionConfig, num_samples: int) -> Batch:
-    """Return a batch of the shapes of the largest that a run has, on torch's current device."""
+    """Return a batch with the shapes of a run's largest one, uninitialized, on torch's current device."""
     model = config.model
     pixels = torch.empty(num_samples, model.channels, model.image_size, model.image_size)
     num_rows = num_samples * min(config.mask.num_patches, model.num_patches)

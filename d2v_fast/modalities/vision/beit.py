@@ -1,9 +1,9 @@
-"""Image checkpoints of the published data2vec vision code, which is BEiT's, in both directions, without importing it.
+"""Read and write image checkpoints of the published data2vec vision code, which is based on BEiT, without importing it.
 
-A `.pth` file holds the student's tensors under `model`, the teacher's under `model_ema`, and what else the training
-needed, such as its command line under `args`. The regression head is `lm_head` in both. A fine-tuned model has a norm
-`fc_norm` behind the mean in place of the last norm, a classifier `head`, and mostly a table of relative positions in
-each block, where pre-training shares one.
+A `.pth` file holds the student's tensors under `model`, the teacher's under `model_ema`, and training state such as the
+command line under `args`. The regression head is `lm_head` in both. A fine-tuned model has a norm `fc_norm` after mean
+pooling instead of the last norm, a classifier `head`, and usually one table of relative positions per block, where a
+pre-trained model has one for all blocks.
 """
 
 from __future__ import annotations
@@ -52,27 +52,27 @@ NAMES = VisionNames(
     },
 )
 AVERAGE = "model_ema"
-# where a file may have the student; without one of them, the file is the student
+# keys that may hold the student; a file without any of them is the student itself
 _STUDENTS = ("model", "module", "state_dict")
 _HEAD = "lm_head."
-# behind the mean, the classifier, and the head of a model that predicts tokens of images
+# the norm after mean pooling, the classifier, and the head of a model that predicts image tokens
 _UNUSED = ("fc_norm.", "head.", _HEAD)
-# a table of integers, which an average of floating-point numbers may have spoilt, and which the sizes determine
+# integer tables that follow from the sizes; averaging them as floats may have corrupted them
 _INDEX = "relative_position_index"
-# where wrappers put the model: in front of all names
+# this name reveals the prefix that wrappers put before all names
 _MARK = f"{NAMES.projection}.weight"
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 class BeitVision(NamedTuple):
-    """What a checkpoint holds, fp32 on the CPU, models in training mode.
+    """Content of a checkpoint: fp32 tensors on the CPU, models in training mode.
 
     Attributes:
-        student: the student, or the encoder of a fine-tuned model.
-        teacher: the average; None where the checkpoint has none.
-        head: `weight` and `bias` of the regression head; None where there is none.
-        config: of the model.
-        assumed: what of the configuration neither the checkpoint nor the caller tells, in words.
+        student: The student, or the encoder of a fine-tuned model.
+        teacher: The averaged model; None if the checkpoint has none.
+        head: `weight` and `bias` of the regression head; None if the checkpoint has none.
+        config: The model's configuration.
+        assumed: Assumptions about settings that neither the checkpoint nor the caller gives, one phrase each.
         pending_decay: None, since the average lacks no update.
     """
 
@@ -85,20 +85,20 @@ class BeitVision(NamedTuple):
 
 
 def is_beit(content: Any) -> bool:
-    """Whether what a `.pth` holds is, by its names, an image encoder of this code."""
+    """Return whether the content of a `.pth` file is an image encoder of the published code, judged by its names."""
     return _student_of(content) is not None
 
 
 def beit_of(content: Mapping[Any, Any], path: Path, settings: Settings = NO_SETTINGS) -> BeitVision:
-    """Everything of a checkpoint.
+    """Build the models of a checkpoint.
 
     Args:
-        content: what the file holds, for which `is_beit` is true.
-        path: of the file, for messages.
-        settings: values of the model's configuration, in place of those of the command line in the file. The number of
-            heads counts where no table of relative positions tells it; without it, as many as are 64 wide.
+        content: The file's content, for which `is_beit` is true.
+        path: The file's path, for messages.
+        settings: Model settings that override the command line in the file. Its number of heads is used only if no
+            table of relative positions implies one; without either, a head is 64 wide.
     Raises:
-        ValueError: it is of another architecture, or its weights are not finite. `Misfit` names every missing, unknown
+        ValueError: The architecture is another one, or weights are not finite. `Misfit` names every missing, unknown
             and misshapen tensor.
     """
     weights = _student_of(content)
@@ -122,15 +122,15 @@ def save_beit(
     *,
     num_updates: int = 0,
 ) -> None:
-    """Write a checkpoint with the published code's names and shapes: fp32 tensors, no code.
+    """Write a checkpoint with the published code's names and shapes: fp32 tensors and no code.
 
     Args:
-        model: the student, or its state by name.
-        head: the regression head, or its `weight` and `bias`.
-        teacher: the whole teacher, or its state by name.
-        config: of the run.
-        path: the `.pth` file: replaced as a whole.
-        num_updates: ignored, since a file does not hold it.
+        model: The student, or its state dict.
+        head: The regression head, or its `weight` and `bias`.
+        teacher: The whole teacher, or its state dict.
+        config: The run's `d2v` section.
+        path: The `.pth` file, replaced atomically.
+        num_updates: Ignored: the format does not hold it.
     """
     layout = vision_layout(config.model, NAMES)
     average = dict(layout.all_theirs(state_of(teacher)))
@@ -148,14 +148,14 @@ def _student_of(content: Any) -> Mapping[Any, Any] | None:
 
 
 def _prefix_of(weights: Mapping[Any, Any]) -> str | None:
-    """What stands in front of all names; None where the names are others."""
+    """Return the prefix of all names; None if these are not the names of an image encoder."""
     marks = [str(name).removesuffix(_MARK) for name in weights if str(name).endswith(_MARK)]
     found = [prefix for prefix in marks if f"{prefix}{NAMES.block.format(0)}.{NAMES.qkv[0]}" in weights]
     return found[0] if len(found) == 1 else None
 
 
 def _encoder_and_head(weights: Mapping[Any, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """The encoder by the published code's names, and the regression head."""
+    """Return the encoder's tensors by their published names, and the regression head's if there is one."""
     prefix = _prefix_of(weights) or ""
     named = {str(name): value for name, value in weights.items() if not str(name).endswith(_INDEX)}
     own = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
@@ -183,8 +183,10 @@ def _build(config: VisionModelConfig, theirs: Mapping[str, Tensor], source: str)
 def _config_of(
     weights: Mapping[str, Tensor], args: Any, settings: Settings, path: str
 ) -> tuple[VisionModelConfig, tuple[str, ...]]:
-    """The model's configuration, and what of it is assumed: sizes of the tensors; rates of the command line that made
-    them, where the file has it."""
+    """Return the model's configuration and the assumptions in it.
+
+    Sizes follow from the tensors, and rates from the training command line if the file has it.
+    """
     published = VisionModelConfig()
     width, channels, patch, _ = _shape(weights, _MARK, (published.width, published.channels, published.patch_size, 0))
     depth = len({found[1] for name in weights if (found := _BLOCK.match(name))})
@@ -192,12 +194,10 @@ def _config_of(
     per_block = own_bias in weights
     rows, told_heads = _shape(weights, own_bias if per_block else NAMES.bias, (0, 0))
     _, tokens, _ = _shape(weights, NAMES.position, (1, 0, width))
-    # (2 G - 1)^2 offsets and three rows for the class token; or a position for each of 1 + G^2 tokens
+    # the table has (2 G - 1)^2 offsets and 3 rows for the class token; the positions are those of 1 + G^2 tokens
     grid = (round(max(0, rows - 3) ** 0.5) + 1) // 2 if rows else round(max(0, tokens - 1) ** 0.5)
     if not grid:
-        raise ValueError(
-            f"`{path}` must hold `{NAMES.bias}` or `{NAMES.position}`: nothing else tells the size of its images."
-        )
+        raise ValueError(f"`{path}` must hold `{NAMES.bias}` or `{NAMES.position}`: nothing else gives the image size.")
     hidden, _ = _shape(weights, f"{NAMES.block.format(0)}.mlp.fc1.weight", (4 * width, width))
     line = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     rates = {"drop_path": "drop_path", "attn_drop_rate": "attention_dropout", "layer_scale_init_value": "layer_scale"}
@@ -207,7 +207,7 @@ def _config_of(
     if told_heads:
         gathered.values["heads"] = told_heads
     if f"{NAMES.block.format(0)}.{NAMES.gamma1}" not in weights:
-        # none is a scale of one
+        # a model without scales computes as with a scale of one
         gathered.values["layer_scale"] = 1.0
     gathered.heads(width)
     gathered.published({own: getattr(published, own) for own in rates.values()}, "as published")
@@ -231,12 +231,12 @@ def _config_of(
 
 
 def _shape(weights: Mapping[str, Tensor], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor; where it is missing or of other dimensions, the default, so that the error names the tensor."""
+    """Return a tensor's shape, or the default if it is missing or has another rank; a later error then names it."""
     value = weights.get(name)
     return tuple(value.shape) if value is not None and value.dim() == len(default) else default
 
 
-# the published code keeps its command line in a Namespace, which executes nothing when it is made
+# the published code stores its command line as a Namespace, whose construction executes nothing
 FORMAT = Published(
     "beit",
     ".pth",

@@ -1,8 +1,8 @@
-"""Images with more or fewer bits per value than 8: what their white is, and their pixels with 8 bits.
+"""Convert images with more or fewer than 8 bits per value to 8 bits.
 
-A file with 16 bits per value may hold values of 12 bits, as cameras and scanners write them; taken for 16, they are
-almost black. What white is follows from the configuration, else from the file, where it says so, else from the bits in
-which values are stored; then it is noted if the brightest value needs fewer of them.
+Cameras and scanners may store 12-bit values in a 16-bit file; read as 16-bit values they are almost black. The value of
+white follows from `bit_depth` if it is set, else from the file if it records its bit depth, else from the number of
+stored bits. In the last case the caller is notified if the brightest value needs fewer bits.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ __all__ = ["MAX_BITS", "Dim", "eight_bits"]
 MAX_BITS = 16
 Values = npt.NDArray[np.uint16]
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = 258, 262, 284
-# the largest value as TIFF has it: a statistic by its specification, unless it is exactly what a camera can give
+# TIFF tags of the largest value: a statistic, but a white level if it is the maximum of a camera's bit depth
 _LARGEST = (281, 341)
 _CAMERAS = {2**bits - 1: bits for bits in (9, 10, 11, 12, 13, 14, 15)}
 _WHITE_IS_ZERO = 0
 
 
 class Dim(NamedTuple):
-    """An image whose brightest value needs fewer bits than its values are stored in.
+    """A warning about an image whose brightest value needs fewer bits than are stored.
 
     Attributes:
-        stored: bits of a value in the file.
-        used: bits that the brightest value needs.
+        stored: Bits per value in the file.
+        used: Bits that the brightest value needs.
     """
 
     stored: int
@@ -43,24 +43,25 @@ class Dim(NamedTuple):
     def __str__(self) -> str:
         common = next(bits for bits in (1, 2, 4, 8, 10, 12, 14, 15) if bits >= self.used)
         return (
-            f"{self.stored} bits per value, of which the largest needs {self.used}. If they are values of {common} "
-            f"bits, set `d2v.data.bit_depth` to {common}, or the images are almost black; {self.stored} takes them as "
-            "they are, without this message"
+            f"{self.stored} bits per value, of which the largest needs {self.used}. If these are {common}-bit values, "
+            f"set `d2v.data.bit_depth` to {common}, or the images are almost black; {self.stored} keeps them as they "
+            "are and silences this message"
         )
 
 
 def eight_bits(
     image: Image.Image, content: bytes, bit_depth: int | None, note: Callable[[Dim], None] | None
 ) -> Image.Image:
-    """The loaded image with 8 bits per value, in a mode whose white is 255.
+    """Convert a loaded image to 8 bits per value, in a mode whose white is 255.
 
     Args:
-        image: as Pillow has decoded it.
-        content: of the file, which is decoded again where Pillow keeps half of each value.
-        bit_depth: bits of the values of PNG and TIFF files that are stored in more; None: what the file says, or all.
-        note: called if the file does not say, and the image is dark.
+        image: The image that Pillow decoded.
+        content: The file's bytes, decoded again if Pillow keeps only the upper half of each value.
+        bit_depth: Bits of values that PNG and TIFF files store in more. None uses the depth that the file records, or
+            all stored bits.
+        note: Called if the image is dark and the file does not record a bit depth.
     Raises:
-        UnreadableFile: nothing tells what white is, or a value is beyond it.
+        UnreadableFile: The value of white is unknown, or a value exceeds it.
     """
     if image.format == "PNG":
         stored, claimed = _png_bits(content)
@@ -69,19 +70,19 @@ def eight_bits(
     else:
         return image
     if image.mode == "F":
-        raise UnreadableFile("floating-point values, whose white is not known: save it with 8 or 16 bits per value")
+        raise UnreadableFile("floating-point values, for which white is undefined: save it with 8 or 16 bits per value")
     if image.mode == "I":
         return _from_integers(image, bit_depth or claimed)
     if image.mode in ("1", "P", "PA", "LAB", "YCbCr", "La", "RGBa") or stored < 8:
         # Pillow spreads the values of 1 to 4 bits over all 8
         return image
     if bit_depth is not None and bit_depth >= stored:
-        # all bits count, whatever the file says of them
+        # all stored bits count, whatever depth the file records
         bit_depth, claimed, note = None, None, None
     if stored == 8:
         return _from_bytes(image, bit_depth, claimed, note)
     is_gray = image.mode.startswith("I;16")
-    # Pillow keeps the upper half of each color's value, which is enough where all bits count
+    # Pillow keeps the upper half of each color value, which is enough if all bits count
     halves_do = not is_gray and claimed is None and bit_depth is None and "transparency" not in image.info
     if halves_do and stored == MAX_BITS:
         if note is not None and _is_below(128, image):
@@ -107,15 +108,15 @@ def eight_bits(
 
 
 def _is_inverted(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether 0 is white, which Pillow turns around of 8 bits and fewer only."""
+    """Return whether 0 is white. Pillow inverts such images only up to 8 bits."""
     return bool(image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
 
 
 def _from_integers(image: Image.Image, bits: int | None) -> Image.Image:
-    """Of signed or 32-bit values."""
+    """Convert an image of signed or 32-bit values to 8 bits."""
     if bits is None:
         raise UnreadableFile(
-            "signed or 32-bit values, whose white is not known: save it with 8 or 16 bits per value, or set "
+            "signed or 32-bit values, for which white is undefined: save it with 8 or 16 bits per value, or set "
             "`d2v.data.bit_depth`"
         )
     values = np.asarray(image)
@@ -128,9 +129,9 @@ def _from_integers(image: Image.Image, bits: int | None) -> Image.Image:
 def _from_bytes(
     image: Image.Image, bit_depth: int | None, claimed: int | None, note: Callable[[Dim], None] | None
 ) -> Image.Image:
-    """Of bytes, which hold fewer bits where the file or the configuration says so."""
+    """Scale an image stored in bytes whose values have fewer bits, as the file or the configuration says."""
     if bit_depth is None and claimed is None:
-        # a dark photograph is no reason to ask: sixteen levels are
+        # a dark photograph needs no warning, but one of at most 16 levels does
         if note is not None and _is_below(16, image):
             _note_dim(_largest(image).bit_length(), 8, note)
         return image
@@ -147,7 +148,7 @@ def _from_bytes(
     colors = [Image.fromarray(_table(bits)[band]) if is_scaled[name] else bands[name] for name, band in values.items()]
     scaled = Image.merge(image.mode, colors)
     if "transparency" in image.info:
-        # the color that stands for transparent, among the scaled ones
+        # scale the transparent color like the others
         key = image.info["transparency"]
         table = _table(bits)
         scaled.info["transparency"] = tuple(int(table[v]) for v in key) if isinstance(key, tuple) else int(table[key])
@@ -160,25 +161,25 @@ def _require_within(largest: int, bits: int) -> None:
 
 
 def _note_dim(used: int, stored: int, note: Callable[[Dim], None] | None) -> None:
-    # a black image says nothing
+    # a black image gives no evidence
     if note is not None and 0 < used < stored:
         note(Dim(stored, used))
 
 
 def _largest(image: Image.Image) -> int:
-    """The largest value of the colors."""
+    """Return the largest value of the color channels."""
     bands = zip(image.getbands(), image.split(), strict=True)
     return max(int(np.asarray(band).max()) for name, band in bands if name != "A")
 
 
 def _is_below(level: int, image: Image.Image) -> bool:
-    """Whether no value of the colors reaches a level; a few pixels mostly show that one does."""
+    """Return whether all color values are below a level. A few pixels usually show that one is not."""
     few = image.resize((16, 16), Image.Resampling.NEAREST)
     return _largest(few) < level and _largest(image) < level
 
 
 def _table(bits: int) -> npt.NDArray[np.uint8]:
-    """From values of so many bits to 8."""
+    """Return the lookup table from values of `bits` bits to 8 bits."""
     if bits == MAX_BITS:
         return (np.arange(2**MAX_BITS, dtype=np.uint32) >> 8).astype(np.uint8)
     white = 2**bits - 1
@@ -186,10 +187,10 @@ def _table(bits: int) -> npt.NDArray[np.uint8]:
 
 
 def _is_raw(channels: dict[str, Values], claimed: int, stored: int, may_be_scaled: bool) -> bool:
-    """Whether values are so many bits as they came from the sensor, and not scaled up to what is stored.
+    """Return whether values have `claimed` bits and were not scaled up to the stored bits.
 
-    A PNG that says how many bits are significant should have scaled them up: then small values are multiples of the
-    factor, or by rounding one more.
+    A PNG that records its significant bits should have scaled its values up. They are then multiples of the factor, or
+    one more by rounding.
     """
     colors = [values for name, values in channels.items() if name != "A"]
     if any(int(values.max()) >= 2**claimed for values in colors):
@@ -199,13 +200,13 @@ def _is_raw(channels: dict[str, Values], claimed: int, stored: int, may_be_scale
 
 
 def _png_bits(content: bytes) -> tuple[int, int | None]:
-    """Bits in which the values of a PNG are stored, and how many are significant where the file says so."""
+    """Return the stored bits per value of a PNG, and the significant bits if the file records fewer."""
     stored, kind = 8, 0
     for name, body in _png_chunks(content):
         if name == b"IHDR":
             stored, kind = body[8], body[9]
         if name == b"sBIT" and kind != 3:
-            # of each channel, alpha last
+            # one byte per channel, alpha last
             colors = body[:-1] if kind in (4, 6) else body
             bits = max(colors, default=0)
             return stored, bits if 0 < bits < stored else None
@@ -223,11 +224,11 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _tiff_bits(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int | None]:
-    """Bits in which the values of a TIFF are stored, and how many they have where the file says so."""
+    """Return the stored bits per value of a TIFF, and the used bits if the file records fewer."""
     stored = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
     if stored == MAX_BITS and image.tag_v2.get(_PLANAR) == 2 and image.info.get("compression") == "raw":
         # Pillow would read every second byte of each plane
-        raise UnreadableFile("planes of 16 bits one after the other: save it with its channels interleaved")
+        raise UnreadableFile("16-bit channels in separate planes: save it with interleaved channels")
     for tag in _LARGEST:
         value = image.tag_v2.get(tag)
         largest = max(value) if isinstance(value, tuple) and value else value
@@ -237,11 +238,11 @@ def _tiff_bits(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int | None]:
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> dict[str, Values]:
-    """All bits of every channel, by its letter."""
+    """Return every channel with all 16 bits, keyed by its letter."""
     if image.mode.startswith("I;16"):
         return {"L": np.asarray(image).astype(np.uint16)}
     if any(isinstance(tile.args, str) and tile.args.startswith("LA") for tile in _tiles(content)):
-        # gray with alpha: its four bytes as four channels
+        # read the four bytes of gray with alpha as four channels
         parts: Values = np.asarray(_decoded(content, lambda rawmode: "RGBA")).astype(np.uint16)
         joined: Values = parts[..., ::2] << np.uint16(8) | parts[..., 1::2]
         return {"L": joined[..., 0], "A": joined[..., 1]}
@@ -253,13 +254,13 @@ def _sixteen_bits(image: Image.Image, content: bytes) -> dict[str, Values]:
 
 
 def _tiles(content: bytes) -> list[Any]:
-    """How Pillow would decode the image."""
+    """Return the tiles of an image as Pillow describes them to its decoders."""
     with Image.open(io.BytesIO(content), formats=("PNG", "TIFF")) as image:
         return list(getattr(image, "tile", []))
 
 
 def _decoded(content: bytes, change: Callable[[str], str]) -> Image.Image:
-    """The image again, with other bytes of each value."""
+    """Decode an image with changed raw modes, so that other bytes of each value are kept."""
     with Image.open(io.BytesIO(content), formats=("PNG", "TIFF")) as image:
         tiles = []
         for tile in _tiles(content):
@@ -271,19 +272,22 @@ def _decoded(content: bytes, change: Callable[[str], str]) -> Image.Image:
 
 
 def _other_half(rawmode: str) -> str:
-    """Pillow's name for the layout of 16-bit values with the order of their bytes turned around."""
+    """Return Pillow's raw mode for 16-bit values with the opposite byte order, which keeps the lower bytes."""
     native = "L" if sys.byteorder == "little" else "B"
     order = native if rawmode.endswith("N") else rawmode[-1]
     if not rawmode.endswith((";16L", ";16B", ";16N")) or rawmode.startswith("RGBa"):
-        raise UnreadableFile("16 bits per value in a layout of which Pillow reads the upper 8 only")
+        raise UnreadableFile("16 bits per value in a layout of which Pillow reads only the upper 8")
     return rawmode[:-1] + ("B" if order == "L" else "L")
 
 
 def _alpha(image: Image.Image, channels: dict[str, Values], bits: int) -> npt.NDArray[np.uint8] | None:
-    """Opacity, of a channel or where the color is not the transparent one.
+    """Return the opacity from the alpha channel or from the transparent color; None if there is neither.
 
     Args:
-        bits: of the colors. A channel without a larger value has as many, or the image would be almost transparent.
+        image: The image that Pillow decoded.
+        channels: Its channels with all 16 bits.
+        bits: Bits of the color values. The alpha channel has as many if none of its values is larger; otherwise the
+            image would be almost transparent.
     """
     if "A" in channels:
         opacity = channels["A"]

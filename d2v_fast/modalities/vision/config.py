@@ -1,5 +1,7 @@
-"""The sections of `"d2v"` that are vision's own. Defaults: the published ViT-B run (arXiv 2202.03555, section 4.1, and
-its released recipe)."""
+"""Configuration sections of the vision modality.
+
+The defaults are the published ViT-B run (arXiv 2202.03555, section 4.1, and its released recipe).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from d2v_fast.config.schema import (
     TeacherConfig,
 )
 
-# a probability of stochastic depth at which branches are computed as in training, and every sample keeps them
+# a rate of stochastic depth that uses the training code path and drops no sample
 _NEVER = 1e-12
 
 

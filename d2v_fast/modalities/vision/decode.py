@@ -1,5 +1,7 @@
-"""One image file to a square of pixels. The file may be damaged or hostile: whatever it does,
-`UnreadableImage`."""
+"""Decode an image file into a square of pixels.
+
+The file may be damaged or hostile: every failure that it causes is an `UnreadableImage`.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,22 @@ from d2v_fast.modalities.vision.bit_depth import Dim, eight_bits
 
 __all__ = ["Box", "Limits", "SmallImage", "UnreadableImage", "center_box", "check_header", "read_square"]
 
-# only these decoders run, whatever the file is called
+# only these decoders run, whatever the file's suffix
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 _NAMES = "JPEG, PNG, WebP, TIFF, BMP or GIF"
-# of TIFF, by Pillow's names; the others are rare, and some of their decoders old or greedy
+# Pillow's names of the accepted TIFF compressions; others are rare, and some of their decoders are old or memory-hungry
 _COMPRESSIONS = (
     *("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "jpeg", "zstd", "webp"),
     *("tiff_ccitt", "group3", "group4"),
 )
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _STRIPS, _TILES, _TILE_WIDTH, _TILE_LENGTH = 273, 324, 322, 323
-# as many tiles of 16 x 16 as the most pixels have by default; Pillow keeps a list of them
+# enough for 16 x 16 tiles at the default pixel limit; Pillow keeps a list of them
 MAX_STRIPS = 300_000
 MAX_TAGS = 4096
-# Pillow decodes them in Python, pixel by pixel at worst
+# Pillow decodes run-length encoded bitmaps in Python, at worst pixel by pixel
 MAX_RLE_BYTES = 4_000_000
-# a progressive JPEG has about ten, but a scan of all pixels can be written in 15 bytes and takes as long as any other
+# a progressive JPEG has about ten scans; a hostile one can demand a full pass over the pixels every 15 bytes
 MAX_SCANS = 200
 
 Box = tuple[int, int, int, int]
@@ -54,13 +56,13 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may ask for.
+    """Limits on image files.
 
     Attributes:
-        max_pixels: width times height. The header is asked, before anything is decoded.
-        max_bytes: size of the file.
-        min_side: width and height, in pixels.
-        root: absolute folder without links in it, which no file may lie outside of; None for any place.
+        max_pixels: Largest width times height, checked in the header before anything is decoded.
+        max_bytes: Largest file size.
+        min_side: Smallest width and height in pixels.
+        root: Absolute path, without links, of the folder that must contain the file; None allows any place.
     """
 
     max_pixels: int
@@ -70,7 +72,7 @@ class Limits:
 
 
 class UnreadableImage(UnreadableFile):
-    """A file that cannot be used as an image; the message is the reason in a few words."""
+    """A file that cannot be used as an image. The message is a short reason."""
 
 
 class SmallImage(UnreadableImage):
@@ -90,25 +92,25 @@ def read_square(
     """Decode a file, crop it, and resize the crop (cubic, antialiased).
 
     Args:
-        path: a JPEG, PNG, WebP, TIFF, BMP or GIF file of any mode: gray, color, palette, CMYK, 16 bit, with alpha (laid
-            on white). Of several pages or frames, the first.
-        size: width and height of the result in pixels.
+        path: A JPEG, PNG, WebP, TIFF, BMP or GIF file of any mode: gray, color, palette, CMYK, 16 bit, or with alpha,
+            which is composited on white. Only the first page or frame is read.
+        size: Width and height of the result in pixels.
         channels: 1 (gray) or 3 (RGB).
-        choose_box: from width and height of the file's image to the crop, (left, top, width, height). The camera's
-            orientation tag is obeyed after the crop.
-        limits: what goes beyond them is not decoded.
-        bit_depth, note: as for `eight_bits`.
+        choose_box: Maps the image's width and height to the crop (left, top, width, height). The EXIF orientation is
+            applied after the crop.
+        limits: Files beyond them are not decoded.
+        bit_depth, note: See `eight_bits`.
     Returns:
         An image of mode "L" or "RGB".
     Raises:
-        UnreadableImage: for anything that is wrong with the file.
+        UnreadableImage: The file is damaged, of another format, or beyond the limits.
     """
     with _reasons(path, limits):
         return _read_square(path, size, channels, choose_box, limits, bit_depth, note)
 
 
 def check_header(path: str, limits: Limits) -> None:
-    """Raise UnreadableImage where the header of a file is that of no image, or of one beyond the limits."""
+    """Raise UnreadableImage if a file's header is not that of an image within the limits."""
     with _reasons(path, limits), _open(path, limits) as file, Image.open(file, formats=FORMATS) as image:
         _check_size(image, limits)
 
@@ -124,10 +126,10 @@ def _open(path: str, limits: Limits) -> BinaryIO:
 
 @contextmanager
 def _reasons(path: str, limits: Limits) -> Iterator[None]:
-    """Whatever goes wrong inside, in words."""
+    """Turn every exception that a file causes in the block into an UnreadableImage with a reason."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns of much that is harmless here
+            # Pillow's warnings about damaged metadata are harmless here
             warnings.simplefilter("ignore")
             yield
     except UnreadableImage:
@@ -135,18 +137,18 @@ def _reasons(path: str, limits: Limits) -> Iterator[None]:
     except UnreadableFile as error:
         raise UnreadableImage(str(error)) from None
     except Image.DecompressionBombError:
-        # Pillow's own limit, on the way to ours
+        # Pillow's own limit, which it checks before ours
         raise UnreadableImage(f"more than {limits.max_pixels:,} pixels") from None
     except UnidentifiedImageError:
         raise UnreadableImage(_unidentified(path, limits)) from None
     except Exception as error:
         refuse_system_error(error, path)
-        # decoders let nearly every type of exception escape from damaged files
+        # decoders raise nearly every type of exception on damaged files
         raise UnreadableImage(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
 def center_box(width: int, height: int) -> Box:
-    """The largest square in the middle."""
+    """Return the largest centered square as (left, top, width, height)."""
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, side, side
 
@@ -173,7 +175,7 @@ def _read_square(
         if image.format == "BMP" and len(content) > MAX_RLE_BYTES and _is_run_length_encoded(image):
             raise UnreadableImage(f"a run-length encoded bitmap of more than {MAX_RLE_BYTES:,} bytes")
         left, top, crop_width, crop_height = choose_box(width, height)
-        # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as leaves the crop no smaller than wanted
+        # decode a JPEG at 1/2, 1/4 or 1/8 of its size if the crop stays at least as large as the result
         wanted = math.ceil(width * size / crop_width), math.ceil(height * size / crop_height)
         image.draft("L" if channels == 1 else "RGB", wanted)
         image.load()
@@ -187,7 +189,7 @@ def _read_square(
 
 
 def _check_size(image: Image.Image, limits: Limits) -> tuple[int, int]:
-    """Width and height of an image that is within the limits."""
+    """Return an image's width and height, or raise UnreadableImage if they are beyond the limits."""
     width, height = image.size
     if width * height > limits.max_pixels:
         raise UnreadableImage(f"{width}x{height} is more than {limits.max_pixels:,} pixels")
@@ -196,13 +198,13 @@ def _check_size(image: Image.Image, limits: Limits) -> tuple[int, int]:
     return width, height
 
 
-# a marker that begins a segment, or the end: neither a stuffed byte nor a fill byte nor one that has no content
+# a JPEG marker of a segment or of the image's end; not stuffed bytes, fill bytes, or markers without content
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
 def _has_too_many_scans(content: bytes) -> bool:
-    """Looks at the first image of a JPEG file: cameras append thumbnails and films to it."""
+    """Return whether the first image of a JPEG file has too many scans. Cameras append thumbnails and videos to it."""
     scans, position = 0, 2
     while scans <= MAX_SCANS and (match := _MARKER.search(content, position)):
         marker = match[1][0]
@@ -214,14 +216,14 @@ def _has_too_many_scans(content: bytes) -> bool:
 
 
 def _plain_mode(image: Image.Image, channels: int) -> Image.Image:
-    """The image in mode "L" or "RGB"."""
+    """Convert an image to mode "L" or "RGB"."""
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode == "LAB":
-        raise UnreadableImage("CIELAB colors, whose white point the file does not tell: save it as RGB")
+        raise UnreadableImage("CIELAB colors with an unknown white point: save it as RGB")
     if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
-        # a fourth byte that is no opacity
+        # an all-zero fourth byte is padding, not opacity
         image = image.convert("RGB")
     elif image.has_transparency_data:
         paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -234,7 +236,7 @@ def _is_run_length_encoded(image: Image.Image) -> bool:
 
 
 def _check_directory(content: bytes) -> None:
-    """Count the strips and tiles of a TIFF, as its first directory states them, before Pillow makes a list of them."""
+    """Check the number of strips or tiles in a TIFF's first directory before Pillow allocates a list of them."""
     order: Literal["little", "big"] = "little" if content.startswith(b"II") else "big"
     is_big = content[2:4] in (b"+\0", b"\0+")
 
@@ -254,19 +256,19 @@ def _check_directory(content: bytes) -> None:
 def _check_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes, limits: Limits) -> None:
     compression = image.info.get("compression")
     if compression not in _COMPRESSIONS:
-        raise UnreadableImage(f"TIFF compression {compression} is not read: save it without, or as PNG")
+        raise UnreadableImage(f"TIFF compression {compression} is not supported: save it uncompressed, or as PNG")
     tile_width, tile_length = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
     if tile_width * tile_length > limits.max_pixels:
-        # which the image is a part of
+        # a tile may be larger than the image
         raise UnreadableImage(f"a tile of {tile_width}x{tile_length} is more than {limits.max_pixels:,} pixels")
     strips = sum(len(image.tag_v2.get(tag, ())) for tag in (_STRIPS, _TILES))
-    # in compressed data the marker does not occur
+    # the marker does not occur inside compressed data
     if compression == "jpeg" and content.count(bytes((0xFF, _START_OF_SCAN))) > MAX_SCANS + 4 * strips:
         raise UnreadableImage(f"more than {MAX_SCANS} scans")
 
 
 def _unidentified(path: str, limits: Limits) -> str:
-    """Why Pillow reads no file that it has looked at."""
+    """Return why Pillow does not identify a file."""
     try:
         with _open(path, limits) as file:
             start = file.read(4)
@@ -274,8 +276,8 @@ def _unidentified(path: str, limits: Limits) -> str:
         start = b""
     if start in _TIFF_STARTS:
         return (
-            "a TIFF that is damaged, or of a layout that is not read: save it as gray, RGB or RGBA with 8 or 16 bits "
-            "per value"
+            "a TIFF that is damaged or has an unsupported layout: save it as gray, RGB or RGBA with 8 or 16 bits per "
+            "value"
         )
     return f"not a {_NAMES} image"
 
@@ -284,5 +286,5 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:
-        # a damaged tag does not make the picture unreadable
+        # a damaged tag does not make the image unreadable
         return 1

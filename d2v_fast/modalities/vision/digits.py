@@ -1,7 +1,7 @@
-"""The 1,797 handwritten digits that scikit-learn ships: real data that needs no download.
+"""The 1,797 handwritten digits that scikit-learn ships, which need no download.
 
-Each is an 8x8 scan in 17 gray levels (UCI, Optical Recognition of Handwritten Digits). A fixed part is held
-out: pre-training sees only the rest, and never a label. `digits_for_probe` is the one door to the labels.
+Each is an 8x8 scan in 17 gray levels (UCI, Optical Recognition of Handwritten Digits). A fixed part is held out from
+pre-training, which sees no labels. Only `digits_for_probe` returns labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["DigitsDataset", "ProbeData", "digits_for_probe"]
 
 SCAN_SIZE = 8
 
-# the held-out digits are the same in every run, so that figures of different runs can be compared
+# the same digits are held out in every run, so that scores of different runs are comparable
 SPLIT_SEED = 0
 
 
@@ -37,9 +37,9 @@ class ProbeData:
     """Labeled images for a probe.
 
     Attributes:
-        images: fp32 `[S, C, H, W]`, normalized as for the encoder, not augmented.
+        images: fp32 `[S, C, H, W]`, normalized for the encoder, not augmented.
         labels: int64 `[S]`.
-        train_indices, test_indices: int64, positions in `images`. Pre-training saw the train part only.
+        train_indices, test_indices: int64 positions in `images`. Pre-training saw only the train part.
     """
 
     images: Tensor
@@ -51,9 +51,8 @@ class ProbeData:
 class DigitsDataset:
     """The digits of one split, without labels.
 
-    Augmented digits are rotated, enlarged or shrunk, and shifted, in one cubic resampling; outside of the
-    scan is paper. The other options of `VisionDataConfig` (crop, flip, color) are for photographs and have no
-    effect here.
+    Augmented digits are rotated, zoomed and shifted in one cubic resampling; pixels outside the scan are background.
+    The other options of `VisionDataConfig` (crop, flip, color) are for photographs and have no effect here.
     """
 
     channels = 1
@@ -71,28 +70,28 @@ class DigitsDataset:
         self._mean, self._std = data.mean[0], data.std[0]
         self._max_turn = math.radians(data.rotation_degrees)
         self._max_log_zoom = math.log1p(data.zoom)
-        # given in pixels of the model's input, used in pixels of the scan
+        # from pixels of the model's input to pixels of the scan
         self._max_shift = data.shift_pixels * SCAN_SIZE / model.image_size
-        # compiles the resampling here, once, and not in every worker
+        # compile the resampling once here, not in every worker
         self.plain(np.zeros(1, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self._scans)
 
     def __getitem__(self, sample_id: int) -> Tensor:
-        """One digit, fp32 `[1, H, W]`, normalized, not augmented."""
+        """Return one digit, fp32 `[1, H, W]`, normalized, not augmented."""
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         return self.plain(np.array([sample_id]))[0]
 
     def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
-        """See `Dataset`; no digit is ever replaced."""
+        """See `Dataset`; no digit is replaced."""
         draws = 2 * uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), 4) - 1
         limits = np.array([self._max_turn, self._max_log_zoom, self._max_shift, self._max_shift])
         return self._pixels(sample_ids, draws * limits), ()
 
     def names_digest(self) -> str:
-        """Return a digest of the scans: they have no names."""
+        """Return a digest of the scans, which have no names."""
         return digest_of(self._scans)
 
     def sizes_digest(self) -> str:
@@ -110,7 +109,7 @@ class DigitsDataset:
 
 
 def digits_for_probe(config: VisionConfig) -> ProbeData:
-    """All digits with their labels, prepared as `config` says, and the split that pre-training respects."""
+    """Return all digits with their labels, and the split into the pre-training part and the held-out part."""
     _, labels = _load_scans()
     train, test = _split(labels, config.data.test_fraction)
     images = torch.empty(len(labels), 1, config.model.image_size, config.model.image_size)
@@ -122,8 +121,8 @@ def digits_for_probe(config: VisionConfig) -> ProbeData:
 
 
 def _load_scans() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Scans `[S, 8, 8]` in [0, 1] and labels `[S]`."""
-    # a slow import, needed once
+    """Return scans, fp32 `[S, 8, 8]` in [0, 1], and labels, int64 `[S]`."""
+    # a slow import, needed only here
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -131,7 +130,7 @@ def _load_scans() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
 
 
 def _split(labels: npt.NDArray[np.int64], test_fraction: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Sorted train and test positions; every class is divided in the same proportion."""
+    """Return sorted train and test positions, stratified by class."""
     held_out = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

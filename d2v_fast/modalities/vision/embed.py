@@ -1,4 +1,4 @@
-"""Images for `d2v-fast embed` and the probe."""
+"""Inputs of `d2v-fast embed` and of the probe for images."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _log = logging.getLogger(__name__)
 
 
 def open_images(encoder: Encoder, inputs: Path, tokenizer: Path | None = None) -> Source:
-    """Return the images of a folder, prepared as the encoder's run or folder says.
+    """Return the images of a folder, normalized as the encoder's run or Transformers folder says.
 
     Raises:
-        ValueError: The folder's preparation is refused, or there are no images.
+        ValueError: The preprocessor configuration is invalid, or there are no images.
     """
     data = _preparation(encoder.folder, encoder.config) if encoder.run is None else encoder.run.data
     return Images(encoder.model, encoder.origin, inputs, encoder.config, data)
 
 
 class Images(Source):
-    """Images as the probe of a run reads them: the largest square in the middle."""
+    """Images without augmentation: the largest centered square, resized to the model's input."""
 
     what = "image"
     batch_size = 64
@@ -55,7 +55,7 @@ class Images(Source):
         self._limits = Limits(data.max_image_pixels, data.max_image_bytes, data.min_image_side, self._inside)
         self._size_px, self._channels = config.image_size, config.channels
         self._bit_depth, self._has_told_dim = data.bit_depth, False
-        # per channel, in gray levels
+        # per channel, on the scale of 0 to 255
         self._mean, self._std = (np.array(v, np.float32)[:, None, None] * 255 for v in (data.mean, data.std))
 
     def samples(self) -> Iterator[Sample | str]:
@@ -73,22 +73,22 @@ class Images(Source):
     def _tell_dim(self, path: str, dim: Any) -> None:
         # each of several threads may log it once
         self._has_told_dim = True
-        _log.warning("%s: %s (of a Transformers folder: `bit_depth` in its %s)", printable(path), dim, PREPROCESSOR)
+        _log.warning("%s: %s (in a Transformers folder: `bit_depth` in its %s)", printable(path), dim, PREPROCESSOR)
 
 
 def _preparation(folder: Path, model: VisionModelConfig) -> VisionDataConfig:
-    """Read mean, deviation and bit depth of a Transformers folder; the defaults are those of ImageNet."""
+    """Read mean, standard deviation and bit depth from a Transformers folder; the defaults are ImageNet's."""
     path = folder / PREPROCESSOR
     try:
         raw = read_json(path, MAX_FILE_BYTES) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise ValueError(f"`{path}` must be a preprocessor's configuration, but: {error}") from None
+        raise ValueError(f"`{path}` must be a preprocessor configuration, but: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"`{path}` must hold one section {{...}}, but does not.")
     named = {"mean": "image_mean", "std": "image_std", "bit_depth": "bit_depth"}
     data, problems = check(VisionDataConfig, {ours: raw[theirs] for ours, theirs in named.items() if theirs in raw})
     if data is None:
-        raise ValueError(f"`{path}` names no preparation of images: {problems[0]}")
+        raise ValueError(f"`{path}` is not a valid preprocessor configuration: {problems[0]}")
     for values, key in ((data.mean, "image_mean"), (data.std, "image_std")):
         if len(values) not in (1, model.channels):
             raise ValueError(f"`{key}` in {path} must hold {model.channels} values, but holds {len(values)} instead.")

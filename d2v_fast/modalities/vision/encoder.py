@@ -87,7 +87,7 @@ class VisionEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Input of `VisionModel`, which is averaged as a whole: the images themselves.
+    """Input of `VisionModel`: the images themselves, since the whole model is averaged.
 
     Attributes:
         pixels: `[B, C, H, W]`, normalized.

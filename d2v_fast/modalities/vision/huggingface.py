@@ -1,8 +1,8 @@
-"""Vision encoders as Hugging Face Transformers folders, in both directions, without importing Transformers.
+"""Write and read vision encoders as Hugging Face Transformers folders, without importing Transformers.
 
-`export_vision` writes what `Data2VecVisionModel.from_pretrained` reads; `import_vision` reads it back. The two
-libraries compute the same features: `hidden_states[-1]` there is `last_hidden` here, `last_hidden_state` there is
-`last_hidden` after `norm`.
+`export_vision` writes a folder that `Data2VecVisionModel.from_pretrained` loads; `import_vision` reads one. Both
+libraries compute the same features: their `hidden_states[-1]` is our `last_hidden`, and their `last_hidden_state` is
+our `last_hidden` after `norm`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from d2v_fast.models.student import Student
 
 KIND = "data2vec-vision"
 
-# norms of the published models use 1e-6; configurations made by Transformers' own converter say 1e-12 instead
+# the published models use 1e-6 in all norms; Transformers' own converter writes 1e-12 instead
 PUBLISHED_NORM_EPS = 1e-6
 CONVERTER_NORM_EPS = 1e-12
 
-# what a folder may hold beside the encoder: what is built around it, and tables of indices in old folders
+# tensors that a folder may hold beside the encoder: heads and decoders, and index tables in old folders
 UNUSED_PREFIXES = ("classifier.", "pooler.", "decode_head.", "auxiliary_head.", "fpn1.", "fpn2.", "fpn3.", "fpn4.")
 IGNORED_SUFFIX = "relative_position_index"
 BASE_PREFIX = "data2vec_vision."
@@ -86,13 +86,13 @@ def export_vision(
     """Write `config.json`, the weights (fp32), `preprocessor_config.json` and a model card.
 
     Args:
-        model: student or teacher, on any device and in any dtype, or its state by name: a mapping that reads each
-            tensor when it is asked for keeps no more than one file of them in memory.
-        config: of the run: sizes from `config.model`, image preparation from `config.data`; or of the model alone,
-            where it is not known how it was trained: images are prepared as for the published models.
-        max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
-        folder: made if missing; files that an earlier export wrote there are replaced, see `model_folder`.
-        info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
+        model: Student or teacher, on any device and in any dtype, or its state dict. A mapping that loads tensors
+            lazily keeps memory below the size of one weights file.
+        config: The run's configuration (sizes from `config.model`, image preparation from `config.data`), or the
+            model's if the run's is unknown: then images are prepared as for the published models.
+        folder: Created if missing. Files of an earlier export are replaced; see `model_folder`.
+        info: Facts for the model card, such as `{"weights": "teacher", "step": 750}`.
+        max_file_bytes: Larger weights are split into several files with an index, as Transformers does.
     """
     state = model if isinstance(model, Mapping) else model.state_dict()
     sizes = config.model if isinstance(config, VisionConfig) else config
@@ -108,15 +108,15 @@ def export_vision(
 def import_vision(
     folder: str | os.PathLike[str], *, norm_eps: float | None = None
 ) -> tuple[VisionModel, VisionModelConfig]:
-    """Read a folder that holds a `Data2VecVisionModel`, or a model around one.
+    """Read a folder that holds a `Data2VecVisionModel`, or a model built on one.
 
     Args:
-        folder: with `config.json` and `model.safetensors`, or several files of weights and their index.
-        norm_eps: of all norms, instead of the folder's `layer_norm_eps`.
+        folder: A folder with `config.json` and `model.safetensors`, or several weights files and their index.
+        norm_eps: Epsilon of all norms, overriding the folder's `layer_norm_eps`.
     Returns:
         The model, fp32 on the CPU, in training mode, and its configuration.
     Raises:
-        ValueError: for an architecture that this encoder is not, and for missing, unknown or misshapen tensors.
+        ValueError: The architecture is not supported, or tensors are missing, unknown or misshapen.
     """
     source = Path(folder)
     raw = read_model_config(source)
@@ -126,10 +126,10 @@ def import_vision(
     theirs = {name: value for name, value in theirs.items() if not name.endswith(IGNORED_SUFFIX)}
     may_lack = gammas(config) if raw.get("layer_scale_init_value", 0.1) == 0 else set()
     if raw.get("use_mean_pooling", True):
-        # the norm has given way to one behind the mean
+        # a norm after mean pooling replaces the last norm
         may_lack |= {"norm.weight", "norm.bias"}
     if not raw.get("use_shared_relative_position_bias", False):
-        # a table that the folder's own model does not use is as good as none
+        # ignore a table that the folder's own model does not use
         may_lack.add("position_bias.table")
         theirs.pop(NAMES.bias, None)
     model = build_vision(
@@ -145,7 +145,7 @@ def import_vision(
 
 
 def layout(config: VisionModelConfig) -> Layout:
-    """Transformers' names and shapes."""
+    """Return the mapping between our tensors and Transformers'."""
     return vision_layout(config, NAMES)
 
 
@@ -172,13 +172,13 @@ def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
         "use_absolute_position_embeddings": config.absolute_position,
         "use_relative_position_bias": config.position_bias == "per_block",
         "use_shared_relative_position_bias": config.position_bias == "shared",
-        # true would drop the final norm from the base model
+        # true would remove the last norm from the base model
         "use_mean_pooling": False,
     }
 
 
 def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> VisionModelConfig:
-    """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
+    """Convert a Transformers configuration to ours. Missing keys get Transformers' defaults."""
     required = {
         "model_type": KIND,
         "hidden_act": "gelu",
@@ -186,7 +186,7 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
     require_values(raw, required, {"hidden_act": "gelu"}, path)
     per_block = raw.get("use_relative_position_bias", False) is True
     if per_block:
-        # both at once add two tables
+        # Transformers would add both tables
         key = "use_shared_relative_position_bias"
         require_values(raw, {key: False}, {key: False}, path)
     if norm_eps is None:
@@ -194,7 +194,7 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
         if norm_eps == CONVERTER_NORM_EPS:
             _log.warning(
                 "`layer_norm_eps` in %s is %s and is kept, so that features agree with Transformers. The published "
-                "models were trained with %s: if this is one of them, write that there, or pass `norm_eps` from Python",
+                "models were trained with %s: if this is one of them, change the file, or pass `norm_eps` from Python",
                 path,
                 CONVERTER_NORM_EPS,
                 PUBLISHED_NORM_EPS,
@@ -213,7 +213,7 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
             "drop_path": raw.get("drop_path_rate", 0.1),
             "attention_dropout": raw.get("attention_probs_dropout_prob", 0.0),
             "dropout": raw.get("hidden_dropout_prob", 0.0),
-            # none is a scale of one
+            # a model without scales computes as with a scale of one
             "layer_scale": raw.get("layer_scale_init_value", 0.1) or 1.0,
             "norm_eps": norm_eps,
             "absolute_position": raw.get("use_absolute_position_embeddings", False),
@@ -226,7 +226,7 @@ def _own_config(raw: Mapping[str, Any], norm_eps: float | None, path: str) -> Vi
 
 
 def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
-    """One side of a square that is given as a number or as two equal ones."""
+    """Return the side of a square that is given as one number or as two equal numbers."""
     value = raw.get(key, default)
     if isinstance(value, list):
         if len(value) != 2 or value[0] != value[1]:
@@ -236,13 +236,13 @@ def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
 
 
 def _preprocessor_config(model: VisionModelConfig, data: VisionDataConfig, scans: bool) -> dict[str, Any]:
-    """Image preparation as in this library's own evaluation: the largest square in the middle, at input size."""
+    """Return the preprocessor configuration of our evaluation: the largest centered square at input size."""
     size = model.image_size
     return {
         "image_processor_type": "BeitImageProcessor",
         # gray images stay gray
         "do_convert_rgb": model.channels == 3,
-        # digits come at the size of the scan, 8x8, in gray levels from 0 to 16
+        # digits are scans of 8x8 with gray levels from 0 to 16
         "do_resize": not (scans and size == 8),
         "size": {"shortest_edge": size},
         "resample": RESAMPLE_BICUBIC,
@@ -254,7 +254,7 @@ def _preprocessor_config(model: VisionModelConfig, data: VisionDataConfig, scans
         "image_mean": _per_channel(data.mean, model.channels),
         "image_std": _per_channel(data.std, model.channels),
         "do_reduce_labels": False,
-        # Transformers' own processor does not know it
+        # Transformers' own processor ignores this key
         **({} if data.bit_depth is None else {"bit_depth": data.bit_depth}),
     }
 
@@ -284,8 +284,8 @@ encoder = AutoModel.from_pretrained(".")
 features = encoder(**processor(image, return_tensors="pt")).last_hidden_state  # class token first
 ```
 
-To fine-tune a classifier on the mean of the patch features, as is usual for this family of models (the final norm,
-`layernorm`, then gives way to a new one behind the mean, and is reported as unexpected):
+To fine-tune a classifier on the mean of the patch features, as is usual for this family of models (a new norm after the
+mean then replaces the last norm, `layernorm`, which is reported as unexpected):
 
 ```python
 from transformers import Data2VecVisionForImageClassification
@@ -298,7 +298,7 @@ model = Data2VecVisionForImageClassification.from_pretrained(".", num_labels=10,
 
 
 def _options_of_run(raw: Mapping[str, Any], wanted: VisionModelConfig) -> dict[str, Any]:
-    """Let a run choose the epsilon that Transformers' converter replaced by its own."""
+    """Return the run's norm epsilon if Transformers' converter overwrote that of the weights."""
     is_lost = raw.get("layer_norm_eps", CONVERTER_NORM_EPS) == CONVERTER_NORM_EPS
     return {"norm_eps": wanted.norm_eps} if is_lost else {}
 

@@ -1,4 +1,4 @@
-"""Any folder of photographs: a tree of JPEG, PNG, WebP, TIFF, BMP and GIF files, without labels."""
+"""A data set of a folder tree of JPEG, PNG, WebP, TIFF, BMP and GIF files, without labels."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ KINDS = FileKinds(
         **dict.fromkeys((".apng", ".avif", ".dcm", ".dds", ".dib", ".exr", ".hdr", ".heic"), _CONVERT),
         **dict.fromkeys((".heif", ".hif", ".ico", ".j2k", ".jp2", ".jpx", ".jxl", ".nii"), _CONVERT),
         **dict.fromkeys((".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga"), _CONVERT),
-        # cameras' raw files
+        # raw files of cameras
         **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"), _CONVERT),
     },
 )
-# of files whose values may have other than 8 bits
+# formats whose values may have more or fewer than 8 bits
 _MANY_DEPTHS = (".png", ".tif", ".tiff")
-# headers that are read before training starts, to count what cannot be used
+# headers that are read before training starts, to count unusable images
 NUM_HEADERS = 1000
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 NUM_CROP_TRIES = 10
 
-# what the numbers of an image's stream decide
+# which random numbers of an image decide what
 _CROP = slice(0, 4 * NUM_CROP_TRIES)
 _FLIP = _CROP.stop
 _JITTER = slice(_FLIP + 1, _FLIP + 5)
@@ -69,19 +69,21 @@ _log = logging.getLogger(__name__)
 
 
 class ImagesDataset:
-    """All images below `data.path`, ordered by path; hidden files and folders are left out.
+    """All images below `data.path`, ordered by path, without hidden files and folders.
 
-    Links are followed where they stay below `data.path`, and everywhere if `data.follow_outside`.
+    Links that lead out of `data.path` are followed only with `data.follow_outside`.
 
-    Augmented images are random resized crops (`crop_scale` of the area, aspect 3/4 to 4/3, cubic), flipped left to
-    right, and changed in brightness, contrast and saturation if `color_jitter` > 0. A file that cannot be read, or is
-    beyond the limits of `data`, is replaced by the next readable one in the order.
+    Augmented images are random resized crops (`crop_scale` of the area, aspect 3/4 to 4/3, cubic), randomly flipped
+    left to right, with random brightness, contrast and saturation if `color_jitter` > 0. A file that is unreadable or
+    beyond the limits of `data` is replaced by the next readable one.
 
+    Args:
+        data: Folder, augmentation and limits.
+        model: Image size and channels.
     Attributes:
-        listing: which files are used, and which others are not.
-
+        listing: The files that are used and those that are not.
     Raises:
-        DataError: at once, if there is no such folder, no image in it, or none that can be read.
+        DataError: The folder does not exist, holds no images, or none of those tried can be read.
     """
 
     def __init__(self, data: VisionDataConfig, model: VisionModelConfig) -> None:
@@ -103,7 +105,7 @@ class ImagesDataset:
         self._crop_scale = data.crop_scale
         self._flip_prob = data.flip_prob
         self._jitter = data.color_jitter
-        # per channel, in gray levels
+        # per channel, on the scale of 0 to 255
         self._mean = np.array(data.mean, dtype=np.float32)[:, None, None] * 255
         self._std = np.array(data.std, dtype=np.float32)[:, None, None] * 255
         self._bit_depth = data.bit_depth
@@ -116,16 +118,16 @@ class ImagesDataset:
         return len(self._paths)
 
     def __getitem__(self, sample_id: int) -> Tensor:
-        """One image, fp32 `[C, H, W]`, normalized, not augmented."""
+        """Return one image, fp32 `[C, H, W]`, normalized, not augmented."""
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         return self.plain(np.array([sample_id]))[0]
 
     def exactly(self, sample_id: int) -> Tensor:
-        """One image as `__getitem__` returns it, and never another in its place.
+        """Return the image that `__getitem__` returns, but never a replacement.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: The image is unreadable.
         """
         path = self.path(sample_id)
         try:
@@ -134,7 +136,7 @@ class ImagesDataset:
             raise DataError(printable(f"{path}: {error}")) from None
 
     def path(self, sample_id: int) -> str:
-        """The file of a sample."""
+        """Return the path of a sample's file."""
         return os.path.join(self.root, self._paths[sample_id])
 
     def names_digest(self) -> str:
@@ -142,14 +144,14 @@ class ImagesDataset:
         return digest_of(*self._paths.content)
 
     def sizes_digest(self) -> str:
-        """Return a digest of the sizes of the files, asked for now."""
+        """Return a digest of the files' current sizes."""
         return digest_of(file_sizes(self.root, self._paths))
 
     def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
-        """See `Dataset`. A replaced image is cropped and flipped as the unreadable one would have been.
+        """See `Dataset`. A replacement gets the crop and flip drawn for the unreadable image.
 
         Raises:
-            DataError: if an image and its next neighbors are all unreadable.
+            DataError: An image and the next ones after it are all unreadable.
         """
         draws = uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), _JITTER.stop)
         squares, bad = [], []
@@ -161,7 +163,7 @@ class ImagesDataset:
         return self._normalized(squares), tuple(bad)
 
     def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
-        """See `Dataset`: the largest square in the middle. Unreadable files are replaced here too, with a warning."""
+        """See `Dataset`. Return the largest centered squares; log a warning for each unreadable file replaced."""
         squares = []
         for sample_id in sample_ids.tolist():
             square, failures = self._read_or_replace(sample_id, center_box)
@@ -179,12 +181,11 @@ class ImagesDataset:
             except UnreadableImage as error:
                 failures.append(printable(f"{path}: {error}"))
         raise DataError(
-            f"{len(failures)} files that were tried one after the other are unreadable. Remove or repair them:\n  "
-            + "\n  ".join(failures)
+            f"{len(failures)} files in a row are unreadable. Remove or repair them:\n  " + "\n  ".join(failures)
         )
 
     def _read(self, path: str, choose_box: Callable[[int, int], Box]) -> Image.Image:
-        # told once: a folder of such images has too many of them
+        # warn once: a folder usually has many such images
         note = None if self._has_told_dim else functools.partial(self._tell_dim, path)
         return read_square(
             path,
@@ -211,23 +212,23 @@ class ImagesDataset:
     def _normalized(self, squares: list[Image.Image]) -> Tensor:
         pixels = np.empty((len(squares), self.channels, self.image_size, self.image_size), dtype=np.float32)
         for pixel, square in zip(pixels, squares, strict=True):
-            # image by image, while it is in the cache
+            # one image at a time, while it is in the cache
             pixel[...] = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1)
             pixel -= self._mean
             pixel /= self._std
         return torch.from_numpy(pixels)
 
     def _check_depths(self) -> None:
-        """Say before training starts that images are darker than they were meant to be."""
+        """Warn before training if the values of sampled images need fewer bits than are stored."""
         for sample_id in self._spread():
             path = self.path(sample_id)
             if path.lower().endswith(_MANY_DEPTHS) and not self._has_told_dim:
-                # whether it can be read is another question
+                # unreadable files are reported elsewhere
                 with contextlib.suppress(UnreadableImage):
                     self._read(path, center_box)
 
     def _count_unusable(self) -> None:
-        """Note in the listing how many images will be replaced by others, as far as their headers tell."""
+        """Record in the listing how many images will be replaced, judged by their headers."""
         small: list[str] = []
         unreadable: list[str] = []
         ids = self._spread(NUM_HEADERS)
@@ -245,11 +246,11 @@ class ImagesDataset:
                 self.listing = self.listing.without(len(found), "image", reason)
 
     def _spread(self, count: int = NUM_CHECKED) -> list[int]:
-        """A few samples, from the first to the last."""
+        """Return up to `count` sample ids, spread evenly from the first to the last."""
         return np.unique(np.linspace(0, len(self) - 1, count, dtype=np.int64)).tolist()
 
     def _check_some(self) -> None:
-        """Fail before training does, when nothing can be read."""
+        """Raise DataError before training if none of a few spread samples can be read."""
         failures = []
         for sample_id in self._spread():
             try:
@@ -264,12 +265,12 @@ class ImagesDataset:
 
 
 def random_box(numbers: npt.NDArray[np.float64], scale: tuple[float, float], width: int, height: int) -> Box:
-    """The crop (left, top, width, height) of an Inception-style random resized crop.
+    """Return the box (left, top, width, height) of an Inception-style random resized crop.
 
     Args:
-        numbers: fp64 `[40]` uniform in [0, 1): ten tries of four.
-        scale: smallest and largest share of the image's area.
-        width, height: of the image, in pixels.
+        numbers: fp64 `[40]`, uniform in [0, 1), four for each of ten tries.
+        scale: Smallest and largest share of the image's area.
+        width, height: The image's size in pixels.
     """
     log_low, log_high = math.log(MIN_ASPECT), math.log(MAX_ASPECT)
     low, high = scale
@@ -280,7 +281,7 @@ def random_box(numbers: npt.NDArray[np.float64], scale: tuple[float, float], wid
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left = math.floor(across * (width - crop_width + 1))
             return left, math.floor(down * (height - crop_height + 1)), crop_width, crop_height
-    # a very long or very small image: as much of its middle as the aspect allows
+    # a very long or very small image: take the largest centered crop of an allowed aspect
     crop_width = max(1, min(width, round(height * MAX_ASPECT)))
     crop_height = max(1, min(height, round(width / MIN_ASPECT)))
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
@@ -290,7 +291,7 @@ def _jittered(square: Image.Image, order: float, strengths: list[float]) -> Imag
     """Scale brightness, contrast and saturation; `order` in [0, 1) picks one of their six orders."""
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     if square.mode == "L":
-        # gray has no saturation
+        # gray images have no saturation
         enhancers.pop()
     steps = list(zip(enhancers, strengths, strict=False))
     order *= math.factorial(len(steps))

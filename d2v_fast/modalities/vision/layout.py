@@ -1,7 +1,7 @@
-"""The names that other libraries have for the image encoder's tensors, and an encoder with their weights.
+"""Map other libraries' tensor names to the image encoder's, and build an encoder with their weights.
 
-What only pre-training uses, or what a fine-tuned model has replaced, may be missing: it is drawn anew, and the log says
-so. What the encoder has no use for is left out, and the log says that too.
+Tensors that only pre-training uses, or that fine-tuning has replaced, may be missing: they keep their initial values.
+Tensors that the encoder has no use for are ignored. Both are logged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2v_fast.modalities.vision.encoder import VisionModel
 MASK_TOKEN = "embedding.mask_token"
 _NORM = ("norm.weight", "norm.bias")
 _SHARED_BIAS = "position_bias.table"
-# the seed of what is drawn anew: the same file gives the same encoder
+# seed of missing tensors, so that a file always gives the same encoder
 _SEED = 0
 
 _log = logging.getLogger(__name__)
@@ -30,13 +30,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VisionNames:
-    """Their names, of modules without `.weight` and `.bias`.
+    """Another library's tensor names; those of modules lack `.weight` and `.bias`.
 
     Attributes:
-        block: a block, `{}` for its index; the names from `qkv` to `block_bias` are within it.
-        qkv: weights of the map to queries, keys and values: one name, or three.
-        bias: the shared table of relative positions.
-        block_bias: a block's own table.
+        bias: The table of relative positions that all blocks share.
+        block: Prefix of a block, with `{}` for its index. It precedes `qkv` to `block_bias` and the values of
+            `modules`.
+        qkv: Weights of the map to queries, keys and values: one name or three.
+        block_bias: A block's own table of relative positions.
+        modules: Module names within a block, keyed by ours.
     """
 
     cls_token: str
@@ -56,7 +58,7 @@ class VisionNames:
 
 
 def vision_layout(config: VisionModelConfig, names: VisionNames) -> Layout:
-    """Where their tensors go, and the shapes of those that they keep in another shape than this library does."""
+    """Return the mapping between our tensors and theirs, with their shapes where these differ from ours."""
     pairs: dict[str, tuple[str, ...]] = {
         "embedding.cls_token": (names.cls_token,),
         MASK_TOKEN: (names.mask_token,),
@@ -89,7 +91,7 @@ def vision_layout(config: VisionModelConfig, names: VisionNames) -> Layout:
 
 
 def gammas(config: VisionModelConfig) -> set[str]:
-    """Our names of the scales of the blocks' branches, which are one where a model has none."""
+    """Return our names of the LayerScale factors, which are 1 for a model without them."""
     return {f"encoder.blocks.{index}.gamma{number}" for index in range(config.depth) for number in (1, 2)}
 
 
@@ -103,15 +105,19 @@ def build_vision(
     may_lack: frozenset[str] = frozenset(),
     unused: tuple[str, ...] = (),
 ) -> VisionModel:
-    """A model with other names' weights, fp32 on the CPU, in training mode.
+    """Build an encoder with another library's weights, fp32 on the CPU, in training mode.
 
     Args:
-        source: where they are from, such as "`x.pth`".
-        misfit: what an error says of the source, such as "does not fit its `config.json`".
-        may_lack: our names of what may be missing: it keeps its initial value. The mask token may always be.
-        unused: what the names begin with that may be there, and are not used.
+        config: The encoder's configuration.
+        layout: From `vision_layout`.
+        theirs: Tensors by the other library's names.
+        source: Where they come from, such as "`x.pth`", for messages.
+        misfit: What an error says about the source, such as "does not fit its `config.json`".
+        may_lack: Our names of tensors that may be missing, in addition to the mask token. They keep their initial
+            values.
+        unused: Prefixes of tensors to ignore.
     Raises:
-        ValueError: weights that are not finite. `Misfit` names every missing, unknown and misshapen tensor.
+        ValueError: Weights are not finite. `Misfit` names every missing, unknown and misshapen tensor.
     """
     layout.require_finite(theirs, source)
     lacking = {own for own in may_lack | {MASK_TOKEN} if own in layout.names and layout.names[own][0] not in theirs}
@@ -126,15 +132,13 @@ def build_vision(
     log_unused([name for name in theirs if name.startswith(unused)], source)
     if MASK_TOKEN in lacking:
         _log.warning(
-            "%s holds no mask token: a new one is drawn, which pre-training learns and features do not use",
+            "%s holds no mask token: a new one is drawn; only pre-training uses it",
             printable(source),
         )
     if lacking & set(_NORM):
-        _log.warning(
-            "%s holds no norm behind the last block: it begins anew with weight 1 and bias 0", printable(source)
-        )
+        _log.warning("%s holds no norm after the last block: it starts with weight 1 and bias 0", printable(source))
     if lacking & gammas(config):
-        _log.warning("%s holds no scales of the blocks' branches: they are one, without effect", printable(source))
+        _log.warning("%s holds no LayerScale factors: they are 1, which has no effect", printable(source))
     if _SHARED_BIAS in lacking:
-        _log.warning("%s holds no relative positions: their table begins at zero, without effect", printable(source))
+        _log.warning("%s holds no relative positions: their table is 0, which has no effect", printable(source))
     return model

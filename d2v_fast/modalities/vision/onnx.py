@@ -15,14 +15,14 @@ from d2v_fast.models.student import Student
 
 
 def vision_graph(model: Student, config: VisionConfig) -> Graph:
-    """Return the graph of an encoder in eval mode."""
+    """Return the graph to export for an encoder in eval mode."""
     sizes = config.model
     pixels = torch.zeros(EXAMPLE_BATCH, sizes.channels, sizes.image_size, sizes.image_size)
     return Graph(_Vision(model), {"pixel_values": pixels}, {"pixel_values": {0: torch.export.Dim("batch")}})
 
 
 class _Vision(nn.Module):
-    """An image encoder and its last norm."""
+    """An image encoder with its last norm."""
 
     def __init__(self, model: Student) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Pictures of what an image encoder makes of images: masks, and patch features as colors.
+"""Draw images, their masks, and an encoder's patch features as colors.
 
-A patch gets the color of its feature on the first three principal components of all patches shown, so that patches
-with similar features have similar colors.
+The color of a patch is its feature projected onto the first three principal components of all patches shown, so that
+patches with similar features have similar colors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MASK_COLOR = (0.42, 0.45, 0.50)
 
-# the few patches beyond these shares are clipped, since they would take the whole range of colors for themselves
+# quantiles at which colors are clipped, so that a few outliers do not use up the range
 LOWEST_SHARE, HIGHEST_SHARE = 0.01, 0.99
 
 
@@ -120,7 +120,7 @@ def principal_colors(features: Tensor) -> NDArray[np.float32]:
 
 
 def _draw_masks(config: VisionConfig, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Bool `[B, G, G]`, as the first epoch of the run would draw them."""
+    """Return the masks of the run's first epoch, bool `[B, G, G]`."""
     mask = config.mask
     return block_masks(
         config.run.seed,
@@ -148,7 +148,7 @@ def _figure(
     names: list[str],
     title: str,
 ) -> Figure:
-    """One column per image: input, masked input, one picture for each set of colors, and the name."""
+    """Draw one column per image: input, masked input, one picture for each set of colors, and the name."""
     grid_size, patch_size = masks.shape[1], images.shape[1] // masks.shape[1]
     hidden = masks.repeat(patch_size, 1).repeat(patch_size, 2)[..., None]
     rows = {"input": images, "masked input": np.where(hidden, MASK_COLOR, images)}

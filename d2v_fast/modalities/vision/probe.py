@@ -1,8 +1,8 @@
-"""The probes of images: the digits of the sample set, or a user's own labels.
+"""Probes of image features: on the digits of the sample set, or on a user's own labels.
 
-Features of an image are the last block's output, layer-normalized, averaged over all patches, or over the patches of
-each cell of a coarse grid, which keeps the rough position of what is seen (2x2 gives the four quadrants of Coates, Ng
-and Lee, AISTATS 2011). The baselines are the network before training and the raw pixels.
+Features of an image are the last block's output, layer-normalized, averaged over all patches or over the patches of
+each cell of a coarse grid, which keeps rough positions (2x2 gives the four quadrants of Coates, Ng and Lee, AISTATS
+2011). The baselines are the network before training and the raw pixels.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from d2v_fast.modalities.vision.images import KINDS
 from d2v_fast.models.student import Student
 
 PIXELS = "raw pixels"
-# side of an image as a baseline: more pixels take long to classify and score no better
+# side of the baseline's images: more pixels take longer to classify and score no better
 MAX_SIDE = 32
 _BATCH = 256
 
 
 def image_features(model: Student, images: Tensor, grid: int = 1) -> NDArray[np.float32]:
-    """Features of `images` `[S, C, H, W]`: the last block's `patch_features`, averaged over the patches of each cell.
+    """Compute the last block's `patch_features`, averaged over the patches of each cell.
 
     Args:
+        model: The encoder.
+        images: fp32 `[S, C, H, W]`, normalized.
         grid: Cells along one side. 1 averages over all patches, whose number then need not be a square.
     Returns:
         fp32 `[S, D * grid * grid]`.

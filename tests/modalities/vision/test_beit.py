@@ -1,4 +1,4 @@
-"""Checkpoints of the published code for images, both ways: the features of Transformers' model of the same weights."""
+"""Reading and writing the published code's image checkpoints, with features equal to those of Transformers' model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.vision_reference import randomize_
 
 transformers = pytest.importorskip("transformers")
 
-# theirs in Transformers -> the published code's, within a block
+# Transformers' module names in a block -> the published code's
 BLOCK = {
     "attention.output.dense": "attn.proj",
     "layernorm_before": "norm1",
@@ -37,7 +37,7 @@ BLOCK = {
 
 
 def published(theirs: Any) -> dict[str, Tensor]:
-    """Its weights by the names of the published code, and what the pre-training model holds besides."""
+    """Return a Transformers model's weights by the published code's names."""
     state = theirs.state_dict()
     found = {
         "cls_token": state["embeddings.cls_token"],
@@ -108,7 +108,7 @@ def test_student_teacher_and_head(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_what_is_left_out_and_drawn_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A fine-tuned model: no mask token, no last norm, a classifier behind a norm of the mean."""
+    """A fine-tuned model has no mask token and no last norm, but a classifier and a norm after mean pooling."""
     theirs = reference(use_mean_pooling=True, use_mask_token=False, **PER_BLOCK)
     more = {"fc_norm.weight": torch.ones(24), "fc_norm.bias": torch.zeros(24), "head.weight": torch.zeros(7, 24)}
     torch.save({"model": published(theirs) | more}, tmp_path / "a.pth")
@@ -117,7 +117,7 @@ def test_what_is_left_out_and_drawn_is_logged(tmp_path: Path, caplog: pytest.Log
     told = "\n".join(caplog.messages)
     assert "ignored: fc_norm (2 tensors), head" in told
     assert "holds no mask token: a new one is drawn" in told
-    assert "holds no norm behind the last block" in told
+    assert "holds no norm after the last block" in told
     again, _, _ = load_published(tmp_path / "a.pth")
     assert torch.equal(model.embedding.mask_token, again.embedding.mask_token)
     assert model.embedding.mask_token.std() > 0
@@ -185,7 +185,7 @@ def test_a_run_begins_with_it_and_is_exported_again(
         ({"patch_embed.proj.bias": None}, "`patch_embed.proj.bias` is missing"),
         ({"blocks.1.attn.v_bias": torch.zeros(3)}, r"`blocks.1.attn.v_bias` must be \[24\], but is \[3\] instead"),
         ({"blocks.1.attn.bias": torch.zeros(3)}, "`blocks.1.attn.bias` has no place in this encoder"),
-        ({"rel_pos_bias.relative_position_bias_table": None}, "nothing else tells the size of its images"),
+        ({"rel_pos_bias.relative_position_bias_table": None}, "nothing else gives the image size"),
         ({"cls_token": torch.full((1, 1, 24), torch.nan)}, "finite .*\n.*24 of 24 values of `cls_token`"),
         ({"norm.weight": None}, "`norm.weight` is missing"),
         ({"gamma": "text"}, "`gamma` is no tensor"),
@@ -204,7 +204,7 @@ def test_classes_other_than_a_command_line_are_refused(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"needs pathlib\.\w*Path, and reading that could execute code"):
         load_published(tmp_path / "a.pth")
-    # what fairseq's reader needs is in no class: it says how to get it
+    # fairseq's files need no class, so that a Namespace is refused there
     torch.save({"model": {"mask_emb": torch.zeros(3)}, "args": argparse.Namespace()}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"needs argparse\.Namespace, and reading that could execute code"):
         load_published(tmp_path / "b.pt")

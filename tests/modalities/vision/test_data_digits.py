@@ -86,7 +86,7 @@ def test_augmentation_moves_every_digit_differently() -> None:
     assert change.min() > 0
     for seed, epoch in ((2, 2), (1, 3)):
         assert (dataset.augmented(ids, seed, epoch)[0] != pixels).flatten(1).any(dim=1).all()
-    # each digit is still more like itself than like any other, on the whole
+    # on average a digit still correlates more with itself than with others
     likeness = torch.corrcoef(torch.cat([plain.flatten(1), pixels.flatten(1)]))[:200, 200:]
     assert likeness.diagonal().mean() > likeness.mean() + 0.1
 
@@ -120,7 +120,7 @@ def test_warp_directions() -> None:
     np.testing.assert_array_equal(one_moved(scan, down=2)[2:], scan[:-2])
     assert (one_moved(scan, down=2)[:2] == 0).all()
     np.testing.assert_allclose(one_moved(scan, turn=np.pi / 2), np.rot90(scan, -1), atol=1e-6)
-    # twice as large: the middle fills the picture
+    # at twice the size, the middle fills the image
     ramp = np.tile(np.linspace(0.1, 0.8, 8, dtype=np.float32), (8, 1))
     slopes = np.diff(one_moved(ramp, log_zoom=np.log(2)), axis=1)[2:-2, 1:-1]
     np.testing.assert_allclose(slopes, 0.05, atol=1e-3)
@@ -131,7 +131,7 @@ def test_upscaling_is_cubic() -> None:
     out = np.empty((1, 24, 24), dtype=np.float32)
     warp(out, scan[None], np.zeros(1, dtype=np.int64), np.zeros((1, 4)))
     expected = np.asarray(Image.fromarray(scan).resize((24, 24), Image.Resampling.BICUBIC)).clip(0, 1)
-    # at the rim ours meets paper, Pillow's the last pixel again
+    # at the border we read background, and Pillow repeats the last pixel
     np.testing.assert_allclose(out[0, 6:-6, 6:-6], expected[6:-6, 6:-6], atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Files made to do harm: each is named with a reason, none is decoded beyond the limits, none stops a run."""
+"""Hostile image files are refused with a reason, never decoded beyond the limits, and never stop a run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def reason(path: Path, limits: Limits = LIMITS) -> str:
 
 
 def repeated_scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan, of all pixels in a few bytes, is there `count` times more."""
+    """Return a progressive JPEG with `count` copies of its last scan, a few bytes that cover all pixels."""
     content = encoded(Image.new("L", (64, 64), 90), "JPEG", progressive=True)
     body = content.removesuffix(b"\xff\xd9")
     return body + body[body.rindex(b"\xff\xda") :] * count + b"\xff\xd9"
 
 
 def zip_bomb(size: int) -> bytes:
-    """A PNG of 64 x 64 pixels whose data go on for `size` bytes, compressed a thousandfold."""
+    """Return a PNG of 64 x 64 pixels whose data inflate to `size` bytes, about a thousandfold."""
     content = png_header(64, 64)
     data = zlib.compress(bytes(size), 9)
     chunk = struct.pack(">I", len(data)) + b"IDAT" + data + struct.pack(">I", zlib.crc32(b"IDAT" + data))
@@ -44,7 +44,7 @@ def zip_bomb(size: int) -> bytes:
 
 
 def make_hostile(folder: Path, elsewhere: Path) -> dict[str, str]:
-    """Fill a folder with files that must not be read; the reason of each by its name."""
+    """Fill a folder with files that must be refused, and return the expected reason by file name."""
     photo = encoded(picture(200, 200), "JPEG")
     contents = {
         "cut.jpg": (photo[:2000], "OSError: .*truncated"),
@@ -78,7 +78,7 @@ def make_hostile(folder: Path, elsewhere: Path) -> dict[str, str]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Twelve images, three of them in a folder that is called like one."""
+    """Twelve images, three of them in a folder named like an image file."""
     folder = tmp_path / "images"
     (folder / "folder.jpg").mkdir(parents=True)
     for i in range(12):
@@ -99,7 +99,7 @@ def test_each_is_named_and_replaced(tree: Path, tmp_path: Path) -> None:
     assert unreadable.why.startswith("unreadable, such as ")
     start = time.perf_counter()
     pixels, bad = dataset.augmented(np.arange(len(dataset)), 0, 0)
-    # neither the pipe, nor the endless file, nor the many scans were waited for
+    # the pipe, the endless file and the many scans cost no time
     assert time.perf_counter() - start < 10
     assert pixels.isfinite().all()
     found = dict.fromkeys(bad)
@@ -117,7 +117,7 @@ def test_links_stay_inside(tree: Path, tmp_path: Path) -> None:
     inside = Limits(**{**vars(LIMITS), "root": str(tree)})
     assert read_square(str(tree / "inside.jpg"), 16, 3, center_box, inside).size == (16, 16)
     assert "a link out of the folder" in reason(tree / "link.jpg", inside)
-    # a folder whose name begins like the root's is another one
+    # a folder whose name starts with the root's name is outside
     sibling = tmp_path / "images of others"
     sibling.mkdir()
     (sibling / "a.jpg").write_bytes((tree / "05.jpg").read_bytes())
@@ -192,11 +192,11 @@ def test_scans_are_counted_in_the_image_only(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(repeated_scans(MAX_SCANS - 20))
     assert read_square(str(path), 16, 3, center_box, LIMITS).size == (16, 16)
-    # a telephone's film after the photograph, and a comment before its data
+    # a phone's video after the photograph, and a comment before its data
     film = b"\xff\xda\x00\x02" * (MAX_SCANS + 50)
     path.write_bytes(encoded(picture(), "JPEG", comment=film) + film)
     assert read_square(str(path), 16, 3, center_box, LIMITS).size == (16, 16)
-    # what a decoder skips between two scans hides none of them
+    # bytes that a decoder skips between two scans do not hide a scan
     for hidden in (b"\xff\x01", b"\xff\xff\xff\x01", b"junk", b"\xff\xd0"):
         content = repeated_scans(MAX_SCANS + 1)
         place = content.rindex(b"\xff\xda", 0, len(content) // 2)
@@ -234,13 +234,13 @@ def test_run_among_hostile_files(tree: Path, tmp_path: Path, num_workers: int) -
         d2v__schedule={"steps": 9},
     )
     output = tmp_path / "output"
-    # pytest's own handlers away: warnings then go where they go in a user's process
+    # without pytest's handlers, warnings go where they go in a user's process
     quiet = logging.getLogger().handlers.clear
     assert run_forked("--ds_config", config, "--run", "a", output=output, before=quiet) == [0], output.read_text()
     lines = [json.loads(line) for line in (tmp_path / "runs" / "a" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 9
     text = output.read_text()
-    # three epochs: each was met, told once, and numbered
+    # after three epochs each file was met, and logged once with a number
     for name in reasons:
         assert text.count(name.replace("\x1b", "\\x1b").replace("\n", "\\n") + ": ") == 1, name
     assert f"skipped unreadable image number {len(reasons)}: " in text

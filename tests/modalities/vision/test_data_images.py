@@ -50,7 +50,7 @@ def test_unreadable_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(UnreadableImage, match=reason):
         levels(tmp_path / name)
     with warnings.catch_warnings():
-        # as in a user's process, where warnings are no errors
+        # warnings are not errors in a user's process
         warnings.simplefilter("default")
         with pytest.raises(UnreadableImage, match=reason):
             levels(tmp_path / name)
@@ -155,7 +155,7 @@ def test_reduced_decoding_is_as_good(tmp_path: Path) -> None:
     with Image.open(tmp_path / "large.jpg") as image:
         expected = expected_levels(image, 64)
     assert np.abs(levels(tmp_path / "large.jpg", 64) - expected).mean() < 1
-    # a small crop must not be decoded so small that it has to be blown up again
+    # a small crop must not be decoded at a size that needs enlarging
     box = (800, 600, 70, 70)
     small = np.asarray(read_square(str(tmp_path / "large.jpg"), 64, 3, lambda *_: box, LIMITS)).astype(int)
     with Image.open(tmp_path / "large.jpg") as image:
@@ -177,14 +177,14 @@ def test_random_boxes() -> None:
     assert 0.72 < aspects.min() < 0.78
     assert 1.28 < aspects.max() < 1.36
     assert np.median(aspects) == pytest.approx(1, abs=0.03)
-    # the whole of a very long image never has the wanted aspect: as much of its middle as has
+    # a very long image never has an allowed aspect: the largest centered crop that has one is used
     assert random_box(generator.random(40), (1, 1), 1000, 10) == (493, 0, 13, 10)
     assert random_box(generator.random(40), (1, 1), 3, 900) == (0, 448, 3, 4)
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Twelve images in folders, in three formats."""
+    """Twelve images of three formats in folders."""
     for i in range(12):
         folder = tmp_path / "images" / f"class {i % 3}" / ("deep" if i % 2 else ".")
         folder.mkdir(parents=True, exist_ok=True)
@@ -298,9 +298,7 @@ def test_no_readable_neighbor(tree: Path) -> None:
     dataset = make_dataset(tree)
     for i in range(12):
         Path(dataset.path(i)).write_bytes(b"junk")
-    with pytest.raises(
-        DataError, match=r"12 files that were tried one after the other are unreadable.*\n.*class 0.*not a JPEG"
-    ):
+    with pytest.raises(DataError, match=r"12 files in a row are unreadable.*\n.*class 0.*not a JPEG"):
         dataset.augmented(np.array([3]), 0, 0)
 
 

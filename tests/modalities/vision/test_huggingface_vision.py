@@ -1,4 +1,4 @@
-"""Export to and import from Transformers: the same features, the same images, clear refusals."""
+"""Export to and import from Transformers: equal features, equal image preparation, clear errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random_pixels(config: VisionModelConfig, batch_size: int = 2) -> Tensor:
 
 @torch.no_grad()
 def assert_same_features(model: VisionModel, theirs: Any, config: VisionModelConfig) -> None:
-    """Unmasked and masked, every block's output included."""
+    """Compare every block's output, unmasked and masked."""
     pixels = random_pixels(config)
     masked = torch.rand(2, config.num_patches) < 0.5
     theirs.eval()
@@ -166,7 +166,7 @@ def test_images_are_prepared_as_in_training(size: tuple[int, int], channels: int
     theirs = processor(image if channels == 3 else image.convert("L"), return_tensors="pt")["pixel_values"][0]
     ours = image_dataset(config.model_copy(update={"data": data}))[0]
     assert theirs.shape == ours.shape
-    # the cut may differ by a pixel before or after resizing, nothing else
+    # only the crop may differ, by a pixel before or after resizing
     assert (theirs - ours).abs().mean() < 0.1
     if size == (35, 35):
         torch.testing.assert_close(theirs, ours)

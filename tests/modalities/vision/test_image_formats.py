@@ -1,4 +1,4 @@
-"""Images of other formats and depths: each as it was meant, or named as unreadable with the reason."""
+"""Image formats and bit depths are decoded correctly, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.helpers.image_datasets import LIMITS, encoded, expected_levels, level
 from tests.helpers.image_files import blocks, chunk, png, tiff
 from tests.helpers.runs import tiny_file
 
-# 20 x 20 squares of one color each, so that every reader agrees on the middle of a square
+# squares of 20 x 20 equal pixels, so that resampling does not change the middle of a square
 COLORS = np.array([[[200, 30, 60], [20, 160, 240]], [[250, 250, 5], [90, 90, 90]]], dtype=np.uint16)
 
 
 def centers(content: bytes, tmp_path: Path, channels: int = 3, **options: Any) -> NDArray[np.int64]:
-    """What is read at the middles of the four squares, `[2, 2]` or `[2, 2, 3]`."""
+    """Return the values at the middles of the four squares, `[2, 2]` or `[2, 2, 3]`."""
     (tmp_path / "a").write_bytes(content)
     read = read_square(str(tmp_path / "a"), 40, channels, center_box, LIMITS, **options)
     return np.asarray(read).astype(int)[10::20, 10::20]
@@ -48,11 +48,11 @@ GRAYS = COLORS[..., 0]
 @pytest.mark.parametrize("bits", [9, 10, 12, 14])
 @pytest.mark.parametrize("kind", [0, 2, 4, 6], ids=["gray", "rgb", "gray+alpha", "rgb+alpha"])
 def test_values_of_fewer_bits_in_sixteen(kind: int, bits: int, tmp_path: Path) -> None:
-    """A key says how many; a PNG may say it itself; else it is noted."""
+    """The bit depth comes from the key or from the PNG; without either, a note is given."""
     white = 2**bits - 1
     source = GRAYS[..., None] if kind in (0, 4) else COLORS
     values = blocks(np.rint(source / 255 * white).astype(np.uint16))
-    # the last bits differ, as those of a sensor do
+    # the last bits vary, as a sensor's do
     values[::2] |= 1
     if kind in (4, 6):
         values = np.concatenate([values, np.full_like(values[..., :1], 65535)], axis=2)
@@ -73,7 +73,7 @@ def test_values_of_fewer_bits_in_sixteen(kind: int, bits: int, tmp_path: Path) -
     assert np.array_equal(kept, dark)
     assert not notes
     if kind in (4, 6):
-        # opacity of as many bits as the colors
+        # opacity with as many bits as the colors
         values[..., -1] = white
         assert np.array_equal(centers(png(values, kind), tmp_path, bit_depth=bits), by_key)
         assert np.array_equal(centers(png(values, kind, 16, significant), tmp_path), by_key)
@@ -81,7 +81,7 @@ def test_values_of_fewer_bits_in_sixteen(kind: int, bits: int, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", [0, 2], ids=["gray", "rgb"])
 def test_significant_bits_that_are_scaled_up(kind: int, tmp_path: Path) -> None:
-    """As the PNG specification wants it: 12 significant bits in values up to 65,535, however dark the image is."""
+    """12 significant bits scaled up to 16 bits, as the PNG specification demands, are read as 16 bits."""
     significant = chunk(b"sBIT", bytes([12] * (1 if kind == 0 else 3)))
     for brightness in (1.0, 0.05):
         twelve = np.rint(COLORS * brightness / 255 * 4095).astype(np.uint16)
@@ -119,7 +119,7 @@ def test_values_beyond_the_key(tmp_path: Path) -> None:
     assert reason(png(values, 0), tmp_path, bit_depth=12) == (
         "a value of 5,000 is beyond the 12 bits of `d2v.data.bit_depth`"
     )
-    # files of 8 bits are what they are
+    # a key above the stored bits has no effect
     eight = blocks(GRAYS)
     assert np.array_equal(centers(png(eight, 0, 8), tmp_path, bit_depth=12), centers(png(eight, 0, 8), tmp_path))
 
@@ -129,7 +129,7 @@ def test_transparent_color_of_sixteen_bits(tmp_path: Path) -> None:
     gray = centers(png(values, 0, 16, chunk(b"tRNS", struct.pack(">H", 100))), tmp_path, channels=1)
     assert gray.tolist() == [[255, 40_000 >> 8], [30_000 >> 8, 255]]
     colors = np.stack([values] * 3, 2)
-    # no other color of the same upper halves is transparent
+    # another color with the same upper bytes is not transparent
     colors[:20, 20:] = [100, 100, 101]
     key = chunk(b"tRNS", struct.pack(">HHH", 100, 100, 100))
     read = centers(png(colors, 2, 16, key), tmp_path)
@@ -148,8 +148,8 @@ def test_tiff_depths(bits: int, photometric: int, order: str, tmp_path: Path) ->
     content = tiff(values, order, photometric, extra={281: white} if bits == 12 else None)
     expected = COLORS if photometric == 2 else np.repeat(GRAYS[..., None], 3, 2)
     if (bits, photometric, order) == (16, 0, ">"):
-        # a layout that Pillow does not know
-        assert "a TIFF that is damaged, or of a layout that is not read" in reason(content, tmp_path)
+        # a layout that Pillow does not support
+        assert "a TIFF that is damaged or has an unsupported layout" in reason(content, tmp_path)
         return
     if bits == 12 and photometric == 0:
         if order == "<":
@@ -161,7 +161,7 @@ def test_tiff_depths(bits: int, photometric: int, order: str, tmp_path: Path) ->
         dark = centers(tiff(values, order, photometric), tmp_path, note=notes.append)
         assert dark.max() < 16
         assert notes == [Dim(16, 12)]
-        # statistics that no sensor has are no white
+        # a maximum that no sensor has is not a white level
         assert np.array_equal(centers(tiff(values, order, photometric, extra={281: 4000}), tmp_path), dark)
         by_key = centers(tiff(values, order, photometric), tmp_path, bit_depth=12)
         assert np.abs(by_key - expected).max() <= 1
@@ -207,7 +207,7 @@ BITMAP_HEADER = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 54, 0, 54, 40, 40_000, 4
 
 
 def compressed_as(number: int) -> bytes:
-    """A TIFF that says so of its data."""
+    """Return a TIFF that claims compression `number`."""
     tag = struct.pack("<HHI", 259, 3, 1)
     return encoded(picture(), "TIFF", compression="tiff_lzw").replace(
         tag + struct.pack("<I", 5), tag + struct.pack("<I", number)
@@ -215,7 +215,7 @@ def compressed_as(number: int) -> bytes:
 
 
 def with_tag(content: bytes, tag: int, number: int, count: int, value: int) -> bytes:
-    """A TIFF of which one entry of the directory is another one."""
+    """Return a TIFF with one directory entry replaced."""
     start = int.from_bytes(content[4:8], "little")
     for index in range(int.from_bytes(content[start : start + 2], "little")):
         entry = start + 2 + 12 * index
@@ -225,7 +225,7 @@ def with_tag(content: bytes, tag: int, number: int, count: int, value: int) -> b
 
 
 def huge_tile() -> bytes:
-    """A small image that is cut out of one tile of 16 GB."""
+    """Return a TIFF with a small image in one tile of 16 GB."""
     content = encoded(picture(), "TIFF", compression="tiff_adobe_deflate")
     content = with_tag(content, 278, 322, 1, 70_000)
     for tag, number in ((284, 323), (273, 324), (279, 325)):
@@ -247,24 +247,24 @@ def rle_bitmap() -> bytes:
 UNREADABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "float": (
         lambda: tiff(blocks(GRAYS).astype(np.float32) / 255, sample_format=3),
-        "floating-point values, whose white is not known",
+        "floating-point values, for which white is undefined",
     ),
     "signed": (
         lambda: tiff(blocks(GRAYS).astype(np.int16), sample_format=2),
-        "signed or 32-bit values, whose white is not known",
+        "signed or 32-bit values, for which white is undefined",
     ),
-    "32 bits": (lambda: tiff(blocks(GRAYS).astype(np.uint32)), "signed or 32-bit values, whose white is not known"),
+    "32 bits": (lambda: tiff(blocks(GRAYS).astype(np.uint32)), "signed or 32-bit values, for which white is undefined"),
     "float64": (
         lambda: tiff(blocks(GRAYS).astype(np.float64), sample_format=3),
-        "a TIFF that is damaged, or of a layout that is not read",
+        "a TIFF that is damaged or has an unsupported layout",
     ),
     "CIELAB": (
         lambda: tiff(blocks(COLORS).astype(np.uint8), photometric=8),
-        "CIELAB colors, whose white point the file does not tell",
+        "CIELAB colors with an unknown white point",
     ),
     "planes": (
         lambda: tiff(blocks(COLORS).astype(np.uint16) * 257, photometric=2, planar=True),
-        "planes of 16 bits one after the other",
+        "16-bit channels in separate planes",
     ),
     "cut": (lambda: encoded(picture(60, 50), "GIF")[:1500], "truncated"),
     "text": (lambda: b"II*\0 is how a TIFF begins, and this is none", "a TIFF that is damaged"),
@@ -274,8 +274,8 @@ UNREADABLE: dict[str, tuple[Callable[[], bytes], str]] = {
         "more than 64,000,000 pixels",
     ),
     "bmp bomb": (lambda: BITMAP_HEADER, "more than 64,000,000 pixels"),
-    "lzma": (lambda: compressed_as(34925), "TIFF compression lzma is not read"),
-    "old JPEG": (lambda: compressed_as(6), "TIFF compression tiff_jpeg is not read"),
+    "lzma": (lambda: compressed_as(34925), "TIFF compression lzma is not supported"),
+    "old JPEG": (lambda: compressed_as(6), "TIFF compression tiff_jpeg is not supported"),
     "many strips": (
         lambda: with_tag(encoded(picture(), "TIFF"), 273, 273, 50_000_000, 8),
         "more than 300,000 strips or tiles",
@@ -295,7 +295,7 @@ def test_what_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_a_key_tells_the_white_of_integers(tmp_path: Path) -> None:
-    """Signed and 32-bit ones, as scanners and microscopes write them."""
+    """Scanners and microscopes write signed and 32-bit values."""
     twelve = blocks(np.rint(GRAYS / 255 * 4095))
     for kind, sample_format in ((np.int16, 2), (np.uint32, 1), (np.int32, 2)):
         content = tiff(twelve.astype(kind), sample_format=sample_format)
@@ -417,7 +417,7 @@ def test_damaged_files_never_escape(tmp_path: Path) -> None:
     outcomes = []
     for trial in range(700):
         content = np.frombuffer(sources[trial % len(sources)], dtype=np.uint8).copy()
-        # most of what can go wrong is at the beginning, or where a TIFF has its directory
+        # most fields that can go wrong are at the start, or in a TIFF's directory
         places = generator.integers(0, len(content), 3)
         places[0] = generator.integers(0, 60) if trial % 2 else len(content) - 1 - generator.integers(0, 200)
         content[places] = generator.integers(0, 256, 3)

@@ -1,4 +1,4 @@
-"""Pictures of images: the projection on colors, the choice of images, and their names."""
+"""Figures of images: projection to colors, choice of images, and their names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_colors_are_the_principal_components() -> None:
     for channel in range(3):
         values = colors[..., channel].ravel()
         assert (values.min(), values.max()) == (0.0, 1.0)
-        # a component is almost the coordinate with that much spread, up to sign, center and scale
+        # up to sign, center and scale, a component is almost the coordinate of that variance
         coordinate = features[..., channel].flatten().numpy()
         assert abs(np.corrcoef(values, coordinate)[0, 1]) > 0.9
 
@@ -77,7 +77,7 @@ def photograph(path: Path, seed: int, size: tuple[int, int] = (30, 20)) -> None:
 
 
 def test_no_image_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither in the place of an unreadable neighbor nor as a copy; fewer than asked for are said."""
+    """No image is shown twice, as a replacement or as a copy, and a shortage is reported."""
     folder = tmp_path / "photographs"
     for index in range(4):
         photograph(folder / f"{index}.png", index)
@@ -86,7 +86,7 @@ def test_no_image_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     found = choose_images(CONFIG, folder, 6)
     assert found.names == ["0.png", "1.png", "2.png", "3.png"]
     assert len({image.numpy().tobytes() for image in found.pixels}) == 4
-    # what a name stands under is that file
+    # a name stands under its own image
     for name, image in zip(found.names, found.pixels, strict=True):
         alone = image_dataset(
             CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"kind": "images", "path": str(folder)})})

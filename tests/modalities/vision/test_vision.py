@@ -1,4 +1,4 @@
-"""The vision front end: patches, mask token, class token."""
+"""The vision embedding: patches, mask token, class token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def images(config: VisionModelConfig, batch_size: int = 3) -> Tensor:
 
 
 def ragged_rows(config: VisionModelConfig, batch_size: int = 3) -> tuple[Tensor, Tensor]:
-    """Flat rows of a random mask with another count in every image, and the mask, bool `[B, P]`."""
+    """Return flat rows of a random mask with a different count in every image, and the mask, bool `[B, P]`."""
     masked = torch.rand(batch_size, config.num_patches) < torch.linspace(0.2, 0.9, batch_size)[:, None]
     return masked.flatten().nonzero()[:, 0], masked
 
@@ -41,7 +41,7 @@ def test_matches_the_definition(geometry: tuple[int, int, int]) -> None:
     actual, expected = embedding(pixels, rows), reference.embed(weights, config, pixels, masked)
     torch.testing.assert_close(actual, expected)
     direction = torch.randn_like(actual)
-    # the mask may spare nothing, or no patch at all: the reference then leaves a parameter out
+    # if all patches are masked, or none, the reference has no gradient for a parameter
     actual_grads, expected_grads = (
         torch.autograd.grad(tokens, list(weights.values()), direction, materialize_grads=True)
         for tokens in (actual, expected)
@@ -102,6 +102,6 @@ def test_published_initialization() -> None:
     for parameter in (embedding.projection.weight, embedding.cls_token, embedding.mask_token):
         assert parameter.abs().max() <= 0.02
         assert parameter.std().item() == pytest.approx(0.02 * 0.5396, rel=0.1)
-    # no weight decay on 1-D parameters: the class token is one, the mask token is not
+    # 1-D parameters have no weight decay: that exempts the class token but not the mask token
     assert embedding.cls_token.dim() == 1
     assert embedding.mask_token.dim() == 2

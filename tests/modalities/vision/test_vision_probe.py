@@ -1,4 +1,4 @@
-"""The probe: it finds what is there, only on held-out images, the same way every time."""
+"""The image probe finds the class information in features, and scores only held-out images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from d2v_fast.modalities.vision.probe import PIXELS, image_features, run_probe
 
 
 def make_data(informative: bool, strength: float = 2.0, seed: int = 0) -> SimpleNamespace:
-    """400 images of 4 classes; the class is the bright quadrant, or nothing at all."""
+    """Return 400 noise images of 4 classes; with `informative`, the quadrant of the class is brighter."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, 400)
     images = rng.normal(size=(400, 1, 8, 8)).astype(np.float32)
@@ -32,7 +32,7 @@ def task_of(data):
 
 
 class Network(nn.Module):
-    """Patches as places, mapped linearly; features as of a `Student`."""
+    """A linear map of patches, with features like a `Student`'s."""
 
     def __init__(self, keep: bool) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_finds_what_is_there():
 
 
 def test_scores_only_held_out_images():
-    """Random labels can be learned by heart, and still nothing is found."""
+    """Random labels can be memorized, and held-out scores still stay at chance."""
     scores = score(make_data(False).images.reshape(400, -1), task_of(make_data(False)), VisionProbeConfig())
     assert scores.linear < 45
     assert scores.knn < 45
@@ -77,7 +77,7 @@ def test_features():
     def norm(x):
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
 
-    # the class token (100) does not count
+    # the class token (100) is ignored
     want = (norm(tokens) + norm(tokens + 0.1)) / 2
     assert got.shape == (300, 12)
     assert got.dtype == np.float32
@@ -99,7 +99,7 @@ def test_number_of_labels(per_class):
 
 
 class Patches(nn.Module):
-    """The pixels themselves as tokens of one channel and a constant; features as of a `Student`."""
+    """Tokens of one pixel and a constant, with features like a `Student`'s."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Patches(nn.Module):
 
 
 def test_features_of_a_grid():
-    """One cell bright: only its average differs."""
+    """If one cell is bright, only its average differs."""
     images = torch.full((3, 1, 4, 4), -1.0)
     images[1, 0, :2, 2:] = images[2, 0, 3, 0] = 1.0
     got = image_features(Patches(), images, grid=2).reshape(3, 2, 2, 2)
