@@ -34,6 +34,8 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 SYSTEM = re.compile(r"lib(c|m|gcc_s|stdc\+\+|dl|pthread|rt|torch_cpu)\.so(\.\d+)?|ld-linux.*\.so\.\d+")
 
 needs_build = pytest.mark.skipif(find_spec("build") is None, reason="needs build")
+# the first test that asks for the wheel waits for its build
+pytestmark = pytest.mark.timeout(900)
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
