@@ -128,7 +128,8 @@ def complete(run: Run, stop: StopRequest) -> None:
     """
     from d2v_fast.command_lines import resume_command
     from d2v_fast.data.listing import counted
-    from d2v_fast.distributed.world import RunError, lost_connection
+    from d2v_fast.distributed.world import lost_connection
+    from d2v_fast.errors import RunError
     from d2v_fast.memory.peak import format_bytes
     from d2v_fast.training.run_folder import BAD_FILES
 

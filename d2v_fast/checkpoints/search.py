@@ -24,7 +24,8 @@ from d2v_fast.checkpoints.files import (
 )
 from d2v_fast.checkpoints.shard_files import DamageError
 from d2v_fast.command_lines import resume_command
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.files.io_errors import advice
 
 

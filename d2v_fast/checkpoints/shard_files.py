@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.distributed.shards import Shard
-from d2v_fast.distributed.world import RunError
+from d2v_fast.errors import RunError
 from d2v_fast.files.atomic import write_tensors
 from d2v_fast.files.reading import open_regular, printable
 

@@ -45,7 +45,8 @@ from d2v_fast.checkpoints.hold import alone_with
 from d2v_fast.checkpoints.search import find_newest
 from d2v_fast.checkpoints.shard_files import Kept, copy_to_host, write_shards
 from d2v_fast.command_lines import resume_command
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.files.atomic import flush
 from d2v_fast.files.faults import fault_point
 from d2v_fast.files.io_errors import advice

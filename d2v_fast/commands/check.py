@@ -20,7 +20,8 @@ from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
 from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, step_order, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
 from d2v_fast.data.progress import duration
-from d2v_fast.distributed.world import RunError, World, world_size
+from d2v_fast.distributed.world import World, world_size
+from d2v_fast.errors import RunError
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
 from d2v_fast.memory.predict import predict

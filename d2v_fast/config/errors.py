@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
-from d2v_fast.errors import OptionError as OptionError
 from d2v_fast.errors import UserError
 from d2v_fast.files.paths import PathError, expand_path
 from d2v_fast.files.reading import printable

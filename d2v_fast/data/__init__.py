@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from d2v_fast.config import BatchSplit
-from d2v_fast.data.batch import Batch, DataError, ImageDataset, MicroBatch, Step
+from d2v_fast.data.batch import Batch, ImageDataset, MicroBatch, Step
 from d2v_fast.data.loader import StepLoader, worker_died
 from d2v_fast.data.makers import BatchMaker, batch_maker, resolved
 from d2v_fast.data.order import StepOrder
 from d2v_fast.data.samples import Samples
+from d2v_fast.errors import DataError
 
 __all__ = [
     "Batch",

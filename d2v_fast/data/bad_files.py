@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from d2v_fast.data.batch import Batch, DataError
+from d2v_fast.data.batch import Batch
 from d2v_fast.data.files import NUM_NAMED
+from d2v_fast.errors import DataError
 
 if TYPE_CHECKING:
     from d2v_fast.config import DataSection

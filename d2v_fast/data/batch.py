@@ -13,9 +13,8 @@ from torch import Tensor
 
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.samples import SampleSource
-from d2v_fast.errors import DataError
 
-__all__ = ["Batch", "DataError", "ImageDataset", "MicroBatch", "Step"]
+__all__ = ["Batch", "ImageDataset", "MicroBatch", "Step"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.files.atomic import flush, make_beside
 from d2v_fast.files.faults import fault_point
 from d2v_fast.files.io_errors import advice

@@ -11,8 +11,8 @@ from io import BufferedReader
 import numpy as np
 import numpy.typing as npt
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import FileKinds, Listing, count_endings, describe_listing, ending_of
+from d2v_fast.errors import DataError
 from d2v_fast.files.io_errors import advice, error_number, is_of_system
 from d2v_fast.files.reading import MAX_POINTER_BYTES, POINTER, NotRegularError, is_pointer, open_regular, printable
 

@@ -14,9 +14,9 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_NAMED, find_files
 from d2v_fast.data.listing import FileKinds, counted, describe_listing
+from d2v_fast.errors import DataError
 from d2v_fast.files.reading import printable
 
 __all__ = ["MAX_CLASSES", "MIN_PER_CLASS", "LabeledSample", "LabeledSet", "choose", "labeled_files", "split"]

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from d2v_fast.data.bad_files import BadFiles
-from d2v_fast.data.batch import Batch, DataError, MicroBatch, Step
+from d2v_fast.data.batch import Batch, MicroBatch, Step
 from d2v_fast.data.makers import BatchMaker
 from d2v_fast.data.order import MicroStep, StepOrder
 from d2v_fast.data.worker_watch import WorkerWatch
+from d2v_fast.errors import DataError
 from d2v_fast.processes.idle import LOOKS
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from d2v_fast.distributed.deepspeed_types import Engine
-from d2v_fast.distributed.world import RunError
+from d2v_fast.errors import RunError
 
 # the first version that works, and the first that was not tried; pyproject.toml has the same range
 FIRST, NOT_TRIED = (0, 19, 7), (0, 20, 0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from d2v_fast.distributed.watch import Watch
-from d2v_fast.errors import RunError as RunError
+from d2v_fast.errors import RunError
 
 # messages of gloo when a peer, or the network to it, is gone
 _BROKEN = re.compile(r"gloo/(transport|rendezvous)|[Cc]onnection (closed|reset|refused)|connectFullMesh failed")

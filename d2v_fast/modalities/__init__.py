@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from d2v_fast.errors import UserError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -53,7 +55,7 @@ def _unchanged(config: ConfigT) -> ConfigT:
     return config
 
 
-class ModalityError(ValueError):
+class ModalityError(UserError, ValueError):
     """A modality that does not exist, cannot be imported, or is defined twice."""
 
 

@@ -29,7 +29,8 @@ from d2v_fast.data import Batch
 from d2v_fast.distributed import deepspeed_internals, deepspeed_start
 from d2v_fast.distributed.deepspeed_types import Engine as ZeroEngine
 from d2v_fast.distributed.shards import Shard, find_shards
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.objectives.data2vec import StepOutput
 from d2v_fast.packages import install_command
 from d2v_fast.training.optimizers import (

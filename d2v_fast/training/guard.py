@@ -19,7 +19,8 @@ from torch import Tensor
 from d2v_fast.command_lines import resume_command
 from d2v_fast.config import GuardConfig, RunConfig
 from d2v_fast.distributed.deepspeed_internals import is_partitioned
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training.metrics import Entry, read_log
 from d2v_fast.training.run_folder import RunFolder

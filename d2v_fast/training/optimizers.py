@@ -14,7 +14,7 @@ from torch import Tensor
 from d2v_fast.config.deepspeed_sections import OptimizerConfig
 from d2v_fast.distributed.deepspeed_internals import cpu_adam_step
 from d2v_fast.distributed.deepspeed_start import adam_class
-from d2v_fast.distributed.world import RunError
+from d2v_fast.errors import RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

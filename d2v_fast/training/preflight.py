@@ -15,7 +15,8 @@ import torch
 
 from d2v_fast.command_lines import SUPERVISION
 from d2v_fast.config import RunConfig
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import available_memory, format_bytes
 from d2v_fast.memory.predict import predict_from

@@ -15,7 +15,8 @@ from d2v_fast.checkpoints.files import complete_steps
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.config import BatchSplit, RunConfig
 from d2v_fast.data import BatchMaker, StepLoader, batch_maker, resolved, step_order, steps_per_epoch
-from d2v_fast.distributed.world import RunError, World, world_size
+from d2v_fast.distributed.world import World, world_size
+from d2v_fast.errors import RunError
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory
 from d2v_fast.objectives.data2vec import build_model

@@ -13,7 +13,8 @@ from typing import IO, Any
 
 from d2v_fast.command_lines import SUPERVISION, resume_command
 from d2v_fast.config import RunConfig
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.files.atomic import write_text
 from d2v_fast.files.locks import Holder, own_record
 from d2v_fast.files.reading import append_regular, open_regular, read_json, read_text

@@ -18,7 +18,8 @@ from d2v_fast.config import RunConfig, changed_keys
 from d2v_fast.data import BatchMaker, Samples
 from d2v_fast.distributed.deepspeed_internals import is_partitioned
 from d2v_fast.distributed.shards import full_shape, gather_whole
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from d2v_fast.teacher import Teacher

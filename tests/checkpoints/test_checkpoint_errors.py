@@ -14,7 +14,8 @@ import pytest
 from d2v_fast.checkpoints import files as checkpoint_files
 from d2v_fast.checkpoints import shard_files
 from d2v_fast.checkpoints.store import Checkpoints
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.files import faults, reading
 from d2v_fast.training import supervise
 from d2v_fast.training.run_folder import RunFolder, is_saved

@@ -14,7 +14,8 @@ from torch import Tensor
 from d2v_fast.checkpoints.files import MANIFEST, STATE, verified_checkpoint
 from d2v_fast.checkpoints.shard_files import DamageError
 from d2v_fast.checkpoints.store import Checkpoints
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from tests.helpers.checkpoint_files import edit_state, kept, save, write_manifest, write_shards_anew
 
 SHARD = "shard-00000.safetensors"

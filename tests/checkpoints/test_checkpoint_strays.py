@@ -12,7 +12,8 @@ import pytest
 
 from d2v_fast.checkpoints.files import verified_checkpoint
 from d2v_fast.checkpoints.store import Checkpoints
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.training.run_folder import RunFolder, is_saved
 from tests.helpers.checkpoint_files import save
 

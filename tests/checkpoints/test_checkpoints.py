@@ -23,7 +23,8 @@ from d2v_fast.checkpoints.files import MANIFEST, verified_checkpoint
 from d2v_fast.checkpoints.shard_files import DamageError, HeldFile, Kept, ShardReader, copy_to_host, write_shards
 from d2v_fast.checkpoints.store import Checkpoints, require_same_shapes
 from d2v_fast.distributed.shards import Shard
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.files import faults
 from d2v_fast.training.run_folder import RunFolder
 from tests.helpers.checkpoint_files import kept, save

@@ -17,7 +17,8 @@ from PIL import Image
 from d2v_fast.config import check_d2v
 from d2v_fast.data import Samples, batch_maker
 from d2v_fast.data.samples import digest_of
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.training import run_state
 from d2v_fast.training.run_state import samples_of
 from tests.helpers.marks import needs_deepspeed

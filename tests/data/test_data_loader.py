@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from d2v_fast.config import VisionConfig
-from d2v_fast.data import Batch, DataError, ImageDataset
+from d2v_fast.data import Batch, ImageDataset
 from d2v_fast.data import loader as loader_module
 from d2v_fast.data.bad_files import BadFiles, judge_listing
 from d2v_fast.data.listing import Listing
+from d2v_fast.errors import DataError
 from d2v_fast.masking import block_mask_rows
 from d2v_fast.modalities.vision.batches import image_dataset
 from tests.helpers.squares import Squares, make_config, make_loader

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from d2v_fast.commands.console import main
-from d2v_fast.data import DataError
 from d2v_fast.data.files import find_files
 from d2v_fast.data.listing import Listing, counted, describe_listing, ending_of
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.speech.audio import KINDS as AUDIO_KINDS
 from d2v_fast.modalities.text.files import KINDS as TEXT_KINDS
 from d2v_fast.modalities.vision import images

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from d2v_fast.config import BatchSplit
-from d2v_fast.data import DataError
 from d2v_fast.data.order import MicroStep, StepOrder
+from d2v_fast.errors import DataError
 from d2v_fast.masking.streams import ORDER, permutation
 
 RATE = 16_000

@@ -14,9 +14,9 @@ import soundfile
 from PIL import Image
 
 from d2v_fast.config import TextDataConfig
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import PathList
 from d2v_fast.data.samples import file_sizes
+from d2v_fast.errors import DataError
 from d2v_fast.files import reading
 from d2v_fast.modalities.speech.decode import AudioLimits, UnreadableAudio, read_header
 from d2v_fast.modalities.text.files import TextFiles

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from d2v_fast.config import check_d2v
-from d2v_fast.data import DataError
 from d2v_fast.data.labels import LabeledSample, choose, labeled_files, split
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.text.labels import labeled_texts
 from d2v_fast.modalities.vision.images import KINDS
 from tests.helpers.runs import TINY_TEXT

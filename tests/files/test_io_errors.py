@@ -12,9 +12,9 @@ import torch
 from d2v_fast.checkpoints import store
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.cli.run import explain
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import made_once
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import DataError, RunError
 from d2v_fast.files import io_errors
 from d2v_fast.files.io_errors import advice, error_number
 from d2v_fast.modalities.text.tokens import MANIFEST, Tokens

@@ -13,8 +13,7 @@ import pytest
 from d2v_fast.checkpoints.saved_weights import read_run_config
 from d2v_fast.cli.train_options import read_config, train_parser
 from d2v_fast.config import ConfigError, load_config
-from d2v_fast.data.batch import DataError
-from d2v_fast.distributed.world import RunError
+from d2v_fast.errors import DataError, RunError
 from d2v_fast.files.reading import append_regular
 from d2v_fast.interop.huggingface import import_model
 from d2v_fast.interop.published import read_published

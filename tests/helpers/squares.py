@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from d2v_fast.config import BatchSplit, VisionConfig
-from d2v_fast.data import DataError, ImageDataset, StepLoader
+from d2v_fast.data import ImageDataset, StepLoader
 from d2v_fast.data.listing import Listing
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.vision.batches import ImageBatches
 from tests.helpers import loaders
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from d2v_fast.commands.console import main
-from d2v_fast.data import DataError, cache
+from d2v_fast.data import cache
 from d2v_fast.data.cache import made_once
-from d2v_fast.distributed.world import RunError
+from d2v_fast.errors import DataError, RunError
 from d2v_fast.files.locks import Holder, own_record
 from d2v_fast.processes.state import state_of
 from d2v_fast.training.run_folder import RunFolder

@@ -23,8 +23,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import UnreadableFile
+from d2v_fast.errors import DataError
 from d2v_fast.interop.fairseq_files import read_pickle
 from d2v_fast.interop.folders import read_weights
 from d2v_fast.modalities.text import parquet as parquet_files

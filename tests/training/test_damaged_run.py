@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from d2v_fast.commands.console import main
-from d2v_fast.distributed.world import RunError
+from d2v_fast.errors import RunError
 from d2v_fast.training.metrics import read_log, read_probes
 from d2v_fast.training.run_folder import RunFolder, find_supervised
 from tests.helpers.runs import figures, leave_out_reports, logged_steps, run_here, tiny_file

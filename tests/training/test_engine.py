@@ -14,7 +14,8 @@ from d2v_fast.cli.train_options import read_config, train_parser
 from d2v_fast.config import check_d2v, load_config
 from d2v_fast.data import Batch
 from d2v_fast.distributed.shards import full_shape, gather_whole
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.training.engine import (
     Engine,

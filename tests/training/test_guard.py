@@ -13,7 +13,8 @@ import torch
 
 from d2v_fast.config import BatchSplit, GuardConfig, load_config
 from d2v_fast.data.order import StepOrder
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training import guard as guard_module
 from d2v_fast.training.guard import Guard, check_collapse, first_judged_step, judge_end

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from d2v_fast.config import ConfigError, RunConfig, parse_config
-from d2v_fast.distributed.world import RunError, World
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import RunError
 from d2v_fast.training import optimizers
 from d2v_fast.training.optimizers import check_optimizer_available, make_optimizer, optimizer_step
 from tests.helpers.marks import needs_deepspeed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_fast.distributed.world import RunError
+from d2v_fast.errors import RunError
 from d2v_fast.training import run_folder
 from tests.helpers.runs import figures, leave_out_reports, run_here, tiny_file
 

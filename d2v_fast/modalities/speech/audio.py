@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBORS, PathList, find_files, tried_in_order
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds, Listing, count_endings
 from d2v_fast.data.samples import digest_of, file_sizes
+from d2v_fast.errors import DataError
 from d2v_fast.files.reading import NotRegularError, is_path, open_regular, printable, refuse_pointer
 from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.modalities.speech.decode import (

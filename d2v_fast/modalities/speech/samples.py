@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import Listing
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.speech.audio import AudioDataset, normalized
 from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
 from d2v_fast.modalities.speech.decode import AudioLimits, read_whole

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_NAMED, NUM_NEIGHBORS, UnreadableFile, find_files, refuse_system_error
 from d2v_fast.data.listing import ARCHIVES, FileKinds, Listing, count_endings, describe_listing, name_list
+from d2v_fast.errors import DataError
 from d2v_fast.files.reading import parse_json, printable
 from d2v_fast.modalities.text.parquet import parquet_rows
 from d2v_fast.modalities.text.streams import (

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import UnreadableFile
 from d2v_fast.data.labels import LabeledSample, LabeledSet, choose, class_of, refuse_parts
 from d2v_fast.data.listing import counted, describe_listing, name_list
+from d2v_fast.errors import DataError
 from d2v_fast.files.reading import parse_json
 from d2v_fast.modalities.text.files import REPLACEMENT, TextFiles
 from d2v_fast.modalities.text.streams import text_ending

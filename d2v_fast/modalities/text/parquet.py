@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import UnreadableFile
 from d2v_fast.data.listing import name_list
+from d2v_fast.errors import DataError
 from d2v_fast.files.io_errors import error_number
 from d2v_fast.modalities.text.streams import MAX_RATIO, MIN_LIMIT
 from d2v_fast.packages import install_command

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import PATIENCE_S, made_once
 from d2v_fast.data.listing import Listing
+from d2v_fast.errors import DataError
 from d2v_fast.files.io_errors import error_text
 from d2v_fast.files.reading import read_text
 from d2v_fast.masking.streams import SPLIT, permutation

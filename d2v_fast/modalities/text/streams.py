@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import UnreadableFile, open_sample
+from d2v_fast.errors import DataError
 from d2v_fast.packages import install_command
 
 __all__ = ["COMPRESSED", "CHUNK", "MAX_LINE", "TextStream", "check_text", "not_utf8", "open_text", "text_ending"]

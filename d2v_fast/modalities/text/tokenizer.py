@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.files.paths import expand_path
 from d2v_fast.files.reading import printable
 from d2v_fast.modalities.text.config import MAX_VOCAB, TextModelConfig

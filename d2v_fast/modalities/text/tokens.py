@@ -21,10 +21,10 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.cache import PATIENCE_S, made_once
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.progress import Progress
+from d2v_fast.errors import DataError
 from d2v_fast.files.faults import fault_point
 from d2v_fast.files.io_errors import error_text
 from d2v_fast.files.reading import open_regular, printable, read_json

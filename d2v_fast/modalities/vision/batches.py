@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2v_fast.data.batch import Batch, DataError, ImageDataset, MicroBatch
+from d2v_fast.data.batch import Batch, ImageDataset, MicroBatch
 from d2v_fast.data.makers import drop_keys
 from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
+from d2v_fast.errors import DataError
 from d2v_fast.masking import block_mask_rows
 from d2v_fast.modalities.vision.config import VisionConfig
 from d2v_fast.modalities.vision.digits import DigitsDataset

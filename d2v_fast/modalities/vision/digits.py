@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.samples import digest_of
+from d2v_fast.errors import DataError
 from d2v_fast.masking.streams import AUGMENT, SPLIT, permutation, stream_keys, uniforms
 from d2v_fast.modalities.vision.affine import warp
 

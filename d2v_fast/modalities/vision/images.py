@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.files import NUM_CHECKED, PathList, find_files, tried_in_order
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
 from d2v_fast.data.samples import digest_of, file_sizes
+from d2v_fast.errors import DataError
 from d2v_fast.files.reading import printable
 from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.modalities.vision.bit_depth import Dim

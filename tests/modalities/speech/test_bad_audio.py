@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_fast.data import DataError
 from d2v_fast.data.files import tried_in_order
+from d2v_fast.errors import DataError
 from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.modalities.speech import audio as audio_module
 from d2v_fast.modalities.speech.audio import AudioDataset, normalized

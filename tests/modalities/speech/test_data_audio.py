@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from d2v_fast.data import DataError
 from d2v_fast.data.listing import LeftOut
+from d2v_fast.errors import DataError
 from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.modalities.speech import audio as audio_module
 from d2v_fast.modalities.speech import decode as audio_decode

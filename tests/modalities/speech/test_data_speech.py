@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_fast.data import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.speech import audio as audio_module
 from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
 from d2v_fast.modalities.speech.samples import FOLDER, HELD_OUT_VOICES, SpeechSamples, speech_for_probe

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from d2v_fast.config.errors import check
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.text import files as text_files
 from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig, TokenMaskConfig
 from d2v_fast.modalities.text.files import TextFiles

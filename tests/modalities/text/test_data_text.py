@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_fast.data import cache
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.masking import token_mask_rows
 from d2v_fast.modalities.text import reference_pages
 from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_fast.data.batch import DataError
 from d2v_fast.data.listing import describe_listing
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.text import files as text_files
 from d2v_fast.modalities.text import streams as text_streams
 from d2v_fast.modalities.text.files import TextFiles

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_fast.commands.console import main
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.text.config import TextModelConfig
 from d2v_fast.modalities.text.tasks import make_tokenizer
 from d2v_fast.modalities.text.tokenizer import MIN_VOCAB_SIZE, Specials, Tokenizer, load_tokenizer, train_tokenizer

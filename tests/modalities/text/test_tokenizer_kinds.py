@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.text.files import TextFiles
 from d2v_fast.modalities.text.round_trip import RoundTrip
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer

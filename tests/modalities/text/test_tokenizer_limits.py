@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.text import tokenizer_limits
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.bounded_memory import measured

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_fast.data.batch import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.files import faults
 from d2v_fast.modalities.text import tokens as tokens_module
 from d2v_fast.modalities.text.files import PIECE, Piece, TextFiles, pieces_of

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from d2v_fast.config import VisionConfig
-from d2v_fast.data import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.vision.affine import warp
 from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.digits import DigitsDataset, digits_for_probe

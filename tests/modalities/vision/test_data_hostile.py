@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2v_fast.data import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.vision.decode import MAX_SCANS, Limits, UnreadableImage, center_box, read_square
 from d2v_fast.modalities.vision.images import ImagesDataset
 from tests.helpers.image_datasets import LIMITS, encoded, make_dataset, picture, png_header

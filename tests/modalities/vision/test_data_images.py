@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from d2v_fast.data import DataError
+from d2v_fast.errors import DataError
 from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.decode import UnreadableImage, read_square
 from d2v_fast.modalities.vision.images import random_box
