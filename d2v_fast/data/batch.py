@@ -1,4 +1,4 @@
-"""What the data layer hands to the training loop, and what a data set must be able to do."""
+"""Batches that the data layer passes to the training loop, and the interface of image data sets."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ __all__ = ["Batch", "ImageDataset", "MicroBatch", "Step"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch of one process. It holds no labels.
+    """One micro-batch of one process, without labels.
 
     Attributes:
-        inputs: pixels fp32 `[B, C, H, W]`, normalized; waveforms fp32 `[B, N]`, normalized, zero after their end;
-            tokens int64 `[B, T]`, padding tokens after their end.
+        inputs: Normalized pixels fp32 `[B, C, H, W]`; normalized waveforms fp32 `[B, N]`, padded with zeros; or tokens
+            int64 `[B, T]`, padded with the padding token.
         rows: int64 `[N]`, flat indices `b * P + p` of the places in the loss (patches, frames, tokens), ascending.
         sample_ids: int64 `[B]`, positions in the data set.
-        lengths: int64 `[B]`, places of each sample that are not padding; None: all.
-        unpadded: int64 `[M]`, flat indices of the places that are not padding, ascending; None: all.
-        masked_inputs: what the student sees, of the form of `inputs`, where masks are a part of the input; None: where
-            the encoder puts its mask token at `rows`.
-        offsets: int32 `[S + 1]`, where the documents start in the row of all places that are not padding, and its
-            length; None: a sample is one document.
-        bad: the unreadable files that were replaced by a neighbor, as `path: reason`.
-        drop_keys: uint64 `[B]`, always on the host: keys of the streams (`streams.DROP`) from which stochastic depth
-            and layer-drop decide what each sample skips; None: new ones, drawn from torch's generator.
+        lengths: int64 `[B]`, number of places of each sample that are not padding. `None` means no padding.
+        unpadded: int64 `[M]`, flat indices of the places that are not padding, ascending. `None` means all.
+        masked_inputs: The student's inputs, shaped like `inputs`, for modalities that mask the input itself. `None`
+            means that the encoder puts its mask token at `rows`.
+        offsets: int32 `[S + 1]`, start of each document among the unpadded places, and the number of these places.
+            `None` means one document per sample.
+        bad: Unreadable files that were replaced by a neighbor, as `path: reason`.
+        drop_keys: uint64 `[B]`, always on the host: keys of the random streams (`streams.DROP`) that decide which
+            branches and blocks each sample skips. `None` means keys drawn from torch's generator.
     """
 
     inputs: Tensor
@@ -48,11 +48,11 @@ class Batch:
     drop_keys: npt.NDArray[np.uint64] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch with its tensors on `device`."""
+        """Return the batch with its tensors on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, for copies to the GPU that do not block."""
+        """Return the batch in page-locked memory, so that copies to the GPU do not block."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -61,11 +61,11 @@ class Batch:
 
 
 class MicroBatch(NamedTuple):
-    """What a loader worker makes of one micro-step of one process.
+    """The result of a loader worker for one micro-step of one process.
 
     Attributes:
-        batch: the samples of this micro-step.
-        step_rows: masked places of the whole optimizer step, over all its micro-steps and processes.
+        batch: The samples of this micro-step.
+        step_rows: Number of masked places of the whole optimizer step, over all its micro-steps and processes.
     """
 
     batch: Batch
@@ -74,11 +74,11 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What one process needs for one optimizer step.
+    """The batches of one process for one optimizer step.
 
     Attributes:
-        micro_batches: the batches of its micro-steps.
-        num_rows: masked places of the whole step, over all micro-steps and processes.
+        micro_batches: One batch per micro-step.
+        num_rows: Number of masked places of the whole step, over all micro-steps and processes.
     """
 
     micro_batches: list[Batch]
@@ -86,7 +86,7 @@ class Step:
 
 
 class ImageDataset(SampleSource, Protocol):
-    """Images that are addressed by their position, 0 to `len(dataset)` - 1."""
+    """Images addressed by their position, 0 to `len(dataset) - 1`."""
 
     image_size: int
     channels: int
@@ -95,12 +95,12 @@ class ImageDataset(SampleSource, Protocol):
     def __len__(self) -> int: ...
 
     def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
-        """Pixels fp32 `[B, C, H, W]`, randomly changed and normalized, and the files that had to be replaced.
+        """Return augmented, normalized pixels fp32 `[B, C, H, W]`, and the unreadable files that were replaced.
 
-        Each sample depends on (seed, epoch, its id) and on nothing else, bit for bit.
+        Each sample depends only on (seed, epoch, sample id), bit for bit.
         """
         ...
 
     def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
-        """Pixels fp32 `[B, C, H, W]`, unchanged but for size and normalization."""
+        """Return resized and normalized pixels fp32 `[B, C, H, W]`, without augmentation."""
         ...

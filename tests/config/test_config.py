@@ -101,7 +101,7 @@ def test_sections_of_another_modality_are_refused() -> None:
         ),
         ({"target": {"top_k": 13}}, "`d2v.target.top_k` must be in [1, 12], but is 13 instead"),
         ({"data": {"min_seconds": 30.0}}, "`d2v.data.max_seconds` must be >= `min_seconds` (30.0), but is 20.0"),
-        ({"data": {"min_seconds": 0.04}}, "`d2v.data.min_seconds` must be >= 0.045, two frames, but is 0.04 instead"),
+        ({"data": {"min_seconds": 0.04}}, "`d2v.data.min_seconds` must be >= 0.045 (two frames), but is 0.04 instead"),
         ({"data": {"max_batch_seconds": 5}}, "`d2v.data.max_batch_seconds` must be >= `max_seconds` (20.0), but is 5"),
         ({"data": {"kind": "audio"}}, '`d2v.data.path` must be a folder or a .tsv manifest with `kind` "audio"'),
     ],

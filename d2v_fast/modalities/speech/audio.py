@@ -1,4 +1,4 @@
-"""Any recordings: a folder tree, or a manifest, of files that libsndfile reads, without labels."""
+"""Data sets of unlabeled recordings: a folder tree or a manifest of files that libsndfile reads."""
 
 from __future__ import annotations
 
@@ -57,42 +57,39 @@ KINDS = FileKinds(
 )
 NORM_EPS = 1e-5
 
-# headers are read by threads, which mostly wait for the disk
+# threads that read headers; they mostly wait for the disk
 NUM_THREADS = 16
 HEADERS_AT_A_TIME = 64
-# characters; more than any path that a system takes
+# in characters; longer than any path that an operating system allows
 MAX_LINE = 10_000
-# digits of a number of samples
+# digits of a sample count
 MAX_DIGITS = 15
 
 _log = logging.getLogger(__name__)
 
 
 class AudioDataset:
-    """All recordings below `data.path`, or of the manifest that it names, ordered by path.
+    """All recordings below the folder `data.path`, or in the manifest `data.path`, ordered by path.
 
-    Of a folder, the header of every file is read once, at the beginning. Hidden files and folders are left out; links
-    are followed where they stay below the folder, and everywhere if `data.follow_outside`.
+    For a folder, the constructor reads the header of every file. It skips hidden files and folders, and follows links
+    that stay below the folder, or all links with `data.follow_outside`.
 
-    A manifest (`.tsv`) is fairseq's: the root folder in the first line, then `relative/path<TAB>number of samples`. A
-    relative root is one beside the manifest. Its numbers count samples at each file's own rate. They are believed, and
-    no header is read at the beginning, if 16 files spread over it have the model's rate and the lengths that it says;
-    otherwise the header of every file is read, as for a folder.
+    A manifest (`.tsv`) has fairseq's format: the root folder in the first line (absolute, or relative to the manifest),
+    then lines of `relative/path<TAB>number of samples`, counted at each file's own rate. The constructor checks the
+    rate and length of 16 files spread over the manifest, and reads every header only if one of them differs.
 
-    Channels are averaged, unless they would cancel each other: then the loudest one is taken. Other rates than the
-    model's are resampled. Recordings shorter than `data.min_seconds`, or
-    than one frame, are left out. A file that cannot be read, is silent in what is read of it, or beyond the limits of
-    `data` is replaced by a neighbor; one whose header cannot be read is left out.
+    Channels are averaged; if they would cancel each other, the loudest channel is used. Recordings at other rates are
+    resampled. Files with an unreadable header, and recordings shorter than `data.min_seconds` or one frame, are
+    skipped. A file that turns out to be unreadable, silent or too large is replaced by a neighbor when it is read.
 
     Attributes:
-        lengths: int64 `[S]`, samples at the model's rate that a step may use: at most `data.max_seconds`.
-        sample_rate: the model's, in Hz.
-        listing: which files are used, and what is left out: other files, recordings that are too short, files whose
-            header cannot be read.
+        lengths: int64 `[S]`, number of samples at the model's rate that a step may use, at most `data.max_seconds`.
+        sample_rate: The model's sample rate in Hz.
+        listing: The files that are used, and those that are skipped: other files, short recordings, unreadable headers.
 
     Raises:
-        DataError: at once, if there is no such folder or manifest, a manifest is malformed or leads out of its root,
-            there is no recording, none that can be read, none that is long enough, or a package is missing.
+        DataError: The folder or manifest does not exist, the manifest is malformed or leads out of its root, no
+            recording is readable and long enough, or a package is missing.
     """
 
     def __init__(self, data: SpeechDataConfig, model: SpeechModelConfig) -> None:
@@ -116,7 +113,7 @@ class AudioDataset:
         paths: list[str],
         counts: npt.NDArray[np.int64] | None,
     ) -> None:
-        """Take in files by their path below `root`; `counts` is how many samples they are said to have."""
+        """Add files by their path below `root`; `counts` holds the number of samples that the manifest lists."""
         import_audio("soundfile")
         self.root = root
         self.sample_rate = model.sample_rate
@@ -150,7 +147,7 @@ class AudioDataset:
         return len(self._paths)
 
     def path(self, sample_id: int) -> str:
-        """The file of a sample."""
+        """Return the path of a sample's file."""
         return os.path.join(self.root, self._paths[sample_id])
 
     def names_digest(self) -> str:
@@ -158,27 +155,28 @@ class AudioDataset:
         return digest_of(*self._paths.content)
 
     def sizes_digest(self) -> str:
-        """Return a digest of the sizes of the files, asked for now, and of the lengths that a step may use."""
+        """Return a digest of the current file sizes and of the lengths that a step may use."""
         return digest_of(file_sizes(self.root, self._paths), self.lengths)
 
     def read(
         self, sample_ids: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], seed: int, epoch: int
     ) -> tuple[Tensor, tuple[str, ...]]:
-        """A random part of each recording, of zero mean and unit variance over that part.
+        """Read a random part of each recording, normalized to zero mean and unit variance.
 
-        Where a part begins depends on (seed, epoch, sample id) and the recording's length. An unreadable recording is
-        replaced by the next one that is long enough, or else by the longest of the others, repeated.
+        The start of a part depends only on (seed, epoch, sample id) and the recording's length. An unreadable recording
+        is replaced by the next one that is long enough, or else by the longest of the others, repeated.
 
         Args:
             sample_ids: int64 `[B]`.
-            sizes: int64 `[B]`, samples at the model's rate, from 1 to `lengths[sample_ids]`.
-            seed, epoch: of the parts.
+            sizes: int64 `[B]`, number of samples at the model's rate, from 1 to `lengths[sample_ids]`.
+            seed, epoch: Keys of the random starts.
+
         Returns:
-            Waveforms fp32 `[B, max(sizes)]`, zero behind the end of each, and the files that had to be replaced as
-            `path: reason`.
+            Waveforms fp32 `[B, max(sizes)]`, padded with zeros, and the files that were replaced, as `path: reason`.
+
         Raises:
-            ValueError: if a size is out of range.
-            DataError: if a recording and its next neighbors are all unreadable.
+            ValueError: A size is out of range.
+            DataError: A recording and the neighbors tried in its place are all unreadable.
         """
         if len(sizes) and (sizes.min() < 1 or (sizes > self.lengths[sample_ids]).any()):
             raise ValueError("`sizes` must be in [1, `lengths[sample_ids]`], but some are not.")
@@ -194,10 +192,10 @@ class AudioDataset:
         return waves, tuple(bad)
 
     def whole(self, sample_id: int) -> Tensor:
-        """All of a recording, fp32 `[N]`, of zero mean and unit variance.
+        """Read a whole recording, fp32 `[N]`, normalized to zero mean and unit variance.
 
         Raises:
-            DataError: if it cannot be read: there is no other in its place.
+            DataError: The file is unreadable.
         """
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
@@ -222,7 +220,7 @@ class AudioDataset:
         )
 
     def _candidates(self, sample_id: int, size: int) -> Iterator[int]:
-        """The sample, and those to try in its place."""
+        """Yield the sample, then the samples to try in its place."""
         yield sample_id
         enough = np.flatnonzero(self.lengths >= size)
         others = np.roll(enough, -int(np.searchsorted(enough, sample_id, side="right")))
@@ -234,7 +232,7 @@ class AudioDataset:
             yield from longest_first[: NUM_NEIGHBORS - len(enough)].tolist()
 
     def _believes(self, paths: list[str], counts: npt.NDArray[np.int64]) -> bool:
-        """Whether a few headers agree with the numbers of a manifest, and have the model's rate."""
+        """Return whether a few headers have the manifest's lengths and the model's rate."""
         num_read = 0
         for index in _spread(len(paths)):
             try:
@@ -244,7 +242,7 @@ class AudioDataset:
             num_read += 1
             if header.sample_rate != self.sample_rate or header.num_samples != counts[index]:
                 _log.info(
-                    "'%s' has %d samples at %d Hz, and the manifest says %d at the model's %d Hz: reading every header",
+                    "'%s' has %d samples at %d Hz, but the manifest lists %d at the model's %d Hz; reading all headers",
                     printable(paths[index]),
                     header.num_samples,
                     header.sample_rate,
@@ -255,7 +253,7 @@ class AudioDataset:
         return num_read > 0
 
     def _lengths_by_header(self, paths: list[str]) -> npt.NDArray[np.int64]:
-        """Lengths at the model's rate, int64 `[len(paths)]`, -1 for the bad ones, which are named."""
+        """Return lengths at the model's rate, int64 `[len(paths)]`, -1 for unreadable files, and list the latter."""
         groups = [paths[i : i + HEADERS_AT_A_TIME] for i in range(0, len(paths), HEADERS_AT_A_TIME)]
         lengths = np.full(len(paths), -1, dtype=np.int64)
         bad, rates = [], set()
@@ -269,17 +267,17 @@ class AudioDataset:
                     rates.add(header[1])
         if len(bad) == len(paths):
             raise DataError(
-                f"`d2v.data.path` must hold readable recordings, but of {len(paths)} in '{printable(self.root)}' none "
-                f"can be read:\n  " + "\n  ".join(bad[:NUM_NAMED])
+                f"`d2v.data.path` must hold readable recordings, but none of the {len(paths)} in "
+                f"'{printable(self.root)}' can be read:\n  " + "\n  ".join(bad[:NUM_NAMED])
             )
         if rates != {self.sample_rate}:
-            # said now, if it is missing
+            # a missing package must raise now, not in a loader worker
             import_audio("soxr")
         self.listing = replace(self.listing, bad_files=tuple(bad))
         return lengths
 
     def _headers(self, paths: list[str]) -> list[tuple[int, int] | str]:
-        """Length at the model's rate and own rate of every file, or what is wrong with it."""
+        """Return the length at the model's rate and the own rate of each file, or the reason why it is unreadable."""
         found: list[tuple[int, int] | str] = []
         for path in paths:
             try:
@@ -290,7 +288,7 @@ class AudioDataset:
         return found
 
     def _check_some(self) -> None:
-        """Fail before training does, when nothing can be read."""
+        """Raise before training starts if none of a few recordings is readable."""
         failures = []
         for sample_id in _spread(len(self)):
             try:
@@ -299,24 +297,24 @@ class AudioDataset:
             except UnreadableAudio as error:
                 failures.append(printable(f"{self.path(sample_id)}: {error}"))
         raise DataError(
-            f"`d2v.data.path` must hold readable recordings, but of {len(self)} in '{printable(self.root)}' "
-            f"{len(failures)} were tried and none can be read:\n  " + "\n  ".join(failures)
+            f"`d2v.data.path` must hold readable recordings, but of the {len(self)} in "
+            f"'{printable(self.root)}', {len(failures)} were tried and none can be read:\n  " + "\n  ".join(failures)
         )
 
 
 def normalized(samples: npt.NDArray[np.float32]) -> Tensor:
-    """Samples fp32 `[N]` as the model takes them: of zero mean and unit variance."""
+    """Return samples fp32 `[N]` normalized to zero mean and unit variance, as the model expects them."""
     wave = torch.from_numpy(samples)
     return F.layer_norm(wave, wave.shape, eps=NORM_EPS)
 
 
 def _spread(num: int) -> list[int]:
-    """A few positions from the first to the last."""
+    """Return up to `NUM_CHECKED` evenly spaced positions, including the first and the last."""
     return np.unique(np.linspace(0, num - 1, NUM_CHECKED, dtype=np.int64)).tolist()
 
 
 def _read_manifest(path: str) -> tuple[str, list[str], npt.NDArray[np.int64]]:
-    """Root, sorted paths below it, and the samples that each is said to have."""
+    """Read the root, the sorted paths below it, and the listed number of samples of each."""
     try:
         refuse_pointer(path)
         with (

@@ -1,4 +1,4 @@
-"""Batches of recordings under span masks. They run in the loader's workers."""
+"""Make batches of recordings with span masks, in the loader's workers."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from d2v_fast.modalities.speech.samples import SpeechSamples
 
 __all__ = ["SpeechBatches", "largest_batch", "speech_dataset"]
 
-# attention and matrix products are fastest on a multiple of so many frames
+# attention and matrix products are fastest when the number of frames is a multiple of 8
 _FRAME_MULTIPLE = 8
 
 
 def speech_dataset(config: SpeechConfig) -> AudioDataset:
-    """Return the recordings that `data.kind` names.
+    """Open the recordings selected by `data.kind`.
 
     Raises:
-        DataError: there is nothing to read.
+        DataError: The data set has no usable recordings.
     """
     kind = SpeechSamples if config.data.kind == "speech" else AudioDataset
     return kind(config.data, config.model)
 
 
 class SpeechBatches:
-    """Parts of utterances under span masks, cropped to the shortest of their step, or padded to the longest of the
-    batch."""
+    """Make batches of utterances with span masks.
+
+    Utterances are cropped to the shortest of the step or padded to the longest of the batch.
+    """
 
     what = "recording"
     vocabulary: str | None = None
@@ -64,7 +66,7 @@ class SpeechBatches:
             equal_counts=self._mask.equal_counts,
             lengths=frames,
         )
-        # the masks of a step may depend on all of its samples; this part of them starts anew at 0
+        # masks may depend on all samples of the step: select this micro-batch's rows and shift them to start at 0
         start = self._place(micro)
         stop = start + len(micro.sample_ids)
         of_sample, frame = np.divmod(step_rows, frames.max())
@@ -89,7 +91,7 @@ class SpeechBatches:
         return MicroBatch(batch, len(step_rows))
 
     def _sizes(self, step_sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Samples and frames that a step uses of each of its utterances, int64 `[S]` each."""
+        """Return the number of samples and of frames used of each utterance of a step, int64 `[S]` each."""
         sizes = self._dataset.lengths[step_sample_ids]
         if self._crops:
             num_frames = self._model.num_frames(int(sizes.min()))
@@ -100,7 +102,7 @@ class SpeechBatches:
 
     @staticmethod
     def _place(micro: MicroStep) -> int:
-        """Where this part of the step begins."""
+        """Return the position of this micro-batch's first sample within its step."""
         return int(np.flatnonzero(micro.step_sample_ids == micro.sample_ids[0])[0])
 
     def warm_up(self) -> None:
@@ -109,9 +111,9 @@ class SpeechBatches:
 
 
 def largest_batch(config: SpeechConfig, num_samples: int) -> Batch:
-    """Return a batch of the shapes of the largest that a run has, on torch's current device."""
+    """Return an uninitialized batch with the largest shapes of a run, on torch's current device."""
     length = int(config.data.max_seconds * config.model.sample_rate)
-    # the share that is masked where spans overlap at random
+    # expected share of masked frames when spans overlap at random
     share = 1 - math.exp(-config.mask.prob)
     rows = torch.empty(int(num_samples * config.model.num_frames(length) * share), dtype=torch.int64)
     return Batch(torch.empty(num_samples, length), rows, torch.empty(num_samples, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""The sections of `"d2v"` that are speech's own. Defaults: the published Base run (arXiv 2202.03555, section 4.2)."""
+"""Configuration sections of the speech modality. The defaults are the published Base run (arXiv 2202.03555, 4.2)."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class SpeechModelConfig(ModelSection):
 
     Attributes:
         sample_rate: Samples per second; recordings at other rates are resampled.
-        conv_width: Channels of the convolutions.
-        conv_kernels: Kernel of each convolution, in samples of its input.
-        conv_strides: Stride of each convolution, in samples of its input.
-        position_depth: Convolutions of the positions.
-        position_kernel: Their kernel in frames; it is odd.
-        position_groups: Their groups; they divide `width`.
-        position_in_teacher: The teacher averages the positions ("averaged") or uses the student's ("shared", as the
-            published recipe does).
-        heads: Attention heads; they divide `width`.
-        mlp_ratio: Hidden width of the MLP over `width`.
-        dropout: Dropout of tokens and branches.
+        conv_width: Channels of the front-end convolutions.
+        conv_kernels: Kernel size of each front-end convolution, in elements of its input.
+        conv_strides: Stride of each front-end convolution, in elements of its input.
+        position_depth: Number of positional convolutions.
+        position_kernel: Kernel size of the positional convolutions in frames; must be odd.
+        position_groups: Groups of the positional convolutions; must divide `width`.
+        position_in_teacher: Whether the teacher averages the positional convolutions ("averaged") or uses the student's
+            ("shared", as the published recipe does).
+        heads: Attention heads; must divide `width`.
+        mlp_ratio: Hidden width of the MLP divided by `width`.
+        dropout: Dropout of the encoder's input and of each branch's output.
         attention_dropout: Dropout of attention weights.
         activation_dropout: Dropout inside the MLP.
-        input_dropout: Dropout of the features that the student masks.
+        input_dropout: Dropout of the student's frames before masking.
         layer_drop: Probability that a sample skips a block.
-        norm_eps: Added to the variance in every norm.
-        attention: "padded" pads to the longest utterance; "packed" computes no padding, on a GPU and in 16 bits.
+        norm_eps: Value added to the variance in every norm.
+        attention: "padded" computes padding too; "packed" skips it on a GPU in 16-bit precision.
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
         front_end_checkpointing: Recompute part of the convolutions in the backward pass.
     """
@@ -70,7 +70,7 @@ class SpeechModelConfig(ModelSection):
 
     @property
     def hop(self) -> int:
-        """Samples from one frame to the next."""
+        """Number of samples from one frame to the next."""
         product = 1
         for stride in self.conv_strides:
             product *= stride
@@ -78,7 +78,7 @@ class SpeechModelConfig(ModelSection):
 
     @property
     def receptive_field(self) -> int:
-        """Samples that one frame sees, and so the fewest that make one."""
+        """Number of samples that one frame covers, which is the shortest usable waveform."""
         field, hop = 1, 1
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             field += (kernel - 1) * hop
@@ -86,13 +86,13 @@ class SpeechModelConfig(ModelSection):
         return field
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames that a waveform of so many samples becomes: 0 if it is too short for one."""
+        """Return the number of frames of a waveform; 0 if it is shorter than one frame."""
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             num_samples = (num_samples - kernel) // stride + 1 if num_samples >= kernel else 0
         return num_samples
 
     def num_samples(self, num_frames: int) -> int:
-        """The fewest samples that become so many frames."""
+        """Return the smallest number of samples that gives `num_frames` frames."""
         return (num_frames - 1) * self.hop + self.receptive_field
 
     def num_places(self, shape: Sequence[int]) -> int:
@@ -125,14 +125,14 @@ class SpeechModelConfig(ModelSection):
 
 
 class SpanMaskConfig(Section):
-    """Spans of frames are masked.
+    """Masks of random spans of frames.
 
     Attributes:
-        kind: Kind of the masks.
-        prob: Share of the frames that the spans would mask if none overlapped.
-        length: Frames of a span.
-        min_masks: Fewest spans of an utterance.
-        equal_counts: Cut every utterance of a step to the number of masked frames of the one with fewest, as published.
+        kind: Kind of mask.
+        prob: Share of frames that would be masked if no spans overlapped.
+        length: Length of a span in frames.
+        min_masks: Minimum number of spans per utterance.
+        equal_counts: Reduce all utterances of a step to the smallest number of masked frames among them, as published.
     """
 
     kind: Literal["span"] = "span"
@@ -143,23 +143,23 @@ class SpanMaskConfig(Section):
 
 
 class SpeechDataConfig(DataSection):
-    """Where the recordings come from, and what of them a step uses. Utterances of similar length form a step. Silent
-    and non-finite recordings count as unreadable.
+    """Source and limits of the recordings. Each step groups utterances of similar length. Silent and non-finite
+    recordings count as unreadable.
 
     Attributes:
-        kind: "audio" is a folder tree or a manifest (.tsv) of recordings, "speech" the sample set of this library.
-        path: With "audio": the folder or the manifest.
-        min_seconds: Shorter recordings are left out.
-        max_seconds: A step uses a random part of longer recordings.
-        max_batch_seconds: Most seconds of sound in a step; null sets no limit beside `train_batch_size`.
+        kind: "audio" reads a folder tree or a manifest (.tsv) of recordings; "speech" reads the bundled sample set.
+        path: Folder or manifest for kind "audio".
+        min_seconds: Skip recordings shorter than this.
+        max_seconds: Use a random part of this length of longer recordings.
+        max_batch_seconds: Maximum seconds of sound per step; null sets no limit besides `train_batch_size`.
         lengths: "crop" cuts all utterances to the shortest of the step, to a multiple of 8 frames; "pad" pads them to
-            the longest.
-        silence: A recording is silent if no sample that is read exceeds this share of full scale.
-        max_file_bytes: A larger file counts as unreadable.
-        follow_outside: Follow links that lead out of `path`; otherwise they are left out.
+            the longest of the batch.
+        silence: A recording is silent if no sample differs from the mean by more than this share of full scale.
+        max_file_bytes: Larger files count as unreadable.
+        follow_outside: Follow links that lead out of `path`; otherwise skip them.
     """
 
-    # keys that only one kind reads
+    # keys that only one `kind` reads
     only_for: ClassVar[dict[str, tuple[str, ...]]] = {"audio": ("follow_outside",)}
 
     kind: Literal["speech", "audio"] = "speech"
@@ -180,10 +180,10 @@ class SpeechDataConfig(DataSection):
     def _check(self) -> Self:
         problems = []
         if self.kind == "audio" and not self.path:
-            hint = "Name the folder or the manifest: `--set d2v.data.path=/my/recordings`."
+            hint = "Set the folder or manifest: `--set d2v.data.path=/my/recordings`."
             problems.append(Problem("path", 'be a folder or a .tsv manifest with `kind` "audio"', self.path, hint))
         if self.kind == "speech" and self.path is not None:
-            hint = 'Your own recordings are `kind` "audio", for which the preset `speech_small` is made.'
+            hint = 'For your own recordings, use `kind` "audio", for example with the preset `speech_small`.'
             problems.append(Problem("path", 'be null with `kind` "speech", a sample set', self.path, hint))
         if self.max_seconds < self.min_seconds:
             problems.append(Problem("max_seconds", f"be >= `min_seconds` ({self.min_seconds})", self.max_seconds))
@@ -195,7 +195,7 @@ class SpeechDataConfig(DataSection):
 
 
 class SpeechConfig(D2VConfig):
-    """Recordings. The defaults are the published Base run on LibriSpeech."""
+    """Configuration of a speech run. The defaults are the published Base run on LibriSpeech."""
 
     modality: Literal["speech"] = "speech"
     decay_1d: bool = True
@@ -215,5 +215,5 @@ class SpeechConfig(D2VConfig):
         model, data = sections.get("model"), sections.get("data")
         if model and data and model.num_frames(int(data.min_seconds * model.sample_rate)) < 2:
             fewest = model.num_samples(2) / model.sample_rate
-            hint = "A recording needs a frame to mask and one to stay visible."
-            yield Problem("data.min_seconds", f"be >= {fewest:.4g}, two frames", data.min_seconds, hint)
+            hint = "Every recording needs one frame to mask and one to leave visible."
+            yield Problem("data.min_seconds", f"be >= {fewest:.4g} (two frames)", data.min_seconds, hint)

@@ -1,4 +1,4 @@
-"""A part of one audio file to a waveform. The file may be damaged or hostile: whatever it does, `UnreadableAudio`."""
+"""Decode a part of an audio file to a waveform. A damaged or hostile file raises `UnreadableAudio`."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from d2v_fast.packages import install_command
 
 __all__ = ["AudioHeader", "AudioLimits", "UnreadableAudio", "import_audio", "read_header", "read_part", "read_whole"]
 
-# only these decoders run, whatever the file is called
+# the only decoders that run, regardless of the file's name
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC", "OGG", "MP3")
 MAX_CHANNELS = 64
 MIN_RATE, MAX_RATE = 1_000, 768_000
-# silence needs the fewest bytes: a second of it takes some 50 in FLAC, and Ogg and MP3 do not get far below
+# FLAC compresses a second of silence, the extreme case, to about 50 bytes; Ogg and MP3 need hardly fewer
 MAX_SAMPLES_PER_BYTE = 10_000
-# samples that are decoded at a time, over all channels
+# samples decoded at a time, over all channels
 BLOCK = 1 << 20
-# 4.6 hours at 16 kHz, and 1 GiB of memory
+# 4.6 hours at 16 kHz, or 1 GiB of memory
 MAX_WHOLE = 1 << 28
-# no instrument gives such a sample, and its square is still a number
+# far above any real recording, yet its square is finite in fp32
 MAX_PEAK = 1e12
-# a file may end by this share earlier than it says
+# share by which a file may be shorter than its header says
 MAX_MISSING = 0.01
-# averaging channels that leaves less of their power takes the loudest one instead
+# use the loudest channel if averaging leaves less than this share of the channels' power
 CANCELED = 0.01
-# MP3 frames take bits of those before them; without these, the first ones behind a seek are silent or wrong
+# MP3 frames use bits of the frames before them, without which the first frames after a seek are silent or wrong
 MP3_REACH = 32 * 576
-# the resampling filter sees less of its surroundings, counted at the lower of both rates
+# samples on either side that cover the resampling filter, at the lower of both rates
 FILTER_REACH = 256
 
 
 @dataclass(frozen=True)
 class AudioLimits:
-    """What is expected of a file.
+    """Requirements on a file and on its waveform.
 
     Attributes:
-        sample_rate: of the waveforms, in Hz. Files of another rate are resampled.
-        max_bytes: size of the file.
-        silence: a part in which no sample differs from the mean by more than this share of full scale is refused.
-        root: absolute folder without links in it, which no file may lie outside of; None for any place.
+        sample_rate: Rate of the waveforms in Hz. Files at other rates are resampled.
+        max_bytes: Maximum size of the file.
+        silence: Refuse a part in which no sample differs from the mean by more than this share of full scale.
+        root: Absolute path, without links, of the folder that all files must be in. `None` allows any place.
     """
 
     sample_rate: int
@@ -62,7 +62,7 @@ class AudioLimits:
 
 @dataclass(frozen=True)
 class AudioHeader:
-    """What a file says of itself: its samples per channel, and its own rate in Hz."""
+    """The number of samples per channel and the rate in Hz that a file's header states."""
 
     num_samples: int
     sample_rate: int
@@ -73,14 +73,14 @@ class AudioHeader:
 
 
 class UnreadableAudio(UnreadableFile):
-    """A file that cannot be used as audio; the message is the reason in a few words."""
+    """The file cannot be used as audio; the message is the reason in a few words."""
 
 
 def import_audio(name: str) -> Any:
-    """The package `soundfile` or `soxr`, imported when it is first needed.
+    """Import the package `soundfile` or `soxr`.
 
     Raises:
-        DataError: if it cannot be imported, with the extra that has it.
+        DataError: The package cannot be imported; the message says how to install it.
     """
     try:
         if name == "soundfile":
@@ -91,7 +91,7 @@ def import_audio(name: str) -> Any:
 
         return soxr
     except Exception as error:
-        # also OSError: a soundfile built without libsndfile looks for the system's
+        # soundfile raises OSError if it finds no libsndfile
         job = "read" if name == "soundfile" else "resampled"
         raise DataError(
             f"audio is {job} with {name}, which cannot be imported ({type(error).__name__}: {error}). Install it with "
@@ -100,38 +100,41 @@ def import_audio(name: str) -> Any:
 
 
 def read_header(path: str, limits: AudioLimits) -> AudioHeader:
-    """Length and rate of a file, without its samples.
+    """Read the length and rate of a file without decoding it.
 
     Raises:
-        UnreadableAudio: for anything that is wrong with the file.
+        UnreadableAudio: The file is unusable, for any reason.
     """
     with _reasons(path), _opened(path, limits) as opened:
         return AudioHeader(opened.num_samples, opened.file.samplerate)
 
 
 def read_part(path: str, num_samples: int, place: float, limits: AudioLimits) -> npt.NDArray[np.float32]:
-    """A part of a file, at the rate of `limits`; no more than that and what the resampling filter sees is read.
+    """Decode a part of a file, and no more of it than the part and the reach of the resampling filter.
 
     Args:
-        path: a file of one of `FORMATS` and any rate. Channels are averaged; where that would cancel them, the loudest
-            one is taken.
-        num_samples: length of the part.
-        place: in [0, 1), from the first possible part to the last.
+        path: File in one of `FORMATS`, at any rate. Channels are averaged; if they would cancel each other, the
+            loudest one is used.
+        num_samples: Length of the part, at the rate of `limits`.
+        place: Start of the part, in [0, 1), from the first possible start to the last.
+        limits: Sample rate and requirements.
+
     Returns:
-        fp32 `[num_samples]`, finite; full scale is 1.
+        Finite samples, fp32 `[num_samples]`; full scale is 1.
+
     Raises:
-        UnreadableAudio: for anything that is wrong with the file, or what is read of it.
-        DataError: if a package is missing.
+        UnreadableAudio: The file or the part is unusable, for any reason.
+        DataError: A package is missing.
     """
     with _reasons(path), _opened(path, limits) as opened:
         length = opened.length(limits.sample_rate)
         if length < num_samples:
-            raise UnreadableAudio(f"shorter than it was said to be: {length:,} samples instead of {num_samples:,}")
+            raise UnreadableAudio(f"shorter than expected: {length:,} samples instead of {num_samples:,}")
         return _audible(_samples(opened, place, num_samples, limits), limits.silence)
 
 
 def read_whole(path: str, limits: AudioLimits) -> npt.NDArray[np.float32]:
-    """All of a file, fp32 `[N]`; otherwise as `read_part`."""
+    """Decode a whole file, fp32 `[N]`. Raises as `read_part` does."""
     with _reasons(path), _opened(path, limits) as opened:
         if opened.num_samples > MAX_WHOLE:
             raise UnreadableAudio(f"{opened.num_samples:,} samples are more than {MAX_WHOLE:,}")
@@ -140,7 +143,7 @@ def read_whole(path: str, limits: AudioLimits) -> npt.NDArray[np.float32]:
 
 @contextmanager
 def _reasons(path: str) -> Iterator[None]:
-    """Whatever goes wrong inside, in words."""
+    """Turn any error inside the context into `UnreadableAudio` with a short reason."""
     try:
         yield
     except (UnreadableAudio, DataError):
@@ -151,7 +154,7 @@ def _reasons(path: str) -> Iterator[None]:
         refuse_system_error(error, path)
         raise UnreadableAudio(f"cannot be opened: {error.strerror or type(error).__name__}") from None
     except Exception as error:
-        # libsndfile's own words, where it has some
+        # prefer libsndfile's own message
         words = getattr(error, "error_string", f"{type(error).__name__}: {error}").strip().rstrip(".")
         raise UnreadableAudio(f"cannot be decoded{words and ': '}{words[:200]}") from None
 
@@ -161,9 +164,9 @@ class _Opened:
     """An open recording.
 
     Attributes:
-        file: the `soundfile.SoundFile`.
-        num_samples: per channel, at the file's own rate; lowered where it turns out to end a little earlier.
-        channel: the one that is read; None averages all.
+        file: The `soundfile.SoundFile`.
+        num_samples: Samples per channel at the file's own rate; lowered if the file turns out to end a little earlier.
+        channel: The only channel to read; `None` averages all.
     """
 
     file: Any
@@ -177,7 +180,7 @@ class _Opened:
 
 @contextmanager
 def _opened(path: str, limits: AudioLimits) -> Iterator[_Opened]:
-    """A file whose header makes sense."""
+    """Open a file and check its header."""
     soundfile = import_audio("soundfile")
     with open_sample(path, limits.root, limits.max_bytes) as opened:
         handle, size = opened.fileno(), os.fstat(opened.fileno()).st_size
@@ -198,17 +201,17 @@ def _opened(path: str, limits: AudioLimits) -> Iterator[_Opened]:
 
 
 def _samples(opened: _Opened, place: float, num_samples: int | None, limits: AudioLimits) -> npt.NDArray[np.float32]:
-    """Mono samples of a part, counted at the rate of `limits`.
+    """Decode a part to mono at the rate of `limits`.
 
     Args:
-        place: in [0, 1), where the part begins.
-        num_samples: of the part; None is the whole file.
+        place: Start of the part, in [0, 1).
+        num_samples: Length of the part at the rate of `limits`. `None` decodes the whole file.
     """
     rate = limits.sample_rate
     while True:
         length = opened.length(rate)
         wanted = length if num_samples is None else num_samples
-        # of a file that ends a little earlier than it says, what is there
+        # after `_EndsEarly`, less than wanted may be left
         present = min(wanted, length)
         start = min(math.floor(place * (length - present + 1)), length - present)
         try:
@@ -222,7 +225,7 @@ def _samples(opened: _Opened, place: float, num_samples: int | None, limits: Aud
 
 
 class _EndsEarly(Exception):
-    """A file has fewer samples than it says."""
+    """The file has fewer samples than its header says."""
 
     def __init__(self, num_samples: int, said: int) -> None:
         super().__init__(f"ends after {num_samples:,} of {said:,} samples")
@@ -230,12 +233,12 @@ class _EndsEarly(Exception):
 
 
 def _resampled(opened: _Opened, start: int, num_samples: int, sample_rate: int) -> npt.NDArray[np.float32]:
-    """Mono samples `start` to `start + num_samples`, counted at `sample_rate`."""
+    """Decode mono samples `start` to `start + num_samples`, counted at `sample_rate`."""
     own_rate = opened.file.samplerate
     if own_rate == sample_rate:
         return _mono(opened, start, num_samples)
     soxr = import_audio("soxr")
-    # the shortest stretches of whole samples at both rates
+    # the shortest time that is a whole number of samples at both rates
     divisor = math.gcd(own_rate, sample_rate)
     ours, theirs = sample_rate // divisor, own_rate // divisor
     margin = FILTER_REACH * max(1, -(-sample_rate // own_rate))
@@ -247,7 +250,7 @@ def _resampled(opened: _Opened, start: int, num_samples: int, sample_rate: int) 
 
 
 def _mono(opened: _Opened, start: int, num_samples: int) -> npt.NDArray[np.float32]:
-    """Samples at the file's own rate, averaged over its channels; the loudest channel where they would cancel."""
+    """Decode mono samples at the file's own rate: the average of its channels, or the loudest if they would cancel."""
     mono = np.empty(num_samples, dtype=np.float32)
     power = _Power(opened.file.channels)
     done = 0
@@ -270,13 +273,13 @@ def _mono(opened: _Opened, start: int, num_samples: int) -> npt.NDArray[np.float
 
 
 def _blocks(opened: _Opened, start: int, num_samples: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Samples fp32 `[N, C]` from `start` on, in pieces."""
+    """Yield samples fp32 `[N, C]` from `start` on, in blocks."""
     file = opened.file
     # some codecs can only be decoded from the beginning
     seekable = file.seekable()
     done = -start if not seekable else 0
     while done < num_samples:
-        # soundfile seeks behind every read as well, so that each block has to begin early
+        # soundfile also seeks after every read, so each block has to begin early
         before = min(start + done, MP3_REACH) if file.format == "MP3" else 0
         if seekable:
             file.seek(start + done - before)
@@ -290,14 +293,14 @@ def _blocks(opened: _Opened, start: int, num_samples: int) -> Iterator[npt.NDArr
 
 
 class _Power:
-    """Variances of channels and of their average, to notice that they cancel."""
+    """Variances of the channels and of their average, to detect channels that cancel."""
 
     def __init__(self, num_channels: int) -> None:
         self._sums = np.zeros((2, num_channels + 1))
         self._count = 0
 
     def add(self, block: npt.NDArray[np.float32], mixed: npt.NDArray[np.float32]) -> None:
-        """Take in samples fp32 `[N, C]` and their average `[N]`."""
+        """Add samples fp32 `[N, C]` and their average `[N]`."""
         if block.shape[1] == 1:
             return
         self._count += len(block)
@@ -305,7 +308,7 @@ class _Power:
         self._sums += np.stack((columns.sum(axis=0), np.square(columns).sum(axis=0)))
 
     def loudest_if_canceled(self) -> int | None:
-        """The loudest channel if averaging loses nearly all of the sound, as of opposite phase; None otherwise."""
+        """Return the loudest channel if averaging nearly cancels the sound, as with opposite phases, else `None`."""
         if not self._count:
             return None
         means = self._sums / self._count

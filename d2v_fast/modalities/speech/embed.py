@@ -1,4 +1,4 @@
-"""Recordings for `d2v-fast embed` and the probe."""
+"""Read recordings for `d2v-fast embed` and the probe."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from d2v_fast.models.student import Student
 
 
 def open_recordings(encoder: Encoder, inputs: Path, tokenizer: Path | None = None) -> Source:
-    """Return the recordings of a folder.
+    """Open the recordings of a folder.
 
     Raises:
-        ValueError: There are none, or a package is missing.
+        ValueError: The folder has no recordings, or a package is missing.
     """
     data = SpeechDataConfig() if encoder.run is None else encoder.run.data
     return Recordings(encoder.model, encoder.origin, inputs, encoder.config, data)
 
 
 class Recordings(Source):
-    """Whole recordings. Those that are longer than the run's `max_seconds` are encoded in parts of equal length."""
+    """Whole recordings. Those longer than the run's `max_seconds` are encoded in parts of equal length."""
 
     what = "recording"
     batch_size = 8
@@ -55,12 +55,12 @@ class Recordings(Source):
     def _decode(self, path: str) -> list[Tensor]:
         wave = normalized(read_whole(path, self._limits))
         if len(wave) < self._fewest:
-            raise UnreadableFile(f"{len(wave)} samples are fewer than make a frame ({self._fewest})")
+            raise UnreadableFile(f"{len(wave)} samples are too few: a frame needs {self._fewest}")
         return list(wave.tensor_split(-(-len(wave) // self._most)))
 
 
 class Middles(Recordings):
-    """The middle of each recording, of at most `max_seconds` and the run's own limit."""
+    """The middle part of each recording, no longer than `max_seconds` or the run's own limit."""
 
     def __init__(
         self,

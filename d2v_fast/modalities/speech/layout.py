@@ -1,4 +1,4 @@
-"""The names that other libraries have for the speech encoder's tensors: one encoder, so one order of them."""
+"""Map the speech encoder's tensors to the names of other libraries."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from d2v_fast.interop.post_norm_layout import BlockNames, block_pairs, pair
 
 @dataclass(frozen=True)
 class SpeechNames(BlockNames):
-    """Their names without `.weight` and `.bias`, `{}` for the index of a layer or block.
+    """Another library's names, without `.weight` and `.bias`; `{}` is the index of a layer or block.
 
     Attributes:
-        convolution, convolution_norm: of the front end's layers.
-        front_norm, projection, mask_token: of the front end.
-        position: a positional convolution.
-        norm: in front of the blocks.
+        convolution, convolution_norm: A convolution of the front end and its norm.
+        front_norm, projection, mask_token: The front end's final norm, projection and mask token.
+        position: A positional convolution.
+        norm: The norm before the blocks.
     """
 
     convolution: str
@@ -30,8 +30,11 @@ class SpeechNames(BlockNames):
 
 
 def speech_layout(config: SpeechModelConfig, names: SpeechNames) -> Layout:
-    """Where their tensors go. Their convolutions are `[O, C, k]` and ours `[O, k, C]`; our query, key and value are
-    one map; ours has the positions where the teacher takes them from."""
+    """Return the layout that maps another library's tensors to this encoder's.
+
+    The other libraries store convolutions as `[O, C, k]`, this encoder as `[O, k, C]`. Its query, key and value are one
+    tensor.
+    """
     pairs: dict[str, tuple[str, ...]] = {}
     swapped = set()
     for index in range(len(config.conv_kernels)):
@@ -52,5 +55,5 @@ def speech_layout(config: SpeechModelConfig, names: SpeechNames) -> Layout:
 
 
 def positions_prefix(config: SpeechModelConfig) -> str:
-    """What our names of the positional convolutions begin with."""
+    """Return the prefix of this encoder's positional convolutions, which depends on the teacher's use of them."""
     return "positions." if config.position_in_teacher == "shared" else "context.positions."

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms: what speech features are held against, and what pictures show of a waveform."""
+"""Log-mel spectrograms: the baseline for speech features, and the waveform's image in figures."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _FLOOR = 1e-6
 
 
 def log_mel(waveform: Tensor, sample_rate: int, num_bands: int = NUM_BANDS) -> Tensor:
-    """Logarithm of the power in bands of the mel scale (O'Shaughnessy 1987), Hann windows of 25 ms every 10 ms.
+    """Return the log power in mel bands (O'Shaughnessy 1987), with Hann windows of 25 ms every 10 ms.
 
     Args:
-        waveform: `[N]`, fp32, of at least one window; shorter ones are filled up with zeros.
-        sample_rate: in Hz.
-        num_bands: from 0 to half the sample rate, triangular, equally wide in mel.
+        waveform: fp32 `[N]`; padded with zeros to at least one window.
+        sample_rate: Sample rate in Hz.
+        num_bands: Number of triangular bands, equally wide in mel, from 0 Hz to half the sample rate.
+
     Returns:
         fp32 `[frames, num_bands]`.
     """
@@ -39,12 +40,12 @@ def log_mel(waveform: Tensor, sample_rate: int, num_bands: int = NUM_BANDS) -> T
 
 
 def mel(hertz: float) -> float:
-    """A frequency on the mel scale."""
+    """Convert a frequency in Hz to mel."""
     return 2595 * math.log10(1 + hertz / 700)
 
 
 def _filters(num_bands: int, size: int, sample_rate: int) -> Tensor:
-    """Triangles `[size // 2 + 1, num_bands]`."""
+    """Return the triangular filters, fp32 `[size // 2 + 1, num_bands]`."""
     edges = 700 * (10 ** (torch.linspace(0, mel(sample_rate / 2), num_bands + 2) / 2595) - 1)
     frequencies = torch.linspace(0, sample_rate / 2, size // 2 + 1)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])

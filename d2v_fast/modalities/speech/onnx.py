@@ -1,8 +1,8 @@
 """The speech encoder as an ONNX graph.
 
 Inputs: `input_values` fp32 `[B, N]`, padded on the right, and `attention_mask` int32 `[B, N]`. Output:
-`last_hidden_state` `[B, T, D]`. A padded utterance gets the output that it gets alone, whereas Transformers changes the
-frames at its end (https://github.com/huggingface/transformers/issues/25621).
+`last_hidden_state` `[B, T, D]`. Padding does not change an utterance's output; in Transformers it changes the last
+frames (https://github.com/huggingface/transformers/issues/25621).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from d2v_fast.modalities.speech.config import SpeechConfig
 from d2v_fast.modalities.speech.conv_stack import ConvStack
 from d2v_fast.modalities.speech.encoder import SpeechModel
 
-# of the example that is traced
+# frames of the example input for tracing
 _FRAMES = 24
 
 
@@ -32,7 +32,7 @@ def speech_graph(model: SpeechModel, config: SpeechConfig) -> Graph:
 
 
 class _Speech(nn.Module):
-    """A speech encoder with ONNX's convolutions."""
+    """A speech encoder whose front end uses standard convolutions."""
 
     def __init__(self, model: SpeechModel) -> None:
         super().__init__()
@@ -49,14 +49,14 @@ class _Speech(nn.Module):
 
 
 class _Convolutions(nn.Module):
-    """`ConvStack` as convolutions, because its own operations do not exist in ONNX."""
+    """`ConvStack` as standard convolutions, because its own operations do not exist in ONNX."""
 
     def __init__(self, stack: ConvStack) -> None:
         super().__init__()
         self.stack = stack
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """`[B, N]` to `[B, T, C]`."""
+        """Map `[B, N]` to `[B, T, C]`."""
         stack = self.stack
         frames = waveforms[:, None]
         layers = zip(stack.weights, stack.norm_weights, stack.norm_biases, stack.strides, strict=True)
@@ -67,7 +67,7 @@ class _Convolutions(nn.Module):
         return frames.transpose(1, 2)
 
     def num_frames(self, lengths: Tensor) -> Tensor:
-        """int64 `[B]`, frames of utterances of int64 `lengths` `[B]`, in samples."""
+        """Convert lengths in samples, int64 `[B]`, to numbers of frames, int64 `[B]`."""
         for weight, stride in zip(self.stack.weights, self.stack.strides, strict=True):
             lengths = torch.div(lengths - weight.shape[1], stride, rounding_mode="floor") + 1
         return lengths

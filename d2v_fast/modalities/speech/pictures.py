@@ -1,4 +1,4 @@
-"""What a speech encoder hears: log-mel spectrograms, their masks, and which moments it takes for alike."""
+"""Figures of speech encoders: log-mel spectrograms with masks, and the similarity of frames."""
 
 from __future__ import annotations
 
@@ -27,24 +27,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MASK_COLOR = "#c43b3b"
-# of a recording: beyond, nothing can be made out in a picture
+# longer recordings would be illegible
 MAX_SECONDS = 4.0
 
 
 class Recording(NamedTuple):
-    """A recording to draw: its path below the data set's folder, and its waveform `[N]`, of zero mean and unit
-    variance."""
+    """A recording to draw: its path below the data set's folder, and its normalized waveform fp32 `[N]`."""
 
     name: str
     waveform: Tensor
 
 
 def choose_recordings(config: SpeechConfig, folder: Path | None, count: int) -> list[Recording]:
-    """Recordings spread evenly over the held-out sample recordings, or over those of the run, or of `folder`; no two of
-    them alike.
+    """Choose distinct recordings, spread evenly over `folder`, the held-out sample recordings or the run's data.
 
     Raises:
-        DataError: there is none that can be read.
+        DataError: No recording is readable.
     """
     if folder is not None:
         data = config.data.model_copy(update={"kind": "audio", "path": str(folder)})
@@ -61,7 +59,7 @@ def choose_recordings(config: SpeechConfig, folder: Path | None, count: int) -> 
         waveform = dataset.whole(sample_id)[:most]
         content = waveform.numpy().tobytes()
         if content in seen:
-            raise DataError("shown already")
+            raise DataError("a duplicate")
         seen.add(content)
         return Recording(str(Path(dataset.path(sample_id)).relative_to(dataset.root)), waveform)
 
@@ -71,13 +69,13 @@ def choose_recordings(config: SpeechConfig, folder: Path | None, count: int) -> 
 
 
 def speech_figure(models: dict[str, Student], recordings: list[Recording], config: SpeechConfig, title: str) -> Figure:
-    """One column per recording. Rows: the log-mel spectrogram with the masked frames of a first epoch, then for each
-    model which frames have similar features.
+    """Draw one column per recording: its log-mel spectrogram with masked frames, and each model's frame similarity.
 
     Args:
-        models: encoders by the name of their row.
-        recordings: of `choose_recordings`.
-        title: stands above.
+        models: Encoders by the name of their row.
+        recordings: Result of `choose_recordings`.
+        config: The run's configuration. The masks are those of its first epoch.
+        title: Title of the figure.
     """
     waveforms = [recording.waveform for recording in recordings]
     frames = np.array([config.model.num_frames(len(waveform)) for waveform in waveforms], dtype=np.int64)
@@ -103,8 +101,8 @@ def speech_figure(models: dict[str, Student], recordings: list[Recording], confi
         ("log-mel,\nmasked frames\nmarked", *models),
         Spacing(cell=1.6, above=0.35, below=0.3, gap=0.28, beside=0.45),
         title=title,
-        caption="squares: cosine between the features of every two moments, red alike, blue opposite; of a longer "
-        f"recording the first {MAX_SECONDS:g} s",
+        caption="squares: cosine similarity between the features of each pair of frames, red similar, blue opposite; "
+        f"only the first {MAX_SECONDS:g} s of longer recordings",
     )
     hop = config.model.hop / config.model.sample_rate
     for index, recording in enumerate(recordings):
@@ -115,7 +113,7 @@ def speech_figure(models: dict[str, Student], recordings: list[Recording], confi
         seconds = frames[index] * hop
         for axis, of_model in zip(squares, features.values(), strict=True):
             similarity = self_similarity(of_model[index])
-            # the first moment at the top left, as in a matrix
+            # time runs from the top left, as in a matrix
             place = (0, seconds, seconds, 0)
             axis.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest", extent=place)
             axis.tick_params(labelsize=6, length=2, pad=1)
@@ -129,7 +127,7 @@ def speech_figure(models: dict[str, Student], recordings: list[Recording], confi
 def _draw_spectrum(
     axis: Axes, waveform: Tensor, masked: NDArray[np.bool_], config: SpeechConfig, is_first: bool
 ) -> None:
-    """The log-mel spectrogram over seconds and kHz, and above it a bar over each masked frame of `masked` `[T]`."""
+    """Draw the log-mel spectrogram over seconds and kHz, with a bar above each masked frame (`masked`: bool `[T]`)."""
     rate, hop = config.model.sample_rate, config.model.hop / config.model.sample_rate
     spectrum = log_mel(waveform, rate).numpy()
     seconds, bands = len(spectrum) * HOP_SECONDS, spectrum.shape[1]
@@ -151,6 +149,6 @@ def _draw_spectrum(
 
 
 def self_similarity(features: Tensor) -> NDArray[np.float32]:
-    """Cosine of every pair of frames `[T, T]`, their mean over time taken out: what all frames share tells nothing."""
+    """Return the cosine similarity of each pair of frames, fp32 `[T, T]`, after subtracting the mean over time."""
     centered = torch.nn.functional.normalize(features - features.mean(0), dim=-1)
     return (centered @ centered.T).numpy()

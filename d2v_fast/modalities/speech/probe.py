@@ -1,8 +1,8 @@
-"""The probes of speech: word and voice of the sample recordings, or a user's own labels.
+"""Speech probes: word and voice of the sample recordings, or a user's own labels.
 
-Words are predicted for voices, and voices for words, that the classifiers were not fitted to. Features of a recording
-are the encoder's output, averaged over its frames. The baselines are the network before training and the average of
-the log-mel spectrum.
+The word classifier is tested on voices that it was not fitted to, and the voice classifier on words that it was not
+fitted to. A recording's features are the encoder's output, averaged over frames. The baselines are the untrained
+network and the averaged log-mel spectrum.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from d2v_fast.modalities.speech.samples import SpeechProbeData, speech_for_probe
 from d2v_fast.models.student import Student
 
 LOG_MEL = "log-mel average"
-# of a recording, so that encoding thousands of them takes minutes
+# keeps the time for thousands of recordings to minutes
 MAX_SECONDS = 10.0
 
 
 def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, config: SpeechConfig) -> ProbeReports:
-    """Score every model's features, and log-mel averages, on both questions.
+    """Score every model's features, and log-mel averages, on words and on voices.
 
     Args:
-        models: Encoders, by their name in the tables.
-        data: Recordings, labels and the splits.
-        config: The run's.
+        models: Encoders by their name in the tables.
+        data: Recordings, labels and splits.
+        config: The run's configuration.
     """
     features = {
         name: _average(sequence_features(model, data.waveforms, num_places=config.model.num_frames))

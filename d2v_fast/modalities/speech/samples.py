@@ -1,7 +1,7 @@
-"""The 420 spoken words that ship with this library: synthetic speech that needs no download.
+"""The bundled sample set: 420 synthetic recordings of spoken words.
 
-Thirty words by fourteen voices of eSpeak NG (`speech_samples/README.md`). Four voices are held out: pre-training hears
-only the others, and never a label. `speech_for_probe` is the one door to the labels.
+Fourteen eSpeak NG voices speak thirty words each (`speech_samples/README.md`). Pre-training uses ten of the voices and
+no labels; four voices are held out for the probe. Only `speech_for_probe` returns labels.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ __all__ = ["HELD_OUT_VOICES", "SpeechProbeData", "SpeechSamples", "speech_for_pr
 
 FOLDER = Path(__file__).resolve().parent / "speech_samples"
 
-# one of each accent that has another voice to learn from, and one accent that is never heard
+# one voice of each accent that has other voices, and all of one accent that pre-training never uses
 HELD_OUT_VOICES = ("en-us+f5", "en-gb+m6", "en-gb-x-gbcwmd+f1", "en-029+m3")
-# of the words, for telling voices apart: the fourth, the eighth, and so on
+# the voice probe holds out every fourth word
 HELD_OUT_EVERY = 4
 
 
 @dataclass(frozen=True)
 class SpeechProbeData:
-    """Labeled recordings for two probes: which word, by voices never heard; and which voice, by other words.
+    """Labeled recordings for two probes: words of held-out voices, and voices of held-out words.
 
     Attributes:
-        waveforms: fp32 `[N]` each, at the model's rate, whole, of zero mean and unit variance; `S` of them.
-        words, voices: int64 `[S]`, positions in `word_names` and `voice_names`.
-        word_names, voice_names: what they stand for.
-        word_train_indices, word_test_indices: int64, positions in `waveforms`. The test part are the held-out voices,
-            which pre-training did not hear.
-        voice_train_indices, voice_test_indices: the same for the voices that pre-training heard. The test part are
-            words that the train part does not have.
+        waveforms: `S` whole recordings, each fp32 `[N]` at the model's rate, with zero mean and unit variance.
+        words, voices: Labels, int64 `[S]`, indices into `word_names` and `voice_names`.
+        word_names, voice_names: Names of the classes.
+        word_train_indices, word_test_indices: int64 indices into `waveforms`. The test part holds the voices that
+            pre-training does not use.
+        voice_train_indices, voice_test_indices: int64 indices into `waveforms`, of the other voices only. The test part
+            holds words that are not in the train part.
     """
 
     waveforms: list[Tensor]
@@ -59,7 +59,10 @@ class SpeechProbeData:
 
 
 class SpeechSamples(AudioDataset):
-    """The recordings of one split, without labels. They last 0.3 to 0.8 s: `data.min_seconds` must let them pass."""
+    """The recordings of one split, without labels.
+
+    They last 0.3 to 0.8 s, so `data.min_seconds` must be set accordingly.
+    """
 
     def __init__(
         self, data: SpeechDataConfig, model: SpeechModelConfig, split: Literal["train", "test"] = "train"
@@ -70,14 +73,14 @@ class SpeechSamples(AudioDataset):
 
 
 def speech_for_probe(config: D2VConfig) -> SpeechProbeData:
-    """All recordings with their labels, whatever their length, at the rate that `config` says.
+    """Read all recordings, of any length, with their labels, at the sample rate of `config`.
 
     Raises:
-        DataError: if `config` is not for speech.
+        DataError: `config` is not for speech.
     """
     data, model = config.data, config.model
     if not isinstance(data, SpeechDataConfig) or not isinstance(model, SpeechModelConfig):
-        raise DataError("`d2v.model` must be a speech model to be probed on speech, but is another one instead.")
+        raise DataError("`d2v.model` must be a speech model for the speech probe, but is of another modality.")
     rows = _index()
     limits = AudioLimits(model.sample_rate, data.max_file_bytes, data.silence)
     waveforms = [normalized(read_whole(str(FOLDER / row.path), limits)) for row in rows]

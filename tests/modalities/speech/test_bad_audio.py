@@ -1,5 +1,5 @@
-"""Recordings that are damaged, or made to do harm: each is named with a reason and replaced; none stops a run, takes
-long or much memory."""
+"""Test damaged and hostile recordings: each is reported with a reason and replaced, without stopping the run, taking
+long or using much memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def encoded(format: str, samples: np.ndarray = NOISE, **options: str) -> bytes:
 
 
 def wav(samples: np.ndarray, **header: int) -> bytes:
-    """A float WAV file with whatever is wanted in its header."""
+    """Return a float WAV file with the given header fields."""
     data = samples.astype("<f4").tobytes()
     fields = {"tag": 3, "channels": 1, "rate": RATE, "size": len(data)} | header
     block = 4 * fields["channels"]
@@ -59,14 +59,14 @@ def wav(samples: np.ndarray, **header: int) -> bytes:
 
 def flac_that_promises(num_samples: int) -> bytes:
     content = bytearray(encoded("FLAC"))
-    # 36 bits of the stream's information
+    # 36 bits of the stream information block
     content[21] = content[21] & 0xF0 | num_samples >> 32
     content[22:26] = (num_samples & 0xFFFFFFFF).to_bytes(4, "big")
     return bytes(content)
 
 
 def changed(content: bytes, position: float) -> bytes:
-    """With one byte in it that is another one."""
+    """Return the content with one byte changed."""
     index = int(position * len(content))
     return content[:index] + bytes([content[index] ^ 0xFF]) + content[index + 1 :]
 
@@ -159,7 +159,7 @@ def make_bad(folder: Path, name: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four good recordings, two before any bad one and two behind it."""
+    """Write four good recordings, two that sort before any bad one and two that sort after it."""
     folder = tmp_path / "recordings"
     folder.mkdir()
     for i, name in enumerate(("0.wav", "1.wav", "y.flac", "z.wav")):
@@ -168,7 +168,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def as_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AudioDataset:
-    """A data set that learns of nothing before it reads: of a manifest that is believed after a look at its first."""
+    """Return a data set that notices no bad file before it reads one, because it checks only the first header."""
     monkeypatch.setattr(audio_module, "NUM_CHECKED", 1)
     names = sorted(entry.name for entry in folder.iterdir())
     file = write_manifest(folder.parent / "a.tsv", folder, names, [LENGTH] * len(names))
@@ -181,7 +181,7 @@ def test_in_a_folder(folder: Path, name: str) -> None:
     dataset = make_dataset(folder, max_file_bytes=MAX_BYTES)
     ids = np.arange(len(dataset))
     waves, bad = dataset.read(ids, dataset.lengths, 0, 0)
-    # found by its header and left out, or when it is read, and replaced
+    # skipped because of its header, or replaced when it is read
     assert len(dataset) == 5 - len(dataset.listing.bad_files)
     [line] = {*dataset.listing.bad_files, *bad}
     found, _, reason = line.partition(": ")
@@ -202,12 +202,12 @@ def test_in_a_manifest(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     waves, bad = dataset.read(np.arange(5), dataset.lengths, 0, 0)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # neither pipes nor endless files are waited for, and no header makes room for what it promises
+    # pipes and endless files do not block, and no header causes a large allocation
     assert time.perf_counter() - start < 5
     assert most < 20e6
     [line] = bad
     assert re.search(f"^{re.escape(str(folder / name))}: ({REASONS[name]})", line), line
-    # the next one in its place, and the others as ever
+    # the next one replaces it, and the others are unchanged
     assert torch.equal(waves[2], waves[3])
     assert len({wave.numpy().tobytes() for wave in waves}) == 4
     again, bad_again = dataset.read(np.array([2]), dataset.lengths[[2]], 0, 0)
@@ -233,7 +233,7 @@ def test_no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def refuse(path: str, *options: int) -> int:
         if os.path.basename(path) == "a.wav":
-            # root, who may run the tests, may read everything
+            # root can read every file
             raise PermissionError(13, "Permission denied", path)
         return system_open(path, *options)
 
@@ -252,12 +252,12 @@ def test_files_that_vanish_or_turn_into_others(folder: Path, monkeypatch: pytest
     os.mkfifo(folder / "c.wav")
     (folder / "d.wav").write_bytes(wav(NOISE[:10_000]))
     _, bad = dataset.read(np.arange(2, 6), dataset.lengths[2:6], 0, 0)
-    # each, and once more for those that it was tried for
+    # once for itself, and once for each recording that it was tried for
     assert dict(line.split(": ", 1) for line in bad) == {
         f"{folder}/a.wav": "cannot be opened: No such file or directory",
         f"{folder}/b.wav": "not a regular file, but a folder",
         f"{folder}/c.wav": "not a regular file, but a pipe",
-        f"{folder}/d.wav": "shorter than it was said to be: 10,000 samples instead of 24,000",
+        f"{folder}/d.wav": "shorter than expected: 10,000 samples instead of 24,000",
     }
 
 
@@ -282,7 +282,7 @@ def test_longest_one_is_replaced_by_a_shorter_one_repeated(folder: Path) -> None
     waves, bad = dataset.read(np.array([2]), np.array([48_000]), 0, 0)
     assert bad == (f"{folder}/a.wav: samples that are not finite",)
     assert torch.equal(waves[0, :LENGTH], waves[0, LENGTH:])
-    # where only a part is read, it may be a good one
+    # a part without such samples is good
     parts = [dataset.read(np.array([2]), np.array([9000]), 0, epoch)[1] for epoch in range(20)]
     assert {len(bad) for bad in parts} == {0, 1}
 
@@ -292,7 +292,7 @@ def test_nothing_readable(tmp_path: Path) -> None:
     folder.mkdir()
     for i in range(20):
         (folder / f"{i:02d}.wav").write_bytes(b"junk")
-    with pytest.raises(DataError, match=rf"of 20 in '{folder}' none can be read:\n  {folder}/00.wav: not a file"):
+    with pytest.raises(DataError, match=rf"none of the 20 in '{folder}' can be read:\n  {folder}/00.wav: not a file"):
         make_dataset(folder)
     for i in range(20):
         (folder / f"{i:02d}.wav").write_bytes(wav(np.zeros(LENGTH)))
@@ -304,7 +304,7 @@ def test_nothing_readable(tmp_path: Path) -> None:
 
 
 def test_many_in_a_row(folder: Path) -> None:
-    """Many that lie side by side do not stop a run where there are others; too many do."""
+    """Many adjacent bad files do not stop a run if others can replace them; too many do."""
     (folder / "a000.wav").write_bytes(wav(np.zeros(LENGTH)))
     for i in range(1, 300):
         (folder / f"a{i:03d}.wav").hardlink_to(folder / "a000.wav")
@@ -373,7 +373,7 @@ def test_damaged_files_never_escape(tmp_path: Path) -> None:
     path = tmp_path / "damaged.wav"
     for trial in range(400):
         content = np.frombuffer(sources[trial % len(sources)], dtype=np.uint8).copy()
-        # half of them in the header
+        # half of the positions are in the header
         end = len(content) if trial % 2 else 100
         content[generator.integers(0, end, 3)] = generator.integers(0, 256, 3)
         path.write_bytes(content[: generator.integers(1, 2 * len(content))].tobytes())

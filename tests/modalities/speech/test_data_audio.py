@@ -1,4 +1,4 @@
-"""Recordings that are read: which part, resampled, mixed, normalized; folders and manifests."""
+"""Test the audio data set: the choice of parts, resampling, mixing, normalization, folders and manifests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_random_part_of_a_ramp(tmp_path: Path) -> None:
     ramp = (np.arange(3 * RATE) / (3 * RATE) - 0.5).astype(np.float32)
     sf.write(tmp_path / "ramp.wav", ramp, RATE, subtype="FLOAT")
     dataset = make_dataset(tmp_path)
-    # of three seconds, at most two are used
+    # at most two of the three seconds are used
     assert dataset.lengths.tolist() == [2 * RATE]
     starts = []
     for epoch in range(20):
@@ -52,7 +52,7 @@ def test_a_random_part_of_a_ramp(tmp_path: Path) -> None:
         part = torch.from_numpy(ramp[starts[-1] : starts[-1] + RATE])
         assert torch.equal(waves[0], F.layer_norm(part, part.shape, eps=1e-5))
         assert abs(waves.mean()) < 1e-5
-    # from all over the recording, also beyond the first two seconds
+    # parts start anywhere in the recording, also after the first two seconds
     assert min(starts) < 0.25 * RATE
     assert max(starts) > 1.75 * RATE
 
@@ -101,7 +101,7 @@ def test_a_sample_depends_on_nothing_else(folder: Path) -> None:
         ("i.ogg", {"subtype": "VORBIS"}, 3e-2),
         ("j.ogg", {"subtype": "OPUS"}, 3e-2),
         ("k.mp3", {}, 3e-2),
-        # what a file is called does not matter
+        # the file's extension does not matter
         ("l.mp3", {"format": "FLAC"}, 1e-4),
     ],
 )
@@ -114,11 +114,11 @@ def test_every_format(tmp_path: Path, name: str, options: dict[str, str], error:
     assert dataset.lengths.tolist() == [2 * RATE]
     whole = read_whole(dataset.path(0), LIMITS)
     assert whole.shape == (3 * RATE,)
-    # codecs need some time at the beginning
+    # codecs distort the beginning
     assert np.abs(whole - samples)[RATE // 4 : -RATE // 4].max() < error
     part = read_part(dataset.path(0), RATE, 0.3, LIMITS)
     start = int(0.3 * (2 * RATE + 1))
-    # MP3 and Opus decode a little before the place, which is all but the same
+    # MP3 and Opus start to decode a little earlier, with nearly the same result
     assert np.abs(part - whole[start : start + RATE]).max() < 1e-4
 
 
@@ -131,7 +131,7 @@ def test_other_rates_are_resampled(tmp_path: Path, rate: int) -> None:
     assert whole.shape == (3 * RATE,)
     expected = tone(3, 1000)
     assert np.abs(whole - expected)[100:-100].max() < 2e-4
-    # a part is the part of the whole, also at both ends
+    # a part equals the same range of the whole recording, also at both ends
     for place in (0, 0.001, 0.4, 0.987, 1 - 2**-53):
         part = read_part(dataset.path(0), 20_000, place, LIMITS)
         start = min(int(place * (3 * RATE - 20_000 + 1)), 3 * RATE - 20_000)
@@ -216,7 +216,7 @@ def test_manifest(folder: Path, tmp_path: Path, root: str, monkeypatch: pytest.M
     dataset = make_dataset(file, max_seconds=9)
     assert [os.path.basename(dataset.path(i)) for i in range(4)] == sorted(names)
     assert dataset.lengths.tolist() == sorted(counts)
-    # believed, after a look at some
+    # trusted after a check of a few headers
     assert len(opened) == 2
     assert dataset.read(np.arange(4), dataset.lengths, 0, 0)[1] == ()
 
@@ -227,8 +227,8 @@ def test_manifest_of_another_rate_is_not_believed(tmp_path: Path, caplog: pytest
     file = write_manifest(tmp_path / "a.tsv", tmp_path, [f"{i}.wav" for i in range(3)], [86_400] * 3)
     with caplog.at_level(logging.INFO):
         dataset = make_dataset(file)
-    assert "has 86400 samples at 48000 Hz, and the manifest says 86400 at the model's 16000 Hz" in caplog.text
-    # neither 5.4 s, cut to two, nor anything behind the end
+    assert "has 86400 samples at 48000 Hz, but the manifest lists 86400 at the model's 16000 Hz" in caplog.text
+    # neither 5.4 s, cut to 2 s, nor anything after the end
     assert dataset.lengths.tolist() == [28_800] * 3
     assert dataset.read(np.arange(3), dataset.lengths, 0, 0)[1] == ()
 

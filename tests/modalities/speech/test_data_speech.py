@@ -1,4 +1,4 @@
-"""The sample set `speech`: complete, divided by voices, small, and in what is installed."""
+"""Test the bundled sample set: its contents, size, split by voices, and presence in the installed package."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_splits_by_voice(monkeypatch: pytest.MonkeyPatch) -> None:
     read_header = audio_module.read_header
     monkeypatch.setattr(audio_module, "read_header", lambda *given: opened.append(given[0]) or read_header(*given))
     train, test = SpeechSamples(DATA, MODEL), SpeechSamples(DATA, MODEL, "test")
-    # the index is believed after a look at some
+    # the index is trusted after a check of a few headers
     assert len(opened) == 2 * audio_module.NUM_CHECKED
     assert (len(train), len(test)) == (300, 120)
     for dataset, held_out in ((train, False), (test, True)):
@@ -80,14 +80,14 @@ def test_probe_data() -> None:
     for wave in probe.waveforms:
         assert wave.dtype == torch.float32
         assert abs(wave.mean()) < 1e-4
-        # the loudest sample is at a tenth of full scale, so that the norm's epsilon is felt
+        # the loudest sample is at a tenth of full scale, so the epsilon of the norm matters
         assert 0.85 < wave.var(correction=0) < 1.01
     new_voices = [probe.voice_names.index(voice) for voice in HELD_OUT_VOICES]
     assert probe.voices[probe.word_test_indices].unique().tolist() == sorted(new_voices)
     assert set(new_voices).isdisjoint(probe.voices[probe.word_train_indices].tolist())
     together = torch.cat([probe.word_train_indices, probe.word_test_indices])
     assert together.sort().values.equal(torch.arange(420))
-    # every class on both sides, the other label on one side only
+    # each class is in both parts, each value of the other label in one part only
     assert probe.words[probe.word_train_indices].unique().tolist() == list(range(30))
     assert probe.words[probe.word_test_indices].unique().tolist() == list(range(30))
     train, test = probe.voice_train_indices, probe.voice_test_indices
@@ -114,7 +114,7 @@ def espeak_version() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(": 1.51 " not in espeak_version(), reason="needs eSpeak NG 1.51, as they were made with")
+@pytest.mark.skipif(": 1.51 " not in espeak_version(), reason="requires eSpeak NG 1.51, which made them")
 def test_made_again_they_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import make_speech_samples
 

@@ -1,4 +1,4 @@
-"""Pictures of recordings: similar moments, axes, and the choice of recordings."""
+"""Test figures of speech encoders: frame similarity, axes, and the choice of recordings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.helpers.runs import TINY_SPEECH
 
 
 def test_self_similarity() -> None:
-    """Two kinds of frames that take turns: alike within a kind, opposite between them, whatever they share."""
+    """Alternating frames are similar within a kind and opposite between kinds, whatever offset they share."""
     kinds = torch.tensor([1.0, -1.0]).repeat(4)[:, None] * torch.randn(1, 6) + 100 * torch.randn(1, 6)
     expected = torch.tensor([1.0, -1.0]).repeat(4)
     np.testing.assert_allclose(self_similarity(kinds), torch.outer(expected, expected), atol=1e-3)
 
 
 def test_recordings_have_axes_and_none_is_shown_twice(tmp_path: Path) -> None:
-    """Also where one is silent, and another of the same name has another ending."""
+    """Skip a silent recording; distinguish files that differ only in their extension."""
     raw = copy.deepcopy(TINY_SPEECH["d2v"])
     raw["data"] |= {"kind": "audio", "path": str(tmp_path)}
     config, problems = check_d2v(raw)
@@ -43,7 +43,7 @@ def test_recordings_have_axes_and_none_is_shown_twice(tmp_path: Path) -> None:
     spectrum, square = figure.axes[:2]
     assert spectrum.get_ylabel() == "kHz"
     assert [text.get_text() for text in spectrum.get_yticklabels()] == ["0", "0.5", "1", "2", "4"]
-    # half the rate is at the top of the bands, and mel makes 1 kHz stand above the middle of 0 to 4 kHz's fourth
+    # half the rate is at the top of the bands; on the mel scale, 1 kHz is above a quarter of 4 kHz
     heights = spectrum.get_yticks()
     assert heights[-1] == pytest.approx(40)
     assert heights[2] == pytest.approx(40 * 999.99 / 2146.06, rel=1e-3)
