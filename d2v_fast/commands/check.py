@@ -1,5 +1,7 @@
-"""`d2v-fast check`: what a run would be, and some of its steps, measured. No run folder is made, and nothing is written
-but the cached tokens of text."""
+"""`d2v-fast check`: describe a run and measure a few of its steps.
+
+Nothing is written except the cached tokens of text, and no run folder is made.
+"""
 
 from __future__ import annotations
 
@@ -34,22 +36,24 @@ from d2v_fast.training.preflight import check_packages
 from d2v_fast.training.schedules import LearningRate
 from d2v_fast.training.step import TrainStep
 
-# of the steps that are tried: at least, and at most, until there is enough, and when to give up on the rest
+# steps to try, the time after which that is enough, and the time after which no further step begins
 MIN_STEPS, MAX_STEPS = 3, 30
 ENOUGH_SECONDS, MAX_SECONDS = 2.0, 30.0
 
 
 def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int | None = None) -> bool:
-    """Validate a configuration, try it, and print what was found.
+    """Validate a configuration, run a few steps in one process, and print the results.
 
     Args:
-        file, overrides: as of `load_config`.
-        num_processes: of the run that is planned; None is what a launcher has started, or 1. One of them is tried.
+        file: the configuration file; see `load_config`.
+        overrides: values that replace those of the file; see `load_config`.
+        num_processes: number of processes of the planned run. None: as many as the launcher started, or 1.
     Returns:
-        Whether a run could go on like this.
+        Whether the loss is finite.
     Raises:
-        ConfigError: the configuration is refused.
-        DataError, RunError: there is nothing to train on, or nothing to train with; with a message for the user.
+        ConfigError: the configuration is invalid.
+        DataError: there is nothing to train on.
+        RunError: a package is missing, or the memory does not suffice.
     """
     processes = world_size() if num_processes is None else num_processes
     config = load_config(file, overrides, processes)
@@ -95,7 +99,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
 
 
 def _without_deepspeed(config: RunConfig, split: BatchSplit) -> RunConfig:
-    """The share of one process as a configuration for plain torch."""
+    """Return the configuration of one process's share of the batch, for plain torch."""
     deepspeed = config.deepspeed
     changes: dict[str, object] = {
         "train_batch_size": split.micro_batch * split.accumulation,
@@ -108,19 +112,28 @@ def _without_deepspeed(config: RunConfig, split: BatchSplit) -> RunConfig:
 
 
 def _require_memory(config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """RunError where one process cannot hold the model by itself: the system would kill it without a word."""
+    """Raise a RunError if one process cannot hold the model. The system would kill it without a message."""
     needed = predict(config, 1, dtype, device.type).device_peak
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if free is not None and needed > free:
         raise RunError(
-            f"a step cannot be tried here: one process by itself needs {format_bytes(needed)}, and "
+            f"a step cannot be tried here, because one process needs {format_bytes(needed)}, and only "
             f"{format_bytes(free)} are free on this {device.type}. Lower `train_micro_batch_size_per_gpu`, set "
             f"`d2v.model.gradient_checkpointing`, or shard with `zero_optimization.stage` over more processes."
         )
 
 
 class _Found(NamedTuple):
-    """What trying showed: the loss of the first micro-step, seconds, bytes, and the batches."""
+    """Measurements of the steps.
+
+    Attributes:
+        loss: of the first micro-step.
+        data_seconds: time to make a micro-batch.
+        micro_seconds: time of a forward and backward pass.
+        update_seconds: time of the update of student and teacher.
+        peak_bytes: peak memory.
+        batches: the micro-batches, without values.
+    """
 
     loss: float
     data_seconds: float
@@ -131,7 +144,7 @@ class _Found(NamedTuple):
 
 
 def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, schedule: LearningRate) -> _Found:
-    """Some steps of one micro-step each, as the first process would make them, on different batches."""
+    """Run steps of one micro-step each on the batches of the first process."""
     d2v, device = config.d2v, world.device
     maker.warm_up()
     import_engine(config.deepspeed, world)
@@ -140,8 +153,8 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
     model = build_model(d2v).to(device)
     copied = copy.deepcopy(model.student.averaged)
     engine = PlainEngine(model, config.deepspeed, world, decay_1d=d2v.decay_1d)
-    # without a gradient and at a rate of 0 it changes nothing, but makes the moments: a run has them beside the
-    # activations from its second step on, and a large model is tried for one step only
+    # a step at rate 0 changes nothing but allocates the optimizer's moments, which a run holds beside the activations
+    # from its second step on
     engine.step(0.0)
     teacher = Teacher(model.student.averaged, d2v.teacher, compute_dtype=engine.compute_dtype, module=copied)
     divisor = d2v.loss.divisor(d2v.model.width)
@@ -169,20 +182,20 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
         elapsed = time.monotonic() - start
         if step == MAX_STEPS or elapsed > MAX_SECONDS or (step > MIN_STEPS and elapsed > ENOUGH_SECONDS):
             break
-    # the first is left out, if there are others: in it much is allocated and compiled
+    # the first step allocates and compiles, so it does not count if there are others
     columns = zip(*(times[1:] or times), strict=True)
-    # steps of ragged samples differ, and count by what they take; others only by accident
+    # steps of samples of different lengths differ by nature: take the mean; others differ only by noise
     middle = statistics.median if maker.lengths is None else statistics.fmean
     data, micro_step, update = (middle(column) for column in columns)
     return _Found(losses[0], data, micro_step, update, memory.bytes(), batches)
 
 
 def _about_memory(found: _Found, config: RunConfig, dtype: torch.dtype, device_type: str) -> str:
-    """What was measured, beside what is predicted for batches of the size that was tried, and for the largest."""
+    """Compare the measured peak with the predictions for the measured batches and for the largest ones."""
     largest = max(found.batches, key=lambda batch: batch.inputs.numel())
     of_these = format_bytes(predict(config, 1, dtype, device_type, like=largest).resident_peak)
     of_any = format_bytes(predict(config, 1, dtype, device_type).resident_peak)
-    beyond = "" if of_these == of_any else f", and {of_any} for the largest that the run can have"
+    beyond = "" if of_these == of_any else f", and {of_any} for the largest batch of the run"
     return (
         f"peak memory     {format_bytes(found.peak_bytes)} measured in these steps; at most {of_these} predicted for "
         f"their batches{beyond}"
@@ -190,7 +203,7 @@ def _about_memory(found: _Found, config: RunConfig, dtype: torch.dtype, device_t
 
 
 def _without_values(batch: Batch) -> Batch:
-    """The batch without its inputs' values: those of all steps together would count as memory of a run."""
+    """Return the batch without its inputs' values, which would otherwise count as memory of the run."""
     masked = None if batch.masked_inputs is None else batch.masked_inputs.to("meta")
     return replace(batch, inputs=batch.inputs.to("meta"), masked_inputs=masked, unpadded=None, offsets=None)
 

@@ -1,4 +1,4 @@
-"""What a run would be: parameters, memory and length, without a step of it."""
+"""Describe a run before it starts: parameters, memory, data and length."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ def describe(
     dtype: torch.dtype,
     device_type: str = "cpu",
 ) -> str:
-    """The lines that `--dry-run` prints.
+    """Return the lines that `--dry-run` prints.
 
     Args:
-        maker: of the data set.
+        config: of the run.
+        split: how the global batch is divided.
+        schedule: of the learning rate.
+        maker: of the training batches.
         dtype: of the forward pass.
-        device_type: "cpu" or "cuda", where it would run.
+        device_type: "cpu" or "cuda".
     """
     with torch.device("meta"):
         model = build_model(config.d2v)
@@ -48,13 +51,13 @@ def describe(
 
 
 def _data(maker: BatchMaker) -> list[str]:
-    """What is used and what is left out, one line each."""
+    """Return the lines about the data: what is used and what is left out."""
     first, *others = describe_listing(maker.listing, counted(maker.num_samples, maker.what))
     return [f"data            {first}", *(f"{'':16}{line}" for line in others)]
 
 
 def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str) -> list[str]:
-    """What `memory.predict` finds, one line per part."""
+    """Return the lines about memory, one per part of the prediction."""
     found = predict(config, num_processes, dtype, device_type)
     on_host = found.host_state > 0
 
@@ -64,7 +67,7 @@ def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_ty
 
     besides = ""
     if found.overhead:
-        besides = f"; at most {format_bytes(found.resident_peak)} resident with what malloc keeps and libraries need"
+        besides = f"; at most {format_bytes(found.resident_peak)} resident with the overhead of malloc and libraries"
     lines = [
         f"memory          {format_bytes(found.device_peak)} of tensors per process, predicted for the largest batch "
         f"({str(dtype)[6:]}, {num_processes} process{'es' if num_processes > 1 else ''}, {device_type}){besides}",
@@ -75,7 +78,7 @@ def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_ty
     lines.append(line("stays from step to step", found.device_state, found.host_state, ""))
     lines += [line(f"+ {m.name}", m.device, m.host, m.meaning) for m in found.phases]
     lines.append(line("activations", found.activations, 0, "of which: saved for the backward pass"))
-    lines.append(line("while it is built, in all", found.build, 0, "of every process, whatever the number"))
+    lines.append(line("while the model is built", found.build, 0, "peak of every process, however many there are"))
     if found.save:
         meaning = "host memory of the copy that a checkpoint is written from"
         sizes = (0, found.save) if on_host else (found.save, 0)
