@@ -189,7 +189,7 @@ def test_lines_with_zero_bytes_are_left_out_or_replaced(tmp_path: Path, capsys: 
     (folder / "b.txt").write_bytes(second.encode("utf-16-be"))
     embed(tmp_path / "r", folder, "--to", tmp_path / "features.npy")
     said = capsys.readouterr().err
-    assert "2 of 3 lines are unreadable and left out:\n  a.txt:2: no text: it has zero bytes\n  b.txt:1: no" in said
+    assert "2 of 3 lines are unreadable and left out:\n  a.txt:2: not text: it has zero bytes\n  b.txt:1: no" in said
     assert (tmp_path / "features.paths.txt").read_text() == "a.txt:1\n"
     data = TextDataConfig(encoding_errors="replace")
     lines = Lines(model.student, "", folder / "a.txt", config.model, data, small_tokenizer())

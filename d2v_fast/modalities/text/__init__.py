@@ -1,4 +1,4 @@
-"""Text: token ids, one row per token."""
+"""The text modality: token ids, one row per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of blocks of tokens, some of which are masked. They run in the loader's workers."""
+"""Batches of token blocks with masks, made in the loader's workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["TextBatches", "largest_batch"]
 
 
 class TextBatches:
-    """Blocks of tokens of which some are hidden."""
+    """Blocks of tokens, some of which are masked."""
 
     what = "block"
     max_step_length: int | None = None
@@ -87,9 +87,9 @@ class TextBatches:
 
 
 def largest_batch(config: TextConfig, num_samples: int) -> Batch:
-    """Return a batch of the shapes of the largest that a run has, on torch's current device."""
+    """Return an uninitialized batch with the largest shapes of a run, on torch's current device."""
     tokens = torch.empty(num_samples, config.data.block_size, dtype=torch.int64)
-    # the share that is masked where spans overlap at random
+    # expected share of masked tokens: spans overlap at random
     share = 1 - math.exp(-config.mask.prob)
     rows = torch.empty(int(num_samples * config.data.block_size * share), dtype=torch.int64)
     ids = torch.empty(num_samples, dtype=torch.int64)

@@ -1,5 +1,7 @@
-"""The sections of `"d2v"` that are text's own. Defaults: the published Base run (arXiv 2202.03555, section 4.3), with
-the masks of its released recipe."""
+"""The sections of `"d2v"` for text.
+
+The defaults are the published Base run (arXiv 2202.03555, section 4.3) with the masks of its released recipe.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,13 @@ from d2v_fast.config.schema import (
     TeacherConfig,
 )
 
-# rows in front of the first learned position: that of a padding token, and one before it, as in RoBERTa
+# as in RoBERTa, the first token has row 2 of the position table and a padding token row 1
 POSITION_OFFSET = 2
 MAX_VOCAB = 1 << 24
-# of RoBERTa, and so of the published runs: what a model has that no tokenizer has given its own
+# sizes of RoBERTa, and so of the published runs: used while no tokenizer has set its own
 PUBLISHED_VOCAB, PUBLISHED_PADDING = 50_265, 1
 
-# what `mode` stands for where a file says nothing else: the paper's main text, and its released recipe
+# values that `mode` implies: "bert" is the paper's main text, "span" its released recipe
 _MODES: dict[str, dict[str, Any]] = {
     "bert": {"prob": 0.15, "length": 1, "keep_prob": 0.1, "random_prob": 0.1},
     "span": {"prob": 0.35, "length": 4, "keep_prob": 0.0, "random_prob": 0.0},
@@ -38,18 +40,17 @@ class TextModelConfig(ModelSection):
     """The text encoder: token and position embeddings, a norm, post-norm blocks.
 
     Attributes:
-        vocab_size: Token embeddings, at least as many as the tokenizer has tokens; null takes its number.
-        padding_id: Id of the padding token, whose embedding stays zero; null takes the tokenizer's, and no other is
-            accepted.
+        vocab_size: Number of token embeddings, at least as many as the tokenizer has tokens; null uses that number.
+        padding_id: Id of the padding token, whose embedding stays zero. It must be the tokenizer's; null uses it.
         max_positions: Longest sequence in tokens, special tokens included.
-        heads: Attention heads; they divide `width`.
+        heads: Attention heads; must divide `width`.
         mlp_ratio: Hidden width of the MLP over `width`.
-        dropout: Dropout of embeddings and branches.
+        dropout: Dropout of embeddings and residual branches.
         attention_dropout: Dropout of attention weights.
         activation_dropout: Dropout inside the MLP.
         layer_drop: Probability that a sample skips a block.
         norm_eps: Added to the variance in every norm.
-        attention: "padded" pads to the longest block; "packed" computes no padding, on a GPU and in 16 bits.
+        attention: "padded" pads to the longest block; "packed" skips padding, and needs a GPU and 16-bit precision.
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
     """
 
@@ -70,17 +71,17 @@ class TextModelConfig(ModelSection):
 
     @property
     def position_rows(self) -> int:
-        """Rows of the table of learned positions: the first token of a sequence has row 2, padding row 1."""
+        """Rows of the position table: the first token of a sequence has row 2, padding row 1."""
         return self.max_positions + POSITION_OFFSET
 
     @property
     def token_rows(self) -> int:
-        """Rows of the table of tokens: `vocab_size`, or RoBERTa's where no tokenizer has been asked."""
+        """Rows of the token table: `vocab_size`, or RoBERTa's if that is not set."""
         return PUBLISHED_VOCAB if self.vocab_size is None else self.vocab_size
 
     @property
     def padding_row(self) -> int:
-        """The row that stays zero: `padding_id`, or RoBERTa's where no tokenizer has been asked."""
+        """Row of the token table that stays zero: `padding_id`, or RoBERTa's if that is not set."""
         return PUBLISHED_PADDING if self.padding_id is None else self.padding_id
 
     def num_places(self, shape: Sequence[int]) -> int:
@@ -103,19 +104,19 @@ class TextModelConfig(ModelSection):
 
 
 class TokenMaskConfig(Section):
-    """Tokens that the student does not see as they are, drawn anew every epoch. Keys that are not given follow `mode`:
-    "span" 0.35, 4, 0, 0; "bert" 0.15, 1, 0.1, 0.1.
+    """Masking of the student's input, drawn anew every epoch. `mode` sets the defaults of `prob`, `length`,
+    `keep_prob` and `random_prob`: "span" 0.35, 4, 0, 0; "bert" 0.15, 1, 0.1, 0.1.
 
     Attributes:
         kind: Kind of the masks.
-        mode: "span" chooses spans of tokens, "bert" single ones.
+        mode: "span" chooses spans of tokens, "bert" single tokens.
         prob: Share of the tokens that would be chosen if no spans overlapped.
-        length: Tokens of a span.
-        keep_prob: Probability that a chosen token stays as it is.
-        random_prob: Probability that it becomes a random token; otherwise it becomes the mask token.
-        loss_on_kept: Compute the loss at kept and replaced tokens too, not only at mask tokens.
-        mask_specials: Special tokens (begin, end, padding, unknown, mask) may be chosen too, as begin and end may in
-            the published code.
+        length: Tokens in a span.
+        keep_prob: Probability that a chosen token stays unchanged.
+        random_prob: Probability that a chosen token becomes a random token; otherwise it becomes the mask token.
+        loss_on_kept: Also compute the loss at unchanged and random tokens, not only at mask tokens.
+        mask_specials: Allow special tokens (begin, end, padding, unknown, mask) to be chosen, as the published code
+            does for begin and end.
     """
 
     kind: Literal["token"] = "token"
@@ -139,41 +140,41 @@ class TokenMaskConfig(Section):
         if self.mode == "bert" and self.length != 1:
             problems.append(Problem("length", 'be 1 with `mode` "bert"', self.length, 'Spans are `mode` "span".'))
         if self.keep_prob + self.random_prob > 1:
-            must = f"be <= {1 - self.random_prob:g}, what `random_prob` ({self.random_prob}) leaves"
+            must = f"be <= {1 - self.random_prob:g}, which is 1 - `random_prob` ({self.random_prob})"
             problems.append(Problem("keep_prob", must, self.keep_prob))
         if self.keep_prob + self.random_prob == 1 and not self.loss_on_kept:
-            hint = "No token would become the mask token, and there would be no loss."
+            hint = "Otherwise no token becomes the mask token, and there is no loss."
             problems.append(Problem("loss_on_kept", "be true where `keep_prob` + `random_prob` is 1", False, hint))
         refuse_if(problems)
         return self
 
 
 class TextDataConfig(DataSection):
-    """Where the text comes from, and how it is cut into blocks.
+    """The text of a run and its division into blocks.
 
     Attributes:
         kind: "text" is a file or a folder tree of .txt, JSON lines (.jsonl, .ndjson, .json) and .parquet, the first two
             also as .gz and .zst; "docs" is the sample set, Python's own reference pages.
-        path: With "text": the file or the folder.
+        path: The file or the folder, for "text".
         field: Field of a JSON line or column of a .parquet file that holds the text.
-        documents: What of a .txt file is a document: the whole "file", every "paragraph" between empty lines, or every
-            "line".
-        encoding_errors: Text that is not UTF-8 counts as unreadable ("strict"), or its wrong bytes, and zero bytes,
-            become U+FFFD ("replace").
-        tokenizer: A `tokenizer.json`, or a folder with one or with vocab.json and merges.txt; the sample set has one
-            made if none is given.
-        tokens_path: Folder of the tokenized text; null takes `d2v_fast` in the user's cache folder. It is used again
-            while files, tokenizer and settings are the same.
-        block_size: Most tokens of a block, special tokens included.
+        documents: Unit of a .txt file that is one document: the whole "file", each "paragraph" between empty lines, or
+            each "line".
+        encoding_errors: "strict" counts text that is not UTF-8 as unreadable; "replace" replaces its invalid bytes and
+            zero bytes with U+FFFD.
+        tokenizer: A `tokenizer.json`, or a folder with one or with vocab.json and merges.txt. For the sample set, null
+            trains one.
+        tokens_path: Folder of the tokenized text; null uses `d2v_fast` in the user's cache folder. The tokens are
+            reused while files, tokenizer and settings stay the same.
+        block_size: Largest number of tokens in a block, special tokens included.
         packing: "document" fills a block with whole documents and cuts only longer ones; "stream" fills every block to
             its end.
-        separate_documents: Documents of a block do not attend to each other, and each begins with the begin token.
+        separate_documents: Documents of a block do not attend to each other, and each starts with the begin token.
         min_tokens: Documents with fewer tokens are left out.
         test_fraction: Share of the sample set that is held out for the probe.
         follow_outside: Follow links that lead out of `path`; otherwise they are left out.
     """
 
-    # keys that only one kind reads
+    # keys that apply to one kind only
     only_for: ClassVar[dict[str, tuple[str, ...]]] = {
         "docs": ("test_fraction",),
         "text": ("field", "documents", "encoding_errors", "max_bad_fraction", "strict", "follow_outside"),
@@ -204,10 +205,10 @@ class TextDataConfig(DataSection):
             hint = "Name the file or the folder: `--set d2v.data.path=/my/text`."
             problems.append(Problem("path", 'be a file or a folder with `kind` "text"', self.path, hint))
         if self.kind == "docs" and self.path is not None:
-            hint = 'Your own text is `kind` "text", for which the preset `text_small` is made.'
+            hint = 'For your own text, set `kind` to "text"; the preset `text_small` is an example.'
             problems.append(Problem("path", 'be null with `kind` "docs", a sample set', self.path, hint))
         if self.kind == "text" and not self.tokenizer:
-            hint = "A file of Hugging Face tokenizers, or a folder with vocab.json and merges.txt."
+            hint = "Name a tokenizer.json of Hugging Face tokenizers, or a folder with vocab.json and merges.txt."
             problems.append(Problem("tokenizer", 'be a file or a folder with `kind` "text"', self.tokenizer, hint))
         if not self.field:
             problems.append(Problem("field", "name a field or column", self.field))
@@ -216,12 +217,12 @@ class TextDataConfig(DataSection):
 
 
 class TextProbeConfig(ProbeConfig):
-    """Probe of text features. The class of a .txt file is the sub-folder that it is in.
+    """Probe of text features. The class of a .txt file is its sub-folder.
 
     Attributes:
-        path: Labeled data: a folder with a sub-folder per class, or a .jsonl or .parquet file. Null takes the labels of
+        path: Labeled data: a folder with a sub-folder per class, or a .jsonl or .parquet file. Null uses the labels of
             the sample set.
-        field: Field or column of the text; null takes `d2v.data.field`.
+        field: Field or column of the text; null uses `d2v.data.field`.
         label_field: Field or column of the label.
     """
 
@@ -239,7 +240,7 @@ class TextProbeConfig(ProbeConfig):
 
 
 class TextConfig(D2VConfig):
-    """Text. The defaults are the published Base run, with its released recipe's masks."""
+    """Configuration of a text run. The defaults are the published Base run with the masks of its released recipe."""
 
     modality: Literal["text"] = "text"
     decay_1d: bool = True

@@ -19,16 +19,18 @@ from d2v_fast.modalities.text.tasks import run_tokenizer
 from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer
 from d2v_fast.models.student import Student
 
-# bytes of a line, and of a file of lines
+# limits in bytes, per line and per file
 MAX_LINE = 1 << 20
 MAX_TEXT_BYTES = 1 << 40
 
 
 def open_lines(encoder: Encoder, inputs: Path, tokenizer: Path | None) -> Source:
-    """Return the lines of a .txt file, or of the .txt files of a folder.
+    """Open the lines of a .txt file, or of the .txt files in a folder.
 
     Args:
-        tokenizer: None is the one that the encoder's run names, or that its folder holds.
+        encoder: The encoder that will embed them.
+        inputs: The file or the folder.
+        tokenizer: The tokenizer; None uses the one that the encoder's run names or its folder holds.
     Raises:
         ValueError: There are no lines, or the tokenizer cannot be read or is not the model's.
     """
@@ -41,7 +43,7 @@ def open_lines(encoder: Encoder, inputs: Path, tokenizer: Path | None) -> Source
 
 
 class Lines(Source):
-    """Lines of .txt files, compressed or not, between begin and end token; empty lines are left out."""
+    """Lines of .txt files, compressed or not, each between begin and end token. Empty lines are left out."""
 
     what = "line"
     batch_size = 32
@@ -62,9 +64,9 @@ class Lines(Source):
         kinds = FileKinds("lines of text", read, unread)
         super().__init__(model, origin, inputs, kinds, data.follow_outside, paths)
         tokenizer.fit(config)
-        self._tokenizer, self._kept = tokenizer, RoundTrip()
+        self._tokenizer, self._round_trip = tokenizer, RoundTrip()
         self._replaces = data.encoding_errors == "replace"
-        self._most = config.max_positions - 2
+        self._max_tokens = config.max_positions - 2
         self.padding = float(tokenizer.specials.pad)
         self.num_places = lambda length: length
 
@@ -79,7 +81,7 @@ class Lines(Source):
 
     def problem(self) -> str | None:
         """Return a warning if the tokenizer loses characters of these texts."""
-        return self._kept.problem(self._tokenizer.name)
+        return self._round_trip.problem(self._tokenizer.name)
 
     def _of_file(self, path: str) -> Iterator[Sample | str]:
         with open_text(self._absolute(path), self._inside, MAX_TEXT_BYTES) as stream:
@@ -89,7 +91,7 @@ class Lines(Source):
                 if number == 1:
                     check_byte_order_mark(line)
                 if len(line) == MAX_LINE:
-                    raise UnreadableFile(f"line {number} and what follows: longer than {MAX_LINE:,} bytes")
+                    raise UnreadableFile(f"line {number} is longer than {MAX_LINE:,} bytes; the rest is left out")
                 name = printable(f"{path}:{number}")
                 try:
                     encoding = "utf-8-sig" if number == 1 else "utf-8"
@@ -99,21 +101,21 @@ class Lines(Source):
                     continue
                 if "\0" in text:
                     if not self._replaces:
-                        # such as UTF-16 without a byte order mark
-                        yield f"{name}: no text: it has zero bytes"
+                        # for example UTF-16 without a byte order mark
+                        yield f"{name}: not text: it has zero bytes"
                         continue
                     text = text.replace("\0", REPLACEMENT)
                 if text:
-                    # of the file, which may be compressed
+                    # position in the file as stored, which may be compressed
                     position = stream.file.tell()
                     yield self.sample(name, text, position - before)
                     before = position
 
     def sample(self, name: str, text: str, num_bytes: int = 0) -> Sample:
-        """Return the sample of one text, cut at the most tokens that the model reads."""
+        """Return the sample of one text, cut to the longest sequence that the model accepts."""
         ids, _ = self._tokenizer.encode([text])
-        self.num_cut += len(ids) > self._most
-        self._kept.add(self._tokenizer, [text])
+        self.num_cut += len(ids) > self._max_tokens
+        self._round_trip.add(self._tokenizer, [text])
         specials = self._tokenizer.specials
-        tokens = torch.tensor([specials.bos, *ids[: self._most].tolist(), specials.eos])
+        tokens = torch.tensor([specials.bos, *ids[: self._max_tokens].tolist(), specials.eos])
         return Sample(name, [tokens], num_bytes)

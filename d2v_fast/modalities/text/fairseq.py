@@ -1,16 +1,17 @@
 """Text checkpoints of fairseq's data2vec (version 1), in both directions, without importing fairseq.
 
-`model` in a checkpoint holds the student under `encoder.sentence_encoder`, under `encoder.regression_head` its head of
-two layers, and under `encoder._ema` the teacher's fp32 average, whose names are relative to `sentence_encoder`. There
-the embeddings are copies of the student's; what the average holds is what the teacher has. The released checkpoint
-has an `encoder.lm_head` instead of the regression head, which the public code no longer builds and nothing here uses.
+`model` in a checkpoint holds the student under `encoder.sentence_encoder`, its head of two layers under
+`encoder.regression_head`, and the teacher's fp32 average under `encoder._ema`, with names relative to
+`sentence_encoder`. The average usually includes copies of the student's embeddings; whatever it holds replaces the
+student's tensor in the teacher. The released checkpoint has an `encoder.lm_head` instead of the regression head, which
+the public code no longer builds and this project ignores.
 
-Row `i` of the table of tokens is the token of id `i` in both libraries: nothing is put into another order. fairseq's
-ids are those of its dictionary: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then the lines of its `dict.txt`, and `<mask>`
-last. RoBERTa's `dict.txt` (50,260 lines) and Hugging Face's `tokenizer.json` of RoBERTa agree in that, and the released
-checkpoint was trained with them. For any other dictionary the tokenizer must number its tokens in the order of the
-lines; a tokenizer that was trained here needs a `dict.txt` with its tokens from id 4 to the last but one, in their
-order. A tokenizer whose padding token is not 1, as BERT's is not, has no dictionary of fairseq.
+Row `i` of the token table is the token of id `i` in both libraries, so no rows are reordered. fairseq takes ids from
+its dictionary: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then the lines of its `dict.txt`, and `<mask>` last. RoBERTa's
+`dict.txt` (50,260 lines) and Hugging Face's `tokenizer.json` of RoBERTa agree, and the released checkpoint was trained
+with them. With any other dictionary, the tokenizer must number its tokens in the order of the lines. For a tokenizer
+trained here, write a `dict.txt` with its tokens from id 4 to the last but one, in order. A tokenizer whose padding
+token is not 1, such as BERT's, cannot have a fairseq dictionary.
 """
 
 from __future__ import annotations
@@ -70,18 +71,18 @@ NAMES = TextNames(
 )
 AVERAGE = "encoder._ema"
 HEAD = "encoder.regression_head."
-# of fairseq's Transformer, a buffer: where its norms are
+# a buffer of fairseq's Transformer that encodes where its norms are
 VERSION, VERSION_VALUE = "version", 3.0
-# of the released checkpoint, and of a fine-tuned one
+# heads of the released checkpoint and of fine-tuned models
 IGNORED = ("encoder.lm_head.", "classification_heads.")
-# of every norm: fairseq has no option for it
+# fairseq has no option for it
 NORM_EPS = 1e-5
 
-# of every dictionary: <s>, <pad>, </s> and <unk>
+# ids of <s>, <pad>, </s> and <unk> in every fairseq dictionary
 SPECIAL_IDS = (0, 1, 2, 3)
 
 PUBLISHED = TextModelConfig()
-# rates, by fairseq's name
+# fairseq's and our names of the dropout rates
 _RATES = (
     ("dropout", "dropout"),
     ("attention_dropout", "attention_dropout"),
@@ -91,16 +92,16 @@ _RATES = (
 
 
 class FairseqText(NamedTuple):
-    """What a checkpoint holds, fp32 on the CPU, models in training mode.
+    """The content of a checkpoint: fp32 tensors on the CPU, models in training mode.
 
     Attributes:
-        student: the student, or the encoder of a fine-tuned model.
-        teacher: a whole one, which is all of the average; what the average lacks it has in common with the student,
-            memory included. None where the checkpoint has no average.
-        head: `0.weight`, `0.bias`, `2.weight` and `2.bias` of the regression head; None where there is none.
-        config: of the model.
-        assumed: what of the configuration neither the checkpoint nor the caller tells, in words.
-        pending_decay: of the update that the average still lacks; None where it lacks none, or where that is unknown.
+        student: The student, or the encoder of a fine-tuned model.
+        teacher: A whole encoder with the tensors of the average. It shares the memory of the student's tensors that
+            the average lacks. None if the checkpoint has no average.
+        head: `0.weight`, `0.bias`, `2.weight` and `2.bias` of the regression head; None if there is none.
+        config: The model's configuration.
+        assumed: One text per configuration value that neither the checkpoint nor the caller gave.
+        pending_decay: Decay of the EMA update that the average still lacks; None if it lacks none or that is unknown.
     """
 
     student: TextModel
@@ -119,21 +120,21 @@ def load_fairseq_text(
     heads: int | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[TextModel, dict[str, Tensor] | None, TextModelConfig]:
-    """Student or teacher of a checkpoint.
+    """Load the student or the teacher of a checkpoint.
 
     Args:
-        path: a `.pt` of pre-training, or of fine-tuning for classification, whose encoder is read.
-        weights: "student", or "teacher": the average.
-        config: of the model. None: sizes are those of the tensors, rates those of the checkpoint's `cfg` or `args` or,
-            without one, the published ones.
-        heads: of attention, which no tensor tells. None: of `cfg`; without one, as many as are 64 wide.
-        given: values of the model's configuration by key, in place of what the checkpoint says.
+        path: A `.pt` file of pre-training, or of fine-tuning for classification, of which only the encoder is read.
+        weights: "student", or "teacher" for the average.
+        config: The model's configuration. None takes sizes from the tensors and rates from the checkpoint's `cfg` or
+            `args`, or the published rates if it has neither.
+        heads: Number of attention heads, which no tensor shows. None takes it from `cfg`, or assumes heads of width 64.
+        given: Values of the model's configuration by key, which override the checkpoint's.
     Returns:
         The model, fp32 on the CPU, in training mode; the regression head's tensors, or None; and the model's
         configuration.
     Raises:
-        ValueError: it is no such checkpoint, or damaged; it would execute code; it has no average; or it is of
-            another architecture. `Misfit` names every missing, unknown and misshapen tensor.
+        ValueError: The file is not such a checkpoint, is damaged, would execute code, has no average, or is of another
+            architecture. `Misfit` names every missing, unknown and misshapen tensor.
     """
     check_weights(weights)
     found = text_of(read_checkpoint(Path(path)), Path(path), config=config, settings=Settings.of(given, heads))
@@ -143,7 +144,7 @@ def load_fairseq_text(
 def read_fairseq_text(
     path: str | os.PathLike[str], *, config: TextModelConfig | None = None, heads: int | None = None
 ) -> FairseqText:
-    """Everything of a checkpoint; arguments and errors as of `load_fairseq_text`."""
+    """Load student, teacher and head of a checkpoint, with the arguments and errors of `load_fairseq_text`."""
     path = Path(path)
     return text_of(read_checkpoint(path), path, config=config, settings=Settings.of(None, heads))
 
@@ -155,7 +156,7 @@ def text_of(
     config: TextModelConfig | None = None,
     settings: Settings = NO_SETTINGS,
 ) -> FairseqText:
-    """Everything of what `read_checkpoint` has read; see `load_fairseq_text`."""
+    """Build student, teacher and head from what `read_checkpoint` returned; errors as of `load_fairseq_text`."""
     model, average, head = _divide(content["model"], path)
     cfg = told_by(content)
     assumed: list[str] = []
@@ -189,20 +190,20 @@ def save_fairseq_text(
     """Write a checkpoint with fairseq's names and shapes: fp32 tensors and plain values, no code.
 
     Args:
-        model: the student, or its state by name.
-        head: the regression head, or its tensors by name; None leaves it out.
-        teacher: the whole teacher, or its state by name; None leaves the average out.
-        config: of the run.
-        path: the `.pt` file: replaced as a whole.
-        num_updates: optimizer steps that the student has made.
+        model: The student, or its state by name.
+        head: The regression head, or its tensors by name; None omits it.
+        teacher: The whole teacher, or its state by name; None omits the average.
+        config: The run's configuration.
+        path: The `.pt` file, replaced atomically.
+        num_updates: Optimizer steps of the student.
     Raises:
-        ValueError: the norms add another number than fairseq's do, or padding has another id than in its dictionaries.
+        ValueError: `norm_eps` or the padding id differs from fairseq's fixed value.
     """
     sizes = config.model
     if sizes.padding_row != SPECIAL_IDS[1]:
         raise ValueError(
-            f"`d2v.model.padding_id` must be {SPECIAL_IDS[1]} for fairseq, whose dictionaries have no other, but is "
-            f"{sizes.padding_row} instead. `--format transformers` has room for it."
+            f"`d2v.model.padding_id` must be {SPECIAL_IDS[1]} for fairseq, as in all its dictionaries, but is "
+            f"{sizes.padding_row} instead. Export with `--format transformers`."
         )
     if sizes.norm_eps != NORM_EPS:
         raise ValueError(f"`d2v.model.norm_eps` must be {NORM_EPS} for fairseq, but is {sizes.norm_eps} instead.")
@@ -220,7 +221,7 @@ def save_fairseq_text(
 def _divide(
     model: Mapping[Any, Any], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """Encoder, average and head: the first two by fairseq's names, the head by those within it."""
+    """Return encoder and average by fairseq's full names, and the head by names relative to it."""
     refuse_others(model, "a text model", path)
     nested = model.get(AVERAGE)
     average: dict[str, Tensor] | None = None
@@ -235,7 +236,7 @@ def _divide(
 
 
 def _check_head(head: Mapping[str, Tensor], width: int, what: str) -> None:
-    """Misfit unless the head has the two layers that are published."""
+    """Raise Misfit unless the head has the two published layers."""
     shapes = {
         "0.weight": [2 * width, width],
         "0.bias": [2 * width],
@@ -256,10 +257,10 @@ def _is_ignored(name: str) -> bool:
 def _config_of(
     model: Mapping[str, Tensor], cfg: Mapping[str, Any], settings: Settings, path: str
 ) -> tuple[TextModelConfig, list[str]]:
-    """The model's configuration, and what of it is assumed: sizes of the tensors, the rest of `cfg` or `settings`.
+    """Return the model's configuration, and a text for each assumed value.
 
-    Where a tensor is missing, its size is the published one, so that the error names the tensor and not what follows
-    from it.
+    Sizes come from the tensors, other values from `cfg` or `settings`. A missing tensor gets its published size, so
+    that the later error names the tensor rather than a wrong size.
     """
 
     def size(name: str, dim: int, default: int) -> int:
@@ -290,12 +291,12 @@ def _config_of(
 
 
 def _recipe(cfg: Mapping[str, Any], path: str) -> tuple[dict[str, Any], bool]:
-    """What `cfg` tells of the model, nothing where there is none; and whether it tells where the norms are.
+    """Return the model values that `cfg` gives (none if it is empty), and whether it says where the norms are.
 
     Raises:
-        ValueError: it tells of another architecture.
+        ValueError: `cfg` describes another architecture.
     """
-    # old files have all of it in one flat section, where the encoder's keys begin with its name
+    # old files have one flat section, in which the encoder's keys start with `encoder_`
     flat = section(cfg, "model")
     transformer = {**flat, **section(flat, "transformer")}
     named = {key.removeprefix("encoder_"): value for key, value in flat.items() if key.startswith("encoder_")}
@@ -313,7 +314,7 @@ def _recipe(cfg: Mapping[str, Any], path: str) -> tuple[dict[str, Any], bool]:
 
 
 def _foreign_config(config: TextConfig, num_updates: int) -> dict[str, Any]:
-    """The parts of fairseq's configuration that building the model again, and fine-tuning it, read."""
+    """Return the parts of fairseq's configuration that rebuilding and fine-tuning the model read."""
     model, mask, target, teacher = config.model, config.mask, config.target, config.teacher
     steps = config.schedule.steps or num_updates
     return {
@@ -377,7 +378,7 @@ def _read(content: Mapping[str, Any], path: Path, settings: Settings) -> Fairseq
 
 
 def _check_ids(config: TextConfig) -> None:
-    """Refuse a run whose tokenizer, if it can be read, numbers the special tokens as no dictionary of fairseq does."""
+    """Raise OptionError if the run's tokenizer is readable and its special ids differ from fairseq's."""
     from d2v_fast.modalities.text.tokenizer import load_tokenizer
 
     if config.data.tokenizer is None:
@@ -385,12 +386,12 @@ def _check_ids(config: TextConfig) -> None:
     try:
         found = load_tokenizer(config.data.tokenizer).specials[:4]
     except ValueError:
-        # fairseq gets no tokenizer, so a missing one is no error; `save_fairseq_text` checks the padding id
+        # the export holds no tokenizer, so a missing one is fine; `save_fairseq_text` checks the padding id
         return
     if any(own not in (None, theirs) for own, theirs in zip(found, SPECIAL_IDS, strict=True)):
         raise OptionError(
             "`--format` must be transformers for this tokenizer: fairseq numbers begin, padding, end and unknown token "
-            f"{SPECIAL_IDS} in every dictionary, but '{config.data.tokenizer}' numbers them {tuple(found)}."
+            f"{SPECIAL_IDS} in every dictionary, but in '{config.data.tokenizer}' their ids are {tuple(found)}."
         )
 
 

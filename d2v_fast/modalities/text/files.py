@@ -1,4 +1,4 @@
-"""Text that others wrote: .txt, JSON lines and .parquet of any size, read in pieces; what is wrong is counted."""
+"""Reading of .txt, JSON lines and .parquet files of any size, in pieces; unreadable entries are counted."""
 
 from __future__ import annotations
 
@@ -45,36 +45,37 @@ KINDS = FileKinds(
     },
 )
 
-# characters of a piece; longer documents are divided, at white space where there is any
+# most characters of a piece; longer documents are divided, at white space if there is any
 PIECE = 1 << 16
-ROWS_AT_A_TIME = 256
-# reading stops early where more than so many times what is allowed of all text is unreadable
-HOPELESS = 2
-# stands for what is no text
+# stop reading early once the unreadable entries exceed this many times the allowance of all text
+EARLY_STOP = 2
+# replaces invalid bytes and zero bytes
 REPLACEMENT = "\ufffd"
-# of a .json file, so many lines are looked at
+# lines of a .json file that are examined to find out whether it holds JSON lines
 NUM_PEEKED = 10
 
 _log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """A part of a document, and whether it is the last."""
+    """A part of a document, and whether it ends the document."""
 
     text: str
     ends: bool
 
 
 class BadText:
-    """Counts and names what cannot be read, and stops when it is too much.
+    """Count of unreadable entries, which raises DataError when there are too many.
 
     Args:
-        max_fraction, strict: of `data`.
-        what: what is counted, in the plural.
-        share_read: returns how much of all text has been read so far, in [0, 1].
+        max_fraction: Share of the entries that may be unreadable (`data.max_bad_fraction`).
+        strict: Raise at the first unreadable entry (`data.strict`).
+        what: The kind of entries, in the plural, for messages.
+        share_read: Return the share of all text that has been read so far, in [0, 1].
     Attributes:
-        named: the first of them, as `path: reason`; there are `num_bad` of `num_entries` in all.
-        what: what is counted, in the plural.
+        named: The first unreadable entries, as `path: reason`.
+        num_bad, num_entries: Number of unreadable entries, and of all entries.
+        what: The kind of entries.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class BadText:
         """Count an entry that cannot be read.
 
         Raises:
-            DataError: with `strict`; or so many are unreadable that what is left to read cannot make up for it.
+            DataError: `strict` is set, or more entries are unreadable than the rest of the text can compensate.
         """
         self.num_entries += 1
         self.num_bad += 1
@@ -102,7 +103,7 @@ class BadText:
         share = self._share_read()
         if share > 0 and self.num_bad >= NUM_NEIGHBORS and self._max_fraction < 1:
             allowed = math.ceil(self._max_fraction * self.num_entries / min(share, 1.0))
-            if self.num_bad > HOPELESS * allowed:
+            if self.num_bad > EARLY_STOP * allowed:
                 self._stop()
 
     def judge(self) -> None:
@@ -123,16 +124,16 @@ class BadText:
 
 
 class TextFiles:
-    """The files of text that `data.path` names or holds (`KINDS`), ordered by path.
+    """The text files (`KINDS`) that `data.path` names or contains, ordered by path.
 
     Attributes:
-        bad: what could not be read, after `pieces`.
-        num_empty: documents without text, after `pieces`.
-        listing: which files are used, and which others are not.
-        num_bytes: of all files.
-        num_read: bytes read so far, while `pieces` goes on.
+        bad: Unreadable entries, after `pieces`.
+        num_empty: Number of documents without text, after `pieces`.
+        listing: The files that are used, and those that are not.
+        num_bytes: Bytes of all files.
+        num_read: Bytes read so far, while `pieces` is iterated.
     Raises:
-        DataError: at once, if there is no such file or folder, or no such file in the folder.
+        DataError: The file or folder does not exist, or the folder has no text file.
     """
 
     def __init__(self, data: TextDataConfig) -> None:
@@ -159,7 +160,7 @@ class TextFiles:
         self.num_bytes = sum(size for _, size, _ in self._listing())
 
     def _leave_out_json(self) -> None:
-        """Keep those .json files that hold JSON lines with the field: others describe data rather than hold it."""
+        """Leave out .json files without JSON lines that have the field: they usually hold metadata."""
         known = [name for name in self._names if text_ending(name) == ".json"]
         others = {name for name in known if not self._holds_lines(os.path.join(self.root, name))}
         if not others:
@@ -177,7 +178,7 @@ class TextFiles:
             )
 
     def _holds_lines(self, path: str) -> bool:
-        """Whether one of the first lines is what `_jsonl` reads; True for a damaged file, so that it is counted."""
+        """Return whether one of the first lines is one that `_jsonl` reads; True for a damaged file, to count it."""
         try:
             with open_text(path, self._inside) as stream:
                 for number in range(NUM_PEEKED):
@@ -203,7 +204,7 @@ class TextFiles:
         return self.num_read / max(1, self.num_bytes)
 
     def digest(self) -> str:
-        """SHA-256 over names, sizes and times of change of all files, and over how they are read."""
+        """Return a SHA-256 of the names, sizes and modification times of all files, and of the settings for reading."""
         data = self._data
         settings = (data.field, data.documents, data.encoding_errors)
         state = hashlib.sha256(repr(settings).encode())
@@ -212,10 +213,10 @@ class TextFiles:
         return state.hexdigest()
 
     def pieces(self) -> Iterator[Piece]:
-        """All documents, one after the other, in pieces of at most `PIECE` characters.
+        """Yield all documents in pieces of at most `PIECE` characters.
 
         Raises:
-            DataError: too much is unreadable, or there is no text at all.
+            DataError: Too many entries are unreadable, or there is no text at all.
         """
         self._reset()
         num_documents = before = 0
@@ -247,7 +248,7 @@ class TextFiles:
                 status = os.stat(os.path.join(self.root, name))
                 yield name, status.st_size, status.st_mtime_ns
             except OSError:
-                # whoever reads it says why it cannot be read
+                # reading the file will report the error
                 yield name, 0, 0
 
     def _txt(self, path: str) -> Iterator[str | None]:
@@ -261,14 +262,14 @@ class TextFiles:
                 yield from self._documents(iter(lambda: lines.readline(PIECE), ""), stream.file)
                 lines.detach()
         except UnicodeDecodeError:
-            raise DataError(f"'{printable(path)}' was changed while it was read: begin again.") from None
+            raise DataError(f"'{printable(path)}' was changed while it was read. Start again.") from None
         except (OSError, UnreadableFile) as error:
-            # the tokens are kept: a file that is left out of them would be for good
+            # the tokens are cached, so a file that is left out now stays left out
             refuse_system_error(error, path, is_lasting=True)
             self.bad.add(path, _reason(error))
 
     def _documents(self, lines: Iterable[str], file: IO[bytes]) -> Iterator[str | None]:
-        """The lines with None where a document ends. A line of more than `PIECE` characters comes in parts."""
+        """Yield lines, and None at the end of each document. Lines longer than `PIECE` characters come in parts."""
         before = self.num_read
         kind, starts, is_open = self._data.documents, True, False
         for line in lines:
@@ -305,12 +306,12 @@ class TextFiles:
                         yield text
                         yield None
         except (OSError, UnreadableFile) as error:
-            # the tokens are kept: a file that is left out of them would be for good
+            # the tokens are cached, so a file that is left out now stays left out
             refuse_system_error(error, path, is_lasting=True)
             self.bad.add(path, _reason(error))
 
     def _field(self, line: bytes, first: bool) -> str | None:
-        """The text of a line of JSON; None for an empty line."""
+        """Return the text of a JSON line; None for an empty line."""
         if first and line.startswith(codecs.BOM_UTF8):
             line = line[len(codecs.BOM_UTF8) :]
         try:
@@ -322,13 +323,13 @@ class TextFiles:
         if self._replaces:
             content = content.replace("\0", REPLACEMENT)
         try:
-            # no other field is of interest, and some hold numbers of twenty digits
+            # discard numbers: only the text matters, and other fields may hold numbers of twenty digits
             entry = parse_json(content, parse_int=_no_number)
         except ValueError as error:
             raise UnreadableFile(str(error)) from None
         field = self._data.field
         if not isinstance(entry, dict):
-            raise UnreadableFile("no JSON object {...}")
+            raise UnreadableFile("not a JSON object {...}")
         if field not in entry:
             raise UnreadableFile(f"no field '{field}' (`d2v.data.field`); it has {name_list(entry)}")
         return self._checked(entry[field], f"field '{field}'")
@@ -353,11 +354,11 @@ class TextFiles:
             self.bad.add(path if number == 0 else f"{path}, after row {number}", _reason(error))
 
     def _columns(self) -> dict[str, str]:
-        """The columns of a .parquet file that are read, the text first, and the keys that name them."""
+        """Return the columns to read from a .parquet file, the text first, with the keys that name them."""
         return {self._data.field: "`d2v.data.field`"}
 
     def _text_of_row(self, row: tuple[Any, ...]) -> str:
-        """The text of a row of a .parquet file, given by the values of `_columns`."""
+        """Return the text of a .parquet row, given the values of `_columns`."""
         return self._checked(row[0], f"column '{self._data.field}'")
 
     def _checked(self, value: Any, where: str) -> str:
@@ -379,12 +380,12 @@ class TextFiles:
 
 
 def pieces_of(parts: Iterable[str | None]) -> Iterator[Piece]:
-    """Documents in pieces of at most `PIECE` characters, without white space at their ends.
+    """Yield documents in pieces of at most `PIECE` characters, without white space at the ends of a document.
 
     A document without text is a single empty piece.
 
     Args:
-        parts: of documents, of any length; None ends one.
+        parts: Parts of documents, of any length; None ends a document.
     """
     held: list[str] = []
     size, starts = 0, True
@@ -399,20 +400,20 @@ def pieces_of(parts: Iterable[str | None]) -> Iterator[Piece]:
             text = text.lstrip()
         begin, left = 0, len(text)
         while left >= 2 * PIECE or (part is None and left > PIECE):
-            # cutting off what has been yielded each time would take hours for a line of 64 MiB
+            # index into the text: cutting off each yielded piece would take hours for a line of 64 MiB
             cut = _cut(text[begin : begin + PIECE + 1])
             yield Piece(text[begin : begin + cut], ends=False)
             begin, left, starts = begin + cut, left - cut, False
         text = text[begin:]
         held, size = [text], len(text)
         if part is None:
-            # what follows a piece is not empty
+            # a piece after another one must not be empty
             yield Piece(text.rstrip() or text, ends=True)
             held, size, starts = [], 0, True
 
 
 def _ended(parts: Iterable[str | None]) -> Iterator[str | None]:
-    """The parts, and None behind a document that breaks off."""
+    """Yield the parts, with a None added if the last document does not end."""
     part: str | None = None
     for part in parts:
         yield part
@@ -421,8 +422,8 @@ def _ended(parts: Iterable[str | None]) -> Iterator[str | None]:
 
 
 def _cut(text: str) -> int:
-    """Where to divide a text, at most `PIECE` from its start, so that tokenizers do not notice."""
-    # a single line break or blank between words; the break goes with what is before, the blank with what follows
+    """Return where to cut a text, at most at `PIECE`, without changing how tokenizers divide it."""
+    # at a single line break, which stays with the text before, or a single blank, which goes to the text after
     for mark, before in (("\n", 1), (" ", 0)):
         position = PIECE - 1
         for _ in range(64):

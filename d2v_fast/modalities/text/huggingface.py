@@ -1,14 +1,14 @@
 """Text encoders as Hugging Face Transformers folders, in both directions, without importing Transformers.
 
-`export_text` writes what `Data2VecTextModel.from_pretrained` reads; `import_text` reads it back. The two libraries
-compute the same features: `last_hidden_state` there is `last_hidden` here, also of batches that are padded behind the
-end of each text. Documents that do not attend to each other (`data.separate_documents`) are rows of their own there.
+`export_text` writes a folder that `Data2VecTextModel.from_pretrained` reads, and `import_text` reads it back. Both
+libraries compute the same features: `last_hidden_state` in Transformers equals `last_hidden` here, also for batches
+padded at the end of each text. Documents that do not attend to each other (`data.separate_documents`) must be separate
+rows in Transformers.
 
-Two things are stored in another way. Transformers counts positions from the padding token's id, `pad + 1` for the first
-token, and its table has that many unused rows in front; here the first token has row 2, as with RoBERTa's padding id 1,
-and then the tables are the same. And Transformers adds the embedding of a token type, which here is none: it is written
-as zero, and where a folder has another one of type 0, it is added to all rows of positions, so that features stay the
-same.
+Two tensors differ. Transformers counts positions from the padding id, `pad + 1` for the first token, with that many
+unused rows in front; here the first token has row 2, which is the same table if the padding id is 1, as in RoBERTa.
+Transformers also adds the embedding of a token type, which this encoder lacks. The export writes zeros for it, and the
+import adds the embedding of type 0 to all position rows, so that the features stay the same.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from d2v_fast.modalities.text.tokenizer import Tokenizer
 
 KIND = "data2vec-text"
-# in front of all names where a model is built around the encoder, such as one for classification
+# prefix of all names in a model around the encoder, such as a classifier
 BASE_PREFIX = "data2vec_text."
-# what else a base model may hold: what makes one vector of a text, and buffers of older versions
+# tensors of a base model that the encoder does not use: the pooling layer, and buffers of older versions
 IGNORED_PREFIX = "pooler."
 IGNORED_BUFFERS = frozenset({"embeddings.position_ids", "embeddings.token_type_ids"})
 
@@ -69,9 +69,9 @@ NAMES = TextNames(
     fc2="output.dense",
     mlp_norm="output.LayerNorm",
 )
-# the row of positions that padding has here
+# row of a padding token in our position table
 _PADDING_ROW = POSITION_OFFSET - 1
-# a place for what this encoder does not have
+# a stand-in for a tensor that this encoder does not have
 _TOKEN_TYPES = "embedding.token_types"
 _THEIR_TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 
@@ -88,17 +88,16 @@ def export_text(
     """Write `config.json`, the weights (fp32), the tokenizer and a model card.
 
     Args:
-        model: student or whole teacher, on any device and in any dtype, or its state by name: a mapping that reads
-            each tensor when it is asked for keeps no more than one file of them in memory.
-        config: of the run; or of the model alone, where it is not known how it was trained.
-        folder: made if missing; files that an earlier export wrote there are replaced, see `model_folder`.
-        tokenizer: that the model was trained with. None: no tokenizer is written, one that the folder holds stays,
-            padding has the id that `config` says, and begin and end have RoBERTa's ids, or null where padding has not.
-        info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
-        max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
+        model: Student or whole teacher, on any device and in any dtype, or its state by name. With a mapping that
+            reads each tensor on access, at most one file of tensors is in memory at a time.
+        config: The run's configuration, or the model's alone if it is unknown how the model was trained.
+        folder: Created if missing; files of an earlier export are replaced, see `model_folder`.
+        tokenizer: The tokenizer that the model was trained with. None writes no tokenizer and leaves one that is in
+            the folder; `config` then gives the padding id, and begin and end have RoBERTa's ids if padding has.
+        info: Facts for the model card, such as `{"weights": "teacher", "step": 750}`.
+        max_file_bytes: Split larger weights into several files with an index, as Transformers does.
     Raises:
-        ValueError: the tokenizer has more tokens than the model, or another padding token; nothing has been written by
-            then.
+        ValueError: The tokenizer has more tokens than the model, or another padding token. Nothing has been written.
     """
     sizes = config.model if isinstance(config, TextConfig) else config
     bos, pad, eos = (0, 1, 2) if sizes.padding_row == 1 else (None, sizes.padding_row, None)
@@ -107,7 +106,7 @@ def export_text(
         bos, pad, eos = tokenizer.specials.bos, tokenizer.specials.pad, tokenizer.specials.eos
     state = model if isinstance(model, Mapping) else model.state_dict()
     own = {POSITION: _their_positions(state[POSITION], pad), _TOKEN_TYPES: torch.zeros(1, sizes.width)}
-    # the cast: of the maps behind the first one a chain only reads
+    # the cast is safe: a ChainMap writes only to its first map
     whole = ChainMap(own, cast("dict[str, Tensor]", state))
     with model_folder(folder) as target:
         write_weights(target, _with_token_types(layout(sizes)), whole, max_file_bytes)
@@ -121,13 +120,13 @@ def import_text(folder: str | os.PathLike[str]) -> tuple[TextModel, TextModelCon
     """Read a folder that holds a `Data2VecTextModel`, or a model around one.
 
     Args:
-        folder: with `config.json` and `model.safetensors`, or several files of weights and their index. A tokenizer in
-            it is not read: the ids are those of `load_tokenizer(folder)`.
+        folder: A folder with `config.json` and `model.safetensors`, or several weight files and their index. A
+            tokenizer in it is not read; load it with `load_tokenizer(folder)`.
     Returns:
-        The model, fp32 on the CPU, in training mode, and its configuration. What the folder does not tell is left at
-        the published recipe's, such as the dropout inside the MLP.
+        The model, fp32 on the CPU, in training mode, and its configuration. Values that the folder does not hold, such
+        as the dropout inside the MLP, are those of the published recipe.
     Raises:
-        ValueError: for an architecture that this encoder is not, and for missing, unknown or misshapen tensors.
+        ValueError: The architecture differs, or tensors are missing, unknown or misshapen.
     """
     source = Path(folder)
     path = str(source / "config.json")
@@ -163,14 +162,18 @@ def build_text(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     arrange: Callable[[dict[str, Tensor]], None] = lambda state: None,
 ) -> TextModel:
-    """A model with other names' weights, in training mode.
+    """Build a model from another library's weights, in training mode.
 
     Args:
-        ignored: of `Layout.ours`.
-        shapes: by our names, where theirs differ.
-        arrange: makes a state of this encoder out of one that has these shapes.
+        config: The model's configuration.
+        layout: The map from our tensors to theirs.
+        theirs: Their tensors by name.
+        what: Subject of the error message.
+        ignored: Whether to ignore a tensor of theirs, by its name.
+        shapes: Shapes of their tensors that differ from ours, by our names.
+        arrange: Convert a state with these shapes to this encoder's, in place.
     Raises:
-        Misfit: see `Layout.ours`; nothing of the model's size has been made by then.
+        Misfit: Tensors are missing, unknown or misshapen. No memory of the model's size has been allocated.
     """
     with torch.device("meta"):
         model = TextModel(config)
@@ -182,7 +185,7 @@ def build_text(
 
 
 def layout(config: TextModelConfig) -> Layout:
-    """Transformers' names, without token types."""
+    """Return the map from our tensors to Transformers', without token types."""
     return text_layout(config, NAMES)
 
 
@@ -195,14 +198,14 @@ def _is_ignored(name: str) -> bool:
 
 
 def _their_positions(own: Tensor, pad: int) -> Tensor:
-    """Our table of positions `[T + 2, D]` as theirs, `[T + pad + 1, D]`: padding has row `pad`."""
+    """Convert our position table `[T + 2, D]` to theirs, `[T + pad + 1, D]`, in which padding has row `pad`."""
     if pad < _PADDING_ROW:
         return own[_PADDING_ROW - pad :]
     return own if pad == _PADDING_ROW else torch.cat([own.new_zeros(pad - _PADDING_ROW, own.shape[1]), own])
 
 
 def _own_positions(theirs: Tensor, pad: int) -> Tensor:
-    """The inverse of `_their_positions`; rows that they do not have are zero."""
+    """Invert `_their_positions`; rows that they lack are zero."""
     if pad >= _PADDING_ROW:
         return theirs[pad - _PADDING_ROW :]
     return torch.cat([theirs.new_zeros(_PADDING_ROW - pad, theirs.shape[1]), theirs])
@@ -243,7 +246,7 @@ def _padding_id(raw: Mapping[str, Any], path: str) -> int:
 
 
 def _own_config(raw: Mapping[str, Any], pad: int, path: str) -> TextModelConfig:
-    """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
+    """Return the model's configuration from that of Transformers, whose defaults apply to missing keys."""
     required = {
         "model_type": KIND,
         "hidden_act": "gelu",
@@ -255,7 +258,7 @@ def _own_config(raw: Mapping[str, Any], pad: int, path: str) -> TextModelConfig:
     width = whole_number(raw, "hidden_size", 768, path)
     num_rows = whole_number(raw, "max_position_embeddings", 512, path)
     if num_rows < pad + 5:
-        must = f"be >= {pad + 5}, the rows up to the padding token's, {pad}, and 4 positions"
+        must = f"be >= {pad + 5}, which is 4 positions and the rows up to that of the padding token, {pad},"
         raise ValueError(f"`max_position_embeddings` in {path} must {must}, but is {num_rows} instead.")
     config, problems = check(
         TextModelConfig,
@@ -282,7 +285,7 @@ def _model_card(
 ) -> str:
     by = "by d2v_fast: a student" if isinstance(config, TextConfig) else "with data2vec: a student"
     where = "." if has_tokenizer else "TOKENIZER"
-    missing = "" if has_tokenizer else " The tokenizer is not in this folder: take the one of the training (TOKENIZER)."
+    missing = "" if has_tokenizer else " The tokenizer is not in this folder: use the run's tokenizer (TOKENIZER)."
     return model_card(
         title=f"data2vec text encoder, {model.depth} blocks of width {model.width}",
         task="feature-extraction",
@@ -291,7 +294,7 @@ def _model_card(
 Pre-trained without labels {by} predicts, at masked tokens, the averaged upper layers of a
 teacher that is a moving average of the student and reads the whole text (data2vec, arXiv 2202.03555).""",
         use=f"""\
-Input: up to {model.max_positions} tokens, begin and end token included, padded behind their end.{missing}
+Input: up to {model.max_positions} tokens, begin and end token included, padded at the end.{missing}
 
 ```python
 from transformers import AutoModel, AutoTokenizer
@@ -302,9 +305,9 @@ inputs = tokenizer(["one text", "and another one"], padding=True, truncation=Tru
 features = encoder(**inputs).last_hidden_state
 ```
 
-There is no pooling layer, since pre-training has none: with one, Transformers draws its weights.
+Pre-training has no pooling layer. If you add one, Transformers initializes it at random.
 
-To fine-tune for the classification of texts:
+To fine-tune for text classification:
 
 ```python
 from transformers import AutoModelForSequenceClassification

@@ -1,4 +1,4 @@
-"""Text with labels: rows of .jsonl and .parquet files with a field for each, and .txt files in a folder per class."""
+"""Labeled text: rows of .jsonl and .parquet files with a label field, and .txt files in one folder per class."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ MAX_LABEL = 100
 
 
 def labeled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2v.probe.path`") -> LabeledSet:
-    """Read all texts and labels of `probe.path` once, and choose `probe.max_samples` of them.
+    """Read all texts and labels below `probe.path` once, and choose `probe.max_samples` of them.
 
     Args:
-        data: How files are opened and text is decoded.
-        probe: Where they are, and in which fields.
-        key: What named the path, for messages.
+        data: The settings for opening and decoding files.
+        probe: The path, and the fields of text and label.
+        key: The option that named the path, for messages.
     Raises:
         DataError: There is no such file or folder, or it holds fewer than two classes.
     """
     field = probe.field or data.field
     if field == probe.label_field:
         raise DataError(f"`d2v.probe.label_field` must be another field than that of the text, but both are '{field}'.")
-    # what is unreadable is left out and counted, however much it is
+    # leave out and count unreadable texts, however many
     changes = {"kind": "text", "path": probe.path, "field": field, "documents": "file"}
     settings = data.model_copy(update={**changes, "max_bad_fraction": 1.0, "strict": False})
     source = (
-        f"The class of a row is its field '{probe.label_field}' (`d2v.probe.label_field`), that of a .txt file its "
-        f"sub-folder."
+        f"The class of a row is its field '{probe.label_field}' (`d2v.probe.label_field`); the class of a .txt file is "
+        f"its sub-folder."
     )
     try:
         files = _LabeledFiles(settings, probe.label_field)
@@ -60,20 +60,20 @@ def labeled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2v
 
 
 class _LabeledFiles(TextFiles):
-    """Files of which every document has a label, which is known while the document is read."""
+    """Text files whose documents have labels; `_label` is the label of the document being read."""
 
     def __init__(self, data: TextDataConfig, label_field: str) -> None:
-        # before the files are looked into
+        # the parent's constructor already calls `_field`
         self._label_field, self._label, self._where = label_field, "", ""
         self.num_outside = 0
         super().__init__(data)
 
     def folders(self) -> set[str]:
-        """The sub-folders that hold .txt files."""
+        """Return the names of the sub-folders that hold .txt files."""
         return {class_of(name) for name in self._names if text_ending(name) == ".txt"} - {""}
 
     def labeled(self) -> Iterator[LabeledSample]:
-        """All texts with a label, up to the length of a piece each."""
+        """Yield all labeled texts, each cut to its first piece."""
         is_first = True
         for piece in self.pieces():
             if is_first:
@@ -98,7 +98,7 @@ class _LabeledFiles(TextFiles):
     def _field(self, line: bytes, first: bool) -> str | None:
         text = super()._field(line, first)
         if text is not None:
-            # once more: the field of the text is read without numbers
+            # parse again: the first parse discards numbers, and a label may be one
             try:
                 entry = parse_json(line.decode("utf-8-sig", "replace").replace("\0", REPLACEMENT), parse_int=str)
             except ValueError as error:
@@ -120,7 +120,7 @@ class _LabeledFiles(TextFiles):
 
 
 def _label(value: Any, field: str) -> str:
-    """A label in words: a name, a number or a truth value."""
+    """Return a label as a string; it must be a name, a whole number or a Boolean."""
     if isinstance(value, str):
         text = value.strip()
     elif isinstance(value, (bool, int)):
@@ -138,7 +138,7 @@ def _label(value: Any, field: str) -> str:
 
 
 def _with_keys(text: str, key: str) -> str:
-    """An error with the keys of the probe, or with the options that stand for them where `key` is one."""
+    """Return an error text that names the probe's keys, or the command's options if `key` is an option."""
     fields = {"`d2v.data.field`": "`d2v.probe.field`"}
     if key.startswith("`--"):
         fields = {"`d2v.data.field`": "`--field`", "`d2v.probe.label_field`": "`--label-field`"}

@@ -1,4 +1,4 @@
-"""The names that other libraries have for the text encoder's tensors: one encoder, so one order of them."""
+"""Names of the text encoder's tensors in other libraries."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from d2v_fast.config import TextModelConfig
 from d2v_fast.interop.layout import Layout
 from d2v_fast.interop.post_norm_layout import BlockNames, block_pairs, pair
 
-# our name of the table of positions
+# our name of the position table
 POSITION = "embedding.position"
 
 
 @dataclass(frozen=True)
 class TextNames(BlockNames):
-    """Their names.
+    """Another library's tensor names.
 
     Attributes:
-        token, position: the tables, whole names.
-        norm: of the embeddings, without `.weight` and `.bias`.
+        token, position: Full names of the embedding tables.
+        norm: Name of the embedding norm, without `.weight` and `.bias`.
     """
 
     token: str
@@ -27,7 +27,7 @@ class TextNames(BlockNames):
 
 
 def text_layout(config: TextModelConfig, names: TextNames) -> Layout:
-    """Where their tensors go; our query, key and value are one map."""
+    """Return the map from our tensors to theirs; our query, key and value are one tensor."""
     pairs: dict[str, tuple[str, ...]] = {"embedding.token.weight": (names.token,), POSITION: (names.position,)}
     pairs |= pair("embedding.norm", names.norm)
     pairs |= block_pairs(names, config.depth)

@@ -14,7 +14,7 @@ from d2v_fast.interop.onnx import EXAMPLE_BATCH, Graph
 from d2v_fast.modalities.text.config import POSITION_OFFSET, TextConfig
 from d2v_fast.modalities.text.encoder import TextModel
 
-# of the example that is traced
+# sequence length of the example input for tracing
 _TOKENS = 6
 
 
@@ -28,7 +28,7 @@ def text_graph(model: TextModel, config: TextConfig) -> Graph:
 
 
 class _Text(nn.Module):
-    """A text encoder whose positions count the tokens that are not padding."""
+    """A text encoder that counts positions over the tokens that are not padding."""
 
     def __init__(self, model: TextModel) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
-"""Rows of .parquet files that others wrote, read with bounds that do not rely on what their metadata says.
+"""Reading of rows from untrusted .parquet files, with limits that do not depend on their metadata.
 
-A page may be compressed ten-thousandfold, and a dictionary repeats a long text in every row for a bit each. So the
-headers of all pages that will be read are looked at first: pyarrow decompresses a page as a whole, and does not show
-how large it becomes.
+A page may be compressed ten-thousandfold, and a dictionary can repeat a long text in every row at one bit each. pyarrow
+decompresses whole pages and does not report their size first, so the headers of all pages are checked before reading.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from d2v_fast.packages import install_command
 
 __all__ = ["parquet_rows"]
 
-# rows that are decoded together, and bytes: fewer rows where they are long
+# most rows and bytes of a batch: long rows come in smaller batches
 MAX_ROWS, MAX_BATCH_BYTES = 256, 1 << 26
-# of a page when it is decompressed: writers put a thousand rows into one, whatever their length
+# of a decompressed page: writers put a thousand rows into a page, whatever their length
 MAX_PAGE_BYTES = 1 << 30
-# of the metadata at the end, which takes up to a hundred times as much memory
+# of the metadata at the end, which needs up to a hundred times as much memory
 MAX_FOOTER_BYTES = 1 << 24
-# bytes that are read of a column at a time
+# bytes of a column that are read at a time
 READ_AHEAD = 1 << 20
-# of a header: fields inside of fields, and entries of a list
+# limits of a page header: nesting depth, and entries of a list
 MAX_DEPTH, MAX_LIST = 8, 1 << 16
 _DATA, _DICTIONARY = 0, 2
-# numbers of fields in the header of a page
+# field numbers in a page header
 _KIND, _BYTES, _COMPRESSED, _DATA_HEADER, _DATA_HEADER_2 = 1, 2, 3, 5, 8
 
 
@@ -40,13 +39,13 @@ def parquet_rows(file: IO[bytes], columns: Mapping[str, str]) -> Iterator[tuple[
     """Read some columns of a file row by row.
 
     Args:
-        file: open in binary mode.
-        columns: names of columns, the text first, and of the keys that chose them.
+        file: A file, open in binary mode.
+        columns: Column names, the text first, with the configuration keys that name them, for messages.
     Yields:
-        How much of the file has been read, in [0, 1], and the values of a row; bytes where a text is not UTF-8.
+        The share of the file that has been read, in [0, 1], and the values of a row. Text that is not UTF-8 is bytes.
     Raises:
-        OSError: it could not be read.
-        UnreadableFile: it is damaged, lacks a column, or has more than `MAX_RATIO` times its own size.
+        OSError: The file could not be read.
+        UnreadableFile: The file is damaged, lacks a column, or expands to more than `MAX_RATIO` times its size.
         DataError: pyarrow is missing.
     """
     arrow = _import_parquet()
@@ -54,7 +53,7 @@ def parquet_rows(file: IO[bytes], columns: Mapping[str, str]) -> Iterator[tuple[
     limit = max(MIN_LIMIT, MAX_RATIO * size)
     try:
         _check_footer(file, size)
-        # a column at once would take as much memory as its size in the metadata
+        # without a buffer, pyarrow would allocate a whole column at the size that the metadata claims
         with arrow.parquet.ParquetFile(file, buffer_size=READ_AHEAD) as table:
             _check_columns(arrow, table.schema_arrow, columns)
             pages = _Pages(file, table.metadata, columns, limit)
@@ -63,13 +62,13 @@ def parquet_rows(file: IO[bytes], columns: Mapping[str, str]) -> Iterator[tuple[
             for batch in batches:
                 for row in zip(*(_values(batch.column(column)) for column in columns), strict=True):
                     number += 1
-                    # a row without text takes time as well
+                    # count one per row: rows without text take time too
                     left -= 1 + (len(row[0]) if isinstance(row[0], str | bytes) else 0)
                     if left < 0:
                         raise UnreadableFile(f"holds more than {limit:,} characters, {MAX_RATIO} times its size")
                     yield min(1.0, number / max(1, table.metadata.num_rows)), row
     except (OSError, ValueError, KeyError, NotImplementedError, MemoryError) as error:
-        # Arrow's own errors are of these, such as KeyErrors for two columns of one name
+        # Arrow raises these types, for example KeyError for two columns of one name
         if isinstance(error, (UnreadableFile, DataError)) or error_number(error) is not None:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -77,12 +76,12 @@ def parquet_rows(file: IO[bytes], columns: Mapping[str, str]) -> Iterator[tuple[
 
 
 class _Pages:
-    """What the pages of some columns need.
+    """The memory that the pages of some columns need.
 
     Attributes:
-        num_rows: that can be decoded together.
+        num_rows: Number of rows to decode together.
     Raises:
-        UnreadableFile: it is more than is allowed, or a header is damaged.
+        UnreadableFile: The pages exceed a limit, or a header is damaged.
     """
 
     def __init__(self, file: IO[bytes], metadata: Any, columns: Mapping[str, str], limit: int) -> None:
@@ -96,19 +95,19 @@ class _Pages:
                     total += page.num_bytes
                     if page.num_bytes > MAX_PAGE_BYTES:
                         raise UnreadableFile(
-                            f"a page of {page.num_bytes:,} bytes is more than {MAX_PAGE_BYTES:,}: write "
-                            "smaller pages (`write_batch_size` of pyarrow)"
+                            f"a page of {page.num_bytes:,} bytes exceeds {MAX_PAGE_BYTES:,}: write "
+                            "smaller pages (`write_batch_size` in pyarrow)"
                         )
                     if total > limit:
                         raise UnreadableFile(f"decompresses to more than {limit:,} bytes, {MAX_RATIO} times its size")
-                    # of a dictionary, one entry may be all of it, and in every row
+                    # worst case: one dictionary entry fills its page, and every row repeats it
                     longest = max(longest, page.num_bytes if page.is_dictionary else 0)
                     self._fit(page, longest)
 
     def _fit(self, page: _Page, longest: int) -> None:
         while self.num_rows > 1:
             num_pages = math.ceil(self.num_rows / max(1, page.num_values))
-            # a single page is in memory as a whole in any case
+            # a single page is always in memory as a whole
             decoded = 0 if num_pages == 1 else page.num_bytes * num_pages
             if max(longest * self.num_rows, decoded) <= MAX_BATCH_BYTES:
                 return
@@ -136,7 +135,7 @@ class _Pages:
 
 
 class _Page(NamedTuple):
-    """A page as its header describes it: its size when it is decompressed, and the values in it."""
+    """A page by its header: decompressed size, kind, and number of values."""
 
     num_bytes: int
     is_dictionary: bool
@@ -144,17 +143,17 @@ class _Page(NamedTuple):
 
 
 class _Header:
-    """A structure in Thrift's compact protocol, of which integers and structures are kept.
+    """A parser of a structure in Thrift's compact protocol, which keeps integers, Booleans and structures.
 
     Args:
-        file: at its beginning, and behind its end after `fields`.
+        file: A file at the beginning of the structure; `fields` leaves it at the end.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
 
     def fields(self, depth: int = 0) -> dict[int, Any]:
-        """Values by the numbers of fields."""
+        """Return the values by field number."""
         found: dict[int, Any] = {}
         number = 0
         while head := self._bytes(1)[0]:
@@ -174,7 +173,7 @@ class _Header:
         if kind == 12:
             return self.fields(depth + 1)
         if kind == 8:
-            # the smallest and the largest text of the page
+            # a string, such as the smallest or the largest text of the page
             self._skip(self._unsigned())
         elif kind in (3, 7):
             self._skip({3: 1, 7: 8}[kind])
@@ -184,7 +183,7 @@ class _Header:
             if count > MAX_LIST:
                 raise UnreadableFile("the header of a page is damaged")
             for _ in range(count):
-                # a truth in a list takes a byte
+                # in a list, a Boolean takes one byte
                 self._value(3 if head & 15 in (1, 2) else head & 15, depth + 1)
         else:
             raise UnreadableFile("the header of a page is damaged")
@@ -218,7 +217,7 @@ def _check_footer(file: IO[bytes], size: int) -> None:
         file.seek(-8, os.SEEK_END)
         footer = int.from_bytes(file.read(4), "little")
         if file.read(4) == b"PAR1" and footer > MAX_FOOTER_BYTES:
-            raise UnreadableFile(f"metadata of {footer:,} bytes are more than {MAX_FOOTER_BYTES:,}")
+            raise UnreadableFile(f"metadata of {footer:,} bytes exceeds {MAX_FOOTER_BYTES:,}")
         file.seek(0)
 
 
@@ -228,13 +227,13 @@ def _check_columns(arrow: Any, schema: Any, columns: Mapping[str, str]) -> None:
             raise UnreadableFile(f"no column '{column}' ({key}); it has {name_list(schema.names)}")
         for place in schema.get_all_field_indices(column):
             kind = schema.field(place).type
-            # one row of a list may hold any number of values
+            # one row of a list column may hold any number of values
             if arrow.types.is_nested(kind):
                 raise UnreadableFile(f"column '{column}' ({key}) holds {str(kind)[:80]} instead of single values")
 
 
 def _values(column: Any) -> Iterator[Any]:
-    """The values of a column, one after the other; bytes where a text is not UTF-8."""
+    """Yield the values of a column; text that is not UTF-8 is bytes."""
     for value in column:
         try:
             yield value.as_py()

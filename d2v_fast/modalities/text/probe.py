@@ -1,8 +1,8 @@
-"""The probes of text: masked words and topics of the sample set, or a user's own labels.
+"""The text probes: masked words and topics of the sample set, or a user's own labels.
 
-For words, single tokens of held-out blocks are masked, and the encoder's output there predicts which of the most
-frequent words it was. The baselines are the network before training and the most frequent word. For topics, features
-are averaged over a paragraph, and the baseline is a bag of words: token counts, weighted by rarity.
+The word probe masks single tokens of held-out blocks and predicts from the encoder's output at each mask which of the
+most frequent words it was. Its baselines are the untrained network and the most frequent word. The topic probe averages
+features over a paragraph; its baseline is a bag of words, which is token counts weighted by rarity.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _log = logging.getLogger(__name__)
 NUM_WORDS = 200
 MASKED_SHARE = 0.15
 UNIGRAM, BAG_OF_WORDS = "most frequent word", "bag of words"
-# masked places of each part
+# most masked tokens of each part
 MAX_TRAIN, MAX_TEST = 8000, 4000
-# columns of a bag of words: classifying 50,000 would take longer than all features
+# columns of a bag of words: classifying with 50,000 would take longer than computing all features
 MAX_BAG = 5000
 
 
@@ -47,8 +47,8 @@ class MaskedWords(NamedTuple):
     Attributes:
         tokens: int64 `[T]` each.
         places: int64, the masked positions of each block.
-        words: int64 `[S]`, the number of the word at each masked position of all blocks.
-        num_train: Number of `words` in the blocks that pre-training saw.
+        words: int64 `[S]`, the class of the word at each masked position of all blocks.
+        num_train: Number of `words` in the blocks that pre-training saw, which come first.
     """
 
     tokens: list[Tensor]
@@ -58,7 +58,7 @@ class MaskedWords(NamedTuple):
 
 
 def masked_words(config: TextConfig) -> MaskedWords:
-    """Mask `MASKED_SHARE` of the tokens, among the places of the most frequent words, the same in every run."""
+    """Mask up to `MASKED_SHARE` of each block's tokens, chosen among the most frequent words, the same in every run."""
     parts = [TextDataset(config.data, config.model, split) for split in ("train", "test")]
     blocks = []
     for part in parts:
@@ -92,23 +92,25 @@ def masked_words(config: TextConfig) -> MaskedWords:
 
 
 def _is_word(twice: str) -> bool:
-    """Return whether a token is a whole word, from the text of the token twice: parts of words would be joined."""
+    """Return whether a token is a whole word, given the decoded text of the token twice: word parts would be joined."""
     parts = twice.split()
     return len(parts) == 2 and parts[0] == parts[1] and parts[0].isalpha()
 
 
 def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: TextConfig) -> ProbeReports:
-    """Score every model's features on both questions.
+    """Score the features of every model on both tasks.
 
     Args:
-        models: Encoders, by their name in the tables.
+        models: Encoders by their name in the tables.
         data: Labeled paragraphs.
-        config: The run's.
+        config: The run's configuration.
+    Returns:
+        A report for topics, and one for words if the tokenizer has frequent words.
     """
     masked, padding = masked_words(config), data.specials.pad
     has_words = 0 < masked.num_train < len(masked.words)
     if not has_words:
-        _log.warning("the probe of masked words is left out: no token of this tokenizer is a frequent word")
+        _log.warning("the probe of masked words is skipped: no token of this tokenizer is a frequent word")
     order = np.arange(len(masked.words))
     word = Task(masked.words, order[: masked.num_train], order[masked.num_train :])
     topic = Task(*map(np.asarray, (data.labels, data.train_indices, data.test_indices)))
@@ -132,7 +134,7 @@ def bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
 
     Args:
         tokens: int64 `[T]` each.
-        task: Names the training samples.
+        task: Its `train` selects the training samples.
     Returns:
         fp32 `[S, V]`, rows of length 1, for the V <= `MAX_BAG` tokens that occur in most training samples.
     """
@@ -152,9 +154,9 @@ def _labeled(config: TextConfig) -> Labeled:
     def read(model: Student, found: LabeledSet) -> tuple[Source, Iterator[Sample | str]]:
         tokenizer = tokenizer_of(config.data, config.model)
         source = Lines(model, "", Path(found.root), config.model, config.data, tokenizer, paths=[])
-        # no token has so many letters on average
-        most = 32 * config.model.max_positions
-        return source, (source.sample(printable(sample.name), sample.text[:most]) for sample in found.samples)
+        # cut long texts before tokenizing: tokens average far fewer than 32 characters
+        max_characters = 32 * config.model.max_positions
+        return source, (source.sample(printable(sample.name), sample.text[:max_characters]) for sample in found.samples)
 
     def pooled(rows: Rows) -> Rows:
         return np.asarray(rows.mean(0), dtype=np.float32)

@@ -1,8 +1,8 @@
-"""English text that every Python carries: the reference pages behind `help()`, real data that needs no download.
+"""The sample set: the English reference pages behind Python's `help()`, real data that needs no download.
 
-`pydoc_data.topics` holds some 80 topics, about 370 kB without what it says twice. Which words they are depends on the
-version of Python, so that everything made of them is named by its digest. A fixed part of every topic is held out:
-pre-training sees only the rest, and never a label. `docs_for_probe` is the one door to the labels.
+`pydoc_data.topics` holds some 80 topics, about 370 kB without repetitions. The text depends on the version of Python,
+so everything derived from it is named by its digest. A fixed part of every topic is held out: pre-training sees only
+the rest, and never a label. Only `docs_for_probe` returns labels.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ _log = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
 
-# held out are the same paragraphs in every run with one version of Python, so that figures can be compared
+# fixed, so that all runs with one version of Python hold out the same paragraphs and can be compared
 SPLIT_SEED = 0
-# characters after which a passage, which is held out or not as a whole, ends with its paragraph
+# a passage, the unit of the split, ends with the paragraph that reaches this many characters
 PASSAGE = 1000
 _MAX_DIGEST_BYTES = 100
-# topics of fewer passages are trained on as a whole
+# topics with fewer passages are used for training only
 MIN_PASSAGES = 4
-# tokens of the tokenizer that is made for it, where the configuration does not say
+# vocabulary of the tokenizer of the sample set if the configuration gives none
 VOCAB_SIZE = 1024
-# of the probe: characters of a paragraph, and such paragraphs of a topic
+# least characters of a paragraph in the probe, and least such paragraphs of a topic
 MIN_PARAGRAPH, MIN_PARAGRAPHS = 100, 16
 
 
 class Passage(NamedTuple):
-    """Paragraphs of a topic that follow each other; `number` counts the passages of the topic."""
+    """Consecutive paragraphs of a topic; `number` is the index of the passage in its topic."""
 
     topic: str
     number: int
@@ -70,14 +70,14 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True)
 class TextProbeData:
-    """Paragraphs for a probe: which topic are they from?
+    """Paragraphs with their topics, for the topic probe.
 
     Attributes:
-        tokens: int64 `[T]` each, with begin and end token, at most `data.block_size`; `S` of them.
-        labels: int64 `[S]`, positions in `names`.
-        names: of the topics.
-        train_indices, test_indices: int64, positions in `tokens`. Pre-training saw the train part only.
-        specials: of the tokenizer.
+        tokens: `S` tensors, int64 `[T]`, with begin and end token, T <= `data.block_size`.
+        labels: int64 `[S]`, indices into `names`.
+        names: Names of the topics.
+        train_indices, test_indices: int64, indices into `tokens`. Pre-training saw the train part only.
+        specials: Special tokens of the tokenizer.
     """
 
     tokens: list[Tensor]
@@ -89,7 +89,7 @@ class TextProbeData:
 
 
 class DocsSource:
-    """The documents of one split, as a `TextSource`: of every topic, what lies between parts of the other split."""
+    """The documents of one split, as a `TextSource`: runs of passages between those of the other split."""
 
     listing = Listing()
 
@@ -110,13 +110,16 @@ class DocsSource:
 
 
 def docs_tokenizer(data: TextDataConfig, model: TextModelConfig, patience_s: float = PATIENCE_S) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names, or a byte-level BPE of `model.vocab_size` tokens for the sample set,
-    of `VOCAB_SIZE` where the model follows the tokenizer.
+    """Return the tokenizer that `data.tokenizer` names, or train a byte-level BPE for the sample set.
 
-    The latter is trained on what pre-training sees when it is first needed, and kept below `data.tokens_path`.
+    The BPE has `model.vocab_size` tokens, or `VOCAB_SIZE` if that is None. It is trained once, on the train split, and
+    stored below `data.tokens_path`.
 
+    Args:
+        data, model: The run's configuration.
+        patience_s: See `made_once`.
     Raises:
-        DataError: it cannot be read, made or written, or is not what was written.
+        DataError: The tokenizer cannot be read, trained or written, or differs from what was written.
     """
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
@@ -141,27 +144,27 @@ def docs_tokenizer(data: TextDataConfig, model: TextModelConfig, patience_s: flo
         written = read_text(folder / "digest", _MAX_DIGEST_BYTES).strip()
         tokenizer = load_tokenizer(folder)
     except OSError as error:
-        # the tokenizer itself may be as it was
+        # not a sign of damage, so no advice to remove the folder
         raise DataError(f"the tokenizer in '{folder}' cannot be read: {error_text(error)}") from None
     except ValueError as error:
         raise DataError(f"{error} Remove the folder '{folder}'; it will be made again.") from None
     if tokenizer.digest != written:
         raise DataError(
-            f"the tokenizer in '{folder}' must be as it was written, but is not. Remove that folder; it will be made "
-            f"again."
+            f"the tokenizer in '{folder}' must be as it was written, but has changed. Remove that folder; it will be "
+            f"made again."
         )
     return tokenizer
 
 
 def docs_for_probe(config: D2VConfig) -> TextProbeData:
-    """Paragraphs of those topics that have enough, and the split that pre-training respects.
+    """Return the paragraphs of all topics with enough of them, in the split that pre-training uses.
 
     Raises:
-        DataError: if `config` is not for text, or see `docs_tokenizer`.
+        DataError: `config` is not for text, or the tokenizer cannot be made; see `docs_tokenizer`.
     """
     data, model = config.data, config.model
     if not isinstance(data, TextDataConfig) or not isinstance(model, TextModelConfig):
-        raise DataError("`d2v.model` must be a text model to be probed on text, but is another one instead.")
+        raise DataError("`d2v.model` must be a text model to be probed on text, but is another model instead.")
     tokenizer = docs_tokenizer(data, model)
     tokenizer.fit(model)
     held_out = _held_out(data.test_fraction)
@@ -198,17 +201,17 @@ def _documents(test_fraction: float, split: Split) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def _passages() -> tuple[Passage, ...]:
-    """All paragraphs, each once, by topic and in their order."""
+    """Return all paragraphs, each once, grouped into passages and ordered by topic."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError(
-            f"the sample set is what Python says of itself, but this Python has no `pydoc_data.topics` ({error}): use "
-            f'another one, or `d2v.data.kind` "text".'
+            f"the sample set is Python's own reference pages, but this Python has no `pydoc_data.topics` ({error}). "
+            f'Use another Python, or your own text with `d2v.data.kind` "text".'
         ) from None
     seen: set[str] = set()
     found: list[Passage] = []
-    # some topics hold others as a whole: what two have in common belongs to the smaller
+    # some topics include others: a shared paragraph belongs to the smaller topic
     for topic, text in sorted(topics.items(), key=lambda item: (len(item[1]), item[0])):
         paragraphs = []
         for paragraph in text.split("\n\n"):
@@ -230,7 +233,7 @@ def _passages() -> tuple[Passage, ...]:
 
 @lru_cache(maxsize=8)
 def _held_out(test_fraction: float) -> frozenset[Passage]:
-    """The passages of the test part, the same share of every topic."""
+    """Return the passages of the test part, the same share of every topic."""
     held_out: list[Passage] = []
     for index, (_, group) in enumerate(groupby(_passages(), key=lambda passage: passage.topic)):
         passages = list(group)

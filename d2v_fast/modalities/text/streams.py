@@ -1,4 +1,4 @@
-"""Bytes of text files as a stream, decompressed where their ending says so, and checked to be text."""
+"""Text files as byte streams, decompressed according to their ending, and checks that they hold text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["COMPRESSED", "CHUNK", "MAX_LINE", "TextStream", "check_text", "not_u
 
 COMPRESSED = (".gz", ".zst")
 
-# bytes that are looked at together, and the longest line
+# bytes that are checked at a time, and the longest line
 CHUNK = 1 << 20
 MAX_LINE = 1 << 26
 MAX_SIZE = 1 << 62
-# no corpus is compressed more than so much; a text that repeats itself is, and 1 GiB of it does no harm
+# no real corpus compresses by more than MAX_RATIO; repetitive text does, and 1 GiB of it is harmless
 MAX_RATIO, MIN_LIMIT = 200, 1 << 30
-# where zero bytes are replaced, a file is binary with more than one of so many bytes that no text holds
-STRANGE = 20
+# a file with zero bytes is binary if more than one in so many of its bytes never occurs in text
+BINARY_SHARE = 20
 _OF_TEXT = bytes({*range(32, 256), *b"\t\n\v\f\r\x1b"})
 
 _BOMS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"))
@@ -37,8 +37,8 @@ class TextStream(NamedTuple):
     """An open file.
 
     Attributes:
-        content: its bytes, decompressed.
-        file: itself; its position shows how much of it has been read.
+        content: The decompressed bytes.
+        file: The file as stored; its position shows how much of it has been read.
     """
 
     content: IO[bytes]
@@ -46,7 +46,7 @@ class TextStream(NamedTuple):
 
 
 def text_ending(path: str) -> str:
-    """The ending of a file in lower case without that of a compression: `.jsonl` of `A.JSONL.gz`."""
+    """Return the ending of a path in lower case, ignoring that of a compression: `.jsonl` for `A.JSONL.gz`."""
     path = path.lower()
     for ending in COMPRESSED:
         path = path.removesuffix(ending)
@@ -55,17 +55,18 @@ def text_ending(path: str) -> str:
 
 @contextmanager
 def open_text(path: str, inside: str | None, max_bytes: int = MAX_SIZE) -> Iterator[TextStream]:
-    """Open a file, to be decompressed if its name ends with `.gz` or `.zst`.
+    """Open a file, and decompress it if its name ends with `.gz` or `.zst`.
 
-    What is read of it raises UnreadableFile where the compressed data is damaged, ends too early, or is more than
-    `MAX_RATIO` times the file.
+    Reading raises UnreadableFile if the compressed data is damaged, ends too early, or decompresses to more than
+    `MAX_RATIO` times the size of the file.
 
     Args:
-        inside, max_bytes: see `open_sample`.
+        path: The file.
+        inside, max_bytes: See `open_sample`.
     Raises:
-        UnreadableFile: see `open_sample`.
-        OSError: it cannot be opened.
-        DataError: a package is missing.
+        UnreadableFile: See `open_sample`.
+        OSError: The file cannot be opened.
+        DataError: A package for decompression is missing.
     """
     with io.BufferedReader(open_sample(path, inside, max_bytes).detach(), CHUNK) as file:
         ending = os.path.splitext(path)[1].lower()
@@ -78,12 +79,12 @@ def open_text(path: str, inside: str | None, max_bytes: int = MAX_SIZE) -> Itera
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file.
+    """The decompressed content of a file.
 
     Args:
-        file: at its beginning.
-        ending: which compression.
-        limit: bytes that it may have.
+        file: The compressed file, at its beginning.
+        ending: Its ending, which names the compression.
+        limit: Most bytes of the content.
     """
 
     def __init__(self, file: IO[bytes], ending: str, limit: int) -> None:
@@ -126,11 +127,11 @@ def check_text(file: IO[bytes], replaces: bool) -> None:
     """Raise UnreadableFile if a file is not text in UTF-8.
 
     Args:
-        file: read to its end.
-        replaces: only if it is no text at all: wrong bytes, and zero bytes among text, will be replaced.
+        file: The file, which is read to its end.
+        replaces: Raise only for a binary file: invalid bytes, and zero bytes within text, will be replaced.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    position = strange = 0
+    position = num_not_text = 0
     first_zero = -1
     while chunk := file.read(CHUNK):
         if position == 0:
@@ -139,11 +140,11 @@ def check_text(file: IO[bytes], replaces: bool) -> None:
             first_zero = position + chunk.find(0)
             if not replaces:
                 raise UnreadableFile(
-                    f'a binary file: byte {first_zero:,} is zero (`d2v.data.encoding_errors` "replace" would go on '
-                    f"if the rest is text)"
+                    f"a binary file: byte {first_zero:,} is zero (if the rest is text, set "
+                    f'`d2v.data.encoding_errors` to "replace")'
                 )
         if replaces:
-            strange += len(chunk.translate(None, _OF_TEXT))
+            num_not_text += len(chunk.translate(None, _OF_TEXT))
         else:
             held = len(decoder.getstate()[0])
             try:
@@ -151,23 +152,29 @@ def check_text(file: IO[bytes], replaces: bool) -> None:
             except UnicodeDecodeError as error:
                 raise UnreadableFile(not_utf8(chunk, error.start, position - held)) from None
         position += len(chunk)
-    if first_zero >= 0 and STRANGE * strange > position:
-        share = f"{100 * strange / position:.0f} % of its bytes are no text"
+    if first_zero >= 0 and BINARY_SHARE * num_not_text > position:
+        share = f"{100 * num_not_text / position:.0f} % of its bytes do not occur in text"
         raise UnreadableFile(f"a binary file: byte {first_zero:,} is zero, and {share}")
     if not replaces:
         try:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            raise UnreadableFile("cut off within a letter of UTF-8 at its end") from None
+            raise UnreadableFile("cut off within a UTF-8 character at its end") from None
 
 
 def check_byte_order_mark(start: bytes) -> None:
-    """Raise UnreadableFile if the first bytes of a file name another encoding than UTF-8."""
+    """Raise UnreadableFile if a file starts with the byte order mark of an encoding other than UTF-8."""
     for mark, name in UTF16_32_BOMS:
         if start.startswith(mark):
             raise UnreadableFile(f"{name} instead of UTF-8: convert it")
 
 
 def not_utf8(chunk: bytes, start: int, offset: int = 0) -> str:
-    """The reason of an UnreadableFile: where some bytes are not UTF-8."""
-    return f'not UTF-8 at byte {offset + start:,} (`d2v.data.encoding_errors` "replace" would go on)'
+    """Return the text of an UnreadableFile that says where bytes are not UTF-8.
+
+    Args:
+        chunk: The bytes.
+        start: Index in `chunk` of the first invalid byte.
+        offset: Position of `chunk` in the file.
+    """
+    return f'not UTF-8 at byte {offset + start:,} (to read it, set `d2v.data.encoding_errors` to "replace")'

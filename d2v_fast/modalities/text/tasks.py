@@ -1,4 +1,4 @@
-"""Text for pre-training: blocks of tokens, from files or from the sample set, tokenized once."""
+"""The text data set of a run: blocks of tokens from files or the sample set, and the run's tokenizer."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ _log = logging.getLogger(__name__)
 
 
 class TokenBlocks(NamedTuple):
-    """Blocks, padded to one length.
+    """Blocks padded to one length.
 
     Attributes:
-        tokens: int64 `[B, T]`, padding tokens behind the end of each.
-        lengths: int64 `[B]`.
-        offsets: int32 `[segments + 1]`, where the documents start in the row of all tokens that are not padding, and
-            its length; None where documents of a block attend to each other.
+        tokens: int64 `[B, T]`, padded at the end of each block.
+        lengths: int64 `[B]`, tokens of each block without padding.
+        offsets: int32 `[segments + 1]`, starts of the documents among all tokens without padding, and the number of
+            these tokens; None if the documents of a block attend to each other.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -57,26 +57,27 @@ class TokenBlocks(NamedTuple):
 
 
 class TextDataset:
-    """The blocks of all documents, in the order of files and of documents in them.
+    """The blocks of all documents, in the order of the files and of the documents in them.
 
-    At the first use the text is tokenized, with all cores and a progress bar, and written below `data.tokens_path`;
-    later uses, of other processes too, read what is there. What is mapped into memory is shared by the workers.
+    The first use tokenizes the text on all cores, with a progress bar, and writes the tokens below `data.tokens_path`;
+    later uses, also by other processes, read them. The tokens are memory-mapped, so workers share them.
 
     Attributes:
-        lengths: int64 `[S]`, tokens of every block, special ones included.
-        block_size: most tokens of a block.
-        tokenizer: see `Tokenizer`; also its `specials` and `vocab_size`.
-        tokens: see `Tokens`.
-        listing: which files are used, and what is left out: other files, and documents that are empty, too short or
+        lengths: int64 `[S]`, tokens of each block, special tokens included.
+        block_size: Most tokens of a block.
+        tokenizer, specials, vocab_size: The tokenizer, its special tokens and vocabulary size.
+        tokens: The tokens of all documents.
+        listing: The files that are used, and what is left out: other files, and documents that are empty, too short or
             unreadable.
 
     Args:
-        split: "test" is the held-out part of the sample set; files have none.
-        verify: compare everything that is read with its checksum, once, now.
-        patience_s: seconds for which another process that writes the same tokens may make no progress.
+        data, model: The run's configuration.
+        split: "train", or "test" for the held-out part of the sample set; files have no test part.
+        verify: Compare all stored tokens with their checksums now.
+        patience_s: Seconds to wait for another process that writes the same tokens but makes no progress.
     Raises:
-        DataError: there is no text or no tokenizer, too much is unreadable, the tokenizer does not fit the model, the
-            tokens cannot be written or are not what was written.
+        DataError: There is no text or no tokenizer, too much is unreadable, the tokenizer does not fit the model, or
+            the tokens cannot be written or differ from what was written.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class TextDataset:
         return len(self.lengths)
 
     def names_digest(self) -> str:
-        """Return a digest of the tokens: blocks have no names."""
+        """Return a digest of the tokens, since blocks have no names."""
         return self.tokens.content_digest()
 
     def sizes_digest(self) -> str:
@@ -123,11 +124,13 @@ class TextDataset:
         return digest_of(repr(self._division).encode(), self.lengths)
 
     def read(self, sample_ids: npt.NDArray[np.int64]) -> TokenBlocks:
-        """The blocks of the given ids, int64 `[B]`, padded to the longest of them.
+        """Read blocks, padded to the longest of them.
 
+        Args:
+            sample_ids: int64 `[B]`, indices of the blocks.
         Raises:
-            IndexError: there is no such block.
-            DataError: the tokens were changed since they were checked, to some that the tokenizer does not have.
+            IndexError: There is no such block.
+            DataError: A token is outside of the vocabulary: the files were changed after they were checked.
         """
         if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < len(self):
             raise IndexError(f"`sample_ids` must be in [0, {len(self)}), but some are not.")
@@ -148,7 +151,7 @@ class TextDataset:
 
 
 def _listing(files: Listing, manifest: Mapping[str, Any], min_tokens: int) -> Listing:
-    """The files with what the manifest of their tokens says was left out of them."""
+    """Return the listing of the files, extended by the documents that were left out according to the manifest."""
     example = "".join(f", such as {text}" for text in manifest["unreadable"][:1])
     listing = files.without(manifest["num_empty"], "document", "without text")
     listing = listing.without(manifest["num_short"], "document", f"shorter than `d2v.data.min_tokens` ({min_tokens})")
@@ -156,7 +159,7 @@ def _listing(files: Listing, manifest: Mapping[str, Any], min_tokens: int) -> Li
 
 
 def tokenize(config: TextConfig) -> TextDataset:
-    """Print which text a run will read, and tokenize it into the run's cache.
+    """Print the files that a run will read, and tokenize them into the run's cache.
 
     Raises:
         DataError: See `TextDataset`.
@@ -170,10 +173,10 @@ def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, whe
     """Return the tokenizer of a run.
 
     Args:
-        config: The run's.
-        path: The tokenizer; None is the one that `config` names.
+        config: The run's configuration.
+        path: Path of the tokenizer; None uses the one that `config` names.
         digest: The digest that the tokenizer must have; None accepts any.
-        where: The run, for messages.
+        where: Name of the run, for messages.
     Raises:
         ValueError: The tokenizer cannot be read, or has another digest.
     """
@@ -183,14 +186,17 @@ def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, whe
             found.require(digest, where)
         return found
     except ValueError as error:
-        raise ValueError(f"{error} `--tokenizer` names the run's tokenizer where it is now.") from None
+        raise ValueError(f"{error} If the run's tokenizer has moved, name it with `--tokenizer`.") from None
 
 
 def tokenizer_of(data: TextDataConfig, model: TextModelConfig, patience_s: float = PATIENCE_S) -> Tokenizer:
-    """The tokenizer of a run: what `data.tokenizer` names, or that of the sample set (`docs_tokenizer`).
+    """Return the tokenizer that a configuration names, or that of the sample set.
 
+    Args:
+        data, model: The run's configuration.
+        patience_s: See `made_once`.
     Raises:
-        DataError: there is none, it cannot be read, or it does not fit the model.
+        DataError: The tokenizer is missing, cannot be read, or does not fit the model.
     """
     if data.kind == "docs":
         tokenizer = docs_tokenizer(data, model, patience_s)
@@ -203,10 +209,10 @@ def tokenizer_of(data: TextDataConfig, model: TextModelConfig, patience_s: float
 
 
 def with_vocabulary(config: TextConfig) -> TextConfig:
-    """The configuration with the tokenizer's vocabulary size and padding id where it gives none of its own.
+    """Return a configuration with the tokenizer's vocabulary size and padding id in place of null.
 
     Raises:
-        DataError: see `tokenizer_of`.
+        DataError: See `tokenizer_of`.
     """
     tokenizer = tokenizer_of(config.data, config.model, config.run.timeout_s)
     follows = {"vocab_size": tokenizer.vocab_size, "padding_id": tokenizer.specials.pad}
@@ -215,15 +221,15 @@ def with_vocabulary(config: TextConfig) -> TextConfig:
 
 
 def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_length: int = 512) -> Tokenizer:
-    """Train a byte-level BPE on all text of `data.path`, and write it into a new folder, complete or not at all.
+    """Train a byte-level BPE on all text of `data.path`, and write it into a new folder atomically.
 
     Args:
-        data: `path`, `field`, `documents`, `encoding_errors` and the limits for what is unreadable are used.
-        vocab_size: see `train_tokenizer`.
-        to: the folder; `data.tokenizer` of a run may name it, and so may `transformers.AutoTokenizer`.
-        max_length: longest sequence of the model, in tokens.
+        data: The text. Only `path`, `field`, `documents`, `encoding_errors` and the limits on unreadable text are used.
+        vocab_size: See `train_tokenizer`.
+        to: The folder, for `data.tokenizer` of a run and for `transformers.AutoTokenizer`.
+        max_length: Longest sequence of the model, in tokens.
     Raises:
-        DataError: the folder exists or cannot be written; there is no text, or too much is unreadable.
+        DataError: The folder exists or cannot be written, there is no text, or too much is unreadable.
         ValueError: `vocab_size` is too small.
     """
     target = Path(os.path.abspath(expand_path(to)))
@@ -244,6 +250,6 @@ def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_le
 
     made_once(str(target.parent), target.name, make, "the folder of a new tokenizer")
     if source.bad.num_bad:
-        text = "left out %d of %d files, lines and rows, which are unreadable"
+        text = "left out %d unreadable of %d files, lines and rows"
         _log.warning(text, source.bad.num_bad, source.bad.num_entries)
     return load_tokenizer(target)

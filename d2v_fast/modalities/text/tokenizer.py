@@ -1,8 +1,8 @@
-"""Tokenizers: read from what others wrote, or a byte-level BPE trained here; text to token ids with all cores.
+"""Tokenizers: read from files or trained as a byte-level BPE; they encode text on all cores.
 
-Hugging Face's `tokenizers` does the work (extra `train`), imported when it is needed. What this module adds: which ids
-are special, that text which spells a special token stays text, that nothing is truncated or drawn at random, and a
-digest that tells tokenizers apart.
+The work is done by Hugging Face's `tokenizers` (extra `train`), imported on first use. This module adds the ids of the
+special tokens, encodes text that spells a special token as ordinary characters, disables truncation and random
+dropout, and computes a digest that identifies a tokenizer.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ __all__ = ["MIN_VOCAB_SIZE", "Specials", "Tokenizer", "load_tokenizer", "missing
 
 # RoBERTa's first four, in this order; the mask is last
 FIRST_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-# these, and a token for every byte
+# the special tokens, and a token for every byte
 MIN_VOCAB_SIZE = len(FIRST_TOKENS) + 256 + 1
 
 _WHAT = {"bos": "begin", "pad": "padding", "eos": "end", "unk": "unknown", "mask": "mask"}
-# parts of tokenizer.json that decide which ids a text becomes; the others are for decoding, and for callers
+# sections of tokenizer.json that determine the ids of a text; the others are for decoding and for callers
 _DECISIVE = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
 
 class Specials(NamedTuple):
-    """Ids of the special tokens: begin, padding, end, unknown (None where there is none), mask."""
+    """Ids of the special tokens: begin, padding, end, unknown (None if there is none), mask."""
 
     bos: int
     pad: int
@@ -65,29 +65,29 @@ class Specials(NamedTuple):
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """All of them, ascending, each once."""
+        """All ids, ascending, without duplicates."""
         return tuple(sorted({special for special in self if special is not None}))
 
 
 class Tokenizer:
-    """Text to token ids.
+    """Encoder of text to token ids.
 
     Attributes:
-        specials: see `Specials`.
-        vocab_size: the largest id, plus 1.
-        digest: SHA-256 over everything that decides which ids a text becomes, and over `specials`.
-        dtype: of ids: uint16, or uint32 where they need it.
-        name: where it is from, for messages.
+        specials: Ids of the special tokens.
+        vocab_size: The largest id, plus 1.
+        digest: SHA-256 of everything that determines the ids of a text, and of `specials`.
+        dtype: Type of the ids: uint16, or uint32 for a larger vocabulary.
+        name: Its origin, for messages.
     """
 
     def __init__(self, inner: Any, content: dict[str, Any], names: dict[str, str], name: str) -> None:
-        # a text that spells <mask> is a text; special tokens without a role are meant to be found in it
+        # text never becomes a special token with a role, but special tokens without one are matched in text
         self._others = {
             entry["content"]
             for entry in content.get("added_tokens") or []
             if entry.get("special") and entry["content"] not in names.values()
         }
-        # what was read is what is saved: the library changes the last digits of scores when it writes them
+        # kept for `save`: the library changes the last digits of scores when it serializes them
         self._content = json.dumps({**content, "truncation": None, "padding": None}, ensure_ascii=False)
         if self._others:
             content = _not_special(content, self._others)
@@ -102,7 +102,7 @@ class Tokenizer:
         self.specials = Specials(found["bos"], found["pad"], found["eos"], found.get("unk"), found["mask"])
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         if self.vocab_size > MAX_VOCAB:
-            # the model would have a row for each
+            # the model has one row per id
             raise DataError(
                 f"`d2v.data.tokenizer` must have ids < {MAX_VOCAB:,}, but {name} has {self.vocab_size - 1:,}."
             )
@@ -112,12 +112,12 @@ class Tokenizer:
         self._reserved = np.array([i for i in self.specials.ids if i != self.specials.unk], dtype=self.dtype)
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
-        """The token ids of all texts, one after the other, without special tokens, and how many each has, int64 `[B]`.
+        """Encode texts on all cores, without special tokens.
 
-        Uses all cores.
-
+        Returns:
+            The ids of all texts, concatenated, in `dtype`; and the number of ids of each text, int64 `[B]`.
         Raises:
-            DataError: a text has what is not in the vocabulary, and the tokenizer has no token for that.
+            DataError: A text is outside of the vocabulary and the tokenizer has no unknown token, or the library fails.
         """
         texts = list(texts)
         sizes = self._growth.lengths(texts)
@@ -132,54 +132,54 @@ class Tokenizer:
 
     def _encode(self, texts: list[str]) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
         try:
-            # the library gives the lock of Python free only for batches
+            # the library releases the GIL only for batches
             found = within_limits(lambda: self._inner.encode_batch_fast(texts, add_special_tokens=False), "encoding")
         except (TimeoutError, RuntimeError) as error:
             raise self._fails(str(error)) from None
         except Exception as error:
-            # the library raises plain exceptions
-            advice = "Name an unknown token (`unk_token`, `unk_id`) of its vocabulary in it."
+            # the library raises bare Exceptions
+            advice = "Set its unknown token (`unk_token` or `unk_id`) to one of its vocabulary."
             raise self._fails(str(error), advice) from None
         lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
         each = chain.from_iterable(encoding.ids for encoding in found)
         ids = np.fromiter(each, dtype=self.dtype, count=int(lengths.sum()))
-        taken = np.isin(ids, self._reserved)
-        if taken.any():
-            # some tokenizers take the name of a special token for it all the same
-            lengths -= np.bincount(np.repeat(np.arange(len(found)), lengths)[taken], minlength=len(found))
-            ids = ids[~taken]
+        is_special = np.isin(ids, self._reserved)
+        if is_special.any():
+            # some tokenizers match the name of a special token all the same
+            lengths -= np.bincount(np.repeat(np.arange(len(found)), lengths)[is_special], minlength=len(found))
+            ids = ids[~is_special]
         return ids, lengths
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, special ones by their names.
+        """Decode token ids to text, with special tokens by name.
 
         Raises:
-            DataError: the tokenizer cannot decode.
+            DataError: The tokenizer cannot decode them.
         """
         numbers = [int(i) for i in ids]
         return self._called(lambda: str(self._inner.decode(numbers, skip_special_tokens=False)), "decoding")
 
     def round_trip(self, text: str) -> tuple[str, str]:
-        """A text as the tokenizer normalizes it, and what its known tokens say of it, normalized as well.
+        """Return a text and what its known tokens decode to, both normalized by the tokenizer.
 
-        Where a tokenizer cannot decode, both are parts of the text itself: all of it, and what its tokens come from.
+        Without a decoder, return the text itself, and the characters of it that its tokens cover.
         """
-        # the batch without offsets gives the ids of training
+        # encoded as a batch, like training data, so that the ids are the same
         [encoding] = self._called(lambda: self._inner.encode_batch([text], add_special_tokens=False), "encoding")
         left_out = {self.specials.unk, *self._reserved.tolist()}
         known = [position for position, token in enumerate(encoding.ids) if token not in left_out]
         if self._inner.decoder is None:
-            # blanks divide words, and belong to none
+            # blanks separate words and belong to no token
             covered = np.array([letter.isspace() for letter in text], dtype=np.bool_)
             for position in known:
                 covered[slice(*encoding.offsets[position])] = True
             return text, "".join(letter for letter, there in zip(text, covered, strict=True) if there)
         decoded = self.decode([encoding.ids[position] for position in known])
-        # CLIP's decoder leaves the ends of words in what it decodes
+        # CLIP's decoder does not remove the word ends
         if suffix := getattr(self._inner.model, "end_of_word_suffix", None):
             decoded = decoded.replace(suffix, " ")
         normalizer = self._inner.normalizer
-        # both: some decoders turn a part of the normalization around, such as another letter for the blank
+        # normalize both: some decoders undo part of the normalization, such as a substitute for the blank
         if normalizer is None:
             return text, decoded
         both = (text, decoded)
@@ -187,24 +187,24 @@ class Tokenizer:
         return first, second
 
     def _called(self, call: Callable[[], Any], what: str) -> Any:
-        """What the library returns.
+        """Call the library and return its result.
 
         Raises:
-            DataError: it fails, or does not end.
+            DataError: The call fails or does not end.
         """
         try:
             return within_limits(call, what)
         except Exception as error:
             raise self._fails(str(error)) from None
 
-    def _fails(self, reason: str, advice: str = "Name another one.") -> DataError:
+    def _fails(self, reason: str, advice: str = "Use another tokenizer.") -> DataError:
         return DataError(
             f"`d2v.data.tokenizer` must be a tokenizer that encodes any text, but {self.name} does not: "
             f"{printable(reason)[:300].rstrip('.')}. {advice}"
         )
 
     def require(self, digest: str, where: str) -> None:
-        """Raise DataError unless this is the tokenizer of the given digest; `where` says whose that is."""
+        """Raise DataError unless this tokenizer has the given digest; `where` names the run that requires it."""
         if digest != self.digest:
             raise DataError(
                 f"`d2v.data.tokenizer` must be the tokenizer that {where} was trained with (digest {digest[:12]}), but "
@@ -212,30 +212,28 @@ class Tokenizer:
             )
 
     def fit(self, model: TextModelConfig) -> None:
-        """Raise DataError unless a model of this configuration has all tokens and the same padding token.
-
-        What the configuration leaves to the tokenizer fits.
-        """
+        """Raise DataError unless a model has a row for every token, and the same padding id. Null values always fit."""
         if model.vocab_size is not None and self.vocab_size > model.vocab_size:
             raise DataError(
                 f"`d2v.model.vocab_size` must be >= {self.vocab_size}, the tokens of {self.name}, but is "
-                f"{model.vocab_size} instead. Leave it out: it follows the tokenizer."
+                f"{model.vocab_size} instead. Leave the key out to use the tokenizer's number."
             )
         if model.padding_id not in (None, self.specials.pad):
             raise DataError(
                 f"`d2v.model.padding_id` must be {self.specials.pad}, the padding token of {self.name}, but is "
-                f"{model.padding_id} instead. Leave it out for a new run, or name the tokenizer that the weights were "
-                f"trained with."
+                f"{model.padding_id} instead. Leave the key out for a new run, or use the tokenizer that the weights "
+                f"were trained with."
             )
 
     def save(self, folder: str | Path, max_length: int = 512) -> None:
-        """Write what `transformers.AutoTokenizer.from_pretrained` reads, and encodes as training does.
+        """Write files from which `transformers.AutoTokenizer.from_pretrained` encodes as training does.
 
-        Begin and end tokens are around every text there, whatever the tokenizer that was read puts there.
+        The written tokenizer puts begin and end tokens around every text, even if the one that was read does not.
 
         Args:
-            folder: must exist; `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` are replaced.
-            max_length: longest sequence of the model, in tokens.
+            folder: An existing folder; `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` are
+                replaced.
+            max_length: Longest sequence of the model, in tokens.
         """
         names = {key: self._names[role] for role, (keys, _) in ROLES.items() if role in self._names for key in keys}
         config = {
@@ -259,7 +257,7 @@ class Tokenizer:
             (Path(folder) / file).write_text(text + "\n", encoding="utf-8")
 
     def _is_framed(self) -> bool:
-        """Whether the post-processor puts begin and end token around a text, and does nothing else."""
+        """Return whether the post-processor puts begin and end token around a text and does nothing else."""
         specials = self.specials
         if not is_simple_frame(json.loads(self._content).get("post_processor")):
             return False
@@ -267,7 +265,7 @@ class Tokenizer:
             try:
                 ids, _ = self.encode([text])
             except DataError:
-                # letters that are not in the vocabulary, and no unknown token
+                # a letter is not in the vocabulary, and there is no unknown token
                 return False
             [framed] = self._called(partial(self._inner.encode_batch, [text]), "encoding")
             if framed.ids != [specials.bos, *ids.tolist(), specials.eos]:
@@ -278,12 +276,12 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer: a `tokenizer.json` file, a folder with one, or a folder with vocab.json and merges.txt.
 
-    Vocabulary and merges are a byte-level BPE like GPT-2's and RoBERTa's, or of a class that a file beside them names;
-    added_tokens.json and `added_tokens_decoder` of tokenizer_config.json are read with them. Special tokens are those
-    that special_tokens_map.json or tokenizer_config.json of the folder name, else RoBERTa's or BERT's.
+    Vocabulary and merges form a byte-level BPE like GPT-2's and RoBERTa's, or one of the class that a file beside them
+    names. added_tokens.json and `added_tokens_decoder` of tokenizer_config.json are read too. The special tokens are
+    those that special_tokens_map.json or tokenizer_config.json names, otherwise RoBERTa's or BERT's.
 
     Raises:
-        DataError: there is none, it cannot be read, or it lacks a special token.
+        DataError: The tokenizer does not exist, cannot be read, or lacks a special token.
     """
     path = Path(os.path.abspath(expand_path(path)))
     name = f"'{printable(str(path))}'"
@@ -302,20 +300,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise DataError(f"`d2v.data.tokenizer` must be a tokenizer, but {name}: {error.strerror or error}.") from None
     except Exception as error:
-        # the library raises plain exceptions
+        # the library raises bare Exceptions
         text = printable(str(error))[:1000]
         raise DataError(f"`d2v.data.tokenizer` must be a tokenizer, but {name} cannot be read: {text}") from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "the trained tokenizer") -> Tokenizer:
-    """A byte-level BPE with RoBERTa's special tokens: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, and `<mask>` last.
+    """Train a byte-level BPE with RoBERTa's special tokens: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, and `<mask>` last.
 
-    The same texts give the same tokenizer, with any number of threads. Memory grows with the number of different words,
+    The same texts give the same tokenizer, with any number of threads. Memory grows with the number of distinct words,
     not with the length of the text.
 
     Args:
-        vocab_size: tokens in all; fewer come out if the texts do not have as many pairs that occur twice.
-        name: for messages.
+        texts: The texts to train on.
+        vocab_size: Number of tokens; the result has fewer if the texts have too few pairs that occur twice.
+        name: Name of the tokenizer, for messages.
     Raises:
         ValueError: `vocab_size` is too small for the bytes and the special tokens.
     """
@@ -340,7 +339,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "the trai
 
 
 def missing_tokens(tokenizer: Tokenizer, vocab_size: int) -> str | None:
-    """Why a trained tokenizer has fewer tokens than it was to have; None if it has not."""
+    """Return why a trained tokenizer has fewer tokens than requested; None if it has as many."""
     if tokenizer.vocab_size >= vocab_size:
         return None
     return (
@@ -351,7 +350,7 @@ def missing_tokens(tokenizer: Tokenizer, vocab_size: int) -> str | None:
 
 @functools.cache
 def _use_threads_until_forked() -> None:
-    """Let the library use its threads, but not in a forked process: they do not exist there, and a call would hang."""
+    """Enable the library's threads, but not in forked processes, where they do not exist and a call would hang."""
     if os.environ.setdefault("TOKENIZERS_PARALLELISM", "true") == "true":
         os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
@@ -372,20 +371,20 @@ def _library() -> Any:
 
 
 def _normalizer(section: dict[str, Any]) -> Any:
-    """The normalizer of a section of tokenizer.json."""
+    """Build the normalizer of a section of tokenizer.json."""
     model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     return _library().Tokenizer.from_str(json.dumps({"model": model, "normalizer": section})).normalizer
 
 
 def _not_special(content: dict[str, Any], tokens: set[str]) -> dict[str, Any]:
-    """The content of tokenizer.json in which some added tokens are none that text is kept from spelling."""
+    """Return the content of tokenizer.json with some added tokens marked as not special, so that text matches them."""
     added = content["added_tokens"]
     changed = [{**entry, "special": False} if entry["content"] in tokens else entry for entry in added]
     return {**content, "added_tokens": changed}
 
 
 def _frame(names: dict[str, str], specials: Specials) -> dict[str, Any]:
-    """The section `post_processor` that puts begin and end token around a text, and one more behind a second one."""
+    """Return the section `post_processor` that frames a text with begin and end token, and ends a second text too."""
 
     def token(role: str) -> dict[str, Any]:
         return {"SpecialToken": {"id": names[role], "type_id": 0}}
@@ -406,7 +405,13 @@ def _frame(names: dict[str, str], specials: Specials) -> dict[str, Any]:
 
 
 def _names_of_specials(inner: Any, said: dict[str, str], name: str) -> dict[str, str]:
-    """The special tokens by role; DataError names those that are missing."""
+    """Return the special tokens by role; raise DataError if one is missing, or mask or padding is shared.
+
+    Args:
+        inner: The library's tokenizer.
+        said: Special tokens that the files name, by key such as `mask_token`.
+        name: Name of the tokenizer, for messages.
+    """
     names: dict[str, str] = {}
     missing = []
     for role, (keys, defaults) in ROLES.items():
@@ -418,14 +423,14 @@ def _names_of_specials(inner: Any, said: dict[str, str], name: str) -> dict[str,
             missing.append(f"no {_WHAT[role]} token ({' or '.join(map(printable, wanted))})")
     if missing:
         raise DataError(
-            f"`d2v.data.tokenizer` must have all special tokens, but {name} has {', '.join(missing)}. Add them to it, "
-            f"or name them in a special_tokens_map.json beside it."
+            f"`d2v.data.tokenizer` must have all special tokens, but {name} has {', '.join(missing)}. Add them, or "
+            f"name the tokens with these roles in a special_tokens_map.json beside it."
         )
     for role in ("mask", "pad"):
         others = [other for other in names if other != role and names[other] == names[role]]
         if others:
             raise DataError(
-                f"`d2v.data.tokenizer` must have a {_WHAT[role]} token of its own, but {name} uses "
-                f"'{printable(names[role])}' as {_WHAT[others[0]]} token, too."
+                f"`d2v.data.tokenizer` must have a separate {_WHAT[role]} token, but {name} also uses "
+                f"'{printable(names[role])}' as {_WHAT[others[0]]} token."
             )
     return names

@@ -1,7 +1,7 @@
-"""The files of a tokenizer that others wrote, in every form that is accepted, as the content of one tokenizer.json.
+"""Reading of tokenizer files in all accepted forms, as the content of one tokenizer.json.
 
-A vocab.json with a merges.txt does not say how a text is prepared for it. Its tokens show whether it is byte-level,
-which is read as GPT-2's; for any other kind, `tokenizer_class` in tokenizer_config.json or config.json must name it.
+vocab.json and merges.txt do not say how to prepare text. Their tokens show whether they are byte-level, and are then
+read as GPT-2's. For any other kind, `tokenizer_class` in tokenizer_config.json or config.json must name it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_MAP_BYTES = 16_000_000
 MAX_VALUES = 4_000_000
 
 MASK_TOKEN = "<mask>"
-# role -> keys of special_tokens_map.json and tokenizer_config.json, and names where neither says any
+# role -> keys of special_tokens_map.json and tokenizer_config.json, and the default names if neither has one
 ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bos": (("bos_token", "cls_token"), ("<s>", "[CLS]")),
     "pad": (("pad_token",), ("<pad>", "[PAD]")),
@@ -32,21 +32,21 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unk": (("unk_token",), ("<unk>", "[UNK]")),
     "mask": (("mask_token",), ("<mask>", "[MASK]")),
 }
-# of tokenizers that only other libraries read
+# files of tokenizers that only other libraries read
 _OTHER_FILES = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes")
 WORD_END, WORD_START = "</w>", "▁"
 _ADVICE = (
-    "Where Transformers reads it, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER) writes a tokenizer.json "
-    "that says everything: name that folder."
+    "If Transformers reads it, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER) writes a complete "
+    "tokenizer.json; name that folder instead."
 )
 
 
 class TokenizerFiles(NamedTuple):
-    """What was read.
+    """The content of a tokenizer's files.
 
     Attributes:
-        content: of a tokenizer.json.
-        names: what the files call their special tokens, by key such as `mask_token`.
+        content: Content of a tokenizer.json.
+        names: Special tokens that the files name, by key such as `mask_token`.
     """
 
     content: dict[str, Any]
@@ -57,8 +57,8 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
     """Read a tokenizer.json, a folder with one, or a folder with vocab.json and merges.txt.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: it is no such file, or of a kind that cannot be read without being told more.
+        OSError: A file cannot be read.
+        ValueError: The files are not a tokenizer, or do not say enough to use it.
     """
     if not path.is_dir():
         content, names = _read(path, MAX_TOKENIZER_BYTES), {}
@@ -69,7 +69,7 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
             content = _read(path / "tokenizer.json", MAX_TOKENIZER_BYTES)
             there = content.get("added_tokens") or []
             added = _with_added(path, _vocabulary(content.get("model")), there, settings)
-            # what has nothing added stays as it is, and so does its digest
+            # with nothing to add, leave the entries and thus the digest unchanged
             if len(added) > len(there):
                 content["added_tokens"] = added
             _warn_of_contradictions(path, content.get("normalizer"), settings.raw)
@@ -80,35 +80,35 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
             advice = f" {found[0]} cannot be read alone. {_ADVICE}" if found else ""
             raise ValueError(f"a folder without tokenizer.json, and without vocab.json and merges.txt.{advice}")
     if not isinstance(content.get("model"), dict):
-        raise ValueError("JSON, but no tokenizer: it has no section `model`.")
+        raise ValueError("JSON, but not a tokenizer: it has no section `model`.")
     return TokenizerFiles(content, names)
 
 
 def check_added(content: dict[str, Any], id_of: Callable[[str], int | None]) -> None:
-    """Raise ValueError where an added token has not the id that it has in the file.
+    """Raise ValueError if an added token has another id than in the file.
 
     Args:
-        content: of a tokenizer.json.
-        id_of: from a token to its id in the tokenizer that was made of it, which numbers added tokens one after the
-            other behind its vocabulary, whatever the file says.
+        content: Content of a tokenizer.json.
+        id_of: Return the id of a token in the tokenizer that was built from `content`. The library numbers added tokens
+            consecutively after the vocabulary and ignores the ids in the file.
     """
     for entry in content.get("added_tokens") or []:
         if id_of(entry["content"]) != entry["id"]:
             raise ValueError(
                 f"the added token '{printable(entry['content'])}' must have the id {id_of(entry['content'])}, but has "
-                f"{entry['id']} instead: added tokens are numbered one after the other behind the vocabulary."
+                f"{entry['id']} instead: added tokens are numbered consecutively after the vocabulary."
             )
 
 
 def byte_level(
     model: dict[str, Any], added: Iterable[dict[str, Any]], add_prefix_space: bool = False
 ) -> dict[str, Any]:
-    """The content of tokenizer.json for a byte-level BPE that is used like RoBERTa's.
+    """Return the content of tokenizer.json for a byte-level BPE like RoBERTa's.
 
     Args:
-        model: the section `model`.
-        added: entries of `added_tokens`, see `added_token`.
-        add_prefix_space: whether a text that does not begin with a blank is given one.
+        model: The section `model`.
+        added: Entries of `added_tokens`, see `added_token`.
+        add_prefix_space: Add a blank to a text that does not begin with one.
     """
     content = _content(model, added)
     content["pre_tokenizer"] = {
@@ -131,7 +131,7 @@ def byte_level(
 
 
 def added_token(token: str, number: int) -> dict[str, Any]:
-    """The entry of a special token in `added_tokens`."""
+    """Return the entry of a special token in `added_tokens`."""
     return {
         "id": number,
         "content": token,
@@ -158,7 +158,7 @@ def _content(model: dict[str, Any], added: Iterable[dict[str, Any]]) -> dict[str
 
 
 def _bert_like(model: dict[str, Any], added: Iterable[dict[str, Any]], settings: _Settings) -> dict[str, Any]:
-    """As HerBERT's and the first GPT's: words end with `</w>`."""
+    """Return the content for a BPE like HerBERT's and the first GPT's, whose words end with `</w>`."""
     content = _content({**model, "end_of_word_suffix": WORD_END}, added)
     lower = settings.tokenizer_class == "OpenAIGPT"
     content["normalizer"] = {
@@ -174,7 +174,7 @@ def _bert_like(model: dict[str, Any], added: Iterable[dict[str, Any]], settings:
 
 
 def _llama_like(model: dict[str, Any], added: Iterable[dict[str, Any]], settings: _Settings) -> dict[str, Any]:
-    """As Llama's: words begin with U+2581, and bytes stand for letters that are not in the vocabulary."""
+    """Return the content for a BPE like Llama's: words begin with U+2581, and unknown letters become bytes."""
     has_bytes = "<0x00>" in model["vocab"]
     content = _content({**model, "fuse_unk": True, "byte_fallback": has_bytes}, added)
     prefix = settings.raw.get("add_prefix_space")
@@ -196,20 +196,20 @@ def _llama_like(model: dict[str, Any], added: Iterable[dict[str, Any]], settings
     return content
 
 
-# of vocab.json and merges.txt, by `tokenizer_class` without "Tokenizer" and "Fast"
+# readers of vocab.json and merges.txt, by `tokenizer_class` without "Tokenizer" and "Fast"
 _KINDS = {"Herbert": _bert_like, "OpenAIGPT": _bert_like, "Llama": _llama_like}
-# byte-level, but of a text that is prepared in another way than GPT-2's and RoBERTa's
+# byte-level classes that prepare text differently from GPT-2 and RoBERTa
 _OTHER_BYTE_LEVEL = ("CLIP", "Qwen2", "Clvp", "Nougat", "GPTNeoX", "Cohere")
 
 
 class _Settings(NamedTuple):
-    """What the files beside a vocabulary say.
+    """The settings in the files beside a vocabulary.
 
     Attributes:
-        raw: tokenizer_config.json.
-        names: of special tokens, by key.
-        others: special tokens that have no role.
-        tokenizer_class: without "Tokenizer" and "Fast"; empty where no file says it.
+        raw: Content of tokenizer_config.json.
+        names: Special tokens by key.
+        others: Special tokens without a role.
+        tokenizer_class: Its name without "Tokenizer" and "Fast"; empty if no file names it.
     """
 
     raw: dict[str, Any]
@@ -224,7 +224,7 @@ def _settings(folder: Path) -> _Settings:
     by_file: dict[str, dict[str, Any]] = {"tokenizer_config.json": {}, "special_tokens_map.json": {}, "config.json": {}}
     for file in by_file:
         if (folder / file).exists():
-            # Transformers writes 1e30 for a length without limit
+            # Transformers writes an unlimited length as the integer 1e30
             by_file[file] = _read(folder / file, MAX_MAP_BYTES, parse_int=_bounded)
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         for key, value in by_file[file].items():
@@ -247,7 +247,7 @@ def _from_vocab_and_merges(folder: Path, settings: _Settings) -> dict[str, Any]:
     vocab = _read(folder / "vocab.json", MAX_TOKENIZER_BYTES)
     ids = [value for value in vocab.values() if type(value) is int]
     if len(ids) != len(vocab) or sorted(ids) != list(range(len(ids))):
-        raise ValueError(f"vocab.json must number its {len(vocab)} tokens from 0 on, but does not.")
+        raise ValueError(f"vocab.json must number its {len(vocab)} tokens consecutively from 0, but does not.")
     merges = _read_merges(folder / "merges.txt", vocab)
     added = _with_added(folder, vocab, _specials_of(vocab), settings)
     model = {
@@ -268,18 +268,18 @@ def _from_vocab_and_merges(folder: Path, settings: _Settings) -> dict[str, Any]:
         return _KINDS[kind]({**model, "unk_token": unknown if unknown in vocab else None}, added, settings)
     problem = _not_byte_level(vocab, merges)
     if problem is None and kind in _OTHER_BYTE_LEVEL:
-        problem = f"of the class {kind}Tokenizer, which prepares text in a way of its own"
+        problem = f"of the class {kind}Tokenizer, which prepares text differently from GPT-2"
     if problem is not None:
         known = ", ".join(f"{name}Tokenizer" for name in _KINDS)
         raise ValueError(
-            f"vocab.json and merges.txt are {problem}. {_ADVICE} Or name its class, if it is one of {known}, as "
-            f"`tokenizer_class` in a tokenizer_config.json beside them."
+            f"vocab.json and merges.txt are {problem}. {_ADVICE} If its class is one of {known}, you can also name it "
+            f"as `tokenizer_class` in a tokenizer_config.json beside them."
         )
     return byte_level(model, added, settings.raw.get("add_prefix_space") is True)
 
 
 def _not_byte_level(vocab: dict[str, int], merges: list[list[str]]) -> str | None:
-    """What tells that tokens are not made of bytes in GPT-2's alphabet; None where they are."""
+    """Return why tokens are not made of bytes in GPT-2's alphabet; None if they are."""
     alphabet = _alphabet()
     merged = {token for pair in merges for token in (*pair, "".join(pair))}
     letters = {token for token in vocab if len(token) == 1}
@@ -289,14 +289,14 @@ def _not_byte_level(vocab: dict[str, int], merges: list[list[str]]) -> str | Non
         return f"not byte-level: words begin with {WORD_START} ('{printable(begun[-1])}')"
     strange = sorted(token for token in merged | letters if not alphabet.issuperset(token))
     if strange:
-        return f"not byte-level: no byte is written as in the token '{printable(strange[0])}'"
+        return f"not byte-level: the token '{printable(strange[0])}' has a character that stands for no byte"
     blank = "Ġ"
     return None if blank in letters else f"not byte-level: there is no token for a blank ('{blank}')"
 
 
 @lru_cache(maxsize=1)
 def _alphabet() -> frozenset[str]:
-    """GPT-2's letters for the 256 bytes: printable ones of Latin-1 stand for themselves, others follow from 256 on."""
+    """Return GPT-2's characters for the 256 bytes: printable Latin-1 for itself, the others from U+0100 on."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return frozenset(map(chr, [*own, *range(256, 256 + 256 - len(own))]))
 
@@ -308,13 +308,13 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> list[list[str]]:
             continue
         pair = line.rstrip("\r").split(" ")
         if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
-            raise ValueError(f"line {number} of merges.txt is no pair of tokens of vocab.json.")
+            raise ValueError(f"line {number} of merges.txt must be a pair of tokens in vocab.json, but is not.")
         merges.append(pair)
     return merges
 
 
 def _specials_of(vocab: dict[str, int]) -> list[dict[str, Any]]:
-    """Entries of `added_tokens` for the usual special tokens of a vocabulary."""
+    """Return entries of `added_tokens` for the usual special tokens that are in a vocabulary."""
     names = [name for _, defaults in ROLES.values() for name in defaults if name in vocab]
     return [added_token(name, vocab[name]) for name in names]
 
@@ -322,11 +322,13 @@ def _specials_of(vocab: dict[str, int]) -> list[dict[str, Any]]:
 def _with_added(
     folder: Path, vocab: Mapping[str, int], entries: Iterable[dict[str, Any]], settings: _Settings
 ) -> list[dict[str, Any]]:
-    """Entries of `added_tokens` with those that files beside the vocabulary add; what is there already stays.
+    """Return entries of `added_tokens`, extended by those of the files beside the vocabulary.
 
     Args:
-        vocab: of the model.
-        entries: that are there already.
+        folder: The folder of the files.
+        vocab: The model's vocabulary.
+        entries: Existing entries, which take precedence.
+        settings: The settings in the folder.
     """
     found = {str(entry["content"]): entry for entry in entries}
     special = {*settings.names.values(), *settings.others}
@@ -334,7 +336,7 @@ def _with_added(
     for key, given in decoder.items() if isinstance(decoder, dict) else ():
         where = "`added_tokens_decoder` in tokenizer_config.json"
         if not isinstance(given, dict) or not isinstance(given.get("content"), str) or not key.isdecimal():
-            raise ValueError(f"{where} must hold tokens by their ids, but '{printable(key)[:40]}' is none.")
+            raise ValueError(f"{where} must hold tokens by id, but the entry '{printable(key)[:40]}' is not one.")
         token, number = str(given["content"]), int(key)
         _check_id(token, number, vocab, where)
         plain = added_token(token, number)
@@ -350,13 +352,13 @@ def _with_added(
         if token in vocab:
             found[token] = added_token(token, vocab[token])
         else:
-            text = "'%s' names the token '%s', which the tokenizer does not have: it is not looked for in text"
+            text = "'%s' names the token '%s', which the tokenizer does not have: it is ignored"
             _log.warning(text, printable(str(folder)), printable(token))
     return sorted(found.values(), key=lambda entry: int(entry["id"]))
 
 
 def _warn_of_contradictions(folder: Path, normalizer: Any, raw: Mapping[str, Any]) -> None:
-    """Log where tokenizer_config.json asks for another normalization than BERT's in tokenizer.json, which is used."""
+    """Log a warning where tokenizer_config.json contradicts BERT's normalizer in tokenizer.json, which is used."""
     if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
         return
     lower = normalizer.get("lowercase")
@@ -369,8 +371,8 @@ def _warn_of_contradictions(folder: Path, normalizer: Any, raw: Mapping[str, Any
     for key, value in does.items():
         if isinstance(raw.get(key), bool) and raw[key] != value:
             _log.warning(
-                "'%s': tokenizer_config.json says %s %s, but tokenizer.json normalizes as with %s. tokenizer.json is "
-                "used, where Transformers may use the other: let it read and save the folder if you want that",
+                "'%s': tokenizer_config.json sets %s to %s, but tokenizer.json normalizes with %s. tokenizer.json is "
+                "used. For the other value, which Transformers may use, load and save the folder with Transformers",
                 printable(str(folder)),
                 key,
                 raw[key],
@@ -379,10 +381,10 @@ def _warn_of_contradictions(folder: Path, normalizer: Any, raw: Mapping[str, Any
 
 
 def _vocabulary(model: Any) -> Mapping[str, int]:
-    """Tokens and ids of the section `model`, empty where it has another form than is known."""
+    """Return tokens and ids of the section `model`, empty if its form is unknown."""
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):
-        # of unigrams, with scores
+        # a unigram model: pairs of token and score
         tokens = [entry[0] for entry in vocab if isinstance(entry, list) and entry]
         return {token: number for number, token in enumerate(tokens) if isinstance(token, str)}
     return vocab if isinstance(vocab, dict) else {}
@@ -390,7 +392,10 @@ def _vocabulary(model: Any) -> Mapping[str, int]:
 
 def _check_id(token: str, number: Any, vocab: Mapping[str, int], where: str) -> None:
     if type(number) is not int or number < 0 or vocab.get(token, number) != number or not token:
-        raise ValueError(f"{where}: '{printable(token)[:40]}' must have an id of its own, but has {number!r:.40}.")
+        raise ValueError(
+            f"{where}: '{printable(token)[:40]}' must have an id >= 0, the vocabulary's if it is in there, but has "
+            f"{number!r:.40}."
+        )
 
 
 def _bounded(digits: str) -> int:
@@ -400,5 +405,5 @@ def _bounded(digits: str) -> int:
 def _read(path: Path, max_bytes: int, **hooks: Any) -> dict[str, Any]:
     content = parse_json(read_text(path, max_bytes), max_values=MAX_VALUES, **hooks)
     if not isinstance(content, dict):
-        raise ValueError("JSON, but no tokenizer: it holds no section {...}.")
+        raise ValueError("JSON, but not a tokenizer: it must be an object {...}.")
     return content

@@ -1,7 +1,7 @@
-"""What a tokenizer that somebody else wrote may cost: how much longer it makes a text, and how long it works at one.
+"""Limits on untrusted tokenizers: how much longer they make a text, and how long they take.
 
-A tokenizer.json can replace a letter by two, and each of these by two, thirty times over; or look for a pattern that
-takes a regular expression hours to refute. The library has no limits of its own, and panics where its parts have.
+A tokenizer.json can replace a letter by two, and each of these by two, thirty times over; or search for a regular
+expression that backtracks for hours. The library sets no limits, and panics where its dependencies do.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import numpy.typing as npt
 
 __all__ = ["MAX_SECONDS", "Growth", "check_parts", "within_limits"]
 
-# parts of a normalizer, of a pre-tokenizer and of a decoder; one that replaces digits and letters has dozens
+# most parts of a normalizer, pre-tokenizer or decoder; one that replaces digits and letters has dozens
 MAX_PARTS = 256
-# characters that a part may put in the place of a match, and of a word that is taken apart in time that grows with its
-# cube; both far above what published tokenizers have
+# most characters that replace a match, and of a word, which takes time cubic in its length; both are far above
+# published tokenizers
 MAX_CONTENT, MAX_WORD = 100, 256
-# so many times as long a text may become by what cannot be tried out letter by letter, and in all
+# most growth of a text by parts that cannot be tried letter by letter, and by all parts
 MAX_FACTOR, MAX_GROWTH = 32, 64
-# below it, nothing needs to be measured
+# growth up to this factor is not measured
 NO_GROWTH = 4
 # characters after normalization that are tokenized together
 MAX_TOGETHER = 1 << 23
-# a batch takes seconds, on the slowest of machines
+# a batch takes seconds even on slow machines
 MAX_SECONDS = 600.0
 
-# a regular expression that begins with a letter, an escape or a class which has to be there, so that it never matches
-# between two letters; `\K` or an alternative could change that
+# a regular expression that starts with a mandatory letter, escape or class, so that it never matches the empty string;
+# `\K` or an alternative could change that
 _NEVER_EMPTY = re.compile(
     r"(?:\\[sSdDwWnrtf]|\\[pP]\{\w+\}|\\u[0-9a-fA-F]{4}|\\[^\w\s]|\[\^?(?:\\.|[^][\\&])+\]|[^\\^$|?*+()\[\]{}])"
     r"(?![*?]|\{(?![1-9]))(?:(?!\\K)[^|])*",
@@ -44,32 +44,32 @@ _Value = TypeVar("_Value")
 
 
 class Growth:
-    """How much longer a normalizer makes a text.
+    """Bound on the length of a text after normalization.
 
-    Letters are tried out one by one as they occur, which finds every normalizer that replaces letters. For what
-    replaces longer patterns, the worst case is assumed.
+    Each distinct letter is normalized once on its own, which measures all parts that replace single letters. For parts
+    that replace longer patterns, the worst case is assumed.
 
     Args:
-        content: of a tokenizer.json that `check_parts` has passed.
-        make: from a normalizer's section to the normalizer.
+        content: Content of a tokenizer.json that `check_parts` has accepted.
+        make: Build a normalizer from its section.
     """
 
     def __init__(self, content: dict[str, Any], make: Callable[[dict[str, Any]], Any]) -> None:
         parts = list(_parts(content.get("normalizer"), "normalizers"))
         self._factor = math.prod(map(_factor, [*parts, *_pre_tokenizers(content)]))
-        # a pattern is not tried out: it may take hours
+        # do not run regular expressions: one may take hours
         self._steps = [make(part) for part in parts if _regex(part) is None]
         self._lengths: npt.NDArray[np.float32] | None = None
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Characters that each text has at most after normalization."""
+        """Return an upper bound on the characters of each text after normalization."""
         if not self._steps and self._factor <= NO_GROWTH:
             return list(map(len, texts))
         return [self._length(text) for text in texts]
 
     def _length(self, text: str) -> int:
         if self._lengths is None:
-            # zero where a letter has not been tried
+            # zero marks a letter that has not been measured
             self._lengths = np.zeros(0x110000, dtype=np.float32)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         for code in np.unique(codes[self._lengths[codes] == 0]).tolist():
@@ -85,7 +85,7 @@ class Growth:
 
 
 def groups(lengths: Sequence[int]) -> Iterator[slice]:
-    """Divide texts of these lengths into runs of at most `MAX_TOGETHER` characters, or of one text."""
+    """Divide texts of these lengths into runs of at most `MAX_TOGETHER` characters, or of one longer text."""
     start = held = 0
     for position, length in enumerate(lengths):
         if position > start and held + length > MAX_TOGETHER:
@@ -97,7 +97,7 @@ def groups(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 def check_parts(content: dict[str, Any]) -> None:
-    """Raise ValueError where a tokenizer.json makes texts far longer, or works at them for hours, whatever they are."""
+    """Raise ValueError if a tokenizer.json could make texts far longer or need hours for them."""
     normalizers = list(_parts(content.get("normalizer"), "normalizers"))
     before = _pre_tokenizers(content)
     decoders = list(_parts(content.get("decoder"), "decoders"))
@@ -121,22 +121,22 @@ def check_parts(content: dict[str, Any]) -> None:
 
 
 def is_simple_frame(processor: Any) -> bool:
-    """Whether a section `post_processor` holds a text once at most, so that running it costs little."""
+    """Return whether a section `post_processor` inserts the text at most once, so that running it is cheap."""
     return json.dumps(processor).count('"Sequence"') <= MAX_PARTS and all(
         _count_of_text(part) <= 1 for part in _parts(processor, "processors")
     )
 
 
 def within_limits(call: Callable[[], _Value], what: str) -> _Value:
-    """Call the tokenizers library, and return what it returns.
+    """Call the tokenizers library with a time limit, and return its result.
 
     Args:
-        call: runs in a thread of its own, so that signals are served meanwhile.
-        what: is called, for messages.
+        call: The call, which runs in a thread of its own so that the main thread still handles signals.
+        what: Name of the operation, for messages.
     Raises:
-        TimeoutError: it takes longer than `MAX_SECONDS`. The thread is left behind; it ends with the process.
-        RuntimeError: it panics.
-        Exception: whatever else it raises.
+        TimeoutError: The call takes longer than `MAX_SECONDS`. Its thread goes on until the process ends.
+        RuntimeError: The library panics.
+        Exception: Any other error of the call.
     """
     results: list[_Value] = []
     errors: list[BaseException] = []
@@ -152,19 +152,19 @@ def within_limits(call: Callable[[], _Value], what: str) -> _Value:
     thread.join(MAX_SECONDS)
     if thread.is_alive():
         raise TimeoutError(
-            f"{what} takes more than {MAX_SECONDS:,.0f} seconds. Is a regular expression in it made to take for ever?"
+            f"{what} takes more than {MAX_SECONDS:,.0f} seconds. One of its regular expressions may backtrack endlessly"
         )
     if errors:
         [error] = errors
         if type(error).__name__ == "PanicException":
-            # derives from BaseException, and its class cannot be imported
+            # a subclass of BaseException that cannot be imported
             raise RuntimeError(f"{what} fails: {error}") from None
         raise error
     return results[0]
 
 
 def _parts(section: Any, key: str) -> Iterator[dict[str, Any]]:
-    """The parts of a normalizer and the like, in the order in which they work."""
+    """Yield the parts of a normalizer, pre-tokenizer, decoder or post-processor, in the order they are applied."""
     if not isinstance(section, dict):
         return
     inner = section.get(key)
@@ -185,21 +185,21 @@ def _regex(part: dict[str, Any]) -> Any:
 
 
 def _factor(part: dict[str, Any], letters: bool = False) -> float:
-    """How many times as long a part makes a text at worst.
+    """Return the worst-case factor by which a part lengthens a text.
 
     Args:
-        part: of a normalizer, pre-tokenizer or decoder.
-        letters: count the replacement of single letters, which `Growth` tries out.
+        part: A part of a normalizer, pre-tokenizer or decoder.
+        letters: Include the replacement of single letters, which `Growth` measures.
     """
     kind = part.get("type")
     if kind == "ByteLevel":
-        # a letter becomes one for each of its bytes
+        # one character per byte
         return 4.0
     if kind == "Metaspace":
-        # one more in front of every word
+        # one more character in front of each word
         return 2.0
     if kind == "Prepend":
-        # in front of every part between tokens that are found as such
+        # once per stretch of text between added tokens
         return 1.0 + len(str(part.get("prepend", "")))
     if kind != "Replace":
         return 1.0
@@ -209,7 +209,7 @@ def _factor(part: dict[str, Any], letters: bool = False) -> float:
         return 1.0 if len(text) == 1 and not letters else max(1.0, inserted / max(1, len(text)))
     if isinstance(regex := _regex(part), str) and _NEVER_EMPTY.fullmatch(regex):
         return max(1.0, inserted)
-    # may match between any two letters
+    # a pattern that may be empty matches between any two letters
     return 1.0 + inserted
 
 

@@ -1,9 +1,9 @@
-"""Text that was tokenized once: memory-mapped shards of token ids, with a manifest, checked before they are used.
+"""Tokenized text: memory-mapped shards of token ids with a manifest, verified before use.
 
-A folder holds `tokens-00000.bin` (uint16 or uint32, little-endian, the tokens of one document after the other, without
-special tokens), `documents-00000.bin` (int64, their lengths) and so on, and `manifest.json`: how they were made, how
-many there are, and SHA-256 of every file. Its name is a digest of the inputs, the tokenizer and the settings, so that a
-change of any of them makes another folder.
+A folder holds numbered shards, starting with `tokens-00000.bin` (uint16 or uint32, little-endian, the concatenated
+tokens of the documents, without special tokens) and `documents-00000.bin` (int64, the lengths of the documents), and
+`manifest.json` with the settings, the counts and the SHA-256 of every file. The name of the folder is a digest of the
+inputs, the tokenizer and the settings, so a change of any of them creates another folder.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ __all__ = ["TextSource", "Tokens", "tokenized"]
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16_000_000
-# changes with the format of the shards, and with what is done to the text
+# increment when the format of the shards or the processing of the text changes
 FORMAT = 2
 # a shard ends with the document that reaches it
 SHARD_TOKENS = 1 << 26
-# characters that are tokenized together: per core, and at least; twice as many wait
+# characters of a batch: per core, at least and at most; two more batches wait
 BATCH_PER_CORE, MIN_BATCH, MAX_BATCH = 1 << 18, 1 << 20, 1 << 23
 HASH_CHUNK = 1 << 22
 
@@ -52,12 +52,12 @@ _log = logging.getLogger(__name__)
 
 
 class TextSource(Protocol):
-    """Documents, as `TextFiles` has them.
+    """A source of documents, such as `TextFiles`.
 
     Attributes:
-        num_bytes, num_read: of all, and so far.
-        bad, num_empty: what cannot be read, and documents without text, after `pieces`.
-        listing: which files are used, and which others are not.
+        num_bytes, num_read: Bytes in all, and read so far.
+        bad, num_empty: Unreadable entries, and the number of documents without text, after `pieces`.
+        listing: The files that are used, and those that are not.
     """
 
     num_bytes: int
@@ -67,11 +67,11 @@ class TextSource(Protocol):
     listing: Listing
 
     def digest(self) -> str:
-        """Of everything that decides what `pieces` gives."""
+        """Return a digest of everything that determines `pieces`."""
         ...
 
     def pieces(self) -> Iterator[Piece]:
-        """All documents, in pieces."""
+        """Yield all documents in pieces."""
         ...
 
 
@@ -84,34 +84,35 @@ def tokenized(
     verify: bool = True,
     patience_s: float = PATIENCE_S,
 ) -> Tokens:
-    """The tokens of all documents: those that were written before, if nothing has changed, or newly written ones.
+    """Return the tokens of all documents, and write them first unless they exist and nothing has changed.
 
-    Logs a warning with an example if the tokenizer loses characters of the text.
-
-    Memory does not grow with the text, but with the cores, which work on up to `MAX_BATCH` characters at a time.
+    Logs a warning with an example if the tokenizer loses characters of the text. Memory does not grow with the text,
+    but with the number of cores, up to `MAX_BATCH` characters per batch.
 
     Args:
-        root, patience_s: see `made_once`.
-        min_tokens: shorter documents are left out.
-        verify: compare all files with their checksums, also if they were written before.
+        source: The documents.
+        tokenizer: The tokenizer.
+        root, patience_s: See `made_once`.
+        min_tokens: Leave out shorter documents.
+        verify: Compare all files with their checksums, also if they were written before.
     Raises:
-        DataError: there is no text, too much is unreadable, the folder cannot be written, files changed meanwhile, or
-            shards are not what was written.
+        DataError: There is no text, too much is unreadable, the folder cannot be written, files changed meanwhile, or
+            shards differ from what was written.
     """
     inputs = source.digest()
     settings = {"format": FORMAT, "inputs": inputs, "tokenizer": tokenizer.digest, "min_tokens": min_tokens}
     name = f"tokens-{_digest(settings)[:24]}"
 
     def make(folder: Path) -> None:
-        writer, kept = _Writer(folder, tokenizer, min_tokens), RoundTrip()
+        writer, round_trip = _Writer(folder, tokenizer, min_tokens), RoundTrip()
         with Progress("tokenizing", source.num_bytes) as progress:
-            for batch in _encoded(source, tokenizer, kept):
+            for batch in _encoded(source, tokenizer, round_trip):
                 writer.add(*batch)
-                progress.show(source.num_read, f"{writer.num_taken:,} tokens")
+                progress.show(source.num_read, f"{writer.num_added:,} tokens")
             writer.finish()
             progress.close(f"{writer.num_tokens:,} tokens, {writer.num_documents:,} documents")
         if source.digest() != inputs:
-            raise DataError("`d2v.data.path` must not change while it is tokenized, but it has: begin again.")
+            raise DataError("`d2v.data.path` must not change while it is tokenized, but it did. Start again.")
         if writer.num_documents == 0:
             raise DataError(
                 f"`d2v.data.min_tokens` must leave some documents, but all {writer.num_short} have fewer than "
@@ -128,7 +129,7 @@ def tokenized(
             "num_entries": source.bad.num_entries,
             "num_unreadable": source.bad.num_bad,
             "unreadable": source.bad.named,
-            "round_trip": kept.to_dict(),
+            "round_trip": round_trip.to_dict(),
             "files": writer.files,
         }
         fault_point("tokens.manifest")
@@ -136,27 +137,28 @@ def tokenized(
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     tokens = Tokens(made_once(root, name, make, patience_s=patience_s), settings, verify=verify)
-    # the limits may be others than when they were written
-    bad, said = source.bad, tokens.manifest
-    bad.num_entries, bad.num_bad, bad.named = said["num_entries"], said["num_unreadable"], said["unreadable"]
+    # judge again: the limits may have changed since the tokens were written
+    bad, manifest = source.bad, tokens.manifest
+    bad.num_entries, bad.num_bad = manifest["num_entries"], manifest["num_unreadable"]
+    bad.named = manifest["unreadable"]
     bad.judge()
-    if problem := RoundTrip.from_dict(said["round_trip"]).problem(tokenizer.name):
+    if problem := RoundTrip.from_dict(manifest["round_trip"]).problem(tokenizer.name):
         _log.warning("%s", problem)
     return tokens
 
 
 class Tokens:
-    """Written tokens. What is read of them is mapped into memory, so that processes share it and none holds it all.
+    """Stored tokens, memory-mapped so that processes share them and none loads all of them.
 
     Args:
-        folder: of `tokenized`.
-        settings: what the manifest must say; None: anything.
-        verify: compare all files with their checksums; in threads, about as fast as the disk.
+        folder: A folder that `tokenized` wrote.
+        settings: Values that the manifest must have; None accepts any.
+        verify: Compare all files with their checksums, in threads, at about the speed of the disk.
     Attributes:
-        manifest: what is written there.
-        num_tokens, num_documents: in all.
+        manifest: Content of the manifest.
+        num_tokens, num_documents: Number of tokens and documents.
     Raises:
-        DataError: a file is missing or is not what was written.
+        DataError: A file is missing or differs from what was written.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any] | None = None, *, verify: bool = True) -> None:
@@ -169,7 +171,7 @@ class Tokens:
             self._dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[self.manifest["dtype"]])
             self.num_tokens, self.num_documents = self.manifest["num_tokens"], self.manifest["num_documents"]
             if self.manifest.pop("sha256") != _digest(self.manifest):
-                raise ValueError("its SHA-256 is another one")
+                raise ValueError("its SHA-256 differs")
             wrong = settings is not None and {key: self.manifest.get(key) for key in settings} != settings
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise self._damaged(MANIFEST, error.strerror or str(error)) from None
@@ -178,7 +180,7 @@ class Tokens:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(MANIFEST, str(error)) from None
         if wrong:
-            raise self._damaged(MANIFEST, "it is of other inputs")
+            raise self._damaged(MANIFEST, "it belongs to other inputs")
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             try:
                 problems = list(pool.map(_Entry.full_problem if verify else _Entry.problem, entries))
@@ -199,15 +201,15 @@ class Tokens:
             raise self._damaged(MANIFEST, "its counts do not agree")
 
     def __getstate__(self) -> dict[str, Any]:
-        # a map would be copied to a worker as a whole
+        # pickling a map would copy all of it to a worker
         return {**vars(self), "_maps": [None] * len(self._paths)}
 
     def content_digest(self) -> str:
-        """Return a digest of all tokens and of where documents end, not of the files that they came from."""
+        """Return a digest of all tokens and document lengths, independent of the files that they came from."""
         return _digest({name: entry["sha256"] for name, entry in self._files().items()})
 
     def document_lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of every document, int64 `[num_documents]`, in the order of `read`."""
+        """Return the number of tokens of each document, int64 `[num_documents]`, in the order of `read`."""
         names = sorted(name for name in self._files() if name.startswith("documents-"))
         lengths = []
         for name in names:
@@ -216,9 +218,9 @@ class Tokens:
         return np.concatenate(lengths)
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Tokens `start` to `stop` of all, int64."""
+        """Read the tokens in `[start, stop)`, int64."""
         if start >= stop:
-            # of a block that holds nothing but the end of a document
+            # a block may hold nothing but the end of a document
             return np.empty(0, dtype=np.int64)
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
         parts = []
@@ -239,7 +241,7 @@ class Tokens:
         return files
 
     def _unreadable(self, error: OSError) -> DataError:
-        # no sign of damage: to make them again would not help
+        # not a sign of damage, so making the tokens again would not help
         return DataError(f"the tokens in '{printable(str(self.folder))}' cannot be read: {error_text(error)}")
 
     def _damaged(self, file: str, reason: str) -> DataError:
@@ -255,7 +257,7 @@ def _digest(content: Any) -> str:
 
 
 class _Entry(NamedTuple):
-    """A file of the manifest."""
+    """A file that the manifest lists."""
 
     folder: Path
     name: str
@@ -263,10 +265,10 @@ class _Entry(NamedTuple):
     sha256: str
 
     def problem(self) -> str | None:
-        """What is wrong at first sight."""
+        """Return what is wrong with the name or the size; None if nothing is."""
         path = self.folder / self.name
         if not isinstance(self.name, str) or os.path.basename(self.name) != self.name or path.is_symlink():
-            return "no file of this folder"
+            return "it is not a file in this folder"
         try:
             size = path.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
@@ -274,7 +276,7 @@ class _Entry(NamedTuple):
         return None if size == self.num_bytes else f"{size:,} bytes instead of {self.num_bytes:,}"
 
     def full_problem(self) -> str | None:
-        """What is wrong, having read all of it."""
+        """Return what is wrong after reading the whole file; None if nothing is."""
         problem = self.problem()
         if problem is not None:
             return problem
@@ -285,31 +287,31 @@ class _Entry(NamedTuple):
                     state.update(chunk)
         except OSError as error:
             return error.strerror or str(error)
-        return None if state.hexdigest() == self.sha256 else "its SHA-256 is another one"
+        return None if state.hexdigest() == self.sha256 else "its SHA-256 differs"
 
 
 class _Writer:
-    """Writes documents into shards."""
+    """A writer of documents into shards."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, min_tokens: int) -> None:
         self.files: dict[str, Any] = {}
         self.num_tokens = self.num_documents = self.num_short = 0
         self._folder, self._min_tokens = folder, min_tokens
         self._dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
-        # the document that is on its way: its length so far, and its tokens until it is long enough to be written
+        # the unfinished document: its length so far, and its tokens until it has `min_tokens`
         self._length, self._held = 0, np.empty(0, dtype=self._dtype)
         self._lengths: list[npt.NDArray[np.int64]] = []
         self._tokens: _File | None = None
 
     def add(self, ids: _Ids, lengths: npt.NDArray[np.int64], ends: npt.NDArray[np.bool_]) -> None:
-        """Take the next pieces.
+        """Add the next pieces.
 
         Args:
-            ids: of all of them, one after the other.
-            lengths: int64 `[B]`, of each.
-            ends: bool `[B]`, whether each is the last of its document.
+            ids: Tokens of all pieces, concatenated.
+            lengths: int64 `[B]`, number of tokens of each piece.
+            ends: bool `[B]`, whether each piece ends its document.
         """
-        # up to the last end, where a shard may end, and the beginning of what goes on
+        # pieces up to the last end complete documents; the others begin an unfinished one
         num = int(np.flatnonzero(ends)[-1]) + 1 if ends.any() else 0
         cut = int(lengths[:num].sum())
         if num:
@@ -323,12 +325,12 @@ class _Writer:
             self._held = self._held[:0]
 
     @property
-    def num_taken(self) -> int:
-        """Tokens so far, also of the document that is on its way."""
+    def num_added(self) -> int:
+        """Tokens so far, including the unfinished document."""
         return self.num_tokens + self._length
 
     def finish(self) -> None:
-        """End the current shard."""
+        """Close the current shard."""
         if self._tokens is None:
             return
         documents = _File(self._folder, f"documents-{self._number():05d}.bin")
@@ -340,9 +342,9 @@ class _Writer:
         fault_point("tokens.shard")
 
     def _add_whole(self, ids: _Ids, sizes: npt.NDArray[np.int64]) -> None:
-        """Take what is left of the open document, and whole ones behind it."""
+        """Add the rest of the unfinished document and the whole documents after it."""
         ids = np.concatenate([self._held, ids])
-        # of the first, a part may be written already
+        # part of the first document may be written already
         there = sizes.copy()
         there[0] += len(self._held)
         sizes[0] += self._length
@@ -370,7 +372,7 @@ class _Writer:
 
 
 class _File:
-    """A file that is hashed as it is written."""
+    """A file that is hashed while it is written."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.num_bytes = name, 0
@@ -387,8 +389,8 @@ class _File:
         return {"bytes": self.num_bytes, "sha256": self._state.hexdigest()}
 
 
-def _encoded(source: TextSource, tokenizer: Tokenizer, kept: RoundTrip) -> Iterator[_Batch]:
-    """Token ids of pieces, many at a time; while some are tokenized, the next are read. `kept` counts what is lost."""
+def _encoded(source: TextSource, tokenizer: Tokenizer, round_trip: RoundTrip) -> Iterator[_Batch]:
+    """Yield batches of tokenized pieces, reading ahead meanwhile; count lost characters in `round_trip`."""
     batch_size = min(MAX_BATCH, max(MIN_BATCH, (os.cpu_count() or 1) * BATCH_PER_CORE))
 
     def encode(pieces: list[Piece]) -> tuple[_Batch, RoundTrip]:
@@ -398,7 +400,7 @@ def _encoded(source: TextSource, tokenizer: Tokenizer, kept: RoundTrip) -> Itera
 
     def result() -> _Batch:
         batch, found = waiting.popleft().result()
-        kept.merge(found)
+        round_trip.merge(found)
         return batch
 
     waiting: deque[Future[tuple[_Batch, RoundTrip]]] = deque()
@@ -412,8 +414,7 @@ def _encoded(source: TextSource, tokenizer: Tokenizer, kept: RoundTrip) -> Itera
 
 
 def _batches(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:
-    """Pieces of `size` characters together, or more by less than one piece; short ones count for more, for each has
-    costs of its own."""
+    """Yield lists of pieces that reach `size` characters; each piece also counts a constant, for its fixed cost."""
     batch: list[Piece] = []
     held = 0
     for piece in pieces:

@@ -255,7 +255,7 @@ def test_export_of_a_run(weights: str, tmp_path: Path, capsys: pytest.CaptureFix
 
     (tmp_path / "given").rename(tmp_path / "moved")
     assert main(["export", str(tmp_path / "r"), "--to", str(tmp_path / "out")]) == 1
-    assert "`--tokenizer` names the run's tokenizer where it is now" in capsys.readouterr().err
+    assert "If the run's tokenizer has moved, name it with `--tokenizer`" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     moved = ["--tokenizer", str(tmp_path / "moved")]
     assert main(["export", str(tmp_path / "r"), "--to", str(tmp_path / "out"), *moved]) == 0

@@ -141,7 +141,7 @@ def test_a_zero_byte_among_text_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "another\0one"}\n{"text": "and\\u0000a third"}\n')
     source = TextFiles(config(tmp_path, max_bad_fraction=1.0))
     assert [piece.text for piece in source.pieces()] == ["and\0a third"]
-    assert '(`d2v.data.encoding_errors` "replace" would go on if the rest is text)' in source.bad.named[0]
+    assert '(if the rest is text, set `d2v.data.encoding_errors` to "replace")' in source.bad.named[0]
     found = texts(tmp_path, encoding_errors="replace")
     assert found == ["one zero\ufffdbyte among a lot of text", "another\ufffdone", "and\0a third"]
 

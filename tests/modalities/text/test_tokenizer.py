@@ -109,7 +109,7 @@ def test_a_vocabulary_smaller_than_asked_says_why(
     assert MIN_VOCAB_SIZE < found < 300
     said = capsys.readouterr().out
     assert f"it has {found} tokens instead of 9,000: no further pair of tokens occurs twice" in said
-    assert "left out 1 of 2 files, lines and rows, which are unreadable" in caplog.text
+    assert "left out 1 unreadable of 2 files, lines and rows" in caplog.text
     assert main([*train, str(tmp_path / "all"), "--vocab-size", str(found)]) == 0
     assert "instead of" not in capsys.readouterr().out
 
@@ -177,7 +177,7 @@ def test_names_of_special_tokens_beside_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no mask token \(<other>\)"):
         load_tokenizer(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({**names, "pad_token": "[SEP]"}))
-    with pytest.raises(DataError, match=r"must have a padding token of its own, .* uses '\[SEP\]' as end token, too"):
+    with pytest.raises(DataError, match=r"must have a separate padding token, .* also uses '\[SEP\]' as end token"):
         load_tokenizer(tmp_path)
 
 
