@@ -205,7 +205,7 @@ class TextDataConfig(DataSection):
             hint = "Name the file or the folder: `--set d2v.data.path=/my/text`."
             problems.append(Problem("path", 'be a file or a folder with `kind` "text"', self.path, hint))
         if self.kind == "docs" and self.path is not None:
-            hint = 'For your own text, set `kind` to "text"; the preset `text_small` is an example.'
+            hint = 'Your own text is `kind` "text", for which the preset `text_small` is made.'
             problems.append(Problem("path", 'be null with `kind` "docs", a sample set', self.path, hint))
         if self.kind == "text" and not self.tokenizer:
             hint = "Name a tokenizer.json of Hugging Face tokenizers, or a folder with vocab.json and merges.txt."

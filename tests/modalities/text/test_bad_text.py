@@ -1,4 +1,4 @@
-"""Text and tokenizers that are wrong in some way: named, counted, refused; never an exception of somebody else's."""
+"""Bad text and tokenizers are named, counted or refused, and never raise a library's own exception."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = "the student reads"
         ("text".encode("utf-16-be"), "a binary file: byte 0 is zero"),
         ("Straße".encode("latin-1"), 'not UTF-8 at byte 4 (to read it, set `d2v.data.encoding_errors` to "replace")'),
         (b"a" * (1 << 20) + b"\xe4 ", "not UTF-8 at byte 1,048,576 "),
-        # a letter across two of the parts that are looked at
+        # a letter across two chunks
         (b"a" * ((1 << 20) - 1) + b"\xc3a", "not UTF-8 at byte 1,048,575 "),
         ("text ü".encode()[:-1], "cut off within a UTF-8 character at its end"),
         (b"\xed\xa0\x80", "not UTF-8 at byte 0 "),
@@ -55,7 +55,7 @@ def test_bad_text_file_is_named_and_left_out(tmp_path: Path, content: bytes, rea
         texts(tmp_path, max_bad_fraction=0.0)
 
 
-def test_letters_across_the_parts_that_are_looked_at(tmp_path: Path) -> None:
+def test_letters_across_chunks(tmp_path: Path) -> None:
     for shift in range(4):
         (tmp_path / "a.txt").write_text("a" * shift + "\U0001f600" * 600_000, encoding="utf-8")
         assert "".join(texts(tmp_path)) == "a" * shift + "\U0001f600" * 600_000
@@ -65,7 +65,7 @@ def test_wrong_bytes_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("Straße".encode("latin-1"))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "half \\ud83d a pair"}\n')
     assert texts(tmp_path, encoding_errors="replace") == ["Stra\ufffde", "caf\ufffd", "half \ufffd a pair"]
-    # what is no text stays none
+    # binary files are still left out
     (tmp_path / "a.txt").write_bytes(b"\0\xff")
     assert len(texts(tmp_path, encoding_errors="replace")) == 2
 
@@ -103,14 +103,14 @@ def test_bad_line_is_named_and_left_out(
     assert source.bad.named[0].isprintable()
 
 
-def test_missing_field_is_said_soon(tmp_path: Path) -> None:
+def test_missing_field_stops_reading_early(tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("w") as file:
         for _ in range(5000):
             file.write('{"body": "a"}\n')
     source = TextFiles(config(tmp_path))
     with pytest.raises(DataError, match=r"101 of 101 files, lines and rows .*\n.*line 1: no field 'text'"):
         list(source.pieces())
-    # 1 % of about 7,000 lines would be allowed, and 2 % can no longer be made up for
+    # 1 % of about 7,000 lines is allowed; reading stops beyond 2 %, which the rest cannot compensate
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 2000 + '{"body": "a"}\n' * 5000)
     source = TextFiles(config(tmp_path))
     with pytest.raises(DataError, match=r"141 of 2141 .*and `d2v.data.max_bad_fraction` is 0.01") as caught:
@@ -308,7 +308,7 @@ def test_defaults_follow_the_mode() -> None:
 
 @pytest.mark.parametrize("bad", ["line", "file"])
 def test_bad_entries_at_the_beginning_are_judged_against_all_text(tmp_path: Path, bad: str) -> None:
-    """100 of 20,000 lines, or 20 of 2,400 files, are less than 1 %, though none of the first can be read."""
+    """100 of 20,000 lines, or 20 of 2,400 files, are less than 1 %, although all of the first are unreadable."""
     if bad == "line":
         (tmp_path / "a.jsonl").write_text('{"body": "a"}\n' * 100 + '{"text": "a"}\n' * 19_900)
         assert len(texts(tmp_path)) == 19_900

@@ -1,4 +1,4 @@
-"""Blocks of text: how documents are packed, what a batch holds, the sample set."""
+"""Packing of documents, blocks of a data set, and the sample set."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL = TextModelConfig(vocab_size=1000, max_positions=128, width=32, depth=2, h
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where everything that is made of the sample set is kept."""
+    """The cache folder of the sample set, shared by all tests."""
     return str(tmp_path_factory.mktemp("tokens"))
 
 
@@ -43,7 +43,7 @@ def docs_config(root: str, **options: object) -> TextDataConfig:
 
 
 def dataset(folder: Path, **options: object) -> TextDataset:
-    """Of files, with the tokenizer and the tokens beside them."""
+    """Return the data set of a folder, with its tokenizer and tokens beside it."""
     tokenizer = folder.parent / "tokenizer"
     if not tokenizer.exists():
         tokenizer.mkdir()
@@ -55,7 +55,7 @@ def dataset(folder: Path, **options: object) -> TextDataset:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two hundred documents of one to some sixty tokens, and one of thousands."""
+    """A folder with two hundred documents of up to about sixty tokens, and one of thousands."""
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "a.txt").write_text("\n".join(sentences(100)), encoding="utf-8")
@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def packed(lengths: list[int], block_size: int, whole: bool, separate: bool) -> list[list[list[int]]]:
-    """Blocks by segments, of documents whose tokens are numbered through."""
+    """Return the segments of each block, for documents whose tokens are numbered consecutively."""
     blocks = pack(np.array(lengths), block_size, whole=whole, separate=separate)
     found = []
     for i in range(len(blocks)):
@@ -103,7 +103,7 @@ def test_packing_by_hand() -> None:
         [[BOS, 8, 9, 10, 11, 12]],
         [[BOS, 13, EOS], [14, EOS]],
     ]
-    # a begin token is not left alone at the end of a block
+    # no block ends with a lone begin token
     assert packed(lengths, 5, whole=False, separate=True) == [
         [[BOS, 0, 1, EOS]],
         [[BOS, 2, 3, 4, EOS]],
@@ -133,7 +133,7 @@ def test_packing_loses_nothing(lengths: list[int], block_size: int, whole: bool,
         for number, segment in enumerate(block):
             assert (segment[0] == BOS) == (separate or number == 0)
             inner = [token for token in segment if token >= 0]
-            # of one document, with an end token where that ends
+            # a segment belongs to one document, and has an end token where that ends
             assert len({int(np.searchsorted(ends, token, side="right")) for token in inner}) <= 1
             assert EOS not in segment[:-1]
             assert segment[-1] != EOS or not inner or inner[-1] + 1 in ends
@@ -170,7 +170,7 @@ def test_blocks_hold_the_text(folder: Path, packing: str, separate: bool) -> Non
     assert batch.offsets.dtype == np.int32
     assert batch.offsets[0] == 0
     assert batch.offsets[-1] == batch.lengths.sum()
-    # every document and every block begins a segment, and nothing else
+    # segments start exactly where documents and blocks start
     starts = np.zeros(len(flat), dtype=bool)
     starts[batch.offsets[:-1]] = True
     np.testing.assert_array_equal(starts, flat == found.specials.bos)
@@ -229,7 +229,7 @@ def test_what_does_not_fit(folder: Path) -> None:
 def test_ids_out_of_the_vocabulary(folder: Path) -> None:
     found = dataset(folder)
     (path,) = found.tokens.folder.glob("tokens-*.bin")
-    # after it was checked
+    # damage the file after it was verified
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(DataError, match=r"the tokens in '.*' must be < 360, but one is 65535\. Remove that folder"):
         found.read(np.arange(3))
@@ -245,7 +245,7 @@ def test_sample_set(root: str) -> None:
     assert 60_000 < train.tokens.num_tokens < 300_000
     assert test.tokens.num_tokens / train.tokens.num_tokens == pytest.approx(0.25, rel=0.3)
     assert "def" in train.tokenizer.decode(train.read(np.arange(50)).tokens.ravel())
-    # made once: a tokenizer, and tokens of each part
+    # a tokenizer, and the tokens of each part
     assert len(os.listdir(root)) == 3
     docs_tokenizer(docs_config(root), MODEL)
     assert len(os.listdir(root)) == 3
@@ -288,13 +288,13 @@ def test_probe_of_the_sample_set(root: str) -> None:
     assert all(tokens[0] == probe.specials.bos and tokens[-1] == probe.specials.eos for tokens in probe.tokens)
     assert max(map(len, probe.tokens)) == 64
     assert probe.tokens[0].dtype == torch.int64
-    # the test part is what pre-training does not see
+    # pre-training sees the train part and not the test part
     tokenizer = docs_tokenizer(data, MODEL)
     train = "\n\n".join(piece.text for piece in DocsSource(data, "train").pieces())
     for indices, is_seen in ((probe.train_indices, True), (probe.test_indices, False)):
         for index in indices.tolist():
             text = tokenizer.decode(probe.tokens[index][1:-1])
-            # white space at the ends of a document is not kept, and some paragraphs begin alike
+            # white space at the ends of a document is dropped, and cut paragraphs may begin alike
             if is_seen or len(probe.tokens[index]) < 64:
                 assert (text.rstrip("\ufffd").strip() in train) == is_seen
     with pytest.raises(DataError, match=r"`d2v.model` must be a text model to be probed on text"):
@@ -329,7 +329,7 @@ def test_default_place_is_the_cache_of_the_user(tmp_path: Path, monkeypatch: pyt
     data = docs_config("x").model_copy(update={"tokens_path": None})
     docs_tokenizer(data, MODEL)
     (made,) = (tmp_path / "cache" / "d2v_fast").iterdir()
-    # a home that cannot be written: the folder for temporary files, where only the user may write
+    # without a writable home, a private folder among the temporary files is used
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     docs_tokenizer(data, MODEL)
@@ -337,7 +337,7 @@ def test_default_place_is_the_cache_of_the_user(tmp_path: Path, monkeypatch: pyt
     assert own.name == f"d2v_fast-{os.getuid()}"
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
     assert os.listdir(own) == [made.name]
-    # one that somebody else could have prepared is not used
+    # a folder that others could have prepared is refused
     (own / made.name).rename(tmp_path / "tmp" / "kept")
     own.chmod(0o777)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Text checkpoints of fairseq: its names and shapes, both ways, and what is refused."""
+"""Import and export of fairseq's text checkpoints, and what is refused."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_hand_made_checkpoint(head: str, weights: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_hand_made_checkpoint_computes_what_fairseq_does(tmp_path: Path) -> None:
-    """Its formulas, by its names: positions counted from the padding token, post-norm blocks."""
+    """fairseq's formulas with fairseq's names: positions counted from the padding token, post-norm blocks."""
     content = pretrained()
     for name, value in content["model"].items():
         if name.endswith("weight") and value.dim() == 2:
@@ -141,7 +141,7 @@ def test_names_and_shapes_of_the_base_size() -> None:
             shape = tuple(layout._their_shape(their_name, list(state[name]), len(their_names)))
             found[their_name.removeprefix(PREFIX)] = shape
     assert found == shapes(50_265, 514, 768, 3072, 12)
-    # as the average of the published recipe
+    # the counts of the average in the published checkpoint
     assert len(found) == 197
     assert sum(torch.Size(shape).numel() for shape in found.values()) == 124_054_273
 
@@ -212,7 +212,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
 
 def test_hand_made_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
-    """Every name, every bit."""
+    """Export after import restores every name and every bit."""
     content = pretrained()
     found = read_fairseq_text(saved(content, tmp_path))
     config = make_config().model_copy(update={"model": found.config})
@@ -325,12 +325,12 @@ def test_each_kind_is_told_by_its_names(tmp_path: Path) -> None:
 
 
 def test_no_dictionary_of_fairseq_has_other_special_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """There, the token of id 1 would be padding whatever it stands for here."""
+    """fairseq would treat the token of id 1 as padding, whatever it stands for here."""
     config = make_config(padding_id=0)
     model = TextModel(config.model)
     with pytest.raises(ValueError, match=r"`d2v.model.padding_id` must be 1 for fairseq, .* but is 0 instead"):
         save_fairseq_text(model, None, None, config, tmp_path / "a.pt")
-    # of a run that was trained before the configuration held the id
+    # the configuration of the run does not hold the padding id
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(word_piece()))
     data = {"kind": "text", "path": "?", "tokenizer": str(tmp_path / "tok"), "block_size": 16}
@@ -420,7 +420,7 @@ def test_run_begins_with_given_weights(
         assert all(torch.equal(head[name], value) for name, value in model.head.state_dict().items())
     resume = ["--run", "more", "--resume", "--set", f"d2v.run.dir={run.parent}"]
     if kind == "transformers":
-        # whose tokenizer is not the one of the sample set
+        # the folder's tokenizer is not that of the sample set
         assert run_here(*resume) == 1
         assert "`d2v.data.tokenizer` must be the tokenizer that the checkpoint" in capsys.readouterr().err
         resume += ["--set", f"d2v.data.tokenizer={source}"]

@@ -1,4 +1,4 @@
-"""Text encoders to and from Transformers: the same features, with and without padding, and the tokenizer beside."""
+"""Text encoders to and from Transformers: the same features, with and without padding, and the same tokens."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ THEIRS = {
 
 
 def build(config: TextConfig) -> TextModel:
-    """A random encoder, not one parameter at its initial value, not even those that no text reaches."""
+    """Return an encoder with all parameters at random, even those that no text uses."""
     model = TextModel(config.model).eval()
     randomize_(model)
     return model
 
 
 def load_theirs(folder: Path) -> Any:
-    """Without the pooling layer, which no pre-training has."""
+    """Load a folder with Transformers, without the pooling layer, which pre-training lacks."""
     theirs, report = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
     assert isinstance(theirs, transformers.Data2VecTextModel)
     assert not any(report.values()), report
@@ -60,7 +60,7 @@ def load_theirs(folder: Path) -> Any:
 
 @torch.no_grad()
 def largest_difference(model: TextModel, theirs: Any, num_tokens: int | None = None) -> float:
-    """Of features, at all positions without padding, and of a batch that is padded."""
+    """Return the largest difference of features, over a full and a padded batch, at all valid positions."""
     T, pad = num_tokens or model.embedding.max_positions, theirs.config.pad_token_id
     first = max(4, pad + 1) if pad < 8 else 4
     tokens = torch.randint(first, min(theirs.config.vocab_size, 5000), (3, T))
@@ -71,7 +71,7 @@ def largest_difference(model: TextModel, theirs: Any, num_tokens: int | None = N
     whole = model(tokens).last_hidden - theirs(tokens).last_hidden_state
     padded = tokens.masked_fill(~valid, pad)
     hidden = theirs(padded, attention_mask=valid.long()).last_hidden_state
-    # what stands behind the end of a text does not matter
+    # our encoder ignores the tokens after the end of a text
     behind = model(tokens, lengths).last_hidden - hidden
     return max(whole.abs().max().item(), behind[valid].abs().max().item())
 
@@ -98,7 +98,7 @@ def test_export_gives_the_same_features(sizes: dict[str, Any], tmp_path: Path) -
     assert theirs.config.attention_probs_dropout_prob == config.model.attention_dropout
     assert (theirs.config.max_position_embeddings, theirs.config.type_vocab_size) == (config.model.position_rows, 1)
     imported, found = import_model(tmp_path)
-    # what the folder does not tell
+    # rates that the folder does not hold
     assert found == config.model.model_copy(update={"layer_drop": 0.0, "activation_dropout": 0.0})
     assert isinstance(imported, TextModel)
     assert imported.training
@@ -124,7 +124,7 @@ def test_base_size_agrees_both_ways(tmp_path: Path) -> None:
     "around", ["Data2VecTextModel", "Data2VecTextForMaskedLM", "Data2VecTextForSequenceClassification"]
 )
 def test_import_what_transformers_saved(around: str, tmp_path: Path) -> None:
-    """With two types of tokens, of which the first is everywhere."""
+    """Import folds the embedding of token type 0 into the positions."""
     theirs = getattr(transformers, around)(transformers.Data2VecTextConfig(**THEIRS))
     randomize_(theirs)
     theirs.save_pretrained(tmp_path)
@@ -134,7 +134,7 @@ def test_import_what_transformers_saved(around: str, tmp_path: Path) -> None:
     assert int(config.width * config.mlp_ratio) == 100
     inner = getattr(theirs, "data2vec_text", theirs)
     assert_same_features(model, inner)
-    # and back: the type is part of the positions then, and the features stay
+    # after export again, the type embedding is zero and the features are the same
     export_text(model, config, tmp_path / "back")
     again = load_theirs(tmp_path / "back")
     assert not again.embeddings.token_type_embeddings.weight.any()
@@ -144,7 +144,7 @@ def test_import_what_transformers_saved(around: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pad", [0, 3, 7])
 def test_another_padding_token(pad: int, tmp_path: Path) -> None:
-    """Transformers counts positions from its id."""
+    """Transformers counts positions from the padding id."""
     config = make_config(padding_id=pad)
     model = build(config)
     tokenizer = tokenizer_with_padding_at(pad, tmp_path / "tokenizer")
@@ -156,11 +156,11 @@ def test_another_padding_token(pad: int, tmp_path: Path) -> None:
     assert_same_features(model, theirs)
     imported, found = import_text(tmp_path)
     assert found == config.model
-    # but for rows that no token has
+    # all rows that a token can have
     reached = slice(1 if pad == 0 else 0, None)
     assert torch.equal(imported.embedding.position[reached], model.embedding.position[reached])
     assert_same_features(imported, theirs)
-    # the id stays where no tokenizer goes along
+    # an export without a tokenizer keeps the padding id
     export_text(imported, found, tmp_path / "again")
     again = load_theirs(tmp_path / "again")
     assert_same_features(imported, again)
@@ -231,7 +231,7 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
 
 
 def run_of(folder: Path, **data: Any) -> tuple[TextConfig, nn.Module]:
-    """A text run with one checkpoint; its average is 2 x the student."""
+    """Write a text run with one checkpoint whose average is 2 x the student."""
     config = make_config(vocab_size=360)
     config = TextConfig.model_validate({**config.model_dump(), "data": {"block_size": 16, **data}})
     return config, write_run(folder, config, 2).student
@@ -239,7 +239,7 @@ def run_of(folder: Path, **data: Any) -> tuple[TextConfig, nn.Module]:
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_export_of_a_run(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole encoder, and the tokenizer that the run's configuration names, which the model card does not."""
+    """The export holds the whole encoder and the run's tokenizer; the model card shows no path."""
     (tmp_path / "given").mkdir()
     small_tokenizer().save(tmp_path / "given")
     _, student = run_of(tmp_path / "r", kind="text", path="/somewhere", tokenizer=str(tmp_path / "given"))
@@ -272,7 +272,7 @@ def test_export_of_a_run_on_the_sample_set(tmp_path: Path) -> None:
 
 
 def edited(tmp_path: Path, **changes: Any) -> Path:
-    """An exported folder with another `config.json`."""
+    """Export a folder and change its `config.json`."""
     config = make_config()
     export_text(build(config), config, tmp_path)
     path = tmp_path / "config.json"
@@ -326,7 +326,7 @@ def test_every_wrong_tensor_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_configuration_alone_is_enough(tmp_path: Path) -> None:
-    """Where it is not known how a model was trained."""
+    """The model's configuration suffices if it is unknown how the model was trained."""
     config = make_config()
     model = build(config)
     export_model(model, config.model, tmp_path)

@@ -1,4 +1,4 @@
-"""The text encoder and one step of data2vec on it: values and gradients, padding, documents that stay apart."""
+"""The text encoder and one step of data2vec: values, gradients, padding and separate documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASK = 49
 
 
 def make_batch(lengths: list[int], documents: list[list[int]] | None = None) -> Batch:
-    """Random tokens, a third of them hidden; `documents` are the lengths of those in every row."""
+    """Return a batch of random tokens, about a third masked; `documents` has the document lengths of each row."""
     width = max(lengths)
     valid = torch.arange(width) < torch.tensor(lengths)[:, None]
     tokens = torch.where(valid, torch.randint(4, MASK, (len(lengths), width)), 1)
@@ -39,7 +39,7 @@ def make_batch(lengths: list[int], documents: list[list[int]] | None = None) -> 
 
 @pytest.mark.parametrize("pad", [0, 1, 7])
 def test_padding_alone_stays_zero(pad: int) -> None:
-    """Whatever its id: every other token is drawn, and trained."""
+    """For any padding id: the rows of all other tokens are initialized and trained."""
     model = build_model(make_config(padding_id=pad))
     rows = model.student.embedding.token.weight
     assert (rows.detach() == 0).all(1).nonzero().flatten().tolist() == [pad]
@@ -53,7 +53,7 @@ def test_padding_alone_stays_zero(pad: int) -> None:
 def reference_step(
     weights: dict[str, Tensor], teacher: dict[str, Tensor], config: TextConfig, batch: Batch, pieces: list[range]
 ) -> Tensor:
-    """Summed loss, piece by piece: `pieces` are ranges of flat positions that attend to each other."""
+    """Return the summed loss; `pieces` are ranges of flat positions that attend to each other."""
     T = batch.inputs.shape[1]
     student = sub(weights, "student")
     masked_rows = set(batch.rows.tolist())
@@ -67,7 +67,7 @@ def reference_step(
         return layer_norm(x, 1e-5, student["embedding.norm.weight"], student["embedding.norm.bias"])
 
     def run(w: dict[str, Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        # the published blocks are those of speech, without the norm in front of them
+        # the blocks of speech, without the norm in front of them
         return blocks(w, shape, x, normed=True)
 
     total = torch.zeros((), dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_step_matches_fp64_formulas(case: str, attention: str) -> None:
     ids=["base", "large"],
 )
 def test_parameter_counts(sizes: dict[str, int], count: int) -> None:
-    """Base is published; Large is the same recipe, counted by hand."""
+    """The count of Base is published; that of Large follows from the same recipe by hand."""
     with torch.device("meta"):
         model = build_model(TextConfig(model=TextModelConfig(**sizes)))
     D = sizes.get("width", 768)
@@ -128,7 +128,7 @@ def test_parameter_counts(sizes: dict[str, int], count: int) -> None:
 
 
 def test_teacher_reads_the_whole_text() -> None:
-    """Not what is left of it: hiding other tokens changes the student's view only."""
+    """Masking other tokens changes the student's input only, and the teacher's input has no dropout."""
     config = make_config()
     model, _ = make_pair(config)
     batch = make_batch([11, 11])

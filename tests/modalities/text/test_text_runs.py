@@ -1,4 +1,4 @@
-"""Whole runs on text: resuming, several processes, what the loader makes of a step, the probe, another tokenizer."""
+"""Whole runs on text: resuming, several processes, the loader's steps, the probe, and changes of the tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.tokenizer_folders import tokenizer_with_padding_at, unigrams,
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Tokens are made once for all tests of this file."""
+    """The folder of the tokens, shared by all tests of this file."""
     return str(tmp_path_factory.mktemp("tokens"))
 
 
@@ -89,7 +89,7 @@ def test_any_split_gives_the_same_samples(separate: bool, packing: str, tmp_path
                 width = batch.inputs.shape[1]
                 assert (batch.offsets is not None) == separate
                 hidden = (batch.inputs != batch.masked_inputs).flatten().nonzero()[:, 0]
-                # kept tokens are not in the loss, replaced ones neither
+                # neither unchanged nor random tokens are in the loss
                 assert set(batch.rows.tolist()) <= set(hidden.tolist())
                 for b, sample in enumerate(batch.sample_ids.tolist()):
                     length = width if batch.lengths is None else int(batch.lengths[b])
@@ -107,7 +107,7 @@ def test_any_split_gives_the_same_samples(separate: bool, packing: str, tmp_path
 def test_vocabulary_and_padding_follow_the_tokenizer(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Padding 0, as BERT's: the token of id 1 is one like all others, in the export too."""
+    """With padding id 0, as in BERT, the token of id 1 is an ordinary token, also in the export."""
     leave_out_reports(monkeypatch.setattr)
     tokenizer = tokenizer_with_padding_at(0, tmp_path / "bert")
     (tmp_path / "text.txt").write_text("the student\n" * 200)
@@ -122,7 +122,7 @@ def test_vocabulary_and_padding_follow_the_tokenizer(
     assert (rows == 0).all(1).tolist() == [True] + [False] * 8
     capsys.readouterr()
     assert run_here("--ds_config", file, "--run", "r", "--resume") == 0
-    # the only thing that has changed
+    # the number of steps is the only change
     assert "followed from here on: d2v.schedule.steps: 2 -> 4\n" in capsys.readouterr().out
     assert run_here("--ds_config", file, "--set", "d2v.model.vocab_size=8", "--dry-run") == 1
     assert "`d2v.model.vocab_size` must be >= 9" in capsys.readouterr().err
@@ -134,7 +134,7 @@ def test_another_tokenizer_is_refused(
     leave_out_reports(monkeypatch.setattr)
     file = text_file(tmp_path, cache, d2v__schedule={"steps": 6})
     assert run_here("--ds_config", file, "--run", "r", "--set", "d2v.schedule.steps=3") == 0
-    # another vocabulary under the same number of embeddings
+    # another vocabulary with the same number of embeddings
     from d2v_fast.modalities.text.tasks import make_tokenizer
 
     text = tmp_path / "text.txt"
@@ -163,7 +163,7 @@ def test_masked_words(tmp_path: Path, cache: str) -> None:
 
 @pytest.mark.parametrize("kind", [word_pieces, unigrams], ids=lambda kind: kind.__name__)
 def test_words_of_other_tokenizers_are_masked(kind: Callable[[Path], Path], tmp_path: Path, cache: str) -> None:
-    """Words do not begin with a blank there."""
+    """Word tokens of these tokenizers do not begin with a blank."""
     config = make_config(tmp_path, cache, d2v__data__tokenizer=str(kind(tmp_path / "given")))
     tokenizer, masked = tokenizer_of(config.data, config.model), masked_words(config)
     assert 0 < masked.num_train < len(masked.words)
@@ -184,7 +184,7 @@ def test_a_tokenizer_without_words_leaves_out_their_probe(
 
 
 def test_probe_and_dry_run(tmp_path: Path, cache: str, capsys: pytest.CaptureFixture) -> None:
-    # more tokens than words: there must be frequent words to mask
+    # a vocabulary large enough to contain frequent words
     file = text_file(tmp_path, cache, d2v__schedule={"steps": 2}, d2v__model__vocab_size=1000)
     assert run_here("--ds_config", file, "--dry-run") == 0
     assert "blocks" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Compressed text, JSON lines under other endings, and bytes that are no text: read, or named and left out."""
+"""Compressed text, JSON lines with other endings, and binary files: read, or named and left out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".ndjson", ".json", ".JSONL"])
 def test_every_ending_is_read(ending: str, packed: str, tmp_path: Path) -> None:
     content = "\n".join(LINES).encode() if ending == ".txt" else b"\xef\xbb\xbf" + JSON_LINES
-    # in two parts, as several programs write them
+    # in two compressed members, as several programs write them
     half = len(content) // 2
     parts = [PACK[packed](part) for part in (content[:half], content[half:])]
     (tmp_path / f"a{ending}{packed}").write_bytes(b"".join(parts))
@@ -58,7 +58,7 @@ def test_listing_names_what_is_read_and_what_is_not(tmp_path: Path) -> None:
     assert "left out: 1 file (1 .txt.xz): not read, unpack them" in said
     assert len(list(source.pieces())) == 2 * len(LINES)
     assert source.bad.num_bad == 0
-    # named alone, it is an error, as is a folder with nothing else
+    # a path to such a file, or to a folder with nothing else, is an error
     with pytest.raises(DataError, match=r"A \.json file is read if every line is an object"):
         TextFiles(config(tmp_path / "list.json"))
     (tmp_path / "only").mkdir()
@@ -95,7 +95,7 @@ def test_damaged_compression_is_named(
     source = TextFiles(config(tmp_path, max_bad_fraction=1.0))
     found = [piece.text for piece in source.pieces()]
     assert found[-1] == LINES[0]
-    # of JSON lines, what came before is used
+    # JSON lines before the damage are used
     assert found[:-1] == LINES[: len(found) - 1]
     kind = {".gz": "gzip", ".zst": "zstd"}[packed]
     assert any(named.startswith(f"{path}: the {kind} data is {reason}") for named in source.bad.named), source.bad.named
@@ -152,7 +152,7 @@ def test_a_zero_byte_among_text_may_be_replaced(tmp_path: Path) -> None:
         b"\0\xff",
         "text without a mark".encode("utf-16-le"),
         b"\x7fELF\x02\x01\x01" + bytes(9) + b"abcdefgh" * 4,
-        # what is compressed holds few zeros, and much else that no text holds
+        # compressed data has few zeros, and many other bytes that do not occur in text
         zlib.compress(os.urandom(1 << 16)) + b"\0",
     ],
     ids=["two", "utf-16", "elf", "random"],

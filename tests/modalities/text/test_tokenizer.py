@@ -1,4 +1,4 @@
-"""Tokenizers: read in every form, trained, told apart, written for others."""
+"""Tokenizers: reading in every form, training, digests, and writing for Transformers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_vocab_and_merges(folder: Path, to: Path) -> Path:
 
 
 def edit(folder: Path, change) -> Path:
-    """Change what tokenizer.json holds."""
+    """Change the content of tokenizer.json."""
     content = json.loads((folder / "tokenizer.json").read_text())
     change(content)
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -62,7 +62,7 @@ def test_trained_one_has_the_places_of_roberta() -> None:
     ids, lengths = tokenizer.encode(TEXTS)
     assert ids.dtype == np.uint16
     assert lengths.tolist() == [len(encode(tokenizer, text)) for text in TEXTS]
-    # bytes: nothing is unknown, and nothing is lost
+    # byte-level: nothing is unknown or lost
     assert not np.isin(ids, tokenizer.specials.ids).any()
     for text, part in zip(TEXTS, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
         assert tokenizer.decode(part) == text
@@ -84,7 +84,7 @@ def test_text_that_spells_a_special_token_is_text(text: str) -> None:
 
 
 def test_training_depends_on_text_and_size_alone() -> None:
-    # with another number of threads: test_data_text.py
+    # test_data_text.py covers other numbers of threads
     assert train_tokenizer(iter(sentences(300)), 360).digest == small_tokenizer().digest
     assert train_tokenizer(sentences(300), 361).digest != small_tokenizer().digest
     assert train_tokenizer(sentences(299), 360).digest != small_tokenizer().digest
@@ -160,7 +160,7 @@ def test_word_pieces(tmp_path: Path) -> None:
     (tmp_path / "bert.json").write_text(json.dumps(word_piece()))
     tokenizer = load_tokenizer(tmp_path / "bert.json")
     assert tokenizer.specials == Specials(bos=6, pad=1, eos=7, unk=5, mask=8)
-    # the unknown word stays, and no text becomes a mask
+    # the unknown token stays, and text never becomes a mask
     assert encode(tokenizer, "The student zzz") == [2, 3, 4, 5]
     assert 8 not in encode(tokenizer, "the [MASK] student [SEP]")
 
@@ -192,9 +192,9 @@ def test_what_others_read(folder: Path) -> None:
     assert (theirs.cls_token_id, theirs.sep_token_id, theirs.model_max_length) == (0, 2, 512)
     for text in TEXTS:
         assert theirs(text)["input_ids"] == [0, *encode(ours, text), 2]
-    # there, a mask in the text is meant
+    # Transformers does match a mask in the text
     assert theirs("the <mask> reads")["input_ids"].count(ours.specials.mask) == 1
-    # beside the configuration of a model, whose own kind of tokenizer is another class
+    # beside a model's configuration, whose default tokenizer is another class
     transformers.Data2VecTextConfig(vocab_size=360).save_pretrained(folder)
     assert transformers.AutoTokenizer.from_pretrained(folder)("the student")["input_ids"] == [
         0,
@@ -243,7 +243,7 @@ def test_made_from_files(tmp_path: Path) -> None:
     assert made.vocab_size == 360
     with pytest.raises(DataError, match=r"must not exist, but '.*made' does"):
         make_tokenizer(config(tmp_path / "a.txt"), 360, tmp_path / "made")
-    # nothing is left of one that failed
+    # a failed training leaves nothing behind
     (tmp_path / "b.txt").write_bytes(b"\0\1")
     with pytest.raises(DataError, match="unreadable"):
         make_tokenizer(config(tmp_path / "b.txt", strict=True), 360, tmp_path / "other")
@@ -253,7 +253,7 @@ def test_made_from_files(tmp_path: Path) -> None:
 
 
 def test_forked_process_encodes_and_trains(tmp_path: Path) -> None:
-    """The threads of the library do not exist in a process that is forked once they were used."""
+    """A process forked after the library used its threads does not have them."""
     tokenizer = small_tokenizer()
     tokenizer.encode(TEXTS * 100)
 

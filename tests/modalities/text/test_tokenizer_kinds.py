@@ -1,4 +1,4 @@
-"""Every kind of tokenizer that is accepted: Transformers encodes with an export of it as training and `embed` do."""
+"""For every accepted kind of tokenizer, Transformers encodes with its export as training and `embed` do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = ["", "a", "the student reads", "  two  blanks and a word ", "what the te
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    """The content of a byte-level tokenizer.json that was trained here."""
+    """Save a byte-level tokenizer that was trained here, and return the content of its tokenizer.json."""
     folder.mkdir(exist_ok=True)
     small_tokenizer().save(folder)
     content: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
@@ -81,7 +81,7 @@ def with_an_added_tokens_decoder(folder: Path) -> Path:
 
 
 def with_added_tokens_beside(folder: Path) -> Path:
-    """Of a tokenizer.json, as Transformers adds them."""
+    """Tokens added to a tokenizer.json by other files, as Transformers does."""
     content = saved(folder)
     names = {"additional_special_tokens": ["student", "q"]}
     return write(folder, tokenizer=content, added_tokens={"student": 360}, special_tokens_map=names)
@@ -127,7 +127,7 @@ def beginnings_of_words(folder: Path) -> Path:
 
 
 def clip(folder: Path) -> Path:
-    """Bytes in words that end with `</w>`, which the decoder leaves there."""
+    """Bytes in words that end with `</w>`, which the decoder does not remove."""
     parts, library = tokenizers.pre_tokenizers, tokenizers.normalizers
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="</s>", end_of_word_suffix="</w>"))
     inner.normalizer = library.Sequence(
@@ -148,7 +148,7 @@ def clip(folder: Path) -> Path:
 
 
 def characters(folder: Path) -> Path:
-    """One token per character; a blank has another letter, which the decoder turns around."""
+    """One token per character; the normalizer writes a blank as `_`, and the decoder reverts that."""
     letters = sorted(set("".join([*sentences(200), POLISH]).replace(" ", "_")))
     vocab = {token: number for number, token in enumerate([*SPECIALS, *letters])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
@@ -181,7 +181,7 @@ KINDS: list[Callable[[Path], Path]] = [
 
 
 def framed(tokenizer: Tokenizer, text: str) -> list[int]:
-    """As a block of training, and a line of `embed`."""
+    """Encode a text as a block of training and a line of `embed` are."""
     ids, _ = tokenizer.encode([text])
     return [tokenizer.specials.bos, *ids.tolist(), tokenizer.specials.eos]
 
@@ -213,7 +213,7 @@ def test_export_encodes_as_training_does(kind: Callable[[Path], Path], tmp_path:
     cut = theirs("the student reads " * 40, truncation=True)["input_ids"]
     assert len(cut) == 64
     assert (cut[0], cut[-1]) == (specials.bos, specials.eos)
-    # a mask stands for the word, and what is around it stays
+    # a mask in the text becomes one mask token
     hidden = theirs("the <mask> reads" if theirs.mask_token == "<mask>" else "the [MASK] reads")["input_ids"]
     assert hidden.count(specials.mask) == 1
     again = load_tokenizer(tmp_path / "export")
@@ -234,7 +234,7 @@ def test_given_files_are_read_as_transformers_reads_them(kind: Callable[[Path], 
 
 
 def test_beginnings_of_words_are_encoded_as_llama_does(tmp_path: Path) -> None:
-    """Transformers does not read these two files, but takes what is in them."""
+    """Transformers does not read these two files, but accepts their content."""
     transformers = pytest.importorskip("transformers")
     folder = beginnings_of_words(tmp_path / "given")
     merges = [tuple(line.split(" ")) for line in (folder / "merges.txt").read_text().split("\n")[1:-1]]
@@ -250,7 +250,7 @@ def test_words_end_and_begin_with_marks(tmp_path: Path) -> None:
     assert herbert.decode(ids) == "Zażółć gęślą jaźń , powiedział chłopiec do dziewczyny ."
     llama = load_tokenizer(beginnings_of_words(tmp_path / "b"))
     ids, _ = llama.encode([POLISH])
-    # letters that it was not trained with are bytes
+    # letters outside of its training text become bytes
     assert llama.decode(ids) == POLISH
 
 
@@ -262,7 +262,7 @@ def test_a_kind_that_no_file_names_is_refused(kind: Callable[[Path], Path], tmp_
         DataError, match=r"not byte-level: words (end with </w>|begin with ▁) .*writes a complete tokenizer.json"
     ):
         load_tokenizer(folder)
-    # where the model's configuration names it, as HerBERT's does
+    # a model's configuration may name the kind, as HerBERT's does
     kind(folder)
     (folder / "tokenizer_config.json").rename(folder / "config.json")
     load_tokenizer(folder)
@@ -297,7 +297,7 @@ def test_added_tokens_are_found_in_text(tmp_path: Path) -> None:
     assert ours.vocab_size == 362
     ids, _ = ours.encode(["the student is naïve <mask>"])
     assert {360, 361} <= set(ids.tolist())
-    # the special tokens with a role are never meant in a text
+    # special tokens with a role are never matched in text
     assert ours.specials.mask not in ids
     with_decoder = load_tokenizer(with_an_added_tokens_decoder(tmp_path / "b"))
     ids, _ = with_decoder.encode(["the teacher"])
@@ -336,9 +336,9 @@ def test_added_tokens_that_cannot_be_numbered_so_are_refused(
         load_tokenizer(write(tmp_path, tokenizer={**content, "added_tokens": [*content["added_tokens"], entry]}))
 
 
-def test_contradicting_normalization_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_contradicting_normalization_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = json.loads((word_pieces(tmp_path) / "tokenizer.json").read_text())
-    for lower, strips, said, is_told in (
+    for lower, strips, settings, is_logged in (
         (True, None, {"do_lower_case": False}, True),
         (True, None, {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}, False),
         (True, None, {"strip_accents": True}, False),
@@ -352,8 +352,8 @@ def test_contradicting_normalization_is_told(tmp_path: Path, caplog: pytest.LogC
             "strip_accents": strips,
             "lowercase": lower,
         }
-        load_tokenizer(write(tmp_path, tokenizer={**content, "normalizer": normalizer}, tokenizer_config=said))
-        assert ("tokenizer_config.json sets" in caplog.text) == is_told, (lower, strips, said)
+        load_tokenizer(write(tmp_path, tokenizer={**content, "normalizer": normalizer}, tokenizer_config=settings))
+        assert ("tokenizer_config.json sets" in caplog.text) == is_logged, (lower, strips, settings)
 
 
 @pytest.mark.parametrize(("kind", "change"), [(word_pieces, {"unk_token": "[?]"}), (unigrams, {"unk_id": None})])
@@ -379,7 +379,7 @@ def test_export_of_a_vocabulary_of_four_letters(tmp_path: Path) -> None:
 
 
 def lossy(folder: Path) -> Path:
-    """Byte-level in name: the words' ends are left out, and so is what is no ASCII."""
+    """A byte-level tokenizer whose vocabulary lacks blanks and all letters that are not ASCII."""
     content = saved(folder)
     model = json.loads((ends_of_words(folder) / "vocab.json").read_text())
     inner = {**content["model"], "vocab": model, "merges": []}
@@ -388,7 +388,7 @@ def lossy(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_what_keeps_the_text_is_not_reported(kind: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_lossless_tokenizers_are_not_reported(kind: Callable[[Path], Path], tmp_path: Path) -> None:
     found = RoundTrip().add(load_tokenizer(kind(tmp_path / "given")), sentences(100))
     assert found.problem("it") is None, found.to_dict()
     assert found.num_characters > 1000
@@ -409,7 +409,7 @@ def test_lost_characters_are_reported(
     tokenizer = load_tokenizer(kind(tmp_path / "given"))
     (tmp_path / "a.txt").write_text(text)
     for _ in range(2):
-        # when it is tokenized, and when the tokens are there
+        # both when it is tokenized and when the tokens exist
         caplog.clear()
         tokenized(TextFiles(config(tmp_path / "a.txt")), tokenizer, str(tmp_path / "cache"))
         assert "% of the characters of this text" in caplog.text

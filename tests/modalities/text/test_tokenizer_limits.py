@@ -1,4 +1,4 @@
-"""Tokenizers made to take all memory or time: refused, or ended in words; published kinds are within the limits."""
+"""Tokenizers that would use all memory or time end in a clear error; ordinary ones are within the limits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def split(pattern: str) -> dict[str, Any]:
 
 
 def load(folder: Path, **sections: Any) -> Tokenizer:
-    """A tokenizer of letters, with other sections."""
+    """Load a tokenizer of letters with the given sections."""
     vocab = {token: number for number, token in enumerate([*SPECIALS, "a", "b", "ab"])}
     model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]], "unk_token": "<unk>", "fuse_unk": True}
     added = [
@@ -87,7 +87,7 @@ def test_tokenizers_that_would_become_large(tmp_path: Path, kind: str) -> None:
 
 
 def test_normalizers_that_clean_text_are_read(tmp_path: Path) -> None:
-    """Expressions that replace what is there make nothing longer; a table of letters has a part for each."""
+    """Many parts are fine if they do not lengthen text: regular expressions, and one replacement per letter."""
     clean = {r"\s+": " ", "[“”„]": '"', "[‘’]": "'", "[–—]": "-", "…": "...", r"https?://\S+": "url", " {2,}": " "}
     clean |= {r"\p{Cc}": "", r"[\u200c\u200d]": ""}
     expressions = [replace(pattern, content, "Regex") for pattern, content in clean.items()]
@@ -153,8 +153,8 @@ def test_expression_that_backtracks_for_ever(tmp_path: Path, where: str) -> None
         {"post_processor": {"type": "TemplateProcessing", "single": "$A $Z", "pair": "", "special_tokens": {}}},
     ],
 )
-def test_nothing_but_an_error_in_words(tmp_path: Path, sections: dict[str, Any]) -> None:
-    # some are none to this version of the library
+def test_broken_sections_raise_only_data_errors(tmp_path: Path, sections: dict[str, Any]) -> None:
+    # some versions of the library accept some of these sections
     with suppress(DataError):
         tokenizer = load(tmp_path, **sections)
         tokenizer.encode(["ab a b", ""])

@@ -1,4 +1,4 @@
-"""Tokenized shards: what is in them, when they are used again, and what happens to them."""
+"""Tokenized shards: their content, their reuse, and damage to them."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def test_long_documents_are_read_in_pieces() -> None:
             pieces = list(pieces_of(iter(parts)))
             assert joined(pieces) == [text, "short", ""]
             assert max(len(piece.text) for piece in pieces) <= PIECE
-    # tokenizers do not notice
+    # the division does not change the tokens
     ids, _ = small_tokenizer().encode([words])
     in_pieces, _ = small_tokenizer().encode([piece.text for piece in pieces_of([words, None])])
     np.testing.assert_array_equal(in_pieces, ids)
-    # a document that breaks off is one
+    # a last document without an end counts
     assert list(pieces_of(["broken"])) == [Piece("broken", True)]
 
 
@@ -172,7 +172,7 @@ def test_document_over_several_batches(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def made_again(monkeypatch: pytest.MonkeyPatch, *arguments: object, **options: object) -> bool:
-    """Whether `tokens_of` tokenizes."""
+    """Return whether `tokens_of` tokenizes."""
     calls = []
     encode = type(small_tokenizer()).encode
     with monkeypatch.context() as patch:
@@ -185,7 +185,7 @@ def test_used_again_only_if_nothing_changed(text: Path, tmp_path: Path, monkeypa
     root = tmp_path / "out"
     assert made_again(monkeypatch, text, root)
     assert not made_again(monkeypatch, text, root)
-    # limits for what is unreadable are judged again, and change nothing that is written
+    # limits on unreadable text do not change the tokens
     assert not made_again(monkeypatch, text, root, max_bad_fraction=0.5, strict=True)
     # the folder may move
     moved = text.rename(tmp_path / "moved")
@@ -238,7 +238,7 @@ def test_edited_file_is_named(text: Path, tmp_path: Path, file: str, fault: str)
         (tmp_path / "elsewhere").write_bytes(changed)
         path.symlink_to(tmp_path / "elsewhere")
         if file == "manifest.json":
-            pytest.skip("what it says is what counts")
+            pytest.skip("the manifest may be a link: its content is checked")
     elif fault != "missing":
         path.write_bytes(changed)
     with pytest.raises(DataError) as caught:
@@ -246,7 +246,7 @@ def test_edited_file_is_named(text: Path, tmp_path: Path, file: str, fault: str)
     message = str(caught.value)
     assert message.startswith(f"the tokens in '{tokens.folder}' must be as they were written, but {file} is not: ")
     assert message.endswith("Remove that folder; it will be made again.")
-    # sizes are looked at in any case
+    # sizes are always checked
     if file != "manifest.json" and fault != "flipped":
         with pytest.raises(DataError, match=file):
             Tokens(tokens.folder, verify=False)
@@ -272,7 +272,7 @@ def test_edited_manifest(text: Path, tmp_path: Path, change, fits: bool) -> None
     manifest = json.loads(path.read_text())
     change(manifest)
     if fits and "sha256" in manifest:
-        # by somebody who knows how
+        # with a matching checksum
         manifest.pop("sha256")
         manifest["sha256"] = tokens_module._digest(manifest)
     path.write_text(json.dumps(manifest))
@@ -289,8 +289,8 @@ def test_worker_gets_no_copy(text: Path, tmp_path: Path) -> None:
 
 
 def start(text: Path, root: Path, output: Path, fault: str | None = None) -> int:
-    """Fork a process that tokenizes and prints the number of tokens; returns its id."""
-    # made once, before the fork
+    """Fork a process that tokenizes and prints the number of tokens; return its id."""
+    # trained before the fork, and cached
     small_tokenizer()
 
     def work() -> int:
@@ -338,7 +338,7 @@ def test_read_only_folder_with_everything_in_it(text: Path, tmp_path: Path, monk
     assert tokens_of(text, root).num_documents == 2
 
 
-# sampled: what the system calls the peak of a process begins with that of its parent
+# sample the memory: the peak that the system reports includes that of the parent process
 MEASURE = """
 import os, sys, threading, time
 from pathlib import Path
@@ -361,7 +361,7 @@ print((peak[0] - before) // 1024, tokens.num_documents)
 @pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [12, 50])
 def test_memory_does_not_grow_with_the_text(text: Path, tmp_path: Path, megabytes: int) -> None:
-    # one document, also longer than anything that is held
+    # one document, longer than all buffers
     large = tmp_path / "large.txt"
     block = "\n".join(sentences(10_000)) + "\n"
     with large.open("w", encoding="utf-8") as file:
@@ -374,5 +374,5 @@ def test_memory_does_not_grow_with_the_text(text: Path, tmp_path: Path, megabyte
     grown, num_documents = map(int, done.stdout.split()[-2:])
     print(f"{megabytes} MB in {time.monotonic() - started:.1f} s: {grown / 1024:.0f} MiB")
     assert num_documents == 1
-    # kB; threads and a few megabytes of text that are on their way
+    # kB, for threads and a few megabytes of text in flight
     assert grown < 200_000
