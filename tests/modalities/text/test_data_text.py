@@ -341,12 +341,14 @@ def test_default_place_is_the_cache_of_the_user(tmp_path: Path, monkeypatch: pyt
     (own / made.name).rename(tmp_path / "tmp" / "kept")
     own.chmod(0o777)
     with pytest.raises(
-        DataError, match=r"`d2v.data.tokens_path` must be a folder that can be written, but .*others may"
+        DataError, match=r"`d2v.data.tokens_path` must be a folder that can be written\. None of .*others may"
     ):
         docs_tokenizer(data, MODEL)
 
 
 def test_place_that_cannot_be_written(folder: Path) -> None:
     (folder.parent / "file").write_text("")
-    with pytest.raises(DataError, match=r"`d2v.data.tokens_path` must be a folder that can be written, but .*file"):
+    with pytest.raises(
+        DataError, match=r"`d2v.data.tokens_path` must be a folder that can be written\. None of .*file"
+    ):
         dataset(folder, tokens_path=str(folder.parent / "file"))
