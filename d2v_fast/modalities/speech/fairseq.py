@@ -1,7 +1,7 @@
-"""Speech checkpoints of fairseq's data2vec (version 1), in both directions, without importing fairseq.
+"""Read and write speech checkpoints of fairseq's data2vec (version 1), without importing fairseq.
 
-`model` in a checkpoint holds the student, its regression head `final_proj`, and under `_ema` the teacher's fp32
-average, whose names are relative to `encoder`.
+The entry `model` of a checkpoint holds the student, its regression head `final_proj`, and the teacher's fp32 average
+under `_ema`, with names relative to `encoder`.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ NAMES = SpeechNames(
     mlp_norm="final_layer_norm",
 )
 AVERAGE = "_ema"
-# of what the average is one, if not of the whole model
+# the averaged part of the model, unless all of it is averaged
 AVERAGED = "encoder."
-# a model fine-tuned with CTC holds the encoder under this name, without head and average
+# prefix of the encoder in a model fine-tuned with CTC, which has no head and no average
 FINE_TUNED = "w2v_encoder.w2v_model."
-# the published checkpoints have the head in a list of one
+# the head is a list of one layer in the published checkpoints
 HEADS = ("final_proj.", "final_proj.0.")
 
 PUBLISHED = SpeechModelConfig()
-# rates, by fairseq's name
+# fairseq's names of the rates, and this library's
 _RATES = {
     "dropout": "dropout",
     "attention_dropout": "attention_dropout",
@@ -78,24 +78,24 @@ _RATES = {
     "dropout_input": "input_dropout",
     "encoder_layerdrop": "layer_drop",
 }
-# of the distance between student and average: below, it is that of a copy that is one update old
+# a smaller ratio of the distances in `_positions` means a copy that is one update old
 _COPIED = 0.3
-# one layer of convolutions, such as `[(512, 3, 2)] * 4`
+# equal layers of convolutions, such as `[(512, 3, 2)] * 4`
 _TERM = re.compile(r"\[([\d\s,()]*)\](?:\s*\*\s*(\d{1,2}))?")
 _LAYER = re.compile(r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)")
 
 
 class FairseqSpeech(NamedTuple):
-    """What a checkpoint holds, fp32 on the CPU, models in training mode.
+    """Contents of a checkpoint, fp32 on the CPU, with models in training mode.
 
     Attributes:
-        student: the student, or the encoder of a fine-tuned model.
-        teacher: a whole one with the average in it, which has the rest in common with the student, memory included;
-            None where the checkpoint has no average.
-        head: `weight` and `bias` of the regression head; None where there is none.
-        config: of the model.
-        assumed: what of the configuration neither the checkpoint nor the caller tells, in words.
-        pending_decay: of the update that the average still lacks; None where it lacks none, or where that is unknown.
+        student: The student, or the encoder of a fine-tuned model.
+        teacher: A whole model with the averaged weights, which shares all other tensors with the student. `None` if the
+            checkpoint has no average.
+        head: `weight` and `bias` of the regression head, or `None`.
+        config: Configuration of the model.
+        assumed: Descriptions of the settings that neither the checkpoint nor the caller specifies.
+        pending_decay: Decay of the last update, if the average lacks it; `None` if it does not or if that is unknown.
     """
 
     student: SpeechModel
@@ -114,21 +114,24 @@ def load_fairseq_speech(
     heads: int | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> tuple[SpeechModel, dict[str, Tensor] | None, SpeechModelConfig]:
-    """Student or teacher of a checkpoint.
+    """Load the student or teacher of a checkpoint.
 
     Args:
-        path: a `.pt` of pre-training, or of fine-tuning with CTC, whose encoder is read.
-        weights: "student", or "teacher": the student with the average in it.
-        config: of the model. None: sizes are those of the tensors, rates and strides those of the checkpoint's `cfg`
-            or `args` or, without one, the published ones.
-        heads: of attention, which no tensor tells. None: of `cfg`; without one, as many as are 64 wide.
-        given: values of the model's configuration by key, in place of what the checkpoint says.
+        path: A `.pt` file of pre-training, or of fine-tuning with CTC, of which only the encoder is read.
+        weights: "student", or "teacher" for the student with the averaged weights in place of its own.
+        config: Configuration of the model. `None` takes sizes from the tensors, and rates and strides from the
+            checkpoint's `cfg` or `args` or else from the published recipe.
+        heads: Number of attention heads, which the tensors do not determine. `None` takes it from `cfg`, or else
+            assumes heads of width 64.
+        given: Values of the model's configuration by key, which override the checkpoint.
+
     Returns:
-        The model, fp32 on the CPU, in training mode; the regression head's `weight` and `bias`, or None; and the
+        The model, fp32 on the CPU, in training mode; the regression head's `weight` and `bias`, or `None`; and the
         model's configuration.
+
     Raises:
-        ValueError: it is no such checkpoint, or damaged; it would execute code; it has no average; or it is of
-            another architecture. `Misfit` names every missing, unknown and misshapen tensor.
+        ValueError: The file is not such a checkpoint, is damaged, would execute code, has no average, or has another
+            architecture. `Misfit` names every missing, unknown and misshapen tensor.
     """
     check_weights(weights)
     found = speech_of(read_checkpoint(Path(path)), Path(path), config=config, settings=Settings.of(given, heads))
@@ -138,7 +141,7 @@ def load_fairseq_speech(
 def read_fairseq_speech(
     path: str | os.PathLike[str], *, config: SpeechModelConfig | None = None, heads: int | None = None
 ) -> FairseqSpeech:
-    """Everything of a checkpoint; arguments and errors as of `load_fairseq_speech`."""
+    """Read all contents of a checkpoint. For arguments and errors, see `load_fairseq_speech`."""
     path = Path(path)
     return speech_of(read_checkpoint(path), path, config=config, settings=Settings.of(None, heads))
 
@@ -150,7 +153,7 @@ def speech_of(
     config: SpeechModelConfig | None = None,
     settings: Settings = NO_SETTINGS,
 ) -> FairseqSpeech:
-    """Everything of what `read_checkpoint` has read; see `load_fairseq_speech`."""
+    """Convert the result of `read_checkpoint`. For arguments and errors, see `load_fairseq_speech`."""
     model, average, head = _divide(content["model"], path)
     cfg = told_by(content)
     assumed: list[str] = []
@@ -182,18 +185,18 @@ def save_fairseq_speech(
     *,
     num_updates: int = 0,
 ) -> None:
-    """Write a checkpoint with fairseq's names and shapes: fp32 tensors and plain values, no code.
+    """Write a checkpoint with fairseq's names and shapes, which holds only fp32 tensors and plain values.
 
     Args:
-        model: the student, or its state by name.
-        head: the regression head, or its `weight` and `bias`; None leaves it out.
-        teacher: the whole teacher, or its state by name; None leaves the average out.
-        config: of the run.
-        path: the `.pt` file: replaced as a whole.
-        num_updates: optimizer steps that the student has made.
+        model: The student, or its state by name.
+        head: The regression head, or its `weight` and `bias`. `None` omits it.
+        teacher: The whole teacher, or its state by name. `None` omits the average.
+        config: Configuration of the run.
+        path: The `.pt` file, replaced atomically.
+        num_updates: Number of optimizer steps of the student.
+
     Raises:
-        ValueError: fairseq has no such positions: it makes another kind of layer if there is only one, and none with a
-            kernel below 3.
+        ValueError: fairseq requires at least two positional convolutions, with a kernel of at least 3.
     """
     sizes = config.model
     if sizes.position_depth == 1:
@@ -214,10 +217,10 @@ def save_fairseq_speech(
 def _divide(
     model: Mapping[Any, Any], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """Encoder, average and head: the first two by fairseq's names in a pre-trained model."""
+    """Divide a checkpoint into encoder, average and head; the first two by fairseq's names in a pre-trained model."""
     refuse_others(model, "a speech model", path)
     if any(str(name).startswith(FINE_TUNED) for name in model):
-        # the rest is the output layer
+        # the only other tensors are the output layer's
         log_unused([str(name) for name in model if not str(name).startswith(FINE_TUNED)], f"`{path}`")
         model = {str(n).removeprefix(FINE_TUNED): v for n, v in model.items() if str(n).startswith(FINE_TUNED)}
     nested = model.get(AVERAGE)
@@ -228,14 +231,14 @@ def _divide(
     own = {str(name): value for name, value in model.items() if name != AVERAGE}
     require_tensors([own, average], f"`{path}` is no data2vec speech model")
     head = None
-    # the longer prefix first: it begins with the other one
+    # try the longer prefix first, because the shorter one matches it too
     for prefix in sorted(HEADS, key=len, reverse=True):
         if f"{prefix}weight" in own and f"{prefix}bias" in own:
             head = {name: own.pop(prefix + name).to(torch.float32) for name in ("weight", "bias")}
             break
     if average is not None:
         for prefix in HEADS:
-            # an average of the whole model has one of the head, which nothing uses
+            # an average of the whole model includes the head, which nothing uses
             average = {n: v for n, v in average.items() if n not in (f"{prefix}weight", f"{prefix}bias")}
     return own, average, head
 
@@ -247,10 +250,10 @@ def _config_of(
     settings: Settings,
     path: str,
 ) -> tuple[SpeechModelConfig, list[str]]:
-    """The model's configuration, and what of it is assumed: sizes of the tensors, the rest of `cfg` or `settings`.
+    """Return the model's configuration and descriptions of the assumed settings.
 
-    Where a tensor is missing, its size is the published one, so that the error names the tensor and not what follows
-    from it.
+    Sizes come from the tensors, all else from `cfg` or `settings`. For a missing tensor the published size is used, so
+    that the later error names the tensor.
     """
 
     def size(name: str, dim: int, default: int) -> int:
@@ -275,10 +278,10 @@ def _config_of(
             example = json.dumps([1] * len(kernels), separators=(",", ":"))
             raise ValueError(
                 f"`d2v.model.conv_strides` must be given for `{path}`, as in `--set d2v.model.conv_strides={example}`: "
-                f"its convolutions have the kernels {list(kernels)}, which are not the published ones, and nothing in "
-                "it tells their strides."
+                f"its convolutions have the kernels {list(kernels)}, which are not the published ones, and it "
+                "does not record their strides."
             )
-        gathered.assume("conv_strides", list(PUBLISHED.conv_strides), "those of the published kernels, which it has")
+        gathered.assume("conv_strides", list(PUBLISHED.conv_strides), "as published for these kernels")
     if "position_in_teacher" not in gathered.values:
         where, reason = _positions(model, average)
         if reason:
@@ -306,10 +309,10 @@ def _config_of(
 
 
 def _positions(model: Mapping[str, Tensor], average: Mapping[str, Tensor] | None) -> tuple[str, str]:
-    """Whether the teacher has an average of the positions or a copy, by what is in both; and why, unless it is certain.
+    """Return whether the teacher averages or shares the positions, and the reason unless that is certain.
 
-    A copy that fairseq has saved is one update old, so that it is not equal to the student's positions. The blocks,
-    which are averaged in any case, tell how far an average is behind: many updates, unless training has just begun.
+    A copy that fairseq has saved is one update old, so it differs slightly from the student's positions. The distance
+    of the blocks, which are always averaged, is that of many updates, unless training has just begun.
     """
     pairs = [(value, model[name]) for name, value in (average or {}).items() if name in model]
     names = [name.startswith(f"{AVERAGED}pos_conv.") for name in (average or {}) if name in model]
@@ -327,18 +330,18 @@ def _positions(model: Mapping[str, Tensor], average: Mapping[str, Tensor] | None
 
 
 def _distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Root of the mean squared difference over all elements."""
+    """Return the root mean squared difference over all elements."""
     total = sum(float((one.double() - two.double()).square().sum()) for one, two in pairs)
     return math.sqrt(total / max(1, sum(one.numel() for one, _ in pairs)))
 
 
 def _recipe(cfg: Mapping[str, Any], path: str) -> tuple[dict[str, Any], bool]:
-    """What `cfg` tells of the model, nothing where there is none; and whether it tells where the norms are.
+    """Read the model's settings from `cfg`, and whether it states where the norms are.
 
     Raises:
-        ValueError: it tells of another architecture.
+        ValueError: `cfg` states another architecture.
     """
-    # of a fine-tuned model: the pre-trained one's, which is flat in old files
+    # a fine-tuned model stores the pre-trained one's `cfg` here; old files store it flat
     inner = section(section(cfg, "model"), "w2v_args")
     if inner:
         cfg = inner if "model" in inner else {"model": inner, "task": inner}
@@ -358,11 +361,13 @@ def _recipe(cfg: Mapping[str, Any], path: str) -> tuple[dict[str, Any], bool]:
 
 
 def parse_layers(text: str) -> list[tuple[int, int, int]]:
-    """Width, kernel and stride of each convolution out of an expression such as `[(512, 10, 5)] + [(512, 3, 2)] * 4`,
-    which fairseq evaluates as Python.
+    """Parse the width, kernel and stride of each convolution.
+
+    Args:
+        text: An expression such as `[(512, 10, 5)] + [(512, 3, 2)] * 4`, which fairseq evaluates as Python.
 
     Raises:
-        ValueError: it is another kind of expression.
+        ValueError: The expression has another form.
     """
     layers: list[tuple[int, int, int]] = []
     terms = [_TERM.fullmatch(term.strip()) for term in text[:1000].split("+")]
@@ -379,7 +384,7 @@ def parse_layers(text: str) -> list[tuple[int, int, int]]:
 
 
 def _foreign_config(config: SpeechConfig, num_updates: int) -> dict[str, Any]:
-    """The parts of fairseq's configuration that building the model again, and fine-tuning it, read."""
+    """Return the parts of fairseq's configuration that are needed to build and to fine-tune the model."""
     model, mask, target, teacher = config.model, config.mask, config.target, config.teacher
     layers = zip(model.conv_kernels, model.conv_strides, strict=True)
     steps = config.schedule.steps or num_updates

@@ -1,10 +1,9 @@
-"""Speech encoders as Hugging Face Transformers folders, in both directions, without importing Transformers.
+"""Export and import speech encoders as Hugging Face Transformers folders, without importing Transformers.
 
-`export_speech` writes what `Data2VecAudioModel.from_pretrained` reads; `import_speech` reads it back. The two libraries
-compute the same features: `last_hidden_state` there is `last_hidden` here. Of padded batches that holds for the longest
-utterance only: Transformers, like fairseq, lets what stands at padding flow from one positional convolution into
-the next, so that the end of a padded utterance is another than without padding
-(https://github.com/huggingface/transformers/issues/25621); here both are the same.
+`export_speech` writes a folder for `Data2VecAudioModel.from_pretrained`; `import_speech` reads one. Both libraries
+compute the same features (`last_hidden_state` equals `last_hidden`), except at the end of padded utterances: in
+Transformers and fairseq, padding leaks from one positional convolution into the next
+(https://github.com/huggingface/transformers/issues/25621). Here padding never changes features.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from d2v_fast.modalities.speech.layout import SpeechNames, speech_layout
 from d2v_fast.models.student import Student
 
 KIND = "data2vec-audio"
-# in front of all names where a model is built around the encoder, such as one for CTC
+# prefix of the encoder's names in a model built around it, such as one for CTC
 BASE_PREFIX = "data2vec_audio."
 
 NAMES = SpeechNames(
@@ -80,12 +79,12 @@ def export_speech(
     """Write `config.json`, the weights (fp32), `preprocessor_config.json` and a model card.
 
     Args:
-        model: student or whole teacher, on any device and in any dtype, or its state by name: a mapping that reads
-            each tensor when it is asked for keeps no more than one file of them in memory.
-        config: of the run; or of the model alone, where it is not known how it was trained.
-        folder: made if missing; files that an earlier export wrote there are replaced, see `model_folder`.
-        info: what the model card says of these weights, such as `{"weights": "teacher", "step": 750}`.
-        max_file_bytes: weights beyond it are divided into several files with an index, as Transformers does.
+        model: Student or whole teacher, on any device and in any dtype, or its state by name. With a mapping that loads
+            tensors on access, no more than one file of them is in memory.
+        config: Configuration of the run, or of the model alone if the run is unknown.
+        folder: Created if missing. Files of an earlier export are replaced; see `model_folder`.
+        info: Facts for the model card, such as `{"weights": "teacher", "step": 750}`.
+        max_file_bytes: Split larger weights into several files with an index, as Transformers does.
     """
     state = model if isinstance(model, Mapping) else model.state_dict()
     sizes = config.model if isinstance(config, SpeechConfig) else config
@@ -97,16 +96,18 @@ def export_speech(
 
 
 def import_speech(folder: str | os.PathLike[str]) -> tuple[SpeechModel, SpeechModelConfig]:
-    """Read a folder that holds a `Data2VecAudioModel`, or a model around one.
+    """Load a `Data2VecAudioModel`, or the encoder of a model built around one.
 
     Args:
-        folder: with `config.json` and `model.safetensors`, or several files of weights and their index; the sample
-            rate is that of `preprocessor_config.json`, 16 kHz without one.
+        folder: Folder with `config.json` and `model.safetensors`, or several files of weights and their index. The
+            sample rate is read from `preprocessor_config.json`; without that file it is 16 kHz.
+
     Returns:
-        The model, fp32 on the CPU, in training mode, and its configuration. What the folder does not tell is left at
-        the published recipe's, such as what a teacher would share.
+        The model, fp32 on the CPU, in training mode, and its configuration. Settings that the folder does not hold,
+        such as what the teacher shares, have the published values.
+
     Raises:
-        ValueError: for an architecture that this encoder is not, and for missing, unknown or misshapen tensors.
+        ValueError: The architecture differs from this encoder's, or tensors are missing, unknown or misshapen.
     """
     source = Path(folder)
     config = _own_config(read_model_config(source), _sample_rate(source), str(source / "config.json"))
@@ -114,9 +115,9 @@ def import_speech(folder: str | os.PathLike[str]) -> tuple[SpeechModel, SpeechMo
     theirs = within(theirs, BASE_PREFIX, f"`{path}`")
     layout(config).require_finite(theirs, f"`{path}`")
     if NAMES.mask_token not in theirs:
-        # Transformers makes none for a model that is fine-tuned without masks
+        # Transformers creates no mask token for a model fine-tuned without masks
         _log.warning(
-            "`%s` holds no mask token: a new one is drawn, which pre-training learns and features do not use",
+            "`%s` holds no mask token: a new one is drawn; only pre-training uses it",
             printable(str(path)),
         )
         theirs = {**theirs, NAMES.mask_token: new_mask_token(config)}
@@ -124,15 +125,15 @@ def import_speech(folder: str | os.PathLike[str]) -> tuple[SpeechModel, SpeechMo
 
 
 def new_mask_token(config: SpeechModelConfig) -> Tensor:
-    """The published initial value, fp32 `[D]`; each time the same."""
+    """Return a mask token with the published initialization, fp32 `[D]`, the same on each call."""
     return torch.rand(config.width, generator=torch.Generator().manual_seed(0))
 
 
 def build_speech(config: SpeechModelConfig, layout: Layout, theirs: Mapping[str, Tensor], what: str) -> SpeechModel:
-    """A model with other names' weights, in training mode.
+    """Build a model in training mode from weights with another library's names.
 
     Raises:
-        Misfit: see `Layout.ours`; nothing of the model's size has been made by then.
+        Misfit: The weights do not fit; see `Layout.ours`. It is raised before memory for the model is allocated.
     """
     with torch.device("meta"):
         model = SpeechModel(config)
@@ -142,7 +143,7 @@ def build_speech(config: SpeechModelConfig, layout: Layout, theirs: Mapping[str,
 
 
 def layout(config: SpeechModelConfig) -> Layout:
-    """Transformers' names and shapes."""
+    """Return the layout with Transformers' names and shapes."""
     return speech_layout(config, NAMES)
 
 
@@ -172,10 +173,10 @@ def _foreign_config(config: SpeechModelConfig) -> dict[str, Any]:
         "conv_stride": list(config.conv_strides),
         "conv_bias": False,
         "conv_pos_kernel_size": config.position_kernel,
-        # of layers: only in other models of this family is it the kernel's size
+        # the number of layers; in other models of this family it is the kernel size
         "num_conv_pos_embeddings": config.position_depth,
         "num_conv_pos_embedding_groups": config.position_groups,
-        # for fine-tuning; above zero, or the base model would have no mask vector
+        # for fine-tuning; must be above zero, or the base model would have no mask token
         "mask_time_prob": 0.05,
         "mask_time_length": 10,
         "mask_time_min_masks": 2,
@@ -183,7 +184,7 @@ def _foreign_config(config: SpeechModelConfig) -> dict[str, Any]:
         "mask_feature_length": 10,
         "mask_feature_min_masks": 0,
         "add_adapter": False,
-        # characters, which a tokenizer of the fine-tuning decides
+        # a placeholder: the tokenizer used for fine-tuning determines these
         "vocab_size": 32,
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -192,7 +193,7 @@ def _foreign_config(config: SpeechModelConfig) -> dict[str, Any]:
 
 
 def _own_config(raw: Mapping[str, Any], sample_rate: int, path: str) -> SpeechModelConfig:
-    """Sizes and rates out of a Transformers configuration, whose defaults apply to what it leaves out."""
+    """Convert a Transformers configuration, with Transformers' defaults for missing keys."""
     required = {
         "model_type": KIND,
         "hidden_act": "gelu",
@@ -237,7 +238,7 @@ def _own_config(raw: Mapping[str, Any], sample_rate: int, path: str) -> SpeechMo
 
 
 def _preprocessor_config(config: SpeechModelConfig) -> dict[str, Any]:
-    """Each utterance with zero mean and unit variance, as in training."""
+    """Return a configuration that normalizes each utterance to zero mean and unit variance, as training does."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "feature_size": 1,
@@ -252,12 +253,12 @@ def _preprocessor_config(config: SpeechModelConfig) -> dict[str, Any]:
 def _sample_rate(folder: Path) -> int:
     path = folder / "preprocessor_config.json"
     if not path.exists():
-        _log.warning("`%s` holds no %s: its sample rate is taken to be 16,000 Hz", printable(str(folder)), path.name)
+        _log.warning("`%s` holds no %s: assuming a sample rate of 16,000 Hz", printable(str(folder)), path.name)
         return 16_000
     try:
         raw = read_json(path, MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`{path}` must be a preprocessor's configuration, but: {error}") from None
+        raise ValueError(f"`{path}` must be a preprocessor configuration, but: {error}") from None
     return whole_number(raw if isinstance(raw, dict) else {}, "sampling_rate", 16_000, str(path))
 
 
@@ -268,11 +269,12 @@ def _model_card(config: SpeechConfig | SpeechModelConfig, model: SpeechModelConf
         task="feature-extraction",
         tags=["data2vec", "self-supervised", "audio", "speech"],
         text=f"""\
-Pre-trained without labels {by} predicts, at masked frames, the averaged upper layers of a
-teacher that is a moving average of the student and hears the whole recording (data2vec, arXiv 2202.03555).""",
+Pre-trained without labels {by} predicts, at masked frames, the average of a teacher's upper
+layers. The teacher is a moving average of the student and encodes the unmasked recording (data2vec, arXiv
+2202.03555).""",
         use=f"""\
-Input: mono recordings at {model.sample_rate:,} Hz, normalized by the feature extractor in this folder; a frame
-is {model.hop} samples.
+Input: mono recordings at {model.sample_rate:,} Hz, normalized by the feature extractor in this folder. The encoder
+returns one frame per {model.hop} samples.
 
 ```python
 from transformers import AutoFeatureExtractor, AutoModel
@@ -283,7 +285,7 @@ inputs = extractor(waveform, sampling_rate={model.sample_rate}, return_tensors="
 features = encoder(**inputs).last_hidden_state
 ```
 
-In a padded batch, Transformers computes the last frames of the shorter recordings differently than alone
+In a padded batch, Transformers changes the last frames of the shorter recordings
 (https://github.com/huggingface/transformers/issues/25621).
 
 To fine-tune for speech recognition, with a tokenizer of 32 characters:

@@ -1,4 +1,4 @@
-"""Recordings whose headers do not say how long they are, or say it wrongly: what is there is read, all of it."""
+"""Test recordings whose headers state no length or a wrong one: all samples that are there are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2v_fast.modalities.speech.headers import mp3 as mp3_layout
 from tests.helpers.audio_files import RATE, make_dataset, tone
 
 sf = pytest.importorskip("soundfile")
-needs_mp3 = pytest.mark.skipif("MP3" not in sf.available_formats(), reason="libsndfile before 1.1")
+needs_mp3 = pytest.mark.skipif("MP3" not in sf.available_formats(), reason="libsndfile before 1.1 cannot read MP3")
 
 LENGTH = 24_000
 LIMITS = AudioLimits(sample_rate=RATE, max_bytes=10**8, silence=1e-4)
@@ -33,7 +33,7 @@ def encoded(samples: np.ndarray = SAMPLES, rate: int = RATE, **options: object) 
 
 
 def read(tmp_path: Path, content: bytes, rate: int = RATE) -> np.ndarray:
-    """All of a file; a part of it, and what its header says, must agree."""
+    """Read a whole file, and check that a part of it and its header agree with it."""
     path = tmp_path / "a"
     path.write_bytes(content)
     limits = AudioLimits(sample_rate=rate, max_bytes=10**8, silence=1e-4)
@@ -87,7 +87,7 @@ def test_chunks_around_the_samples(tmp_path: Path) -> None:
     chunks = ((b"fmt ", FORM), INFO, (b"data", PCM), (b"id3 ", b"abc"))
     for pads in (True, False):
         np.testing.assert_array_equal(read(tmp_path, riff(*chunks, pads=pads)), SAMPLES)
-    # the length of the whole file instead of that of the samples
+    # some programs write the length of the file instead of that of the samples
     content = riff(*chunks[::2])
     content = content.replace(struct.pack("<I", len(PCM)), struct.pack("<I", len(content)))
     np.testing.assert_array_equal(read(tmp_path, content)[:LENGTH], SAMPLES)
@@ -108,7 +108,7 @@ def test_rf64(tmp_path: Path, magic: bytes, said: int | str) -> None:
 @pytest.mark.parametrize(
     ("format", "place", "size", "placeholders"),
     [
-        # of FORM and SSND; sox and ffmpeg
+        # lengths of FORM and SSND as sox and ffmpeg write them
         ("AIFF", b"SSND", 4, [b"\x7f\0\0\x08", b"\0\0\0\0", b"\xff\xff\xff\xff"]),
         ("AU", b".snd\0\0\0", 4, [b"\xff\xff\xff\xff", b"\x7f\xff\xf0\0"]),
         ("CAF", b"data", 8, [b"\xff" * 8, bytes(8)]),
@@ -155,7 +155,7 @@ def test_other_endings_are_read(tmp_path: Path, ending: str, options: dict[str, 
 
 def test_gsm_is_read_from_its_beginning(tmp_path: Path) -> None:
     whole = read(tmp_path, encoded(rate=8000, format="WAV", subtype="GSM610"), rate=8000)
-    # an odd number of blocks is followed by a byte that is none
+    # an odd number of blocks is followed by a padding byte
     assert len(whole) == LENGTH
     assert np.corrcoef(whole, SAMPLES)[0, 1] > 0.98
 
@@ -164,7 +164,7 @@ def test_gsm_is_read_from_its_beginning(tmp_path: Path) -> None:
 def test_ogg_streams_one_after_the_other_are_refused(tmp_path: Path, subtype: str) -> None:
     one = encoded(format="OGG", subtype=subtype)
     serial = one[14:18]
-    # the checksums of pages with another number are wrong, but nothing looks at them here
+    # changing the serial number makes the page's checksum wrong, but the code under test ignores it
     other = one.replace(b"OggS", b"oggs").replace(serial, bytes(byte ^ 1 for byte in serial)).replace(b"oggs", b"OggS")
     assert len(read(tmp_path, one)) == LENGTH
     with pytest.raises(UnreadableAudio, match="several recordings one after the other"):
@@ -216,7 +216,7 @@ def test_flac_of_unknown_length(tmp_path: Path, num_samples: int) -> None:
     for before, behind in ((b"", b""), (b"ID3\x04\0\0\0\0\0\x0a" + bytes(10), b"TAG" + bytes(125))):
         np.testing.assert_array_equal(read(tmp_path, before + bytes(content) + behind), SAMPLES[:num_samples])
     if num_samples == LENGTH:
-        # of a frame that is cut nothing is used
+        # nothing of a truncated frame is used
         np.testing.assert_array_equal(read(tmp_path, bytes(content[:-100])), SAMPLES[: LENGTH - LENGTH % 4096])
         with pytest.raises(UnreadableAudio, match="without a whole frame"):
             read(tmp_path, bytes(content[:100]))
@@ -232,7 +232,7 @@ def mp3(rate: int = 44_100, channels: int = 1, mode: str = "VARIABLE", seconds: 
 
 
 def starts(content: bytes) -> list[int]:
-    """Where the frames of an MP3 file begin."""
+    """Return the offsets of the frames of an MP3 file."""
     found, position = [], content.index(b"\xff")
     while position + 4 <= len(content):
         found.append(position)
@@ -241,13 +241,13 @@ def starts(content: bytes) -> list[int]:
 
 
 def without_header(content: bytes) -> bytes:
-    """An MP3 file without its Xing frame, as a program writes it into a pipe."""
+    """Return an MP3 file without its Xing frame, as a program would write it into a pipe."""
     assert b"Xing" in content[:200] or b"Info" in content[:200]
     return content[starts(content)[1] :]
 
 
 def decoded(content: bytes) -> int:
-    """Samples of all frames but the delay of the decoder, which libsndfile leaves out."""
+    """Return the number of samples of all frames less the delay of the decoder, which libsndfile removes."""
     rate = {3: 1152, 2: 576, 0: 576}[content[1] >> 3 & 3]
     return rate * len(starts(content)) - 529
 
@@ -260,7 +260,7 @@ def test_mp3_without_a_header_is_counted(tmp_path: Path, rate: int, mode: str) -
         content = mp3(rate, channels, mode)
         bare = without_header(content)
         assert len(read(tmp_path, bare, rate)) == decoded(bare)
-        # with its own header, exactly what was encoded
+        # with its own header, the length is exactly that of the encoded signal
         assert len(read(tmp_path, content, rate)) == 2 * rate
 
 
@@ -291,10 +291,10 @@ def test_what_lies_around_and_between_mp3_frames(tmp_path: Path, has_header: boo
         found = read(tmp_path, torn, 44_100)
         assert len(found) in (len(plain), len(whole))
         np.testing.assert_array_equal(found, plain if len(found) == len(plain) else whole)
-    # one after the other, with the header of the first: all of both
+    # two concatenated files with only the first one's header are read completely
     twice = read(tmp_path, content + content, 44_100)
     assert len(twice) == 2 * len(plain) + 529 + (1152 if has_header else 0)
-    # from the middle of a frame on, as the recording of a broadcast begins
+    # recordings of broadcasts begin in the middle of a frame
     assert len(read(tmp_path, bare[300:], 44_100)) == len(plain) - 1152
 
 
@@ -302,11 +302,11 @@ def test_what_lies_around_and_between_mp3_frames(tmp_path: Path, has_header: boo
 def test_mp3_that_was_cut(tmp_path: Path) -> None:
     content = mp3()
     bare = without_header(content)
-    # what is there of a file that is a little shorter than its header says
+    # a file slightly shorter than its header says is read as far as it goes
     assert len(read(tmp_path, content[:-600], 44_100)) > 0.9 * 2 * 44_100
     with pytest.raises(UnreadableAudio, match=r"cut: \d+ of 7\d MP3 frames are there"):
         read(tmp_path, content[: len(content) // 2], 44_100)
-    # without a header there is no telling
+    # without a header, truncation cannot be detected
     half = bare[: len(bare) // 2]
     assert len(read(tmp_path, half, 44_100)) == decoded(half) - 1152
 
@@ -329,7 +329,7 @@ def test_counting_is_bounded_and_done_once(tmp_path: Path, monkeypatch: pytest.M
         patch.setattr(mp3_layout, "_remembered", {})
         with pytest.raises(UnreadableAudio, match="more than 10 MP3 frames"):
             read_header(str(path), LIMITS)
-    # bytes that look like the beginning of a frame, without end
+    # an endless series of bytes that look like the start of a frame
     for hostile in (b"\xff", b"\xff\xfb\x90", b"\xff\xfb\x90\0", b"\xff\xfb\0\0", bare[:4] + b"\xff"):
         path.write_bytes(b"ID3\x04\0\0\0\0\0\0" + hostile * (6_000_000 // len(hostile)))
         start = time.process_time()
@@ -339,7 +339,7 @@ def test_counting_is_bounded_and_done_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_file_that_ends_a_little_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """libsndfile's decoders may give fewer samples than they say: up to 1 % is no reason to lose the file."""
+    """Accept up to 1 % fewer samples than libsndfile states, which some of its decoders cause."""
     path = tmp_path / "a.wav"
     sf.write(path, SAMPLES, RATE, subtype="FLOAT")
     end = LENGTH
@@ -368,13 +368,13 @@ def test_quiet_recording_names_the_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("residue", [0.0, 0.01])
 def test_channels_of_opposite_phase_do_not_cancel(tmp_path: Path, residue: float) -> None:
-    """Their average would be silence, or the residue of a codec: the louder one is taken."""
+    """Use the louder channel if the average would be silence or the residue of a codec."""
     other = -0.9 * SAMPLES + residue * np.random.default_rng(0).normal(0, 0.1, LENGTH)
     sf.write(tmp_path / "a.wav", np.stack([other, SAMPLES], axis=1), RATE, subtype="FLOAT")
     np.testing.assert_allclose(read_whole(str(tmp_path / "a.wav"), LIMITS), SAMPLES, atol=1e-7)
     part = read_part(str(tmp_path / "a.wav"), 5000, 0.5, LIMITS)
     np.testing.assert_allclose(part, SAMPLES[9500:14500], atol=1e-7)
-    # channels that differ are averaged as ever
+    # other channels are averaged as usual
     sf.write(tmp_path / "b.wav", np.stack([SAMPLES, SAMPLES[::-1]], axis=1), RATE, subtype="FLOAT")
     mixed = (SAMPLES + SAMPLES[::-1]) / 2
     np.testing.assert_allclose(read_whole(str(tmp_path / "b.wav"), LIMITS), mixed, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Speech checkpoints of fairseq: its names and shapes, both ways, and what is refused."""
+"""Test reading and writing fairseq speech checkpoints: names, shapes and refusals."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_hand_made_checkpoint(head: str, weights: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_model_of_fairseqs_build_fits(tmp_path: Path) -> None:
-    """Strictly, by name and shape; and it computes the same."""
+    """Load strictly by name and shape, and compute the same features."""
     config = make_config(position_in_teacher="averaged")
     model, average = make_pair(config)
     teacher = model.student.with_averaged(average).eval()
@@ -110,7 +110,7 @@ def test_names_and_shapes_of_the_base_size() -> None:
 def test_without_cfg_sizes_come_from_the_tensors(tmp_path: Path) -> None:
     content = pretrained(width=128)
     del content["cfg"]
-    # a teacher that shares the positions holds a copy of them
+    # a teacher that shares the positions stores a copy of them
     for name in list(content["model"]["_ema"]):
         if name.startswith("pos_conv."):
             content["model"]["_ema"][name] = content["model"][f"encoder.{name}"]
@@ -172,7 +172,7 @@ def test_round_trip_is_exact(where: str, tmp_path: Path) -> None:
     assert raw["cfg"]["model"]["conv_pos"] == config.model.position_kernel * config.model.position_depth
     assert raw["cfg"]["model"]["ema_layers_only"] == (where == "shared")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-    # and once more, from what was read
+    # write what was read, and read it again
     save_fairseq_speech(found.student, found.head, found.teacher, config, tmp_path / "b.pt", num_updates=12)
     again = torch.load(tmp_path / "b.pt", weights_only=True)
     for part, other in ((raw["model"], again["model"]), (raw["model"].pop("_ema"), again["model"].pop("_ema"))):
@@ -277,7 +277,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
 
 
 class Executed:
-    """A value whose unpickling would write a file."""
+    """An object whose unpickling would write a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -287,7 +287,7 @@ class Executed:
 
 
 def test_code_is_refused_with_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # who follows the recipe has not forbidden it; whatever ran before in this process may have
+    # a user has not set this variable, but an earlier test in this process may have
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     content = {**pretrained(), "args": argparse.Namespace(arch="data2vec_audio")}
     path = saved(content, tmp_path)

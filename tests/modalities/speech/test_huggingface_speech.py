@@ -1,4 +1,4 @@
-"""Speech encoders to and from Transformers: the same features, with and without padding, and clear refusals."""
+"""Test exporting to and importing from Transformers: equal features with and without padding, and refusals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_theirs(folder: Path) -> Any:
 
 
 def padded_batch(*num_samples: int) -> tuple[Tensor, Tensor]:
-    """Waveforms `[B, N]`, zero after their end, and the mask that is 1 before it."""
+    """Return waveforms `[B, N]`, padded with zeros, and the mask that is 1 at their samples."""
     waveforms, mask = torch.zeros(len(num_samples), max(num_samples)), torch.zeros(len(num_samples), max(num_samples))
     for b, n in enumerate(num_samples):
         waveforms[b, :n] = F.layer_norm(torch.randn(n), (n,))
@@ -64,7 +64,7 @@ def padded_batch(*num_samples: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def assert_same_features(model: SpeechModel, theirs: Any, num_samples: int = 700) -> None:
-    """Of every block, without padding, and of masked frames."""
+    """Compare the features of every block, of unpadded and of masked frames."""
     waveforms, _ = padded_batch(num_samples, num_samples)
     theirs.eval()
     ours = model(waveforms).last_hidden
@@ -99,7 +99,7 @@ def test_export_gives_the_same_features(sizes: dict[str, Any], tmp_path: Path) -
     assert theirs.config.layerdrop == config.model.layer_drop
     assert theirs.config.hidden_dropout == config.model.dropout
     imported, found = import_speech(tmp_path)
-    # what the folder does not tell
+    # a setting that the folder does not hold
     assert found.model_copy(update={"position_in_teacher": config.model.position_in_teacher}) == config.model
     assert_same_features(imported.eval(), theirs)
 
@@ -144,7 +144,7 @@ def test_import_what_transformers_saved(around: str, tmp_path: Path) -> None:
 
 @contextmanager
 def without_leaks(theirs: Any, lengths: Tensor) -> Iterator[None]:
-    """Transformers with padding at zero in front of each positional convolution and not of the first one only
+    """Make Transformers zero the padding before every positional convolution, not only before the first one
     (https://github.com/huggingface/transformers/issues/25621)."""
 
     def zero(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -160,8 +160,8 @@ def without_leaks(theirs: Any, lengths: Tensor) -> Iterator[None]:
 @pytest.mark.parametrize("attention", ["padded", "packed"])
 @torch.no_grad()
 def test_padding(attention: str, tmp_path: Path) -> None:
-    """A padded utterance has the features that Transformers gives it alone, and those of a padded batch of
-    Transformers once nothing leaks out of the padding."""
+    """A padded utterance has Transformers' features of the utterance alone, and of a padded batch if padding does not
+    leak."""
     config = make_config(attention=attention)
     model = build(config)
     export_speech(model, config, tmp_path)
@@ -194,7 +194,7 @@ def test_recordings_are_normalized_as_in_training(tmp_path: Path) -> None:
     inputs = extractor(samples, sampling_rate=8_000, padding=True, return_tensors="pt")
     assert inputs["attention_mask"].sum(1).tolist() == [700, 431]
     for values, wave in zip(inputs["input_values"], samples, strict=True):
-        # their 1e-7 under the root and our 1e-5 differ by 5e-4 of the value at this loudness
+        # at this loudness, the two epsilons (1e-7 and 1e-5) change values by a relative 5e-4
         torch.testing.assert_close(values[: len(wave)], normalized(wave), rtol=6e-4, atol=1e-6)
         assert values[len(wave) :].abs().sum() == 0
     loud = [10 * wave for wave in samples]
@@ -206,7 +206,7 @@ def test_recordings_are_normalized_as_in_training(tmp_path: Path) -> None:
 
 
 def test_a_recognizer_learns(tmp_path: Path) -> None:
-    """CTC on four utterances that can be told apart."""
+    """Fine-tune with CTC on four distinguishable utterances."""
     torch.manual_seed(0)
     np.random.seed(0)
     config = make_config()

@@ -1,4 +1,4 @@
-"""The speech encoder and one step of data2vec on it: values and gradients, padding, packing, layer-drop."""
+"""Test the speech encoder and a data2vec step: values, gradients, padding, packing and layer-drop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.speech_models import make_config, make_pair
 
 
 def make_batch(config: SpeechConfig, num_samples: list[int], seed: int = 0) -> Batch:
-    """Noise, padded to the longest, under spans."""
+    """Return a batch of noise, padded to the longest utterance, with span masks."""
     generator = torch.Generator().manual_seed(seed)
     frames = np.array([config.model.num_frames(n) for n in num_samples], dtype=np.int64)
     waveforms = torch.zeros(len(frames), max(num_samples))
@@ -68,7 +68,7 @@ def test_published_parameter_counts(sizes: dict[str, int], count: int, positions
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-# the second is too wide to copy windows out
+# the second is too wide for the path that copies windows
 @pytest.mark.parametrize("width", [6, 40])
 @pytest.mark.parametrize(
     ("kernels", "strides", "num_samples"),
@@ -201,14 +201,14 @@ def test_step_matches_fp64_formulas(positions: str, num_samples: list[int], atte
 
 @pytest.mark.parametrize("attention", ["padded", "packed"])
 def test_padding_changes_nothing(attention: str) -> None:
-    """An utterance has the features and the loss that it has alone, whatever it is padded with."""
+    """Padding, whatever its values, does not change an utterance's features or loss."""
     config = make_config(attention=attention)
     model, teacher = make_pair(config)
     num_samples = [431, 278]
     batch = make_batch(config, num_samples)
     frames = [config.model.num_frames(n) for n in num_samples]
     garbage = batch.inputs.clone()
-    # what reaches no frame that counts
+    # samples that no unpadded frame covers
     garbage[1, config.model.num_samples(frames[1] + 1) :] = 1e3
     together = model(Batch(garbage, batch.rows, batch.sample_ids, batch.lengths, batch.unpadded), teacher)
     alone = 0.0
@@ -245,7 +245,7 @@ def test_attention_dropout_on_a_cpu_is_unbiased() -> None:
 
 
 def test_layer_drop_leaves_out_samples() -> None:
-    """Of the blocks before the last, what skips them is not computed; and of eight samples about half do."""
+    """Blocks before the last do not compute skipped samples, which are about half of eight."""
     config = make_config(layer_drop=0.5, depth=3)
     model, teacher = make_pair(config)
     batch = make_batch(config, [400] * 4 + [290] * 4)
@@ -266,7 +266,7 @@ def test_layer_drop_leaves_out_samples() -> None:
 @pytest.mark.parametrize("attention", ["padded", "packed"])
 @pytest.mark.parametrize("with_rows", [False, True], ids=["all_frames", "rows"])
 def test_skipped_blocks_pass_samples_on(attention: str, with_rows: bool) -> None:
-    """Each sample goes through the blocks that it keeps and no others, and has the gradient of those."""
+    """Each sample passes through exactly the blocks that it does not skip, and its gradient is theirs."""
     config = make_config(layer_drop=0.5, attention=attention)
     context = build_model(config).student.context.double()
     reference.randomize_(context)
@@ -302,7 +302,7 @@ def test_skipped_blocks_pass_samples_on(attention: str, with_rows: bool) -> None
 
 @pytest.mark.parametrize("attention", ["padded", "packed"])
 def test_block_that_no_sample_keeps(attention: str) -> None:
-    """Every parameter has a gradient, zero, so that all processes do the same; attention sees no empty batch."""
+    """If all samples skip a block, its parameters still get zero gradients, so that all processes reduce the same."""
     config = make_config(layer_drop=0.999999, attention=attention)
     model, teacher = make_pair(config)
     batch = make_batch(config, [400, 290, 333])

@@ -1,4 +1,4 @@
-"""Whole runs on recordings: resuming, several processes, what the loader makes of a step, the probe, the dry run."""
+"""Test whole speech runs: resuming, several processes, the loader's batches, the probe and the dry run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_resume_is_bit_exact(num_processes: int, tmp_path: Path, monkeypatch: py
 @needs_deepspeed
 @pytest.mark.parametrize("positions", ["shared", "averaged"])
 def test_stages_agree(positions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer-drop leaves out the same utterances, which are of unlike length, wherever these are."""
+    """Layer-drop skips the same utterances of unequal length, whichever process has them."""
     leave_out_reports(monkeypatch.setattr)
     changes = {"d2v__schedule": {"steps": 4}, "d2v__model__position_in_teacher": positions}
     changes |= {f"d2v__model__{name}": 0.0 for name in ("dropout", "attention_dropout")}
@@ -66,7 +66,7 @@ def test_stages_agree(positions: str, tmp_path: Path, monkeypatch: pytest.Monkey
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_layer_drop_in_several_processes(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process may have no utterance that keeps a block, the other some: nothing hangs."""
+    """Do not hang if all utterances of one process skip a block and some of the other do not."""
     leave_out_reports(monkeypatch.setattr)
     output = tmp_path / "output"
     file = speech_file(tmp_path, zero_optimization__stage=stage, d2v__model__layer_drop=0.9)
@@ -138,7 +138,7 @@ def test_probe_and_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     for question in ("word", "voice"):
         assert list(found[question]) == ["untrained", "student", "teacher", "log-mel average"]
         assert all(0 <= scores["linear"] <= 100 for scores in found[question].values())
-    # words and voices are told apart by any description of a sound far better than by chance
+    # any description of a sound classifies words and voices far better than chance
     assert found["voice"]["log-mel average"]["linear"] > 60
     assert found["word"]["log-mel average"]["linear"] > 10
     out = capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_probe_and_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_log_mel_of_a_tone() -> None:
-    """The band of a tone is where the mel scale puts it, whatever the rate."""
+    """A tone is in the band given by the mel scale, at any sample rate."""
     for rate in (8_000, 16_000):
         for frequency in (200.0, 1000.0, 3000.0):
             tone = torch.sin(2 * torch.pi * frequency * torch.arange(rate) / rate)
@@ -160,7 +160,7 @@ def test_log_mel_of_a_tone() -> None:
 
 
 def test_teacher_is_whole_for_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The teacher's own part under the student's convolutions."""
+    """The whole teacher combines its own part with the student's convolutions."""
     leave_out_reports(monkeypatch.setattr)
     kept: list[Any] = []
     original = RunState.save

@@ -1,1 +1,1 @@
-"""Headers of recordings that libsndfile would misread."""
+"""Correct headers of recordings that libsndfile would misread."""

@@ -1,4 +1,4 @@
-"""The number of samples of a FLAC stream whose header does not say it: programs that write into a pipe cannot know."""
+"""Count the samples of a FLAC stream whose header lacks the number, as when a program wrote it into a pipe."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from d2v_fast.data.files import UnreadableFile
 
 __all__ = ["flac_length"]
 
-# bytes at the end in which the last frame begins; the format's largest frames are smaller
+# bytes at the end to search for the last frame; larger than the largest possible frame
 TAIL = 1 << 20
 _ID3V1_BYTES = 128
-# samples of a frame by the code in its header; 6 and 7 stand for a number of one or two bytes that follows
+# samples of a frame by the code in its header; with code 6 or 7 the number follows in one or two bytes
 _BLOCKS = (
     {1: 192} | {code: 576 << (code - 2) for code in range(2, 6)} | {code: 256 << (code - 8) for code in range(8, 16)}
 )
 
 
 class _Frame(NamedTuple):
-    """A frame: its first sample, and how many it has."""
+    """The index of a frame's first sample, and its number of samples."""
 
     first: int
     num_samples: int
 
 
 def flac_length(handle: int, size: int, start: int) -> int:
-    """Count samples per channel by the last frame that is complete.
+    """Compute the number of samples per channel from the last complete frame.
 
     Args:
-        handle: file descriptor.
-        size: of the file in bytes.
-        start: where the stream begins.
+        handle: File descriptor.
+        size: Size of the file in bytes.
+        start: Offset of the stream in bytes.
+
     Raises:
-        UnreadableFile: no frame was found at the end of the file.
+        UnreadableFile: There is no frame near the end of the file.
     """
     if size > _ID3V1_BYTES and os.pread(handle, 3, size - _ID3V1_BYTES) == b"TAG":
         size -= _ID3V1_BYTES
@@ -46,7 +47,7 @@ def flac_length(handle: int, size: int, start: int) -> int:
         frame = _frame(tail, position, block)
         if frame is not None:
             is_whole = _crc(tail[position:-2], 16, 0x8005) == int.from_bytes(tail[-2:], "big")
-            # of a frame that is cut nothing is decoded
+            # libsndfile decodes nothing of a truncated frame
             length = frame.first + frame.num_samples if is_whole else frame.first
             if length == 0:
                 break
@@ -55,10 +56,12 @@ def flac_length(handle: int, size: int, start: int) -> int:
 
 
 def _frame(data: bytes, position: int, block: int) -> _Frame | None:
-    """The frame that begins at `position`; None if none does.
+    """Parse the header of a frame at `position`. Return `None` if there is none.
 
     Args:
-        block: samples of every frame but the last, where frames are numbered.
+        data: Bytes of the stream.
+        position: Offset in `data`.
+        block: Samples per frame, for streams that number frames instead of samples.
     """
     head = data[position : position + 16]
     if len(head) < 6 or head[1] & 0xFE != 0xF8:
@@ -76,7 +79,7 @@ def _frame(data: bytes, position: int, block: int) -> _Frame | None:
 
 
 def _coded_number(head: bytes, at: int) -> tuple[int | None, int]:
-    """A number of up to 36 bits, coded as UTF-8 codes letters, and the position behind it."""
+    """Decode a number of up to 36 bits in extended UTF-8, and return it with the position after it."""
     first = head[at]
     num_more = 0
     while num_more < 7 and first << num_more & 0x80:
@@ -93,7 +96,7 @@ def _coded_number(head: bytes, at: int) -> tuple[int | None, int]:
 
 @functools.cache
 def _table(bits: int, polynomial: int) -> tuple[int, ...]:
-    """Checksums of all bytes."""
+    """Return the CRC of each byte value."""
     table = []
     for byte in range(256):
         value = byte << (bits - 8)
@@ -105,7 +108,7 @@ def _table(bits: int, polynomial: int) -> tuple[int, ...]:
 
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """Checksum of `bits` bits, most significant bit first, from 0."""
+    """Return the CRC of `bits` bits, most significant bit first, with initial value 0."""
     table = _table(bits, polynomial)
     shift, mask, value = bits - 8, (1 << bits) - 1, 0
     for byte in data:

@@ -1,7 +1,7 @@
-"""What the headers of recordings say, and the edits that let libsndfile read what it would refuse or cut short.
+"""Parse headers of recordings, and edit those that make libsndfile refuse a file or read only a part of it.
 
-Programs that write into a pipe cannot know a length and put a placeholder in its place: then everything up to the end
-of the file is sound. A file that has clearly less than its header says was cut, which libsndfile would not notice.
+A program that writes into a pipe does not know the length and writes a placeholder instead: all bytes up to the end of
+the file are then samples. A file much shorter than its header says is truncated, which libsndfile does not notice.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from d2v_fast.modalities.speech.headers.view import Piece, edited
 __all__ = ["NOT_AUDIO", "pieces_of_file"]
 
 NOT_AUDIO = "not a file of a kind that is read (WAV, RF64, W64, AIFF, AU, CAF, NIST, FLAC, Ogg, MP3)"
-# more chunks than any recorder writes before the samples
+# far more chunks than recorders write before the samples
 MAX_CHUNKS = 256
-# a file may lack this share of what its header says
+# share of the samples that a file may lack
 MAX_MISSING = 0.01
-# placeholders for an unknown length lie closely below the largest number, signed or not, or where sox puts them
+# placeholders for an unknown length are just below the largest number, signed or not, or in sox's range
 _NEAR = 1 << 16
 _MAX_OGG_PAGE = 27 + 255 + 255 * 255
 _SOX_AIFF = range(0x7F000000, 0x7F000000 + 64)
 
-# format tags of WAV and W64: the true one stands 24 bytes behind; and blocks of GSM 6.10, which have an odd length
+# format tags of WAV and W64; with `_EXTENSIBLE` the actual tag follows 24 bytes later; a GSM 6.10 block has 65 bytes
 _EXTENSIBLE, _GSM, _GSM_BLOCK, _MP3 = b"\xfe\xff", b"\x31\0", 65, b"\x55\0"
 
 Order = Literal["little", "big"]
@@ -37,13 +37,14 @@ Pieces = list[Piece] | None
 
 
 def pieces_of_file(handle: int, size: int) -> Pieces:
-    """What libsndfile is to read of a file; None: the file as it is.
+    """Return the pieces of a file that libsndfile should read, or `None` for the unchanged file.
 
     Args:
-        handle: file descriptor of a regular file.
-        size: of the file in bytes.
+        handle: File descriptor of a regular file.
+        size: Size of the file in bytes.
+
     Raises:
-        UnreadableFile: it is not audio of a kind that is read, holds no samples, or was cut.
+        UnreadableFile: The file is not of a supported audio format, holds no samples, or is truncated.
     """
     head = os.pread(handle, 16, 0)
     if not head:
@@ -60,10 +61,10 @@ def pieces_of_file(handle: int, size: int) -> Pieces:
 
 
 def _riff(handle: int, size: int) -> Pieces:
-    """WAV, RF64 and BW64."""
+    """Edit WAV, RF64 and BW64."""
     head = os.pread(handle, 4, 0)
     order: Order = "big" if head == b"RIFX" else "little"
-    # libsndfile knows BW64 by its older name
+    # libsndfile only knows the older name of BW64
     edits = [(0, 4, b"RF64")] if head == b"BW64" else []
     position, ds64, tag = 12, 0, b""
     for _ in range(MAX_CHUNKS):
@@ -78,29 +79,29 @@ def _riff(handle: int, size: int) -> Pieces:
         after = position + length
         if length % 2:
             if _is_name(os.pread(handle, 4, after)) and not _is_name(os.pread(handle, 4, after + 1)):
-                # its writer forgot the byte that makes the length even
+                # the writer omitted the byte that pads the chunk to an even length
                 edits.append((after, 0, b"\0"))
             else:
                 after += 1
         if not name or after >= size:
-            # libsndfile says what is wrong with it
+            # libsndfile reports what is wrong
             return edited(size, edits) if edits else None
         position = after
     available = size - position
     if ds64 and length == 0xFFFFFFFF:
         length = int.from_bytes(os.pread(handle, 8, ds64 + 8), "little")
         if _is_unknown(length) and available > 0:
-            # bytes of samples, and their number, which libsndfile works out
+            # fill in the byte count; a sample count of 0 makes libsndfile compute it
             edits += [(ds64 + 8, 8, available.to_bytes(8, "little")), (ds64 + 16, 8, bytes(8))]
     elif length == 0 and available > 0 and not _ends_with_chunks(handle, position, size, order):
         edits.append((position - 4, 4, min(available, 0xFFFFFFFE).to_bytes(4, order)))
     elif tag == _GSM and length % _GSM_BLOCK == 1 - length % 2 and length <= available:
-        # the byte that makes the length even would count as one more block: one less makes as many
+        # libsndfile would count the padding byte as one more block; a length of one less gives the right count
         edits.append((position - 4, 4, (length // _GSM_BLOCK * _GSM_BLOCK - 1).to_bytes(4, order)))
     if not _is_unknown(length):
         _refuse_cut(length, available)
     if tag == _MP3:
-        # libsndfile guesses the number of its frames
+        # libsndfile would guess the number of frames
         end = size if _is_unknown(length) else min(size, position + length)
         return mp3_pieces(handle, end, position) or [(position, end - position)]
     edits.sort()
@@ -108,7 +109,7 @@ def _riff(handle: int, size: int) -> Pieces:
 
 
 def _aiff(handle: int, size: int) -> Pieces:
-    """AIFF and AIFF-C."""
+    """Refuse truncated AIFF and AIFF-C files."""
     position = 12
     for _ in range(MAX_CHUNKS):
         name, length = _chunk(handle, position, "big")
@@ -153,18 +154,18 @@ def _w64(handle: int, size: int) -> Pieces:
     edits: list[tuple[int, int, bytes]] = []
     for _ in range(MAX_CHUNKS):
         header = os.pread(handle, 24, position)
-        # which counts this header
+        # the length includes this header
         length = int.from_bytes(header[16:], "little")
         if header[:4] == b"data":
             if not _is_unknown(length):
                 _refuse_cut(length - 24, size - position - 24)
             elif edits:
-                # with an edit, libsndfile seeks behind a length that it would know for what it is in a file
+                # in an edited file, libsndfile takes the placeholder for a length and seeks past it
                 edits = [(16, 8, size.to_bytes(8, "little")), *edits]
                 edits.append((position + 16, 8, (size - position).to_bytes(8, "little")))
             break
         if header[:4] == b"fmt " and os.pread(handle, 2, position + 24) == _EXTENSIBLE:
-            # libsndfile believes that extensible samples are whole numbers, whatever the sub-format behind says
+            # libsndfile reads extensible samples as integers and ignores the sub-format
             edits = [(position + 24, 2, os.pread(handle, 2, position + 48))]
         if length < 24:
             break
@@ -173,7 +174,7 @@ def _w64(handle: int, size: int) -> Pieces:
 
 
 def _flac(handle: int, size: int, start: int = 0) -> Pieces:
-    # 36 bits of the first block, which says the number of samples
+    # the 36 bits of the stream information block that hold the number of samples
     at = start + 21
     field = os.pread(handle, 5, at)
     edits = []
@@ -184,7 +185,7 @@ def _flac(handle: int, size: int, start: int = 0) -> Pieces:
 
 
 def _ogg(handle: int, size: int) -> Pieces:
-    """Nothing is edited; refused are streams one after the other, of which libsndfile reads the first."""
+    """Refuse files with several consecutive streams, of which libsndfile would read only the first."""
     serials: set[bytes] = set()
     position = 0
     while True:
@@ -208,7 +209,7 @@ def _nist(handle: int, size: int) -> Pieces:
     header = os.pread(handle, 1024, 0)
     names = (b"sample_count", b"channel_count", b"sample_n_bytes")
     found = [re.search(rb"\n%s -i (\d{1,12})\s" % name, header) for name in names]
-    # of compressed samples, the bytes are fewer
+    # compressed samples take fewer bytes
     if b"embedded" not in header:
         length = math.prod(int(match[1]) if match else 0 for match in found)
         _refuse_cut(length, size - len(header))
@@ -228,7 +229,7 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], Callable[[int, int], Pieces]], ...]
 
 
 def _chunk(handle: int, position: int, order: Order) -> tuple[bytes, int]:
-    """Name and length of a chunk; an empty name behind the end of the file."""
+    """Read the name and length of a chunk. The name is empty past the end of the file."""
     header = os.pread(handle, 8, position)
     return (header[:4], int.from_bytes(header[4:], order)) if len(header) == 8 else (b"", 0)
 
@@ -238,7 +239,7 @@ def _is_name(text: bytes) -> bool:
 
 
 def _ends_with_chunks(handle: int, position: int, size: int, order: Order) -> bool:
-    """Whether nothing but whole chunks lies between `position` and the end of the file."""
+    """Return whether the bytes from `position` to the end of the file are whole chunks."""
     for _ in range(MAX_CHUNKS):
         if position >= size:
             return position <= size + 1
@@ -250,7 +251,7 @@ def _ends_with_chunks(handle: int, position: int, size: int, order: Order) -> bo
 
 
 def _is_unknown(length: int) -> bool:
-    """Whether a length of 32 or 64 bits is a placeholder."""
+    """Return whether a length of 32 or 64 bits is a placeholder."""
     return length == 0 or any(top - _NEAR <= length <= top for top in (1 << 31, 1 << 32, 1 << 63, 1 << 64))
 
 

@@ -1,8 +1,8 @@
-"""Where the frames of an MPEG audio file are, and how many: libsndfile guesses where no header tells.
+"""Find and count the frames of an MPEG audio file, because libsndfile guesses their number if no header states it.
 
-A file without a Xing, Info or VBRI header has as many samples as its frames, which are counted once. What lies between
-frames (tags, zeros, junk) is left out, and a header with the number of frames is put in front, so that libsndfile's
-decoder needs no guess. Everything is bounded: the frames of a file, and the bytes that are searched for them.
+For a file without a Xing, Info or VBRI header, the frames are counted once. Bytes between frames (tags, zeros, junk)
+are removed, and a header with the number of frames is prepended, so that libsndfile's decoder need not guess. Both the
+number of frames and the number of bytes searched are bounded.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from d2v_fast.modalities.speech.headers.view import Piece
 
 __all__ = ["is_mpeg_start", "mp3_pieces", "skip_id3v2"]
 
-# 30 hours at 44.1 kHz: counting takes seconds
+# 30 hours at 44.1 kHz; counting them takes seconds
 MAX_FRAMES = 1 << 22
-# bytes that are skipped in search of frames, places in them that are tried, and gaps between frames
+# limits of a search for frames: bytes skipped, positions tried, and gaps between frames
 MAX_JUNK, MAX_TRIES, MAX_GAPS = 1 << 22, 1 << 17, 4096
 MAX_TAGS = 16
 CHUNK = 1 << 20
-# a file that has less of the frames that its header promises was cut
+# a file with a smaller share of the frames that its header states is truncated
 MIN_SHARE = 0.9
-# a frame of free format ends at the next header of its kind; bit rates of use make one of so many bytes
+# range of frame sizes in free format, where a frame ends at the next header of its kind
 MIN_FREE, MAX_FREE = 1 << 7, 1 << 13
-# what begins in the middle of a frame, as recordings of broadcasts do, is MP3 if so many frames follow each other soon
+# a file that starts inside a frame, as recorded broadcasts do, is MP3 if 8 consecutive frames begin soon
 MAX_REST, NUM_CERTAIN = 1 << 12, 8
 MAX_REMEMBERED = 1 << 16
 
@@ -41,7 +41,7 @@ _LOW = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 _RATES_2 = {3: (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256), 2: _LOW, 1: _LOW}
 # Hz of MPEG 1; MPEG 2 has half of it, MPEG 2.5 a quarter
 _HERTZ = (44_100, 48_000, 32_000)
-# of a header's 32 bits: sync, version, layer and rate are those of every frame of a file
+# bits of a header that are equal in all frames of a file: sync, version, layer and sample rate
 _SAME = 0xFFFE0C00
 _LAYER_3 = 1
 # the first three bytes of a header
@@ -56,10 +56,10 @@ class _Frames:
     """The frames of a file.
 
     Attributes:
-        runs: offset and length of every range of the file in which frames follow each other.
-        count: of the frames.
-        has_header: the first of them says their number rightly, or they need no such header.
-        first: header of the first frame.
+        runs: Offset and length in bytes of each range of consecutive frames.
+        count: Number of frames.
+        has_header: Whether the first frame states the right number of frames, or no such header is needed.
+        first: Header of the first frame.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -72,7 +72,7 @@ _remembered: dict[tuple[int, ...], _Frames] = {}
 
 
 def is_mpeg_start(handle: int) -> bool:
-    """Whether a file may hold MPEG frames: it begins with one, a tag, zeros, or the rest of a frame before others."""
+    """Return whether a file may be MPEG audio: it starts with a frame, a tag, zeros, or the rest of a frame."""
     head = os.pread(handle, 8, 0)
     is_frame = _size_of(int.from_bytes(head[:4], "big")) is not None
     if is_frame or head[:3] == b"ID3" or head == b"APETAGEX":
@@ -88,7 +88,7 @@ def is_mpeg_start(handle: int) -> bool:
 
 
 def skip_id3v2(handle: int) -> int:
-    """Offset behind the ID3v2 tags at the beginning of a file."""
+    """Return the offset after the ID3v2 tags at the start of a file."""
     position = 0
     for _ in range(MAX_TAGS):
         tag = os.pread(handle, 10, position)
@@ -102,14 +102,15 @@ def skip_id3v2(handle: int) -> int:
 
 
 def mp3_pieces(handle: int, size: int, start: int) -> list[Piece] | None:
-    """What libsndfile is to read of a file; None: the file as it is.
+    """Return the pieces of a file that libsndfile should read, or `None` for the unchanged file.
 
     Args:
-        handle: file descriptor.
-        size: of the file in bytes.
-        start: offset behind its first tags.
+        handle: File descriptor.
+        size: Size of the file in bytes.
+        start: Offset after the tags at its start.
+
     Raises:
-        UnreadableFile: there are no frames, too many, or far fewer than the file's own header says.
+        UnreadableFile: The file has no frames, too many, or far fewer than its header states.
     """
     status = os.fstat(handle)
     key = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
@@ -125,7 +126,7 @@ def mp3_pieces(handle: int, size: int, start: int) -> list[Piece] | None:
 
 
 class _Reader:
-    """Bytes of a file at ascending offsets, read in chunks."""
+    """Read bytes of a file at ascending offsets, in chunks."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
@@ -133,19 +134,19 @@ class _Reader:
         self._tries = MAX_TRIES
 
     def at(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on; fewer at the end of the file."""
+        """Return `count` bytes from `offset` on, or fewer at the end of the file."""
         inside = offset - self._base
         if inside < 0 or inside + count > len(self._chunk):
             self._base, self._chunk, inside = offset, os.pread(self._handle, CHUNK, offset), 0
         return self._chunk[inside : inside + count]
 
     def word(self, offset: int) -> int:
-        """Big-endian number of four bytes; -1 behind the end."""
+        """Return the big-endian number in four bytes, or -1 past the end of the file."""
         found = self.at(offset, 4)
         return int.from_bytes(found, "big") if len(found) == 4 else -1
 
     def find_sync(self, offset: int, most: int) -> int:
-        """Offset of the next bytes that may begin a frame, at most `most` on; -1 if there is none, or none is tried."""
+        """Return the next offset within `most` bytes where a frame may begin, or -1 if none is left to try."""
         end = offset + most
         while offset < end and self._tries > 0:
             window = self.at(offset, 4096)
@@ -154,7 +155,7 @@ class _Reader:
             if match := _SYNC.search(window):
                 self._tries -= 1
                 return offset + match.start() if offset + match.start() < end else -1
-            # what begins a frame may lie across the end of the window
+            # the start of a frame may cross the end of the window
             offset += len(window) - 2
         return -1
 
@@ -171,28 +172,28 @@ def _find_frames(handle: int, size: int, start: int) -> _Frames:
         count, num_bytes = said
         if count and num_bytes and _ends_at(reader, position + num_bytes, size):
             return _Frames(((position, size - position),), count, has_header=True, first=first)
-        # the header itself is a frame without sound
+        # the header is itself a frame, without sound
         position += first_size
     runs, count = _runs(reader, position, size, first)
     if said is not None and count == said[0] and len(runs) == 1:
-        # it is right, and says how much of the first and last frame is sound
+        # the count is right, and the header also says how much of the first and last frame is sound
         run = (position - first_size, runs[0][1] + first_size)
         return _Frames((run,), count, has_header=True, first=first)
     if not count:
         raise UnreadableFile("holds no samples")
     if said is not None and count < MIN_SHARE * said[0]:
         raise UnreadableFile(f"cut: {count:,} of {said[0]:,} MP3 frames are there")
-    # other layers know no such header
+    # layers I and II have no such header
     return _Frames(tuple(runs), count, has_header=first >> 17 & 3 != _LAYER_3, first=first)
 
 
 def _ends_at(reader: _Reader, end: int, size: int) -> bool:
-    """Whether the file, or all of it but tags, ends where its header says that the frames end."""
+    """Return whether the file, apart from tags, ends where its header says that the frames end."""
     return end == size or (end < size and reader.at(end, 8).startswith((b"TAG", b"APETAGEX", b"LYRICSBE", b"ID3")))
 
 
 def _runs(reader: _Reader, position: int, size: int, first: int) -> tuple[list[tuple[int, int]], int]:
-    """Ranges of frames that follow each other, and the number of all frames."""
+    """Return the ranges of consecutive frames, and the total number of frames."""
     runs: list[tuple[int, int]] = []
     count, begin, junk = 0, position, MAX_JUNK
     free = _free_size(reader, position, first) if first >> 12 & 15 == 0 else 0
@@ -201,7 +202,7 @@ def _runs(reader: _Reader, position: int, size: int, first: int) -> tuple[list[t
         length = _size_of(word) if word >= 0 and (word ^ first) & _SAME == 0 else None
         if length == 0:
             length = free + (word >> 9 & 1) if free else None
-        # a frame that is cut at the end of the file is not decoded
+        # a truncated frame at the end of the file is not decoded
         if length and position + length <= size:
             count += 1
             position += length
@@ -221,7 +222,7 @@ def _runs(reader: _Reader, position: int, size: int, first: int) -> tuple[list[t
 
 
 def _next_frame(reader: _Reader, position: int, most: int, first: int | None) -> int:
-    """Offset of the next header that is followed by another of its kind or the end of the file; -1 if there is none."""
+    """Return the offset of the next header followed by another of its kind or the end of the file, or -1."""
     end = position + most
     while (position := reader.find_sync(position, end - position)) >= 0:
         word = reader.word(position)
@@ -240,7 +241,7 @@ def _next_frame(reader: _Reader, position: int, most: int, first: int | None) ->
 
 @functools.lru_cache(4096)
 def _size_of(word: int) -> int | None:
-    """Bytes of the frame that a header begins: 0 for free format; None: these bits are no header."""
+    """Return the size in bytes of a header's frame, 0 for free format, or `None` if the bits are not a header."""
     version, layer = word >> 19 & 3, word >> 17 & 3
     rate, hertz, padding = word >> 12 & 15, word >> 10 & 3, word >> 9 & 1
     if word >> 21 != 0x7FF or version == 1 or layer == 0 or rate == 15 or hertz == 3:
@@ -255,7 +256,7 @@ def _size_of(word: int) -> int | None:
 
 
 def _frame_size(reader: _Reader, position: int, word: int) -> int:
-    """Bytes of a frame; of free format it is searched; 0: it is none."""
+    """Return the size of a frame in bytes, searching for its end in free format. Return 0 if there is no frame."""
     length = _size_of(word)
     if length is None:
         return 0
@@ -263,7 +264,7 @@ def _frame_size(reader: _Reader, position: int, word: int) -> int:
 
 
 def _free_size(reader: _Reader, position: int, word: int) -> int:
-    """Bytes without padding of the frames of free format that begin at `position`; 0 if no other follows."""
+    """Return the unpadded size of free-format frames that begin at `position`, or 0 if no other follows."""
     offset = position + 4
     while (offset := reader.find_sync(offset, position + MAX_FREE - offset)) >= 0:
         other = reader.word(offset)
@@ -277,13 +278,13 @@ def _free_size(reader: _Reader, position: int, word: int) -> int:
 
 
 def _side_info(word: int) -> int:
-    """Bytes between the header of a frame of layer III and its data, where a Xing header stands."""
+    """Return the bytes of side information, after which a layer III frame may hold a Xing header."""
     is_mono, is_first = word >> 6 & 3 == 3, word >> 19 & 3 == 3
     return {(True, True): 17, (False, True): 32, (True, False): 9, (False, False): 17}[is_mono, is_first]
 
 
 def _said(reader: _Reader, position: int, word: int) -> tuple[int, int] | None:
-    """Number of frames and of bytes (0: not said) of a Xing, Info or VBRI header; None: the frame is none."""
+    """Read the frames and bytes (0 if not stated) of a Xing, Info or VBRI header, or `None` if there is none."""
     offset = position + 4 + _side_info(word)
     tag = reader.at(offset, 16)
     if tag[:4] in (b"Xing", b"Info") and len(tag) == 16:
@@ -298,7 +299,7 @@ def _said(reader: _Reader, position: int, word: int) -> tuple[int, int] | None:
 
 
 def _info_frame(first: int, count: int, num_bytes: int) -> bytes:
-    """A frame without sound that says how many frames follow; of other layers than III nothing."""
+    """Return a silent frame that states how many frames follow, or no bytes for layers I and II."""
     if first >> 17 & 3 != _LAYER_3:
         return b""
     side = _side_info(first)
@@ -309,4 +310,4 @@ def _info_frame(first: int, count: int, num_bytes: int) -> bytes:
         if length is not None and length >= 4 + side + 16:
             tag = b"Xing" + (3).to_bytes(4, "big") + count.to_bytes(4, "big") + (num_bytes + length).to_bytes(4, "big")
             return (word.to_bytes(4, "big") + bytes(side) + tag).ljust(length, b"\0")
-    raise AssertionError("every version of layer III has a bit rate that is high enough")
+    raise AssertionError("every version of layer III has a sufficient bit rate")

@@ -1,4 +1,4 @@
-"""A recording's file as libsndfile can read it: with a header that is mended, and without what is in the way."""
+"""A recording's file with edits, such as a corrected header, presented to libsndfile as one file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from itertools import accumulate
 __all__ = ["FileView", "Piece", "edited"]
 
 Piece = bytes | tuple[int, int]
-"""Some bytes, or a range of a file: its offset and length in bytes."""
+"""Literal bytes, or a range of a file as offset and length in bytes."""
 
 
 class FileView(io.RawIOBase):
-    """Pieces one after the other, as a file that is read.
+    """Concatenated pieces as a readable file.
 
     Args:
-        handle: file descriptor that ranges refer to; it stays open.
-        pieces: what the file consists of.
+        handle: File descriptor that ranges refer to. It is not closed.
+        pieces: Contents of the file, in order.
     """
 
     def __init__(self, handle: int, pieces: Iterable[Piece]) -> None:
@@ -47,7 +47,7 @@ class FileView(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: object) -> int:
-        """See `io.RawIOBase`; fills the buffer unless the file ends."""
+        """See `io.RawIOBase`. It fills the buffer unless the file ends."""
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         done = 0
         while done < len(view) and self._position < self._starts[-1]:
@@ -68,12 +68,12 @@ class FileView(io.RawIOBase):
 
 
 def edited(size: int, edits: Iterable[tuple[int, int, bytes]], start: int = 0) -> list[Piece]:
-    """The pieces of a file of which some bytes are replaced.
+    """Return the pieces of a file with some bytes replaced.
 
     Args:
-        size: of the file in bytes.
-        edits: offset, number of bytes that are taken out, and what takes their place; in ascending order.
-        start: bytes before it are left out.
+        size: Size of the file in bytes.
+        edits: Offset, number of bytes to remove, and bytes to insert in their place; in ascending order of offset.
+        start: Offset of the first byte to include.
     """
     pieces: list[Piece] = []
     for offset, num_out, new in edits:
