@@ -1,17 +1,16 @@
-"""Checkpoints that are complete or absent, and verified before they are used.
+"""Write checkpoints atomically, verify them before use, and delete old ones.
 
-`checkpoints/step-N/` is written under another name, flushed to the disk, and renamed last: a process that dies at any
-moment leaves the previous checkpoints as they were. `manifest.json` holds size and SHA-256 of every file, and
-`files.py` compares them: a checkpoint with a changed byte is renamed to `step-N.damaged`, and the one before it is
-used. A system error while it is read is not damage: the run stops, and nothing is renamed. Nothing is loaded with
-pickle: the tensors are in safetensors files, the rest is JSON.
+`checkpoints/step-N/` is written under a temporary name, flushed to the disk, and renamed last, so that a process that
+dies at any moment leaves the earlier checkpoints intact. `manifest.json` holds size and SHA-256 of every file. A
+checkpoint that does not match them is renamed to `step-N.damaged`, and the one before it is used. A system error while
+reading is not damage: the run stops, and nothing is renamed. Tensors are in safetensors files and the rest is JSON, so
+that pickle is never used.
 
-An entry of the `checkpoints` folder that no run has written is never followed, overwritten or deleted. It stays, or is
-moved aside with a message if a checkpoint needs its name.
+Entries of the `checkpoints` folder that no run has written are never followed, overwritten or deleted. One whose name
+a checkpoint needs is renamed with a message.
 
-Every process writes the ranges that it trains to its own file, as `shard_files.py` describes. Training waits only for
-the copy to host memory: a thread writes it to the disk, and the checkpoint gets its name when all processes have
-finished.
+Every process writes the ranges that it trains to its own file; see `shard_files.py`. Training waits only for the copy
+to host memory. A thread writes it to the disk, and the checkpoint is renamed when all processes have finished.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ class Checkpoints:
         self.world = world
         self._say = say
         self._said: set[str] = set()
-        # steps that this process has written or read, and need not be written again
+        # steps that this process has written or read, which need not be written again
         self._known: set[int] = set()
         self._writing: _Writing | None = None
 
@@ -142,7 +141,7 @@ class Checkpoints:
         fault_point("save.begin")
         shapes = {f"{kind}/{shard.name}": list(shard.shape) for kind, shard in kept}
         if self.world.any(any(not shard.is_whole for _, shard in kept)):
-            # a process does not know parameters that it trains no part of
+            # a process lacks the shapes of parameters that it trains no part of
             shapes = {name: shape for known in self.world.collect(shapes) for name, shape in known.items()}
         failure: Exception | None = None
         try:
@@ -158,7 +157,7 @@ class Checkpoints:
             self.finish()
 
     def advance(self) -> None:
-        """Give a checkpoint that is written in the background its name, if all processes have finished writing.
+        """Complete a checkpoint that is written in the background, if all processes have finished writing.
 
         Raises:
             RunError: It could not be written.
@@ -167,7 +166,7 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and give it its name.
+        """Wait for the checkpoint that is being written, if any, and complete it.
 
         Raises:
             RunError: It could not be written.
@@ -188,15 +187,15 @@ class Checkpoints:
             try:
                 self._retire(writing.step)
             except OSError as error:
-                # the new one is there; they are deleted after a later save
-                self._say(f"the old checkpoints stay, because {self.folder} could not be read: {error}")
+                # the new checkpoint is complete, and a later save deletes the old ones
+                self._say(f"the old checkpoints are kept, because {self.folder} could not be read: {error}")
 
         self.world.decide(name)
 
     def newest(
         self, tell: Callable[[str], None], check: Callable[[Checkpoint], None] = lambda checkpoint: None
     ) -> Checkpoint | None:
-        """Open the newest checkpoint that is whole; see `find_newest`."""
+        """Open the newest undamaged checkpoint; see `find_newest`."""
         found = find_newest(self.folder, self.world, tell, check)
         if found is not None:
             self._known.add(found.step)
@@ -206,16 +205,16 @@ class Checkpoints:
         """Return the steps of the complete checkpoints, newest first.
 
         Raises:
-            OSError: the folder cannot be listed.
+            OSError: The folder cannot be listed.
         """
         return complete_steps(self.folder)
 
     def _begin(self, step: int, num_bytes: int) -> str | None:
-        """Make the temporary folder and return its name; None where the checkpoint exists.
+        """Make the temporary folder and return its name; None if the checkpoint exists already.
 
         Raises:
-            RunError: there is no room for it.
-            OSError: the folder cannot be made.
+            RunError: There is not enough space for it.
+            OSError: The folder cannot be made.
         """
         if step in self._known and (self.folder / f"step-{step}").exists():
             return None
@@ -223,13 +222,13 @@ class Checkpoints:
         with os.scandir(self.folder) as entries:
             leftovers = [Path(entry.path) for entry in entries if _TEMPORARY.fullmatch(entry.name)]
         for leftover in leftovers:
-            # of a process that died: the lock on the run folder says that no one else is writing
+            # left by a process that died: the lock on the run folder excludes other writers
             self._delete(leftover)
         free = shutil.disk_usage(self.folder).free
         if free < num_bytes:
             raise RunError(
                 f"the checkpoint step-{step} takes {num_bytes / 1e6:.0f} MB, and {self.folder} has {free / 1e6:.0f} MB "
-                f"left. Those before it are intact. Make room, then: {resume_command(self.folder.parent)}"
+                f"left. Earlier checkpoints are intact. Make room, then: {resume_command(self.folder.parent)}"
             )
         temporary = free_path(self.folder / f"step-{step}.tmp-{os.getpid()}")
         temporary.mkdir()
@@ -269,12 +268,12 @@ class Checkpoints:
             try:
                 with alone_with(folder) as is_free:
                     if not is_free:
-                        # an export or a probe reads it, and a later save deletes it
+                        # an export or a probe is reading it, and a later save deletes it
                         continue
                     # renamed first, so that no half-deleted checkpoint has a good name
                     doomed = folder.rename(free_path(self.folder / f"step-{old}.tmp-old"))
             except OSError as error:
-                self._say_once(folder, f"the old checkpoint {folder} could not be deleted and stays: {error}")
+                self._say_once(folder, f"the old checkpoint {folder} could not be deleted and is kept: {error}")
                 continue
             fault_point("save.delete")
             self._delete(doomed)
@@ -282,19 +281,21 @@ class Checkpoints:
     def _delete(self, folder: Path) -> None:
         """Delete the rest of a checkpoint, unless it holds something that no run has written."""
         if folder.is_symlink() or not folder.is_dir() or not _OWN_TEMPORARY.fullmatch(folder.name):
-            self._say_once(folder, f"{printable(str(folder))} is not of this run; it stays as it is")
+            self._say_once(folder, f"{printable(str(folder))} is not of this run and is kept")
         elif not self._holds_others(folder):
             try:
                 shutil.rmtree(folder)
             except OSError as error:
-                self._say_once(folder, f"{folder} is left of a save, and could not be deleted: {error}")
+                self._say_once(folder, f"{folder} is a leftover of a save and could not be deleted: {error}")
 
     def _holds_others(self, folder: Path) -> bool:
         """Return whether a checkpoint's folder holds something that no run has written, and report it once."""
         others = foreign_entries(folder)
         if others:
             found = printable(", ".join(others[:3]))
-            self._say_once(folder, f"{folder} is not deleted, because it holds what no run has written: {found}")
+            self._say_once(
+                folder, f"{folder} is not deleted, because it holds entries that no run has written: {found}"
+            )
         return bool(others)
 
     def _say_once(self, path: Path, sentence: str) -> None:
@@ -317,7 +318,7 @@ class Checkpoints:
                 self._give_up(step, temporary, (f"{which}{reason}", remedy))
 
     def _described(self, error: Exception) -> tuple[str, str]:
-        """Return what went wrong, and what to do about it."""
+        """Return a description of the error, and advice."""
         return f"{type(error).__name__}: {error}", advice(error, self.folder)
 
     def _give_up(self, step: int, temporary: Path | None, described: Sequence[str]) -> NoReturn:
@@ -329,7 +330,7 @@ class Checkpoints:
             # the folder itself may be unreadable
             steps = self.steps()
             free = f"{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free"
-        intact = f"step-{steps[0]} before it is intact" if steps else "there is none before it"
+        intact = f"the earlier checkpoint step-{steps[0]} is intact" if steps else "there is no earlier checkpoint"
         then = f"{remedy}, then" if remedy else "To continue"
         raise RunError(
             f"the checkpoint step-{step} could not be written to {self.folder} ({free}): {reason}. "

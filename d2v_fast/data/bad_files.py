@@ -1,4 +1,4 @@
-"""Unreadable files of a data set: counted, named, and judged against `max_bad_fraction`."""
+"""Count and log the unreadable files of a data set, and compare them with `max_bad_fraction`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 
 __all__ = ["BadFiles", "judge_listing"]
 
-# the share of unreadable files is judged over at least so many samples (or the data set, if it is smaller)
+# the share of unreadable files is computed over at least so many samples, or the whole data set if it is smaller
 MIN_JUDGED = 1000
-# standard deviations by which the files seen so far may exceed the limit: they are a random part of all
+# standard deviations by which the files seen so far, a random sample, may exceed the limit
 NUM_DEVIATIONS = 4.0
 
 _log = logging.getLogger(__name__)
 
 
 class BadFiles:
-    """Counts and names unreadable files, and stops the run when there are too many.
+    """Count and log unreadable files, and stop the run if there are too many.
 
     Args:
-        config: its `max_bad_fraction` and `strict` are used.
-        maker: of the data set; what its listing holds is named at once, and was judged by `judge_listing`.
-        on_bad: is called with every unreadable file when it is first met, as `path: reason`.
+        config: Section with `max_bad_fraction` and `strict`.
+        maker: Batch maker of the data set. The unreadable files of its listing, which `judge_listing` has accepted, are
+            logged at once.
+        on_bad: Called once with every unreadable file, as `path: reason`.
     Attributes:
-        files: the unreadable files, as `path: reason`.
+        files: The unreadable files, as `path: reason`, in the order of their discovery.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class BadFiles:
         self._num_listed = len(self.files)
 
     def add(self, batch: Batch) -> None:
-        """Count the samples of a batch, and count and name the unreadable files that it met first.
+        """Count the samples of a batch, and count and log its unreadable files that are new.
 
         Raises:
-            DataError: with `strict`, for any; or there are too many.
+            DataError: There are too many unreadable files, or one with `strict`.
         """
         self._num_seen += len(batch.sample_ids)
         new = self._name(batch.bad)
@@ -70,12 +71,12 @@ class BadFiles:
         limit = math.ceil(min(expected + NUM_DEVIATIONS * math.sqrt(expected), self._max_fraction * self._num_samples))
         if found > limit:
             raise _refusal(found, seen, self._what, self._max_fraction, list(self.files)[self._num_listed :])
-        # those of the listing and those found since, against all there are
+        # compare the files of the listing and those found since with all files
         if len(self.files) > math.ceil(self._max_fraction * self._num_files):
             raise _refusal(len(self.files), self._num_files, self._what, self._max_fraction, list(self.files))
 
     def _name(self, bad: Iterable[str]) -> list[str]:
-        """Log those that are new; returns them."""
+        """Log the unreadable files that are new, and return them."""
         new = [file for file in dict.fromkeys(bad) if file not in self.files]
         for file in new:
             self.files[file] = None
@@ -85,10 +86,10 @@ class BadFiles:
 
 
 def judge_listing(config: DataSection, maker: BatchMaker) -> None:
-    """Compare the files that were found unreadable when a data set was listed with `max_bad_fraction` of all files.
+    """Compare the files that were unreadable when a data set was listed with `max_bad_fraction` of all files.
 
     Raises:
-        DataError: there are too many; with `strict`, there is one.
+        DataError: There are too many unreadable files, or one with `strict`.
     """
     bad, total = maker.listing.bad_files, _num_files(maker)
     if bad and config.strict:
@@ -102,7 +103,10 @@ def _num_files(maker: BatchMaker) -> int:
 
 
 def _refusal_of_strict(what: str, bad: Iterable[str]) -> DataError:
-    return DataError(f"an unreadable {what}, and `d2v.data.strict` is true:\n  " + "\n  ".join(list(bad)[:NUM_NAMED]))
+    return DataError(
+        f"there is an unreadable {what}, and `d2v.data.strict` is true. Repair or remove it:\n  "
+        + "\n  ".join(list(bad)[:NUM_NAMED])
+    )
 
 
 def _refusal(num_bad: int, seen: int, what: str, max_fraction: float, bad: Iterable[str]) -> DataError:
@@ -110,5 +114,5 @@ def _refusal(num_bad: int, seen: int, what: str, max_fraction: float, bad: Itera
     more = num_bad - len(named)
     return DataError(
         f"{num_bad:,} of {seen:,} {what}s are unreadable, and `d2v.data.max_bad_fraction` is {max_fraction}. Repair or "
-        "remove them, or raise that limit:\n  " + "\n  ".join(named) + (f"\n  and {more:,} more" if more else "")
+        "remove them, or raise the limit:\n  " + "\n  ".join(named) + (f"\n  and {more:,} more" if more else "")
     )

@@ -1,8 +1,8 @@
-"""Ends loader workers from which a batch has been awaited for too long.
+"""End loader workers that take too long to return a batch.
 
-A worker that stops after it has queued a batch holds the main process in a system call: the batch lies in memory whose
-handle the worker passes on only when it is asked. No time-out of torch's `DataLoader` covers that. When the worker
-ends, the system call fails, and the main process gets an error that it can report.
+A worker that is suspended after it has queued a batch blocks the main process in a system call, because the worker
+still has to send the handle of the batch's shared memory. No timeout of torch's `DataLoader` covers that. When the
+worker is killed, the system call fails, and the main process can report an error.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["WorkerWatch"]
 
 
 class WorkerWatch:
-    """A thread that counts how long the main thread has awaited one batch.
+    """A thread that measures how long the main thread waits for a batch, and kills the workers after a limit.
 
     Args:
-        iterator: of a `DataLoader` with worker processes.
-        limit_s: seconds; 0 waits for ever.
+        iterator: Iterator of a `DataLoader` with worker processes.
+        limit_s: Limit in seconds; 0 means no limit.
     Attributes:
-        problem: which worker gave no batch, once that has taken too long, else None.
+        problem: A sentence about the worker that returned no batch in time; None if there is none.
     """
 
     def __init__(self, iterator: Any, limit_s: float) -> None:
@@ -40,7 +40,7 @@ class WorkerWatch:
 
     @contextmanager
     def awaiting(self) -> Iterator[None]:
-        """Count the time that the block takes."""
+        """Limit the time that the block takes."""
         self._batch += 1
         self._is_awaited = True
         try:
@@ -53,7 +53,7 @@ class WorkerWatch:
         self._closed.set()
 
     def dead(self) -> str | None:
-        """Return which workers have ended without being asked, as a phrase; None where all live."""
+        """Return a phrase that names the workers that have died; None if all are alive."""
         return self._named("dead")
 
     def _watch(self) -> None:
@@ -65,7 +65,7 @@ class WorkerWatch:
                 looks, batch = 0, self._batch
             else:
                 looks += 1
-                # this wait has a limit of its own
+                # reset the idle watch, since this wait has its own limit
                 alive()
             last = now
             if looks >= LOOKS:
@@ -76,16 +76,16 @@ class WorkerWatch:
                 return
 
     def _expect_deaths(self) -> None:
-        """Take the workers off the list of those whose death torch raises wherever the main thread is at that moment.
+        """Stop torch from raising an error about the workers' deaths at an arbitrary point of the main thread.
 
-        It would take the place of `problem`. Their death is noticed where the batch is awaited.
+        That error would replace `problem`. The code that waits for the batch notices their deaths itself.
         """
         if getattr(self._iterator, "_worker_pids_set", False):
             self._iterator._worker_pids_set = False
             torch._C._remove_worker_pids(id(self._iterator))
 
     def _diagnosis(self) -> str:
-        waited = f"A data loader worker gave no batch for {self._limit_s:g} s"
+        waited = f"A data loader worker returned no batch for {self._limit_s:g} s"
         for state in ("stopped", "dead", "waiting for a disk or a network file system"):
             if (named := self._named(state)) is not None:
                 return f"{waited}: {named}."
@@ -103,7 +103,7 @@ class WorkerWatch:
         return f"worker {index} (pid {self._iterator._workers[index].pid})"
 
     def _due(self) -> int | None:
-        """The worker that has to give the next batch; torch has no public way to ask."""
+        """Return the index of the worker that has to return the next batch; torch has no public interface for it."""
         tasks: dict[int, tuple[int, ...]] = getattr(self._iterator, "_task_info", {})
         task = tasks.get(getattr(self._iterator, "_rcvd_idx", -1))
         return None if task is None else task[0]

@@ -4,10 +4,10 @@
     d2v-fast import beit_base_checkpoint.pth --to exported            # of images -> Transformers
     d2v-fast import nlp_base.pt --tokenizer roberta --to exported     # of text, with its tokenizer
     d2v-fast import audio_base_ls.pt --to runs/more --ds_config configs/speech_base.json
-    python d2v_fast/train.py --run more --resume                      # pre-training goes on from these weights
+    python d2v_fast/train.py --run more --resume                      # pre-training continues from these weights
 
-A run that begins with given weights is one that was saved before its first step: it has student, head and teacher, the
-optimizer has no moments yet, and the schedules are at their beginning.
+A run that begins with given weights looks like one that was saved before its first step: it has student, head and
+teacher, but no optimizer moments, and its schedules are at their beginning.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.resume_rules import FREE_MODEL_KEYS
 from d2v_fast.training.run_folder import RunFolder
-from d2v_fast.training.run_state import DataIdentity, Networks, RunState
+from d2v_fast.training.run_state import DataIdentity, RunSaver
 
 # suffixes of files that belong to a folder
 _PARTS = (".json", ".model", ".safetensors", ".txt")
@@ -141,9 +141,8 @@ def start_run(
         folder = RunFolder.create(to.parent, to.name, to.name)
         try:
             checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world)
-            unstarted: Any = _Unstarted(model)
-            networks, data = Networks(model, average, unstarted), DataIdentity(_vocabulary(source, found), None)
-            RunState(config, world, networks, checkpoints, data).save(0)
+            data = DataIdentity(_vocabulary(source, found), None)
+            RunSaver(config, world, average, _Unstarted(model), checkpoints, data).save(0)
             folder.write_config(config)
         except BaseException:
             # a half-made folder is of no use
@@ -173,7 +172,7 @@ class _Weights(NamedTuple):
 
 
 class _Unstarted:
-    """Take the place of an engine in a checkpoint of a model that no optimizer has stepped."""
+    """Stand in for an engine when a model is saved that no optimizer has stepped."""
 
     def __init__(self, model: Data2Vec) -> None:
         self._model = model

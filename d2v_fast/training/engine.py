@@ -1,14 +1,13 @@
-"""What runs a step: plain torch for one process, DeepSpeed for several, for ZeRO and for offload.
+"""Engines that run a training step: plain torch for one process; DeepSpeed for several processes, ZeRO and offload.
 
-Both engines offer the same few methods, so that the training loop does not know which one it has. A step whose loss
-or gradient is not finite changes nothing, on every process alike:
+Both engines have the same interface. A step with a non-finite loss or gradient changes nothing in any process:
 
-- a loss that is not finite is multiplied by NaN before the backward pass, so that every gradient of this process is
-  NaN, and so is every gradient of the others once they are averaged;
-- where plain torch's AdamW runs the step (`PlainEngine`, DeepSpeed without ZeRO in fp32), it is handed a flag on the
-  device, 1 where the gradient norm is not finite, and leaves parameters and moments as they are. The host never waits
-  for that flag: `step` returns it, and whoever updates the teacher masks that update with it on the device;
-- everywhere else DeepSpeed makes the same check itself, and the host knows at once.
+- A non-finite loss is multiplied by NaN before the backward pass. This makes every gradient of this process NaN, and
+  the average over the processes as well.
+- Torch's AdamW (in `PlainEngine`, and in DeepSpeed without ZeRO in fp32) receives a flag on the device that is 1 if
+  the gradient norm is not finite, and then leaves parameters and moments unchanged. The host does not wait for the
+  flag: `step` returns it, and the caller masks the teacher's update with it on the device.
+- In all other cases DeepSpeed makes this check itself and reports the outcome to the host.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ class Engine(ABC):
     """A model with its optimizer.
 
     Attributes:
-        model: the bare module.
-        compute_dtype: dtype of the forward pass, and of the teacher's working copy.
-        grad_norm: 0-d, norm of the last step's gradient before clipping, over all processes.
+        model: The module without wrappers.
+        compute_dtype: Dtype of the forward pass and of the teacher's working copy.
+        grad_norm: 0-d, global norm of the last step's gradient before clipping.
     """
 
     model: nn.Module
@@ -60,50 +59,50 @@ class Engine(ABC):
         """Run the model on one micro-batch in training mode, in the compute dtype.
 
         Args:
-            batch: the micro-batch, on the model's device.
-            teacher: the network whose features are the targets, in eval mode.
+            batch: The micro-batch, on the model's device.
+            teacher: The network that computes the targets, in eval mode.
         """
 
     @abstractmethod
     def backward(self, loss_sum: Tensor, num_values: float) -> None:
-        """Add the gradient of one micro-batch to those of the step.
+        """Accumulate the gradient of one micro-batch.
 
-        After all micro-batches the gradient is that of the mean: the sum of `loss_sum` over all micro-batches and
+        After all micro-batches the gradient is that of the mean loss: the sum of `loss_sum` over all micro-batches and
         processes, divided by `num_values`.
 
         Args:
             loss_sum: 0-d fp32, the loss summed over this micro-batch.
-            num_values: the number of terms in the whole step; the same for all its micro-batches and processes.
+            num_values: Number of terms in the whole step, the same for all micro-batches and processes.
         """
 
     @abstractmethod
     def step(self, lr: float) -> Tensor:
-        """Clip and apply the gradients of all micro-steps at this learning rate, then clear them.
+        """Clip and apply the accumulated gradients with learning rate `lr`, then clear them.
 
         Returns:
-            0-d bool on the model's device: whether anything was changed. On the CPU it can be read at no cost.
+            0-d bool on the model's device: whether the step was applied. Reading it from a GPU waits for the step.
         """
 
     @abstractmethod
     def signature(self) -> dict[str, Any]:
-        """What the last digits of a result depend on: it is compared when a run is resumed."""
+        """Return settings that affect the last digits of results. They are compared when a run is resumed."""
 
     @property
     @abstractmethod
     def optimizer(self) -> Any:
-        """The optimizer that steps the fp32 values."""
+        """The optimizer that steps the fp32 parameters."""
 
     @property
     def deepspeed(self) -> ZeroEngine | None:
-        """DeepSpeed's engine, which decides how the parameters are sharded; None without DeepSpeed."""
+        """DeepSpeed's engine, which determines how parameters are sharded; None without DeepSpeed."""
         return None
 
     def shards(self) -> list[Shard]:
-        """The ranges of the parameters that this process trains: fp32, live."""
+        """Return the parameter ranges that this process trains, as fp32 views of the live values."""
         return find_shards(self.model.named_parameters(), self.deepspeed)
 
     def kept(self) -> list[Kept]:
-        """What a checkpoint keeps of the model and its optimizer."""
+        """Return the tensors of the model and its optimizer that a checkpoint stores."""
         shards = self.shards()
         kept = [Kept("student", shard) for shard in shards]
         if self._step_count(shards) > 0:
@@ -114,15 +113,15 @@ class Engine(ABC):
         return kept
 
     def state(self) -> dict[str, Any]:
-        """The rest of what a checkpoint keeps, which JSON can express."""
+        """Return the rest of the engine's state, in values that JSON can express."""
         return {"optimizer_step": self._step_count(self.shards())}
 
     def restore(self, read: Callable[[Kept], None], state: Mapping[str, Any]) -> None:
-        """Bring model and optimizer into a saved state, whatever engine it is from.
+        """Restore model and optimizer from a saved state of any engine.
 
         Args:
-            read: fills the tensor of what it is given.
-            state: what `state` returned.
+            read: Fills the tensor of an entry of `kept` from the checkpoint.
+            state: The saved result of `state`.
         """
         restore_optimizer(self.optimizer, _distinct(shard.stepped for shard in self.shards()), state["optimizer_step"])
         for kept in self.kept():
@@ -133,13 +132,13 @@ class Engine(ABC):
 
 
 def make_engine(model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> Engine:
-    """Return the engine that the configuration and the number of processes need.
+    """Return the engine that the configuration and the number of processes require.
 
     Args:
-        model: on its device, in fp32. `forward` takes a batch and a teacher and returns a `StepOutput`.
-        config: the file without its `"d2v"` section.
-        world: of the run.
-        decay_1d: whether biases and norms have weight decay.
+        model: The module in fp32 on its device. Its `forward` maps a batch and a teacher to a `StepOutput`.
+        config: The configuration file without its `"d2v"` section.
+        world: The processes of the run.
+        decay_1d: Whether 1-D parameters (biases, norms) have weight decay.
     """
     if not config.needs_deepspeed(world.size):
         return PlainEngine(model, config, world, decay_1d=decay_1d)
@@ -147,15 +146,15 @@ def make_engine(model: nn.Module, config: DeepSpeedConfig, world: World, *, deca
 
 
 def check_engine_available(config: DeepSpeedConfig, num_processes: int) -> None:
-    """Check that DeepSpeed, where it is needed, is installed in a supported version, and the optimizer as well.
+    """Check that the optimizer is available and, if it is needed, a supported version of DeepSpeed.
 
     Raises:
-        RunError: one of them is not.
+        RunError: One of them is missing or not supported.
     """
     if config.needs_deepspeed(num_processes):
         if importlib.util.find_spec("deepspeed") is None:
             raise RunError(
-                "More than one process, ZeRO and offload run on DeepSpeed, which is not installed: "
+                "Several processes, ZeRO and offload need DeepSpeed, which is not installed: "
                 f"`{install_command('deepspeed')}`. One process without `zero_optimization` does not need it."
             )
         deepspeed_start.check_version()
@@ -164,7 +163,11 @@ def check_engine_available(config: DeepSpeedConfig, num_processes: int) -> None:
 
 
 def import_engine(config: DeepSpeedConfig, world: World) -> None:
-    """Import what an engine imports, before the memory of the run is measured."""
+    """Import an engine's packages before the run's memory is measured.
+
+    Raises:
+        RunError: DeepSpeed cannot be imported.
+    """
     importlib.import_module("torch._dynamo")
     if config.needs_deepspeed(world.size):
         try:
@@ -172,14 +175,14 @@ def import_engine(config: DeepSpeedConfig, world: World) -> None:
         except RunError:
             raise
         except Exception as error:
-            # a package that does not fit the others raises what it likes
+            # incompatible packages can raise any exception on import
             raise RunError(f"deepspeed cannot be imported: {type(error).__name__}: {error}") from error
         if config.zero_optimization.stage > 0:
             deepspeed_start.load_zero()
 
 
 class PlainEngine(Engine):
-    """One process. fp32 parameters and AdamW; bf16 means autocast, so that the optimizer keeps fp32 values."""
+    """Train in one process with fp32 parameters; bf16 is autocast, so that the optimizer steps fp32 values."""
 
     def __init__(self, model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> None:
         self.model = model
@@ -198,7 +201,7 @@ class PlainEngine(Engine):
         return output
 
     def backward(self, loss_sum: Tensor, num_values: float) -> None:
-        # scaled and divided as DeepSpeed does, so that both engines round alike
+        # scale and divide as DeepSpeed does, so that both engines round alike
         loss = loss_sum * (self._accumulation / num_values)
         (_nan_unless_finite(loss) / self._accumulation).backward()
 
@@ -206,7 +209,7 @@ class PlainEngine(Engine):
         _set_lr(self._optimizer, lr)
         for parameter in self.model.parameters():
             if parameter.grad is None:
-                # of a block that was skipped: its moments and its decay go on, as they do in several processes
+                # a skipped block: update its moments and apply weight decay, as with several processes
                 parameter.grad = torch.zeros_like(parameter)
         self.grad_norm, applied = _clip(self.model, self._optimizer, self._clipping)
         self._optimizer.step()
@@ -222,7 +225,7 @@ class PlainEngine(Engine):
 
 
 class DeepSpeedEngine(Engine):
-    """Several processes, ZeRO, offload to the host."""
+    """Train with DeepSpeed, in several processes or with ZeRO or offload."""
 
     def __init__(self, model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> None:
         deepspeed_start.load(world.device)
@@ -233,13 +236,13 @@ class DeepSpeedEngine(Engine):
         self._device = world.device
         self._world_size, self._stage = world.size, config.zero_optimization.stage
         self._micro_steps, self._accumulation = 0, split.accumulation
-        # without ZeRO and without loss scaling DeepSpeed hands the step to AdamW unchecked: it is checked here
+        # without ZeRO and loss scaling, DeepSpeed does not check for non-finite gradients
         self._checks_here = self._stage == 0 and self.compute_dtype == torch.float32
         self._clipping = config.gradient_clipping
         settings = _deepspeed_settings(config, split, self.compute_dtype, sum(p.numel() for p in model.parameters()))
         if self._checks_here:
             settings["gradient_clipping"] = 0.0
-        # made here: DeepSpeed's names for optimizers leave open which one is meant
+        # build the optimizer here: DeepSpeed's optimizer names are ambiguous
         del settings["optimizer"]
         optimizer = _make_optimizer(model, config, decay_1d)
         try:
@@ -249,15 +252,15 @@ class DeepSpeedEngine(Engine):
         except (ValueError, AssertionError) as error:
             raise RunError(f"DeepSpeed cannot run this configuration here: {error}") from error
         except Exception as error:
-            # without an account or a network, these cannot begin to report
+            # these packages raise without an account or a network
             package = type(error).__module__.partition(".")[0]
             if package not in ("wandb", "comet_ml"):
                 raise
             raise RunError(
-                f"{package} cannot report this run: {error} Mend that, or set its `enabled` to false."
+                f"{package} cannot report this run: {error} Fix that, or set its `enabled` to false."
             ) from error
         if self.compute_dtype == torch.float16:
-            # the guard ends the run, and reports what it has seen
+            # the guard ends such a run, with a report
             deepspeed_internals.tolerate_smallest_scale(self._engine)
         self._engine.train()
 
@@ -271,7 +274,7 @@ class DeepSpeedEngine(Engine):
         self._engine.backward(_nan_unless_finite(loss))
         self._micro_steps += 1
         if self._micro_steps < self._accumulation:
-            # DeepSpeed counts micro-steps in its own `step`, which changes nothing before the last one
+            # DeepSpeed counts micro-steps in its `step`, which changes nothing before the last one
             self._engine.step()
 
     def step(self, lr: float) -> Tensor:
@@ -299,7 +302,7 @@ class DeepSpeedEngine(Engine):
         return self._engine
 
     def state(self) -> dict[str, Any]:
-        # the other dtypes need no scale
+        # other dtypes have no loss scale
         is_scaled = self.compute_dtype == torch.float16
         scale = deepspeed_internals.loss_scale_state(self._engine) if is_scaled else {}
         return {**super().state(), "loss_scale": scale}
@@ -314,7 +317,7 @@ class DeepSpeedEngine(Engine):
 def compute_dtype(config: DeepSpeedConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of the forward pass.
 
-    `bf16.enabled` "auto" means bf16 on a GPU that supports it natively, and fp32 elsewhere.
+    `bf16.enabled` "auto" selects bf16 on a GPU with native support, unless fp16 is enabled.
     """
     wanted = config.bf16.enabled
     if wanted == "auto":
@@ -326,11 +329,12 @@ def compute_dtype(config: DeepSpeedConfig, device: torch.device) -> torch.dtype:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float, decay_1d: bool) -> list[dict[str, Any]]:
-    """Return two groups, matrices and 1-D parameters (biases, norms, LayerScale, the class token).
+    """Return two parameter groups: matrices and 1-D parameters (biases, norms, LayerScale, class token).
 
     Args:
-        weight_decay: of the matrices.
-        decay_1d: whether 1-D parameters have the same weight decay; otherwise they have none.
+        model: Its trainable parameters are grouped.
+        weight_decay: Weight decay of the matrices.
+        decay_1d: Whether 1-D parameters have the same weight decay; otherwise they have none.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -351,12 +355,16 @@ def _set_lr(optimizer: Any, lr: float) -> None:
 
 
 def _nan_unless_finite(loss: Tensor) -> Tensor:
-    # a factor on the device, so that the host need not look; an infinite loss can have finite gradients
+    # a factor on the device avoids a sync; without it, an infinite loss could have finite gradients
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
 def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Clip the gradients and tell AdamW whether to leave everything as it is: (norm, applied), both 0-d, no sync."""
+    """Clip the gradients, and set AdamW's flag that skips a step with a non-finite norm, without a sync.
+
+    Returns:
+        The norm before clipping and whether the step is applied, both 0-d.
+    """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
     if max_norm > 0:
@@ -369,7 +377,7 @@ def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -
 def _deepspeed_settings(
     config: DeepSpeedConfig, split: BatchSplit, dtype: torch.dtype, num_parameters: int
 ) -> dict[str, Any]:
-    """The file's DeepSpeed keys with everything resolved that it leaves open."""
+    """Return the file's DeepSpeed keys with all defaults and "auto" values resolved."""
     settings = config.for_deepspeed(split.world_size)
     settings |= {
         "train_batch_size": split.global_batch,
@@ -382,7 +390,7 @@ def _deepspeed_settings(
     settings.setdefault("steps_per_print", 10**9)
     zero = settings.setdefault("zero_optimization", {})
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        # the default is a buffer of 2 GB; no bucket needs to be larger than the model
+        # DeepSpeed's default is a buffer of 2 GB, but no bucket needs to exceed the model
         zero.setdefault(bucket, min(getattr(config.zero_optimization, bucket), num_parameters))
     return settings
 

@@ -1,4 +1,4 @@
-"""What a run tells about itself: `log.jsonl`, TensorBoard events, `curves.png`, and a progress bar or plain lines."""
+"""Reports of a run: `log.jsonl`, TensorBoard events, `curves.png`, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from d2v_fast.training.run_folder import RunFolder, is_number, is_probes
 Entry = dict[str, Any]
 
 LOG = "log.jsonl"
-# lines that were in the log and are no entries
+# lines of the log that are not entries are moved here
 _BAD_LINES = "log.bad.txt"
-# of an entry, which has some hundred bytes
+# an entry has a few hundred bytes
 _MAX_LINE_BYTES = 2**20
 _MAX_PROBES_BYTES = 64_000_000
 _NUM_NAMED = 5
-# what every entry holds, and what the curves and the guard read
+# keys of every entry, which the curves and the guard read
 _FIGURES = ("loss", "target_std", "prediction_std", "lr", "grad_norm")
 
 _EPSILON = 1e-6
 
 
 class Deviations(NamedTuple):
-    """Mean over the channels of the standard deviation over all masked positions."""
+    """Standard deviation over all masked positions, averaged over the channels, of target and prediction."""
 
     target: float
     prediction: float
 
 
 def deviations(moments: Tensor, num_rows: int) -> Deviations:
-    """What tells a collapse: how much target and prediction differ from place to place.
+    """Return how much targets and predictions vary between masked positions. Values near zero indicate collapse.
 
     Args:
         moments: `[4, D]`, sums over all rows of prediction, prediction^2, target, target^2.
         num_rows: N, over all processes.
     Returns:
-        mean over channels of sqrt(unbiased variance + 1e-6), as the published code does; NaN for fewer than 2 rows.
+        Mean over channels of sqrt(unbiased variance + 1e-6), as in the published code; NaN for fewer than 2 rows.
     """
     if num_rows < 2:
         return Deviations(math.nan, math.nan)
-    # the difference of two large sums: fp64
+    # fp64, for the difference of two large sums
     total = moments.double().cpu()
 
     def deviation(sums: Tensor, squares: Tensor) -> float:
@@ -65,13 +65,13 @@ def deviations(moments: Tensor, num_rows: int) -> Deviations:
 
 
 def loss_and_deviations(sums: Tensor, num_rows: int, width: int, divisor: float) -> Entry:
-    """The figures of a step: `loss` per masked place, `target_std`, `prediction_std`.
+    """Return a step's `loss` per masked position, `target_std` and `prediction_std`.
 
     Args:
         sums: `[1 + 4 * D]`, the loss and the flattened moments, summed over all processes.
         num_rows: N, over all processes.
         width: D.
-        divisor: of the sum over channels, D for the loss per masked value.
+        divisor: Divisor of the loss summed over channels; D gives the loss per masked value.
     """
     spread = deviations(sums[1:].view(4, width), num_rows)
     return {
@@ -82,14 +82,18 @@ def loss_and_deviations(sums: Tensor, num_rows: int, width: int, divisor: float)
 
 
 class Speed:
-    """Samples per second of training, and seconds since the start of this process."""
+    """Measure samples per second of training, and seconds since construction.
+
+    Args:
+        samples: Samples that were seen before, in earlier processes of the run.
+    """
 
     def __init__(self, samples: int) -> None:
         self._start = self._last = time.monotonic()
         self._samples = samples
 
     def since_last(self, samples: int) -> Entry:
-        """`samples_per_s` since the last call, and `seconds`; `samples` is how many have been seen in all."""
+        """Return `samples_per_s` since the last call, and `seconds`. `samples` counts all samples of the run."""
         now = time.monotonic()
         speed = (samples - self._samples) / max(1e-9, now - self._last)
         self._last, self._samples = now, samples
@@ -97,14 +101,14 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time of the block for the speed: it is no training."""
+        """Exclude the time of the block, which is not training, from the speed."""
         started = time.monotonic()
         yield
         self._last += time.monotonic() - started
 
 
 class Log(Protocol):
-    """What the loop tells."""
+    """The reports that the training loop writes; see `RunLog`."""
 
     def write(self, entry: Entry) -> None: ...
     def advance(self, step: int) -> None: ...
@@ -114,7 +118,7 @@ class Log(Protocol):
 
 
 class NoLog:
-    """The log of every process but the first: nothing."""
+    """A log that reports nothing, for all processes but the first."""
 
     def write(self, entry: Entry) -> None: ...
     def advance(self, step: int) -> None: ...
@@ -124,20 +128,20 @@ class NoLog:
 
 
 def import_reports() -> None:
-    """Import what a `RunLog` imports later: its memory is not that of the run. What is missing is said when needed."""
+    """Import the packages of `RunLog` before the run's memory is measured. A missing one is reported when needed."""
     for module in ("torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         with suppress(Exception):
             importlib.import_module(module)
 
 
 class RunLog:
-    """Writes the log of a run. Only the first process has one.
+    """Write the reports of a run. Only the first process has one.
 
     Args:
-        folder: the run folder.
-        num_steps: optimizer steps of the whole run.
-        start_step: steps already made; what the log holds beyond them belongs to a lost part of the run and is dropped.
-        guard: its limits are drawn in `curves.png`; None draws none.
+        folder: The run folder.
+        num_steps: Optimizer steps of the whole run.
+        start_step: Steps already made. Log entries of later steps belong to a lost part of the run and are dropped.
+        guard: Settings whose limits are drawn in `curves.png`; None draws none.
     """
 
     def __init__(self, folder: RunFolder, num_steps: int, start_step: int, guard: GuardConfig | None = None) -> None:
@@ -147,13 +151,13 @@ class RunLog:
         self._progress: _Bar | None = None
         entries, bad = _read_lines(folder.path / LOG)
         if bad:
-            # before they are taken out of the log
+            # save them before the log is rewritten without them
             with append_regular(folder.path / _BAD_LINES) as file:
                 file.write(b"".join(bad.values()).rstrip(b"\n") + b"\n")
             numbers = ", ".join(map(str, list(bad)[:_NUM_NAMED])) + (", ..." if len(bad) > _NUM_NAMED else "")
             self.say(
-                f"{LOG} holds {counted(len(bad), 'line')} that cannot be read (line {numbers}): moved to {_BAD_LINES}, "
-                "the rest stays"
+                f"{LOG} holds {counted(len(bad), 'line')} that cannot be read (line {numbers}): moved to {_BAD_LINES}; "
+                "the rest is kept"
             )
         entries = [entry for entry in entries if entry["step"] <= start_step]
         folder.write_text(LOG, "".join(json.dumps(entry) + "\n" for entry in entries))
@@ -162,7 +166,7 @@ class RunLog:
         self._progress = _progress_bar(num_steps, start_step) if sys.stdout.isatty() else None
 
     def write(self, entry: Entry) -> None:
-        """Record one logged step; NaN and infinity become null, which JSON can hold."""
+        """Report one logged step. NaN and infinity are written as null, since JSON has neither."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
@@ -175,20 +179,20 @@ class RunLog:
             self.say(f"step {entry['step']}/{self._num_steps}  {_figures(entry)}{self._left}")
 
     def advance(self, step: int) -> None:
-        """Move the progress bar and the step number beside it; costs next to nothing."""
+        """Update the progress bar and the time left. This is cheap enough for every step."""
         self._left.report(step)
         if self._progress is not None:
             self._progress.advance(step, str(self._left))
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar where there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self._progress is not None:
             self._progress.say(text)
         else:
             print(text, flush=True)
 
     def draw_curves(self) -> None:
-        """Replace `curves.png` by the curves of the whole log and all probes; without matplotlib, say so once."""
+        """Replace `curves.png` with curves of the whole log and all probes. Report a missing matplotlib once."""
         try:
             import matplotlib.backends.backend_agg  # noqa: F401
         except Exception as error:
@@ -198,7 +202,7 @@ class RunLog:
         draw_curves(read_log(path), path / "curves.png", self._guard, read_probes(path))
 
     def close(self) -> None:
-        """End progress bar and files; the log stays, and `say` goes on. May be called twice."""
+        """Close the progress bar and the files. `say` still works, and `close` may be called again."""
         if self._progress is not None:
             self._progress.close()
             self._progress = None
@@ -208,12 +212,12 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[Entry]:
-    """Return the entries of `log.jsonl`, without lines that cannot be read."""
+    """Return the entries of `log.jsonl` without unreadable lines."""
     return _read_lines(folder / LOG)[0]
 
 
 def _read_lines(path: Path) -> tuple[list[Entry], dict[int, bytes]]:
-    """Return the entries of a log, and by their numbers from 1 on the lines that are none."""
+    """Return the entries of a log, and the lines that are not entries by their 1-based numbers."""
     entries: list[Entry] = []
     bad: dict[int, bytes] = {}
     if not path.exists():
@@ -223,7 +227,7 @@ def _read_lines(path: Path) -> tuple[list[Entry], dict[int, bytes]]:
         while line := file.readline(_MAX_LINE_BYTES):
             number += 1
             try:
-                # a power cut leaves zero bytes before what was written next
+                # a power failure leaves zero bytes before the next write
                 entry = parse_json(line.strip(b"\0\r\n").decode())
             except ValueError:
                 entry = None
@@ -241,7 +245,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def read_probes(folder: Path) -> list[Entry]:
-    """Return the entries of `probe.json`; none where nothing has been probed, or the file cannot be read."""
+    """Return the entries of `probe.json`, or none if the file is missing or cannot be read."""
     with suppress(OSError, ValueError):
         found = read_json(folder / "probe.json", _MAX_PROBES_BYTES)
         if is_probes(found):
@@ -276,7 +280,7 @@ class _Bar:
         self._update()
 
     def show(self, figures: str) -> None:
-        """Replace the figures, which stay until the next step that is logged."""
+        """Replace the values, which stay until the next logged step."""
         self._figures = figures
         self._update()
 
@@ -312,7 +316,7 @@ _said: set[str] = set()
 
 
 def _say_missing(say: Any, what: str, package: str, error: Exception) -> None:
-    """Say once that a report is left out. A package that does not fit the others can raise anything when imported."""
+    """Print once that a report is not written, and why. Incompatible packages can raise any exception on import."""
     if isinstance(error, ModuleNotFoundError):
         reason = "is not installed"
     else:

@@ -1,4 +1,4 @@
-"""What can be found wrong before a run folder is made: packages that are missing, memory and room on the disk."""
+"""Checks before a run folder is made: the run's name, missing packages, memory and disk space."""
 
 from __future__ import annotations
 
@@ -27,32 +27,33 @@ from d2v_fast.packages import install_command
 from d2v_fast.training.engine import check_engine_available
 from d2v_fast.training.run_folder import refuse_saved
 
-# what lives as long as the run does not depend on it
+# memory that lives as long as the run does not depend on a step
 _NO_STEP = StepMemory(batch=0, saved=0, forward=0, backward=0, with_gradients=0, arrivals=())
 
 
 def check_name(config: RunConfig, resume: bool) -> None:
-    """Check that a new run's name is free, before its data are listed or tokenized.
+    """Check that a new run's name is free before its data are listed or tokenized.
 
     Raises:
-        RunError: it is that of a run that has saved something.
+        RunError: The name belongs to a run that has saved something.
     """
     run = config.d2v.run
-    # under supervision the run of an earlier attempt goes on
+    # under supervision, a later attempt continues the run of an earlier one
     if run.name is not None and not resume and SUPERVISION not in os.environ:
         refuse_saved(Path(run.dir) / run.name)
 
 
 def check_packages(config: RunConfig, num_processes: int) -> None:
-    """Check that every package is there that the run will need, at its end or for its reports.
+    """Check that every package is available that the run will need, including those for reports and the probe.
 
     Args:
-        num_processes: of the run.
+        config: The run's configuration.
+        num_processes: Number of processes of the run.
     Raises:
-        RunError: one is missing or cannot be imported.
-        ImportError: it is safetensors.
+        RunError: A package is missing or cannot be imported.
+        ImportError: safetensors is missing or cannot be imported.
     """
-    # or the first checkpoint fails, and with it the run
+    # without it, the run would fail at its first checkpoint
     importlib.import_module("safetensors.torch")
     check_engine_available(config.deepspeed, num_processes)
     if config.deepspeed.needs_deepspeed(num_processes):
@@ -65,7 +66,7 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
                     f"`{monitor}.enabled` needs the package {name}, which cannot be imported ({error}): "
                     f"`pip install {name}`, or set it to false."
                 ) from error
-    # labels of the user's own are checked by `evaluation.check_labels`
+    # `evaluation.check_labels` checks a user's own labels
     if (
         config.d2v.probe.path is None
         and evaluation.has_labels(config.d2v)
@@ -76,29 +77,30 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
 
 
 def report_missing_kernels(world: World, say: Callable[[str], None]) -> None:
-    """Say at the start of a run that its operations take the slower reference, where they do.
+    """Report at the start of a run if its operations use the slower reference implementation.
 
     Args:
-        world: of the run.
-        say: prints a line, in one process.
+        world: The processes of the run.
+        say: Prints a line in one process.
     """
     missing = missing_kernels(world.device.type)
     if missing is not None:
         say(f"note: {missing}")
-        # the first operation would warn of the same, in every process
+        # the first operation would warn about the same in every process
         warnings.filterwarnings("ignore", message=re.escape(missing))
 
 
 def check_room(config: RunConfig, world: World, dtype: torch.dtype) -> None:
     """Check that parameters and optimizer fit into memory, and a checkpoint on the disk. Every process calls it.
 
-    What a step needs on top is left to `check`, which tries some.
+    The command `check` also measures the memory of a step.
 
     Args:
-        world: of the run.
-        dtype: of the forward pass.
+        config: The run's configuration.
+        world: The processes of the run.
+        dtype: Dtype of the forward pass.
     Raises:
-        RunError: they do not fit, in one of the processes; in all of them.
+        RunError: They do not fit in some process. All processes raise it.
     """
     shapes = shapes_of(config)
     problems = world.collect(_memory_problem(config, world, dtype, shapes) or _disk_problem(config, shapes))
@@ -116,7 +118,7 @@ def _memory_problem(config: RunConfig, world: World, dtype: torch.dtype, shapes:
     several = f", in each of {here} processes" if here > 1 else ""
     return (
         f"the model and its optimizer need {format_bytes(needed)}{several}, and {format_bytes(free)} are free on this "
-        f"{device.type}. Take a smaller model, or shard it with `zero_optimization.stage` over more processes."
+        f"{device.type}. Use a smaller model, or shard it with `zero_optimization.stage` over more processes."
     )
 
 
@@ -124,7 +126,7 @@ def _disk_problem(config: RunConfig, shapes: Shapes) -> str | None:
     needed = 4 * (3 * shapes.trained + shapes.teacher)
     root = Path(config.d2v.run.dir).absolute()
     disk = disk_usage(next(folder for folder in (root, *root.parents) if folder.is_dir()))
-    # a file system of the kernel has no size, and no folder for runs
+    # virtual file systems report a size of 0
     if needed <= disk.free or disk.total == 0:
         return None
     return (

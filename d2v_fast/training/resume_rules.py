@@ -1,4 +1,4 @@
-"""What of a configuration may change when a run is resumed: what is refused, and what is reported and followed."""
+"""Decide which configuration changes are refused when a run is resumed, and which are reported and applied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2v_fast.command_lines import tool_command
 from d2v_fast.config import EARLIER_VALUES, DeepSpeedConfig, RunConfig, changed_keys
 from d2v_fast.config.errors import Section, show
 
-# of a model's configuration: how it is trained, in which it may differ from what its weights were trained with
+# keys of `d2v.model` that may differ from those that the weights were trained with: they do not change its tensors
 FREE_MODEL_KEYS = frozenset(
     {
         "activation_dropout",
@@ -28,56 +28,58 @@ FREE_MODEL_KEYS = frozenset(
         "position_in_teacher",
     }
 )
-# of `d2v`: what the order of an epoch follows from, beside samples and global batch, which are compared elsewhere
+# keys of `d2v` that determine the order of an epoch; samples and global batch are compared in `run_state.py`
 _ORDER_KEYS = (("run", "seed"), ("data", "max_batch_seconds"))
-# where a run lies says nothing about what it does
+# where a run is stored does not affect its results
 _PLACES = ("d2v.run.name:", "d2v.run.dir:")
 
 
 def refused_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Return a sentence for every change with which a run cannot go on; the model's shapes are compared elsewhere.
+    """Return a sentence for every change that prevents resuming, except for changed tensor shapes.
 
     Args:
-        saved: the configuration in a checkpoint from which at least one step was made, as `RunConfig.to_dict` wrote it.
-        config: what the run is to go on with.
+        saved: The configuration in a checkpoint of at least one step, as `RunConfig.to_dict` wrote it.
+        config: The configuration to resume with.
     """
     before, now = _effective(saved, config)["d2v"], config.to_dict()["d2v"]
     sentences = [
         f"`d2v.{section}.{key}` must be {show(before[section].get(key))} as in the checkpoint, but is "
         f"{show(now[section][key])} instead: the rest of this epoch would have another order, in which some samples "
-        "are seen twice and others not at all. Leave it as it was, or start a new run."
+        "are seen twice and others not at all. Restore the value, or start a new run."
         for section, key in _ORDER_KEYS
         if key in now[section] and before[section].get(key) != now[section][key]
     ]
     return sentences + [
         f"`d2v.model.{key}` must be {show(old)} as in the checkpoint, but is {show(new)} instead: the weights belong "
-        "to another model. Leave it as it was, or start a new run."
+        "to another model. Restore the value, or start a new run."
         for key, old, new in _changed_model(before["model"], now["model"])
     ]
 
 
 def reported_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Return, as `key: old -> new`, every key whose value differs from that in a checkpoint, defaults filled in."""
+    """Return `key: old -> new` for every key whose value, with defaults filled in, differs from the checkpoint's."""
     changes = changed_keys(_effective(saved, config), _complete(config))
     return [line for line in changes if not line.startswith(_PLACES)]
 
 
 def too_short(made: int, num_steps: int, steps_per_epoch: int, run_folder: Path, saved_steps: Sequence[int]) -> str:
-    """Return why a run that has made more steps than its schedule has cannot go on.
+    """Return the error for resuming a run that has made more steps than its schedule has.
 
     Args:
-        made: steps of the run.
-        num_steps: of the schedule.
-        saved_steps: of its checkpoints.
+        made: Steps that the run has made.
+        num_steps: Steps of the schedule.
+        steps_per_epoch: Steps per pass over the data.
+        run_folder: The run's folder.
+        saved_steps: Steps of its checkpoints.
     """
     earlier = [step for step in saved_steps if step <= num_steps]
     weights = "There is no checkpoint of an earlier step."
     if earlier:
         weights = f"Weights of an earlier step: `{tool_command('export', run_folder, '--step', max(earlier))}`."
     return (
-        f"`d2v.schedule` must make the run at least as long as it is already ({made:,} steps), but makes it "
-        f"{num_steps:,} steps long ({steps_per_epoch:,} per epoch). Leave it as it was to go on, or end the run where "
-        f"it is: `--set d2v.schedule.steps={made} --set d2v.schedule.epochs=null`. {weights}"
+        f"`d2v.schedule` must have at least the {made:,} steps that the run has made, but has {num_steps:,} steps "
+        f"({steps_per_epoch:,} per epoch). Restore it to continue, or end the run here: "
+        f"`--set d2v.schedule.steps={made} --set d2v.schedule.epochs=null`. {weights}"
     )
 
 
@@ -85,7 +87,7 @@ def _changed_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterato
     for key, new in now.items():
         old = before.get(key)
         if key == "mlp_ratio" and old is not None:
-            # of which only the product with the width counts
+            # only the product with the width counts
             changed = int(before["width"] * old) != int(now["width"] * new)
         else:
             changed = old != new and key not in FREE_MODEL_KEYS
@@ -98,12 +100,12 @@ def _complete(config: RunConfig) -> dict[str, Any]:
 
 
 def _effective(saved: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-    """A saved configuration with today's defaults for keys that it lacks, and without those that there are no more."""
+    """Return a saved configuration with current defaults for missing keys, and without keys that no longer exist."""
     outside = {key: value for key, value in saved.items() if key != "d2v"}
     try:
         deepspeed = DeepSpeedConfig.model_validate(outside).model_dump(mode="json")
     except ValidationError:
-        # of another version, which accepted what is refused today
+        # an earlier version accepted values that this one refuses
         deepspeed = outside
     return {**deepspeed, "d2v": _filled(saved["d2v"], config.d2v, EARLIER_VALUES)}
 

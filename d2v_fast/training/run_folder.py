@@ -1,4 +1,4 @@
-"""`runs/NAME/`: everything that a run leaves behind, and the lock that keeps a second process out of it."""
+"""The folder `runs/NAME/` with a run's files, and the lock that keeps other processes out of it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from d2v_fast.files.atomic import write_text
 from d2v_fast.files.locks import Holder, own_record
 from d2v_fast.files.reading import append_regular, open_regular, read_json, read_text
 
-# the unreadable files of the data set, as `path: reason`
+# lists unreadable files of the data set as `path: reason`
 BAD_FILES = "bad_files.txt"
-# letters of the file that names the holder of the lock
+# characters to read of the record of the lock's holder
 _MAX_RECORD = 1000
-# of the file that holds the mark
+# name of the file with the mark of the supervision that began the run
 _MARK = "supervision"
 _MAX_REPORT_BYTES = 64_000_000
 _MAX_MARK_BYTES = 1000
-# of a run that saved nothing: what a new run in its place would otherwise continue
+# reports that a new run deletes if it replaces one that saved nothing
 _REPORTS = (
     *("config.json", "log.jsonl", "tensorboard", "curves.png", "profile.json"),
     *(BAD_FILES, "nonfinite.json", "probe.json", "checkpoints", _MARK),
@@ -38,10 +38,10 @@ class RunFolder:
     """An open run folder, locked until the process ends.
 
     Attributes:
-        path: the folder.
-        name: its last part.
-        reopened: whether it belongs to a run that was started before.
-        replaced: whether it belonged to another run, which ended before it saved anything.
+        path: The folder.
+        name: Last component of its path.
+        reopened: Whether the run was started before.
+        replaced: Whether the folder belonged to an earlier run that ended before it saved anything.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: RunConfig, world: World, *, resume: bool, stem: str) -> RunFolder:
-        """The folder that `config` names, made or found by the first process.
+        """Create or reopen the folder that `config` names, in the first process; every process calls it.
 
-        Under `--supervise` it is found by its mark once an attempt has made it, whatever `resume` says.
+        Under `--supervise`, attempts after the first find the folder by its mark and ignore `resume`.
 
         Raises:
-            RunError: see `create` and `reopen`; in every process.
+            RunError: See `create` and `reopen`. Every process raises it.
         """
         run = config.d2v.run
         held: list[RunFolder] = []
@@ -83,12 +83,15 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, name: str | None, stem: str) -> RunFolder:
-        """A new folder. Without a name it is `<stem>-<n>`, with the first n that is free. The folder of a run that
-        ended before it saved anything is used again, without its log.
+        """Create a folder, or reuse that of a run that ended before it saved anything, and delete its reports.
 
+        Args:
+            root: The folder of all runs, created if missing.
+            name: The run's name; None chooses the first free `<stem>-<n>`.
+            stem: Start of a chosen name.
         Raises:
-            RunError: the name belongs to a run that can be continued or is training, or to something else; or the
-                folder cannot be written.
+            RunError: The name belongs to a run that is training or has saved something, or to another file or folder;
+                or the folder cannot be written.
         """
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,7 @@ class RunFolder:
             raise
         for report in (path / name for name in _REPORTS):
             if report.is_symlink() and report.is_dir():
-                # to another disk: what a save left there is deleted by the next one
+                # a link to another disk: the next save deletes leftovers there
                 continue
             if report.is_dir():
                 shutil.rmtree(report)
@@ -119,10 +122,10 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, root: Path, name: str) -> RunFolder:
-        """The folder of a run that was started before.
+        """Open the folder of a run that was started before.
 
         Raises:
-            RunError: there is none of this name, it cannot be written, or another process trains in it.
+            RunError: There is no such run, it cannot be written, or another process trains in it.
         """
         if not (root / name).is_dir():
             there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
@@ -133,17 +136,17 @@ class RunFolder:
     @classmethod
     def _open(cls, path: Path, *, reopened: bool = False, replaced: bool = False) -> RunFolder:
         if (path / "checkpoints").exists() and not (path / "checkpoints").is_dir():
-            raise RunError(f"{path / 'checkpoints'} must be a folder, but is none: bring back the one that was there.")
+            raise RunError(f"{path / 'checkpoints'} must be a folder, but is not: restore the original one.")
         if os.path.lexists(path / "lock") and ((path / "lock").is_symlink() or not (path / "lock").is_file()):
-            # opened through a link, a file from elsewhere would be emptied
-            raise RunError(f"{path / 'lock'} must be a file, but is none: remove it.")
+            # opening a link would truncate a file elsewhere
+            raise RunError(f"{path / 'lock'} must be a regular file, but is not: remove it.")
         for place in (path, path / "checkpoints"):
-            # found out now, and not when hours of training are to be saved
+            # fail now, not at the first save after hours of training
             if os.path.lexists(place) and not os.access(place, os.W_OK | os.X_OK):
-                raise RunError(f"{place} cannot be written: is it on a file system that is mounted read-only, or gone?")
+                raise RunError(f"{place} cannot be written: is its file system mounted read-only, or gone?")
         lock = (path / "lock").open("a+", encoding="utf-8", errors="replace")
         try:
-            # a record lock belongs to this process alone: data loading workers that outlive it do not hold it
+            # loader workers do not inherit a record lock, so that they cannot hold it when they outlive this process
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
@@ -156,8 +159,8 @@ class RunFolder:
         except OSError as error:
             lock.close()
             raise RunError(
-                f"{path / 'lock'} cannot be locked ({error.strerror}), so that a second process could train in the "
-                "same folder: set `d2v.run.dir` to a file system with locks."
+                f"{path / 'lock'} cannot be locked ({error.strerror}), so a second process could train in the same "
+                "folder: set `d2v.run.dir` to a file system with locks."
             ) from None
         lock.truncate(0)
         lock.write(f"{own_record()}\n")
@@ -165,14 +168,14 @@ class RunFolder:
         return cls(path, lock, reopened=reopened, replaced=replaced)
 
     def close(self) -> None:
-        """Give the folder free for another process."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
     def repair(self) -> list[str]:
-        """Move reports out of the way that cannot be read, or are no files; return a line for each.
+        """Rename damaged reports to `NAME.damaged-<n>`, and return a line for each.
 
-        They are kept as `NAME.damaged-1`. A run without its `result.json` is not finished: its end is made again.
+        A run whose `result.json` was renamed counts as unfinished, and its last part runs again.
         """
         lines = []
         for name in (*_REPORTS, "result.json", "export"):
@@ -182,41 +185,41 @@ class RunFolder:
                 others = (path.with_name(f"{name}.damaged-{number}") for number in count(1))
                 aside = next(other for other in others if not os.path.lexists(other))
                 path.rename(aside)
-                lines.append(f"{name} of the run {reason}: kept as {aside.name}")
+                lines.append(f"{name} of the run {reason}: renamed to {aside.name}")
         return lines
 
     def finished_steps(self) -> int:
-        """Length of the run that was brought to its end here; 0 where none was."""
+        """Return the number of steps of the finished run; 0 if the run is not finished."""
         path = self.path / "result.json"
         return int(read_json(path, _MAX_REPORT_BYTES)["step"]) if path.exists() else 0
 
     def write_config(self, config: RunConfig) -> None:
-        """Write the resolved configuration as `config.json`, with the name that the run got."""
+        """Write the resolved configuration with the run's actual name as `config.json`."""
         content = config.to_dict()
         content["d2v"]["run"]["name"] = self.name
         self.write_json("config.json", content)
 
     def write_json(self, name: str, content: Any) -> None:
-        """Replace a JSON file as a whole."""
+        """Replace a JSON file atomically."""
         self.write_text(name, json.dumps(content, indent=2) + "\n")
 
     def append_json(self, name: str, entry: dict[str, Any]) -> None:
-        """Add an entry to a JSON list; entries of the same or a later step belong to a lost part of the run."""
+        """Add an entry to a JSON list. Entries of the same or later steps are dropped: they are of a lost part."""
         path = self.path / name
         before = read_json(path, _MAX_REPORT_BYTES) if path.exists() else []
         self.write_json(name, [*(old for old in before if old["step"] < entry["step"]), entry])
 
     def add_line(self, name: str, line: str) -> None:
-        """Append a line to a text file unless it is there already. Any process of the run may."""
-        # a file's name may hold a line break
+        """Append a line to a text file unless the file holds it already. Any process of the run may call it."""
+        # file names may contain line breaks
         line = line.translate({ord("\n"): "\\n", ord("\r"): "\\r"})
         if line not in self.lines(name):
-            # in one write, so that the lines of several processes do not mix
+            # one write, so that lines of several processes do not interleave
             with append_regular(self.path / name) as file:
                 file.write(f"{line}\n".encode("utf-8", "surrogateescape"))
 
     def lines(self, name: str) -> list[str]:
-        """The lines of a text file; none where there is no such file."""
+        """Return the lines of a text file, or none if there is no such file."""
         path = self.path / name
         if not path.exists():
             return []
@@ -224,34 +227,34 @@ class RunFolder:
             return file.read().decode("utf-8", "replace").split("\n")[:-1]
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
+        """Replace a file atomically: readers see the old or the new content, also after a crash."""
         write_text(self.path / name, text)
 
 
 def _problem_of_report(path: Path) -> str | None:
-    """Say why a report of a run cannot be gone on with, None where it can."""
+    """Return why a run cannot continue a report; None if it can."""
     folders = ("tensorboard", "checkpoints", "export")
     if path.name in folders:
-        return None if path.is_dir() else "is no folder"
+        return None if path.is_dir() else "is not a folder"
     if not path.is_file():
-        return "is no file"
+        return "is not a file"
     needed = {"result.json": is_result, "probe.json": is_probes}.get(path.name)
     if needed is None:
         return None
     try:
-        return None if needed(read_json(path, _MAX_REPORT_BYTES)) else "does not hold what a run writes there"
+        return None if needed(read_json(path, _MAX_REPORT_BYTES)) else "has unexpected content"
     except ValueError as error:
-        # an error of the system is none of the file: it is raised
+        # an OSError does not mean that the file is damaged, and is raised
         return f"cannot be read ({error})"
 
 
 def is_result(content: Any) -> bool:
-    """Return whether this is what `result.json` holds."""
+    """Return whether this is valid content of `result.json`."""
     return isinstance(content, dict) and is_number(content.get("step"), int)
 
 
 def is_probes(content: Any) -> bool:
-    """Return whether this is what `probe.json` holds: of each probe the step, and scores by network."""
+    """Return whether this is valid content of `probe.json`: the step and the scores by network of each probe."""
 
     def are_scores(value: Any) -> bool:
         return isinstance(value, dict) and "linear" in value and all(map(is_number, value.values()))
@@ -271,43 +274,43 @@ def is_probes(content: Any) -> bool:
 
 
 def is_number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
-    """Return whether a value of a JSON file is a number."""
+    """Return whether a JSON value is a number of this type, and not a boolean."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def is_begun(path: Path) -> bool:
-    """Whether this is the folder of a run, whatever came of it."""
+    """Return whether this is the folder of a run, even if the run saved nothing."""
     return (path / "lock").is_file()
 
 
 def is_saved(path: Path) -> bool:
-    """Whether the run in this folder has saved anything: a checkpoint, complete or damaged, or its result.
+    """Return whether the run in this folder has saved its result or a checkpoint, complete or damaged.
 
-    Anything else among the checkpoints counts, too, unless a save left it that was cut off.
+    Any entry among the checkpoints counts, except leftovers of an interrupted save.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: The folder cannot be listed.
     """
     checkpoints = path / "checkpoints"
-    # not a glob, which finds nothing in a folder that cannot be listed
+    # not `glob`, which finds nothing in a folder that cannot be listed
     names = os.listdir(checkpoints) if os.path.lexists(checkpoints) else []
     return any(".tmp-" not in name for name in names) or os.path.lexists(path / "result.json")
 
 
 def refuse_saved(path: Path) -> None:
-    """Refuse to start a run in the folder of one that has saved something.
+    """Refuse to start a run in the folder of a run that has saved something.
 
     Raises:
-        RunError: with the command that continues that run.
+        RunError: The run has saved something; the message shows the command that continues it.
     """
     if is_saved(path):
         raise RunError(f"the run {path} exists: choose another name with --run, or continue it: {resume_command(path)}")
 
 
 def find_supervised(root: Path, mark: str) -> Path | None:
-    """The run folder in `root` that the supervision with this mark has begun; None before it has."""
+    """Return the run folder in `root` with this supervision's mark; None if no attempt has made it yet."""
     for path in root.glob(f"*/{_MARK}"):
-        # that of another run may be damaged
+        # another run's mark may be damaged
         with suppress(OSError, ValueError):
             if read_text(path, _MAX_MARK_BYTES) == mark:
                 return path.parent

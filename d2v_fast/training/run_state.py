@@ -1,11 +1,11 @@
-"""What a checkpoint holds of a run, and how a run is restored from it."""
+"""Save a run to a checkpoint, and restore a run from one."""
 
 from __future__ import annotations
 
 import platform
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -25,16 +25,29 @@ from d2v_fast.objectives.data2vec import Data2Vec, build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine
 from d2v_fast.training.resume_rules import refused_changes, reported_changes
-from d2v_fast.training.step import SkipCounts
+from d2v_fast.training.step import NO_SKIPS, SkipCounts
+
+
+class SavedEngine(Protocol):
+    """The methods of an `Engine` that saving needs."""
+
+    def kept(self) -> list[Kept]:
+        """See `Engine`."""
+
+    def state(self) -> dict[str, Any]:
+        """See `Engine`."""
+
+    def signature(self) -> dict[str, Any]:
+        """See `Engine`."""
 
 
 class Networks(NamedTuple):
-    """What a run trains.
+    """The networks of a run.
 
     Attributes:
-        model: student and head.
-        teacher: the average of the student's encoder.
-        engine: the optimizer of the model.
+        model: Student and head.
+        teacher: The moving average of the student's encoder.
+        engine: The model's engine.
     """
 
     model: Data2Vec
@@ -46,8 +59,8 @@ class DataIdentity(NamedTuple):
     """Which data a run trains on. A checkpoint of a run on other data is refused.
 
     Attributes:
-        vocabulary: digest of the tokenizer, as of the `BatchMaker`; None without one.
-        samples: number and digests of the samples; None if nothing has been trained yet. `d2v.data.on_change` can
+        vocabulary: Digest of the tokenizer, as of the `BatchMaker`; None without one.
+        samples: Number and digests of the samples; None if nothing has been trained yet. `d2v.data.on_change` can
             accept other samples.
     """
 
@@ -56,40 +69,47 @@ class DataIdentity(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """Where a run goes on: the steps made, and how many of them changed nothing."""
+    """Where a run continues: the steps made, and how many of them were skipped."""
 
     step: int = 0
-    counts: SkipCounts = SkipCounts()
+    counts: SkipCounts = NO_SKIPS
 
 
-class RunState:
-    """Saves and restores student, teacher, optimizer and counters of a run.
+class RunSaver:
+    """Saves student, teacher, optimizer and counters of a run.
 
     The order of the data, masks, augmentation, dropout and schedules follow from the seed and the step number.
 
     Args:
-        config: of the run.
-        world: of the run.
-        networks: what is saved and restored.
-        checkpoints: where.
-        data: what the run trains on.
+        config: The run's configuration.
+        world: The processes of the run.
+        teacher: The teacher to save.
+        engine: The engine whose model and optimizer to save.
+        checkpoints: The run's checkpoints.
+        data: The data that the run trains on.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, networks: Networks, checkpoints: Checkpoints, data: DataIdentity
+        self,
+        config: RunConfig,
+        world: World,
+        teacher: Teacher,
+        engine: SavedEngine,
+        checkpoints: Checkpoints,
+        data: DataIdentity,
     ) -> None:
         self._config, self._world = config, world
-        self._model, self._teacher, self._engine = networks
+        self._teacher, self._saved_engine = teacher, engine
         self._checkpoints = checkpoints
         self._vocabulary, self._samples = data
 
-    def save(self, step: int, counts: SkipCounts = SkipCounts(), *, wait: bool = True) -> None:  # noqa: B008
+    def save(self, step: int, counts: SkipCounts = NO_SKIPS, *, wait: bool = True) -> None:
         """Write the checkpoint of `step`; every process calls it.
 
         Args:
-            step: number of steps made.
-            counts: of the steps made.
-            wait: whether to wait until it is on the disk. Otherwise only until it is copied to host memory.
+            step: Number of steps made.
+            counts: How many of them were skipped.
+            wait: Wait until the checkpoint is on the disk, not only until it is copied to host memory.
         """
         state = {
             "global_batch": self._global_batch,
@@ -97,13 +117,14 @@ class RunState:
             "samples": None if self._samples is None else self._samples._asdict(),
             **counts._asdict(),
             "teacher_step": self._teacher.last_step,
-            "engine": {**self._engine.signature(), **self._engine.state()},
+            "engine": {**self._saved_engine.signature(), **self._saved_engine.state()},
             "digest": self._config.digest(),
             "config": self._config.to_dict(),
             "conditions": _conditions(self._world.device),
         }
         in_background = self._config.d2v.run.background_save and not wait
-        self._checkpoints.save(step, state, self._kept(), in_background=in_background)
+        kept = [*self._saved_engine.kept(), *(Kept("teacher", shard) for shard in self._teacher.shards)]
+        self._checkpoints.save(step, state, kept, in_background=in_background)
 
     def advance_save(self) -> None:
         """Rename a checkpoint that was written in the background to its final name once it is on the disk."""
@@ -113,15 +134,37 @@ class RunState:
         """Wait for a checkpoint that is being written in the background."""
         self._checkpoints.finish()
 
+    @property
+    def _global_batch(self) -> int:
+        return self._config.deepspeed.batch_split(self._world.size).global_batch
+
+
+class RunState(RunSaver):
+    """Saves and restores a run.
+
+    Args:
+        config: The run's configuration.
+        world: The processes of the run.
+        networks: The networks to save and restore.
+        checkpoints: The run's checkpoints.
+        data: The data that the run trains on.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, networks: Networks, checkpoints: Checkpoints, data: DataIdentity
+    ) -> None:
+        super().__init__(config, world, networks.teacher, networks.engine, checkpoints, data)
+        self._model, self._engine = networks.model, networks.engine
+
     def restore(self, say: Callable[[str], None]) -> Resumed:
         """Load the newest good checkpoint, from any engine, number of processes and ZeRO stage.
 
         Args:
-            say: prints a line.
+            say: Prints a line.
         Returns:
-            Where the run goes on: at step 0 if nothing has been saved yet.
+            Where the run continues; step 0 if nothing has been saved yet.
         Raises:
-            RunError: the checkpoint is of another model, seed or global batch, or of other samples and these are not
+            RunError: The checkpoint is of another model, seed or global batch, or of other samples and these are not
                 accepted.
         """
         checkpoint = self._checkpoints.newest(say, check_counters)
@@ -187,10 +230,6 @@ class RunState:
             encoders.append(encoder)
         return encoders[0], encoders[1]
 
-    @property
-    def _global_batch(self) -> int:
-        return self._config.deepspeed.batch_split(self._world.size).global_batch
-
     def _compare_samples(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
         """Refuse a checkpoint that was trained on other samples, or report the difference if that is accepted."""
         if state["step"] == 0 or self._samples is None:
@@ -219,12 +258,9 @@ class RunState:
             "are seen twice and others not at all. From the next epoch on every sample is seen once."
         )
 
-    def _kept(self) -> list[Kept]:
-        return [*self._engine.kept(), *(Kept("teacher", shard) for shard in self._teacher.shards)]
-
     def _report_changes(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
         if changes := reported_changes(state["config"], self._config):
-            say(f"changed since the checkpoint, and followed from here on: {'; '.join(changes)}")
+            say(f"changed since the checkpoint, and applied from here on: {'; '.join(changes)}")
         if state["step"] == 0:
             return
         conditions = changed_keys(
@@ -232,14 +268,14 @@ class RunState:
             {**_conditions(self._world.device), **self._engine.signature()},
         )
         if conditions:
-            say(f"not the conditions of the checkpoint, so the last digits may differ: {'; '.join(conditions)}")
+            say(f"the conditions differ from the checkpoint's, so the last digits may differ: {'; '.join(conditions)}")
 
 
 def data_identity(maker: BatchMaker, world: World) -> DataIdentity:
     """Return which data a run trains on; every process calls it.
 
     Raises:
-        RunError: the processes do not have the same samples.
+        RunError: The processes do not have the same samples.
     """
     return DataIdentity(maker.vocabulary, samples_of(maker, world))
 
@@ -248,7 +284,7 @@ def samples_of(maker: BatchMaker, world: World) -> Samples:
     """Return which samples a run trains on; every process calls it.
 
     Raises:
-        RunError: the processes do not have the same samples.
+        RunError: The processes do not have the same samples.
     """
     names = maker.source.names_digest()
     everywhere = [Samples(maker.what, number, found, "") for number, found in world.collect([maker.num_samples, names])]
@@ -263,7 +299,7 @@ def samples_of(maker: BatchMaker, world: World) -> Samples:
 
 
 def _conditions(device: torch.device) -> dict[str, Any]:
-    """Return what the last digits of a result depend on."""
+    """Return the versions and hardware on which the last digits of results depend."""
     deepspeed = sys.modules.get("deepspeed")
     return {
         "d2v_fast": d2v_fast.__version__,

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step number alone, so that a resumed run needs no state for it."""
+"""Learning rate schedules. They depend only on the step number, so that a resumed run needs no state for them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from d2v_fast.config.schema import shorter_warmup
 
 
 class LearningRate:
-    """The schedule of `config` for a run of known length.
+    """The learning rate schedule of a run.
 
     Args:
-        config: the `d2v.schedule` section.
-        peak: `optimizer.params.lr`.
-        steps_per_epoch: optimizer steps per pass over the data.
-
+        config: The `d2v.schedule` section.
+        peak: Highest learning rate, `optimizer.params.lr`.
+        steps_per_epoch: Optimizer steps per pass over the data.
     Attributes:
-        num_steps: optimizer steps of the whole run.
-        warmup_steps: how many of them the warm-up takes.
-
+        num_steps: Optimizer steps of the whole run.
+        warmup_steps: Optimizer steps of the warm-up.
     Raises:
-        ConfigError: the warm-up is longer than the run.
+        ConfigError: The warm-up is longer than the run.
     """
 
     def __init__(self, config: ScheduleConfig, peak: float, steps_per_epoch: int) -> None:
@@ -40,19 +38,19 @@ class LearningRate:
         if self.warmup_steps > self.num_steps:
             key = "warmup_epochs" if config.warmup_steps is None else "warmup_steps"
             length = self.num_steps / steps_per_epoch if key == "warmup_epochs" else self.num_steps
-            must = f"be at most the whole run, {self.num_steps:,} steps of which {steps_per_epoch:,} are an epoch"
+            must = f"not exceed the whole run of {self.num_steps:,} steps ({steps_per_epoch:,} per epoch)"
             hint = shorter_warmup(key, length)
             raise ConfigError([say(Problem(f"d2v.schedule.{key}", must, getattr(config, key), hint))])
 
     def at(self, step: int) -> float:
-        """Learning rate of the optimizer step number `step`, the first one being 0."""
+        """Return the learning rate of an optimizer step, counted from 0."""
         return self.peak * self._ratio(min(step, self.num_steps - 1))
 
     def _ratio(self, step: int) -> float:
         config = self.config
         if step < self.warmup_steps:
             start = config.initial_lr_ratio
-            # the first step already moves: (step + 1), and the last of the warm-up is at the peak
+            # step + 1, so that the first step is above the start and the last step of the warm-up at the peak
             return start + (1 - start) * (step + 1) / self.warmup_steps
         if config.kind == "constant":
             return 1.0

@@ -50,15 +50,18 @@ class StepResult(NamedTuple):
 
 
 class SkipCounts(NamedTuple):
-    """How many steps of a run changed nothing, because loss or gradient was not finite.
+    """Counts of steps that changed nothing because loss or gradient was not finite.
 
     Attributes:
-        skipped: of the whole run.
-        streak: of the last steps, in a row.
+        skipped: Skipped steps of the whole run.
+        streak: Skipped steps in a row up to the last one.
     """
 
     skipped: int = 0
     streak: int = 0
+
+
+NO_SKIPS = SkipCounts()
 
 
 class TrainStep:

@@ -1,13 +1,12 @@
-"""`--supervise`: training starts again after a fault, from the newest good checkpoint.
+"""Restart training after a fault, from the newest good checkpoint (`--supervise`).
 
-The process that was started becomes an elastic agent of torch (the part of torchrun that starts and restarts), and
-trains in a child process. Under a launcher each of its processes does so, and the agents meet again, wherever they
-are, before all of them start the next attempt: a fault of one process restarts them all, with a store and addresses
-of their own. The first attempt begins or resumes as the command line says and marks the run folder; later ones find
-that mark and resume.
+The process becomes one of torch's elastic agents (the part of torchrun that starts and restarts workers), and trains
+in a child process. Under a launcher every process does so. The agents meet before each attempt, so that a fault of one
+process restarts all of them, with a new store and new addresses. The first attempt starts or resumes a run as the
+command line says, and marks the run folder; later attempts find the mark and resume.
 
-Not started again: a run that is finished or was stopped on request (both end with 0), a wrong configuration (2), and
-one that fails again and again without a new checkpoint in between.
+There is no restart if the run is finished or was stopped on request (exit status 0), if the configuration is wrong
+(exit status 2), or after too many faults without a new checkpoint.
 """
 
 from __future__ import annotations
@@ -38,30 +37,30 @@ from d2v_fast.training.run_folder import find_supervised
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _LONGEST_PAUSE_S = 60
-# the agent ends when we say so, by `_Ended`
+# `_Ended` ends the agent, not its own limit of restarts
 _UNLIMITED = 10**9
 _PR_SET_PDEATHSIG = 1
 
 
 def supervise(config: RunConfig, arguments: Sequence[str], limit: int) -> int | None:
-    """Train in a child process, and again after a fault.
+    """Train in a child process, and restart it after a fault.
 
     Args:
-        config: what `arguments` ask for, checked.
-        arguments: of the command line; the child process gets the same.
-        limit: restarts in a row without a new checkpoint.
+        config: The checked configuration of `arguments`.
+        arguments: The command line, which the child process gets as well.
+        limit: Most restarts in a row without a new checkpoint.
 
     Returns:
-        The exit status; None in the child process, which is to train.
+        The exit status; None in the child process, which has to train.
     """
     if SUPERVISION in os.environ:
-        # without its supervisor, however that ended, it saves and ends as on any SIGTERM
+        # if the supervisor dies, this process receives SIGTERM, saves and exits
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
         return None
-    # no addresses of the attempt before; and no handlers of the agent: a signal is passed on, see `_Agent.pass_on`
+    # do not reuse the last attempt's addresses; and let `_Agent.pass_on` handle signals, not torch's agent
     os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "none"}
     pass_on_command()
-    # it reports every fault in a screenful; ours are said in a line
+    # torch logs a page per fault, and we print one line
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory(prefix="d2v_fast-") as logs:
@@ -76,13 +75,13 @@ def supervise(config: RunConfig, arguments: Sequence[str], limit: int) -> int | 
     except _Ended as ended:
         return ended.status
     except RendezvousError as error:
-        _say(f"this process does not meet the others of the run any more, or not yet: {error}")
+        _say(f"this process cannot reach the other processes of the run: {error}")
         return 1
     return 0
 
 
 class _Ended(Exception):
-    """No further attempt; the process ends with `status`."""
+    """Raised to end supervision without another attempt; the process exits with `status`."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -90,7 +89,7 @@ class _Ended(Exception):
 
 
 class _Agent(LocalElasticAgent):
-    """Restarts its worker as `supervise` promises."""
+    """An elastic agent with the restart rules of `supervise`."""
 
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, root: Path, limit: int) -> None:
         super().__init__(spec, logs, exit_barrier_timeout=30)
@@ -100,24 +99,24 @@ class _Agent(LocalElasticAgent):
         self._stopping = False
 
     def pass_on(self, number: int, frame: object) -> None:
-        """Signal handler: the worker decides what a request to stop means; there is no attempt after it."""
+        """Handle a stop signal: forward it to the worker, and allow no further attempt."""
         self._stopping = True
         if self._worker_group.state != WorkerState.HEALTHY or self._pcontext is None:
             raise _Ended(0)
-        # a worker knows these three, see `StopRequest`
+        # a worker handles only SIGINT, SIGUSR1 and SIGTERM; see `StopRequest`
         known = number if number in (signal.SIGINT, signal.SIGUSR1) else signal.SIGTERM
         for pid in self._pcontext.pids().values():
             os.kill(pid, known)
 
     def leave(self) -> None:
-        """Tell the agents that wait for another attempt that there is none."""
+        """Notify agents that wait for another attempt that there is none."""
         self._rdzv_handler.shutdown()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         store = worker_group.store
         assert store is not None
         if self._mark is None:
-            # unique, so that a later supervision of a run of the same name is another one
+            # unique, so that a later supervision of a run of the same name does not match
             if worker_group.group_rank == 0:
                 store.set("d2v_fast/mark", uuid.uuid4().hex)
             self._mark = store.get("d2v_fast/mark").decode()
@@ -136,12 +135,12 @@ class _Agent(LocalElasticAgent):
             if self._stopping:
                 raise _Ended(status if status > 0 else 128 - status)
             if status == 2:
-                _say("a wrong configuration stays wrong: there is no restart")
+                _say("no restart, because the configuration is wrong")
                 raise _Ended(2)
         return result
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        # also called, in a process whose worker is well, because that of another process is not
+        # also called if only another process's worker has failed
         self._stop_workers(worker_group)
         worker_group.state = WorkerState.STOPPED
         if worker_group.group_rank == 0:
@@ -156,7 +155,7 @@ class _Agent(LocalElasticAgent):
         where = f"the checkpoint step-{newest}" if newest > 0 else "the beginning"
         if self._in_a_row >= self._limit:
             _say(
-                f"giving up after {self._in_a_row} restarts from {where}: none came to a new checkpoint. "
+                f"giving up after {self._in_a_row} restarts from {where}: none reached a new checkpoint. "
                 f"The messages above say why.{_how_to_continue(folder)}"
             )
             raise _Ended(1)
@@ -167,7 +166,7 @@ class _Agent(LocalElasticAgent):
 
 
 def _worker(config: RunConfig, arguments: Sequence[str]) -> WorkerSpec:
-    """One process that trains, and where the agents of all of them meet."""
+    """Return the specification of one training process, and of the rendezvous of all agents."""
     environment = os.environ
     num_agents = int(environment.get("WORLD_SIZE", "1"))
     if num_agents == 1:
@@ -186,10 +185,10 @@ def _worker(config: RunConfig, arguments: Sequence[str]) -> WorkerSpec:
         max_nodes=num_agents,
         local_addr=address,
         is_host=str(is_host),
-        # the others come when they have found out that their workers hang, have ended them, and have paused
+        # others arrive after they have detected a hang, ended their workers, and paused
         join_timeout=str(patience_s + 60 + _LONGEST_PAUSE_S),
     )
-    # an agent counts its own workers only, so it would give each of them the first GPU
+    # an agent numbers only its own workers, so that each would get the first GPU
     local = [f"{name}={environment[name]}" for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in environment]
     return WorkerSpec(
         role="d2v_fast",
@@ -203,7 +202,7 @@ def _worker(config: RunConfig, arguments: Sequence[str]) -> WorkerSpec:
 
 
 def _own_address(master: str, port: int) -> str:
-    """The address of this machine that the others see: that of the interface toward `master`. Sends nothing."""
+    """Return this machine's address on the interface toward `master`. Nothing is sent."""
     family, kind, protocol, _, target = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)
@@ -211,18 +210,18 @@ def _own_address(master: str, port: int) -> str:
 
 
 def _newest_step(folder: Path | None, known: int) -> int:
-    """Step of the newest checkpoint; `known` where the folder cannot be listed, 0 where there is none."""
+    """Return the newest checkpoint's step, 0 if there is none, or `known` if the folder cannot be listed."""
     if folder is None:
         return 0
     try:
         return max(complete_steps(folder / "checkpoints"), default=0)
     except OSError:
-        # a file system that does not answer says nothing about checkpoints
+        # an unavailable file system does not mean that checkpoints are gone
         return known
 
 
 def _how_to_continue(folder: Path | None) -> str:
-    return "" if folder is None else f" To continue when that is mended: {resume_command(folder)}"
+    return "" if folder is None else f" To continue after a fix: {resume_command(folder)}"
 
 
 def _say(text: str) -> None:

@@ -116,7 +116,7 @@ def test_old_checkpoint_with_a_file_of_the_user(checkpoints: Checkpoints, said: 
     for step in (3, 4, 5):
         save(checkpoints, step)
     assert names(checkpoints) == ["step-1", "step-2", "step-4", "step-5"]
-    assert [line.partition("holds what no run has written: ")[2] for line in said] == ["notes.txt", "linked"]
+    assert [line.partition("holds entries that no run has written: ")[2] for line in said] == ["notes.txt", "linked"]
     assert (checkpoints.folder.parent / "outside" / "precious").exists()
 
 
@@ -159,7 +159,7 @@ def test_old_checkpoint_that_cannot_be_deleted(
         save(checkpoints, step)
     assert names(checkpoints) == ["step-1", "step-3", "step-4"]
     assert len(said) == 1
-    assert f"step-1 could not be deleted and stays: [Errno {number}]" in said[0]
+    assert f"step-1 could not be deleted and is kept: [Errno {number}]" in said[0]
 
 
 def test_only_strays_are_no_beginning(checkpoints: Checkpoints) -> None:

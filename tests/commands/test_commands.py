@@ -106,7 +106,7 @@ def test_run_that_begins_with_weights_may_change_its_batch(quick: Path, capsys: 
     assert run_here("--run", "more", "--resume", *other) == 0
     said = capsys.readouterr().out
     assert "resumed after step 0" in said
-    assert "not the conditions of the checkpoint" not in said
+    assert "the conditions differ from the checkpoint" not in said
 
 
 def test_no_room(quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

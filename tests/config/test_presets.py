@@ -78,7 +78,7 @@ def test_a_shorter_run_says_which_value_to_set(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(ConfigError, match=r"Set one of them to null, such as `--set d2v\.schedule\.epochs=null`"):
         load_config("images_small", steps)
     schedule = load_config("images_small", [*steps, "d2v.schedule.epochs=null"]).d2v.schedule
-    with pytest.raises(ConfigError, match=r"warmup_epochs` must be at most the whole run, 20 steps of which 10 are an"):
+    with pytest.raises(ConfigError, match=r"warmup_epochs` must not exceed the whole run of 20 steps \(10 per epoch\)"):
         LearningRate(schedule, 1.0, 10)
     file = tiny_file(tmp_path, d2v__schedule={"steps": 20, "warmup_epochs": 5})
     assert main(["train", str(file)]) == 2

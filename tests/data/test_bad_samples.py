@@ -94,7 +94,7 @@ def test_strict_stops_at_the_first(images: Path, tmp_path: Path, monkeypatch, ca
     seen = inputs(monkeypatch)
     file = images_file(tmp_path, strict=True, max_bad_fraction=1.0)
     assert run_here("--ds_config", file, "--run", "r") == 1
-    assert "`d2v.data.strict` is true:" in (error := capsys.readouterr().err)
+    assert "`d2v.data.strict` is true. Repair or remove it:" in (error := capsys.readouterr().err)
     lines = RunFolder(tmp_path / "runs/r").lines("bad_files.txt")
     assert lines
     assert all(line.replace("\\n", "\n") in error for line in lines)

@@ -274,7 +274,7 @@ def test_worker_that_stops_with_a_batch_in_the_queue_is_named(num_workers: int) 
     worker = multiprocessing.active_children()[0]
     os.kill(worker.pid, signal.SIGSTOP)
     started = time.monotonic()
-    with pytest.raises(DataError, match=rf"gave no batch for 1.5 s: worker \d \(pid {worker.pid}\) is stopped\.$"):
+    with pytest.raises(DataError, match=rf"returned no batch for 1.5 s: worker \d \(pid {worker.pid}\) is stopped\.$"):
         list(steps)
     assert time.monotonic() - started < 20
     assert multiprocessing.active_children() == []
@@ -312,7 +312,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     ("trouble", "error", "message"),
     [
         ("killed", DataError, "A data loader worker died, .* lower `d2v.data.num_workers`"),
-        ("hangs", DataError, r"A data loader worker gave no batch for 1 s \(worker 0 \(pid \d+\) is due\)"),
+        ("hangs", DataError, r"A data loader worker returned no batch for 1 s \(worker 0 \(pid \d+\) is due\)"),
         ("raises", KeyError, "in DataLoader worker process 0(.|\n)*no such square"),
         ("data", DataError, "^64 files in a row are unreadable$"),
     ],

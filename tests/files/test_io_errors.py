@@ -64,7 +64,7 @@ def test_error_without_a_number_gets_no_advice(tmp_path: Path, monkeypatch: pyte
         raise ValueError("student/a holds values that are not finite")
 
     monkeypatch.setattr(store, "_require_finite", fail)
-    with pytest.raises(RunError, match=r"There is none before it. To continue: ") as caught:
+    with pytest.raises(RunError, match=r"There is no earlier checkpoint. To continue: ") as caught:
         Checkpoints(tmp_path / "checkpoints", keep=2, world=World("cpu")).save(
             3, {}, [kept("student", "a", torch.ones(3))]
         )
@@ -139,6 +139,7 @@ def test_another_process_says_why_it_failed(tmp_path: Path) -> None:
     world.size = 2
     checkpoints_of_two = Checkpoints(tmp_path / "checkpoints", keep=2, world=world)
     with pytest.raises(
-        RunError, match=r": rank 1: OSError: .* Read-only file system. There is none before it. The file system of x"
+        RunError,
+        match=r": rank 1: OSError: .* Read-only file system. There is no earlier checkpoint. The file system of x",
     ):
         checkpoints_of_two._require_success(3, tmp_path / "temporary", None)

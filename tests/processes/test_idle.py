@@ -225,7 +225,7 @@ def test_stopped_worker_ends_a_run_and_a_stopped_run_goes_on(tmp_path: Path, mon
     stopped = worker()
     assert wait(run, timeout_s=40) == [1]
     text = output.read_text()
-    assert f"error: A data loader worker gave no batch for 3 s: worker 0 (pid {stopped}) is stopped." in text
+    assert f"error: A data loader worker returned no batch for 3 s: worker 0 (pid {stopped}) is stopped." in text
     assert "Traceback" not in text
     assert state_of(stopped) == "dead"
 
@@ -247,5 +247,5 @@ def test_death_of_a_worker_that_is_ended_is_raised_nowhere_else() -> None:
         until(lambda: not worker.is_alive(), timeout_s=20)
         time.sleep(0.1)
     watch.close()
-    assert watch.problem == f"A data loader worker gave no batch for 0.4 s: worker 0 (pid {worker.pid}) is stopped."
+    assert watch.problem == f"A data loader worker returned no batch for 0.4 s: worker 0 (pid {worker.pid}) is stopped."
     iterator._shutdown_workers()

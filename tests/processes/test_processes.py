@@ -105,7 +105,7 @@ def test_rank_that_is_busy_for_too_long_is_named(tmp_path: Path) -> None:
 
 TROUBLES = {
     "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "A data loader worker died"),
-    "hangs": (lambda: time.sleep(600), "A data loader worker gave no batch for 3 s"),
+    "hangs": (lambda: time.sleep(600), "A data loader worker returned no batch for 3 s"),
 }
 
 

@@ -103,7 +103,7 @@ def test_damaged_log(what: str, run: Path, capsys: pytest.CaptureFixture[str]) -
     missing = [text for text in damaged.split(b"\n") if text.strip(b"\0") and text not in before and text not in beside]
     # what a power cut put before a line is not worth keeping
     assert missing == [] or what == "zero bytes before a line"
-    assert ("moved to log.bad.txt, the rest stays" in said) == bool(beside)
+    assert ("moved to log.bad.txt; the rest is kept" in said) == bool(beside)
 
 
 REPORTS: dict[str, tuple[str, Damage]] = {
@@ -133,7 +133,7 @@ def test_damaged_report(what: str, run: Path, capsys: pytest.CaptureFixture[str]
     assert resume(run) == 0
     said = capsys.readouterr().out
     assert f"{name} of the run " in said
-    assert f"kept as {name}.damaged-1" in said
+    assert f"renamed to {name}.damaged-1" in said
     assert os.path.lexists(run / f"{name}.damaged-1")
     assert json.loads((run / "result.json").read_text())["step"] == 4
 
@@ -211,7 +211,7 @@ def test_what_somebody_mistyped_is_refused(run: Path, capsys: pytest.CaptureFixt
 def test_places_that_cannot_be_repaired_are_named(run: Path, tmp_path: Path) -> None:
     (run / "lock").unlink()
     os.mkfifo(run / "lock")
-    with pytest.raises(RunError, match="lock must be a file, but is none: remove it"):
+    with pytest.raises(RunError, match="lock must be a regular file, but is not: remove it"):
         RunFolder.reopen(run.parent, "r")
     elsewhere = tmp_path / "of the user"
     for content in ("kept", None):
@@ -219,7 +219,7 @@ def test_places_that_cannot_be_repaired_are_named(run: Path, tmp_path: Path) -> 
         (run / "lock").unlink()
         (run / "lock").symlink_to(elsewhere)
         elsewhere.write_text(content) if content else elsewhere.unlink()
-        with pytest.raises(RunError, match="lock must be a file, but is none: remove it"):
+        with pytest.raises(RunError, match="lock must be a regular file, but is not: remove it"):
             RunFolder.reopen(run.parent, "r")
         assert (elsewhere.read_text() if elsewhere.exists() else None) == content
     (run / "lock").unlink()
@@ -227,7 +227,7 @@ def test_places_that_cannot_be_repaired_are_named(run: Path, tmp_path: Path) -> 
     RunFolder.reopen(run.parent, "r").close()
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     (run / "checkpoints").write_text("")
-    with pytest.raises(RunError, match="checkpoints must be a folder, but is none: bring back"):
+    with pytest.raises(RunError, match="checkpoints must be a folder, but is not: restore the original one"):
         RunFolder.reopen(run.parent, "r")
 
 

@@ -123,7 +123,7 @@ def test_a_monitor_that_cannot_report(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(deepspeed, "initialize", refuse)
     assert run_here(tiny_file(tmp_path, zero_optimization__stage=1), "--run", "r") == 1
     said = capsys.readouterr().err
-    assert "wandb cannot report this run: No API key configured. Mend that, or set its `enabled` to false." in said
+    assert "wandb cannot report this run: No API key configured. Fix that, or set its `enabled` to false." in said
 
 
 def test_memory(
@@ -180,7 +180,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def missing(*arguments: object) -> None:
         raise ModuleNotFoundError("No module named 'numba'", name="numba")
 
-    monkeypatch.setattr(preflight, "check_packages", missing)
+    monkeypatch.setattr(prepare, "check_packages", missing)
     file = tiny_file(tmp_path)
     assert run_here(file) == 1
     assert "error: numba cannot be imported: No module named 'numba'." in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_in_a_run(tmp_path: Path, capsys) -> None:
     before, settings = figures(tmp_path, "r"), (run / "config.json").read_bytes()
     capsys.readouterr()
     for override, told in (
-        ("d2v.schedule.steps=4", "at least as long as it is already (6 steps), but makes it 4 steps long"),
+        ("d2v.schedule.steps=4", "must have at least the 6 steps that the run has made, but has 4 steps"),
         ("d2v.run.seed=9", "`d2v.run.seed` must be 0 as in the checkpoint, but is 9 instead"),
     ):
         assert resume(file, override) == 1
@@ -113,7 +113,7 @@ def test_in_a_run(tmp_path: Path, capsys) -> None:
     (run / "result.json").unlink()
     assert resume(file, "d2v.schedule.steps=4") == 1
     error = capsys.readouterr().err
-    assert "at least as long as it is already (6 steps), but makes it 4 steps long" in error
+    assert "must have at least the 6 steps that the run has made, but has 4 steps" in error
     assert f"export {run} --step 3" in error
     assert figures(tmp_path, "r") == before
     assert (run / "config.json").read_bytes() == settings
@@ -134,4 +134,4 @@ def test_extended_and_interrupted_is_not_finished_where_it_was(tmp_path: Path, c
     (run / "result.json").write_bytes(result)
     capsys.readouterr()
     assert resume(file) == 1
-    assert "at least as long as it is already (9 steps), but makes it 6 steps long" in capsys.readouterr().err
+    assert "must have at least the 9 steps that the run has made, but has 6 steps" in capsys.readouterr().err

@@ -123,7 +123,7 @@ def test_vocabulary_and_padding_follow_the_tokenizer(
     capsys.readouterr()
     assert run_here("--ds_config", file, "--run", "r", "--resume") == 0
     # the number of steps is the only change
-    assert "followed from here on: d2v.schedule.steps: 2 -> 4\n" in capsys.readouterr().out
+    assert "applied from here on: d2v.schedule.steps: 2 -> 4\n" in capsys.readouterr().out
     assert run_here("--ds_config", file, "--set", "d2v.model.vocab_size=8", "--dry-run") == 1
     assert "`d2v.model.vocab_size` must be >= 9" in capsys.readouterr().err
 
