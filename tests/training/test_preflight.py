@@ -19,7 +19,7 @@ from d2v_fast.config import load_config
 from d2v_fast.distributed import deepspeed_start
 from d2v_fast.memory.predict import predict
 from d2v_fast.ops import _library
-from d2v_fast.training import engine, preflight
+from d2v_fast.training import engine, preflight, prepare
 from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY_SPEECH, TINY_TEXT, figures, leave_out_reports, run_here, tiny_file
 
