@@ -138,7 +138,9 @@ class TokenMaskConfig(Section):
     def _check(self) -> Self:
         problems = []
         if self.mode == "bert" and self.length != 1:
-            problems.append(Problem("length", 'be 1 with `mode` "bert"', self.length, 'Spans are `mode` "span".'))
+            problems.append(
+                Problem("length", 'be 1 with `mode` "bert"', self.length, 'For spans, set `mode` to "span".')
+            )
         if self.keep_prob + self.random_prob > 1:
             must = f"be <= {1 - self.random_prob:g}, which is 1 - `random_prob` ({self.random_prob})"
             problems.append(Problem("keep_prob", must, self.keep_prob))

@@ -267,8 +267,8 @@ def _config_of(
         value = model.get(name)
         return value.shape[dim] if value is not None and value.dim() > dim and value.shape[dim] > 0 else default
 
-    told, knows_norms = _recipe(cfg, path)
-    gathered = Gathered(told, settings, path)
+    recipe, names_norms = _recipe(cfg, path)
+    gathered = Gathered(recipe, settings, path)
     width = size(NAMES.token, 1, size(f"{NAMES.norm}.weight", 0, PUBLISHED.width))
     layers = {found[1] for name in model if (found := re.match(re.escape(TEXT_PREFIX) + r"layers\.(\d+)\.", name))}
     gathered.heads(width)
@@ -282,7 +282,7 @@ def _config_of(
         "mlp_ratio": mlp_ratio(width, size(f"{NAMES.block.format(0)}.fc1.weight", 0, 4 * width)),
         "norm_eps": NORM_EPS,
     }
-    if not knows_norms:
+    if not names_norms:
         gathered.assumed.append(POST_NORM)
     config, problems = check(TextModelConfig, {**sizes, **gathered.values})
     if config is None:

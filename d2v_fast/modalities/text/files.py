@@ -374,7 +374,7 @@ class TextFiles:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             if not self._replaces:
-                raise UnreadableFile(f"{where} holds half a surrogate pair at character {error.start}") from None
+                raise UnreadableFile(f"{where} holds an unpaired surrogate at character {error.start}") from None
             return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return value
 

@@ -157,7 +157,7 @@ class Tokenizer:
             DataError: The tokenizer cannot decode them.
         """
         numbers = [int(i) for i in ids]
-        return self._called(lambda: str(self._inner.decode(numbers, skip_special_tokens=False)), "decoding")
+        return self._call(lambda: str(self._inner.decode(numbers, skip_special_tokens=False)), "decoding")
 
     def round_trip(self, text: str) -> tuple[str, str]:
         """Return a text and what its known tokens decode to, both normalized by the tokenizer.
@@ -165,7 +165,7 @@ class Tokenizer:
         Without a decoder, return the text itself, and the characters of it that its tokens cover.
         """
         # encoded as a batch, like training data, so that the ids are the same
-        [encoding] = self._called(lambda: self._inner.encode_batch([text], add_special_tokens=False), "encoding")
+        [encoding] = self._call(lambda: self._inner.encode_batch([text], add_special_tokens=False), "encoding")
         left_out = {self.specials.unk, *self._reserved.tolist()}
         known = [position for position, token in enumerate(encoding.ids) if token not in left_out]
         if self._inner.decoder is None:
@@ -183,10 +183,10 @@ class Tokenizer:
         if normalizer is None:
             return text, decoded
         both = (text, decoded)
-        first, second = self._called(lambda: [str(normalizer.normalize_str(one)) for one in both], "normalizing")
+        first, second = self._call(lambda: [str(normalizer.normalize_str(one)) for one in both], "normalizing")
         return first, second
 
-    def _called(self, call: Callable[[], Any], what: str) -> Any:
+    def _call(self, call: Callable[[], Any], what: str) -> Any:
         """Call the library and return its result.
 
         Raises:
@@ -267,7 +267,7 @@ class Tokenizer:
             except DataError:
                 # a letter is not in the vocabulary, and there is no unknown token
                 return False
-            [framed] = self._called(partial(self._inner.encode_batch, [text]), "encoding")
+            [framed] = self._call(partial(self._inner.encode_batch, [text]), "encoding")
             if framed.ids != [specials.bos, *ids.tolist(), specials.eos]:
                 return False
         return True
@@ -298,7 +298,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"`d2v.data.tokenizer` must be a tokenizer, but {name}: {error.strerror or error}.") from None
+        text = error.strerror or str(error)
+        raise DataError(f"`d2v.data.tokenizer` must be a tokenizer, but {name} cannot be read: {text}.") from None
     except Exception as error:
         # the library raises bare Exceptions
         text = printable(str(error))[:1000]
@@ -404,18 +405,18 @@ def _frame(names: dict[str, str], specials: Specials) -> dict[str, Any]:
     }
 
 
-def _names_of_specials(inner: Any, said: dict[str, str], name: str) -> dict[str, str]:
+def _names_of_specials(inner: Any, given: dict[str, str], name: str) -> dict[str, str]:
     """Return the special tokens by role; raise DataError if one is missing, or mask or padding is shared.
 
     Args:
         inner: The library's tokenizer.
-        said: Special tokens that the files name, by key such as `mask_token`.
+        given: Special tokens that the files name, by key such as `mask_token`.
         name: Name of the tokenizer, for messages.
     """
     names: dict[str, str] = {}
     missing = []
     for role, (keys, defaults) in ROLES.items():
-        wanted = [said[key] for key in keys if key in said] or list(defaults)
+        wanted = [given[key] for key in keys if key in given] or list(defaults)
         found = [token for token in wanted if inner.token_to_id(token) is not None]
         if found:
             names[role] = found[0]

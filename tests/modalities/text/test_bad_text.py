@@ -82,7 +82,7 @@ def test_wrong_bytes_may_be_replaced(tmp_path: Path) -> None:
         (b'{"text": 7}', "field 'text' holds int instead of text"),
         (b'{"text": ["a"]}', "field 'text' holds list instead of text"),
         (b'{"text": "\xff"}', "not UTF-8 at byte 10 "),
-        (b'{"text": "\\ud83d"}', "field 'text' holds half a surrogate pair at character 0"),
+        (b'{"text": "\\ud83d"}', "field 'text' holds an unpaired surrogate at character 0"),
         (b'{"text": ' + b"[" * 100_000, "n"),
         (b'{"text": "a", "deep": ' + b"[" * 40 + b"]" * 40 + b"}", "nested too deeply: more than 32 levels"),
         (b"\0" * 100, "not valid JSON"),

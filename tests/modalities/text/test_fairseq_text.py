@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_named(change: Callable[[dict[str, Any]], None], me
         load_fairseq_text(saved(content, tmp_path))
 
 
-def test_each_kind_is_told_by_its_names(tmp_path: Path) -> None:
+def test_each_kind_is_identified_by_its_names(tmp_path: Path) -> None:
     path = saved(pretrained(), tmp_path)
     assert isinstance(read_fairseq(path).config, TextModelConfig)
     assert torch.equal(

@@ -181,7 +181,7 @@ def test_names_of_special_tokens_beside_the_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_what_others_read(folder: Path) -> None:
+def test_transformers_reads_it(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = small_tokenizer()
