@@ -1,6 +1,6 @@
-"""Stops a run after too many steps that are not finite, or after a collapse; marks losses that jump.
+"""Stop a run after too many non-finite steps or after a collapse, and mark spikes of the loss.
 
-A step whose loss or gradient is not finite on one process changes nothing on any process (`engine.py`). The guard
+A step whose loss or gradient is not finite in one process changes nothing in any process; see `engine.py`. The guard
 counts such steps, and writes a report about them when it stops the run.
 """
 
@@ -28,12 +28,12 @@ from d2v_fast.training.step import SkipCounts, StepResult
 
 DUMP = "nonfinite.json"
 
-# number of logged losses whose median a spike is compared with: the most, and the fewest
+# most and fewest logged losses for the median that a loss is compared with
 SPIKE_WINDOW, SPIKE_HISTORY = 100, 10
 
-# a collapse is judged from this share of the run on at the latest, and never before so many steps
+# share of the run from which a collapse is checked at the latest, and the fewest steps before that
 LATEST_JUDGED, FEWEST_JUDGED = 2 / 3, 20
-# steps of the shortest runs that were published
+# shorter runs may not have learned anything yet
 USUAL_STEPS = 5000
 
 
@@ -45,18 +45,18 @@ class _Seen(NamedTuple):
 
 
 class Guard:
-    """Counts the steps that were not finite, and stops the run when there are too many in a row.
+    """Counts non-finite steps, and stops the run after too many in a row.
 
-    It reads nothing from the device before `check`, which the loop calls where it waits for the device anyway.
+    Only `check` and `counts` wait for the device.
 
     Args:
-        config: of the run.
-        world: of the run.
-        folder: of the run; the log in it is that of the steps made so far.
-        model: of the run.
-        counts: of the steps made so far.
-        steps_per_epoch: optimizer steps.
-        say: prints a line.
+        config: The run's configuration.
+        world: The processes of the run.
+        folder: The run folder, with the log of the steps made so far.
+        model: The model in training.
+        counts: Skipped steps so far.
+        steps_per_epoch: Optimizer steps per pass over the data.
+        say: Prints a line.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Guard:
         if world.size > 1:
             # the first layer's gradient: a NaN in a later layer reaches it
             self._watch(model.student.get_submodule(model.student.entrance_name).parameters())
-        # from the log, so that a resumed run finds the same spikes; the first process alone writes and reads it
+        # from the log, so that a resumed run finds the same spikes; only the first process has a log
         logged = read_log(folder.path) if world.is_first else []
         self._has_varied = world.any(any(has_varied(entry, config.d2v.guard) for entry in logged))
         losses = (entry["loss"] for entry in logged if entry["loss"] is not None)
@@ -97,19 +97,19 @@ class Guard:
         self._skipped += skipped
         self._streak = (self._streak + 1) * skipped
         self._longest_streak = torch.maximum(self._longest_streak, self._streak)
-        # a few numbers per step, and no moments
+        # keep only a few numbers per step
         self._steps.append(_Seen(result._replace(losses=[], moments=[]), self._gradient_finite))
         self._gradient_finite = torch.ones_like(self._gradient_finite)
 
     def counts(self) -> SkipCounts:
-        """Return the counts up to now; waits for the device."""
+        """Return the current counts; waits for the device."""
         return SkipCounts(int(self._skipped), int(self._streak))
 
     def check(self, step: int) -> None:
-        """Stop the run if it must be; waits for the device. Every process calls it.
+        """Stop the run after too many skipped steps in a row; waits for the device. Every process calls it.
 
         Raises:
-            RunError: more steps in a row than `d2v.guard` allows changed nothing. `nonfinite.json` describes them.
+            RunError: More steps in a row than `d2v.guard` allows were skipped. `nonfinite.json` describes them.
         """
         longest = int(self._longest_streak)
         if longest >= self._patience:
@@ -120,7 +120,7 @@ class Guard:
                 "steps, lower `optimizer.params.lr`, or set `gradient_clipping`. Earlier checkpoints are unchanged."
             )
         if longest > 0 and self._world.size > 1:
-            # from now on check every gradient, to name the process that a NaN comes from
+            # from now on check every gradient, to find the process that a NaN comes from
             self._watch(self._model.parameters())
 
     def mark_spike(self, entry: Entry) -> None:
@@ -152,14 +152,14 @@ class Guard:
         self._gradient_finite &= gradient.isfinite().all()
 
     def _dump(self, step: int) -> None:
-        """Write what is needed to repeat the steps: the first process writes, all of them contribute."""
+        """Write the facts needed to repeat the skipped steps, in the first process; every process calls it."""
         steps = [one for one in self._steps if not bool(one.result.applied)]
         flags = torch.zeros(self._world.size, len(steps), 2, dtype=torch.int64, device=self._world.device)
         ids = torch.stack([torch.stack(one.result.sample_ids) for one in steps]).to(self._world.device)
         all_ids = torch.zeros(self._world.size, *ids.shape, dtype=torch.int64, device=self._world.device)
         all_ids[self._world.rank] = ids
         for i, one in enumerate(steps):
-            # one process needs no hook to know whose gradient it was
+            # a single process has no hooks, and the gradient is its own
             wrong_gradient = ~one.gradient_finite if self._world.size > 1 else torch.tensor(True)
             wrong_loss = ~one.result.loss_finite
             flags[self._world.rank, i] = torch.stack([wrong_loss, wrong_gradient.to(wrong_loss.device)]).long()
@@ -195,25 +195,25 @@ class Guard:
 
 
 def first_judged_step(guard: GuardConfig, num_steps: int) -> int:
-    """Return the step from which on a run is judged.
+    """Return the first step at which a run is checked for a collapse.
 
-    It is `after_steps`, or two thirds of the run if that is sooner; but not before `FEWEST_JUDGED` steps unless
-    `after_steps` says so, since no run has learned anything by then.
+    It is `after_steps` or two thirds of the run, whichever is sooner. Two thirds count as at least `FEWEST_JUDGED`
+    steps, since no run has learned anything before.
     """
     return min(guard.after_steps, max(FEWEST_JUDGED, math.ceil(num_steps * LATEST_JUDGED)))
 
 
 def check_collapse(entry: Entry, guard: GuardConfig, num_steps: int, has_varied: bool = True) -> None:
-    """Check that targets and predictions still differ from place to place.
+    """Check that targets and predictions still vary between masked positions.
 
     Args:
-        entry: of the log. Deviations of a step that was not finite are NaN or None, and are ignored.
-        guard: the limits.
-        num_steps: of the whole run.
-        has_varied: whether they were above the limits before. If not, a run before `after_steps` may not have begun to
-            learn, and is judged only at its end.
+        entry: A log entry. Deviations of a non-finite step are NaN or None, and are ignored.
+        guard: The limits.
+        num_steps: Steps of the whole run.
+        has_varied: Whether the deviations were above the limits before. If not, the run may not have begun to learn,
+            and is checked only from `after_steps` on or at its end.
     Raises:
-        RunError: a deviation is under its limit: the run has collapsed.
+        RunError: A deviation is below its limit: the run has collapsed.
     """
     what, step = _collapsed(entry, guard), entry["step"]
     waits = not has_varied and step < min(guard.after_steps, num_steps)
@@ -227,12 +227,12 @@ def has_varied(entry: Entry, guard: GuardConfig) -> bool:
 
 
 def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
-    """Judge a finished run by the last deviations in its log.
+    """Check a finished run for a collapse by the last deviations in its log.
 
     Returns:
-        A line for the user if the run cannot be judged, None if it has not collapsed.
+        A line for the user if the run cannot be judged; None if it has not collapsed.
     Raises:
-        RunError: the run has collapsed. Its weights are saved, but not exported.
+        RunError: The run has collapsed. Its weights are saved, but not exported.
     """
     first = first_judged_step(guard, num_steps)
     known = [entry for entry in read_log(folder) if entry["prediction_std"] is not None]
@@ -257,7 +257,7 @@ def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
 
 
 def _collapsed(entry: Entry, guard: GuardConfig) -> str | None:
-    """Return "target" or "prediction", whichever has a deviation under its limit, or None."""
+    """Return "target" or "prediction" if its deviation is below its limit, else None."""
     limits = {"target": guard.min_target_std, "prediction": guard.min_prediction_std}
     found = {what: entry[f"{what}_std"] for what in limits}
     return next((what for what in limits if found[what] is not None and found[what] < limits[what]), None)
@@ -283,10 +283,10 @@ def _about_collapse(entry: Entry, what: str, guard: GuardConfig, num_steps: int)
 
 
 def _patience(config: RunConfig) -> int:
-    """Return how many steps in a row may be not finite before the run ends."""
+    """Return the number of non-finite steps in a row at which the run ends."""
     guard, fp16 = config.d2v.guard, config.deepspeed.fp16
     patience = 1 if guard.nonfinite == "stop" else guard.nonfinite_patience
     if fp16.enabled:
-        # a loss scale that is too large at first is halved until it fits
+        # an initial loss scale that is too large is halved step by step
         patience += fp16.initial_scale_power + fp16.hysteresis
     return patience

@@ -1,4 +1,4 @@
-"""Builds everything that a run needs. What is cheapest to find wrong is checked first."""
+"""Build everything that a run needs. The cheapest checks come first."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Say = Callable[[str], None]
 
 
 class Plan(NamedTuple):
-    """What is known of a run before there are processes, a folder or a model.
+    """The facts about a run that need no processes, folder or model.
 
     Attributes:
-        config: with the values that follow from the data.
-        split: of the global batch.
-        maker: of the training batches.
-        schedule: of the learning rate; it knows the length of the run.
-        steps_per_epoch: optimizer steps.
+        config: The configuration, including values that follow from the data.
+        split: How the global batch is split.
+        maker: Makes the training batches.
+        schedule: The learning rate schedule, with the length of the run.
+        steps_per_epoch: Optimizer steps per pass over the data.
     """
 
     config: RunConfig
@@ -59,17 +59,17 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
-        config: with the values that follow from the data.
-        world: its processes.
-        folder: where it writes.
-        log: what it reports.
-        schedule: of the learning rate.
-        loader: of its batches.
-        step: makes a step.
-        state: saves its checkpoints.
-        guard: stops it when something is wrong.
-        memory: its peak since the model was built.
-        start_step: steps made before this process.
+        config: The configuration, including values that follow from the data.
+        world: The processes of the run.
+        folder: The run folder.
+        log: Writes the reports.
+        schedule: The learning rate schedule.
+        loader: Loads the batches.
+        step: Makes a step.
+        state: Saves checkpoints.
+        guard: Stops the run after non-finite steps or a collapse.
+        memory: Measures peak memory since the model was built.
+        start_step: Steps made by earlier processes.
     """
 
     config: RunConfig
@@ -86,10 +86,10 @@ class Run:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """Check packages and data, and find the length of the run.
+    """Check packages and data, and compute the length of the run.
 
     Raises:
-        ConfigError, DataError, RunError: with a message for the user.
+        ConfigError, DataError, RunError: With a message for the user.
     """
     split = config.deepspeed.batch_split(world_size())
     check_packages(config, split.world_size)
@@ -104,8 +104,8 @@ def open_world(config: RunConfig, opened: ExitStack) -> World:
     """Connect the processes of the run.
 
     Args:
-        config: of the run.
-        opened: closes the connection.
+        config: The run's configuration.
+        opened: Closes the connection.
     """
     run = config.d2v.run
     world = World(run.device, config.deepspeed.needs_deepspeed(world_size()), timeout_minutes=run.timeout_minutes)
@@ -117,15 +117,15 @@ def prepare(plan: Plan, world: World, opened: ExitStack, *, resume: bool, stem: 
     """Build a run; every process calls it.
 
     Args:
-        plan: of the run.
-        world: of the run.
-        opened: closes what must be closed when the run ends.
-        resume: whether to continue the run that the configuration names.
-        stem: the name of a run without a name, before its number.
+        plan: The run's plan.
+        world: The processes of the run.
+        opened: Closes the run's resources.
+        resume: Continue the run that the configuration names.
+        stem: Start of the name of a run without a name.
     Returns:
         The run, or None if it is finished already.
     Raises:
-        ConfigError, DataError, RunError: with a message for the user.
+        ConfigError, DataError, RunError: With a message for the user.
     """
     say: Say = functools.partial(print, flush=True) if world.is_first else lambda text: None
     folder = _open_folder(plan, world, opened, say, resume=resume, stem=stem)
@@ -133,7 +133,7 @@ def prepare(plan: Plan, world: World, opened: ExitStack, *, resume: bool, stem: 
         say("this run is finished, there is nothing left to do")
         return None
     if world.is_first:
-        # their memory is not counted as memory of the run
+        # imported now, so that their memory does not count as the run's
         metrics.import_reports()
     say("building the model ...")
     memory = PeakMemory(world.device)
@@ -171,7 +171,7 @@ def is_finished(folder: RunFolder, plan: Plan) -> bool:
     """Return whether the run in this folder has reached the end of its schedule.
 
     Raises:
-        RunError: it has reached the end of a longer one.
+        RunError: It has reached the end of a longer schedule.
     """
     num_steps = plan.schedule.num_steps
     saved, finished = complete_steps(folder.path / "checkpoints"), folder.finished_steps()
@@ -224,7 +224,7 @@ def _build_networks(config: RunConfig, world: World) -> Networks:
 
 
 def _restore(plan: Plan, world: World, folder: RunFolder, networks: Networks, say: Say) -> tuple[RunState, Resumed]:
-    """Load the newest checkpoint of a reopened run, and write the configuration that goes on."""
+    """Load the newest checkpoint of a reopened run, and write the configuration that the run uses from now on."""
     config = plan.config
     checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world, say)
     state = RunState(config, world, networks, checkpoints, data_identity(plan.maker, world))

@@ -18,17 +18,17 @@ from d2v_fast.training.stepclock import StepClock
 
 
 class StepResult(NamedTuple):
-    """What a step did. Its tensors are on the model's device, and nothing waits for them.
+    """The results of a step, in tensors on the model's device that need no sync.
 
     Attributes:
-        number: of the step, from 1.
+        number: Number of the step, from 1.
         sample_ids: int64 `[B]` per micro-batch of this process.
-        num_rows: masked rows of the step over all processes, at least 1.
+        num_rows: Masked rows of the step over all processes, at least 1.
         loss_finite: 0-d bool, whether the loss of every micro-batch of this process was finite.
         applied: 0-d bool, whether the step changed anything: loss and gradient were finite on all processes.
-        grad_norm: 0-d, norm of the gradient before clipping, over all processes.
+        grad_norm: 0-d, global norm of the gradient before clipping.
         losses: 0-d fp32 per micro-batch of this process, summed over its rows and channels.
-        moments: fp32 `[4, D]` per micro-batch, as of `StepOutput`.
+        moments: fp32 `[4, D]` per micro-batch; see `StepOutput`.
     """
 
     number: int
@@ -68,12 +68,12 @@ class TrainStep:
     """Makes optimizer steps.
 
     Args:
-        engine: model and optimizer.
-        teacher: the average of the model's encoder.
-        world: of the run.
-        divisor: of the loss of one masked row, summed over its channels.
-        seed: of dropout.
-        clock: measures the parts of a step; None measures nothing.
+        engine: Model and optimizer.
+        teacher: The moving average of the model's encoder.
+        world: The processes of the run.
+        divisor: Divisor of a masked row's loss, which is summed over channels.
+        seed: Seed of dropout.
+        clock: Measures the parts of a step; None measures nothing.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class TrainStep:
     def __call__(self, number: int, step: Step, lr: float) -> StepResult:
         """Make step `number`, counted from 1; every process calls it.
 
-        A step whose loss or gradient is not finite changes nothing, but keeps its place in the order of the data and
-        in the schedules, which are functions of the step number.
+        A step with a non-finite loss or gradient changes nothing. It still counts for the data order and the
+        schedules, which depend on the step number.
         """
         num_rows = max(1, step.num_rows)
         loss_finite = torch.ones((), dtype=torch.bool, device=self._world.device)
@@ -121,10 +121,10 @@ class TrainStep:
         """Run one micro-batch forward and backward.
 
         Args:
-            number: of the step, from 1.
-            micro_step: of the step, from 0.
-            batch: on the model's device.
-            num_rows: masked rows of the whole step.
+            number: Number of the step, from 1.
+            micro_step: Index of the micro-batch in the step, from 0.
+            batch: The micro-batch, on the model's device.
+            num_rows: Masked rows of the whole step, over all processes.
         """
         self._world.arrive()
         torch.manual_seed(dropout_seed(self._seed, number, micro_step, self._world.rank))
@@ -134,10 +134,10 @@ class TrainStep:
         return output
 
     def update(self, number: int, lr: float) -> Tensor:
-        """Apply the gradients of all micro-batches, and let the teacher follow.
+        """Apply the accumulated gradients, and update the teacher.
 
         Returns:
-            0-d bool on the model's device: whether anything was changed.
+            0-d bool on the model's device: whether the step was applied.
         """
         with self.clock.part("optimizer"):
             applied = self.engine.step(lr)

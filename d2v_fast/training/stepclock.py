@@ -1,4 +1,4 @@
-"""Measures the parts of a step. Every part waits for the device, so only a run with `--profile` is measured."""
+"""Measure the parts of a step. Each measurement waits for the device, so it needs `--profile`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WARMUP_STEPS = 3
 
 
 class Report(TypedDict):
-    """What `profile.json` holds."""
+    """Content of `profile.json`."""
 
     steps: int
     ms_per_step: dict[str, float]
@@ -34,14 +34,14 @@ class Report(TypedDict):
 
 
 class StepClock:
-    """Adds up the seconds of each part of a step; does nothing unless `enabled`."""
+    """Accumulates the seconds of each part of a step; does nothing unless `enabled`."""
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self.enabled = enabled
         self._device = device
         self._num_steps, self._num_measured = 0, 0
         self._step_started = 0.0
-        # of this step, and of all measured steps
+        # seconds of this step, and of all measured steps
         self._current, self._seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
@@ -55,7 +55,7 @@ class StepClock:
         self._current[name] += self._now() - started
 
     def each(self, items: Iterable[Item], name: str) -> Iterator[Item]:
-        """Iterate, and count the time that every item takes to arrive for this part."""
+        """Iterate, and count the time until each item arrives for this part."""
         iterator = iter(items)
         while True:
             with self.part(name):
@@ -66,7 +66,7 @@ class StepClock:
             yield item
 
     def end_step(self) -> None:
-        """End a step: the time that no part has counted becomes "everything else"."""
+        """End a step, and count the time outside all parts as "everything else"."""
         if not self.enabled:
             return
         now = self._now()

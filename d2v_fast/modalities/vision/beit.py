@@ -192,7 +192,7 @@ def _config_of(
     depth = len({found[1] for name in weights if (found := _BLOCK.match(name))})
     own_bias = f"{NAMES.block.format(0)}.{NAMES.block_bias}"
     per_block = own_bias in weights
-    rows, told_heads = _shape(weights, own_bias if per_block else NAMES.bias, (0, 0))
+    rows, bias_heads = _shape(weights, own_bias if per_block else NAMES.bias, (0, 0))
     _, tokens, _ = _shape(weights, NAMES.position, (1, 0, width))
     # the table has (2 G - 1)^2 offsets and 3 rows for the class token; the positions are those of 1 + G^2 tokens
     grid = (round(max(0, rows - 3) ** 0.5) + 1) // 2 if rows else round(max(0, tokens - 1) ** 0.5)
@@ -204,8 +204,8 @@ def _config_of(
     gathered = Gathered(
         {own: line[key] for key, own in rates.items() if isinstance(line.get(key), float)}, settings, path
     )
-    if told_heads:
-        gathered.values["heads"] = told_heads
+    if bias_heads:
+        gathered.values["heads"] = bias_heads
     if f"{NAMES.block.format(0)}.{NAMES.gamma1}" not in weights:
         # a model without scales computes as with a scale of one
         gathered.values["layer_scale"] = 1.0

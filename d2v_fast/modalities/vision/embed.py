@@ -54,7 +54,7 @@ class Images(Source):
         super().__init__(model, origin, inputs, KINDS, data.follow_outside, paths)
         self._limits = Limits(data.max_image_pixels, data.max_image_bytes, data.min_image_side, self._inside)
         self._size_px, self._channels = config.image_size, config.channels
-        self._bit_depth, self._has_told_dim = data.bit_depth, False
+        self._bit_depth, self._has_warned_dark = data.bit_depth, False
         # per channel, on the scale of 0 to 255
         self._mean, self._std = (np.array(v, np.float32)[:, None, None] * 255 for v in (data.mean, data.std))
 
@@ -63,16 +63,16 @@ class Images(Source):
         yield from self._decoded(self._decode)
 
     def _decode(self, path: str) -> list[Tensor]:
-        note = None if self._has_told_dim else functools.partial(self._tell_dim, path)
+        note = None if self._has_warned_dark else functools.partial(self._warn_dark, path)
         square = read_square(
             path, self._size_px, self._channels, center_box, self._limits, bit_depth=self._bit_depth, note=note
         )
         levels = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1).astype(np.float32)
         return [torch.from_numpy((levels - self._mean) / self._std)]
 
-    def _tell_dim(self, path: str, dim: Any) -> None:
+    def _warn_dark(self, path: str, dim: Any) -> None:
         # each of several threads may log it once
-        self._has_told_dim = True
+        self._has_warned_dark = True
         _log.warning("%s: %s (in a Transformers folder: `bit_depth` in its %s)", printable(path), dim, PREPROCESSOR)
 
 

@@ -109,7 +109,7 @@ class ImagesDataset:
         self._mean = np.array(data.mean, dtype=np.float32)[:, None, None] * 255
         self._std = np.array(data.std, dtype=np.float32)[:, None, None] * 255
         self._bit_depth = data.bit_depth
-        self._has_told_dim = False
+        self._has_warned_dark = False
         self._check_some()
         self._check_depths()
         self._count_unusable()
@@ -186,7 +186,7 @@ class ImagesDataset:
 
     def _read(self, path: str, choose_box: Callable[[int, int], Box]) -> Image.Image:
         # warn once: a folder usually has many such images
-        note = None if self._has_told_dim else functools.partial(self._tell_dim, path)
+        note = None if self._has_warned_dark else functools.partial(self._warn_dark, path)
         return read_square(
             path,
             self.image_size,
@@ -197,8 +197,8 @@ class ImagesDataset:
             note=note,
         )
 
-    def _tell_dim(self, path: str, dim: Dim) -> None:
-        self._has_told_dim = True
+    def _warn_dark(self, path: str, dim: Dim) -> None:
+        self._has_warned_dark = True
         _log.warning("%s: %s", printable(path), dim)
 
     def _change(self, square: Image.Image, numbers: npt.NDArray[np.float64]) -> Image.Image:
@@ -222,7 +222,7 @@ class ImagesDataset:
         """Warn before training if the values of sampled images need fewer bits than are stored."""
         for sample_id in self._spread():
             path = self.path(sample_id)
-            if path.lower().endswith(_MANY_DEPTHS) and not self._has_told_dim:
+            if path.lower().endswith(_MANY_DEPTHS) and not self._has_warned_dark:
                 # unreadable files are reported elsewhere
                 with contextlib.suppress(UnreadableImage):
                     self._read(path, center_box)
