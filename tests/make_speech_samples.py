@@ -1,7 +1,7 @@
-"""Make the sample set `speech` again: `python -m tests.make_speech_samples`, or with `--check` compare with what ships.
+"""Make the sample set `speech` with `python -m tests.make_speech_samples`; `--check` compares it with the bundled one.
 
-It needs eSpeak NG (Debian's package espeak-ng), which nothing else does. The same version says the same, so that
-`--check` demands equal lengths, and samples that differ by no more than what resampling rounds.
+This requires eSpeak NG (Debian package `espeak-ng`). One version always gives the same output, so `--check` requires
+equal lengths, and samples equal up to the rounding of the resampler.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ VOICES = {
     "en-gb-x-gbcwmd+f1": (130, 40),
     "en-029+m3": (145, 60),
 }
-# of full scale: a waveform is normalized before anything looks at it, and what is softer takes fewer bits
+# share of full scale; softer samples take fewer bits, and training normalizes every waveform
 PEAK = 0.1
-# beginning and end are where the envelope passes this share of the peak; so much more is kept on both sides
+# trim where samples stay below this share of the peak, and leave this margin in seconds on both sides
 EDGE, MARGIN_S = 0.02, 0.02
 HEADER = "path\tword\tvoice\tspeed\tsamples\n"
 
 
 def spoken(word: str, voice: str) -> np.ndarray:
-    """One word, int16 at 16 kHz, without the silence around it."""
+    """Synthesize a word, int16 at 16 kHz, without the silence around it."""
     speed, pitch = VOICES[voice]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/a.wav"
@@ -63,7 +63,7 @@ def spoken(word: str, voice: str) -> np.ndarray:
 
 
 def made() -> dict[str, tuple[str, np.ndarray]]:
-    """Line of the index and samples of every recording, by its path."""
+    """Return the line of the index and the samples of every recording, by path."""
     found = {}
     for voice in VOICES:
         for word in WORDS:
@@ -83,7 +83,7 @@ def write(folder: Path) -> None:
 
 
 def differences(folder: Path) -> list[str]:
-    """What of a folder is not what would be made now."""
+    """Return the differences between a folder and newly made recordings."""
     recordings = made()
     found = []
     if (folder / "index.tsv").read_text(encoding="utf-8") != HEADER + "".join(line for line, _ in recordings.values()):
@@ -93,7 +93,7 @@ def differences(folder: Path) -> list[str]:
         if rate != RATE or samples.shape != expected.shape:
             found.append(f"{path}: {len(samples)} samples at {rate} Hz instead of {len(expected)}")
         elif np.abs(samples.astype(int) - expected).max() > 2:
-            found.append(f"{path}: other samples")
+            found.append(f"{path}: samples differ")
     return found
 
 

@@ -123,7 +123,7 @@ class AudioDataset:
             silence=data.silence,
             root=None if data.follow_outside else os.path.realpath(root),
         )
-        if counts is None or not self._believes(paths, counts):
+        if counts is None or not self._manifest_is_right(paths, counts):
             counts = self._lengths_by_header(paths)
         fewest = max(round(data.min_seconds * model.sample_rate), model.receptive_field)
         most = max(int(data.max_seconds * model.sample_rate), fewest)
@@ -141,7 +141,7 @@ class AudioDataset:
             )
         self.lengths: npt.NDArray[np.int64] = np.minimum(counts[kept], most)
         self._paths = PathList(paths[index] for index in kept.tolist())
-        self._check_some()
+        self._require_readable()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -231,7 +231,7 @@ class AudioDataset:
             longest_first = shorter[np.argsort(-self.lengths[shorter], kind="stable")]
             yield from longest_first[: NUM_NEIGHBORS - len(enough)].tolist()
 
-    def _believes(self, paths: list[str], counts: npt.NDArray[np.int64]) -> bool:
+    def _manifest_is_right(self, paths: list[str], counts: npt.NDArray[np.int64]) -> bool:
         """Return whether a few headers have the manifest's lengths and the model's rate."""
         num_read = 0
         for index in _spread(len(paths)):
@@ -287,7 +287,7 @@ class AudioDataset:
                 found.append(str(error))
         return found
 
-    def _check_some(self) -> None:
+    def _require_readable(self) -> None:
         """Raise before training starts if none of a few recordings is readable."""
         failures = []
         for sample_id in _spread(len(self)):

@@ -67,13 +67,13 @@ class SpeechBatches:
             lengths=frames,
         )
         # masks may depend on all samples of the step: select this micro-batch's rows and shift them to start at 0
-        start = self._place(micro)
+        start = self._start_in_step(micro)
         stop = start + len(micro.sample_ids)
         of_sample, frame = np.divmod(step_rows, frames.max())
-        mine = (of_sample >= start) & (of_sample < stop)
+        is_own = (of_sample >= start) & (of_sample < stop)
         frames = frames[start:stop]
         num_frames = int(frames.max())
-        rows = (of_sample[mine] - start) * num_frames + frame[mine]
+        rows = (of_sample[is_own] - start) * num_frames + frame[is_own]
         waveforms, bad = self._dataset.read(micro.sample_ids, sizes[start:stop], seed, micro.epoch)
         padded = bool((frames < num_frames).any())
         unpadded = None
@@ -101,7 +101,7 @@ class SpeechBatches:
         return sizes, frames
 
     @staticmethod
-    def _place(micro: MicroStep) -> int:
+    def _start_in_step(micro: MicroStep) -> int:
         """Return the position of this micro-batch's first sample within its step."""
         return int(np.flatnonzero(micro.step_sample_ids == micro.sample_ids[0])[0])
 

@@ -68,7 +68,7 @@ class AudioHeader:
     sample_rate: int
 
     def length(self, sample_rate: int) -> int:
-        """Samples per channel at another rate."""
+        """Return the number of samples per channel at another rate."""
         return self.num_samples * sample_rate // self.sample_rate
 
 
@@ -105,7 +105,7 @@ def read_header(path: str, limits: AudioLimits) -> AudioHeader:
     Raises:
         UnreadableAudio: The file is unusable, for any reason.
     """
-    with _reasons(path), _opened(path, limits) as opened:
+    with _as_unreadable_audio(path), _opened(path, limits) as opened:
         return AudioHeader(opened.num_samples, opened.file.samplerate)
 
 
@@ -126,23 +126,23 @@ def read_part(path: str, num_samples: int, place: float, limits: AudioLimits) ->
         UnreadableAudio: The file or the part is unusable, for any reason.
         DataError: A package is missing.
     """
-    with _reasons(path), _opened(path, limits) as opened:
+    with _as_unreadable_audio(path), _opened(path, limits) as opened:
         length = opened.length(limits.sample_rate)
         if length < num_samples:
             raise UnreadableAudio(f"shorter than expected: {length:,} samples instead of {num_samples:,}")
-        return _audible(_samples(opened, place, num_samples, limits), limits.silence)
+        return _require_sound(_samples(opened, place, num_samples, limits), limits.silence)
 
 
 def read_whole(path: str, limits: AudioLimits) -> npt.NDArray[np.float32]:
     """Decode a whole file, fp32 `[N]`. Raises as `read_part` does."""
-    with _reasons(path), _opened(path, limits) as opened:
+    with _as_unreadable_audio(path), _opened(path, limits) as opened:
         if opened.num_samples > MAX_WHOLE:
             raise UnreadableAudio(f"{opened.num_samples:,} samples are more than {MAX_WHOLE:,}")
-        return _audible(_samples(opened, 0.0, None, limits), limits.silence)
+        return _require_sound(_samples(opened, 0.0, None, limits), limits.silence)
 
 
 @contextmanager
-def _reasons(path: str) -> Iterator[None]:
+def _as_unreadable_audio(path: str) -> Iterator[None]:
     """Turn any error inside the context into `UnreadableAudio` with a short reason."""
     try:
         yield
@@ -174,7 +174,7 @@ class _Opened:
     channel: int | None = None
 
     def length(self, sample_rate: int) -> int:
-        """Samples per channel at another rate."""
+        """Return the number of samples per channel at another rate."""
         return AudioHeader(self.num_samples, self.file.samplerate).length(sample_rate)
 
 
@@ -227,8 +227,8 @@ def _samples(opened: _Opened, place: float, num_samples: int | None, limits: Aud
 class _EndsEarly(Exception):
     """The file has fewer samples than its header says."""
 
-    def __init__(self, num_samples: int, said: int) -> None:
-        super().__init__(f"ends after {num_samples:,} of {said:,} samples")
+    def __init__(self, num_samples: int, expected: int) -> None:
+        super().__init__(f"ends after {num_samples:,} of {expected:,} samples")
         self.num_samples = num_samples
 
 
@@ -238,13 +238,13 @@ def _resampled(opened: _Opened, start: int, num_samples: int, sample_rate: int) 
     if own_rate == sample_rate:
         return _mono(opened, start, num_samples)
     soxr = import_audio("soxr")
-    # the shortest time that is a whole number of samples at both rates
+    # samples at both rates of the shortest time that is a whole number of either
     divisor = math.gcd(own_rate, sample_rate)
-    ours, theirs = sample_rate // divisor, own_rate // divisor
+    unit, own_unit = sample_rate // divisor, own_rate // divisor
     margin = FILTER_REACH * max(1, -(-sample_rate // own_rate))
-    first, last = max(0, start - margin) // ours, -(-(start + num_samples + margin) // ours)
-    source = _mono(opened, first * theirs, min(last * theirs, opened.num_samples) - first * theirs)
-    offset = start - first * ours
+    first, last = max(0, start - margin) // unit, -(-(start + num_samples + margin) // unit)
+    source = _mono(opened, first * own_unit, min(last * own_unit, opened.num_samples) - first * own_unit)
+    offset = start - first * unit
     part: npt.NDArray[np.float32] = soxr.resample(source, own_rate, sample_rate, quality="HQ")
     return part[offset : offset + num_samples].copy()
 
@@ -317,7 +317,7 @@ class _Power:
         return int(np.argmax(channels)) if canceled else None
 
 
-def _audible(samples: npt.NDArray[np.float32], silence: float) -> npt.NDArray[np.float32]:
+def _require_sound(samples: npt.NDArray[np.float32], silence: float) -> npt.NDArray[np.float32]:
     if np.abs(samples - float(samples.mean(dtype=np.float64))).max() <= silence:
         raise UnreadableAudio(f"silent: no sample above {silence:g} of full scale (`d2v.data.silence`)")
     return samples

@@ -263,8 +263,8 @@ def _config_of(
     def count(pattern: str) -> int:
         return len({found[1] for name in model if (found := re.match(pattern, name))})
 
-    told, knows_norms = _recipe(cfg, path)
-    gathered = Gathered(told, settings, path)
+    recorded, states_norms = _recipe(cfg, path)
+    gathered = Gathered(recorded, settings, path)
     width = size("mask_emb", 0, size("encoder.layer_norm.weight", 0, PUBLISHED.width))
     num_layers = count(r"feature_extractor\.conv_layers\.(\d+)\.") or len(PUBLISHED.conv_kernels)
     first = "feature_extractor.conv_layers.{}.0.weight"
@@ -300,7 +300,7 @@ def _config_of(
         "depth": count(r"encoder\.layers\.(\d+)\.") or PUBLISHED.depth,
         "mlp_ratio": mlp_ratio(width, size("encoder.layers.0.fc1.weight", 0, 4 * width)),
     }
-    if not knows_norms:
+    if not states_norms:
         gathered.assumed.append(POST_NORM)
     config, problems = check(SpeechModelConfig, {**sizes, **gathered.values})
     if config is None:

@@ -326,7 +326,7 @@ def test_counting_is_bounded_and_done_once(tmp_path: Path, monkeypatch: pytest.M
     assert not counted_again
     with monkeypatch.context() as patch:
         patch.setattr(mp3_layout, "MAX_FRAMES", 10)
-        patch.setattr(mp3_layout, "_remembered", {})
+        patch.setattr(mp3_layout, "_cache", {})
         with pytest.raises(UnreadableAudio, match="more than 10 MP3 frames"):
             read_header(str(path), LIMITS)
     # an endless series of bytes that look like the start of a frame

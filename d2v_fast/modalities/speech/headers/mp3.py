@@ -29,7 +29,7 @@ MIN_SHARE = 0.9
 MIN_FREE, MAX_FREE = 1 << 7, 1 << 13
 # a file that starts inside a frame, as recorded broadcasts do, is MP3 if 8 consecutive frames begin soon
 MAX_REST, NUM_CERTAIN = 1 << 12, 8
-MAX_REMEMBERED = 1 << 16
+MAX_CACHED = 1 << 16
 
 # kbit/s by index 1 to 14: MPEG 1 layers I, II, III; MPEG 2 and 2.5 layers I, II and III
 _RATES_1 = {
@@ -42,7 +42,7 @@ _RATES_2 = {3: (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
 # Hz of MPEG 1; MPEG 2 has half of it, MPEG 2.5 a quarter
 _HERTZ = (44_100, 48_000, 32_000)
 # bits of a header that are equal in all frames of a file: sync, version, layer and sample rate
-_SAME = 0xFFFE0C00
+_CONSTANT_BITS = 0xFFFE0C00
 _LAYER_3 = 1
 # the first three bytes of a header
 _SYNC = re.compile(
@@ -68,7 +68,7 @@ class _Frames:
     first: int
 
 
-_remembered: dict[tuple[int, ...], _Frames] = {}
+_cache: dict[tuple[int, ...], _Frames] = {}
 
 
 def is_mpeg_start(handle: int) -> bool:
@@ -114,12 +114,12 @@ def mp3_pieces(handle: int, size: int, start: int) -> list[Piece] | None:
     """
     status = os.fstat(handle)
     key = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
-    if key not in _remembered:
+    if key not in _cache:
         found = _find_frames(handle, size, start)
-        if len(_remembered) >= MAX_REMEMBERED:
-            _remembered.clear()
-        _remembered[key] = found
-    found = _remembered[key]
+        if len(_cache) >= MAX_CACHED:
+            _cache.clear()
+        _cache[key] = found
+    found = _cache[key]
     if not found.has_header:
         return [_info_frame(found.first, found.count, sum(length for _, length in found.runs)), *found.runs]
     return None if len(found.runs) == 1 and found.runs[0][0] == start else list(found.runs)
@@ -166,23 +166,23 @@ def _find_frames(handle: int, size: int, start: int) -> _Frames:
     if position < 0:
         raise UnreadableFile("no MP3 frame was found")
     first = reader.word(position)
-    said = _said(reader, position, first)
+    stated = _stated_counts(reader, position, first)
     first_size = _frame_size(reader, position, first)
-    if said is not None:
-        count, num_bytes = said
+    if stated is not None:
+        count, num_bytes = stated
         if count and num_bytes and _ends_at(reader, position + num_bytes, size):
             return _Frames(((position, size - position),), count, has_header=True, first=first)
         # the header is itself a frame, without sound
         position += first_size
     runs, count = _runs(reader, position, size, first)
-    if said is not None and count == said[0] and len(runs) == 1:
+    if stated is not None and count == stated[0] and len(runs) == 1:
         # the count is right, and the header also says how much of the first and last frame is sound
         run = (position - first_size, runs[0][1] + first_size)
         return _Frames((run,), count, has_header=True, first=first)
     if not count:
         raise UnreadableFile("holds no samples")
-    if said is not None and count < MIN_SHARE * said[0]:
-        raise UnreadableFile(f"cut: {count:,} of {said[0]:,} MP3 frames are there")
+    if stated is not None and count < MIN_SHARE * stated[0]:
+        raise UnreadableFile(f"cut: {count:,} of {stated[0]:,} MP3 frames are there")
     # layers I and II have no such header
     return _Frames(tuple(runs), count, has_header=first >> 17 & 3 != _LAYER_3, first=first)
 
@@ -199,7 +199,7 @@ def _runs(reader: _Reader, position: int, size: int, first: int) -> tuple[list[t
     free = _free_size(reader, position, first) if first >> 12 & 15 == 0 else 0
     while count <= MAX_FRAMES:
         word = reader.word(position)
-        length = _size_of(word) if word >= 0 and (word ^ first) & _SAME == 0 else None
+        length = _size_of(word) if word >= 0 and (word ^ first) & _CONSTANT_BITS == 0 else None
         if length == 0:
             length = free + (word >> 9 & 1) if free else None
         # a truncated frame at the end of the file is not decoded
@@ -227,10 +227,10 @@ def _next_frame(reader: _Reader, position: int, most: int, first: int | None) ->
     while (position := reader.find_sync(position, end - position)) >= 0:
         word = reader.word(position)
         kind = word if first is None else first
-        length = _frame_size(reader, position, word) if word >= 0 and (word ^ kind) & _SAME == 0 else 0
+        length = _frame_size(reader, position, word) if word >= 0 and (word ^ kind) & _CONSTANT_BITS == 0 else 0
         if length:
             after = reader.word(position + length)
-            if after >= 0 and (after ^ word) & _SAME == 0 and _size_of(after) is not None:
+            if after >= 0 and (after ^ word) & _CONSTANT_BITS == 0 and _size_of(after) is not None:
                 return position
             # the last frame, or one before a tag
             if len(reader.at(position, length)) == length and (first is not None or after < 0):
@@ -268,10 +268,10 @@ def _free_size(reader: _Reader, position: int, word: int) -> int:
     offset = position + 4
     while (offset := reader.find_sync(offset, position + MAX_FREE - offset)) >= 0:
         other = reader.word(offset)
-        if other >= 0 and (other ^ word) & _SAME == 0 and _size_of(other) == 0:
+        if other >= 0 and (other ^ word) & _CONSTANT_BITS == 0 and _size_of(other) == 0:
             length = offset - position - (word >> 9 & 1)
             third = reader.word(offset + length + (other >> 9 & 1))
-            if third < 0 or ((third ^ word) & _SAME == 0 and _size_of(third) == 0):
+            if third < 0 or ((third ^ word) & _CONSTANT_BITS == 0 and _size_of(third) == 0):
                 return length if length >= MIN_FREE else 0
         offset += 1
     return 0
@@ -283,7 +283,7 @@ def _side_info(word: int) -> int:
     return {(True, True): 17, (False, True): 32, (True, False): 9, (False, False): 17}[is_mono, is_first]
 
 
-def _said(reader: _Reader, position: int, word: int) -> tuple[int, int] | None:
+def _stated_counts(reader: _Reader, position: int, word: int) -> tuple[int, int] | None:
     """Read the frames and bytes (0 if not stated) of a Xing, Info or VBRI header, or `None` if there is none."""
     offset = position + 4 + _side_info(word)
     tag = reader.at(offset, 16)
