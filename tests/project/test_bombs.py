@@ -205,7 +205,7 @@ def test_pages_that_become_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(parquet_files, "MIN_LIMIT", 1 << 40)
     monkeypatch.setattr(parquet_files, "MAX_PAGE_BYTES", 60_000_000)
     used, found = measured(lambda: texts(tmp_path))
-    assert "is more than 60,000,000" in found
+    assert "bytes exceeds 60,000,000" in found
     assert used < 50e6
 
 
