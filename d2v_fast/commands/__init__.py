@@ -1,1 +1,1 @@
-"""The `d2v-fast` command: one module per subcommand."""
+"""The `d2v-fast` command. `console` calls every subcommand; here are those that have no other home."""
