@@ -25,11 +25,11 @@ def describe(
     """Return the lines that `--dry-run` prints.
 
     Args:
-        config: of the run.
-        split: how the global batch is divided.
-        schedule: of the learning rate.
-        maker: of the training batches.
-        dtype: of the forward pass.
+        config: The run's configuration.
+        split: How the global batch is split.
+        schedule: The learning rate schedule.
+        maker: Makes the training batches.
+        dtype: Dtype of the forward pass.
         device_type: "cpu" or "cuda".
     """
     with torch.device("meta"):

@@ -217,7 +217,10 @@ def test_leftovers_of_a_dead_process_are_removed(checkpoints: Checkpoints) -> No
 def test_full_disk(point: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     save(checkpoints, 1)
     monkeypatch.setattr(faults, "_fault", faults.Fault(f"{point}:1:ENOSPC"))
-    with pytest.raises(RunError, match=r"step-2 could not be written .* No space left on device.* Step-1 before it"):
+    with pytest.raises(
+        RunError,
+        match=r"step-2 could not be written .* No space left on device.* The earlier checkpoint step-1 is intact",
+    ):
         save(checkpoints, 2)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-1"]
     assert checkpoints.newest(pytest.fail) is not None

@@ -160,7 +160,7 @@ def test_old_checkpoint_says_that_it_cannot_be_checked(tmp_path: Path, monkeypat
 def test_shorter_than_what_was_trained_is_refused(images_run: Path, capsys) -> None:
     shorter = ["--set", "d2v.schedule.steps=4"]
     assert run_here("--ds_config", images_run, "--run", "r", "--resume", *shorter) == 1
-    assert "at least as long as it is already (6 steps)" in capsys.readouterr().err
+    assert "must have at least the 6 steps that the run has made" in capsys.readouterr().err
 
 
 def samples(base: dict[str, Any], **data: Any) -> Samples:
