@@ -188,7 +188,7 @@ def test_dead_disk_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run_forked(*arguments, output=output, before=hang_in_the_second_checkpoint) == [1], output.read_text()
     text = output.read_text()
     assert "neither computed nor read nor written anything for 0.05 minutes" in text
-    assert "`join` (store.py:" in text
+    assert "`join` (checkpoints/store.py:" in text
     assert "raise `d2v.run.timeout_minutes`" in text
     assert run_here(*arguments, "--resume") == 0
 
