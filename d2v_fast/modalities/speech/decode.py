@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from d2v_fast.data.files import UnreadableFile, open_sample, refuse_system_error
 from d2v_fast.errors import DataError
-from d2v_fast.modalities.speech.headers.layout import NOT_AUDIO, pieces_of_file
+from d2v_fast.modalities.speech.headers.repair import NOT_AUDIO, pieces_of_file
 from d2v_fast.modalities.speech.headers.view import FileView
 from d2v_fast.packages import install_command
 

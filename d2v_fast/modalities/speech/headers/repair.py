@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from d2v_fast.data.files import UnreadableFile
-from d2v_fast.modalities.speech.headers.flac import flac_length
+from d2v_fast.modalities.speech.headers.flac_length import flac_length
 from d2v_fast.modalities.speech.headers.mp3 import is_mpeg_start, mp3_pieces, skip_id3v2
 from d2v_fast.modalities.speech.headers.view import Piece, edited
 
