@@ -404,7 +404,7 @@ def test_dry_run_prints_every_part(tmp_path: Path, capsys: pytest.CaptureFixture
         "teacher ",
         "activations ",
         "+ forward and backward",
-        "while it is built",
+        "while the model is built",
     ):
         assert any(line.strip().startswith(name) for line in lines), lines
 

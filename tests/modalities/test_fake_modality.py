@@ -89,10 +89,10 @@ def test_registered_modality_is_known(curves: None, tmp_path: Path) -> None:
     config = load_config(tiny_file(tmp_path, CURVES))
     assert type(config.d2v) is CurvesConfig
     assert modality_of(config.d2v) is MODALITY
-    file = tiny_file(tmp_path, CURVES, d2v__model={"wdith": 8, "heads": 0}, channels=4)
+    file = tiny_file(tmp_path, CURVES, d2v__model={"widthh": 8, "heads": 0}, channels=4)
     assert problems(file) == (
         "`channels` (value 4) is not a known key. Did you mean `d2v.model.channels`?",
-        "`d2v.model.wdith` (value 8) is not a known key. Did you mean `d2v.model.width`?",
+        "`d2v.model.widthh` (value 8) is not a known key. Did you mean `d2v.model.width`?",
         "`d2v.model.heads` must be >= 1, but is 0 instead.",
     )
 

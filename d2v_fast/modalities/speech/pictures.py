@@ -101,8 +101,7 @@ def speech_figure(models: dict[str, Student], recordings: list[Recording], confi
         ("log-mel,\nmasked frames\nmarked", *models),
         Spacing(cell=1.6, above=0.35, below=0.3, gap=0.28, beside=0.45),
         title=title,
-        caption="squares: cosine similarity between the features of each pair of frames, red similar, blue opposite; "
-        f"only the first {MAX_SECONDS:g} s of longer recordings",
+        caption=f"squares: cosine of each pair of frames, red similar, blue opposite; at most {MAX_SECONDS:g} s",
     )
     hop = config.model.hop / config.model.sample_rate
     for index, recording in enumerate(recordings):
