@@ -160,4 +160,4 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert read_probes(folder.path) == []
     folder.close()
     pipe(folder.path / "lock")
-    assert_refused(lambda: RunFolder.reopen(tmp_path, "a"), "lock must be a file")
+    assert_refused(lambda: RunFolder.reopen(tmp_path, "a"), "lock must be a regular file")
