@@ -77,3 +77,9 @@ def test_citation() -> None:
     assert f'name = "{citation["authors"][0]["name"]}"' in PROJECT
     assert {reference["url"][-10:] for reference in citation["references"]} == {"2202.03555", "2212.07525"}
     assert all(reference["authors"] and reference["title"] for reference in citation["references"])
+
+
+def test_changelog_has_this_version_below_unreleased() -> None:
+    headings = re.findall(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert re.fullmatch(rf"{re.escape(__version__)} - \d{{4}}-\d\d-\d\d", headings[1])
