@@ -101,7 +101,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from d2v_fast.training.begin import import_folder, start_run
+    from d2v_fast.training.import_weights import import_folder, start_run
 
     if options.ds_config is None:
         own = {"weights": options.weights, "heads": options.heads, "tokenizer": options.tokenizer}

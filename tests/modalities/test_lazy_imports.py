@@ -8,7 +8,7 @@ CODE = """
 import sys
 import d2v_fast.data, d2v_fast.modalities.speech.audio, d2v_fast.modalities.text.tasks
 print("data:", *{"soundfile", "soxr", "cffi", "tokenizers", "pyarrow", "rich"} & set(sys.modules))
-import d2v_fast.interop.huggingface, d2v_fast.interop.fairseq, d2v_fast.training.begin
+import d2v_fast.interop.huggingface, d2v_fast.interop.fairseq, d2v_fast.training.import_weights
 print("formats:", *{"transformers", "fairseq", "tokenizers"} & set(sys.modules))
 """
 
