@@ -32,8 +32,8 @@ from d2v_fast.objectives.data2vec import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.describe import describe
 from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine
+from d2v_fast.training.learning_rate import LearningRate
 from d2v_fast.training.preflight import check_packages
-from d2v_fast.training.schedules import LearningRate
 from d2v_fast.training.step import TrainStep
 
 # steps to try, the time after which that is enough, and the time after which no further step begins

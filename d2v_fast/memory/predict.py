@@ -1,6 +1,6 @@
 """Predict the memory per process of a run from its configuration; docs/memory.md derives the formulas.
 
-`table.py` lists the parts that stay from step to step, and the phases of a step, each of which needs memory on top of
+`formulas.py` lists the parts that stay from step to step, and the phases of a step, each of which needs memory on top of
 the parts. The peak is that of the largest phase. Everything follows from shapes, so nothing is computed.
 """
 
@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from d2v_fast.config import RunConfig
+from d2v_fast.memory.formulas import BUILD, PARTS, PHASES, Line, checkpoint
 from d2v_fast.memory.sizes import Shapes, Sizes, shapes_of
 from d2v_fast.memory.step import StepMemory, step_memory
-from d2v_fast.memory.table import BUILD, PARTS, PHASES, Line, checkpoint
 from d2v_fast.models.student import MaskedBatch
 
 # upper bounds that were measured: the share of a step's small blocks that malloc retains; bytes for threads and kernels

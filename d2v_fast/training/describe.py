@@ -11,7 +11,7 @@ from d2v_fast.data.listing import counted, describe_listing
 from d2v_fast.memory.peak import format_bytes
 from d2v_fast.memory.predict import predict
 from d2v_fast.objectives.data2vec import build_model
-from d2v_fast.training.schedules import LearningRate
+from d2v_fast.training.learning_rate import LearningRate
 
 
 def describe(

@@ -24,12 +24,12 @@ from d2v_fast.teacher import Teacher
 from d2v_fast.training import metrics
 from d2v_fast.training.engine import compute_dtype, import_engine, make_engine
 from d2v_fast.training.guard import Guard
+from d2v_fast.training.learning_rate import LearningRate
 from d2v_fast.training.metrics import Log, NoLog, RunLog
 from d2v_fast.training.preflight import check_packages, check_room, report_missing_kernels
 from d2v_fast.training.resume_rules import too_short
 from d2v_fast.training.run_folder import BAD_FILES, RunFolder
 from d2v_fast.training.run_state import Networks, Resumed, RunState, data_identity
-from d2v_fast.training.schedules import LearningRate
 from d2v_fast.training.step import TrainStep
 from d2v_fast.training.stepclock import StepClock
 

@@ -17,7 +17,7 @@ from d2v_fast.commands.console import main
 from d2v_fast.config import ConfigError, D2VConfig, DeepSpeedConfig, apply_overrides, parse_config
 from d2v_fast.config.errors import MAX_STEPS, MAX_WORKERS, _section_of
 from d2v_fast.modalities import all_modalities, modality_named
-from d2v_fast.training.schedules import LearningRate
+from d2v_fast.training.learning_rate import LearningRate
 from d2v_fast.training.step import dropout_seed
 
 Key = tuple[str, ...]

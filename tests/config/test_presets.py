@@ -13,7 +13,7 @@ from d2v_fast.commands import console
 from d2v_fast.commands.console import main
 from d2v_fast.config import ConfigError, load_config
 from d2v_fast.config.file import PRESETS, configuration_file, preset_names
-from d2v_fast.training.schedules import LearningRate
+from d2v_fast.training.learning_rate import LearningRate
 from tests.helpers.runs import leave_out_reports, tiny_file
 from tests.helpers.text_files import sentences, small_tokenizer
 

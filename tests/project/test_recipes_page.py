@@ -12,7 +12,7 @@ import torch
 from d2v_fast.config import TeacherConfig, load_config
 from d2v_fast.masking import block_mask_rows, span_mask_rows
 from d2v_fast.teacher import decay_at
-from d2v_fast.training.schedules import LearningRate
+from d2v_fast.training.learning_rate import LearningRate
 from tests.helpers.places import ROOT
 
 PAGE = (ROOT / "docs/recipes.md").read_text()

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from d2v_fast.config import ScheduleConfig
-from d2v_fast.training.schedules import LearningRate
+from d2v_fast.training.learning_rate import LearningRate
 
 
 def rates(steps_per_epoch: int = 10, **fields) -> list[float]:
