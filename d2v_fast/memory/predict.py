@@ -1,7 +1,7 @@
 """Predict the memory per process of a run from its configuration; docs/memory.md derives the formulas.
 
-`formulas.py` lists the parts that stay from step to step, and the phases of a step, each of which needs memory on top of
-the parts. The peak is that of the largest phase. Everything follows from shapes, so nothing is computed.
+`formulas.py` lists the parts that stay from step to step, and the phases of a step, each of which needs memory beside
+them. The peak is that of the largest phase. Everything follows from shapes, so nothing is computed.
 """
 
 from __future__ import annotations
