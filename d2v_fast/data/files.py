@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
 
@@ -25,6 +25,8 @@ __all__ = [
     "find_files",
     "open_sample",
     "refuse_system_error",
+    "require_readable",
+    "spread",
 ]
 
 # files read before training starts, and neighbors tried in place of an unreadable file
@@ -119,6 +121,38 @@ def tried_in_order(count: int) -> list[int]:
     near = min(count, NUM_NEIGHBORS // 2)
     far = np.linspace(near, count - 1, min(count, NUM_NEIGHBORS) - near, dtype=np.int64)
     return [*range(near), *far.tolist()]
+
+
+def spread(num: int, count: int) -> list[int]:
+    """Return up to `count` evenly spaced positions below `num`, including the first and the last."""
+    return np.unique(np.linspace(0, num - 1, count, dtype=np.int64)).tolist()
+
+
+def require_readable(
+    sample_ids: Iterable[int], read: Callable[[int], object], paths: Callable[[int], str], in_words: str, what: str
+) -> None:
+    """Raise before training starts if none of a few samples is readable.
+
+    Args:
+        sample_ids: samples to try, until one is readable.
+        read: reads a sample, or raises UnreadableFile.
+        paths: returns the path of a sample.
+        in_words: number and folder of all samples, such as "13 in '/my/images'".
+        what: the samples in the plural.
+    Raises:
+        DataError: every sample is unreadable.
+    """
+    failures = []
+    for sample_id in sample_ids:
+        try:
+            read(sample_id)
+            return
+        except UnreadableFile as error:
+            failures.append(printable(f"{paths(sample_id)}: {error}"))
+    raise DataError(
+        f"`d2v.data.path` must hold readable {what}, but of {in_words} {len(failures)} were tried and none can be "
+        f"read:\n  " + "\n  ".join(failures)
+    )
 
 
 def open_sample(path: str, inside: str | None, max_bytes: int) -> BufferedReader:

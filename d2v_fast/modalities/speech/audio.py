@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2v_fast.data.files import NUM_CHECKED, NUM_NAMED, NUM_NEIGHBORS, PathList, find_files, tried_in_order
+from d2v_fast.data.files import (
+    NUM_CHECKED,
+    NUM_NAMED,
+    NUM_NEIGHBORS,
+    PathList,
+    find_files,
+    require_readable,
+    spread,
+    tried_in_order,
+)
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds, Listing, count_endings
 from d2v_fast.data.samples import digest_of, file_sizes
 from d2v_fast.errors import DataError
@@ -234,7 +243,7 @@ class AudioDataset:
     def _manifest_is_right(self, paths: list[str], counts: npt.NDArray[np.int64]) -> bool:
         """Return whether a few headers have the manifest's lengths and the model's rate."""
         num_read = 0
-        for index in _spread(len(paths)):
+        for index in spread(len(paths), NUM_CHECKED):
             try:
                 header = read_header(os.path.join(self.root, paths[index]), self._limits)
             except UnreadableAudio:
@@ -289,16 +298,12 @@ class AudioDataset:
 
     def _require_readable(self) -> None:
         """Raise before training starts if none of a few recordings is readable."""
-        failures = []
-        for sample_id in _spread(len(self)):
-            try:
-                read_part(self.path(sample_id), int(self.lengths[sample_id]), 0.0, self._limits)
-                return
-            except UnreadableAudio as error:
-                failures.append(printable(f"{self.path(sample_id)}: {error}"))
-        raise DataError(
-            f"`d2v.data.path` must hold readable recordings, but of the {len(self)} in "
-            f"'{printable(self.root)}', {len(failures)} were tried and none can be read:\n  " + "\n  ".join(failures)
+        require_readable(
+            spread(len(self), NUM_CHECKED),
+            lambda sample_id: read_part(self.path(sample_id), int(self.lengths[sample_id]), 0.0, self._limits),
+            self.path,
+            f"{len(self)} in '{printable(self.root)}'",
+            "recordings",
         )
 
 
@@ -306,11 +311,6 @@ def normalized(samples: npt.NDArray[np.float32]) -> Tensor:
     """Return samples fp32 `[N]` normalized to zero mean and unit variance, as the model expects them."""
     wave = torch.from_numpy(samples)
     return F.layer_norm(wave, wave.shape, eps=NORM_EPS)
-
-
-def _spread(num: int) -> list[int]:
-    """Return up to `NUM_CHECKED` evenly spaced positions, including the first and the last."""
-    return np.unique(np.linspace(0, num - 1, NUM_CHECKED, dtype=np.int64)).tolist()
 
 
 def _read_manifest(path: str) -> tuple[str, list[str], npt.NDArray[np.int64]]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from d2v_fast.data.files import NUM_CHECKED, PathList, find_files, tried_in_order
+from d2v_fast.data.files import NUM_CHECKED, PathList, find_files, require_readable, spread, tried_in_order
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
 from d2v_fast.data.samples import digest_of, file_sizes
 from d2v_fast.errors import DataError
@@ -110,7 +110,7 @@ class ImagesDataset:
         self._std = np.array(data.std, dtype=np.float32)[:, None, None] * 255
         self._bit_depth = data.bit_depth
         self._has_warned_dark = False
-        self._check_some()
+        self._require_readable()
         self._check_depths()
         self._count_unusable()
 
@@ -220,7 +220,7 @@ class ImagesDataset:
 
     def _check_depths(self) -> None:
         """Warn before training if the values of sampled images need fewer bits than are stored."""
-        for sample_id in self._spread():
+        for sample_id in spread(len(self), NUM_CHECKED):
             path = self.path(sample_id)
             if path.lower().endswith(_MANY_DEPTHS) and not self._has_warned_dark:
                 # unreadable files are reported elsewhere
@@ -231,7 +231,7 @@ class ImagesDataset:
         """Record in the listing how many images will be replaced, judged by their headers."""
         small: list[str] = []
         unreadable: list[str] = []
-        ids = self._spread(NUM_HEADERS)
+        ids = spread(len(self), NUM_HEADERS)
         for sample_id in ids:
             try:
                 check_header(self.path(sample_id), self._limits)
@@ -245,22 +245,14 @@ class ImagesDataset:
                 reason = f"{why}{of_all}, such as {found[0]}; training replaces it by another"
                 self.listing = self.listing.without(len(found), "image", reason)
 
-    def _spread(self, count: int = NUM_CHECKED) -> list[int]:
-        """Return up to `count` sample ids, spread evenly from the first to the last."""
-        return np.unique(np.linspace(0, len(self) - 1, count, dtype=np.int64)).tolist()
-
-    def _check_some(self) -> None:
+    def _require_readable(self) -> None:
         """Raise DataError before training if none of a few spread samples can be read."""
-        failures = []
-        for sample_id in self._spread():
-            try:
-                self._read(self.path(sample_id), center_box)
-                return
-            except UnreadableImage as error:
-                failures.append(printable(f"{self.path(sample_id)}: {error}"))
-        raise DataError(
-            f"`d2v.data.path` must hold readable images, but of {len(self)} in '{printable(self.root)}' "
-            f"{len(failures)} were tried and none can be read:\n  " + "\n  ".join(failures)
+        require_readable(
+            spread(len(self), NUM_CHECKED),
+            lambda sample_id: self._read(self.path(sample_id), center_box),
+            self.path,
+            f"{len(self)} in '{printable(self.root)}'",
+            "images",
         )
 
 
