@@ -16,28 +16,15 @@ from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.commands import draw
 from d2v_fast.commands.console import main
-from d2v_fast.config import (
-    BlockMaskConfig,
-    RunSection,
-    TargetConfig,
-    VisionConfig,
-    VisionDataConfig,
-    VisionModelConfig,
-)
 from d2v_fast.distributed.shards import Shard
 from d2v_fast.distributed.world import World
 from d2v_fast.figures.sheet import Sheet, Spacing
 from d2v_fast.objectives.data2vec import build_model
 from tests.helpers.places import ROOT
 from tests.helpers.runs import failure_status
+from tests.helpers.written_runs import vision_config
 
-CONFIG = VisionConfig(
-    model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=24, depth=3, heads=2),
-    mask=BlockMaskConfig(num_patches=9, min_patches=2),
-    target=TargetConfig(top_k=2),
-    data=VisionDataConfig(mean=(0.3,), std=(0.4,)),
-    run=RunSection(seed=5),
-)
+CONFIG = vision_config(width=24, depth=3)
 
 
 def save_weights(folder: Path, step: int, kinds: dict[str, dict[str, torch.Tensor]]) -> None:

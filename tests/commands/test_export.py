@@ -21,7 +21,7 @@ from d2v_fast.modalities.vision.huggingface import export_vision, import_vision
 from tests.helpers.common import run_python
 from tests.helpers.runs import failure_status
 from tests.helpers.speech_models import make_config
-from tests.helpers.written_runs import CONFIG, write_run
+from tests.helpers.written_runs import CONFIG, assert_holds_run, write_run
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -66,14 +66,7 @@ def test_export_for_fairseq_holds_student_head_and_teacher(
     assert "(student and teacher, step 7, for fairseq)" in capsys.readouterr().out
     found = read_fairseq_speech(tmp_path / "r" / "export.pt")
     assert found.config == config.model
-    assert found.teacher is not None
-    assert found.head is not None
-    for name, p in model.student.named_parameters():
-        assert torch.equal(found.student.state_dict()[name], p), name
-        factor = 2 if name.startswith("context.") else 1
-        assert torch.equal(found.teacher.state_dict()[name], factor * p), name
-    for name, p in model.head.named_parameters():
-        assert torch.equal(found.head[name], p), name
+    assert_holds_run(found, model)
 
 
 def test_a_teacher_does_not_replace_the_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

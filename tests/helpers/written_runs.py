@@ -18,15 +18,23 @@ from d2v_fast.config import (
     VisionModelConfig,
 )
 from d2v_fast.distributed.shards import Shard
+from d2v_fast.modalities.speech.fairseq import FairseqSpeech
+from d2v_fast.modalities.text.fairseq import FairseqText
 from d2v_fast.objectives.data2vec import Data2Vec, build_model
 
-CONFIG = VisionConfig(
-    model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=16, depth=2, heads=2),
-    mask=BlockMaskConfig(num_patches=9, min_patches=2),
-    target=TargetConfig(top_k=2),
-    data=VisionDataConfig(mean=(0.3,), std=(0.4,)),
-    run=RunSection(seed=5),
-)
+
+def vision_config(*, width: int, depth: int) -> VisionConfig:
+    """A vision encoder for images of 8 x 8 pixels."""
+    return VisionConfig(
+        model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=width, depth=depth, heads=2),
+        mask=BlockMaskConfig(num_patches=9, min_patches=2),
+        target=TargetConfig(top_k=2),
+        data=VisionDataConfig(mean=(0.3,), std=(0.4,)),
+        run=RunSection(seed=5),
+    )
+
+
+CONFIG = vision_config(width=16, depth=2)
 
 
 def write_run(folder: Path, config: D2VConfig, processes: int) -> Data2Vec:
@@ -58,3 +66,15 @@ def write_run(folder: Path, config: D2VConfig, processes: int) -> Data2Vec:
         files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (checkpoint / "manifest.json").write_text(json.dumps({"step": 7, "files": files}))
     return model
+
+
+def assert_holds_run(found: FairseqSpeech | FairseqText, model: Data2Vec) -> None:
+    """Assert that a fairseq checkpoint holds the student, head and teacher of a run that `write_run` wrote."""
+    assert found.teacher is not None
+    assert found.head is not None
+    for name, p in model.student.named_parameters():
+        assert torch.equal(found.student.state_dict()[name], p), name
+        factor = 2 if name.startswith("context.") else 1
+        assert torch.equal(found.teacher.state_dict()[name], factor * p), name
+    for name, p in model.head.named_parameters():
+        assert torch.equal(found.head[name], p), name

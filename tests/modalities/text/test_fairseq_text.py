@@ -33,7 +33,7 @@ from tests.helpers.speech_reference import randomize_
 from tests.helpers.text_files import small_tokenizer
 from tests.helpers.text_models import make_config, make_pair
 from tests.helpers.tokenizer_folders import word_piece
-from tests.helpers.written_runs import write_run
+from tests.helpers.written_runs import assert_holds_run, write_run
 
 
 def saved_tokenizer(folder: Path) -> Path:
@@ -348,14 +348,7 @@ def test_export_for_fairseq_holds_student_head_and_teacher(tmp_path: Path, capsy
     assert "(student and teacher, step 7, for fairseq)" in capsys.readouterr().out
     found = read_fairseq_text(tmp_path / "r" / "export.pt")
     assert found.config == config.model
-    assert found.teacher is not None
-    assert found.head is not None
-    for name, p in model.student.named_parameters():
-        assert torch.equal(found.student.state_dict()[name], p), name
-        factor = 2 if name.startswith("context.") else 1
-        assert torch.equal(found.teacher.state_dict()[name], factor * p), name
-    for name, p in model.head.named_parameters():
-        assert torch.equal(found.head[name], p), name
+    assert_holds_run(found, model)
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])

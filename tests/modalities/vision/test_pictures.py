@@ -10,27 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from d2v_fast.config import (
-    BlockMaskConfig,
-    RunSection,
-    TargetConfig,
-    VisionConfig,
-    VisionDataConfig,
-    VisionModelConfig,
-)
 from d2v_fast.evaluation.features import patch_features
 from d2v_fast.figures.sheet import save_figure
 from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.pictures import choose_images, principal_colors, vision_figure
 from d2v_fast.objectives.data2vec import build_model
+from tests.helpers.written_runs import vision_config
 
-CONFIG = VisionConfig(
-    model=VisionModelConfig(image_size=8, patch_size=2, channels=1, width=24, depth=3, heads=2),
-    mask=BlockMaskConfig(num_patches=9, min_patches=2),
-    target=TargetConfig(top_k=2),
-    data=VisionDataConfig(mean=(0.3,), std=(0.4,)),
-    run=RunSection(seed=5),
-)
+CONFIG = vision_config(width=24, depth=3)
 
 
 def test_colors_are_the_principal_components() -> None:
