@@ -1,4 +1,4 @@
-"""The optimizers that a run can choose, and their state in a form that is the same for all of them."""
+"""Build the optimizer of a run, and save its state in a form that is the same for all of them."""
 
 from __future__ import annotations
 
