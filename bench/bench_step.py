@@ -87,9 +87,9 @@ class OurStep:
         return output.loss_sum / (output.num_rows * self._divisor)
 
     def __call__(self, batch: Batch) -> None:
-        """A whole step."""
+        """A whole step that is not logged."""
         self._number += 1
-        self._step(self._number, Step([batch], len(batch.rows)), LR)
+        self._step(self._number, Step([batch], len(batch.rows)), LR, moments=False)
         self.clock.end_step()
 
     def shares(self) -> dict[str, float]:

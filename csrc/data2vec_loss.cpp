@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
                                                  int64_t final_norm, Tensor rows,
                                                  std::optional<Tensor> lengths, double eps,
                                                  std::optional<Tensor> target_rows, double beta, double scale,
-                                                 bool mean, bool need_grad) {
+                                                 bool mean, bool need_grad, bool need_moments) {
   const TargetPlan plan = plan_target(layers, layer_norm, final_norm, lengths, eps);
   require(pred.dim() == 2 && pred.size(1) == plan.width, "data2vec_loss: pred must have shape [N, ",
           plan.width, "]");
@@ -67,9 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes;
-  const double factor = loss_factor(n * width, scale, mean);
-  const LossSettings settings(beta, split_factor(factor, type).saved, slope);
-  auto [loss, statistics] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
+  const LossSettings settings(beta, loss_factor(n * width, scale, mean), slope, need_moments);
+  auto [loss, statistics] = sum_loss_blocks(pred, settings, [&](int64_t begin, int64_t end, float* sums) {
     // one strip of targets, and the last target of the previous strip
     std::vector<float> targets((kStrip + 1) * width);
     const float* target[kStrip];

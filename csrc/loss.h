@@ -18,25 +18,27 @@ struct LossRows {
   const float* next_target[4];
 };
 
-// Settings of all rows. beta 0 is the squared error. The slopes include `slope_factor`; `slope` is [N, D], or
-// empty without a gradient.
+// Settings of all rows. beta 0 is the squared error. The slopes include the part of `factor` that
+// split_factor saves; `slope` is [N, D] in the dtype of the predictions, or empty without a gradient.
 struct LossSettings {
-  LossSettings(double beta, double slope_factor, const Tensor& slope);
+  LossSettings(double beta, double factor, const Tensor& slope, bool need_moments);
 
+  double factor;        // of the sum over rows and channels
   float beta, inverse;  // 1 / beta
   float near, far;      // slope per unit of error within beta, and slope beyond beta
-  bool is_square, need_grad, stream;
+  bool is_square, need_grad, need_moments, stream;
 };
 
-// Adds `count` <= 4 rows to sums [5, width]: the loss of every element, pred, pred^2, target, target^2. With
-// a gradient, writes the derivative of each element's loss to slope. Runs in one thread.
+// Adds `count` <= 4 rows to sums [5, width]: the loss of every element, pred, pred^2, target, target^2;
+// without moments [1, width]. With a gradient, writes the derivative of each element's loss to slope. Runs in
+// one thread.
 void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width,
                    const LossSettings& settings, float* sums);
 
 // Runs block(begin, end, sums) over blocks of the n rows and adds the blocks' sums in order. The partition
 // depends on n only, so the result does not depend on the number of threads. Returns {loss fp32 [], sums
-// fp32 [4, width]} on the device of `pred`.
-std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
+// fp32 [4, width], or [0] without moments} on the device of `pred`.
+std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, const LossSettings& settings,
                                            const std::function<void(int64_t, int64_t, float*)>& block);
 
 // Factor of the sum over rows and channels; finite if there are no rows.

@@ -27,8 +27,8 @@ struct TileRows {
   P* slope[4];
 };
 
-// Adds the rows at channel i to sums [5, width]. V is Lanes, or float for a single channel.
-template <typename V, int kRows, bool kSquare, bool kGrad, typename P>
+// Adds the rows at channel i to sums, see add_loss_rows. V is Lanes, or float for a single channel.
+template <typename V, int kRows, bool kSquare, bool kGrad, bool kMoments, typename P>
 D2V_INLINE void add_channels(const TileRows<P>& rows, int64_t i, int64_t width, const LossSettings s,
                              float* sums) {
   V loss{}, pred{}, pred2{}, target{}, target2{};
@@ -54,27 +54,31 @@ D2V_INLINE void add_channels(const TileRows<P>& rows, int64_t i, int64_t width, 
       if (s.stream) stream<V>(rows.slope[r] + i, slope);
     }
     if (kGrad && !s.stream) store_as<V>(rows.slope[r] + i, slope);
-    pred += p;
-    pred2 += p * p;
-    target += t;
-    target2 += t * t;
+    if constexpr (kMoments) {
+      pred += p;
+      pred2 += p * p;
+      target += t;
+      target2 += t * t;
+    }
   }
   add_to<V>(sums + i, loss);
+  if constexpr (!kMoments) return;
   add_to<V>(sums + width + i, pred);
   add_to<V>(sums + 2 * width + i, pred2);
   add_to<V>(sums + 3 * width + i, target);
   add_to<V>(sums + 4 * width + i, target2);
 }
 
-template <int kRows, bool kSquare, bool kGrad, typename P>
+template <int kRows, bool kSquare, bool kGrad, bool kMoments, typename P>
 D2V_INLINE void add_tile(const TileRows<P> rows, int64_t n, int64_t width, const LossSettings s,
                          float* sums) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add_channels<Lanes, kRows, kSquare, kGrad>(rows, i, width, s, sums);
-  for (; i < n; ++i) add_channels<float, kRows, kSquare, kGrad>(rows, i, width, s, sums);
+  for (; i + kLanes <= n; i += kLanes)
+    add_channels<Lanes, kRows, kSquare, kGrad, kMoments>(rows, i, width, s, sums);
+  for (; i < n; ++i) add_channels<float, kRows, kSquare, kGrad, kMoments>(rows, i, width, s, sums);
 }
 
-template <typename P, bool kSquare, bool kGrad>
+template <typename P, bool kSquare, bool kGrad, bool kMoments>
 D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, const LossSettings& s,
                          float* sums) {
   for (int64_t first = 0; first < width; first += kTile) {
@@ -88,44 +92,50 @@ D2V_INLINE void add_rows(const LossRows& rows, int64_t count, int64_t width, con
       if (kGrad) tile.slope[r] = static_cast<P*>(rows.slope[r]) + first;
     }
     if (count == 4) {
-      add_tile<4, kSquare, kGrad>(tile, n, width, s, sums + first);
+      add_tile<4, kSquare, kGrad, kMoments>(tile, n, width, s, sums + first);
     } else {
       for (int64_t r = 0; r < count; ++r) {
         const TileRows<P> one{
             {tile.pred[r]}, {tile.target[r]}, {tile.next_pred[r]}, {tile.next_target[r]}, {tile.slope[r]}};
-        add_tile<1, kSquare, kGrad>(one, n, width, s, sums + first);
+        add_tile<1, kSquare, kGrad, kMoments>(one, n, width, s, sums + first);
       }
     }
   }
   if (s.stream) finish_streams();
 }
 
-#define D2V_LOSS_ROWS(name, P, kSquare, kGrad)                                                            \
+#define D2V_LOSS_ROWS(name, P, kSquare, kGrad, kMoments)                                                  \
   D2V_INLINE void name##_body(const LossRows& rows, int64_t count, int64_t width, const LossSettings& s,  \
                               float* sums) {                                                              \
-    add_rows<P, kSquare, kGrad>(rows, count, width, s, sums);                                             \
+    add_rows<P, kSquare, kGrad, kMoments>(rows, count, width, s, sums);                                   \
   }                                                                                                       \
   D2V_MULTIARCH(name,                                                                                     \
                 (const LossRows& rows, int64_t count, int64_t width, const LossSettings& s, float* sums), \
                 (rows, count, width, s, sums))
 
-D2V_LOSS_ROWS(smooth_f32, float, false, false)
-D2V_LOSS_ROWS(smooth_grad_f32, float, false, true)
-D2V_LOSS_ROWS(square_f32, float, true, false)
-D2V_LOSS_ROWS(square_grad_f32, float, true, true)
-D2V_LOSS_ROWS(smooth_bf16, BFloat16, false, false)
-D2V_LOSS_ROWS(smooth_grad_bf16, BFloat16, false, true)
-D2V_LOSS_ROWS(square_bf16, BFloat16, true, false)
-D2V_LOSS_ROWS(square_grad_bf16, BFloat16, true, true)
-D2V_LOSS_ROWS(smooth_f16, Half, false, false)
-D2V_LOSS_ROWS(smooth_grad_f16, Half, false, true)
-D2V_LOSS_ROWS(square_f16, Half, true, false)
-D2V_LOSS_ROWS(square_grad_f16, Half, true, true)
+#define D2V_LOSS_LOOPS(suffix, P)                               \
+  D2V_LOSS_ROWS(smooth_##suffix, P, false, false, false)        \
+  D2V_LOSS_ROWS(smooth_moments_##suffix, P, false, false, true) \
+  D2V_LOSS_ROWS(smooth_grad_##suffix, P, false, true, false)    \
+  D2V_LOSS_ROWS(smooth_both_##suffix, P, false, true, true)     \
+  D2V_LOSS_ROWS(square_##suffix, P, true, false, false)         \
+  D2V_LOSS_ROWS(square_moments_##suffix, P, true, false, true)  \
+  D2V_LOSS_ROWS(square_grad_##suffix, P, true, true, false)     \
+  D2V_LOSS_ROWS(square_both_##suffix, P, true, true, true)
+
+D2V_LOSS_LOOPS(f32, float)
+D2V_LOSS_LOOPS(bf16, BFloat16)
+D2V_LOSS_LOOPS(f16, Half)
 
 using LossLoop = void (*)(const LossRows&, int64_t, int64_t, const LossSettings&, float*);
-constexpr LossLoop kLossLoops[3][2][2] = {{{smooth_f32, smooth_grad_f32}, {square_f32, square_grad_f32}},
-                                          {{smooth_bf16, smooth_grad_bf16}, {square_bf16, square_grad_bf16}},
-                                          {{smooth_f16, smooth_grad_f16}, {square_f16, square_grad_f16}}};
+// by storage type, squared error, gradient, moments
+#define D2V_LOSS_TABLE(suffix)                                                                    \
+  {                                                                                               \
+    {{smooth_##suffix, smooth_moments_##suffix}, {smooth_grad_##suffix, smooth_both_##suffix}}, { \
+      {square_##suffix, square_moments_##suffix}, { square_grad_##suffix, square_both_##suffix }  \
+    }                                                                                             \
+  }
+constexpr LossLoop kLossLoops[3][2][2][2] = {D2V_LOSS_TABLE(f32), D2V_LOSS_TABLE(bf16), D2V_LOSS_TABLE(f16)};
 
 // Reads rows as fp32: fp32 in place, other types through a buffer that stays in the cache.
 #define D2V_ELEMENTWISE(suffix, T)                                                                   \
@@ -152,15 +162,18 @@ constexpr int64_t kBytes[3] = {4, 2, 2};
 
 }  // namespace
 
-LossSettings::LossSettings(double beta_, double slope_factor, const Tensor& slope) {
+LossSettings::LossSettings(double beta_, double factor_, const Tensor& slope, bool need_moments_) {
   // a subnormal beta has no finite inverse, and no fp32 error lies between it and the least normal number
   const double least = std::numeric_limits<float>::min();
   is_square = beta_ == 0.0;
   beta = static_cast<float>(std::max(beta_, least));
   inverse = static_cast<float>(1.0 / std::max(beta_, least));
+  factor = factor_;
+  const double slope_factor = split_factor(factor, slope.scalar_type()).saved;
   near = static_cast<float>(2.0 * slope_factor);
   far = static_cast<float>(slope_factor);
   need_grad = slope.dim() == 2;
+  need_moments = need_moments_;
   const int64_t bytes = slope.numel() * 4;
   stream =
       need_grad && slope.scalar_type() == ScalarType::Float && bytes > kStreamBytes && slope.size(1) % 4 == 0;
@@ -168,33 +181,35 @@ LossSettings::LossSettings(double beta_, double slope_factor, const Tensor& slop
 
 void add_loss_rows(ScalarType pred_type, const LossRows& rows, int64_t count, int64_t width,
                    const LossSettings& settings, float* sums) {
-  kLossLoops[storage_index(pred_type)][settings.is_square][settings.need_grad](rows, count, width, settings,
-                                                                               sums);
+  const auto& loops = kLossLoops[storage_index(pred_type)][settings.is_square];
+  loops[settings.need_grad][settings.need_moments](rows, count, width, settings, sums);
 }
 
-std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
+std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, const LossSettings& settings,
                                            const std::function<void(int64_t, int64_t, float*)>& block) {
-  const int64_t n = pred.size(0), width = pred.size(1);
+  const int64_t n = pred.size(0), width = pred.size(1), kinds = settings.need_moments ? 5 : 1;
   const int64_t rows_per_block = std::clamp((n + kBlocks - 1) / kBlocks, kMinRows, kMaxRows) / 4 * 4;
   const int64_t blocks = (n + rows_per_block - 1) / rows_per_block;
-  std::vector<float> sums(blocks * 5 * width);
+  std::vector<float> sums(blocks * kinds * width);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      block(i * rows_per_block, std::min(n, (i + 1) * rows_per_block), sums.data() + i * 5 * width);
+      block(i * rows_per_block, std::min(n, (i + 1) * rows_per_block), sums.data() + i * kinds * width);
     }
   });
   Tensor loss = torch::stable::new_empty(pred, {}, ScalarType::Float);
-  Tensor statistics = torch::stable::new_empty(pred, {4, width}, ScalarType::Float);
+  Tensor statistics = torch::stable::new_empty(
+      pred, settings.need_moments ? std::vector<int64_t>{4, width} : std::vector<int64_t>{0},
+      ScalarType::Float);
   float* result = static_cast<float*>(statistics.mutable_data_ptr());
   std::vector<double> channel_loss(width);
   constexpr int64_t kStrip = 64;
   torch::stable::parallel_for(0, (width + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kStrip, count = std::min(kStrip, width - first);
-      for (int64_t i = 0; i < 5; ++i) {
+      for (int64_t i = 0; i < kinds; ++i) {
         double total[kStrip] = {};
         for (int64_t b = 0; b < blocks; ++b) {
-          const float* __restrict part = sums.data() + (b * 5 + i) * width + first;
+          const float* __restrict part = sums.data() + (b * kinds + i) * width + first;
           for (int64_t d = 0; d < count; ++d) total[d] += part[d];
         }
         for (int64_t d = 0; d < count; ++d) {
@@ -208,7 +223,7 @@ std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, double factor,
   });
   double total = 0.0;
   for (const double value : channel_loss) total += value;
-  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total * factor);
+  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total * settings.factor);
   return {loss, statistics};
 }
 
@@ -229,7 +244,8 @@ Tensor plain_rows(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
                                                     std::optional<Tensor> target_rows, double beta,
-                                                    double scale, bool mean, bool need_grad) {
+                                                    double scale, bool mean, bool need_grad,
+                                                    bool need_moments) {
   require(pred.dim() == 2 && target.dim() == 2 && pred.size(1) == target.size(1),
           "masked_smooth_l1: pred and target must be 2-d and equally wide");
   const int64_t n = pred.size(0), width = pred.size(1);
@@ -257,9 +273,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   const char* target_data = static_cast<const char*>(target.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());
   const int64_t pred_stride = pred.stride(0) * bytes, target_stride = target.stride(0) * kBytes[target_type];
-  const double factor = loss_factor(n * width, scale, mean);
-  const LossSettings settings(beta, split_factor(factor, type).saved, slope);
-  auto [loss, statistics] = sum_loss_blocks(pred, factor, [&](int64_t begin, int64_t end, float* sums) {
+  const LossSettings settings(beta, loss_factor(n * width, scale, mean), slope, need_moments);
+  auto [loss, statistics] = sum_loss_blocks(pred, settings, [&](int64_t begin, int64_t end, float* sums) {
     std::vector<float> wide(target_type == 0 ? 0 : 4 * width);
     for (int64_t i = begin; i < end; i += 4) {
       const int64_t count = std::min<int64_t>(4, end - i);

@@ -34,12 +34,14 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
 
 // pred [N, D], target [M, D], fp32 | bf16 | fp16; target_rows int64 [N] of M, without it M == N. beta 0 is
 // the squared error.
-// Returns loss fp32 []: scale times the sum or the mean; fp32 [4, D]: sums of pred, pred^2, target, target^2;
+// Returns loss fp32 []: scale times the sum or the mean; fp32 [4, D]: sums of pred, pred^2, target, target^2,
+// or [0] without need_moments;
 // slope [N, D] in the dtype of pred: derivative of each element's loss times the part of its factor that
 // split_factor (loss.h) saves, or [0] without need_grad.
 std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
                                                     std::optional<Tensor> target_rows, double beta,
-                                                    double scale, bool mean, bool need_grad);
+                                                    double scale, bool mean, bool need_grad,
+                                                    bool need_moments);
 
 // slope * grad_output * the factor that split_factor left, in the dtype of slope.
 Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean);
@@ -50,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
                                                  int64_t final_norm, Tensor rows,
                                                  std::optional<Tensor> lengths, double eps,
                                                  std::optional<Tensor> target_rows, double beta, double scale,
-                                                 bool mean, bool need_grad);
+                                                 bool mean, bool need_grad, bool need_moments);
 
 // Exact GELU of the layer norm of x [..., C] fp32 | bf16 | fp16, with weight and bias [C] in fp32 or the
 // dtype of x. Returns y [..., C] in the dtype of x; mean, rstd [...] fp32.

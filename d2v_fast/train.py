@@ -172,7 +172,7 @@ def loop(run: Run, stop: StopRequest) -> int:
     for number, step in enumerate(clock.each(run.loader, "data"), start=run.start_step + 1):
         is_last = number == run.schedule.num_steps
         is_logged = number % section.log_every == 0 or number == 1 or is_last
-        result = run.step(number, step, run.schedule.at(number - 1))
+        result = run.step(number, step, run.schedule.at(number - 1), moments=is_logged)
         run.guard.record(result)
         clock.end_step()
         run.log.advance(number)
@@ -199,7 +199,10 @@ def loop(run: Run, stop: StopRequest) -> int:
 
 
 def log_step(run: Run, result: StepResult, speed: Speed) -> Entry:
-    """Log a step over all processes; every process calls it. Only here does the loop wait for a GPU."""
+    """Log a step, made with moments, over all processes; every process calls it.
+
+    Only here does the loop wait for a GPU.
+    """
     from d2v_fast.training.metrics import loss_and_deviations
 
     d2v, order, number = run.config.d2v, run.loader.order, result.number

@@ -30,7 +30,7 @@ def _data2vec_loss_fwd_kernel(
     rows,  # [M] int64
     target_rows,  # [N] int64 or None
     slope,  # [N, D] like pred, or None
-    partial,  # [num_blocks, 4, D] fp32: sums of pred, pred^2, target, target^2
+    partial,  # [num_blocks, 4, D] fp32: sums of pred, pred^2, target, target^2; or None
     partial_loss,  # [num_blocks] fp32
     layer_mean,
     layer_scale,
@@ -96,18 +96,20 @@ def _data2vec_loss_fwd_kernel(
         b_target = tl.where(in_row, tl.where(valid, b_target, float("nan")), 0.0)
         b_one, b_slope = element_loss(b_pred - b_target, beta, inverse_beta, slope_factor, SQUARE)
         b_loss += b_one
-        b_pred_sum += b_pred
-        b_pred_square += b_pred * b_pred
-        b_target_sum += b_target
-        b_target_square += b_target * b_target
+        if partial is not None:
+            b_pred_sum += b_pred
+            b_pred_square += b_pred * b_pred
+            b_target_sum += b_target
+            b_target_square += b_target * b_target
         if slope is not None:
             tl.store(slope + i * D + cols, b_slope.to(slope.dtype.element_ty), mask=in_row)
     tl.store(partial_loss + block, tl.sum(b_loss, 0))
-    partial += block * 4 * D + cols
-    tl.store(partial, b_pred_sum, mask=in_row)
-    tl.store(partial + D, b_pred_square, mask=in_row)
-    tl.store(partial + 2 * D, b_target_sum, mask=in_row)
-    tl.store(partial + 3 * D, b_target_square, mask=in_row)
+    if partial is not None:
+        partial += block * 4 * D + cols
+        tl.store(partial, b_pred_sum, mask=in_row)
+        tl.store(partial + D, b_pred_square, mask=in_row)
+        tl.store(partial + 2 * D, b_target_sum, mask=in_row)
+        tl.store(partial + 3 * D, b_target_square, mask=in_row)
 
 
 def data2vec_loss(
@@ -123,19 +125,20 @@ def data2vec_loss(
     scale: float,
     mean: bool,
     need_grad: bool,
+    need_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the statistics of the norms, the loss, and the sum over its blocks, without host synchronization."""
     num_preds, width = pred.shape
     num_samples, num_positions, _ = layers[0].shape
     slope = pred.new_empty(pred.shape if need_grad else (0,))
     if pred.numel() == 0:
-        return *no_rows(pred), slope
+        return *no_rows(pred, need_moments), slope
     pred, layers = plain_rows(pred), plain_layers(layers)
     lengths = None if lengths is None else lengths.contiguous()
     stats = statistics(layers, layer_norm, final_norm, lengths, eps)
     rows_per_block = triton.cdiv(num_preds, MAX_BLOCKS)
     num_blocks = triton.cdiv(num_preds, rows_per_block)
-    partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32)
+    partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32) if need_moments else None
     partial_loss = pred.new_empty((num_blocks,), dtype=torch.float32)
     block_d = triton.next_power_of_2(width)
     factor = loss_factor(pred.numel(), scale, mean)

@@ -50,7 +50,7 @@ def _masked_loss_fwd_kernel(
     target,  # [M, D]
     target_rows,  # [N] int64 or None
     slope,  # [N, D] like pred, or None
-    partial,  # [num_blocks, 4, D] fp32: sums of pred, pred^2, target, target^2
+    partial,  # [num_blocks, 4, D] fp32: sums of pred, pred^2, target, target^2; or None
     partial_loss,  # [num_blocks, num_tiles] fp32
     num_rows,
     num_targets,
@@ -88,26 +88,28 @@ def _masked_loss_fwd_kernel(
             b_target = tl.load(target + row * stride_target + cols, mask=inside, other=0.0).to(tl.float32)
         b_one, b_slope = element_loss(b_pred - b_target, beta, inverse_beta, slope_factor, SQUARE)
         b_loss += b_one
-        b_pred_sum += b_pred
-        b_pred_square += b_pred * b_pred
-        b_target_sum += b_target
-        b_target_square += b_target * b_target
+        if partial is not None:
+            b_pred_sum += b_pred
+            b_pred_square += b_pred * b_pred
+            b_target_sum += b_target
+            b_target_square += b_target * b_target
         if slope is not None:
             tl.store(slope + row * D + cols, b_slope.to(slope.dtype.element_ty), mask=inside)
     tl.store(partial_loss + block * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(b_loss, 1), 0))
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    partial += block * 4 * D + cols
-    tl.store(partial, tl.sum(b_pred_sum, 0), mask=cols < D)
-    tl.store(partial + D, tl.sum(b_pred_square, 0), mask=cols < D)
-    tl.store(partial + 2 * D, tl.sum(b_target_sum, 0), mask=cols < D)
-    tl.store(partial + 3 * D, tl.sum(b_target_square, 0), mask=cols < D)
+    if partial is not None:
+        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        partial += block * 4 * D + cols
+        tl.store(partial, tl.sum(b_pred_sum, 0), mask=cols < D)
+        tl.store(partial + D, tl.sum(b_pred_square, 0), mask=cols < D)
+        tl.store(partial + 2 * D, tl.sum(b_target_sum, 0), mask=cols < D)
+        tl.store(partial + 3 * D, tl.sum(b_target_square, 0), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_losses"])
 def _sum_blocks_kernel(
-    partial,  # [num_blocks, 4 * D] fp32
+    partial,  # [num_blocks, 4 * D] fp32, or None
     partial_loss,  # [num_losses] fp32
-    moments,  # [4 * D] fp32
+    moments,  # [4 * D] fp32, or None
     loss,  # [] fp32
     num_blocks,
     num_losses,
@@ -117,13 +119,14 @@ def _sum_blocks_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_LOSS: tl.constexpr,
 ):
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    blocks = tl.arange(0, BLOCK_N)[:, None]
-    b_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, num_blocks, BLOCK_N):
-        inside = (start + blocks < num_blocks) & (cols < 4 * D)[None, :]
-        b_sum += tl.load(partial + (start + blocks).to(tl.int64) * 4 * D + cols[None, :], mask=inside, other=0.0)
-    tl.store(moments + cols, tl.sum(b_sum, 0), mask=cols < 4 * D)
+    if partial is not None:
+        cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+        blocks = tl.arange(0, BLOCK_N)[:, None]
+        b_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for start in range(0, num_blocks, BLOCK_N):
+            inside = (start + blocks < num_blocks) & (cols < 4 * D)[None, :]
+            b_sum += tl.load(partial + (start + blocks).to(tl.int64) * 4 * D + cols[None, :], mask=inside, other=0.0)
+        tl.store(moments + cols, tl.sum(b_sum, 0), mask=cols < 4 * D)
     if tl.program_id(0) == 0:
         b_loss = tl.zeros((BLOCK_LOSS,), tl.float32)
         offset = tl.arange(0, BLOCK_LOSS)
@@ -167,11 +170,11 @@ def plain_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def sum_blocks(partial: Tensor, partial_loss: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Launch the sum over the blocks' sums `[num_blocks, 4, D]` and losses; return ``(loss, moments)``."""
-    num_blocks, _, width = partial.shape
-    loss = partial.new_empty(())
-    moments = partial.new_empty((4, width))
+def sum_blocks(partial: Tensor | None, partial_loss: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Launch the sum over the blocks' losses and sums `[num_blocks, 4, D]`, if any; return ``(loss, moments)``."""
+    num_blocks, _, width = (1, 4, 1) if partial is None else partial.shape
+    loss = partial_loss.new_empty(())
+    moments = None if partial is None else partial.new_empty((4, width))
     block = min(triton.next_power_of_2(4 * width), 128)
     _sum_blocks_kernel[(triton.cdiv(4 * width, block),)](
         partial,
@@ -187,12 +190,13 @@ def sum_blocks(partial: Tensor, partial_loss: Tensor, factor: float) -> tuple[Te
         BLOCK_LOSS=min(triton.next_power_of_2(partial_loss.numel()), 1024),
         num_warps=4,
     )
-    return loss, moments
+    return loss, partial_loss.new_empty(0) if moments is None else moments
 
 
-def no_rows(pred: Tensor) -> tuple[Tensor, Tensor]:
+def no_rows(pred: Tensor, need_moments: bool) -> tuple[Tensor, Tensor]:
     """Return loss and sums without rows: zeros."""
-    return pred.new_zeros((), dtype=torch.float32), pred.new_zeros((4, pred.shape[1]), dtype=torch.float32)
+    moments = pred.new_zeros((4, pred.shape[1]) if need_moments else (0,), dtype=torch.float32)
+    return pred.new_zeros((), dtype=torch.float32), moments
 
 
 def masked_smooth_l1(
@@ -203,19 +207,20 @@ def masked_smooth_l1(
     scale: float,
     mean: bool,
     need_grad: bool,
+    need_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the loss and the sum over its blocks, without host synchronization."""
     num_rows, width = pred.shape
     slope = pred.new_empty(pred.shape if need_grad else (0,))
     if pred.numel() == 0:
-        return *no_rows(pred), slope
+        return *no_rows(pred, need_moments), slope
     pred, target = plain_rows(pred), plain_rows(target)
     block_d = min(triton.next_power_of_2(width), TILE_CHANNELS)
     num_tiles = triton.cdiv(width, block_d)
     block_n = min(TILE_BYTES // pred.element_size() // block_d, triton.next_power_of_2(num_rows))
     rows_per_block = triton.cdiv(triton.cdiv(num_rows, MAX_BLOCKS), block_n) * block_n
     num_blocks = triton.cdiv(num_rows, rows_per_block)
-    partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32)
+    partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32) if need_moments else None
     partial_loss = pred.new_empty((num_blocks, num_tiles), dtype=torch.float32)
     factor = loss_factor(pred.numel(), scale, mean)
     _masked_loss_fwd_kernel[(num_blocks, num_tiles)](

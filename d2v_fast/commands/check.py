@@ -170,7 +170,7 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
         _wait(device)
         has_data = time.perf_counter()
         num_rows = max(1, len(batch.rows))
-        output = train_step.add_gradient(step, 0, batch, num_rows)
+        output = train_step.add_gradient(step, 0, batch, num_rows, moments=False)
         _wait(device)
         has_gradient = time.perf_counter()
         train_step.update(step, schedule.at(min(step, schedule.num_steps) - 1))

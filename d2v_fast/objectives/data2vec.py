@@ -29,12 +29,13 @@ class StepOutput(NamedTuple):
         loss_sum: 0-d fp32, the loss summed over masked rows and channels. The engine divides by the masked rows of
             the global batch, so that the loss does not depend on how that batch is split.
         num_rows: N, masked rows of this batch.
-        moments: fp32 `[4, D]`, sums over the rows of prediction, prediction^2, target, target^2; no gradient.
+        moments: fp32 `[4, D]`, sums over the rows of prediction, prediction^2, target, target^2; no gradient. None if
+            they were not asked for.
     """
 
     loss_sum: Tensor
     num_rows: int
-    moments: Tensor
+    moments: Tensor | None
 
 
 def unmeasured(part: str) -> AbstractContextManager[None]:
@@ -64,12 +65,13 @@ class Data2Vec(nn.Module):
         self.head = self.student.make_head()
         self.part = unmeasured
 
-    def forward(self, batch: MaskedBatch, teacher: nn.Module) -> StepOutput:
+    def forward(self, batch: MaskedBatch, teacher: nn.Module, moments: bool = True) -> StepOutput:
         """Compute the loss of one batch.
 
         Args:
             batch: the masked batch.
             teacher: a module of the class of `student.averaged`, in eval mode, of any floating dtype.
+            moments: whether to compute `StepOutput.moments`.
 
         Raises:
             ValueError: `rows` have a wrong dtype, shape or device. On a CPU, rows out of range raise IndexError or
@@ -93,7 +95,7 @@ class Data2Vec(nn.Module):
         with self.part("student forward"):
             prediction = self.student_forward(masked, rows)
         with self.part("target + loss"):
-            return self.objective(prediction, features, rows, batch.lengths)
+            return self.objective(prediction, features, rows, batch.lengths, moments)
 
     def embed(self, batch: MaskedBatch) -> tuple[Embedded, Embedded]:
         """Compute the inputs of student and teacher; see `Student.embed`."""
@@ -145,7 +147,12 @@ class Data2Vec(nn.Module):
         return [*features, scattered[:, skipped:]]
 
     def objective(
-        self, prediction: Tensor, features: list[Tensor], rows: Tensor, lengths: Tensor | None = None
+        self,
+        prediction: Tensor,
+        features: list[Tensor],
+        rows: Tensor,
+        lengths: Tensor | None = None,
+        moments: bool = True,
     ) -> StepOutput:
         """Compute the loss between predictions and the normalized average of the features at the masked places.
 
@@ -154,8 +161,9 @@ class Data2Vec(nn.Module):
             features: K tensors `[B, P, D]`, from `teacher_features`.
             rows: int64 `[N]`, flat indices of the masked places.
             lengths: int64 `[B]`, valid places of each sample, for statistics over places. `None` means all.
+            moments: whether to compute `StepOutput.moments`.
         """
-        loss, moments = ops.data2vec_loss(
+        loss, sums = ops.data2vec_loss(
             prediction,
             features,
             layer_norm=self.target.layer_norm,
@@ -165,8 +173,9 @@ class Data2Vec(nn.Module):
             eps=self.target.eps,
             beta=self.beta,
             reduction="sum",
+            moments=moments,
         )
-        return StepOutput(loss, len(rows), moments)
+        return StepOutput(loss, len(rows), sums)
 
 
 def build_model(config: D2VConfig) -> Data2Vec:

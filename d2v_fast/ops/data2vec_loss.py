@@ -41,15 +41,17 @@ def data2vec_loss_reference(
     scale: float,
     mean: bool,
     need_grad: bool,
+    need_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``masked_smooth_l1`` of ``topk_target``."""
     target = topk_target_reference(layers, layer_norm, final_norm, rows, lengths, eps)
-    return masked_smooth_l1_reference(pred, target, target_rows, beta, scale, mean, need_grad)
+    return masked_smooth_l1_reference(pred, target, target_rows, beta, scale, mean, need_grad, need_moments)
 
 
 define(
     "data2vec_loss(Tensor pred, Tensor[] layers, int layer_norm, int final_norm, Tensor rows, Tensor? lengths, "
-    "float eps, Tensor? target_rows, float beta, float scale, bool mean, bool need_grad) -> (Tensor, Tensor, Tensor)",
+    "float eps, Tensor? target_rows, float beta, float scale, bool mean, bool need_grad, bool need_moments) -> "
+    "(Tensor, Tensor, Tensor)",
     data2vec_loss_reference,
     "data2vec_loss.data2vec_loss",
 )
@@ -69,8 +71,9 @@ def _fake(
     scale: float,
     mean: bool,
     need_grad: bool,
+    need_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_loss(pred, need_grad)
+    return fake_loss(pred, need_grad, need_moments)
 
 
 _run = register_autograd("data2vec_loss", 1, LossFunction.apply, data2vec_loss_reference)
@@ -89,6 +92,7 @@ def data2vec_loss(
     scale: float = 1.0,
     reduction: str = "mean",
     target_rows: Tensor | None = None,
+    moments: bool = True,
 ) -> MaskedLoss:
     """Compute ``masked_smooth_l1(pred, topk_target(layers, rows=rows))`` without storing the target.
 
@@ -105,9 +109,11 @@ def data2vec_loss(
         beta: Error at which the loss turns from quadratic to linear; 0 is the squared error. See
             ``masked_smooth_l1``, also for ``scale`` and ``reduction``.
         target_rows: int64 `[N]`, the entry of ``rows`` of each prediction, if several predictions share a target.
+        moments: Whether to compute the moments. The loss and its gradient are the same, bit for bit, without them.
 
     Returns:
-        ``loss``, 0-d fp32, and ``moments``, fp32 `[4, D]`, which count a target as often as it is used.
+        ``loss``, 0-d fp32, and ``moments``, fp32 `[4, D]`, which count a target as often as it is used, or None if not
+        asked for.
 
     Backward:
         Gradient to ``pred`` only, saved by the forward pass. ``layers`` are constants. For higher derivatives, forward
@@ -142,7 +148,7 @@ def data2vec_loss(
         )
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, moments, _ = _run(
+    loss, sums, _ = _run(
         pred,
         layers,
         LAYER_NORMS.index(layer_norm),
@@ -155,5 +161,6 @@ def data2vec_loss(
         float(scale),
         reduction == "mean",
         need_grad,
+        moments,
     )
-    return MaskedLoss(loss, moments)
+    return MaskedLoss(loss, sums if moments else None)

@@ -29,14 +29,22 @@ class MaskedLoss(NamedTuple):
 
     loss: Tensor
     """0-d fp32."""
-    moments: Tensor
-    """fp32 `[4, D]` without gradient: per channel, the sums over rows of pred, pred^2, target and target^2."""
+    moments: Tensor | None
+    """fp32 `[4, D]` without gradient: per channel, the sums over rows of pred, pred^2, target and target^2. None if
+    they were not asked for."""
 
 
 def masked_smooth_l1_reference(
-    pred: Tensor, target: Tensor, target_rows: Tensor | None, beta: float, scale: float, mean: bool, need_grad: bool
+    pred: Tensor,
+    target: Tensor,
+    target_rows: Tensor | None,
+    beta: float,
+    scale: float,
+    mean: bool,
+    need_grad: bool,
+    need_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, the sums of ``MaskedLoss.moments``, and the slope.
+    """Return the loss, the sums of ``MaskedLoss.moments``, or `[0]` without `need_moments`, and the slope.
 
     The slope is the derivative of each element's loss times the part of the loss's factor that ``split_factor`` saves,
     or empty without `need_grad`. Differentiable to any order with respect to `pred`, constant in `target`.
@@ -60,9 +68,11 @@ def masked_smooth_l1_reference(
     # multiply by a tensor: a Python number would give an fp64 tangent under `torch.func.jvp`
     loss = values.sum() * torch.full((), factor, dtype=torch.float32, device=pred.device)
     saved, _ = split_factor(factor, pred.dtype)
+    slope = (slope * saved).to(pred.dtype) if need_grad else pred.new_empty(0)
+    if not need_moments:
+        return loss, pred.new_empty(0, dtype=torch.float32), slope
     p = p.detach()
-    moments = torch.stack([p.sum(0), p.square().sum(0), t.sum(0), t.square().sum(0)])
-    return loss, moments, (slope * saved).to(pred.dtype) if need_grad else pred.new_empty(0)
+    return loss, torch.stack([p.sum(0), p.square().sum(0), t.sum(0), t.square().sum(0)]), slope
 
 
 def loss_factor(pred: Tensor, scale: float, mean: bool) -> float:
@@ -84,7 +94,7 @@ def split_factor(factor: float, dtype: torch.dtype) -> tuple[float, float]:
 
 define(
     "masked_smooth_l1(Tensor pred, Tensor target, Tensor? target_rows, float beta, float scale, bool mean, "
-    "bool need_grad) -> (Tensor, Tensor, Tensor)",
+    "bool need_grad, bool need_moments) -> (Tensor, Tensor, Tensor)",
     masked_smooth_l1_reference,
     "masked_loss.masked_smooth_l1",
 )
@@ -92,15 +102,22 @@ define(
 
 @torch.library.register_fake("d2v::masked_smooth_l1")
 def _fake(
-    pred: Tensor, target: Tensor, target_rows: Tensor | None, beta: float, scale: float, mean: bool, need_grad: bool
+    pred: Tensor,
+    target: Tensor,
+    target_rows: Tensor | None,
+    beta: float,
+    scale: float,
+    mean: bool,
+    need_grad: bool,
+    need_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_loss(pred, need_grad)
+    return fake_loss(pred, need_grad, need_moments)
 
 
-def fake_loss(pred: Tensor, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def fake_loss(pred: Tensor, need_grad: bool, need_moments: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return empty results of either loss operation."""
     loss = pred.new_empty((), dtype=torch.float32)
-    moments = pred.new_empty((4, pred.shape[1]), dtype=torch.float32)
+    moments = pred.new_empty((4, pred.shape[1]) if need_moments else (0,), dtype=torch.float32)
     return loss, moments, pred.new_empty(pred.shape if need_grad else (0,))
 
 
@@ -168,7 +185,9 @@ def _second_derivative(slope: Tensor, grad_slope: Tensor, beta: float, scale: fl
 
 
 class LossFunction(torch.autograd.Function):
-    """Autograd of both losses. Their arguments begin with `pred` and end with `beta, scale, mean, need_grad`.
+    """Autograd of both losses.
+
+    Their arguments begin with `pred` and end with `beta, scale, mean, need_grad, need_moments`.
 
     Only the slope that the operation returns is saved. It is an output with a derivative, so that a backward pass with
     ``create_graph`` reaches the predictions.
@@ -180,7 +199,7 @@ class LossFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with below_autograd():
             loss, moments, slope = operation(pred, *others)
-        ctx.settings = others[-4:]
+        ctx.settings = others[-5:-1]
         ctx.mark_non_differentiable(moments)
         # do not allocate zeros for the slope's gradient, which only a second backward pass has
         ctx.set_materialize_grads(False)
@@ -230,6 +249,7 @@ def masked_smooth_l1(
     scale: float = 1.0,
     reduction: str = "mean",
     target_rows: Tensor | None = None,
+    moments: bool = True,
 ) -> MaskedLoss:
     """Compute Smooth L1 between predictions and targets, and the sums that a collapse monitor needs.
 
@@ -245,9 +265,10 @@ def masked_smooth_l1(
         reduction: ``sum`` over rows and channels, or ``mean``: the sum divided by `N * D`.
         target_rows: int64 `[N]`: row i of ``pred`` is compared with row ``target_rows[i]`` of ``target``, so that
             several predictions share one target without a copy of it.
+        moments: Whether to compute the moments. The loss and its gradient are the same, bit for bit, without them.
 
     Returns:
-        ``loss``, 0-d fp32 (0 if there are no rows), and ``moments``, fp32 `[4, D]`.
+        ``loss``, 0-d fp32 (0 if there are no rows), and ``moments``, fp32 `[4, D]`, or None if not asked for.
 
     Backward:
         Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it, in fp16 up to a power of two.
@@ -283,10 +304,10 @@ def masked_smooth_l1(
         )
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, moments, _ = _run(
-        pred, target.detach(), target_rows, float(beta), float(scale), reduction == "mean", need_grad
+    loss, sums, _ = _run(
+        pred, target.detach(), target_rows, float(beta), float(scale), reduction == "mean", need_grad, moments
     )
-    return MaskedLoss(loss, moments)
+    return MaskedLoss(loss, sums if moments else None)
 
 
 def check_pred(pred: Tensor, beta: float, scale: float, reduction: str) -> None:

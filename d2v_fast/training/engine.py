@@ -55,12 +55,13 @@ class Engine(ABC):
     grad_norm: Tensor
 
     @abstractmethod
-    def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
+    def forward(self, batch: Batch, teacher: nn.Module, moments: bool = True) -> StepOutput:
         """Run the model on one micro-batch in training mode, in the compute dtype.
 
         Args:
             batch: The micro-batch, on the model's device.
             teacher: The network that computes the targets, in eval mode.
+            moments: Whether to compute `StepOutput.moments`.
         """
 
     @abstractmethod
@@ -135,7 +136,7 @@ def make_engine(model: nn.Module, config: DeepSpeedConfig, world: World, *, deca
     """Return the engine that the configuration and the number of processes require.
 
     Args:
-        model: The module in fp32 on its device. Its `forward` maps a batch and a teacher to a `StepOutput`.
+        model: The module in fp32 on its device. Its `forward` has the arguments and the result of `Engine.forward`.
         config: The configuration file without its `"d2v"` section.
         world: The processes of the run.
         decay_1d: Whether 1-D parameters (biases, norms) have weight decay.
@@ -194,10 +195,10 @@ class PlainEngine(Engine):
         self._optimizer = _make_optimizer(model, config, decay_1d)
         model.train()
 
-    def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
+    def forward(self, batch: Batch, teacher: nn.Module, moments: bool = True) -> StepOutput:
         enabled = self.compute_dtype != torch.float32
         with torch.autocast(self._device_type, self.compute_dtype, enabled=enabled):
-            output: StepOutput = self.model(batch, teacher)
+            output: StepOutput = self.model(batch, teacher, moments)
         return output
 
     def backward(self, loss_sum: Tensor, num_values: float) -> None:
@@ -264,8 +265,8 @@ class DeepSpeedEngine(Engine):
             deepspeed_internals.tolerate_smallest_scale(self._engine)
         self._engine.train()
 
-    def forward(self, batch: Batch, teacher: nn.Module) -> StepOutput:
-        output: StepOutput = self._engine(batch, teacher)
+    def forward(self, batch: Batch, teacher: nn.Module, moments: bool = True) -> StepOutput:
+        output: StepOutput = self._engine(batch, teacher, moments)
         return output
 
     def backward(self, loss_sum: Tensor, num_values: float) -> None:

@@ -28,7 +28,7 @@ class StepResult(NamedTuple):
         applied: 0-d bool, whether the step changed anything: loss and gradient were finite on all processes.
         grad_norm: 0-d, global norm of the gradient before clipping.
         losses: 0-d fp32 per micro-batch of this process, summed over its rows and channels.
-        moments: fp32 `[4, D]` per micro-batch; see `StepOutput`.
+        moments: fp32 `[4, D]` per micro-batch, see `StepOutput`; empty if they were not asked for.
     """
 
     number: int
@@ -41,7 +41,11 @@ class StepResult(NamedTuple):
     moments: list[Tensor]
 
     def sums(self) -> Tensor:
-        """Return the loss and the flattened moments, summed over the micro-batches: fp32 `[1 + 4 * D]`."""
+        """Return the loss and the flattened moments, summed over the micro-batches: fp32 `[1 + 4 * D]`.
+
+        Raises:
+            ValueError: The step was made without moments.
+        """
         first, *others = (
             torch.cat((loss.view(1), moments.flatten()))
             for loss, moments in zip(self.losses, self.moments, strict=True)
@@ -90,20 +94,28 @@ class TrainStep:
         self.clock = StepClock(world.device, enabled=False) if clock is None else clock
         self._world, self._divisor, self._seed = world, divisor, seed
 
-    def __call__(self, number: int, step: Step, lr: float) -> StepResult:
-        """Make step `number`, counted from 1; every process calls it.
+    def __call__(self, number: int, step: Step, lr: float, *, moments: bool = True) -> StepResult:
+        """Make a step; every process calls it.
 
         A step with a non-finite loss or gradient changes nothing. It still counts for the data order and the
         schedules, which depend on the step number.
+
+        Args:
+            number: Number of the step, from 1.
+            step: Its micro-batches.
+            lr: Learning rate.
+            moments: Whether to compute the moments, which only the log of a step and its check for a collapse need.
         """
         num_rows = max(1, step.num_rows)
         loss_finite = torch.ones((), dtype=torch.bool, device=self._world.device)
         losses: list[Tensor] = []
-        moments: list[Tensor] = []
+        sums: list[Tensor] = []
         for micro_step, batch in enumerate(step.micro_batches):
-            output = self.add_gradient(number, micro_step, batch.to(self._world.device, non_blocking=True), num_rows)
+            moved = batch.to(self._world.device, non_blocking=True)
+            output = self.add_gradient(number, micro_step, moved, num_rows, moments=moments)
             losses.append(output.loss_sum.detach())
-            moments.append(output.moments)
+            if output.moments is not None:
+                sums.append(output.moments)
             loss_finite &= losses[-1].isfinite()
         applied = self.update(number, lr)
         return StepResult(
@@ -114,10 +126,12 @@ class TrainStep:
             applied=applied,
             grad_norm=self.engine.grad_norm,
             losses=losses,
-            moments=moments,
+            moments=sums,
         )
 
-    def add_gradient(self, number: int, micro_step: int, batch: Batch, num_rows: int) -> StepOutput:
+    def add_gradient(
+        self, number: int, micro_step: int, batch: Batch, num_rows: int, *, moments: bool = True
+    ) -> StepOutput:
         """Run one micro-batch forward and backward.
 
         Args:
@@ -125,10 +139,11 @@ class TrainStep:
             micro_step: Index of the micro-batch in the step, from 0.
             batch: The micro-batch, on the model's device.
             num_rows: Masked rows of the whole step, over all processes.
+            moments: Whether to compute `StepOutput.moments`.
         """
         self._world.arrive()
         torch.manual_seed(dropout_seed(self._seed, number, micro_step, self._world.rank))
-        output = self.engine.forward(batch, self.teacher.module)
+        output = self.engine.forward(batch, self.teacher.module, moments)
         with self.clock.part("backward"):
             self.engine.backward(output.loss_sum, num_rows * self._divisor)
         return output

@@ -48,9 +48,9 @@ def inputs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, list[int]]]:
     seen: list[tuple[bytes, list[int]]] = []
     forward = Data2Vec.forward
 
-    def forward_and_see(self: Data2Vec, batch: Any, teacher: Any) -> Any:
+    def forward_and_see(self: Data2Vec, batch: Any, *others: Any) -> Any:
         seen.append((batch.inputs.numpy().tobytes(), batch.rows.tolist()))
-        return forward(self, batch, teacher)
+        return forward(self, batch, *others)
 
     monkeypatch.setattr(Data2Vec, "forward", forward_and_see)
     return seen

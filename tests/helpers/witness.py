@@ -52,8 +52,8 @@ class Witness:
             make_optimizer(self, *arguments, **options)
             witness.optimizers.append(self)
 
-        def spoilt_forward(self: Data2Vec, batch: Any, teacher: Any) -> Any:
-            output = forward(self, witness.begin_step(batch), teacher)
+        def spoilt_forward(self: Data2Vec, batch: Any, *others: Any) -> Any:
+            output = forward(self, witness.begin_step(batch), *others)
             if witness.spoilt.get(witness.step + 1) == ("gradient", witness.rank):
                 # the square root has an infinite slope at 0
                 weight = self.head.weight[0, 0]

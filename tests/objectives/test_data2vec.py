@@ -60,6 +60,9 @@ def test_step_matches_fp64_formulas() -> None:
     torch.testing.assert_close(output.moments.double(), moments.detach(), rtol=1e-4, atol=1e-4)
     assert output.num_rows == len(batch.rows)
     assert not output.moments.requires_grad
+    without = model(batch, teacher, moments=False)
+    assert without.moments is None
+    assert torch.equal(without.loss_sum, output.loss_sum)
 
 
 def test_teacher_is_read_only() -> None:

@@ -30,6 +30,7 @@ for dtype, other in zip(DTYPES, (*DTYPES[1:], DTYPES[0])):
     for beta in (0.0, 1.5):
         for loss, moments in (
             masked_smooth_l1(pred, target, beta=beta),
+            (masked_smooth_l1(pred, target, beta=beta, moments=False).loss, pred[:0]),
             data2vec_loss(pred, layers, layer_norm="instance", final_norm="layer", rows=rows, beta=beta),
         ):
             results["loss"] += [loss.detach(), moments, *torch.autograd.grad(loss, pred)]

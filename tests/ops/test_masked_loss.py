@@ -105,7 +105,9 @@ def test_tiny_beta_is_absolute_error(device, beta):
     loss, _ = masked_smooth_l1(pred, torch.zeros(1, 3, device=device), beta=beta, reduction="sum")
     assert loss == 4.0
     assert gradient(loss, pred).tolist() == [[0.0, 1.0, -1.0]]
-    answer = masked_smooth_l1_reference(pred.detach(), torch.zeros(1, 3, device=device), None, beta, 1.0, False, True)
+    answer = masked_smooth_l1_reference(
+        pred.detach(), torch.zeros(1, 3, device=device), None, beta, 1.0, False, True, True
+    )
     assert answer[0] == 4.0
     assert answer[2].tolist() == [[0.0, 1.0, -1.0]]
 
@@ -226,11 +228,28 @@ def test_target_is_a_constant(device):
 def test_no_slope_without_gradient(device):
     pred, target, _ = make(device, 4, 3, torch.bfloat16)
     operation = torch.ops.d2v.masked_smooth_l1
-    assert operation(pred.detach(), target, None, 0.0, 1.0, True, False)[2].numel() == 0
+    assert operation(pred.detach(), target, None, 0.0, 1.0, True, False, True)[2].numel() == 0
     with torch.no_grad():
         assert not masked_smooth_l1(pred, target).loss.requires_grad
     with pytest.raises(RuntimeError, match="need_grad"):
-        operation(pred, target, None, 0.0, 1.0, True, False)[0].backward()
+        operation(pred, target, None, 0.0, 1.0, True, False, True)[0].backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_moments(device, dtype):
+    """Without them, loss and gradient are the same bit for bit, in the reference, too."""
+    pred, target, rows = make(device, 300, 33, dtype, num_targets=9)
+    for beta in BETAS:
+        with_moments, without = (masked_smooth_l1(pred, target, beta=beta, target_rows=rows, moments=m) for m in (1, 0))
+        assert without.moments is None
+        assert torch.equal(without.loss, with_moments.loss)
+        assert torch.equal(gradient(without.loss, pred), gradient(with_moments.loss, pred))
+        found, none = (
+            masked_smooth_l1_reference(pred.detach(), target, rows, beta, 0.3, True, True, m) for m in (True, False)
+        )
+        assert none[1].shape == (0,)
+        assert torch.equal(none[0], found[0])
+        assert torch.equal(none[2], found[2])
 
 
 def test_reference_agrees(device):
@@ -238,8 +257,8 @@ def test_reference_agrees(device):
         pred, target, rows = make(device, 70, 33, dtype, torch.bfloat16, 9)
         pred = pred.detach()
         for beta in BETAS:
-            got = torch.ops.d2v.masked_smooth_l1(pred, target, rows, beta, 0.3, True, True)
-            want = masked_smooth_l1_reference(pred, target, rows, beta, 0.3, True, True)
+            got = torch.ops.d2v.masked_smooth_l1(pred, target, rows, beta, 0.3, True, True, True)
+            want = masked_smooth_l1_reference(pred, target, rows, beta, 0.3, True, True, True)
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-6 if a.dtype == torch.float32 else 2**-7, atol=1e-5)
             factor = torch.tensor(0.37, device=device)
@@ -270,7 +289,7 @@ def test_opcheck(device, need_grad, with_map):
     pred, target, rows = make(device, 6, 5, torch.float32, num_targets=3 if with_map else None)
     pred = pred if need_grad else pred.detach()
     check = torch.library.opcheck
-    check(torch.ops.d2v.masked_smooth_l1.default, (pred, target, rows, 2.0, 1.0, True, need_grad))
+    check(torch.ops.d2v.masked_smooth_l1.default, (pred, target, rows, 2.0, 1.0, True, need_grad, not need_grad))
     check(torch.ops.d2v.scale_gradient.default, (pred.detach(), torch.tensor(0.3, device=device), 2.0, True))
     check(torch.ops.d2v.scale_gradient_.default, (pred.detach(), torch.tensor(0.3, device=device), 2.0, True))
 
@@ -295,15 +314,19 @@ def test_triton_launcher(device, beta, dtype, shape):
     for num_targets in (None, 4):
         pred, target, rows = make(device, *shape, dtype, num_targets=num_targets)
         pred = pred.detach()
-        loss, moments, slope = launch(non_contiguous(pred), target, rows, beta, 0.7, True, True)
+        loss, moments, slope = launch(non_contiguous(pred), target, rows, beta, 0.7, True, True, True)
         used = target if rows is None else target[rows]
         torch.testing.assert_close(loss.double(), plain_loss(pred, used, beta, 0.7, "mean"), rtol=2e-6, atol=1e-7)
         torch.testing.assert_close(moments.double(), plain_moments(pred, used), rtol=1e-5, atol=1e-5)
-        _, _, right = masked_smooth_l1_reference(pred, used, None, beta, 0.7, True, True)
+        _, _, right = masked_smooth_l1_reference(pred, used, None, beta, 0.7, True, True, True)
         # the interpreter truncates to bf16 where the compiled kernel rounds to nearest
         tolerance = {"rtol": 2**-7 if dtype == torch.bfloat16 else 2e-3, "atol": 1e-6}
         torch.testing.assert_close(slope, right, **({} if dtype == torch.float32 else tolerance))
-        assert launch(pred, target, rows, beta, 0.7, True, False)[2].numel() == 0
+        assert launch(pred, target, rows, beta, 0.7, True, False, True)[2].numel() == 0
+        without = launch(non_contiguous(pred), target, rows, beta, 0.7, True, True, False)
+        assert without[1].numel() == 0
+        assert torch.equal(without[0], loss)
+        assert torch.equal(without[2], slope)
         factor = torch.tensor(0.3, device=device)
         scaled = scale_gradient(right, factor, 0.7, True)
         want = scale_gradient_reference(right, factor, 0.7, True)
@@ -319,18 +342,19 @@ def test_triton_odd_inputs(device):
     launch, scale_gradient, _ = launchers()
     target = torch.randn(3, 5, device=device)
     rows = torch.tensor([0, -1, 3, 2], device=device)
-    loss, _, slope = launch(torch.zeros(4, 5, device=device), target, rows, 1.0, 1.0, True, True)
+    loss, _, slope = launch(torch.zeros(4, 5, device=device), target, rows, 1.0, 1.0, True, True, True)
     assert loss.isnan()
     assert slope.isnan().all(1).tolist() == [False, True, True, False]
     for shape in ((0, 5), (4, 0)):
         empty = torch.zeros(shape, device=device)
-        loss, moments, slope = launch(empty, empty, None, 1.0, 1.0, True, True)
+        loss, moments, slope = launch(empty, empty, None, 1.0, 1.0, True, True, True)
         assert loss == 0
         assert (moments == 0).all()
         assert slope.shape == shape
+        assert launch(empty, empty, None, 1.0, 1.0, True, True, False)[1].shape == (0,)
         assert scale_gradient(slope, loss, 1.0, True).shape == shape
     tiny = torch.tensor([[0.0, 3.0, -1.0]], device=device)
-    assert launch(tiny, torch.zeros_like(tiny), None, 1e-42, 1.0, False, True)[0] == 4.0
+    assert launch(tiny, torch.zeros_like(tiny), None, 1e-42, 1.0, False, True, True)[0] == 4.0
 
 
 @every_capability
@@ -354,6 +378,7 @@ for dtype, size, capabilities in (("bf16", 2, (80, 90, 100)), ("fp32", 4, (90,))
     tile = dict(D=768, BLOCK_N=m.TILE_BYTES // size // m.TILE_CHANNELS, BLOCK_D=m.TILE_CHANNELS)
     run(m._masked_loss_fwd_kernel, SQUARE=False, target_rows=None, **tile)
     run(m._masked_loss_fwd_kernel, SQUARE=True, **tile)
+    run(m._masked_loss_fwd_kernel, SQUARE=True, target_rows=None, partial=None, **tile)
     if dtype == "bf16":
         run(m._scale_gradient_kernel, IN_PLACE=True, BLOCK=m.SCALE_BLOCK)
 print(json.dumps(rows))
@@ -399,4 +424,4 @@ def test_bad_input(change, message):
 def test_target_rows_out_of_range(operation, bad):
     rows = torch.tensor([0, bad])
     with pytest.raises(IndexError, match=rf"`target_rows` must be in \[0, 4\], but holds {bad}"):
-        operation(torch.zeros(2, 3), torch.zeros(5, 3), rows, 0.0, 1.0, True, True)
+        operation(torch.zeros(2, 3), torch.zeros(5, 3), rows, 0.0, 1.0, True, True, True)

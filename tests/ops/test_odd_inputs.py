@@ -46,8 +46,8 @@ def test_no_masked_row_is_zero_in_every_backend(device, beta, mean, layer_norm, 
     one = torch.ones((), device=device)
     for name, masked, fused, scale_gradient in backends():
         for loss, moments, slope in (
-            masked(pred, pred, None, beta, 0.5, mean, True),
-            fused(pred, layers, *norms, rows, None, 1e-5, None, beta, 0.5, mean, True),
+            masked(pred, pred, None, beta, 0.5, mean, True, True),
+            fused(pred, layers, *norms, rows, None, 1e-5, None, beta, 0.5, mean, True, True),
         ):
             assert loss == 0, name
             assert moments.shape == (4, 4)
@@ -64,7 +64,7 @@ def test_every_row_masked_agrees_in_every_backend(device, layer_norm, final_norm
         rows, pred = torch.arange(num_rows, device=device), torch.randn(num_rows, 4, device=device)
         results = []
         for _, _, fused, _ in backends():
-            results.append(fused(pred, layers, *norms, rows, None, 1e-5, None, 1.0, 1.0, True, True))
+            results.append(fused(pred, layers, *norms, rows, None, 1e-5, None, 1.0, 1.0, True, True, True))
             assert all(value.isfinite().all() for value in results[-1])
         for other in results[1:]:
             for one, two in zip(results[0], other, strict=True):
@@ -137,7 +137,7 @@ def test_every_fp16_number() -> None:
     values = torch.cat([values, torch.tensor([65519.0, 65520.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])])
     # the slope of half a squared error is the error
     zeros = torch.zeros(1, len(values), dtype=torch.float16)
-    slope = torch.ops.d2v.masked_smooth_l1(zeros, -values[None], None, 0.0, 0.5, False, True)[2]
+    slope = torch.ops.d2v.masked_smooth_l1(zeros, -values[None], None, 0.0, 0.5, False, True, False)[2]
     assert torch.equal(slope[0].nan_to_num(1.5), values.half().nan_to_num(1.5))
 
 
@@ -259,10 +259,10 @@ def test_index_out_of_range_is_an_index_error_in_one_sentence(call, message) -> 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda ops, x: ops.masked_smooth_l1(x.double(), x, None, 1.0, 1.0, True, True),
-        lambda ops, x: ops.masked_smooth_l1(x, x[:1], None, 1.0, 1.0, True, True),
+        lambda ops, x: ops.masked_smooth_l1(x.double(), x, None, 1.0, 1.0, True, True, True),
+        lambda ops, x: ops.masked_smooth_l1(x, x[:1], None, 1.0, 1.0, True, True, True),
         lambda ops, x: ops.scale_gradient(x, x, 1.0, True),
-        lambda ops, x: ops.data2vec_loss(x, [x], 1, 0, indices(0), None, 1e-5, None, 1.0, 1.0, True, True),
+        lambda ops, x: ops.data2vec_loss(x, [x], 1, 0, indices(0), None, 1e-5, None, 1.0, 1.0, True, True, True),
         lambda ops, x: ops.layer_norm_gelu(x, x[0, :1], x[0], 1e-5),
         lambda ops, x: ops.layer_norm_gelu_(x.t(), x[:, 0], x[:, 0], 1e-5),
         lambda ops, x: ops.ema_update_([x], [x, x], 0.5, None, []),

@@ -86,9 +86,9 @@ def test_stop_at_the_first(tmp_path: Path, monkeypatch, capsys) -> None:
     file = tiny_file(tmp_path, d2v__guard={"nonfinite": "stop"}, **changes)
     forward, calls = Data2Vec.forward, []
 
-    def forward_at_step_9(self: Data2Vec, batch: Any, teacher: Any) -> Any:
+    def forward_at_step_9(self: Data2Vec, batch: Any, *others: Any) -> Any:
         calls.append(batch)
-        output = forward(self, batch, teacher)
+        output = forward(self, batch, *others)
         # the second micro-step alone
         return output._replace(loss_sum=output.loss_sum * torch.nan) if len(calls) == 18 else output
 
@@ -107,9 +107,9 @@ def test_dumped_step_can_be_made_again(tmp_path: Path, monkeypatch) -> None:
     seen = {}
     forward = Data2Vec.forward
 
-    def forward_and_see(self: Data2Vec, batch: Any, teacher: Any) -> Any:
+    def forward_and_see(self: Data2Vec, batch: Any, *others: Any) -> Any:
         seen[len(seen) + 1] = batch
-        output = forward(self, batch, teacher)
+        output = forward(self, batch, *others)
         return output._replace(loss_sum=output.loss_sum * torch.nan) if len(seen) == 6 else output
 
     monkeypatch.setattr(Data2Vec, "forward", forward_and_see)
@@ -216,12 +216,14 @@ def without_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all predictions equal from the third step on, as after a collapse."""
     forward, calls = Data2Vec.forward, []
 
-    def forward_of_a_collapse(self: Data2Vec, batch: Any, teacher: Any) -> Any:
+    def forward_of_a_collapse(self: Data2Vec, batch: Any, teacher: Any, moments: bool) -> Any:
         calls.append(batch)
-        output = forward(self, batch, teacher)
-        moments = output.moments.clone()
-        moments[:2] = 0 if len(calls) > 2 else moments[2:]
-        return output._replace(moments=moments)
+        output = forward(self, batch, teacher, moments)
+        if not moments:
+            return output
+        sums = output.moments.clone()
+        sums[:2] = 0 if len(calls) > 2 else sums[2:]
+        return output._replace(moments=sums)
 
     monkeypatch.setattr(Data2Vec, "forward", forward_of_a_collapse)
 
@@ -302,9 +304,9 @@ def test_spike_is_told_and_nothing_else(limit: float | None, tmp_path: Path, mon
     monkeypatch.setattr(guard_module, "SPIKE_HISTORY", 4)
     forward, calls = Data2Vec.forward, []
 
-    def forward_with_spikes(self: Data2Vec, batch: Any, teacher: Any) -> Any:
+    def forward_with_spikes(self: Data2Vec, batch: Any, *others: Any) -> Any:
         calls.append(batch)
-        output = forward(self, batch, teacher)
+        output = forward(self, batch, *others)
         # the third comes before there is anything to compare it with
         return output._replace(loss_sum=output.loss_sum * 10) if len(calls) in (3, 7, 11) else output
 

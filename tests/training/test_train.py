@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def test_loss_falls(tmp_path: Path) -> None:
     assert run_here("--ds_config", file, "--run", "r") == 0
     losses = [entry[2] for entry in figures(tmp_path, "r")]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_moments_are_computed_on_logged_steps_only(tmp_path: Path, monkeypatch) -> None:
+    objective, computed = Data2Vec.objective, []
+
+    def objective_and_see(self: Data2Vec, *arguments: Any) -> StepOutput:
+        output = objective(self, *arguments)
+        computed.append(output.moments is not None)
+        return output
+
+    monkeypatch.setattr(Data2Vec, "objective", objective_and_see)
+    for name, log_every in (("some", 5), ("all", 1)):
+        file = tiny_file(tmp_path, gradient_accumulation_steps=2, d2v__run__log_every=log_every)
+        assert run_here("--ds_config", file, "--run", name) == 0
+    # two micro-steps of each step
+    logged = [1, 5, 10, 12]
+    assert computed == [step in logged for step in range(1, 13) for _ in range(2)] + 24 * [True]
+    assert figures(tmp_path, "some") == [entry for entry in figures(tmp_path, "all") if entry[0] in logged]
 
 
 @pytest.mark.parametrize("point", SAVE_POINTS)
