@@ -65,6 +65,9 @@ train-speech: train ## pre-train on 300 spoken words
 train-text: CONFIG = configs/text.json
 train-text: train ## pre-train on the reference pages of Python
 
+# Python keeps what it compiles, in build/: the tests start many processes, and packages are installed uncompiled
+test: export PYTHONDONTWRITEBYTECODE =
+test: export PYTHONPYCACHEPREFIX = $(abspath build/bytecode)
 # two files at a time, so that what the tests of a file share is made once: first those that compute, then those that
 # mostly wait; at last, one by one, those with a clock
 test: build ## run the tests

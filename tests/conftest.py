@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +14,24 @@ import torch
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# `torch.manual_seed` makes a stack trace for each kind of device that is not there
+seed = partial(torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed, 1234)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the imports made from the search for garbage, here and in forked processes."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_poison() -> Iterator[None]:
     """Seed torch, and fill uninitialized memory with NaN, so that a test fails if an operation reads it."""
-    torch.manual_seed(1234)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    seed()
+    # unlike `use_deterministic_algorithms`, it does not import torch's compiler
+    torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import importlib
 import importlib.util
 import json
@@ -172,6 +173,8 @@ def fork(work: Callable[[], int], output: Path) -> int:
     if child:
         return child
     status = 99
+    # DeepSpeed collects garbage often, which would look at everything that the parent made, and copy these pages
+    gc.freeze()
     try:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
@@ -257,6 +260,9 @@ def import_deepspeed() -> None:
         warnings.simplefilter("ignore")
         deepspeed_start.load(torch.device("cpu"))
         deepspeed_start.load_zero()
+        # what a run imports when it makes its engine and at its first step
+        for name in ("torch._dynamo", "deepspeed.module_inject", "deepspeed.moe.utils"):
+            importlib.import_module(name)
         # for the tests that call `deepspeed.initialize` themselves
         _never_compiling.enter_context(deepspeed_internals.without_compiling(torch.device("cpu")))
 
