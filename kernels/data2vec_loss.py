@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .masked_loss import beta_and_inverse, element_loss, loss_factor, no_rows, plain_rows, split_factor, sum_blocks
-from .topk_target import plain_layers, statistics, target_row
+from .target_row import plain_layers, target_row
+from .target_statistics import statistics
 
 # a row costs K reads, so more blocks than for the loss alone are cheap: about 4 per SM
 MAX_BLOCKS = 512

@@ -3,22 +3,30 @@
 Traffic per element: forward, 2 or 4 B read and as many written; backward, twice as many read (input and incoming
 gradient) and as many written. A program keeps whole rows in registers and goes through a fixed set of them, so weight
 and bias are read once for all of these. The backward pass writes the sums of each program; a second kernel adds them
-up in a fixed order. No atomics, and a partition that depends on the shape only: a run repeats itself bit for bit.
+up in a fixed order. No atomics, and a partition that depends on the shape and the card only: a run repeats itself bit
+for bit.
+
+Figures in the kernels' docstrings were measured on one H200 on 2026-11-26 with these kernels at these tiles, for
+8 x 49,999 rows of 512 bf16 channels, as time and as share of the speed of a copy. In their present form the kernels
+have not yet run on a GPU.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# elements per tile of 4 warps: 16 per thread, two 16-byte loads in bf16 and four in fp32
-TILE = 2048
+# elements per tile, 16 per thread: one row of 512 channels for one warp, and two rows for two warps
+FORWARD_TILE = 512
+BACKWARD_TILE = 1024
 # tiles per program of the forward pass
 TILES_PER_PROGRAM = 8
-# programs of the backward pass, whose sums cost 8 bytes per channel each
-MAX_PROGRAMS = 1024
+# programs of the backward pass per SM; the sums of each cost 8 bytes per channel
+PROGRAMS_PER_SM = 16
 # CUDA's limit on the second dimension of a grid
 MAX_GROUPS = 65535
 
@@ -71,6 +79,7 @@ def _norm_gelu_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Compute 8 tiles of rows: one warp per row of 512 channels, so that reductions are shuffles (280 us, 70 %)."""
     # int64: the number of elements may exceed 2^31
     group = tl.program_id(1).to(tl.int64)
     x += group * stride_group
@@ -117,6 +126,11 @@ def _norm_gelu_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Compute gradients of a fixed set of rows: two rows of 512 channels at a time by two warps, 16 programs per SM.
+
+    496 us, 58 %, with 2,106 programs on 132 SMs. The programs stay small, so that the sums of both gradients, which
+    every thread holds for its channels, leave room for many of them.
+    """
     group = tl.program_id(1).to(tl.int64)
     grad += group * stride_grad_group
     x += group * stride_group
@@ -163,6 +177,7 @@ def _sum_programs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Add the programs' sums of 16 channels: 256 programs x 16 channels at a time, 8 warps."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     programs = tl.arange(0, BLOCK_N)[:, None]
     partial += tl.program_id(1) * C
@@ -194,11 +209,17 @@ def as_groups(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous().view(divisions[0]) for x in tensors)
 
 
-def tile_of(width: int) -> dict[str, int]:
+def tile_of(width: int, elements: int) -> dict[str, int]:
     """Return rows, channels and warps of a tile; a row longer than a tile gets more warps."""
     block_c = triton.next_power_of_2(width)
-    num_warps = min(max(block_c * 4 // TILE, 4), 16)
-    return {"BLOCK_N": max(TILE // block_c, 1), "BLOCK_C": block_c, "num_warps": num_warps}
+    block_n = max(elements // block_c, 1)
+    return {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": min(block_n * block_c // 512, 16)}
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Return the number of SMs of a GPU; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +241,7 @@ def _forward_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
         return mean, rstd
     (rows,) = as_groups(x)
     num_groups, rows_per_group, _ = rows.shape
-    tile = tile_of(width)
+    tile = tile_of(width, FORWARD_TILE)
     rows_per_program = tile["BLOCK_N"] * TILES_PER_PROGRAM
     _norm_gelu_fwd_kernel[(triton.cdiv(rows_per_group, rows_per_program), num_groups)](
         rows,
@@ -264,8 +285,8 @@ def _backward_into(
     grad_weight, grad_bias = weight.new_empty(width), bias.new_empty(width)
     grads, rows = as_groups(grad, x)
     num_groups, rows_per_group, _ = rows.shape
-    tile = tile_of(width)
-    programs = max(MAX_PROGRAMS // num_groups, 1)
+    tile = tile_of(width, BACKWARD_TILE)
+    programs = max(PROGRAMS_PER_SM * num_sms(x.device) // num_groups, 1)
     rows_per_program = triton.cdiv(triton.cdiv(rows_per_group, programs), tile["BLOCK_N"]) * tile["BLOCK_N"]
     grid = (triton.cdiv(rows_per_group, rows_per_program), num_groups)
     num_programs = grid[0] * grid[1]
@@ -288,14 +309,14 @@ def _backward_into(
         C=width,
         **tile,
     )
-    block_c = min(triton.next_power_of_2(width), 32)
+    block_c = min(triton.next_power_of_2(width), 16)
     _sum_programs_kernel[(triton.cdiv(width, block_c), 2)](
         partial,
         grad_weight,
         grad_bias,
         num_programs,
         C=width,
-        BLOCK_N=min(triton.next_power_of_2(num_programs), 128),
+        BLOCK_N=min(triton.next_power_of_2(num_programs), 256),
         BLOCK_C=block_c,
         num_warps=8,
     )

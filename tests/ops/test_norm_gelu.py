@@ -18,11 +18,10 @@ from d2v_fast.ops.norm_gelu import (
 from tests.helpers.common import (
     DTYPES,
     assert_within_twice,
-    compile_facts,
     every_capability,
     non_contiguous,
-    width_bytes,
 )
+from tests.helpers.compiled_kernels import compile_facts
 from tests.ops.norm_inputs import make
 
 WIDTHS = [1, 7, 96, 512, 1000]
@@ -314,36 +313,16 @@ def test_triton_odd_inputs(device):
 @every_capability
 def test_triton_is_wide_and_does_not_spill(every_capability):
     pytest.importorskip("triton")
-    code = """
-from d2v_fast.kernels import norm_gelu as m
-rows = []
-integers = ("rows_per_group", "rows_per_program", "num_programs")
-for dtype, width, capabilities in (("bf16", 512, (80, 90, 100)), ("fp32", 512, (90,)), ("bf16", 4096, (90,))):
-    types = {name: "*" + dtype for name in ("x", "y", "grad", "grad_x")} | {"eps": "fp32"}
-    def run(kernel, warps, **constexprs):
-        signature = {}
-        for name in kernel.arg_names:
-            integer = "i32" if name in integers or name.startswith("stride") else "*fp32"
-            signature[name] = "constexpr" if name in constexprs else types.get(name, integer)
-        aligned = [name for name in signature if signature[name][0] == "*" or name.startswith("stride")]
-        for row in facts(kernel, signature, constexprs, aligned, warps, capabilities):
-            rows.append(row | {"kernel": kernel.__name__, "dtype": dtype, "width": width})
-    tile = m.tile_of(width)
-    warps = tile.pop("num_warps")
-    run(m._norm_gelu_fwd_kernel, warps, C=width, **tile)
-    run(m._norm_gelu_bwd_kernel, warps, C=width, **tile)
-    run(m._sum_programs_kernel, 8, C=width, BLOCK_N=128, BLOCK_C=32)
-print(json.dumps(rows))
-"""
-    for row in compile_facts(code, every_capability):
+    for row in compile_facts("norm_gelu", every_capability):
         assert row["spills"] == 0, row
-        loads, stores = width_bytes(row["loads"]), width_bytes(row["stores"])
-        assert loads.count(2) == stores.count(2) == 0, row
-        if row["kernel"] == "_sum_programs_kernel":
-            assert loads.count(16) >= 1, row
+        loads, stores = row["loads"], row["stores"]
+        if row["kernel"] == "sum_programs":
+            # the sum of a channel is one number
+            assert set(loads) == {16}, row
             continue
+        assert loads.count(2) == stores.count(2) == 0, row
         # weight and bias; the rows of one or two tensors; statistics are one number a row
-        assert loads.count(16) >= (4 if row["kernel"] == "_norm_gelu_fwd_kernel" else 6), row
+        assert loads.count(16) >= (4 if row["kernel"] == "norm_gelu_fwd" else 6), row
         assert loads.count(4) <= 8, row
         assert stores.count(16) >= 2, row
 

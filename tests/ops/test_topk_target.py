@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from d2v_fast.ops import topk_target
 from d2v_fast.ops.topk_target import topk_target_reference
-from tests.helpers.common import DTYPES, assert_within_twice, compile_facts, every_capability, width_bytes
+from tests.helpers.common import DTYPES, assert_within_twice, every_capability
+from tests.helpers.compiled_kernels import compile_facts
 from tests.ops.target_reference import FINAL_NORMS, LAYER_NORMS, make_layers, plain_target
 
 every_pair = pytest.mark.parametrize(
@@ -212,7 +213,10 @@ def test_triton_launcher(device, layer_norm, final_norm, dtype):
     ("shape", "layer_norm", "final_norm"),
     [
         ((1, 70, 65), "instance", "none"),
+        ((2, 300, 3), "instance", "none"),
+        ((1, 256, 2), "instance", "layer"),
         ((3, 66, 3), "batch", "layer"),
+        ((1, 2, 1030), "layer", "instance"),
         ((1, 67, 1), "layer", "instance"),
         ((2, 1, 5), "instance", "instance"),
         ((1, 2, 768), "layer", "layer"),
@@ -226,6 +230,45 @@ def test_triton_launcher_odd_sizes(device, shape, layer_norm, final_norm):
     check(layers, layer_norm, final_norm, rows, got=launcher()(layers, *norms, rows, None, 1e-5))
 
 
+@pytest.mark.parametrize(("shape", "norms"), [((5, 2, 3), ("batch", "none")), ((2, 37, 2), ("none", "instance"))])
+def test_triton_puts_many_parts_together(device, monkeypatch, shape, norms):
+    launch = launcher()
+    from d2v_fast.kernels import target_statistics
+
+    monkeypatch.setattr(target_statistics, "PARTS_PER_TILE", 2)
+    layers = make_layers(shape, 2, torch.float32, device, 100.0)
+    indices = LAYER_NORMS.index(norms[0]), FINAL_NORMS.index(norms[1])
+    check(layers, *norms, got=launch(layers, *indices, None, None, 1e-5))
+    lengths = torch.tensor([shape[1] - 1, 0, shape[1], 0, 1][: shape[0]], device=device)
+    check(layers, *norms, lengths=lengths, got=launch(layers, *indices, None, lengths, 1e-5))
+
+
+@pytest.mark.parametrize("num_positions", [200, 300])
+def test_triton_statistics_of_padded_samples(device, num_positions):
+    """Lengths on both sides of whole tiles, NaN in the padding, and an outlier in the first position."""
+    lengths = torch.tensor([num_positions, 129, 64, 31, 1, 0], device=device)
+    layers = make_layers((6, num_positions, 3), 2, torch.float32, device, 100.0)
+    for x in layers:
+        x[0, 0] = 1e4
+        for b, n in enumerate(lengths.tolist()):
+            x[b, n:] = float("nan")
+    mean, scale, *_ = launcher_of_statistics()(tuple(layers), LAYER_NORMS.index("instance"), 0, lengths, 1e-5)
+    for k, x in enumerate(layers):
+        for b, n in enumerate(lengths.tolist()):
+            wide = x[b, : max(n, 1)].double() if n else torch.zeros(1, 3, dtype=torch.float64, device=device)
+            torch.testing.assert_close(mean[k, b].double(), wide.mean(0), rtol=1e-6, atol=0)
+            right = (wide.var(0, correction=0) + 1e-5).rsqrt() / 2
+            torch.testing.assert_close(scale[k, b].double(), right, rtol=2e-5, atol=0)
+
+
+def launcher_of_statistics():
+    """The Triton launcher of statistics over positions."""
+    pytest.importorskip("triton")
+    from d2v_fast.kernels.target_statistics import statistics
+
+    return statistics
+
+
 def test_triton_rows_out_of_range_are_nan(device):
     layers = make_layers((2, 5, 6), 2, torch.float32, device)
     rows = torch.tensor([3, -1, 10, 2**40], device=device)
@@ -237,41 +280,15 @@ def test_triton_rows_out_of_range_are_nan(device):
 @every_capability
 def test_triton_is_wide_and_does_not_spill(every_capability):
     pytest.importorskip("triton")
-    code = """
-from d2v_fast.kernels import topk_target as m
-K, D = 4, 768
-rows = []
-for dtype, warps in (("bf16", 4), ("fp32", 8)):
-    types = dict(layers=("*" + dtype,) * K, rows="*i64", lengths="*i64", num_rows="i64", eps="fp32", share="fp32")
-    every = (80, 90, 100) if dtype == "bf16" else (90,)
-    def run(kernel, num_warps, capabilities, **constexprs):
-        signature = {}
-        for name in kernel.arg_names:
-            integer = name.startswith(("num", "stride"))
-            signature[name] = "constexpr" if name in constexprs else types.get(name, "i32" if integer else "*fp32")
-        aligned = [n for n in signature if "*" in signature[n][0] or n.startswith("stride")]
-        for row in facts(kernel, signature, constexprs, aligned, num_warps, capabilities):
-            rows.append(row | {"kernel": kernel.__name__, "dtype": dtype})
-    none = dict(layer_mean=None, layer_scale=None)
-    no_final = dict(average_mean=None, average_scale=None)
-    shared = dict(K=K, D=D, BLOCK_D=1024)
-    run(m._topk_target_fwd_kernel, warps, every, lengths=None, LAYER_NORM=1, FINAL_NORM=1, **shared, **none, **no_final)
-    run(m._topk_target_fwd_kernel, warps, (90,), rows=None, LAYER_NORM=2, FINAL_NORM=1, **shared, **no_final)
-    run(m._topk_target_fwd_kernel, warps, (90,), lengths=None, LAYER_NORM=1, FINAL_NORM=2, **shared, **none)
-    run(m._average_statistics_kernel, warps, (90,), LAYER_NORM=1, PART=m.PART, **shared, **none)
-    tile = dict(BLOCK_T=m.TILE_POSITIONS, BLOCK_D=m.TILE_CHANNELS)
-    run(m._layer_statistics_kernel, 4, every, K=K, D=D, PARTS=False, **tile)
-print(json.dumps(rows))
-"""
-    facts = compile_facts(code, every_capability)
+    facts = compile_facts("topk_target", every_capability)
     assert {row["capability"] for row in facts} == {80, 90, 100}
     for row in facts:
         assert row["spills"] == 0, row
         # a layer is read by nothing narrower; the rest are single indices and, in the tiles, statistics
-        assert width_bytes(row["loads"]).count(16) >= 4, row
-        assert not {2, 4} & set(width_bytes(row["loads"])), row
-        if row["kernel"] == "_topk_target_fwd_kernel":
-            assert set(width_bytes(row["stores"])) == {16}, row
+        assert row["loads"].count(16) >= 4, row
+        assert not {2, 4} & set(row["loads"]), row
+        if row["kernel"] == "topk_target_fwd":
+            assert set(row["stores"]) == {16}, row
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""One row of the target, held by one warp: part of ``topk_target.py`` and ``data2vec_loss.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# indices into LAYER_NORMS and FINAL_NORMS of d2v_fast/ops/topk_target.py
+NONE = tl.constexpr(0)
+LAYER = tl.constexpr(1)
+INSTANCE = tl.constexpr(2)
+BATCH = tl.constexpr(3)
+
+# channels per thread of a kernel that holds a row, and of one that also sums rows, so that neither spills registers
+ROW_CHANNELS = 32
+SUM_CHANNELS = 24
+
+
+@triton.jit
+def target_row(
+    layers,  # tuple of K [B, T, D]
+    sample,
+    position,
+    valid,  # if false, nothing is read
+    cols,
+    layer_mean,  # [K, B, D], or [K, D] for BATCH; fp32
+    layer_scale,  # the same shape, includes 1 / K
+    average_mean,  # [B, D] fp32
+    average_scale,  # [B, D] fp32
+    num_samples,
+    stride_sample,
+    stride_position,
+    eps,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    LAYER_NORM: tl.constexpr,
+    FINAL_NORM: tl.constexpr,
+):
+    """Return one row of the target in fp32, 0 past D."""
+    inside = (cols < D) & valid
+    offset = sample * stride_sample + position * stride_position + cols
+    b_sum = tl.zeros(cols.shape, tl.float32)
+    b_next = tl.load(layers[0] + offset, mask=inside, other=0.0)
+    for k in tl.static_range(K):
+        b_x = b_next.to(tl.float32)
+        if k + 1 < K:
+            # load the next layer while this one is reduced
+            b_next = tl.load(layers[k + 1] + offset, mask=inside, other=0.0)
+        if LAYER_NORM == NONE:
+            b_sum += b_x
+        elif LAYER_NORM == LAYER:
+            b_sum += _normalize_row(b_x, inside, eps, D) * (1.0 / K)
+        else:
+            group = k if LAYER_NORM == BATCH else k * num_samples + sample
+            b_mean = tl.load(layer_mean + group * D + cols, mask=inside, other=0.0)
+            b_scale = tl.load(layer_scale + group * D + cols, mask=inside, other=0.0)
+            b_sum += (b_x - b_mean) * b_scale
+    if LAYER_NORM == NONE:
+        b_sum *= 1.0 / K
+    if FINAL_NORM == LAYER:
+        b_sum = _normalize_row(b_sum, inside, eps, D)
+    elif FINAL_NORM == INSTANCE:
+        b_mean = tl.load(average_mean + sample * D + cols, mask=inside, other=0.0)
+        b_scale = tl.load(average_scale + sample * D + cols, mask=inside, other=0.0)
+        b_sum = (b_sum - b_mean) * b_scale
+    return b_sum
+
+
+@triton.jit
+def _normalize_row(b_x, inside, eps, D: tl.constexpr):
+    mean = tl.sum(b_x, 0) / D
+    b_difference = tl.where(inside, b_x - mean, 0.0)
+    variance = tl.sum(b_difference * b_difference, 0) / D
+    return b_difference * tl.rsqrt(variance + eps)
+
+
+def plain_layers(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the layers with equal strides and a contiguous last dimension; copy only if necessary."""
+    first = layers[0].stride()
+    if first[2] == 1 and all(x.stride() == first for x in layers):
+        return tuple(layers)
+    return tuple(x.contiguous() for x in layers)
+
+
+def row_warps(width: int, channels: int) -> int:
+    """Return the warps of a program that holds one row, with at most `channels` of it per thread."""
+    return min(triton.next_power_of_2(triton.cdiv(width, 32 * channels)), 16)

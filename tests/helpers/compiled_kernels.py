@@ -1,0 +1,258 @@
+"""Compile the Triton kernels as their launchers launch them, without a GPU, and tell what ptxas made of them.
+
+    TRITON_INTERPRET=0 python -m tests.helpers.compiled_kernels [operation...] [--all]
+
+prints registers, spilled bytes and widths of global accesses of every kernel. The launchers run on meta tensors of
+published sizes, their launches are recorded and compiled, so that what is checked is what a GPU would get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+CAPABILITIES = (80, 90, 100)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Case(NamedTuple):
+    """A call of a launcher. Unless every case is asked for, those that are not `main` compile for sm_90 only."""
+
+    name: str
+    call: Callable[[], object]
+    main: bool = False
+
+
+class Launch(NamedTuple):
+    """A recorded launch; `options` holds keyword arguments that are not the kernel's, such as `num_warps`."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+    grid: tuple[int, ...]
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def indices(count: int) -> torch.Tensor:
+    return empty(count, dtype=torch.int64)
+
+
+def topk_target_cases() -> Iterator[Case]:
+    from d2v_fast.kernels.topk_target import topk_target
+
+    def case(
+        name: str,
+        shape: tuple[int, int, int],
+        norms: tuple[int, int],
+        dtype: torch.dtype = BF16,
+        full: bool = False,
+        main: bool = False,
+    ) -> Case:
+        layers = [empty(*shape, dtype=dtype)] * 6
+        rows, lengths = (None, indices(shape[0])) if full else (indices(1000), None)
+        return Case(f"{name} {_short(dtype)}", lambda: topk_target(layers, *norms, rows, lengths, 1e-5), main)
+
+    yield case("vision", (128, 196, 768), (1, 1), main=True)
+    yield case("vision", (128, 196, 768), (1, 1), FP32)
+    yield case("vision large", (64, 196, 1024), (1, 1))
+    yield case("vision large", (64, 196, 1024), (1, 1), FP32)
+    yield case("wide", (4, 196, 1280), (1, 0))
+    yield case("wide", (4, 196, 1280), (1, 0), FP32)
+    yield case("speech", (12, 992, 768), (2, 1), main=True)
+    yield case("speech", (12, 992, 768), (2, 1), FP32)
+    yield case("speech, padded", (12, 992, 768), (2, 1), full=True)
+    yield case("short", (16, 196, 768), (2, 0), main=True)
+    yield case("short", (16, 196, 768), (2, 0), FP32)
+    yield case("batch", (12, 992, 1024), (3, 0))
+    yield case("final instance", (12, 992, 768), (1, 2))
+    yield case("final instance, large", (12, 992, 1024), (2, 2), FP32)
+
+
+def norm_gelu_cases() -> Iterator[Case]:
+    from d2v_fast.kernels import norm_gelu
+
+    # as on an H100 or H200
+    norm_gelu.num_sms = lambda device: 132
+    layer_norm_gelu, layer_norm_gelu_backward = norm_gelu.layer_norm_gelu, norm_gelu.layer_norm_gelu_backward
+
+    def case(width: int, dtype: torch.dtype, main: bool = False) -> Iterator[Case]:
+        x, weight = empty(8, 49_999, width, dtype=dtype), empty(width, dtype=dtype)
+        of_rows = [empty(8, 49_999, dtype=FP32)] * 2
+        name = f"width {width} {_short(dtype)}"
+        yield Case(name, lambda: layer_norm_gelu(x, weight, weight, 1e-5), main)
+        yield Case(name, lambda: layer_norm_gelu_backward(x, x, weight, weight, *of_rows), main)
+
+    yield from case(512, BF16, main=True)
+    yield from case(512, FP32)
+    yield from case(768, FP16)
+    yield from case(1024, BF16)
+    yield from case(4096, BF16)
+
+
+OPERATIONS = {"norm_gelu": norm_gelu_cases, "topk_target": topk_target_cases}
+
+
+def record(call: Callable[[], object]) -> list[Launch]:
+    """Return the launches of a call, which do not run."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        launches.append(Launch(self, arguments, {k: v for k, v in kwargs.items() if k not in names}, tuple(grid)))
+
+    before, JITFunction.run = JITFunction.run, run
+    try:
+        call()
+    finally:
+        JITFunction.run = before
+    return launches
+
+
+def specialize(value: Any, fixed: bool) -> tuple[Any, bool, bool]:
+    """Return Triton's type of an argument, whether it is a constant, and whether it is known to be a multiple of 16."""
+    if isinstance(value, tuple):
+        kinds = [specialize(item, fixed) for item in value]
+        return tuple(kind for kind, _, _ in kinds), False, all(aligned for _, _, aligned in kinds)
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype], False, value.data_ptr() % 16 == 0
+    if value is None or (value == 1 and isinstance(value, int) and not fixed):
+        return "constexpr", True, False
+    if isinstance(value, bool):
+        return "u1", False, False
+    if isinstance(value, int):
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), False, value % 16 == 0 and not fixed
+    return "fp32", False, False
+
+
+def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
+    """Compile a recorded launch as Triton would at run time, and return facts of the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            kind, constant, aligned = "constexpr", True, False
+        else:
+            kind, constant, aligned = specialize(value, parameter.do_not_specialize)
+        signature[parameter.name] = kind
+        if constant:
+            constants[parameter.name] = value
+        if aligned:
+            # alignment is set per element of a tuple
+            places = [(i, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+            attributes |= {place: [["tt.divisibility", 16]] for place in places}
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    registers, spills = resources(built.asm["cubin"])
+    return {
+        "registers": registers,
+        "spills": spills,
+        "shared": built.metadata.shared,
+        "loads": access_bytes("ld", built.asm["ptx"]),
+        "stores": access_bytes("st", built.asm["ptx"]),
+    }
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Return registers of a thread and bytes of its frame in local memory, which hold what is spilled."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def access_bytes(instruction: str, ptx: str) -> list[int]:
+    """Return the bytes that each global access of a thread moves."""
+    accesses = re.findall(instruction + r"\.global[\w.:]*?\.(?:v(\d)\.)?[bfus](\d+)", ptx)
+    return [int(bits) // 8 * int(vector or 1) for vector, bits in accesses]
+
+
+def facts(operation: str, every: bool) -> Iterator[dict[str, Any]]:
+    """Compile the launches of all cases of an operation."""
+    for case in OPERATIONS[operation]():
+        for launch in record(case.call):
+            for capability in CAPABILITIES if every or case.main else (90,):
+                yield {
+                    "operation": operation,
+                    "case": case.name,
+                    "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+                    "capability": capability,
+                    "warps": launch.options["num_warps"],
+                    "grid": launch.grid,
+                } | compile_launch(launch, capability)
+
+
+def compile_facts(operation: str, every: bool) -> list[dict[str, Any]]:
+    """Return `facts` from a process in which Triton compiles."""
+    command = [sys.executable, "-m", "tests.helpers.compiled_kernels", "--json", operation, *["--all"] * every]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return POINTERS[dtype][1:]
+
+
+def _counted(widths: list[int]) -> str:
+    return " ".join(f"{count}x{width}" for width, count in sorted(Counter(widths).items(), reverse=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("operations", nargs="*", metavar="operation", help=", ".join(OPERATIONS))
+    parser.add_argument("--all", action="store_true", help="every case for sm_80, sm_90 and sm_100")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    options = parser.parse_args()
+    if not options.json:
+        print(f"{'kernel':24} {'case':28}  sm warps         grid regs spills shared  bytes of accesses")
+    for operation in options.operations or OPERATIONS:
+        for row in facts(operation, options.all):
+            if options.json:
+                print(json.dumps(row))
+                continue
+            print(
+                f"{row['kernel']:24} {row['case']:28} {row['capability']:3} {row['warps']:5} "
+                f"{'x'.join(map(str, row['grid'])):>12} {row['registers']:4} {row['spills']:6} {row['shared']:6}  "
+                f"loads {_counted(row['loads'])}; stores {_counted(row['stores'])}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
