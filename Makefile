@@ -68,12 +68,11 @@ train-text: train ## pre-train on the reference pages of Python
 # Python keeps what it compiles, in build/: the tests start many processes, and packages are installed uncompiled
 test: export PYTHONDONTWRITEBYTECODE =
 test: export PYTHONPYCACHEPREFIX = $(abspath build/bytecode)
-# two files at a time, so that what the tests of a file share is made once: first those that compute, then those that
-# mostly wait; at last, one by one, those with a clock
+# two files at a time, so that what the tests of a file share is made once: first those that compute, then, more at a
+# time, those that mostly wait
 test: build ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not waits"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m waits
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not waits"
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m waits
 
 test-minimal: ## the tests of the operations in an environment with torch and no other dependency
 	rm -rf build/minimal
@@ -81,7 +80,7 @@ test-minimal: ## the tests of the operations in an environment with torch and no
 	build/minimal/bin/pip install --quiet --disable-pip-version-check torch
 	build/minimal/bin/pip install --quiet --disable-pip-version-check pytest pytest-timeout hypothesis cmake setuptools
 	PATH=$(abspath build/minimal/bin):$$PATH D2V_REQUIRE_CPP=1 build/minimal/bin/pip install --quiet --no-build-isolation -e .
-	build/minimal/bin/python -m pytest tests/ops -p no:cacheprovider -m "not alone"
+	build/minimal/bin/python -m pytest tests/ops -p no:cacheprovider
 
 test-dist: build ## source archive and wheel: what is in them, and whether they work where they are installed
 	$(BIN)/python -m pytest tests/project/test_packaging.py --run-slow

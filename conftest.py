@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,10 @@ from d2v_fast import ops
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# what one test may take of the time of `make test`, 5 minutes of two cores, if it is not marked `slow`
+MOST_COMPUTED_S = 10
+DEAR = pytest.StashKey[list[str]]()
 
 # a GPU machine without network may lack some of these; the tests of the operations need only torch
 NEEDED_FOR_TRAINING = ("pydantic", "numba", "numpy", "safetensors", "sklearn", "PIL")
@@ -50,12 +56,53 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Skip files without a test of the one mark that a run asks for, because importing all files takes long."""
+    """Skip files without a test that waits where only these are asked for, because importing all files takes long."""
     mark = config.getoption("-m")
     is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    if mark in ("alone", "waits") and is_module and f"pytest.mark.{mark}" not in collection_path.read_text("utf-8"):
+    if mark == "waits" and is_module and "pytest.mark.waits" not in collection_path.read_text("utf-8"):
         return True
     return None
+
+
+def computed_s() -> float:
+    """Return the seconds of computing of this process and of those that it started and that have ended.
+
+    Unlike a clock, they say how dear a test is on a busy machine, too.
+    """
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Remember a test that computes for too long and is not marked `slow`."""
+    start = computed_s()
+    result = yield
+    seconds = computed_s() - start
+    if seconds > MOST_COMPUTED_S and "slow" not in item.keywords:
+        item.config.stash.setdefault(DEAR, []).append(f"{seconds:.0f} s  {item.nodeid}")
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that shows the summary about the tests of this worker."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["dear"] = session.config.stash.get(DEAR, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a worker says; one that crashed says nothing."""
+    node.config.stash.setdefault(DEAR, []).extend(getattr(node, "workeroutput", {}).get("dear", []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the tests that compute for too long."""
+    if dear := config.stash.get(DEAR, []):
+        terminalreporter.section(f"tests that computed for more than {MOST_COMPUTED_S} s")
+        terminalreporter.line("Make them cheaper, or mark them `slow` and say why: `make test` has to fit 5 minutes.")
+        for line in dear:
+            terminalreporter.line(line)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -113,7 +113,6 @@ def test_a_missing_attribute_is_named(description: type, name: str) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.alone
 def test_a_renamed_attribute_takes_no_other_branch(tmp_path: Path) -> None:
     """Each attribute in turn is taken off a live engine: the ranges are not found, and none is found elsewhere."""
 
@@ -157,7 +156,6 @@ def test_a_renamed_attribute_takes_no_other_branch(tmp_path: Path) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.alone
 def test_an_engine_may_be_configured_by_a_file(tmp_path: Path) -> None:
     """As with `deepspeed.initialize(config="file.json")`, where the engine's `config` is a path."""
 

@@ -152,7 +152,6 @@ def test_check(curves: None, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "data            120 curves" in said
 
 
-@pytest.mark.alone
 def test_launched_process_finds_an_installed_modality(tmp_path: Path) -> None:
     install(tmp_path / "site", "curves = tests.fake_modality:MODALITY")
     file = tiny_file(tmp_path, CURVES, d2v__schedule={"steps": 3, "warmup_steps": 1})

@@ -35,16 +35,44 @@ def test_this_process_has_the_form_of_its_device(request: pytest.FixtureRequest)
 
 
 def test_only_files_with_a_test_of_the_mark_are_read(tmp_path: Path) -> None:
-    for name, line in (("a", "@pytest.mark.alone"), ("b", "pytestmark = pytest.mark.waits"), ("c", "")):
+    for name, line in (("a", "@pytest.mark.slow"), ("b", "pytestmark = pytest.mark.waits"), ("c", "")):
         (tmp_path / f"test_{name}.py").write_text(f"{line}\n")
     (tmp_path / "conftest.py").write_text("")
     ignored = {
         mark: [path.name for path in sorted(tmp_path.iterdir()) if conftest.pytest_ignore_collect(path, config(m=mark))]
-        for mark in ("alone", "waits", "not alone", "")
+        for mark in ("waits", "not waits", "")
     }
     assert ignored == {
-        "alone": ["test_b.py", "test_c.py"],
         "waits": ["test_a.py", "test_c.py"],
-        "not alone": [],
+        "not waits": [],
         "": [],
     }
+
+
+@pytest.mark.parametrize(("keywords", "is_named"), [((), True), (("slow",), False)])
+def test_a_test_that_computes_for_long_is_named(
+    keywords: tuple[str, ...], is_named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conftest, "MOST_COMPUTED_S", 0.02)
+
+    def session() -> SimpleNamespace:
+        return SimpleNamespace(config=SimpleNamespace(stash=pytest.Stash()))
+
+    worker, main = session(), session()
+    worker.config.workeroutput = {}
+    for name, iterations in (("quick", 1), ("dear", 5_000_000)):
+        running = conftest.pytest_runtest_protocol(
+            SimpleNamespace(nodeid=name, keywords=keywords, config=worker.config)  # type: ignore[arg-type]
+        )
+        next(running)
+        sum(range(iterations))
+        with pytest.raises(StopIteration):
+            next(running)
+    conftest.pytest_sessionfinish(worker)  # type: ignore[arg-type]
+    conftest.pytest_testnodedown(SimpleNamespace(config=main.config, workeroutput=worker.config.workeroutput))
+    conftest.pytest_testnodedown(SimpleNamespace(config=main.config))
+    assert [line.split()[-1] for line in main.config.stash[conftest.DEAR]] == (["dear"] if is_named else [])
+    said: list[str] = []
+    terminal = SimpleNamespace(section=said.append, line=said.append)
+    conftest.pytest_terminal_summary(terminal, main.config)  # type: ignore[arg-type]
+    assert bool(said) == is_named

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -233,15 +233,14 @@ def test_one_stem_per_op(op):
         assert (ROOT / place.format(op)).exists(), place.format(op)
 
 
-@pytest.mark.alone
 def test_ops_import_is_light():
-    """Neither DeepSpeed nor Transformers nor numba, and at most 0.3 s more than torch itself."""
+    """Neither DeepSpeed nor Transformers nor numba, and at most 0.3 s of computing more than torch itself."""
     code = """
 import sys, time
 import torch
-start = time.perf_counter()
+start = time.process_time()
 import d2v_fast.ops
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 heavy = {"deepspeed", "transformers", "numba", "pydantic", "triton", "sklearn", "matplotlib"} & set(sys.modules)
 print(seconds, *heavy)
 """
@@ -257,15 +256,22 @@ print(seconds, *heavy)
     assert best <= 0.3
 
 
-@pytest.mark.alone
+def computed_s() -> float:
+    """Seconds of computing of the processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick():
     for program in ([str(PACKAGE / "train.py")], ["-m", "d2v_fast"]):
         best = float("inf")
         for _ in range(3):
-            start = time.perf_counter()
+            start = computed_s()
             done = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, check=True)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, computed_s() - start)
             assert done.stdout.startswith("usage: ")
+            if best < 1.0:
+                break
         assert best < 1.0
 
 
