@@ -9,6 +9,8 @@ DOCS := build/docs-venv
 CONFIG ?= configs/digits.json
 PROCESSES ?= 1
 OUT ?= build/gpu
+DEVICE ?= cuda
+SECONDS ?= 360
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock build dist train train-speech train-text test test-minimal test-dist sanitize lint format docs bench bench-check gpu clean
@@ -137,15 +139,8 @@ bench-check: build ## fail if a ratio is below its goal in bench/goals.json
 	$(BIN)/python bench/report.py build/bench-check.json --check
 
 # uses the machine's own python, without network or virtual environment; reports and skips what is not installed
-gpu: ## build, test and benchmark on a CUDA machine without network; results in OUT
-	mkdir -p $(OUT)
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e . || $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -c "import torch, d2v_fast.ops as ops; print(torch.__version__, torch.cuda.get_device_name(), ops.backends())" > $(OUT)/machine.txt
-	cat $(OUT)/machine.txt
-	$(PYTHON) -m pytest tests --device cuda -p no:cacheprovider > $(OUT)/tests.txt 2>&1; code=$$?; tail -n 40 $(OUT)/tests.txt; \
-	$(PYTHON) -m pytest bench --device cuda --benchmark-json $(OUT)/bench.json > $(OUT)/bench.txt 2>&1 || code=$$?; tail -n 60 $(OUT)/bench.txt; \
-	$(PYTHON) bench/report.py $(OUT)/bench.json --out $(OUT)/results || code=$$?; \
-	exit $$code
+gpu: ## build, test and benchmark on a CUDA machine without network, in SECONDS (360); results in OUT
+	$(PYTHON) bench/gpu.py --out $(OUT) --device $(DEVICE) --seconds $(SECONDS)
 
 clean: ## remove everything that was built; keep runs
 	rm -rf build dist $(VENV) d2v_fast/_C.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

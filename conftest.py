@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +47,9 @@ if find_spec("hypothesis") is None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="cpu (Triton interpreted) or cuda")
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--only-device", action="store_true", help="run only the tests that use the device under test")
+    parser.addoption("--figures", metavar="FILE", help="append the figures of each benchmark to FILE as it ends")
+    parser.addoption("--outcomes", metavar="FILE", help="append the outcome of each test to FILE as it comes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,15 +57,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
     The workers of pytest-xdist get the option, but not the command line.
     """
-    os.environ.setdefault("TRITON_INTERPRET", "0" if config.getoption("--device") == "cuda" else "1")
+    on_gpu = config.getoption("--device") == "cuda"
+    os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")
+    if on_gpu:
+        # without it, every product warns while deterministic algorithms are asked for, and a warning is an error
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if config.getoption("--outcomes", None) and not hasattr(config, "workerinput"):
+        from tests.helpers.outcomes import OutcomeLog
+
+        config.pluginmanager.register(OutcomeLog(Path(config.getoption("--outcomes"))))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Skip files without a test that waits where only these are asked for, because importing all files takes long."""
-    mark = config.getoption("-m")
+    """Skip files without a test of the kind that a run asks for, because importing all files takes long."""
+    wanted = [r"pytest\.mark\.waits"] if config.getoption("-m") == "waits" else []
+    if config.getoption("--only-device"):
+        wanted.append(r"def \w+\([^)]*\bdevice\b|pytest\.mark\.gpu")
     is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    if mark == "waits" and is_module and "pytest.mark.waits" not in collection_path.read_text("utf-8"):
-        return True
+    if wanted and is_module:
+        text = collection_path.read_text("utf-8")
+        if not all(re.search(pattern, text) for pattern in wanted):
+            return True
     return None
 
 
@@ -115,6 +132,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--only-device"):
+        config.hook.pytest_deselected(items=[item for item in items if not uses_device(item)])
+        items[:] = filter(uses_device, items)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="slow; --run-slow runs it"))
@@ -122,7 +142,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs --device cuda"))
 
 
+def uses_device(item: pytest.Item) -> bool:
+    """Return whether a test runs something on the device under test."""
+    is_parameter = "device" in getattr(getattr(item, "callspec", None), "params", ())
+    return ("device" in getattr(item, "fixturenames", ()) and not is_parameter) or "gpu" in item.keywords
+
+
 @pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Return the device under test: CPU, or CUDA with ``--device cuda``."""
-    return torch.device(request.config.getoption("--device"))
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Return the device under test: CPU, or CUDA with ``--device cuda``.
+
+    Faults of a kernel arrive late, so the test that caused one waits for it. CUDA cannot be used after one: a worker of
+    pytest-xdist exits then, and another takes its place.
+    """
+    device = torch.device(request.config.getoption("--device"))
+    yield device
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" not in os.environ:
+                raise
+            print(f"{request.node.nodeid}: {error}", file=sys.__stderr__, flush=True)
+            os._exit(1)

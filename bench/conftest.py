@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # compile times are reported, so disable caches of earlier runs; torch reads the variable at import
@@ -23,6 +24,16 @@ def compete(benchmark: Any, device: torch.device) -> Callable[[Contest], None]:
         run_contest(contest, benchmark, device)
 
     return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Append the figures of a benchmark to the file of `--figures` as it ends: pytest-benchmark writes at the end."""
+    yield
+    path, benchmark = item.config.getoption("--figures"), getattr(item, "funcargs", {}).get("benchmark")
+    if path and benchmark is not None and "op" in benchmark.extra_info:
+        with open(path, "a") as file:
+            file.write(json.dumps(benchmark.extra_info) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,12 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the figures of every benchmark in a pytest-benchmark file."""
-    raw = json.loads(path.read_text())
-    rows = [entry["extra_info"] for entry in raw["benchmarks"] if "op" in entry["extra_info"]]
+    """Read the figures of every benchmark in a pytest-benchmark file, or in the lines of `pytest --figures`."""
+    text = path.read_text()
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines()]
+    else:
+        rows = [entry["extra_info"] for entry in json.loads(text)["benchmarks"] if "op" in entry["extra_info"]]
     if not rows:
         raise ValueError(f"{path} holds no figures: `make bench` writes one that does.")
     return rows
@@ -309,7 +312,9 @@ def _rounded(value: Any) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="what `pytest bench --benchmark-json FILE` wrote")
+    parser.add_argument(
+        "file", type=Path, help="what `pytest bench --benchmark-json FILE` or `--figures FILE.jsonl` wrote"
+    )
     parser.add_argument("--check", action="store_true", help="compare with bench/goals.json and write nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import conftest
+from bench.gpu import read_outcomes
+from tests.helpers.places import ROOT
 
 
-def config(**options: str) -> pytest.Config:
+def config(**options: Any) -> pytest.Config:
     """A configuration with these options alone."""
-    return SimpleNamespace(getoption=lambda name: options[name.strip("-")])  # type: ignore[return-value]
+    return SimpleNamespace(getoption=lambda name, *default: options.get(name.strip("-"), *default))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(("device", "interpreted"), [("cpu", "1"), ("cuda", "0")])
@@ -21,6 +26,7 @@ def test_device_decides_whether_triton_interprets(
     device: str, interpreted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     conftest.pytest_configure(config(device=device))
     assert os.environ["TRITON_INTERPRET"] == interpreted
     monkeypatch.setenv("TRITON_INTERPRET", "given")
@@ -34,19 +40,64 @@ def test_this_process_has_the_form_of_its_device(request: pytest.FixtureRequest)
     assert triton.knobs.runtime.interpret == (request.config.getoption("--device") != "cuda")
 
 
-def test_only_files_with_a_test_of_the_mark_are_read(tmp_path: Path) -> None:
-    for name, line in (("a", "@pytest.mark.slow"), ("b", "pytestmark = pytest.mark.waits"), ("c", "")):
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        ({"m": "waits"}, "acd"),
+        ({"m": "not waits"}, ""),
+        ({"m": ""}, ""),
+        ({"m": "", "only-device": True}, "abc"),
+    ],
+)
+def test_only_files_with_a_test_of_the_kind_are_read(tmp_path: Path, options: dict[str, Any], ignored: str) -> None:
+    lines = "@pytest.mark.slow", "pytestmark = pytest.mark.waits", "device = 1", "def test_x(\n    device,\n): ..."
+    for name, line in zip("abcd", lines, strict=True):
         (tmp_path / f"test_{name}.py").write_text(f"{line}\n")
     (tmp_path / "conftest.py").write_text("")
-    ignored = {
-        mark: [path.name for path in sorted(tmp_path.iterdir()) if conftest.pytest_ignore_collect(path, config(m=mark))]
-        for mark in ("waits", "not waits", "")
-    }
-    assert ignored == {
-        "waits": ["test_a.py", "test_c.py"],
-        "not waits": [],
-        "": [],
-    }
+    chosen = config(**{"only-device": False, **options})
+    found = [path for path in sorted(tmp_path.iterdir()) if conftest.pytest_ignore_collect(path, chosen)]
+    assert "".join(path.stem.removeprefix("test_") for path in found) == ignored
+
+
+def test_tests_that_use_the_device() -> None:
+    def item(**attributes: Any) -> pytest.Item:
+        return SimpleNamespace(**{"fixturenames": [], "keywords": {}, **attributes})  # type: ignore[return-value]
+
+    assert conftest.uses_device(item(fixturenames=["tmp_path", "device"]))
+    assert conftest.uses_device(item(keywords={"gpu": 1}))
+    assert not conftest.uses_device(item(fixturenames=["tmp_path"]))
+    parameter = SimpleNamespace(params={"device": "x"})
+    assert not conftest.uses_device(item(fixturenames=["device"], callspec=parameter))
+
+
+def test_outcomes_are_written_as_they_come(tmp_path: Path) -> None:
+    """Also in several processes, of which one dies: nothing that has ended is lost."""
+    log = tmp_path / "outcomes.log"
+    (tmp_path / "conftest.py").write_text(
+        "import pathlib\n"
+        "from tests.helpers.outcomes import OutcomeLog\n"
+        "def pytest_configure(config):\n"
+        "    if not hasattr(config, 'workerinput'):\n"
+        f"        config.pluginmanager.register(OutcomeLog(pathlib.Path({str(log)!r})))\n"
+    )
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest\n"
+        "def test_fails(): assert 1 == 2, 'a reason'\n"
+        "def test_passes(): pass\n"
+        "def test_skips(): pytest.skip('not here')\n"
+        "def test_dies(): os._exit(1)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+    command += ["-p", "no:hypothesispytest", "--rootdir", str(tmp_path), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    collected, outcomes = read_outcomes(log)
+    assert collected == 4
+    words = {name.partition("::")[2]: outcome for name, (outcome, _) in outcomes.items()}
+    assert words == {"test_fails": "failed", "test_passes": "passed", "test_skips": "skipped", "test_dies": "failed"}
+    assert "a reason" in outcomes["test_some.py::test_fails"][1]
+    assert "assert 1 == 2" in log.with_name("outcomes.log.failures").read_text()
 
 
 @pytest.mark.parametrize(("keywords", "is_named"), [((), True), (("slow",), False)])

@@ -1,0 +1,280 @@
+"""Build, test and measure on a machine with one GPU, within a time limit; `make gpu` calls it.
+
+python bench/gpu.py --out build/gpu --device cuda --seconds 360
+
+The parts run one after the other: build, tests that use the device, kernels, steps, small runs, report. Each has a
+limit; the time that one leaves goes to the later ones. Everything is written as it comes, so a program that is stopped
+at any moment leaves what it found, in at most eight files:
+
+- summary.txt: failed tests first, then the state of each part and the machine; rewritten every second.
+- outcomes.log, outcomes.log.failures: a line per test, and tracebacks.
+- figures.jsonl: a line per benchmark, in the format that `bench/report.py` reads.
+- runs.txt: a line per check of a run.
+- log.txt: what all programs printed.
+- report.tar: tables and plots.
+
+The exit status is 0 if all parts ended well, 1 if something failed, and 3 if nothing failed but a limit cut a part
+short. A part whose packages are missing is skipped, and the summary names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+# between SIGINT and SIGKILL, so that pytest can print its summary
+GRACE_S = 5.0
+MAX_PROCESSES = 13
+OPERATIONS = ("ema", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu", "host")
+NEEDED_FOR_RUNS = ("pydantic", "numpy", "numba", "safetensors", "sklearn", "PIL")
+# run in its own process, since this one must not hold a part of the GPU
+DESCRIBE = """
+import os, platform, sys, torch
+print("python", platform.python_version(), "torch", torch.__version__, "cores", os.cpu_count())
+if sys.argv[1] == "cuda":
+    print(torch.cuda.get_device_name(), "CUDA", torch.version.cuda)
+try:
+    import triton
+    print("triton", triton.__version__)
+except ImportError:
+    print("triton is not installed")
+from d2v_fast import ops
+print("backends", ops.backends())
+"""
+
+
+class Part(NamedTuple):
+    """One part of the program.
+
+    Attributes:
+        name: Its name.
+        share: Its share of the time, relative to the other parts.
+        command: Arguments of the Python interpreter.
+        needs: Modules without which it is skipped.
+    """
+
+    name: str
+    share: float
+    command: Sequence[str]
+    needs: Sequence[str] = ()
+
+
+class State(NamedTuple):
+    """How a part ended: `word` is "ok", "FAILED", "cut short", "skipped" or "running"."""
+
+    word: str
+    detail: str
+    seconds: float = 0.0
+
+
+class Stopped(Exception):
+    """A signal ended the program."""
+
+
+class Summary:
+    """The file that names the failed tests, the state of every part, and the machine.
+
+    Args:
+        out: Folder of the results.
+        names: Names of all parts, in order.
+    """
+
+    def __init__(self, out: Path, names: Sequence[str]) -> None:
+        self._out = out
+        self.states = {name: State("not reached", "") for name in names}
+        self.machine = ""
+
+    def write(self) -> None:
+        """Rewrite the file; it is complete at every moment."""
+        aside = self._out / ".summary.txt"
+        aside.write_text("\n".join(self._lines()) + "\n")
+        aside.replace(self._out / "summary.txt")
+
+    def _lines(self) -> Iterator[str]:
+        collected, outcomes = read_outcomes(self._out / "outcomes.log")
+        failed = {name: message for name, (outcome, message) in outcomes.items() if outcome == "failed"}
+        counts = {word: sum(word == o for o, _ in outcomes.values()) for word in ("passed", "skipped", "failed")}
+        yield f"{counts['failed']} tests FAILED, {counts['passed']} passed, {counts['skipped']} skipped, " + (
+            f"{max(0, collected - len(outcomes))} not reached"
+        )
+        yield from (f"  FAILED {name}: {message}" for name, message in failed.items())
+        yield ""
+        for name, state in self.states.items():
+            yield f"{name:10} {state.word:12} {state.seconds:6.1f} s  {state.detail}".rstrip()
+        runs = self._out / "runs.txt"
+        if runs.exists():
+            yield from ("", "runs:", runs.read_text().rstrip())
+        yield from ("", self.machine)
+
+
+def read_outcomes(path: Path) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Return how many tests were collected, and outcome and message of each that has ended."""
+    collected, outcomes = 0, dict[str, tuple[str, str]]()
+    for line in path.read_text().splitlines() if path.exists() else []:
+        # the last line may be half written
+        fields = line.split("\t")
+        if fields[0] == "collected" and len(fields) == 2:
+            collected = int(fields[1])
+        elif len(fields) == 4 and outcomes.get(fields[2], ("", ""))[0] != "failed":
+            outcomes[fields[2]] = fields[0], fields[3]
+    return collected, outcomes
+
+
+def parts(out: Path, device: str, scratch: Path) -> list[Part]:
+    """Return the parts, in order; the report is not one of them, because it is made of what they leave."""
+    pytest = ["-m", "pytest", "-p", "no:cacheprovider", "--device", device]
+    processes = min(MAX_PROCESSES, max(1, (os.cpu_count() or 1) - 2))
+    several = ["-n", str(processes), "--dist", "worksteal", "-p", "no:benchmark"] if find_spec("xdist") else []
+    tests = ["tests", "--only-device", "--outcomes", str(out / "outcomes.log"), "--continue-on-collection-errors"]
+    figures = ["--figures", str(out / "figures.jsonl")]
+    kernels = [f"bench/bench_{name}.py" for name in OPERATIONS]
+    runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
+    return [
+        Part("build", 3, ["setup.py", "--quiet", "build_ext", "--inplace"], ("setuptools", "torch")),
+        Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch")),
+        Part("kernels", 8, [*pytest, "-q", *kernels, *figures], ("pytest", "pytest_benchmark", "numpy")),
+        Part("steps", 7, [*pytest, "-q", "bench/bench_step.py", *figures], ("pytest_benchmark", "transformers")),
+        Part("runs", 6, runs, NEEDED_FOR_RUNS),
+    ]
+
+
+def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str], summary: Summary) -> State:
+    """Run a part for at most `limit_s` seconds, and rewrite the summary every second meanwhile."""
+    absent = [name for name in part.needs if find_spec(name) is None]
+    if absent:
+        return State("skipped", f"not installed: {', '.join(absent)}")
+    started = time.monotonic()
+    with log.open("a") as file:
+        file.write(f"\n==== {part.name}, at most {limit_s:.0f} s: {' '.join(part.command)}\n")
+        file.flush()
+        command = [sys.executable, *part.command]
+        # a session of its own, so that its children end with it
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            while process.poll() is None and time.monotonic() - started < limit_s:
+                summary.states[part.name] = State("running", "", time.monotonic() - started)
+                summary.write()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
+            cut_short = process.poll() is None
+        finally:
+            end(process)
+    seconds = time.monotonic() - started
+    if cut_short:
+        return State("cut short", f"at its limit of {limit_s:.0f} s; what it had found is kept", seconds)
+    if process.returncode == 0:
+        return State("ok", "", seconds)
+    return State("FAILED", f"exit status {process.returncode}; see log.txt", seconds)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its children: first by SIGINT, then by SIGKILL."""
+    for number, patience_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=patience_s)
+    # children that outlive it
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def report(out: Path, log: Path, environment: dict[str, str]) -> State:
+    """Make tables and plots of the figures there are, and pack them into one file."""
+    figures = out / "figures.jsonl"
+    if not figures.exists():
+        return State("skipped", "no benchmark has ended")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, log.open("a") as file:
+        command = [sys.executable, "bench/report.py", str(figures), "--out", folder]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=60)
+        with tarfile.open(out / "report.tar", "w") as archive:
+            for path in sorted(Path(folder).iterdir()):
+                archive.add(path, path.name)
+    seconds = time.monotonic() - started
+    return State("ok", "", seconds) if done.returncode == 0 else State("FAILED", "see log.txt", seconds)
+
+
+def describe(device: str, environment: dict[str, str]) -> str:
+    """Return the versions, the device and the commit."""
+    command = [sys.executable, "-c", DESCRIBE, device]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    commit = "unknown"
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or commit
+    return f"{done.stdout}{done.stderr[-2000:]}commit {commit}, {time.strftime('%Y-%m-%d %H:%M')}"
+
+
+def run_all(out: Path, device: str, seconds: float, only: Sequence[str]) -> int:
+    """Run the parts named in `only`, or all if it is empty; return the exit status."""
+    deadline = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("outcomes.log", "outcomes.log.failures", "figures.jsonl", "runs.txt", "log.txt", "report.tar"):
+        (out / name).unlink(missing_ok=True)
+    log = out / "log.txt"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_INTERPRET": "0" if device == "cuda" else "1",
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        todo = [part for part in parts(out, device, Path(scratch)) if not only or part.name in only]
+        summary = Summary(out, [*(part.name for part in todo), "report"])
+        try:
+            for position, part in enumerate(todo):
+                share = part.share / (sum(later.share for later in todo[position:]) + 1)
+                limit_s = max(1.0, share * (deadline - time.monotonic()))
+                summary.states[part.name] = run_part(part, limit_s, log, environment, summary)
+                if position == 0:
+                    # after the build, which makes the C++ kernels
+                    summary.machine = describe(device, environment)
+                print(part.name, *summary.states[part.name], flush=True)
+        except Stopped:
+            running = [name for name, state in summary.states.items() if state.word == "running"]
+            for name in running:
+                summary.states[name] = State("cut short", "stopped by a signal", summary.states[name].seconds)
+        finally:
+            summary.write()
+        summary.states["report"] = report(out, log, environment)
+        summary.write()
+    print((out / "summary.txt").read_text())
+    words = {state.word for state in summary.states.values()}
+    return 1 if "FAILED" in words else 3 if words & {"cut short", "not reached"} else 0
+
+
+def _stop(number: int, frame: object) -> None:
+    # a second signal must not end the clean-up
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)
+    raise Stopped
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the program without a GPU")
+    parser.add_argument("--seconds", type=float, default=360, help="limit of all parts together (default: 360)")
+    parser.add_argument("--only", nargs="*", default=[], help="names of the parts to run (default: all)")
+    arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    return run_all(arguments.out.resolve(), arguments.device, arguments.seconds, arguments.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The program behind `make gpu`: limits, order, what is kept when it is stopped, and its exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import gpu, gpu_runs
+from tests.helpers.places import ROOT
+
+OUTCOMES = (
+    "collected\t4\nfailed\t0.10\ttests/a.py::x\tassert 1 == 2\npassed\t0.10\ttests/a.py::y\t\nskipped\t0.1\tz\t\nhalf"
+)
+
+
+def part(name: str, code: str, *needs: str) -> gpu.Part:
+    return gpu.Part(name, 1, ["-c", code], needs)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that runs given parts, and returns the exit status and the summary."""
+    monkeypatch.setattr(gpu, "DESCRIBE", "print('the machine')")
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+
+    def run(*todo: gpu.Part, seconds: float = 100) -> tuple[int, str]:
+        monkeypatch.setattr(gpu, "parts", lambda out, device, scratch: list(todo))
+        return gpu.run_all(tmp_path, "cpu", seconds, []), (tmp_path / "summary.txt").read_text()
+
+    return run
+
+
+def test_all_is_well(run) -> None:
+    status, summary = run(part("build", "print('built')"), part("extra", "", "no_such_package"))
+    assert status == 0
+    assert "the machine" in summary
+    assert "not installed: no_such_package" in summary
+    assert "skipped" in summary
+
+
+def test_failed_tests_come_first_and_a_later_part_still_runs(run, tmp_path: Path) -> None:
+    write = f"open({str(tmp_path / 'outcomes.log')!r}, 'w').write({OUTCOMES!r}); exit(1)"
+    status, summary = run(
+        part("tests", write), part("runs", f"open({str(tmp_path / 'runs.txt')!r}, 'w').write('ok x')")
+    )
+    assert status == 1
+    first, second, *rest = summary.splitlines()
+    assert first == "1 tests FAILED, 1 passed, 1 skipped, 1 not reached"
+    assert second == "  FAILED tests/a.py::x: assert 1 == 2"
+    assert "ok x" in rest
+
+
+def test_part_is_cut_short_with_its_children_and_leaves_time_to_the_next(run, tmp_path: Path) -> None:
+    child = f"import time; open({str(tmp_path / 'child')!r}, 'w').write(str(__import__('os').getpid())); time.sleep(99)"
+    stubborn = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"print('started', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    status, summary = run(part("slow", stubborn), part("quick", ""), seconds=6)
+    assert status == 3
+    assert "slow       cut short" in summary
+    assert "quick      ok" in summary
+    assert "started" in (tmp_path / "log.txt").read_text()
+    pid = int((tmp_path / "child").read_text())
+    # a zombie, if this container's first process does not wait for it
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_signal_keeps_what_was_found(tmp_path: Path) -> None:
+    program = (
+        "import sys; from bench import gpu; "
+        "gpu.DESCRIBE = 'pass'; gpu.parts = lambda *a: [gpu.Part('a', 1, ['-c', '']), "
+        "gpu.Part('b', 1, ['-c', 'import time; print(1, flush=True); time.sleep(99)']), gpu.Part('c', 1, ['-c', ''])]; "
+        f"sys.argv = ['gpu', '--device', 'cpu', '--out', {str(tmp_path)!r}]; sys.exit(gpu.main())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL)
+    summary = tmp_path / "summary.txt"
+    while not summary.exists() or "b          running" not in summary.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 3
+    lines = summary.read_text().splitlines()
+    states = [next(line for line in lines if line.startswith(f"{name}  ")) for name in "abc"]
+    assert ["ok" in states[0], "stopped by a signal" in states[1], "not reached" in states[2]] == [True] * 3
+
+
+def test_parts_name_files_that_exist_and_options_of_the_programs(tmp_path: Path) -> None:
+    for one in gpu.parts(tmp_path, "cpu", tmp_path):
+        for word in one.command:
+            if word.endswith(".py"):
+                assert (ROOT / word).exists(), word
+
+
+def test_checks_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run whose log differs in one figure is a failure, and a run that only took another time is none."""
+    runs = gpu_runs.Runs("cpu", tmp_path / "runs.txt", tmp_path)
+    whole = [{"step": 80, "loss": 0.25, "seconds": 1.0, "samples_per_s": 9.0}]
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    monkeypatch.setattr(runs, "start", lambda *options: done)
+    for loss, passed in ((0.25, True), (0.26, False)):
+        monkeypatch.setattr(runs, "log", lambda name, loss=loss: [{**whole[0], "loss": loss, "seconds": 2.0}])
+        runs._kill_and_resume(process, whole)
+        assert (runs.failed == 0) == passed
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+    process.kill()
+    process.wait()
+    assert (tmp_path / "runs.txt").read_text().count("\n") == 2
