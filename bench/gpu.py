@@ -141,13 +141,14 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     tests = ["tests", "--only-device", "--outcomes", str(out / "outcomes.log"), "--continue-on-collection-errors"]
     figures = ["--figures", str(out / "figures.jsonl")]
     kernels = [f"bench/bench_{name}.py" for name in OPERATIONS]
+    steps = ["--run-slow", "bench/bench_step.py"]
     runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
     return [
         Part("build", 3, ["setup.py", "--quiet", "build_ext", "--inplace"], ("setuptools", "torch")),
         Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch")),
-        Part("kernels", 8, [*pytest, "-q", *kernels, *figures], ("pytest", "pytest_benchmark", "numpy")),
-        Part("steps", 7, [*pytest, "-q", "bench/bench_step.py", *figures], ("pytest_benchmark", "transformers")),
-        Part("runs", 6, runs, NEEDED_FOR_RUNS),
+        Part("kernels", 7, [*pytest, "-q", *kernels, *figures], ("pytest", "pytest_benchmark", "numpy")),
+        Part("steps", 7, [*pytest, "-q", *steps, *figures], ("pytest_benchmark", "transformers")),
+        Part("runs", 7, runs, NEEDED_FOR_RUNS),
     ]
 
 
