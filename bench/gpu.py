@@ -143,13 +143,21 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     kernels = [f"bench/bench_{name}.py" for name in OPERATIONS]
     steps = ["--run-slow", "bench/bench_step.py"]
     runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
+    build = [Part("build", 3, ["setup.py", "--quiet", "build_ext", "--inplace"], ("setuptools", "torch"))]
     return [
-        Part("build", 3, ["setup.py", "--quiet", "build_ext", "--inplace"], ("setuptools", "torch")),
+        *(build if must_build() else []),
         Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch")),
         Part("kernels", 7, [*pytest, "-q", *kernels, *figures], ("pytest", "pytest_benchmark", "numpy")),
         Part("steps", 7, [*pytest, "-q", *steps, *figures], ("pytest_benchmark", "transformers")),
         Part("runs", 7, runs, NEEDED_FOR_RUNS),
     ]
+
+
+def must_build() -> bool:
+    """Return whether the library of C++ kernels is missing or older than its sources."""
+    library = ROOT / "d2v_fast" / "_C.so"
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").iterdir()]
+    return not library.exists() or any(path.stat().st_mtime > library.stat().st_mtime for path in sources)
 
 
 def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str], summary: Summary) -> State:

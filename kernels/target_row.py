@@ -71,7 +71,8 @@ def target_row(
 
 @triton.jit
 def _normalize_row(b_x, inside, eps, D: tl.constexpr):
-    mean = tl.sum(b_x, 0) / D
+    # correctly rounded: the mean of equal values must be that value, since rstd is then 1 / sqrt(eps)
+    mean = tl.div_rn(tl.sum(b_x, 0), D)
     b_difference = tl.where(inside, b_x - mean, 0.0)
     variance = tl.sum(b_difference * b_difference, 0) / D
     return b_difference * tl.rsqrt(variance + eps)

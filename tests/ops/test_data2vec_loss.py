@@ -95,7 +95,8 @@ def test_odd_sizes(device, num_rows, width):
     for layer_norm in ("layer", "instance"):
         fused = data2vec_loss(pred, layers, rows=rows, layer_norm=layer_norm)
         parts = masked_smooth_l1(pred, topk_target(layers, rows=rows, layer_norm=layer_norm))
-        torch.testing.assert_close(fused.loss, parts.loss, rtol=1e-6, atol=0)
+        # a target that rounds the other way moves a loss of few elements by more than that
+        torch.testing.assert_close(fused.loss, parts.loss, rtol=1e-6, atol=0 if device.type == "cpu" else 1e-6)
         torch.testing.assert_close(gradient(fused.loss, pred), gradient(parts.loss, pred))
 
 
@@ -140,14 +141,13 @@ def test_without_moments(device, with_map):
         assert torch.equal(gradient(without.loss, pred), gradient(with_moments.loss, pred))
 
 
-def test_the_target_is_never_written(device):
+def test_the_target_is_never_written():
     """No tensor of the size of the rows is allocated except the gradient."""
-    pred, layers, rows, _ = make(device, (2, 300, 64), 2, 500, torch.bfloat16, torch.float32)
+    pred, layers, rows, _ = make(torch.device("cpu"), (2, 300, 64), 2, 500, torch.bfloat16, torch.float32)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
         data2vec_loss(pred, layers, rows=rows, final_norm="layer")
-    if device.type == "cpu":
-        largest = max(event.self_cpu_memory_usage for event in profile.events())
-        assert 0 < largest < pred.numel()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < pred.numel()
 
 
 def test_incoming_gradients(device):

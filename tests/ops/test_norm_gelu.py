@@ -35,6 +35,16 @@ def launchers():
     return norm_gelu.layer_norm_gelu, norm_gelu.layer_norm_gelu_backward
 
 
+def assert_same(got, want):
+    """Assert equality, bit for bit on a CPU; on a GPU the strides decide which channels a thread adds up."""
+    for one, other in zip(got, want, strict=True):
+        if one.device.type == "cpu":
+            assert torch.equal(one, other)
+        else:
+            rtol = 1e-5 if one.dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(one, other, rtol=rtol, atol=1e-5)
+
+
 def composition(x, weight, bias, eps=1e-5, dtype=torch.float32):
     """Compute the operation from PyTorch's own in `dtype`."""
     return F.gelu(F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps))
@@ -59,8 +69,10 @@ def check(x, weight, bias, grad, eps=1e-5):
     for name, one, other, right in zip(names, got, eager, truth(x, weight, bias, grad, eps), strict=True):
         assert one.dtype == other.dtype, name
         if x.shape[-1] == 1 and name in ("grad_x", "grad_weight"):
-            # nothing is left of one channel: zero and no more
-            torch.testing.assert_close(one.double(), right, rtol=0, atol=1e-6)
+            # nothing is left of one channel: zero, and on a GPU the rounding of a product that a fused one leaves out,
+            # times 1 / sqrt(eps)
+            atol = 1e-6 if x.device.type == "cpu" else 2**-24 * 20 / eps**0.5
+            torch.testing.assert_close(one.double(), right, rtol=0, atol=atol)
         else:
             assert_within_twice(one, other, right, name=name)
 
@@ -102,14 +114,13 @@ def test_strides(device, dtype):
         odd = form.detach().requires_grad_()
         y = layer_norm_gelu(odd, gappy[:, 0].requires_grad_(), gappy[:, 1].requires_grad_())
         assert y.is_contiguous()
-        assert torch.equal(y, want)
+        assert_same([y], [want])
         for strange in (grad, padded.clone()[:, :6].copy_(grad), grad.mT.contiguous().mT):
             got = layer_norm_gelu_backward(strange, odd, weight, bias, *layer_norm_gelu_forward(odd, weight, bias)[1:])
-            assert all(torch.equal(a, b) for a, b in zip(got, want_grads, strict=True))
+            assert_same(got, want_grads)
     y = layer_norm_gelu(x, weight, bias)
     stretched = torch.autograd.grad(y.sum(), (x, weight, bias))
-    same = torch.autograd.grad(layer_norm_gelu(x, weight, bias), (x, weight, bias), torch.ones_like(y))
-    assert all(torch.equal(a, b) for a, b in zip(stretched, same, strict=True))
+    assert_same(stretched, torch.autograd.grad(layer_norm_gelu(x, weight, bias), (x, weight, bias), torch.ones_like(y)))
 
 
 def test_gelu_alone(device):
@@ -125,7 +136,8 @@ def test_gelu_alone(device):
     (right_slope,) = torch.autograd.grad(right.sum(), wide)
     assert ((y[0].double() - right).abs() <= 2e-7 * right.abs().clamp_min(1.0)).all()
     # PyTorch's own slope of -1e30 is NaN
-    assert ((slope.double() - right_slope.nan_to_num()).abs() <= 2e-7).all()
+    # the exponential of a GPU is approximate
+    assert ((slope.double() - right_slope.nan_to_num()).abs() <= (2e-7 if device.type == "cpu" else 4e-7)).all()
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
@@ -279,6 +291,9 @@ def test_triton_launcher(device, dtype, shape):
     torch.testing.assert_close(rstd, want_rstd, rtol=1e-5, atol=1e-6)
     got = backward(grad, x, weight, bias, mean, rstd)
     right = truth(x, weight, bias, grad)[1:]
+    if shape[-1] == 1 and device.type == "cuda":
+        # see `check`
+        tolerance["atol"] = 2**-24 * 20 / 1e-5**0.5
     torch.testing.assert_close(got[0], right[0].to(dtype), **tolerance)
     for a, b in zip(got[1:], right[1:], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
@@ -292,7 +307,7 @@ def test_triton_odd_inputs(device):
     padded = torch.full((3, 9, 6), float("nan"), device=device)
     padded[:, :5] = x
     for odd in (padded[:, :5], non_contiguous(x), x.mT.contiguous().mT):
-        assert torch.equal(forward(odd, weight, bias, 1e-5)[0], want[0])
+        assert_same(forward(odd, weight, bias, 1e-5)[:1], want[:1])
         strange = torch.empty_strided(odd.shape, odd.stride(), device=device).copy_(grad)
         for a, b in zip(backward(strange, odd, weight, bias, *want[1:]), want_grads, strict=True):
             torch.testing.assert_close(a, b)
