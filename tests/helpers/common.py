@@ -44,6 +44,11 @@ def assert_same_share(sample: np.ndarray, reference: np.ndarray) -> None:
     """Assert that two boolean samples can have the same probability.
 
     Uses Fisher's exact test, since rare events are far from normal, at the level of 5 standard errors."""
+    share = (sample.sum() + reference.sum()) / (sample.size + reference.size)
+    error = np.sqrt(share * (1 - share) * (1 / sample.size + 1 / reference.size))
+    # most differences are far below what this slow test would object to
+    if abs(sample.mean() - reference.mean()) <= 2 * error:
+        return
     table = [[sample.sum(), (~sample).sum()], [reference.sum(), (~reference).sum()]]
     assert fisher_exact(table).pvalue >= 5.7e-7, table
 

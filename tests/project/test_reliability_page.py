@@ -32,12 +32,13 @@ def functions(file: str) -> dict[str, bool]:
     }
 
 
-@pytest.mark.parametrize(("file", "name"), sorted(set(NAMED)), ids="::".join)
-def test_named_test_exists(file: str, name: str) -> None:
-    assert (ROOT / file).is_file()
-    assert name in functions(file)
-    slow = f"slow: `{file}::{name}`" in PAGE
-    assert slow == functions(file)[name], "slow tests, and no others, are called slow"
+def test_named_tests_exist() -> None:
+    """Slow tests, and no others, are called slow."""
+    for file, name in sorted(set(NAMED)):
+        assert (ROOT / file).is_file(), file
+        assert name in functions(file), f"{file}::{name}"
+        slow = f"slow: `{file}::{name}`" in PAGE
+        assert slow == functions(file)[name], f"{file}::{name}"
 
 
 def test_nothing_looks_like_a_test_and_is_not_checked() -> None:

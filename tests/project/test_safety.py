@@ -70,9 +70,9 @@ def is_constant(node: ast.AST, value: bool) -> bool:
     return isinstance(node, ast.Constant) and node.value is value
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_sources_execute_nothing_that_they_read(path: Path) -> None:
-    assert list(dangers(path.read_text(encoding="utf-8"))) == []
+def test_sources_execute_nothing_that_they_read() -> None:
+    for path in sources():
+        assert list(dangers(path.read_text(encoding="utf-8"))) == [], path
 
 
 def test_all_sources_are_walked() -> None:

@@ -57,28 +57,30 @@ def fp16_is_supported() -> bool:
 )
 def test_resume_is_bit_exact(stage: int, changes: dict[str, Any], tmp_path: Path) -> None:
     """Two processes stop at the end of a shorter schedule with the same rates, and resume."""
+    # every step of ZeRO-3 takes long, and fp16 lowers its scale in the first ones
+    steps, stopped = (9, 6) if "fp16" in changes else (4, 2)
     if "fp16" in changes and not fp16_is_supported():
         pytest.skip("DeepSpeed has no fp16 on this CPU")
-    changes = {"zero_optimization__stage": stage, "d2v__schedule__kind": "constant", **changes}
-    file, output = tiny_file(tmp_path, **changes, d2v__schedule__steps=9), tmp_path / "output"
+    changes |= {"zero_optimization__stage": stage, "d2v__schedule__kind": "constant", "d2v__schedule__warmup_steps": 1}
+    file, output = tiny_file(tmp_path, **changes, d2v__schedule__steps=steps), tmp_path / "output"
     arguments = ["--ds_config", file, "--run"]
     assert run_forked(*arguments, "whole", output=output, num_processes=2) == [0, 0], output.read_text()
-    shorter = ["--set", "d2v.schedule.steps=6"]
+    shorter = ["--set", f"d2v.schedule.steps={stopped}"]
     assert run_forked(*arguments, "r", *shorter, output=output, num_processes=2) == [0, 0], output.read_text()
     assert run_forked(*arguments, "r", "--resume", output=output, num_processes=2) == [0, 0], output.read_text()
-    assert "resumed after step 6" in output.read_text()
+    assert f"resumed after step {stopped}" in output.read_text()
     assert figures(tmp_path, "r") == figures(tmp_path, "whole")
     engines = [
-        json.loads((checkpoint(tmp_path, name, 9) / "state.json").read_text())["engine"] for name in ("r", "whole")
+        json.loads((checkpoint(tmp_path, name, steps) / "state.json").read_text())["engine"] for name in ("r", "whole")
     ]
     assert engines[0] == engines[1]
     if "fp16" in changes:
         # the scale has been lowered, so that there is something to restore
         assert engines[0]["loss_scale"]["cur_scale"] < 2**30
-    whole, resumed = (saved_tensors(checkpoint(tmp_path, name, 9)) for name in ("whole", "r"))
+    whole, resumed = (saved_tensors(checkpoint(tmp_path, name, steps)) for name in ("whole", "r"))
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
-    weights = SavedWeights(opened(checkpoint(tmp_path, "r", 9)), "teacher")
+    weights = SavedWeights(opened(checkpoint(tmp_path, "r", steps)), "teacher")
     assert all(torch.equal(weights[name], whole[f"teacher/{name}"]) for name in weights)
 
 

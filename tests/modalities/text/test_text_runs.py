@@ -62,7 +62,7 @@ def test_stages_agree(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatc
     losses = {}
     for stage, num_processes in ((0, 1), (2, 2), (3, 2)):
         name, output = f"stage-{stage}", tmp_path / f"output-{stage}"
-        file = text_file(tmp_path, cache, **changes, d2v__schedule={"steps": 4}, zero_optimization__stage=stage)
+        file = text_file(tmp_path, cache, **changes, d2v__schedule={"steps": 3}, zero_optimization__stage=stage)
         statuses = run_forked("--ds_config", file, "--run", name, output=output, num_processes=num_processes)
         assert statuses == [0] * num_processes, output.read_text()
         losses[stage] = [(step[2], step[7]) for step in figures(tmp_path, name)]
