@@ -27,7 +27,7 @@ from bench.measure import compared, describe_device, peak_bytes, quantiles
 from d2v_fast.config import D2VConfig, RunConfig, load_config
 from d2v_fast.data import Batch, Step
 from d2v_fast.distributed.world import World
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import make_engine
 from d2v_fast.training.step import TrainStep

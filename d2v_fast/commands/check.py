@@ -28,7 +28,7 @@ from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
 from d2v_fast.memory.predict import predict
 from d2v_fast.modalities import modality_of
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.describe import describe
 from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine

@@ -17,7 +17,7 @@ from d2v_fast.errors import DataError, OptionError
 from d2v_fast.figures.sheet import MAX_COUNT, save_figure
 from d2v_fast.files.outputs import require_file, require_writable
 from d2v_fast.modalities import all_modalities, modality_of
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 
 
 def draw(

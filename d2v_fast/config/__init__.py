@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         SpeechDataConfig,
         SpeechModelConfig,
     )
+    from d2v_fast.modalities.speech.config2 import BlockMask1DConfig, MaskedSpeechConfig, MaskedSpeechModelConfig
     from d2v_fast.modalities.text.config import (
         TextConfig,
         TextDataConfig,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         TextProbeConfig,
         TokenMaskConfig,
     )
+    from d2v_fast.modalities.text.config2 import MaskedTextConfig, MaskedTextModelConfig, RandomMaskConfig
     from d2v_fast.modalities.vision.config import (
         BlockMaskConfig,
         VisionConfig,
@@ -47,19 +49,29 @@ if TYPE_CHECKING:
         VisionModelConfig,
         VisionProbeConfig,
     )
+    from d2v_fast.modalities.vision.config2 import InverseBlockMaskConfig, MaskedVisionConfig, MaskedVisionModelConfig
 
 __all__ = [
     "EARLIER_VALUES",
     "BatchSplit",
+    "BlockMask1DConfig",
     "BlockMaskConfig",
     "ConfigError",
     "D2VConfig",
     "DataSection",
     "DeepSpeedConfig",
     "GuardConfig",
+    "InverseBlockMaskConfig",
     "LossConfig",
+    "MaskedSpeechConfig",
+    "MaskedSpeechModelConfig",
+    "MaskedTextConfig",
+    "MaskedTextModelConfig",
+    "MaskedVisionConfig",
+    "MaskedVisionModelConfig",
     "ModelSection",
     "ProbeConfig",
+    "RandomMaskConfig",
     "RunConfig",
     "RunSection",
     "ScheduleConfig",
@@ -87,15 +99,18 @@ __all__ = [
 
 # classes of one modality, which import this package themselves
 _OF_MODALITY = {
-    "vision": ("BlockMaskConfig", "VisionConfig", "VisionDataConfig", "VisionModelConfig", "VisionProbeConfig"),
-    "speech": ("SpanMaskConfig", "SpeechConfig", "SpeechDataConfig", "SpeechModelConfig"),
-    "text": ("TextConfig", "TextDataConfig", "TextModelConfig", "TextProbeConfig", "TokenMaskConfig"),
+    "vision.config": ("BlockMaskConfig", "VisionConfig", "VisionDataConfig", "VisionModelConfig", "VisionProbeConfig"),
+    "vision.config2": ("InverseBlockMaskConfig", "MaskedVisionConfig", "MaskedVisionModelConfig"),
+    "speech.config": ("SpanMaskConfig", "SpeechConfig", "SpeechDataConfig", "SpeechModelConfig"),
+    "speech.config2": ("BlockMask1DConfig", "MaskedSpeechConfig", "MaskedSpeechModelConfig"),
+    "text.config": ("TextConfig", "TextDataConfig", "TextModelConfig", "TextProbeConfig", "TokenMaskConfig"),
+    "text.config2": ("MaskedTextConfig", "MaskedTextModelConfig", "RandomMaskConfig"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import the configuration class of a modality when it is asked for."""
-    for modality, classes in _OF_MODALITY.items():
+    for module, classes in _OF_MODALITY.items():
         if name in classes:
-            return getattr(import_module(f"d2v_fast.modalities.{modality}.config"), name)
+            return getattr(import_module(f"d2v_fast.modalities.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

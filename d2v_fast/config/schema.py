@@ -33,6 +33,7 @@ from d2v_fast.config.errors import (
 )
 from d2v_fast.config.file import apply_overrides, changed_keys, configuration_file, read_sections
 from d2v_fast.config.probe import ProbeConfig
+from d2v_fast.config.schedule import ScheduleConfig
 from d2v_fast.files.reading import NotRegularError, read_text
 from d2v_fast.modalities import BUILT_IN, ModalityError, modality_named, modality_names
 
@@ -61,9 +62,11 @@ __all__ = [
 
 MAX_FILE_BYTES = 1_000_000
 # keys of `d2v` that older runs lack -> value that those runs used
-EARLIER_VALUES = {"decay_1d": False}
+EARLIER_VALUES = {"decay_1d": False, "objective": "data2vec"}
 # modality of a file without the key `d2v.modality`
 DEFAULT_MODALITY = "vision"
+# objective of a file without the key `d2v.objective`
+DEFAULT_OBJECTIVE = "data2vec"
 _COMPILE = (
     "The model is not compiled: d2v_fast has fused operations instead of `torch.compile`. A run does not use the "
     "compiler passes of DeepSpeed's section `compile` either."
@@ -78,7 +81,7 @@ class ModelSection(Section):
         depth: Transformer blocks.
     """
 
-    required: ClassVar = ("width", "depth")
+    required: ClassVar[tuple[str, ...]] = ("width", "depth")
     if TYPE_CHECKING:
         width: int
         depth: int
@@ -170,62 +173,6 @@ class TeacherConfig(Section):
         return self
 
 
-def shorter_warmup(key: str, length: float) -> str:
-    """Return a hint for a warm-up that is longer than the run, whose length is in steps or epochs."""
-    tenth = int(length) // 10 if key == "warmup_steps" else round(length / 10, 6)
-    return f"Shorten it with the run, for example to a tenth: `--set d2v.schedule.{key}={tenth:g}`."
-
-
-class ScheduleConfig(Section):
-    """Learning rate, as a factor on `optimizer.params.lr`, and length of the run. Exactly one of `epochs` and `steps`
-    is given.
-
-    Attributes:
-        kind: After the warm-up, "constant" stays at 1; "cosine" falls to `final_lr_ratio` at the last step; "tri_stage"
-            holds, then falls exponentially to it.
-        epochs: Length in epochs.
-        steps: Length in optimizer steps.
-        warmup_epochs: Length of the linear rise to 1, in epochs.
-        warmup_steps: The same in optimizer steps.
-        initial_lr_ratio: Factor at the start of the warm-up.
-        final_lr_ratio: Factor at the last step.
-        hold_ratio: With "tri_stage": share of the run that the factor stays at 1.
-    """
-
-    kind: Literal["cosine", "tri_stage", "constant"] = "cosine"
-    epochs: int | None = Field(default=None, ge=1, le=10**6)
-    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    warmup_epochs: float | None = Field(default=None, ge=0, le=10**6)
-    warmup_steps: int | None = Field(default=None, ge=0, le=MAX_STEPS)
-    initial_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    hold_ratio: float = Field(default=0.9, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = []
-        if (self.epochs is None) == (self.steps is None):
-            lengths = {"epochs": self.epochs, "steps": self.steps}
-            both = "Set one of them to null, such as `--set d2v.schedule.epochs=null`." if self.epochs else ""
-            problems.append(Problem("epochs", "be given, or `steps`, and not both", lengths, both))
-        if self.warmup_epochs is not None and self.warmup_steps is not None:
-            warmups: dict[str, float | None] = {
-                "warmup_epochs": self.warmup_epochs,
-                "warmup_steps": self.warmup_steps,
-            }
-            problems.append(Problem("warmup_epochs", "be given, or `warmup_steps`, and not both", warmups))
-        for unit in ("epochs", "steps"):
-            length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
-            if length is not None and warmup is not None and warmup > length:
-                hint = shorter_warmup(f"warmup_{unit}", length)
-                problems.append(Problem(f"warmup_{unit}", f"be <= `{unit}` ({length})", warmup, hint))
-        if self.kind == "tri_stage" and self.final_lr_ratio == 0:
-            hint = "An exponential decay never reaches 0; the published value is 0.05."
-            problems.append(Problem("final_lr_ratio", "be > 0 with `kind` tri_stage", 0.0, hint))
-        refuse_if(problems)
-        return self
-
-
 class GuardConfig(Section):
     """When a run stops itself. Runs of fewer than 20 steps are not judged for collapse.
 
@@ -296,6 +243,8 @@ class D2VConfig(Section):
 
     Attributes:
         modality: Kind of the data, which decides the encoder and the sections below.
+        objective: Version of the method, which decides them as well: "data2vec" (arXiv 2202.03555) or "data2vec2"
+            (arXiv 2212.07525).
         decay_1d: Apply `optimizer.params.weight_decay` to 1-D parameters (biases, norms, LayerScale, the class token),
             as the published speech and text recipes do.
         model: The encoder.
@@ -313,6 +262,7 @@ class D2VConfig(Section):
     hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}
 
     modality: str
+    objective: str = DEFAULT_OBJECTIVE
     decay_1d: bool = False
     model: ModelSection
     mask: Section
@@ -365,23 +315,28 @@ class D2VConfig(Section):
 
 def check_d2v(raw: Any, also: Iterable[str] = ()) -> tuple[D2VConfig | None, list[str]]:
     """Return the `"d2v"` section of a file, or None, and every problem as a sentence; `also` as for `check`."""
-    name = raw.get("modality", DEFAULT_MODALITY) if isinstance(raw, dict) else DEFAULT_MODALITY
-    section, problems = _section_named(name)
+    section, problems = _section_of(raw)
     if section is None:
         return None, problems
     config, problems = check(section, raw, "d2v", also=also)
     return config, problems + (_more_problems(section, raw) if config is None else [])
 
 
-def _section_named(name: Any) -> tuple[type[D2VConfig] | None, list[str]]:
-    """Return the class of the section whose `modality` is `name`, or None and what is wrong with the name."""
+def _section_of(raw: Any) -> tuple[type[D2VConfig] | None, list[str]]:
+    """Return the class of a section by its `modality` and `objective`, or None and what is wrong with these."""
+    given = raw if isinstance(raw, dict) else {}
+    name, objective = given.get("modality", DEFAULT_MODALITY), given.get("objective", DEFAULT_OBJECTIVE)
     if name not in BUILT_IN and name not in modality_names():
         names = [f'"{known}"' for known in modality_names()]
         near = difflib.get_close_matches(name, modality_names(), n=1) if isinstance(name, str) else []
         hint = f'Did you mean "{near[0]}"?' if near else "If a package defines it, install that package."
         return None, [say(Problem("d2v.modality", f"be {' or '.join(names)}", name, hint))]
     try:
-        return modality_named(name).config, []
+        objectives = modality_named(name).objectives
+        if isinstance(objective, str) and objective in objectives:
+            return objectives[objective].config, []
+        known = " or ".join(f'"{one}"' for one in objectives)
+        return None, [say(Problem("d2v.objective", f'be {known} with modality "{name}"', objective))]
     except ModalityError as error:
         return None, [f"`d2v.modality`: {error}"]
 
@@ -477,9 +432,7 @@ def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "con
 def _keys_of_d2v(raw: Any) -> Iterator[str]:
     """Yield the dotted keys of the `"d2v"` sections of this library's modalities and of the file's own."""
     yield "d2v"
-    own = raw.get("modality") if isinstance(raw, dict) else None
-    names = dict.fromkeys([*BUILT_IN, *([own] if isinstance(own, str) else [])])
-    sections = [_section_named(name)[0] for name in names]
+    sections = [_section_of({"modality": name})[0] for name in BUILT_IN] + [_section_of(raw)[0]]
     yield from dict.fromkeys(key for section in sections if section for key in known_keys(section, "d2v"))
 
 

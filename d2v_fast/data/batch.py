@@ -35,6 +35,11 @@ class Batch:
         bad: Unreadable files that were replaced by a neighbor, as `path: reason`.
         drop_keys: uint64 `[B]`, always on the host: keys of the random streams (`streams.DROP`) that decide which
             branches and blocks each sample skips. `None` means keys drawn from torch's generator.
+        visible: With several masks per sample, int64 `[B * M, V]`: flat indices `(b * M + m) * P + p` of the visible
+            places of each mask, ascending, and `B * M * P` for padding. `rows` then counts in the same way, and
+            `drop_keys` are of the masks.
+        visible_lengths: int64 `[B * M]`, number of visible places of each mask. `None` means V.
+        noise_keys: int64 `[B * M]`, keys of the noise at masked places (`streams.NOISE`).
     """
 
     inputs: Tensor
@@ -46,6 +51,9 @@ class Batch:
     offsets: Tensor | None = None
     bad: tuple[str, ...] = ()
     drop_keys: npt.NDArray[np.uint64] | None = None
+    visible: Tensor | None = None
+    visible_lengths: Tensor | None = None
+    noise_keys: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""

@@ -17,7 +17,7 @@ from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports
 from d2v_fast.evaluation.probing import probing_of
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.student import Student
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from d2v_fast.packages import install_command
 
 PATH_KEY = "`d2v.probe.path`"

@@ -15,11 +15,14 @@ from d2v_fast.masking.fixed_blocks import (
     block_mask_1d_rows,
     inverse_block_mask_reference,
     inverse_block_mask_rows,
+    num_masked,
 )
+from d2v_fast.masking.several import SeveralMasks, num_masked_of, several_image_masks, several_sequence_masks
 from d2v_fast.masking.spans import span_mask_reference, span_mask_rows
 from d2v_fast.masking.tokens import TokenMasks, token_mask_reference, token_mask_rows
 
 __all__ = [
+    "SeveralMasks",
     "TokenMasks",
     "block_mask_1d_reference",
     "block_mask_1d_rows",
@@ -29,6 +32,10 @@ __all__ = [
     "compiled",
     "inverse_block_mask_reference",
     "inverse_block_mask_rows",
+    "num_masked",
+    "num_masked_of",
+    "several_image_masks",
+    "several_sequence_masks",
     "span_mask_reference",
     "span_mask_rows",
     "token_mask_reference",

@@ -20,6 +20,7 @@ __all__ = [
     "block_mask_1d_rows",
     "inverse_block_mask_reference",
     "inverse_block_mask_rows",
+    "num_masked",
 ]
 
 
@@ -41,7 +42,7 @@ def inverse_block_mask_rows(
         epoch: Epoch. A mask depends on seed, epoch, sample id and the index of the mask only.
         sample_ids: int64 `[B]`.
         grid_size: patches along a side; an image has `P = grid_size**2`.
-        prob: share of masked patches; each mask leaves exactly `floor(P * (1 - prob))` patches visible. Published:
+        prob: share of masked patches; each mask leaves exactly `int(P * (1 - prob))` patches visible. Published:
             0.8 for ViT-B, 0.75 for larger models.
         length: patches along a side of a block; published: 3. A block that extends beyond the grid is cut.
         prob_adjust: added to the visible share to compensate for overlap:
@@ -88,8 +89,8 @@ def block_mask_1d_rows(
         epoch: Epoch. A mask depends on seed, epoch, sample id and the index of the mask only.
         sample_ids: int64 `[B]`.
         num_positions: frames or tokens of a sequence, T.
-        prob: share of masked positions; each mask hides exactly `floor(T * prob)` of them, and with `inverse` leaves
-            exactly `floor(T * (1 - prob))` visible. Published: 0.5 for speech (large model: 0.55), 0.48 for text.
+        prob: share of masked positions; each mask hides exactly `int(T * prob)` of them, and with `inverse` leaves
+            exactly `int(T * (1 - prob))` visible. Published: 0.5 for speech (large model: 0.55), 0.48 for text.
         length: positions of a block; published: 5 for speech, 1 for text. A block that extends beyond the end is cut.
         prob_adjust: added to the share of the blocks to compensate for overlap: without `inverse`,
             `floor(T * (prob + prob_adjust) / length)` blocks are placed. Published: 0.05 and 0.1.
@@ -155,9 +156,14 @@ def _plan(
 ) -> tuple[int, int]:
     """How many blocks are laid, and how many cells are marked in the end."""
     size, share = shape[0] * shape[1], 1 - prob if inverse else prob
-    # 100 * (1 - 0.8) is a little less than 20 in floats, and the wish is 20
-    slack = 1e-9
-    return int(size * (share + prob_adjust) / (block[0] * block[1]) + slack), int(size * share + slack)
+    # as published, in floats: 25 * (1 - 0.8) is a little less than 5, so that 4 of 25 are visible
+    return int(size * (share + prob_adjust) / (block[0] * block[1])), int(size * share)
+
+
+def num_masked(num_places: int, prob: float, *, inverse: bool) -> int:
+    """Return how many of a sample's places each mask of `inverse_block_mask_rows` or `block_mask_1d_rows` hides."""
+    _, marked = _plan((1, num_places), (1, 1), prob, 0.0, inverse)
+    return num_places - marked if inverse else marked
 
 
 def _rows(

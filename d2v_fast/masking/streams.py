@@ -16,6 +16,7 @@ __all__ = [
     "DROP",
     "GOLDEN",
     "MASK",
+    "NOISE",
     "ORDER",
     "SPLIT",
     "STEP_ORDER",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 # purposes of streams; each has its own streams
-MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER, DROP = 1, 2, 3, 4, 5, 6
+MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER, DROP, NOISE = 1, 2, 3, 4, 5, 6, 7
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

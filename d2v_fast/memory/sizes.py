@@ -11,7 +11,7 @@ import torch
 from d2v_fast.config import RunConfig
 from d2v_fast.config.deepspeed_sections import ZeroConfig
 from d2v_fast.memory.step import Arrival, StepMemory
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 
 # one process and plain torch, or a ZeRO stage of DeepSpeed
 Layout = Literal["plain", "stage 0", "stage 1", "stage 2", "stage 3"]

@@ -25,7 +25,7 @@ from d2v_fast.modalities import modality_of
 from d2v_fast.models.encoder import Encoder
 from d2v_fast.models.pre_norm import attention_with_bias_gradient
 from d2v_fast.models.student import MaskedBatch
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 
 # glibc allocates blocks of up to this many bytes from its heap, and retains them when they are freed
 HEAP_BLOCK = 32 << 20
@@ -133,13 +133,24 @@ class _Batch(NamedTuple):
     masked_inputs: Tensor | None = None
     offsets: Tensor | None = None
     drop_keys: None = None
+    visible: Tensor | None = None
+    visible_lengths: Tensor | None = None
+    noise_keys: Tensor | None = None
 
 
 def _empty_like(batch: MaskedBatch) -> MaskedBatch:
     """Return a batch of the same shapes, on torch's current device, without padding."""
-    masked = None if batch.masked_inputs is None else torch.empty(batch.masked_inputs.shape, dtype=torch.int64)
-    inputs = torch.empty(batch.inputs.shape, dtype=batch.inputs.dtype)
-    return _Batch(inputs, torch.empty(batch.rows.shape, dtype=torch.int64), masked_inputs=masked)
+
+    def integers(like: Tensor | None) -> Tensor | None:
+        return None if like is None else torch.empty(like.shape, dtype=torch.int64)
+
+    return _Batch(
+        torch.empty(batch.inputs.shape, dtype=batch.inputs.dtype),
+        torch.empty(batch.rows.shape, dtype=torch.int64),
+        masked_inputs=integers(batch.masked_inputs),
+        visible=integers(batch.visible),
+        noise_keys=integers(batch.noise_keys),
+    )
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -83,6 +83,8 @@ class Modality(Generic[ConfigT]):
         tokenizer: return a tokenizer, from the run's section or None, its path or None for the one that the section
             names, the digest that it must have or None, and the run's name for messages. None: there are none.
         tokenize: tokenize the data of a run into its cache, and return the data set. None: there are no tokens.
+        objective: value of `d2v.objective` that this record serves.
+        others: records of this modality for other objectives.
     """
 
     name: str
@@ -100,6 +102,13 @@ class Modality(Generic[ConfigT]):
     draw: Callable[[dict[str, Student], ConfigT, Path | None, int, str], Figure] | None = None
     tokenizer: Callable[[ConfigT | None, Path | None, str | None, str], Any] | None = None
     tokenize: Callable[[ConfigT], Any] | None = None
+    objective: str = "data2vec"
+    others: tuple[Modality[Any], ...] = ()
+
+    @property
+    def objectives(self) -> dict[str, Modality[Any]]:
+        """The records of this modality, by objective."""
+        return {one.objective: one for one in (self, *self.others)}
 
     @property
     def places(self) -> str:
@@ -158,7 +167,7 @@ def modality_of(config: D2VConfig) -> Modality[Any]:
         ModalityError: see `modality_named`.
         TypeError: the section is not of the class that its modality has.
     """
-    modality = modality_named(config.modality)
+    modality = modality_named(config.modality).objectives[config.objective]
     if not isinstance(config, modality.config):
         raise TypeError(
             f'the section of modality "{modality.name}" must be a {modality.config.__name__}, but is a '
@@ -174,9 +183,10 @@ def modality_of_model(config: Section) -> Modality[Any]:
         TypeError: no modality has such a model section.
     """
     # one after the other: a modality of another package that cannot be imported breaks no other one
-    for modality in map(modality_named, modality_names()):
-        if type(config) is modality.config.model_fields["model"].annotation:
-            return modality
+    for name in modality_names():
+        for modality in modality_named(name).objectives.values():
+            if type(config) is modality.config.model_fields["model"].annotation:
+                return modality
     raise TypeError(f"no modality has a model section {type(config).__name__}.")
 
 

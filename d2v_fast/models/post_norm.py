@@ -53,7 +53,8 @@ class Segments(NamedTuple):
     samples: Tensor | None = None
 
 
-# None: tokens attend to all tokens of their sample. Tensor: bool `[B, 1, 1 or T, T]`, True for keys to attend to.
+# None: tokens attend to all tokens of their sample. Tensor: bool `[B, 1, 1 or T, T]`, True for keys to attend to, or a
+# bias that is added to the logits, `[B, H, T, T]`.
 Attendable = Tensor | Segments | None
 
 
@@ -73,9 +74,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attendable: Attendable, prob: float 
     if q.device.type == "cpu" and prob > 0.0:
         # torch's CPU kernel has no dropout, and its fallback draws 32 bits per weight
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
-        if attendable is not None:
+        if attendable is not None and attendable.dtype == torch.bool:
             logits.masked_fill_(~attendable, torch.finfo(logits.dtype).min)
+        elif attendable is not None:
+            logits = logits + attendable
         return torch.matmul(drop(logits.softmax(dim=-1), prob), v)
+    if attendable is not None and attendable.dtype != torch.bool:
+        attendable = attendable.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attendable, dropout_p=prob)
 
 

@@ -17,7 +17,8 @@ class MaskedBatch(Protocol):
     """The fields of a batch that a training step reads.
 
     Attributes:
-        inputs, lengths, unpadded, masked_inputs, offsets, drop_keys: as in `data.Batch`.
+        inputs, lengths, unpadded, masked_inputs, offsets, drop_keys, visible, visible_lengths, noise_keys: as in
+            `data.Batch`.
         rows: int64 `[N]`, flat indices `b * P + p` of the masked places, ascending, without repeats.
     """
 
@@ -35,6 +36,12 @@ class MaskedBatch(Protocol):
     def offsets(self) -> Tensor | None: ...
     @property
     def drop_keys(self) -> npt.NDArray[np.uint64] | None: ...
+    @property
+    def visible(self) -> Tensor | None: ...
+    @property
+    def visible_lengths(self) -> Tensor | None: ...
+    @property
+    def noise_keys(self) -> Tensor | None: ...
 
 
 class Embedded(Protocol):

@@ -31,11 +31,13 @@ class StepOutput(NamedTuple):
         num_rows: N, masked rows of this batch.
         moments: fp32 `[4, D]`, sums over the rows of prediction, prediction^2, target, target^2; no gradient. None if
             they were not asked for.
+        class_loss: 0-d fp32, what the class token adds to `loss_sum`. None: nothing.
     """
 
     loss_sum: Tensor
     num_rows: int
     moments: Tensor | None
+    class_loss: Tensor | None = None
 
 
 def unmeasured(part: str) -> AbstractContextManager[None]:
@@ -176,8 +178,3 @@ class Data2Vec(nn.Module):
             moments=moments,
         )
         return StepOutput(loss, len(rows), sums)
-
-
-def build_model(config: D2VConfig) -> Data2Vec:
-    """Create a model with the published initialization. Seed torch before."""
-    return Data2Vec(config)

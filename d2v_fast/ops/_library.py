@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Storage types of the operations, which all compute in fp32."""
+"""Storage types of the operations, whose kernels compute in fp32."""
+
+CHECKED_DTYPES = (*FLOAT_DTYPES, torch.float64)
+"""With fp64, in which the reference runs: to check a result, not to train."""
 
 library = torch.library.Library("d2v", "DEF")
 library.define("cpu_capability() -> int")
@@ -172,6 +175,11 @@ def check_tensors(name: str, values: Iterable[object]) -> None:
         elif isinstance(value, tuple) and value and isinstance(value[0], str):
             hint = ": of `named_parameters()` pass `dict(module.named_parameters())`, which is matched by name"
         raise TypeError(f"`{name}[{i}]` must be a tensor, but is {type(value).__name__} instead{hint}.")
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return `x` in the dtype that arithmetic runs in: fp32, or fp64 if it is fp64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def is_observed() -> bool:

@@ -148,7 +148,8 @@ def data2vec_loss(
         )
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, sums, _ = _run(
+    run = data2vec_loss_reference if torch.float64 in (pred.dtype, layers[0].dtype) else _run
+    loss, sums, _ = run(
         pred,
         layers,
         LAYER_NORMS.index(layer_norm),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import FLOAT_DTYPES, define
+from d2v_fast.ops._library import CHECKED_DTYPES, define, wide
 from d2v_fast.ops.autograd import below_autograd, register_autograd
 from d2v_fast.ops.topk_target import check_indices, take_rows
 
@@ -52,7 +52,7 @@ def masked_smooth_l1_reference(
     target = target.detach()
     if target_rows is not None:
         target = take_rows("target_rows", target, target_rows)
-    p, t = pred.float(), target.float()
+    p, t = wide(pred), wide(target)
     error = p - t
     if beta == 0.0:
         values, slope = error.square(), 2.0 * error
@@ -66,7 +66,7 @@ def masked_smooth_l1_reference(
         slope = torch.where(near, inner / beta, error.sign())
     factor = loss_factor(pred, scale, mean)
     # multiply by a tensor: a Python number would give an fp64 tangent under `torch.func.jvp`
-    loss = values.sum() * torch.full((), factor, dtype=torch.float32, device=pred.device)
+    loss = values.sum() * torch.full((), factor, dtype=p.dtype, device=pred.device)
     saved, _ = split_factor(factor, pred.dtype)
     slope = (slope * saved).to(pred.dtype) if need_grad else pred.new_empty(0)
     if not need_moments:
@@ -293,8 +293,8 @@ def masked_smooth_l1(
         raise ValueError(
             f"`target` must have shape [M, {pred.shape[1]}] as `pred` has, but is {tuple(target.shape)} instead."
         )
-    if target.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"`target` must be fp32, bf16 or fp16, but is {target.dtype} instead.")
+    if target.dtype not in CHECKED_DTYPES:
+        raise ValueError(f"`target` must be fp32, bf16, fp16 or fp64, but is {target.dtype} instead.")
     if target.device != pred.device:
         raise ValueError(f"`target` must be on {pred.device} as `pred` is, but is on {target.device} instead.")
     if target_rows is None and target.shape[0] != pred.shape[0]:
@@ -304,7 +304,8 @@ def masked_smooth_l1(
         )
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, sums, _ = _run(
+    run = masked_smooth_l1_reference if torch.float64 in (pred.dtype, target.dtype) else _run
+    loss, sums, _ = run(
         pred, target.detach(), target_rows, float(beta), float(scale), reduction == "mean", need_grad, moments
     )
     return MaskedLoss(loss, sums if moments else None)
@@ -314,8 +315,8 @@ def check_pred(pred: Tensor, beta: float, scale: float, reduction: str) -> None:
     """Raise ValueError for predictions of a wrong shape or dtype, or invalid settings of the loss."""
     if pred.ndim != 2:
         raise ValueError(f"`pred` must have shape [N, D], but has {tuple(pred.shape)} instead.")
-    if pred.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"`pred` must be fp32, bf16 or fp16, but is {pred.dtype} instead.")
+    if pred.dtype not in CHECKED_DTYPES:
+        raise ValueError(f"`pred` must be fp32, bf16, fp16 or fp64, but is {pred.dtype} instead.")
     if not 0 <= beta < math.inf:
         raise ValueError(f"`beta` must be finite and >= 0, but is {beta} instead.")
     if not -math.inf < scale < math.inf:

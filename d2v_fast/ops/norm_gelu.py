@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import FLOAT_DTYPES, define
+from d2v_fast.ops._library import CHECKED_DTYPES, FLOAT_DTYPES, define, wide
 from d2v_fast.ops.autograd import below_autograd, is_transformed, refuse_derivative, register_autograd
 
 
 def layer_norm_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``gelu(layer_norm(x))`` in the dtype of `x` `[..., C]`, and the rows' mean and 1 / deviation, fp32 `[...]`."""
     shape = x.shape[-1:]
-    normal, mean, rstd = torch.native_layer_norm(x.float(), shape, weight.float(), bias.float(), eps)
+    scale, shift = (value.to(torch.float64) if x.dtype == torch.float64 else value.float() for value in (weight, bias))
+    normal, mean, rstd = torch.native_layer_norm(wide(x), shape, scale, shift, eps)
     mean, rstd = mean.detach(), rstd.detach()
     y = torch.nn.functional.gelu(normal).to(x.dtype).contiguous()
     return y, mean.reshape(x.shape[:-1]), rstd.reshape(x.shape[:-1])
@@ -33,10 +34,10 @@ def layer_norm_gelu_backward_reference(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `x`, `weight` and `bias`, each in its dtype."""
-    wide, w, b = x.float(), weight.float(), bias.float()
+    values, w, b = x.float(), weight.float(), bias.float()
     mean, rstd = mean[..., None], rstd[..., None]
-    slope = torch.ops.aten.gelu_backward(grad.float(), (wide - mean) * rstd * w + b)
-    grads = torch.ops.aten.native_layer_norm_backward(slope, wide, x.shape[-1:], mean, rstd, w, b, [True] * 3)
+    slope = torch.ops.aten.gelu_backward(grad.float(), (values - mean) * rstd * w + b)
+    grads = torch.ops.aten.native_layer_norm_backward(slope, values, x.shape[-1:], mean, rstd, w, b, [True] * 3)
     return grads[0].to(x.dtype).contiguous(), grads[1].to(weight.dtype), grads[2].to(bias.dtype)
 
 
@@ -194,8 +195,9 @@ def layer_norm_gelu_forward(
         ``y``, and per row the mean and 1 / deviation, fp32 `[...]` without gradient. Another call with the same
         arguments returns the same bits.
     """
-    _check_forward(x, weight, bias, eps)
-    y, mean, rstd = _run(x, weight, bias, float(eps))
+    _check_forward(x, weight, bias, eps, CHECKED_DTYPES)
+    run = layer_norm_gelu_reference if x.dtype == torch.float64 else _run
+    y, mean, rstd = run(x, weight, bias, float(eps))
     return y, mean, rstd
 
 
@@ -262,10 +264,12 @@ def layer_norm_gelu_backward_(
     return grad_weight, grad_bias
 
 
-def _check_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+def _check_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+) -> None:
     if x.ndim == 0:
         raise ValueError("`x` must have shape [..., C], but has () instead.")
-    if x.dtype not in FLOAT_DTYPES:
+    if x.dtype not in dtypes:
         raise ValueError(f"`x` must be fp32, bf16 or fp16, but is {x.dtype} instead.")
     _check_affine(x, weight, bias)
     if not 0 <= eps < math.inf:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v_fast.ops._library import FLOAT_DTYPES, check_tensors, define, tensor_list
+from d2v_fast.ops._library import CHECKED_DTYPES, check_tensors, define, tensor_list, wide
 
 # the operations receive indices into these tuples
 LAYER_NORMS = ("none", "layer", "instance", "batch")
@@ -27,7 +27,7 @@ def topk_target_reference(
     if lengths is not None:
         check_range("lengths", lengths, num_positions + 1)
         valid = (torch.arange(num_positions, device=lengths.device) < lengths[:, None])[:, :, None]
-    normalized = (_normalize(x.detach().float(), LAYER_NORMS[layer_norm], valid, eps) for x in layers)
+    normalized = (_normalize(wide(x.detach()), LAYER_NORMS[layer_norm], valid, eps) for x in layers)
     total = reduce(torch.add, normalized)
     target = _normalize(total / len(layers), FINAL_NORMS[final_norm], valid, eps)
     if rows is None:
@@ -113,8 +113,8 @@ def topk_target(
     `K * B * D` numbers, and a final ``instance`` stores partial sums over groups of positions.
 
     Args:
-        layers: K tensors `[B, T, D]` of one shape, dtype (fp32, bf16 or fp16) and device. They are copied only if the
-            last dimension is not contiguous or their strides differ, so a view such as ``x[:, 1:]`` costs nothing.
+        layers: K tensors `[B, T, D]` of one shape, dtype (fp32, bf16, fp16 or fp64) and device. They are copied only if
+            the last dimension is not contiguous or their strides differ, so a view such as ``x[:, 1:]`` costs nothing.
         layer_norm: For each layer ``none``, ``layer`` (over D), ``instance`` (over T, for each sample and channel) or
             ``batch`` (over B and T, for each channel).
         final_norm: For the average ``none``, ``layer`` or ``instance``.
@@ -124,8 +124,8 @@ def topk_target(
         eps: Added to every variance, > 0.
 
     Returns:
-        fp32 `[N, D]`, or `[B, T, D]` without ``rows``, with 0 past ``lengths``. It is a constant: ``layers`` get no
-        derivative in any mode, as if they were detached.
+        fp32 (fp64 if ``layers`` are) `[N, D]`, or `[B, T, D]` without ``rows``, with 0 past ``lengths``. It is a
+        constant: ``layers`` get no derivative in any mode, as if they were detached.
 
     Raises:
         ValueError: An argument is not as described above.
@@ -140,10 +140,9 @@ def topk_target(
     layers = layer_list(layers)
     check_layers(layers, layer_norm, final_norm, eps)
     check_rows(layers, rows, lengths)
+    run = topk_target_reference if layers[0].dtype == torch.float64 else torch.ops.d2v.topk_target
     with torch.no_grad():
-        return torch.ops.d2v.topk_target(
-            layers, LAYER_NORMS.index(layer_norm), FINAL_NORMS.index(final_norm), rows, lengths, float(eps)
-        )
+        return run(layers, LAYER_NORMS.index(layer_norm), FINAL_NORMS.index(final_norm), rows, lengths, float(eps))
 
 
 def layer_list(layers: Sequence[Tensor]) -> list[Tensor]:
@@ -166,8 +165,8 @@ def check_layers(layers: list[Tensor], layer_norm: str, final_norm: str, eps: fl
     first = layers[0]
     if first.ndim != 3:
         raise ValueError(f"`layers[0]` must have shape [B, T, D], but has {tuple(first.shape)} instead.")
-    if first.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"`layers[0]` must be fp32, bf16 or fp16, but is {first.dtype} instead.")
+    if first.dtype not in CHECKED_DTYPES:
+        raise ValueError(f"`layers[0]` must be fp32, bf16, fp16 or fp64, but is {first.dtype} instead.")
     for i, x in enumerate(layers):
         if x.shape != first.shape or x.dtype != first.dtype or x.device != first.device:
             raise ValueError(

@@ -10,7 +10,7 @@ from d2v_fast.data import BatchMaker, steps_per_epoch
 from d2v_fast.data.listing import counted, describe_listing
 from d2v_fast.memory.peak import format_bytes
 from d2v_fast.memory.predict import predict
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from d2v_fast.training.learning_rate import LearningRate
 
 

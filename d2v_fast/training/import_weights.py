@@ -40,7 +40,8 @@ from d2v_fast.interop.huggingface import export_model, import_model
 from d2v_fast.interop.published import open_published, read_published
 from d2v_fast.modalities import modality_of, modality_of_model
 from d2v_fast.models.student import Student
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.resume_rules import FREE_MODEL_KEYS
 from d2v_fast.training.run_folder import RunFolder

@@ -6,7 +6,7 @@ import math
 
 from d2v_fast.config import ConfigError, ScheduleConfig
 from d2v_fast.config.errors import Problem, say
-from d2v_fast.config.schema import shorter_warmup
+from d2v_fast.config.schedule import shorter_warmup
 
 
 class LearningRate:

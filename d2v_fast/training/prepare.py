@@ -19,7 +19,7 @@ from d2v_fast.distributed.world import World, world_size
 from d2v_fast.errors import RunError
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training import metrics
 from d2v_fast.training.engine import compute_dtype, import_engine, make_engine

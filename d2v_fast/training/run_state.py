@@ -21,7 +21,8 @@ from d2v_fast.distributed.shards import full_shape, gather_whole
 from d2v_fast.distributed.world import World
 from d2v_fast.errors import RunError
 from d2v_fast.models.student import Student
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine
 from d2v_fast.training.resume_rules import refused_changes, reported_changes

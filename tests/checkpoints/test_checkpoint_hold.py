@@ -21,7 +21,7 @@ from d2v_fast.distributed.shards import Shard
 from d2v_fast.distributed.world import World
 from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.vision.huggingface import import_vision
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.checkpoint_files import save
 from tests.helpers.runs import fork, wait
 from tests.helpers.written_runs import CONFIG, write_run

@@ -153,7 +153,7 @@ def test_check_tells_problems(
 
 
 def infinite_model(config: VisionConfig) -> torch.nn.Module:
-    from d2v_fast.objectives.data2vec import build_model
+    from d2v_fast.objectives.build import build_model
 
     model = build_model(config)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from d2v_fast.commands.console import main
 from d2v_fast.distributed.shards import Shard
 from d2v_fast.distributed.world import World
 from d2v_fast.figures.sheet import Sheet, Spacing
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.places import ROOT
 from tests.helpers.runs import failure_status
 from tests.helpers.written_runs import vision_config

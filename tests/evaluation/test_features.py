@@ -9,7 +9,7 @@ import torch
 
 from d2v_fast.config import check_d2v
 from d2v_fast.evaluation.features import evaluating, sequence_features
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.runs import TINY_SPEECH, TINY_TEXT
 
 

@@ -200,7 +200,7 @@ def test_fewer_labels_than_asked_for(tmp_path: Path) -> None:
 
     from d2v_fast.config import check_d2v
     from d2v_fast.evaluation.labeled import run_labeled_probe
-    from d2v_fast.objectives.data2vec import build_model
+    from d2v_fast.objectives.build import build_model
 
     write_images(tmp_path / "labeled", per_class=5)
     raw = {**TINY["d2v"], "probe": {"path": str(tmp_path / "labeled"), "labels_per_class": 10, "num_draws": 2}}

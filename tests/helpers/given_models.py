@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from d2v_fast.config import D2VConfig, load_config
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.data2vec import Data2Vec
 from tests.helpers.speech_reference import randomize_
 
 

@@ -13,7 +13,7 @@ from d2v_fast.data.batch import Batch, Step
 from d2v_fast.distributed.shards import gather_whole
 from d2v_fast.distributed.world import World
 from d2v_fast.masking import block_mask_rows
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine, make_engine
 from d2v_fast.training.step import TrainStep

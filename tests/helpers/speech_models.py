@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from d2v_fast.config import SpeechConfig, SpeechModelConfig, TargetConfig
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.data2vec import Data2Vec
 from tests.helpers import speech_reference as reference
 
 SIZES: dict[str, Any] = {

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from d2v_fast.config import LossConfig, TargetConfig, TextConfig
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.data2vec import Data2Vec
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,

@@ -20,7 +20,8 @@ from d2v_fast.config import (
 from d2v_fast.distributed.shards import Shard
 from d2v_fast.modalities.speech.fairseq import FairseqSpeech
 from d2v_fast.modalities.text.fairseq import FairseqText
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.data2vec import Data2Vec
 
 
 def vision_config(*, width: int, depth: int) -> VisionConfig:

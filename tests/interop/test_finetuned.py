@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from d2v_fast.commands.console import main
 from d2v_fast.config import load_config
 from d2v_fast.interop.huggingface import export_model, import_model
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.beit_reference import NEITHER, PER_BLOCK, UNSCALED, assert_same_features, reference
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, tiny_file
 from tests.helpers.vision_reference import randomize_

@@ -20,7 +20,7 @@ from d2v_fast.config import load_config
 from d2v_fast.interop.fairseq import save_fairseq
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.modalities.vision.beit import save_beit
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.image_datasets import picture
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, failure_status, leave_out_reports, run_forked, tiny_file
 

@@ -17,7 +17,7 @@ from d2v_fast.interop.huggingface import export_model
 from d2v_fast.interop.onnx import export_onnx
 from d2v_fast.modalities.vision import MODALITY
 from d2v_fast.modalities.vision.config import VisionConfig, VisionModelConfig
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.runs import TINY
 from tests.helpers.written_runs import CONFIG, write_run
 

@@ -17,7 +17,7 @@ from d2v_fast.config import D2VConfig
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.interop.onnx import export_onnx
 from d2v_fast.models.student import Student
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.common import opened
 from tests.helpers.speech_models import make_config as speech_config
 from tests.helpers.speech_reference import randomize_

@@ -15,7 +15,7 @@ from d2v_fast.modalities.speech.config import SpeechModelConfig
 from d2v_fast.modalities.text.config import TextModelConfig
 from d2v_fast.modalities.vision.beit import save_beit
 from d2v_fast.modalities.vision.config import VisionModelConfig
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT
 
 

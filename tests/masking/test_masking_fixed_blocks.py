@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from d2v_fast.masking import (
@@ -154,19 +154,20 @@ def test_masks_never_change() -> None:
     np.testing.assert_array_equal(rows, [4, 7, 8, 9, 10, 11])
 
 
-def test_a_whole_number_of_positions_is_kept() -> None:
-    # 100 * (1 - 0.8) is 19.999999999999996 in floats
-    assert (image_masks(3, 10, 0.8, 3, 0.0).sum(axis=(1, 2)) == 80).all()
-    assert (sequence_masks(3, 100, 0.29, 5, 0.0, inverse=False).sum(axis=1) == 29).all()
+def test_counts_are_rounded_as_published() -> None:
+    # 25 * (1 - 0.8) is 4.999999999999999 in floats, and 100 * 0.29 is 28.999999999999996
+    assert (image_masks(3, 5, 0.8, 3, 0.07).sum(axis=(1, 2)) == 21).all()
+    assert (image_masks(3, 14, 0.8, 3, 0.07).sum(axis=(1, 2)) == 157).all()
+    assert (sequence_masks(3, 100, 0.29, 5, 0.0, inverse=False).sum(axis=1) == 28).all()
 
 
 @settings(deadline=None, max_examples=200)
 @given(data=st.data(), num_positions=st.integers(2, 40), inverse=st.booleans())
 def test_exact_count(data: st.DataObject, num_positions: int, inverse: bool) -> None:
-    marked = data.draw(st.integers(1, num_positions - 1))
+    prob = data.draw(st.floats(0.01, 0.99))
+    marked = int(num_positions * (1 - prob if inverse else prob))
+    assume(1 <= marked < num_positions)
     length, prob_adjust = data.draw(st.integers(1, num_positions)), data.draw(st.floats(0, 1))
-    share = marked / num_positions
-    prob = 1 - share if inverse else share
     masks = sequence_masks(20, num_positions, prob, length, prob_adjust, inverse=inverse)
     assert ((masks != inverse).sum(axis=1) == marked).all()
 

@@ -24,7 +24,7 @@ from d2v_fast.memory.peak import format_bytes
 from d2v_fast.memory.predict import Prediction, predict, predict_from
 from d2v_fast.memory.sizes import Shapes, shapes_of
 from d2v_fast.memory.step import Arrival, StepMemory, step_memory
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from d2v_fast.training.engine import PlainEngine
 from tests.helpers.common import run_python
 from tests.helpers.marks import needs_deepspeed

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2v_fast.config import TargetConfig, VisionConfig, VisionModelConfig
-from d2v_fast.objectives.data2vec import Data2Vec, build_model
+from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.data2vec import Data2Vec
 from tests.helpers import vision_reference as reference
 from tests.helpers.vision_models import CONFIG, Images, images, random_images, random_pair
 

@@ -186,7 +186,7 @@ def test_more_than_two_billion_elements_have_shapes() -> None:
         ({"rows": torch.zeros(2, 1, dtype=torch.int64)}, r"`rows` must be a 1-d int64 .* of shape \(2, 1\)"),
         ({"layers": [torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bfloat16)]}, r"`layers\[1\]` must be as"),
         ({"layers": [torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)]}, r"`layers\[1\]` must be as"),
-        ({"layers": [torch.zeros(2, 3, 4, dtype=torch.float64)]}, r"`layers\[0\]` must be fp32"),
+        ({"layers": [torch.zeros(2, 3, 4, dtype=torch.int64)]}, r"`layers\[0\]` must be fp32"),
         ({"layers": [torch.zeros(6, 4)]}, r"`layers\[0\]` must have shape \[B, T, D\]"),
         ({"lengths": torch.zeros(3, dtype=torch.int64)}, r"one entry per sample \(2\), but has 3"),
     ],

@@ -16,7 +16,7 @@ from d2v_fast.data import Batch
 from d2v_fast.distributed.shards import full_shape, gather_whole
 from d2v_fast.distributed.world import World
 from d2v_fast.errors import RunError
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from d2v_fast.training.engine import (
     Engine,
     PlainEngine,

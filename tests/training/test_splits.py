@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2v_fast.config import BatchSplit, D2VConfig, parse_config
 from d2v_fast.data import Batch, BatchMaker, batch_maker
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.loaders import make_loader
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, tiny_file
 

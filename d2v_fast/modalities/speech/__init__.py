@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from d2v_fast.modalities import Modality
 from d2v_fast.modalities.speech.config import SpeechConfig
+from d2v_fast.modalities.speech.config2 import MaskedSpeechConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from d2v_fast.interop.formats import HuggingFace, Published
     from d2v_fast.interop.onnx import Graph
     from d2v_fast.modalities.speech.encoder import SpeechModel
+    from d2v_fast.modalities.speech.encoder2 import MaskedSpeechModel
     from d2v_fast.models.student import Student
 
-__all__ = ["MODALITY"]
+__all__ = ["DATA2VEC2", "MODALITY"]
 
 
 def _encoder() -> type[SpeechModel]:
@@ -77,6 +79,37 @@ def _draw(models: dict[str, Student], config: SpeechConfig, data: Path | None, c
     return speech_figure(models, choose_recordings(config, data, count), config, title)
 
 
+def _masked_encoder() -> type[MaskedSpeechModel]:
+    from d2v_fast.modalities.speech.encoder2 import MaskedSpeechModel
+
+    return MaskedSpeechModel
+
+
+def _masked_batches(config: MaskedSpeechConfig) -> BatchMaker:
+    from d2v_fast.modalities.speech.batches import speech_dataset
+    from d2v_fast.modalities.speech.batches2 import MaskedSpeechBatches
+
+    return MaskedSpeechBatches(speech_dataset(config), config)
+
+
+def _largest_masked_batch(config: MaskedSpeechConfig, num_samples: int) -> Batch:
+    from d2v_fast.modalities.speech.batches2 import largest_batch
+
+    return largest_batch(config, num_samples)
+
+
+DATA2VEC2 = Modality(
+    name="speech",
+    objective="data2vec2",
+    place="frame",
+    config=MaskedSpeechConfig,
+    encoder=_masked_encoder,
+    batches=_masked_batches,
+    largest_batch=_largest_masked_batch,
+    open_inputs=_open_inputs,
+    probing=_probing,
+)
+
 MODALITY = Modality(
     name="speech",
     place="frame",
@@ -90,4 +123,5 @@ MODALITY = Modality(
     open_inputs=_open_inputs,
     probing=_probing,
     draw=_draw,
+    others=(DATA2VEC2,),
 )

@@ -41,7 +41,7 @@ from d2v_fast.modalities.speech.decode import (
 )
 
 if TYPE_CHECKING:
-    from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
+    from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelSection
 
 __all__ = ["KINDS", "AudioDataset", "normalized"]
 
@@ -101,7 +101,7 @@ class AudioDataset:
             recording is readable and long enough, or a package is missing.
     """
 
-    def __init__(self, data: SpeechDataConfig, model: SpeechModelConfig) -> None:
+    def __init__(self, data: SpeechDataConfig, model: SpeechModelSection) -> None:
         if data.path is None:
             raise DataError("`d2v.data.path` must be the folder that holds the recordings, but is null instead.")
         path = os.path.abspath(data.path)
@@ -117,7 +117,7 @@ class AudioDataset:
     def _fill(
         self,
         data: SpeechDataConfig,
-        model: SpeechModelConfig,
+        model: SpeechModelSection,
         root: str,
         paths: list[str],
         counts: npt.NDArray[np.int64] | None,

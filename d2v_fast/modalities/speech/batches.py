@@ -14,16 +14,16 @@ from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
 from d2v_fast.masking import span_mask_rows
 from d2v_fast.modalities.speech.audio import AudioDataset
-from d2v_fast.modalities.speech.config import SpeechConfig
+from d2v_fast.modalities.speech.config import RecordingsConfig, SpeechConfig
 from d2v_fast.modalities.speech.samples import SpeechSamples
 
-__all__ = ["SpeechBatches", "largest_batch", "speech_dataset"]
+__all__ = ["SpeechBatches", "Utterances", "largest_batch", "speech_dataset"]
 
 # attention and matrix products are fastest when the number of frames is a multiple of 8
 _FRAME_MULTIPLE = 8
 
 
-def speech_dataset(config: SpeechConfig) -> AudioDataset:
+def speech_dataset(config: RecordingsConfig) -> AudioDataset:
     """Open the recordings selected by `data.kind`.
 
     Raises:
@@ -33,8 +33,8 @@ def speech_dataset(config: SpeechConfig) -> AudioDataset:
     return kind(config.data, config.model)
 
 
-class SpeechBatches:
-    """Make batches of utterances with span masks.
+class Utterances:
+    """What every maker of batches of utterances has; see `BatchMaker`.
 
     Utterances are cropped to the shortest of the step or padded to the longest of the batch.
     """
@@ -42,15 +42,38 @@ class SpeechBatches:
     what = "recording"
     vocabulary: str | None = None
 
-    def __init__(self, dataset: AudioDataset, config: SpeechConfig) -> None:
-        self._dataset, self._mask, self._model = dataset, config.mask, config.model
+    def __init__(self, dataset: AudioDataset, config: RecordingsConfig) -> None:
+        self._dataset, self._model = dataset, config.model
         self.source: SampleSource = dataset
-        self._crops, self._packs = config.data.lengths == "crop", config.model.attention == "packed"
+        self._crops = config.data.lengths == "crop"
         self.num_samples, self.listing = len(dataset), dataset.listing
         self.lengths: npt.NDArray[np.int64] | None = dataset.lengths
         seconds = config.data.max_batch_seconds
         self.max_step_length = None if seconds is None else int(seconds * config.model.sample_rate)
         self.sample_bytes = 4 * int(dataset.lengths.max())
+
+    def _sizes(self, step_sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the number of samples and of frames used of each utterance of a step, int64 `[S]` each."""
+        sizes = self._dataset.lengths[step_sample_ids]
+        if self._crops:
+            num_frames = self._model.num_frames(int(sizes.min()))
+            num_frames -= num_frames % _FRAME_MULTIPLE if num_frames >= _FRAME_MULTIPLE else 0
+            sizes = np.full_like(sizes, self._model.num_samples(num_frames))
+        frames = np.array([self._model.num_frames(int(size)) for size in sizes], dtype=np.int64)
+        return sizes, frames
+
+    @staticmethod
+    def _start_in_step(micro: MicroStep) -> int:
+        """Return the position of this micro-batch's first sample within its step."""
+        return int(np.flatnonzero(micro.step_sample_ids == micro.sample_ids[0])[0])
+
+
+class SpeechBatches(Utterances):
+    """Make batches of utterances with span masks."""
+
+    def __init__(self, dataset: AudioDataset, config: SpeechConfig) -> None:
+        super().__init__(dataset, config)
+        self._mask, self._packs = config.mask, config.model.attention == "packed"
 
     def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""
@@ -89,21 +112,6 @@ class SpeechBatches:
             drop_keys=drop_keys(micro, seed),
         )
         return MicroBatch(batch, len(step_rows))
-
-    def _sizes(self, step_sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the number of samples and of frames used of each utterance of a step, int64 `[S]` each."""
-        sizes = self._dataset.lengths[step_sample_ids]
-        if self._crops:
-            num_frames = self._model.num_frames(int(sizes.min()))
-            num_frames -= num_frames % _FRAME_MULTIPLE if num_frames >= _FRAME_MULTIPLE else 0
-            sizes = np.full_like(sizes, self._model.num_samples(num_frames))
-        frames = np.array([self._model.num_frames(int(size)) for size in sizes], dtype=np.int64)
-        return sizes, frames
-
-    @staticmethod
-    def _start_in_step(micro: MicroStep) -> int:
-        """Return the position of this micro-batch's first sample within its step."""
-        return int(np.flatnonzero(micro.step_sample_ids == micro.sample_ids[0])[0])
 
     def warm_up(self) -> None:
         """See `BatchMaker`."""

@@ -20,8 +20,8 @@ from d2v_fast.config.schema import (
 )
 
 
-class SpeechModelConfig(ModelSection):
-    """The speech encoder: convolutions over the waveform, convolutional positions, post-norm blocks.
+class SpeechModelSection(ModelSection):
+    """What every speech encoder has: the convolutions over the waveform, and those that give positions.
 
     Attributes:
         sample_rate: Samples per second; recordings at other rates are resampled.
@@ -31,20 +31,9 @@ class SpeechModelConfig(ModelSection):
         position_depth: Number of positional convolutions.
         position_kernel: Kernel size of the positional convolutions in frames; must be odd.
         position_groups: Groups of the positional convolutions; must divide `width`.
-        position_in_teacher: Whether the teacher averages the positional convolutions ("averaged") or uses the student's
-            ("shared", as the published recipe does).
-        heads: Attention heads; must divide `width`.
-        mlp_ratio: Hidden width of the MLP divided by `width`.
-        dropout: Dropout of the encoder's input and of each branch's output.
-        attention_dropout: Dropout of attention weights.
-        activation_dropout: Dropout inside the MLP.
-        input_dropout: Dropout of the student's frames before masking.
-        layer_drop: Probability that a sample skips a block.
-        norm_eps: Value added to the variance in every norm.
-        attention: "padded" computes padding too; "packed" skips it on a GPU in 16-bit precision.
-        gradient_checkpointing: Recompute each block in the backward pass to save memory.
-        front_end_checkpointing: Recompute part of the convolutions in the backward pass.
     """
+
+    required: ClassVar[tuple[str, ...]] = ()
 
     sample_rate: int = Field(default=16_000, ge=1_000, le=192_000)
     conv_width: int = Field(default=512, ge=1, le=MAX_SIZE)
@@ -53,20 +42,6 @@ class SpeechModelConfig(ModelSection):
     position_depth: int = Field(default=5, ge=1, le=64)
     position_kernel: int = Field(default=19, ge=1, le=1024)
     position_groups: int = Field(default=16, ge=1, le=MAX_SIZE)
-    position_in_teacher: Literal["averaged", "shared"] = "shared"
-    width: int = Field(default=768, ge=1, le=MAX_SIZE)
-    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
-    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
-    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
-    activation_dropout: float = Field(default=0.0, ge=0, lt=1)
-    input_dropout: float = Field(default=0.0, ge=0, lt=1)
-    layer_drop: float = Field(default=0.05, ge=0, lt=1)
-    norm_eps: float = Field(default=1e-5, gt=0, le=1)
-    attention: Literal["padded", "packed"] = "padded"
-    gradient_checkpointing: bool = False
-    front_end_checkpointing: bool = False
 
     @property
     def hop(self) -> int:
@@ -99,19 +74,13 @@ class SpeechModelConfig(ModelSection):
         """See `ModelSection`."""
         return self.num_frames(shape[1])
 
-    def without_skipping(self) -> Self:
-        """See `ModelSection`."""
-        return self.model_copy(update={"layer_drop": 0.0})
-
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        problems = problem_of_heads(self.width, self.heads)
+    def _check_convolutions(self) -> Self:
+        problems = []
         if self.width % self.position_groups:
             problems.append(Problem("position_groups", f"divide `width` ({self.width})", self.position_groups))
         if self.position_kernel % 2 == 0:
             problems.append(Problem("position_kernel", "be odd", self.position_kernel))
-        if int(self.width * self.mlp_ratio) < 1:
-            problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
         if not 1 <= len(self.conv_kernels) <= 16:
             problems.append(Problem("conv_kernels", "hold 1 to 16 values", self.conv_kernels))
         if len(self.conv_kernels) != len(self.conv_strides):
@@ -120,6 +89,53 @@ class SpeechModelConfig(ModelSection):
         for name in ("conv_kernels", "conv_strides"):
             if not all(1 <= value <= 1024 for value in getattr(self, name)):
                 problems.append(Problem(name, "hold values in [1, 1024]", getattr(self, name)))
+        refuse_if(problems)
+        return self
+
+
+class SpeechModelConfig(SpeechModelSection):
+    """The speech encoder: convolutions over the waveform, convolutional positions, post-norm blocks.
+
+    Attributes:
+        position_in_teacher: Whether the teacher averages the positional convolutions ("averaged") or uses the student's
+            ("shared", as the published recipe does).
+        heads: Attention heads; must divide `width`.
+        mlp_ratio: Hidden width of the MLP divided by `width`.
+        dropout: Dropout of the encoder's input and of each branch's output.
+        attention_dropout: Dropout of attention weights.
+        activation_dropout: Dropout inside the MLP.
+        input_dropout: Dropout of the student's frames before masking.
+        layer_drop: Probability that a sample skips a block.
+        norm_eps: Value added to the variance in every norm.
+        attention: "padded" computes padding too; "packed" skips it on a GPU in 16-bit precision.
+        gradient_checkpointing: Recompute each block in the backward pass to save memory.
+        front_end_checkpointing: Recompute part of the convolutions in the backward pass.
+    """
+
+    position_in_teacher: Literal["averaged", "shared"] = "shared"
+    width: int = Field(default=768, ge=1, le=MAX_SIZE)
+    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
+    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
+    activation_dropout: float = Field(default=0.0, ge=0, lt=1)
+    input_dropout: float = Field(default=0.0, ge=0, lt=1)
+    layer_drop: float = Field(default=0.05, ge=0, lt=1)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1)
+    attention: Literal["padded", "packed"] = "padded"
+    gradient_checkpointing: bool = False
+    front_end_checkpointing: bool = False
+
+    def without_skipping(self) -> Self:
+        """See `ModelSection`."""
+        return self.model_copy(update={"layer_drop": 0.0})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = problem_of_heads(self.width, self.heads)
+        if int(self.width * self.mlp_ratio) < 1:
+            problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
         refuse_if(problems)
         return self
 
@@ -194,20 +210,13 @@ class SpeechDataConfig(DataSection):
         return self
 
 
-class SpeechConfig(D2VConfig):
-    """Configuration of a speech run. The defaults are the published Base run on LibriSpeech."""
+class RecordingsConfig(D2VConfig):
+    """What every objective on recordings has."""
 
     modality: Literal["speech"] = "speech"
     decay_1d: bool = True
-    model: SpeechModelConfig = SpeechModelConfig()
-    mask: SpanMaskConfig = SpanMaskConfig()
-    target: TargetConfig = TargetConfig(top_k=8, layer_norm="instance", final_norm="none")
-    loss: LossConfig = LossConfig(beta=0.0, channel_reduction="rsqrt")
-    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=30_000)
-    schedule: ScheduleConfig = ScheduleConfig(
-        kind="tri_stage", steps=400_000, warmup_steps=12_000, initial_lr_ratio=0.01, final_lr_ratio=0.01
-    )
-    data: SpeechDataConfig = SpeechDataConfig()
+    model: SpeechModelSection
+    data: SpeechDataConfig
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -217,3 +226,18 @@ class SpeechConfig(D2VConfig):
             fewest = model.num_samples(2) / model.sample_rate
             hint = "Every recording needs one frame to mask and one to leave visible."
             yield Problem("data.min_seconds", f"be >= {fewest:.4g} (two frames)", data.min_seconds, hint)
+
+
+class SpeechConfig(RecordingsConfig):
+    """Configuration of a speech run. The defaults are the published Base run on LibriSpeech."""
+
+    objective: Literal["data2vec"] = "data2vec"
+    model: SpeechModelConfig = SpeechModelConfig()
+    mask: SpanMaskConfig = SpanMaskConfig()
+    target: TargetConfig = TargetConfig(top_k=8, layer_norm="instance", final_norm="none")
+    loss: LossConfig = LossConfig(beta=0.0, channel_reduction="rsqrt")
+    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=30_000)
+    schedule: ScheduleConfig = ScheduleConfig(
+        kind="tri_stage", steps=400_000, warmup_steps=12_000, initial_lr_ratio=0.01, final_lr_ratio=0.01
+    )
+    data: SpeechDataConfig = SpeechDataConfig()

@@ -82,7 +82,9 @@ class ConvStack(nn.Module):
         if waveforms.dim() != 2:
             raise ValueError(f"`waveforms` must have shape [B, N], but has {tuple(waveforms.shape)} instead.")
         if not torch.compiler.is_compiling() and is_transformed(waveforms, *self.parameters()):
-            return self._transformed(waveforms)
+            return self._composed(waveforms)
+        if self._dtype() == torch.float64:
+            return self._composed(waveforms)
         filled, rows = self._fill_up(waveforms.to(self._dtype()))
         first = filled.reshape(-1, 1), self._cast(self.weights[0]), self.strides[0], rows[0]
         if len(rows) == 1:
@@ -104,8 +106,8 @@ class ConvStack(nn.Module):
         y = layer_norm_gelu(frames, self.norm_weights[-1], self.norm_biases[-1], eps=self.eps)
         return y.view(filled.shape[0], rows[-1].num, y.shape[-1])[:, : rows[-1].num_read]
 
-    def _transformed(self, waveforms: Tensor) -> Tensor:
-        """Run ``forward`` with PyTorch's own convolutions, for forward mode and ``torch.func``."""
+    def _composed(self, waveforms: Tensor) -> Tensor:
+        """Run ``forward`` with PyTorch's own convolutions, for forward mode, ``torch.func`` and fp64."""
         x = waveforms.to(self._dtype())[..., None]
         for weight, norm_weight, norm_bias, stride in zip(
             self.weights, self.norm_weights, self.norm_biases, self.strides, strict=True

@@ -11,7 +11,7 @@ from torch import Tensor
 from d2v_fast.data.files import UnreadableFile
 from d2v_fast.evaluation.inputs import Encoder, Sample, Source
 from d2v_fast.modalities.speech.audio import KINDS, normalized
-from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
+from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelSection
 from d2v_fast.modalities.speech.decode import AudioLimits, import_audio, read_header, read_part, read_whole
 from d2v_fast.models.student import Student
 
@@ -37,7 +37,7 @@ class Recordings(Source):
         model: Student,
         origin: str,
         inputs: Path,
-        config: SpeechModelConfig,
+        config: SpeechModelSection,
         data: SpeechDataConfig,
         paths: list[str] | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class Middles(Recordings):
         self,
         model: Student,
         inputs: Path,
-        config: SpeechModelConfig,
+        config: SpeechModelSection,
         data: SpeechDataConfig,
         paths: list[str],
         max_seconds: float,

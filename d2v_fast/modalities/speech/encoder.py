@@ -9,6 +9,7 @@ the teacher uses them unchanged; the teacher averages the layers after them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +25,57 @@ from d2v_fast.models.post_norm import Attendable, Segments, encode_packed, paddi
 from d2v_fast.models.student import MaskedBatch, Student
 
 
-class FrontEnd(nn.Module):
-    """Map a waveform to frames of the encoder's width; holds the mask token."""
+class FrontEndSizes(Protocol):
+    """The fields of a model's configuration that describe the convolutions over the waveform."""
 
-    def __init__(self, config: SpeechModelConfig) -> None:
+    @property
+    def width(self) -> int: ...
+    @property
+    def conv_width(self) -> int: ...
+    @property
+    def conv_kernels(self) -> tuple[int, ...]: ...
+    @property
+    def conv_strides(self) -> tuple[int, ...]: ...
+    @property
+    def front_end_checkpointing(self) -> bool: ...
+
+
+class PositionSizes(Protocol):
+    """The fields of a model's configuration that describe the positional convolutions."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def position_depth(self) -> int: ...
+    @property
+    def position_kernel(self) -> int: ...
+    @property
+    def position_groups(self) -> int: ...
+
+
+class FrontEnd(nn.Module):
+    """Map a waveform to frames of the encoder's width; holds the mask token, if there is one.
+
+    Args:
+        config: sizes.
+        has_mask_token: whether masked frames are replaced by a learned one.
+        norm_eps: added to the variance in the norm before the projection.
+    """
+
+    def __init__(self, config: FrontEndSizes, *, has_mask_token: bool = True, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.convolutions = ConvStack(
             config.conv_width, config.conv_kernels, config.conv_strides, recompute=config.front_end_checkpointing
         )
-        self.norm = nn.LayerNorm(config.conv_width, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(config.conv_width, eps=norm_eps)
         self.projection = Linear(config.conv_width, config.width)
-        self.mask_token = nn.Parameter(torch.empty(config.width))
+        self.mask_token = nn.Parameter(torch.empty(config.width)) if has_mask_token else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Apply the published initialization: mask token uniform in [0, 1), otherwise PyTorch's defaults."""
-        nn.init.uniform_(self.mask_token)
+        if self.mask_token is not None:
+            nn.init.uniform_(self.mask_token)
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Map `[B, N]` to `[B, T, D]`."""
@@ -50,7 +86,7 @@ class FrontEnd(nn.Module):
 class ConvPositions(nn.Module):
     """Positional embedding of frames: grouped convolutions, each with a norm without parameters and GELU."""
 
-    def __init__(self, config: SpeechModelConfig) -> None:
+    def __init__(self, config: PositionSizes) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(
             nn.Conv1d(
@@ -180,7 +216,7 @@ class SpeechModel(Student):
     def __init__(self, config: SpeechModelConfig) -> None:
         super().__init__()
         self.width, self.input_dropout = config.width, config.input_dropout
-        self.front_end = FrontEnd(config)
+        self.front_end = FrontEnd(config, norm_eps=config.norm_eps)
         shares_positions = config.position_in_teacher == "shared"
         self.positions = ConvPositions(config) if shares_positions else None
         self.context = SpeechContext(config, own_positions=not shares_positions)
@@ -209,6 +245,7 @@ class SpeechModel(Student):
         with torch.no_grad():
             unmasked = self._with_positions(frames, batch.lengths).detach()
         masked = dropout(frames, self.input_dropout, self.training).flatten(0, 1)
+        assert self.front_end.mask_token is not None
         token = self.front_end.mask_token.to(masked.dtype)
         masked = masked.index_copy(0, batch.rows, token.expand(len(batch.rows), -1)).view_as(frames)
         masked = self._with_positions(masked, batch.lengths)

@@ -21,7 +21,7 @@ from d2v_fast.evaluation.features import sequence_features
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
 from d2v_fast.evaluation.probing import Labeled, Probing
 from d2v_fast.modalities.speech.audio import KINDS
-from d2v_fast.modalities.speech.config import SpeechConfig
+from d2v_fast.modalities.speech.config import RecordingsConfig
 from d2v_fast.modalities.speech.embed import Middles
 from d2v_fast.modalities.speech.log_mel import log_mel
 from d2v_fast.modalities.speech.samples import SpeechProbeData, speech_for_probe
@@ -32,7 +32,7 @@ LOG_MEL = "log-mel average"
 MAX_SECONDS = 10.0
 
 
-def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, config: SpeechConfig) -> ProbeReports:
+def run_speech_probe(models: Mapping[str, Student], data: SpeechProbeData, config: RecordingsConfig) -> ProbeReports:
     """Score every model's features, and log-mel averages, on words and on voices.
 
     Args:
@@ -66,7 +66,7 @@ def _average(frames: Sequence[Tensor]) -> NDArray[np.float32]:
     return torch.stack([values.mean(0) for values in frames]).numpy()
 
 
-def _labeled(config: SpeechConfig) -> Labeled:
+def _labeled(config: RecordingsConfig) -> Labeled:
     def find(key: str) -> LabeledSet:
         probe, follow = config.probe, config.data.follow_outside
         return labeled_files(str(probe.path), KINDS, probe.max_samples, follow_outside=follow, key=key)
@@ -85,7 +85,7 @@ def _labeled(config: SpeechConfig) -> Labeled:
     return Labeled("recording", find, read, pooled, LOG_MEL, spectrum, lambda rows, task: np.stack(rows))
 
 
-def _run(models: Mapping[str, Student], config: SpeechConfig) -> ProbeReports:
+def _run(models: Mapping[str, Student], config: RecordingsConfig) -> ProbeReports:
     return run_speech_probe(models, speech_for_probe(config), config)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from d2v_fast.data.listing import Listing
 from d2v_fast.errors import DataError
 from d2v_fast.modalities.speech.audio import AudioDataset, normalized
-from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelConfig
+from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelSection
 from d2v_fast.modalities.speech.decode import AudioLimits, read_whole
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class SpeechSamples(AudioDataset):
     """
 
     def __init__(
-        self, data: SpeechDataConfig, model: SpeechModelConfig, split: Literal["train", "test"] = "train"
+        self, data: SpeechDataConfig, model: SpeechModelSection, split: Literal["train", "test"] = "train"
     ) -> None:
         self.listing = Listing()
         rows = sorted(row for row in _index() if (row.voice in HELD_OUT_VOICES) == (split == "test"))
@@ -79,7 +79,7 @@ def speech_for_probe(config: D2VConfig) -> SpeechProbeData:
         DataError: `config` is not for speech.
     """
     data, model = config.data, config.model
-    if not isinstance(data, SpeechDataConfig) or not isinstance(model, SpeechModelConfig):
+    if not isinstance(data, SpeechDataConfig) or not isinstance(model, SpeechModelSection):
         raise DataError("`d2v.model` must be a speech model for the speech probe, but is of another modality.")
     rows = _index()
     limits = AudioLimits(model.sample_rate, data.max_file_bytes, data.silence)

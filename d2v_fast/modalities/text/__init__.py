@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from d2v_fast.modalities import Modality
-from d2v_fast.modalities.text.config import TextConfig
+from d2v_fast.modalities.text.config import DocumentsConfig, TextConfig
+from d2v_fast.modalities.text.config2 import MaskedTextConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
     from d2v_fast.interop.formats import HuggingFace, Published
     from d2v_fast.interop.onnx import Graph
     from d2v_fast.modalities.text.encoder import TextModel
+    from d2v_fast.modalities.text.encoder2 import MaskedTextModel
     from d2v_fast.modalities.text.tasks import TextDataset
     from d2v_fast.modalities.text.tokenizer import Tokenizer
 
-__all__ = ["MODALITY"]
+__all__ = ["DATA2VEC2", "MODALITY"]
+
+DocumentsT = TypeVar("DocumentsT", bound=DocumentsConfig)
 
 
 def _encoder() -> type[TextModel]:
@@ -41,7 +45,7 @@ def _largest_batch(config: TextConfig, num_samples: int) -> Batch:
     return largest_batch(config, num_samples)
 
 
-def _resolved(config: TextConfig) -> TextConfig:
+def _resolved(config: DocumentsT) -> DocumentsT:
     from d2v_fast.modalities.text.tasks import with_vocabulary
 
     return with_vocabulary(config)
@@ -77,7 +81,7 @@ def _probing() -> Probing:
     return PROBING
 
 
-def _tokenizer(config: TextConfig | None, path: Path | None, digest: str | None, where: str) -> Tokenizer:
+def _tokenizer(config: DocumentsConfig | None, path: Path | None, digest: str | None, where: str) -> Tokenizer:
     from d2v_fast.modalities.text.tasks import run_tokenizer
     from d2v_fast.modalities.text.tokenizer import load_tokenizer
 
@@ -87,11 +91,45 @@ def _tokenizer(config: TextConfig | None, path: Path | None, digest: str | None,
     return load_tokenizer(path)
 
 
-def _tokenize(config: TextConfig) -> TextDataset:
+def _tokenize(config: DocumentsConfig) -> TextDataset:
     from d2v_fast.modalities.text.tasks import tokenize
 
     return tokenize(config)
 
+
+def _masked_encoder() -> type[MaskedTextModel]:
+    from d2v_fast.modalities.text.encoder2 import MaskedTextModel
+
+    return MaskedTextModel
+
+
+def _masked_batches(config: MaskedTextConfig) -> BatchMaker:
+    from d2v_fast.modalities.text.batches2 import MaskedTextBatches
+    from d2v_fast.modalities.text.tasks import TextDataset
+
+    return MaskedTextBatches(TextDataset(config.data, config.model, patience_s=config.run.timeout_s), config)
+
+
+def _largest_masked_batch(config: MaskedTextConfig, num_samples: int) -> Batch:
+    from d2v_fast.modalities.text.batches2 import largest_batch
+
+    return largest_batch(config, num_samples)
+
+
+DATA2VEC2 = Modality(
+    name="text",
+    objective="data2vec2",
+    place="token",
+    config=MaskedTextConfig,
+    encoder=_masked_encoder,
+    batches=_masked_batches,
+    largest_batch=_largest_masked_batch,
+    resolved=_resolved,
+    open_inputs=_open_inputs,
+    probing=_probing,
+    tokenizer=_tokenizer,
+    tokenize=_tokenize,
+)
 
 MODALITY = Modality(
     name="text",
@@ -108,4 +146,5 @@ MODALITY = Modality(
     probing=_probing,
     tokenizer=_tokenizer,
     tokenize=_tokenize,
+    others=(DATA2VEC2,),
 )

@@ -16,23 +16,31 @@ from d2v_fast.masking import TokenMasks, token_mask_rows
 from d2v_fast.modalities.text.config import TextConfig
 from d2v_fast.modalities.text.tasks import TextDataset, TokenBlocks
 
-__all__ = ["TextBatches", "largest_batch"]
+__all__ = ["TextBatches", "TextBlocks", "largest_batch"]
 
 
-class TextBatches:
-    """Blocks of tokens, some of which are masked."""
+class TextBlocks:
+    """What every maker of batches of token blocks has; see `BatchMaker`."""
 
     what = "block"
     max_step_length: int | None = None
 
-    def __init__(self, dataset: TextDataset, config: TextConfig) -> None:
-        self._dataset, self._mask = dataset, config.mask
+    def __init__(self, dataset: TextDataset) -> None:
+        self._dataset = dataset
         self.source: SampleSource = dataset
-        self._needs_places = config.model.attention == "packed" or config.data.separate_documents
         self.num_samples, self.listing = len(dataset), dataset.listing
         self.lengths: npt.NDArray[np.int64] | None = dataset.lengths
         self.sample_bytes = 16 * int(dataset.lengths.max())
         self.vocabulary: str | None = dataset.tokenizer.digest
+
+
+class TextBatches(TextBlocks):
+    """Blocks of tokens, some of which are masked."""
+
+    def __init__(self, dataset: TextDataset, config: TextConfig) -> None:
+        super().__init__(dataset)
+        self._mask = config.mask
+        self._needs_places = config.model.attention == "packed" or config.data.separate_documents
 
     def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""

@@ -36,38 +36,20 @@ _MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class TextModelConfig(ModelSection):
-    """The text encoder: token and position embeddings, a norm, post-norm blocks.
+class TextModelSection(ModelSection):
+    """What every text encoder has: the sizes of its embeddings.
 
     Attributes:
         vocab_size: Number of token embeddings, at least as many as the tokenizer has tokens; null uses that number.
         padding_id: Id of the padding token, whose embedding stays zero. It must be the tokenizer's; null uses it.
         max_positions: Longest sequence in tokens, special tokens included.
-        heads: Attention heads; must divide `width`.
-        mlp_ratio: Hidden width of the MLP over `width`.
-        dropout: Dropout of embeddings and residual branches.
-        attention_dropout: Dropout of attention weights.
-        activation_dropout: Dropout inside the MLP.
-        layer_drop: Probability that a sample skips a block.
-        norm_eps: Added to the variance in every norm.
-        attention: "padded" pads to the longest block; "packed" skips padding, and needs a GPU and 16-bit precision.
-        gradient_checkpointing: Recompute each block in the backward pass to save memory.
     """
+
+    required: ClassVar[tuple[str, ...]] = ()
 
     vocab_size: int | None = Field(default=None, ge=8, le=MAX_VOCAB)
     padding_id: int | None = Field(default=None, ge=0, lt=MAX_VOCAB)
     max_positions: int = Field(default=512, ge=4, le=MAX_SIZE)
-    width: int = Field(default=768, ge=1, le=MAX_SIZE)
-    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
-    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
-    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
-    activation_dropout: float = Field(default=0.0, ge=0, lt=1)
-    layer_drop: float = Field(default=0.0, ge=0, lt=1)
-    norm_eps: float = Field(default=1e-5, gt=0, le=1)
-    attention: Literal["padded", "packed"] = "padded"
-    gradient_checkpointing: bool = False
 
     @property
     def position_rows(self) -> int:
@@ -88,6 +70,40 @@ class TextModelConfig(ModelSection):
         """See `ModelSection`."""
         return shape[1]
 
+    @model_validator(mode="after")
+    def _check_padding(self) -> Self:
+        if self.padding_row >= self.token_rows:
+            refuse_if([Problem("padding_id", f"be < `vocab_size` ({self.token_rows})", self.padding_row)])
+        return self
+
+
+class TextModelConfig(TextModelSection):
+    """The text encoder: token and position embeddings, a norm, post-norm blocks.
+
+    Attributes:
+        heads: Attention heads; must divide `width`.
+        mlp_ratio: Hidden width of the MLP over `width`.
+        dropout: Dropout of embeddings and residual branches.
+        attention_dropout: Dropout of attention weights.
+        activation_dropout: Dropout inside the MLP.
+        layer_drop: Probability that a sample skips a block.
+        norm_eps: Added to the variance in every norm.
+        attention: "padded" pads to the longest block; "packed" skips padding, and needs a GPU and 16-bit precision.
+        gradient_checkpointing: Recompute each block in the backward pass to save memory.
+    """
+
+    width: int = Field(default=768, ge=1, le=MAX_SIZE)
+    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
+    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
+    activation_dropout: float = Field(default=0.0, ge=0, lt=1)
+    layer_drop: float = Field(default=0.0, ge=0, lt=1)
+    norm_eps: float = Field(default=1e-5, gt=0, le=1)
+    attention: Literal["padded", "packed"] = "padded"
+    gradient_checkpointing: bool = False
+
     def without_skipping(self) -> Self:
         """See `ModelSection`."""
         return self.model_copy(update={"layer_drop": 0.0})
@@ -97,8 +113,6 @@ class TextModelConfig(ModelSection):
         problems = problem_of_heads(self.width, self.heads)
         if int(self.width * self.mlp_ratio) < 1:
             problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
-        if self.padding_row >= self.token_rows:
-            problems.append(Problem("padding_id", f"be < `vocab_size` ({self.token_rows})", self.padding_row))
         refuse_if(problems)
         return self
 
@@ -241,19 +255,14 @@ class TextProbeConfig(ProbeConfig):
         return self
 
 
-class TextConfig(D2VConfig):
-    """Configuration of a text run. The defaults are the published Base run with the masks of its released recipe."""
+class DocumentsConfig(D2VConfig):
+    """What every objective on text has."""
 
     modality: Literal["text"] = "text"
     decay_1d: bool = True
-    model: TextModelConfig = TextModelConfig()
-    mask: TokenMaskConfig = TokenMaskConfig()
-    target: TargetConfig = TargetConfig(top_k=10, layer_norm="layer", final_norm="none")
-    loss: LossConfig = LossConfig(beta=4.0, channel_reduction="sum")
-    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=100_000)
-    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", steps=1_000_000, warmup_steps=10_000)
-    data: TextDataConfig = TextDataConfig()
-    probe: TextProbeConfig = TextProbeConfig()
+    model: TextModelSection
+    data: TextDataConfig
+    probe: TextProbeConfig
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -262,3 +271,17 @@ class TextConfig(D2VConfig):
         if model and data and data.block_size > model.max_positions:
             must = f"be <= `d2v.model.max_positions` ({model.max_positions})"
             yield Problem("data.block_size", must, data.block_size)
+
+
+class TextConfig(DocumentsConfig):
+    """Configuration of a text run. The defaults are the published Base run with the masks of its released recipe."""
+
+    objective: Literal["data2vec"] = "data2vec"
+    model: TextModelConfig = TextModelConfig()
+    mask: TokenMaskConfig = TokenMaskConfig()
+    target: TargetConfig = TargetConfig(top_k=10, layer_norm="layer", final_norm="none")
+    loss: LossConfig = LossConfig(beta=4.0, channel_reduction="sum")
+    teacher: TeacherConfig = TeacherConfig(decay_start=0.999, decay_end=0.9999, decay_steps=100_000)
+    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", steps=1_000_000, warmup_steps=10_000)
+    data: TextDataConfig = TextDataConfig()
+    probe: TextProbeConfig = TextProbeConfig()

@@ -11,7 +11,7 @@ from d2v_fast.data.files import UnreadableFile, refuse_system_error
 from d2v_fast.data.listing import FileKinds
 from d2v_fast.evaluation.inputs import Encoder, Sample, Source
 from d2v_fast.files.reading import printable
-from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig
+from d2v_fast.modalities.text.config import TextDataConfig, TextModelSection
 from d2v_fast.modalities.text.files import KINDS, REPLACEMENT
 from d2v_fast.modalities.text.round_trip import RoundTrip
 from d2v_fast.modalities.text.streams import check_byte_order_mark, open_text
@@ -53,7 +53,7 @@ class Lines(Source):
         model: Student,
         origin: str,
         inputs: Path,
-        config: TextModelConfig,
+        config: TextModelSection,
         data: TextDataConfig,
         tokenizer: Tokenizer,
         paths: list[str] | None = None,

@@ -10,6 +10,7 @@ as in the paper. The public code instead shows it the original masked tokens and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +26,38 @@ from d2v_fast.models.post_norm import Attendable, Segments, encode_packed, paddi
 from d2v_fast.models.student import MaskedBatch, Student
 
 
-class TextEmbedding(nn.Module):
-    """Normalized sum of token and position embeddings."""
+class EmbeddingSizes(Protocol):
+    """The fields of a model's configuration that describe the embeddings."""
 
-    def __init__(self, config: TextModelConfig) -> None:
+    @property
+    def width(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def position_rows(self) -> int: ...
+    @property
+    def token_rows(self) -> int: ...
+    @property
+    def padding_row(self) -> int: ...
+
+
+class TextEmbedding(nn.Module):
+    """Normalized sum of token and position embeddings.
+
+    Args:
+        config: sizes and the rate of dropout.
+        norm_eps: added to the variance.
+    """
+
+    def __init__(self, config: EmbeddingSizes, norm_eps: float) -> None:
         super().__init__()
         self.dropout = config.dropout
         self.max_positions = config.max_positions
         self.token = nn.Embedding(config.token_rows, config.width, padding_idx=config.padding_row)
         self.position = nn.Parameter(torch.empty(config.position_rows, config.width))
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(config.width, eps=norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -162,7 +185,7 @@ class TextModel(Student):
     def __init__(self, config: TextModelConfig) -> None:
         super().__init__()
         self.width = config.width
-        self.embedding = TextEmbedding(config)
+        self.embedding = TextEmbedding(config, config.norm_eps)
         self.context = TextContext(config)
 
     def forward(

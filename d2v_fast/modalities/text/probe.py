@@ -23,7 +23,7 @@ from d2v_fast.evaluation.features import sequence_features
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
 from d2v_fast.evaluation.probing import Labeled, Probing
 from d2v_fast.files.reading import printable
-from d2v_fast.modalities.text.config import TextConfig
+from d2v_fast.modalities.text.config import DocumentsConfig
 from d2v_fast.modalities.text.embed import Lines
 from d2v_fast.modalities.text.labels import labeled_texts
 from d2v_fast.modalities.text.reference_pages import TextProbeData, docs_for_probe
@@ -57,7 +57,7 @@ class MaskedWords(NamedTuple):
     num_train: int
 
 
-def masked_words(config: TextConfig) -> MaskedWords:
+def masked_words(config: DocumentsConfig) -> MaskedWords:
     """Mask up to `MASKED_SHARE` of each block's tokens, chosen among the most frequent words, the same in every run."""
     parts = [TextDataset(config.data, config.model, split) for split in ("train", "test")]
     blocks = []
@@ -97,7 +97,7 @@ def _is_word(twice: str) -> bool:
     return len(parts) == 2 and parts[0] == parts[1] and parts[0].isalpha()
 
 
-def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: TextConfig) -> ProbeReports:
+def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: DocumentsConfig) -> ProbeReports:
     """Score the features of every model on both tasks.
 
     Args:
@@ -147,7 +147,7 @@ def bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
     return np.asarray(weighted / np.maximum(lengths, 1e-12), dtype=np.float32)
 
 
-def _labeled(config: TextConfig) -> Labeled:
+def _labeled(config: DocumentsConfig) -> Labeled:
     def find(key: str) -> LabeledSet:
         return labeled_texts(config.data, config.probe, key)
 
@@ -164,7 +164,7 @@ def _labeled(config: TextConfig) -> Labeled:
     return Labeled("text", find, read, pooled, BAG_OF_WORDS, lambda sample: sample.parts[0], bag_of_words)
 
 
-def _run(models: Mapping[str, Student], config: TextConfig) -> ProbeReports:
+def _run(models: Mapping[str, Student], config: DocumentsConfig) -> ProbeReports:
     return run_text_probe(models, docs_for_probe(config), config)
 
 

@@ -27,7 +27,7 @@ from d2v_fast.errors import DataError
 from d2v_fast.files.io_errors import error_text
 from d2v_fast.files.reading import read_text
 from d2v_fast.masking.streams import SPLIT, permutation
-from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig
+from d2v_fast.modalities.text.config import TextDataConfig, TextModelSection
 from d2v_fast.modalities.text.files import BadText, Piece, pieces_of
 from d2v_fast.modalities.text.tokenizer import (
     MIN_VOCAB_SIZE,
@@ -109,7 +109,7 @@ class DocsSource:
         return pieces_of(part for text in self._texts for part in (text, None))
 
 
-def docs_tokenizer(data: TextDataConfig, model: TextModelConfig, patience_s: float = PATIENCE_S) -> Tokenizer:
+def docs_tokenizer(data: TextDataConfig, model: TextModelSection, patience_s: float = PATIENCE_S) -> Tokenizer:
     """Return the tokenizer that `data.tokenizer` names, or train a byte-level BPE for the sample set.
 
     The BPE has `model.vocab_size` tokens, or `VOCAB_SIZE` if that is None. It is trained once, on the train split, and
@@ -163,7 +163,7 @@ def docs_for_probe(config: D2VConfig) -> TextProbeData:
         DataError: `config` is not for text, or the tokenizer cannot be made; see `docs_tokenizer`.
     """
     data, model = config.data, config.model
-    if not isinstance(data, TextDataConfig) or not isinstance(model, TextModelConfig):
+    if not isinstance(data, TextDataConfig) or not isinstance(model, TextModelSection):
         raise DataError("`d2v.model` must be a text model to be probed on text, but is another model instead.")
     tokenizer = docs_tokenizer(data, model)
     tokenizer.fit(model)

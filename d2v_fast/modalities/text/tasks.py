@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,9 @@ from d2v_fast.modalities.text.tokenizer import Tokenizer, load_tokenizer, train_
 from d2v_fast.modalities.text.tokens import TextSource, tokenized
 
 if TYPE_CHECKING:
-    from d2v_fast.config import TextConfig
-    from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig
+    from d2v_fast.modalities.text.config import DocumentsConfig, TextDataConfig, TextModelSection
+
+DocumentsT = TypeVar("DocumentsT", bound="DocumentsConfig")
 
 __all__ = [
     "TextDataset",
@@ -83,7 +84,7 @@ class TextDataset:
     def __init__(
         self,
         data: TextDataConfig,
-        model: TextModelConfig,
+        model: TextModelSection,
         split: Split = "train",
         *,
         verify: bool = True,
@@ -158,7 +159,7 @@ def _listing(files: Listing, manifest: Mapping[str, Any], min_tokens: int) -> Li
     return listing.without(manifest["num_unreadable"], "unreadable text", f"(files, lines or rows){example}")
 
 
-def tokenize(config: TextConfig) -> TextDataset:
+def tokenize(config: DocumentsConfig) -> TextDataset:
     """Print the files that a run will read, and tokenize them into the run's cache.
 
     Raises:
@@ -169,7 +170,7 @@ def tokenize(config: TextConfig) -> TextDataset:
     return TextDataset(config.data, config.model, patience_s=config.run.timeout_s)
 
 
-def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, where: str) -> Tokenizer:
+def run_tokenizer(config: DocumentsConfig, path: Path | None, digest: str | None, where: str) -> Tokenizer:
     """Return the tokenizer of a run.
 
     Args:
@@ -189,7 +190,7 @@ def run_tokenizer(config: TextConfig, path: Path | None, digest: str | None, whe
         raise ValueError(f"{error} If the run's tokenizer has moved, name it with `--tokenizer`.") from None
 
 
-def tokenizer_of(data: TextDataConfig, model: TextModelConfig, patience_s: float = PATIENCE_S) -> Tokenizer:
+def tokenizer_of(data: TextDataConfig, model: TextModelSection, patience_s: float = PATIENCE_S) -> Tokenizer:
     """Return the tokenizer that a configuration names, or that of the sample set.
 
     Args:
@@ -208,7 +209,7 @@ def tokenizer_of(data: TextDataConfig, model: TextModelConfig, patience_s: float
     return tokenizer
 
 
-def with_vocabulary(config: TextConfig) -> TextConfig:
+def with_vocabulary(config: DocumentsT) -> DocumentsT:
     """Return a configuration with the tokenizer's vocabulary size and padding id in place of null.
 
     Raises:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from d2v_fast.errors import DataError
 from d2v_fast.files.paths import expand_path
 from d2v_fast.files.reading import printable
-from d2v_fast.modalities.text.config import MAX_VOCAB, TextModelConfig
+from d2v_fast.modalities.text.config import MAX_VOCAB, TextModelSection
 from d2v_fast.modalities.text.tokenizer_files import (
     MASK_TOKEN,
     ROLES,
@@ -211,7 +211,7 @@ class Tokenizer:
                 f"is {self.name} (digest {self.digest[:12]}) instead: its ids stand for other tokens."
             )
 
-    def fit(self, model: TextModelConfig) -> None:
+    def fit(self, model: TextModelSection) -> None:
         """Raise DataError unless a model has a row for every token, and the same padding id. Null values always fit."""
         if model.vocab_size is not None and self.vocab_size > model.vocab_size:
             raise DataError(

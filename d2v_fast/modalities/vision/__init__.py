@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from d2v_fast.modalities import Modality
 from d2v_fast.modalities.vision.config import VisionConfig
+from d2v_fast.modalities.vision.config2 import MaskedVisionConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from d2v_fast.interop.formats import HuggingFace, Published
     from d2v_fast.interop.onnx import Graph
     from d2v_fast.modalities.vision.encoder import VisionModel
+    from d2v_fast.modalities.vision.encoder2 import MaskedVisionModel
     from d2v_fast.models.student import Student
 
-__all__ = ["MODALITY"]
+__all__ = ["DATA2VEC2", "MODALITY"]
 
 
 def _encoder() -> type[VisionModel]:
@@ -77,6 +79,37 @@ def _draw(models: dict[str, Student], config: VisionConfig, data: Path | None, c
     return vision_figure(models, choose_images(config, data, count), config, title)
 
 
+def _masked_encoder() -> type[MaskedVisionModel]:
+    from d2v_fast.modalities.vision.encoder2 import MaskedVisionModel
+
+    return MaskedVisionModel
+
+
+def _masked_batches(config: MaskedVisionConfig) -> BatchMaker:
+    from d2v_fast.modalities.vision.batches import image_dataset
+    from d2v_fast.modalities.vision.batches2 import MaskedImageBatches
+
+    return MaskedImageBatches(image_dataset(config), config)
+
+
+def _largest_masked_batch(config: MaskedVisionConfig, num_samples: int) -> Batch:
+    from d2v_fast.modalities.vision.batches2 import largest_batch
+
+    return largest_batch(config, num_samples)
+
+
+DATA2VEC2 = Modality(
+    name="vision",
+    objective="data2vec2",
+    place="patch",
+    config=MaskedVisionConfig,
+    encoder=_masked_encoder,
+    batches=_masked_batches,
+    largest_batch=_largest_masked_batch,
+    open_inputs=_open_inputs,
+    probing=_probing,
+)
+
 MODALITY = Modality(
     name="vision",
     place="patch",
@@ -90,4 +123,5 @@ MODALITY = Modality(
     open_inputs=_open_inputs,
     probing=_probing,
     draw=_draw,
+    others=(DATA2VEC2,),
 )

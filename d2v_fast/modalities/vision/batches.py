@@ -14,14 +14,14 @@ from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
 from d2v_fast.errors import DataError
 from d2v_fast.masking import block_mask_rows
-from d2v_fast.modalities.vision.config import VisionConfig
+from d2v_fast.modalities.vision.config import ImagesConfig, VisionConfig
 from d2v_fast.modalities.vision.digits import DigitsDataset
 from d2v_fast.modalities.vision.images import ImagesDataset
 
-__all__ = ["ImageBatches", "image_dataset", "largest_batch"]
+__all__ = ["ImageBatches", "Images", "image_dataset", "largest_batch"]
 
 
-def image_dataset(config: VisionConfig, split: Literal["train", "test"] = "train") -> DigitsDataset | ImagesDataset:
+def image_dataset(config: ImagesConfig, split: Literal["train", "test"] = "train") -> DigitsDataset | ImagesDataset:
     """Return the data set that `data.kind` names, with images of the model's input size.
 
     Args:
@@ -37,19 +37,27 @@ def image_dataset(config: VisionConfig, split: Literal["train", "test"] = "train
     return ImagesDataset(config.data, config.model)
 
 
-class ImageBatches:
-    """Make batches of augmented images with block masks; see `BatchMaker`."""
+class Images:
+    """What every maker of batches of images has; see `BatchMaker`."""
 
     what = "image"
     lengths: npt.NDArray[np.int64] | None = None
     max_step_length: int | None = None
     vocabulary: str | None = None
 
-    def __init__(self, dataset: ImageDataset, config: VisionConfig) -> None:
-        self._dataset, self._mask, self._grid_size = dataset, config.mask, config.model.grid_size
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
         self.num_samples, self.listing = len(dataset), dataset.listing
         self.source: SampleSource = dataset
         self.sample_bytes = 4 * dataset.channels * dataset.image_size**2
+
+
+class ImageBatches(Images):
+    """Make batches of augmented images with block masks; see `BatchMaker`."""
+
+    def __init__(self, dataset: ImageDataset, config: VisionConfig) -> None:
+        super().__init__(dataset)
+        self._mask, self._grid_size = config.mask, config.model.grid_size
 
     def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""

@@ -27,42 +27,20 @@ from d2v_fast.config.schema import (
 _NEVER = 1e-12
 
 
-class VisionModelConfig(ModelSection):
-    """The image encoder: a Transformer on patches, with an attention bias for relative positions.
+class ImageModelSection(ModelSection):
+    """What every image encoder has.
 
     Attributes:
         image_size: Side of the square input in pixels.
         patch_size: Side of a patch in pixels; it divides `image_size`.
         channels: Color channels: 3, or 1 for gray.
-        heads: Attention heads; they divide `width`.
-        mlp_ratio: Hidden width of the MLP over `width`.
-        drop_path: Rate of stochastic depth in the last block; it falls linearly to 0 at the first.
-        attention_dropout: Dropout of attention weights.
-        dropout: Dropout of tokens and branches.
-        layer_scale: Initial factor on every residual branch.
-        norm_eps: Added to the variance in every norm.
-        absolute_position: Add learned position embeddings to the tokens. The published models have none; small models
-            on small images learn faster with them.
-        position_bias: One table of relative positions for all blocks ("shared", as in the published pre-training) or
-            one per block (as in the published fine-tuned models).
-        gradient_checkpointing: Recompute each block in the backward pass to save memory.
     """
+
+    required: ClassVar[tuple[str, ...]] = ()
 
     image_size: int = Field(default=224, ge=1, le=MAX_SIZE)
     patch_size: int = Field(default=16, ge=1, le=MAX_SIZE)
     channels: int = Field(default=3, ge=1, le=MAX_SIZE)
-    width: int = Field(default=768, ge=1, le=MAX_SIZE)
-    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
-    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
-    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
-    drop_path: float = Field(default=0.25, ge=0, lt=1)
-    attention_dropout: float = Field(default=0.05, ge=0, lt=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    layer_scale: float = Field(default=1e-4, gt=0, le=1e6)
-    norm_eps: float = Field(default=1e-6, gt=0, le=1)
-    absolute_position: bool = False
-    position_bias: Literal["shared", "per_block"] = "shared"
-    gradient_checkpointing: bool = False
 
     @property
     def grid_size(self) -> int:
@@ -78,6 +56,47 @@ class VisionModelConfig(ModelSection):
         """See `ModelSection`."""
         return self.num_patches
 
+    @model_validator(mode="after")
+    def _check_patches(self) -> Self:
+        if self.image_size % self.patch_size:
+            size = max(1, round(self.image_size / self.patch_size)) * self.patch_size
+            hint = f"The nearest image size that fits is {size}."
+            must = f"be a multiple of `patch_size` ({self.patch_size})"
+            refuse_if([Problem("image_size", must, self.image_size, hint)])
+        return self
+
+
+class VisionModelConfig(ImageModelSection):
+    """The image encoder: a Transformer on patches, with an attention bias for relative positions.
+
+    Attributes:
+        heads: Attention heads; they divide `width`.
+        mlp_ratio: Hidden width of the MLP over `width`.
+        drop_path: Rate of stochastic depth in the last block; it falls linearly to 0 at the first.
+        attention_dropout: Dropout of attention weights.
+        dropout: Dropout of tokens and branches.
+        layer_scale: Initial factor on every residual branch.
+        norm_eps: Added to the variance in every norm.
+        absolute_position: Add learned position embeddings to the tokens. The published models have none; small models
+            on small images learn faster with them.
+        position_bias: One table of relative positions for all blocks ("shared", as in the published pre-training) or
+            one per block (as in the published fine-tuned models).
+        gradient_checkpointing: Recompute each block in the backward pass to save memory.
+    """
+
+    width: int = Field(default=768, ge=1, le=MAX_SIZE)
+    depth: int = Field(default=12, ge=1, le=MAX_SIZE)
+    heads: int = Field(default=12, ge=1, le=MAX_SIZE)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=MAX_SIZE)
+    drop_path: float = Field(default=0.25, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.05, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    layer_scale: float = Field(default=1e-4, gt=0, le=1e6)
+    norm_eps: float = Field(default=1e-6, gt=0, le=1)
+    absolute_position: bool = False
+    position_bias: Literal["shared", "per_block"] = "shared"
+    gradient_checkpointing: bool = False
+
     def without_skipping(self) -> Self:
         """See `ModelSection`."""
         return self.model_copy(update={"drop_path": min(self.drop_path, _NEVER)})
@@ -85,11 +104,6 @@ class VisionModelConfig(ModelSection):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = problem_of_heads(self.width, self.heads)
-        if self.image_size % self.patch_size:
-            size = max(1, round(self.image_size / self.patch_size)) * self.patch_size
-            hint = f"The nearest image size that fits is {size}."
-            must = f"be a multiple of `patch_size` ({self.patch_size})"
-            problems.append(Problem("image_size", must, self.image_size, hint))
         if int(self.width * self.mlp_ratio) < 1:
             problems.append(Problem("mlp_ratio", "leave at least one hidden unit", self.mlp_ratio))
         refuse_if(problems)
@@ -208,27 +222,17 @@ class VisionProbeConfig(ProbeConfig):
     grid: int = Field(default=1, ge=1)
 
 
-class VisionConfig(D2VConfig):
-    """Images. The defaults are the published ViT-B run."""
+class ImagesConfig(D2VConfig):
+    """What every objective on images has."""
 
     modality: Literal["vision"] = "vision"
-    model: VisionModelConfig = VisionModelConfig()
-    mask: BlockMaskConfig = BlockMaskConfig()
-    target: TargetConfig = TargetConfig()
-    loss: LossConfig = LossConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    schedule: ScheduleConfig = ScheduleConfig(epochs=800, warmup_epochs=10, final_lr_ratio=0.005)
-    data: VisionDataConfig = VisionDataConfig()
-    probe: VisionProbeConfig = VisionProbeConfig()
+    model: ImageModelSection
+    data: VisionDataConfig
+    probe: VisionProbeConfig
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        model, mask = sections.get("model"), sections.get("mask")
-        data, probe = sections.get("data"), sections.get("probe")
-        if model and mask and mask.num_patches >= model.num_patches:
-            must = f"be in [1, {model.num_patches - 1}]"
-            hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
-            yield Problem("mask.num_patches", must, mask.num_patches, hint)
+        model, data, probe = (sections.get(name) for name in ("model", "data", "probe"))
         yield from super().problems_across(sections)
         if model and probe and probe.grid > model.grid_size:
             must = f"be in [1, {model.grid_size}]"
@@ -244,3 +248,26 @@ class VisionConfig(D2VConfig):
             return []
         must = 'be 1 with `d2v.data.kind` "digits"'
         return [Problem("model.channels", must, self.model.channels, "The digits are gray.")]
+
+
+class VisionConfig(ImagesConfig):
+    """Images. The defaults are the published ViT-B run."""
+
+    objective: Literal["data2vec"] = "data2vec"
+    model: VisionModelConfig = VisionModelConfig()
+    mask: BlockMaskConfig = BlockMaskConfig()
+    target: TargetConfig = TargetConfig()
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    schedule: ScheduleConfig = ScheduleConfig(epochs=800, warmup_epochs=10, final_lr_ratio=0.005)
+    data: VisionDataConfig = VisionDataConfig()
+    probe: VisionProbeConfig = VisionProbeConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        model, mask = sections.get("model"), sections.get("mask")
+        if model and mask and mask.num_patches >= model.num_patches:
+            must = f"be in [1, {model.num_patches - 1}]"
+            hint = f"An image has {model.grid_size} x {model.grid_size} patches, and at least one must stay visible."
+            yield Problem("mask.num_patches", must, mask.num_patches, hint)
+        yield from super().problems_across(sections)

@@ -22,7 +22,7 @@ from d2v_fast.masking.streams import AUGMENT, SPLIT, permutation, stream_keys, u
 from d2v_fast.modalities.vision.affine import warp
 
 if TYPE_CHECKING:
-    from d2v_fast.config import VisionConfig, VisionDataConfig, VisionModelConfig
+    from d2v_fast.modalities.vision.config import ImageModelSection, ImagesConfig, VisionDataConfig
 
 __all__ = ["DigitsDataset", "ProbeData", "digits_for_probe"]
 
@@ -59,7 +59,7 @@ class DigitsDataset:
     listing = Listing()
 
     def __init__(
-        self, data: VisionDataConfig, model: VisionModelConfig, split: Literal["train", "test"] = "train"
+        self, data: VisionDataConfig, model: ImageModelSection, split: Literal["train", "test"] = "train"
     ) -> None:
         if model.channels != 1:
             raise DataError(f"`d2v.model.channels` must be 1 for digits, but is {model.channels} instead.")
@@ -108,7 +108,7 @@ class DigitsDataset:
         return torch.from_numpy(pixels).sub_(self._mean).div_(self._std)
 
 
-def digits_for_probe(config: VisionConfig) -> ProbeData:
+def digits_for_probe(config: ImagesConfig) -> ProbeData:
     """Return all digits with their labels, and the split into the pre-training part and the held-out part."""
     _, labels = _load_scans()
     train, test = _split(labels, config.data.test_fraction)

@@ -16,7 +16,7 @@ from d2v_fast.config.errors import check
 from d2v_fast.config.schema import MAX_FILE_BYTES
 from d2v_fast.evaluation.inputs import Encoder, Sample, Source
 from d2v_fast.files.reading import printable, read_json
-from d2v_fast.modalities.vision.config import VisionDataConfig, VisionModelConfig
+from d2v_fast.modalities.vision.config import ImageModelSection, VisionDataConfig
 from d2v_fast.modalities.vision.decode import Limits, center_box, read_square
 from d2v_fast.modalities.vision.images import KINDS
 from d2v_fast.models.student import Student
@@ -47,7 +47,7 @@ class Images(Source):
         model: Student,
         origin: str,
         inputs: Path,
-        config: VisionModelConfig,
+        config: ImageModelSection,
         data: VisionDataConfig,
         paths: list[str] | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class Images(Source):
         _log.warning("%s: %s (in a Transformers folder: `bit_depth` in its %s)", printable(path), dim, PREPROCESSOR)
 
 
-def _preparation(folder: Path, model: VisionModelConfig) -> VisionDataConfig:
+def _preparation(folder: Path, model: ImageModelSection) -> VisionDataConfig:
     """Read mean, standard deviation and bit depth from a Transformers folder; the defaults are ImageNet's."""
     path = folder / PREPROCESSOR
     try:

@@ -19,6 +19,25 @@ from d2v_fast.models.pre_norm import PreNormBlock, RelativePositionBias
 from d2v_fast.models.student import MaskedBatch, Student
 
 
+def patches_of(pixels: Tensor, channels: int, image_size: int, patch_size: int) -> Tensor:
+    """Return the values of square patches, `[B, P, C * patch_size ** 2]`, in the order of a convolution's weight.
+
+    Args:
+        pixels: `[B, C, image_size, image_size]`.
+        channels: C.
+        image_size, patch_size: sides in pixels.
+
+    Raises:
+        ValueError: `pixels` have another shape.
+    """
+    expected = (channels, image_size, image_size)
+    if pixels.dim() != 4 or pixels.shape[1:] != expected:
+        raise ValueError(f"`pixels` must be [B, {', '.join(map(str, expected))}], but is {list(pixels.shape)} instead.")
+    B, G, S = len(pixels), image_size // patch_size, patch_size
+    patches = pixels.view(B, channels, G, S, G, S).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(B, G * G, channels * S * S)
+
+
 class VisionEmbedding(nn.Module):
     """Linear embedding of square patches without overlap.
 
@@ -65,21 +84,16 @@ class VisionEmbedding(nn.Module):
         Raises:
             ValueError: `pixels` have another shape.
         """
-        expected = (self.channels, self.image_size, self.image_size)
-        if pixels.dim() != 4 or pixels.shape[1:] != expected:
-            raise ValueError(
-                f"`pixels` must be [B, {', '.join(map(str, expected))}], but is {list(pixels.shape)} instead."
-            )
-        B, G, S = pixels.shape[0], self.grid_size, self.patch_size
         # pixels are fp32; the model may have a lower precision
         pixels = pixels.to(self.projection.weight.dtype)
-        patches = pixels.view(B, self.channels, G, S, G, S).permute(0, 2, 4, 1, 3, 5)
-        tokens = self.projection(patches.reshape(B * G * G, self.projection.in_features))
+        patches = patches_of(pixels, self.channels, self.image_size, self.patch_size)
+        B, P, _ = patches.shape
+        tokens = self.projection(patches.flatten(0, 1))
         if rows is not None:
             # in place: `tokens` is new, and the projection's backward pass does not read it
             tokens.index_copy_(0, rows, self.mask_token.to(tokens.dtype).expand(len(rows), -1))
         cls_token = self.cls_token.expand(B, 1, -1)
-        tokens = torch.cat((cls_token, tokens.view(B, G * G, self.projection.out_features)), dim=1)
+        tokens = torch.cat((cls_token, tokens.view(B, P, self.projection.out_features)), dim=1)
         if self.position is not None:
             tokens = tokens + self.position
         return self.dropout(tokens)

@@ -34,7 +34,7 @@ from d2v_fast.modalities.vision.decode import (
 )
 
 if TYPE_CHECKING:
-    from d2v_fast.config import VisionDataConfig, VisionModelConfig
+    from d2v_fast.modalities.vision.config import ImageModelSection, VisionDataConfig
 
 __all__ = ["KINDS", "ImagesDataset", "random_box"]
 
@@ -86,7 +86,7 @@ class ImagesDataset:
         DataError: The folder does not exist, holds no images, or none of those tried can be read.
     """
 
-    def __init__(self, data: VisionDataConfig, model: VisionModelConfig) -> None:
+    def __init__(self, data: VisionDataConfig, model: ImageModelSection) -> None:
         if model.channels not in (1, 3):
             raise DataError(f"`d2v.model.channels` must be 1 or 3, but is {model.channels} instead.")
         if data.path is None:

@@ -22,7 +22,7 @@ from d2v_fast.evaluation.classifiers import ProbeReport, Task, score
 from d2v_fast.evaluation.features import patch_features
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
 from d2v_fast.evaluation.probing import Labeled, Probing
-from d2v_fast.modalities.vision.config import VisionConfig, VisionProbeConfig
+from d2v_fast.modalities.vision.config import ImagesConfig, VisionProbeConfig
 from d2v_fast.modalities.vision.digits import ProbeData, digits_for_probe
 from d2v_fast.modalities.vision.embed import Images
 from d2v_fast.modalities.vision.images import KINDS
@@ -76,7 +76,7 @@ def pool(patches_BPD: Tensor, grid: int) -> Tensor:
     return F.adaptive_avg_pool2d(patches_BPD.mT.reshape(B, D, side, side), grid).flatten(1)
 
 
-def _labeled(config: VisionConfig) -> Labeled:
+def _labeled(config: ImagesConfig) -> Labeled:
     side = min(config.model.image_size, MAX_SIDE)
 
     def find(key: str) -> LabeledSet:
@@ -98,7 +98,7 @@ def _labeled(config: VisionConfig) -> Labeled:
     return Labeled("image", find, read, pooled, name, pixels, lambda rows, task: np.stack(rows))
 
 
-def _run(models: Mapping[str, Student], config: VisionConfig) -> ProbeReport:
+def _run(models: Mapping[str, Student], config: ImagesConfig) -> ProbeReport:
     return run_probe(models, digits_for_probe(config), config.probe)
 
 

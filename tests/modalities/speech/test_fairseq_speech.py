@@ -22,7 +22,7 @@ from d2v_fast.modalities.speech.fairseq import (
 )
 from d2v_fast.modalities.speech.huggingface import import_speech
 from d2v_fast.modalities.speech.layout import speech_layout
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.fairseq_reference import Data2VecAudio
 from tests.helpers.fairseq_speech_files import LAYERS, pretrained, saved, shapes
 from tests.helpers.speech_models import make_config, make_pair

@@ -12,7 +12,7 @@ import torch
 
 from d2v_fast.config import SpeechConfig, check_d2v
 from d2v_fast.modalities.speech.pictures import choose_recordings, self_similarity, speech_figure
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.runs import TINY_SPEECH
 
 

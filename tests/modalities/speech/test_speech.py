@@ -17,7 +17,7 @@ from d2v_fast.masking.streams import uniforms
 from d2v_fast.modalities.speech.conv_stack import ConvStack
 from d2v_fast.models.encoder import random_keys
 from d2v_fast.models.post_norm import Segments, attend
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers import speech_reference as reference
 from tests.helpers.speech_models import make_config, make_pair
 

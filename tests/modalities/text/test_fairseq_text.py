@@ -24,7 +24,7 @@ from d2v_fast.modalities.text.fairseq import load_fairseq_text, read_fairseq_tex
 from d2v_fast.modalities.text.huggingface import export_text, import_text
 from d2v_fast.modalities.text.layout import text_layout
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.common import opened
 from tests.helpers.fairseq_speech_files import pretrained as pretrained_speech
 from tests.helpers.fairseq_text_files import PREFIX, pretrained, shapes

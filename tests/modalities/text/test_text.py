@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2v_fast.config import SpeechModelConfig, TextConfig, TextModelConfig
 from d2v_fast.data import Batch
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.speech_reference import blocks, gelu, sub
 from tests.helpers.text_models import make_config, make_pair
 from tests.helpers.vision_reference import layer_norm

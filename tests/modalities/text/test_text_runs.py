@@ -18,7 +18,7 @@ from d2v_fast.data import batch_maker
 from d2v_fast.modalities.text.probe import masked_words, run_text_probe
 from d2v_fast.modalities.text.reference_pages import docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.loaders import make_loader
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_forked, run_here, tiny_file

@@ -20,7 +20,7 @@ from d2v_fast.config import load_config
 from d2v_fast.interop.huggingface import export_model
 from d2v_fast.modalities.vision.bit_depth import Dim
 from d2v_fast.modalities.vision.decode import MAX_SCANS, Limits, UnreadableImage, center_box, read_square
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.image_datasets import LIMITS, encoded, expected_levels, levels, make_dataset, picture
 from tests.helpers.image_files import blocks, chunk, png, tiff
 from tests.helpers.runs import tiny_file

@@ -14,7 +14,7 @@ from d2v_fast.evaluation.features import patch_features
 from d2v_fast.figures.sheet import save_figure
 from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.pictures import choose_images, principal_colors, vision_figure
-from d2v_fast.objectives.data2vec import build_model
+from d2v_fast.objectives.build import build_model
 from tests.helpers.written_runs import vision_config
 
 CONFIG = vision_config(width=24, depth=3)

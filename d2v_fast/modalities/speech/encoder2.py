@@ -1,0 +1,148 @@
+"""The speech encoder of data2vec 2.0: convolutions over the waveform, convolutional positions, post-norm blocks, ALiBi.
+
+Shape letters: B samples, N samples of a waveform, T frames, R rows (masked copies of samples), V visible frames of a
+row, D width.
+
+The convolutions over the waveform are trained with the student, and the teacher uses them unchanged; it averages the
+positions and all that follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.config import MaskedSpeechModelConfig
+from d2v_fast.modalities.speech.encoder import ConvPositions, FrontEnd
+from d2v_fast.models.decoder import ConvDecoder
+from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.post_norm import padding_of
+from d2v_fast.models.student import MaskedBatch, Student
+from d2v_fast.models.visible import Alibi, MaskedContext, Places, biased, key_mask
+
+
+class MaskedSpeechContext(MaskedContext):
+    """Positions, norm, dropout and blocks with ALiBi.
+
+    Args:
+        config: sizes and rates.
+    """
+
+    def __init__(self, config: MaskedSpeechModelConfig) -> None:
+        super().__init__(config, has_norm=True)
+        self.positions = ConvPositions(config)
+        self.alibi = Alibi(config.heads)
+
+    def forward(
+        self,
+        frames: Tensor,
+        lengths: Tensor | None = None,
+        places: Places | None = None,
+        drop_keys: npt.NDArray[np.uint64] | None = None,
+        top_k: int = 0,
+    ) -> EncoderOutput:
+        """Encode frames.
+
+        Args:
+            frames: `[B, T, D]`.
+            lengths: int64 `[B]`, frames of each utterance before its padding. `None` means T.
+            places: visible and masked frames of every row. `None`: all are visible, and R is B.
+            drop_keys: uint64 `[R]`, see `data.Batch`.
+            top_k: K, how many of the last blocks' features to return.
+
+        Returns:
+            `last_hidden` and K features, each `[R, V, D]`, undefined at padding.
+        """
+        T = frames.shape[1]
+        # the student's frames may have another dtype than the teacher
+        frames = frames.to(self.alibi.scale.dtype)
+        if places is None:
+            is_padding = None if lengths is None else padding_of(lengths, T)[:, :, None]
+            x = frames + self.positions(frames, is_padding)
+            index = torch.arange(T, device=frames.device)[None]
+            return self.encode(x, biased(self.alibi(index), key_mask(lengths, T)), top_k, drop_keys)
+        visible = places.gather(frames)
+        is_padding = None if places.lengths is None else padding_of(places.lengths, T)[:, :, None]
+        positions = self.positions(places.scatter(visible), is_padding)
+        R, V, D = visible.shape
+        # padding reads the last frame
+        taken = places.visible.flatten().clamp_max(R * T - 1)
+        x = visible + positions.flatten(0, 1).index_select(0, taken).view(R, V, D)
+        bias = biased(self.alibi(places.visible % T), key_mask(places.visible_lengths, V))
+        return self.encode(x, bias, top_k, drop_keys)
+
+
+@dataclass(frozen=True)
+class MaskedFrames:
+    """Input of `MaskedSpeechContext`; the attributes are its arguments."""
+
+    frames: Tensor
+    lengths: Tensor | None
+    places: Places | None = None
+    drop_keys: npt.NDArray[np.uint64] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.frames)
+
+    @property
+    def num_places(self) -> int:
+        """T."""
+        return self.frames.shape[1]
+
+    def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
+        """See `Embedded`; computes all rows."""
+        output: EncoderOutput = averaged(self.frames, self.lengths, self.places, self.drop_keys, top_k=top_k)
+        return output
+
+
+class MaskedSpeechModel(Student):
+    """The speech encoder. The teacher shares the convolutions over the waveform.
+
+    Args:
+        config: sizes and rates. Parameters are initialized from torch's global generator.
+    """
+
+    averaged_name = "context"
+    entrance_name = "front_end"
+
+    def __init__(self, config: MaskedSpeechModelConfig) -> None:
+        super().__init__()
+        self.width, self.decoder_config = config.width, config.decoder
+        self.front_end = FrontEnd(config, has_mask_token=False)
+        self.context = MaskedSpeechContext(config)
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None, top_k: int = 0) -> EncoderOutput:
+        """Encode unmasked utterances.
+
+        Args:
+            waveforms: `[B, N]`, each normalized to zero mean and unit variance and padded with zeros.
+            lengths, top_k: see `MaskedSpeechContext`.
+        """
+        output: EncoderOutput = self.context(self.front_end(waveforms), lengths, top_k=top_k)
+        return output
+
+    def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
+        """See `Student`."""
+        output: EncoderOutput = self(inputs, lengths, top_k=top_k)
+        return output.features
+
+    def embed(self, batch: MaskedBatch) -> tuple[MaskedFrames, MaskedFrames]:
+        """See `Student`."""
+        frames = self.front_end(batch.inputs)
+        places = Places.of(batch, frames.shape[1])
+        student = MaskedFrames(frames, batch.lengths, places, batch.drop_keys)
+        return student, MaskedFrames(frames.detach(), batch.lengths)
+
+    def imitate_autocast(self, dtype: torch.dtype) -> None:
+        """See `Student`."""
+        self.front_end.convolutions.compute_dtype = dtype
+
+    def make_head(self) -> ConvDecoder:
+        """See `Student`; a decoder with 1-D convolutions."""
+        return ConvDecoder(self.width, self.decoder_config)

@@ -1,0 +1,48 @@
+"""Normal noise that depends on keys, not on the order in which it is drawn."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# splitmix64 (see `masking.streams`), as signed integers
+_GOLDEN, _MULTIPLY_1, _MULTIPLY_2 = (
+    value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def normal_noise(keys: Tensor, rows: Tensor, num_places: int, width: int) -> Tensor:
+    """Return standard normal noise for rows of sequences, a function of a sequence's key and the place alone.
+
+    So it does not depend on how a batch is split among micro-steps and processes.
+
+    Args:
+        keys: int64 `[R]`, one per sequence.
+        rows: int64 `[N]`, flat indices `r * T + t`.
+        num_places: T.
+        width: D.
+
+    Returns:
+        fp32 `[N, D]`, on the device of the keys.
+    """
+    # two normal values from each 64 random bits, by Box and Muller
+    half = (width + 1) // 2
+    counters = (rows % num_places)[:, None] * half + torch.arange(1, half + 1, device=rows.device)
+    bits = _mix(keys.index_select(0, rows // num_places)[:, None] + counters * _GOLDEN)
+    # in (0, 1], and in [0, 1)
+    radius = ((_shifted(bits, 40) + 1).float() * 2.0**-24).log_().mul_(-2.0).sqrt_()
+    angle = (bits & 0xFFFFFF).float() * (2.0 * math.pi * 2.0**-24)
+    return torch.cat((radius * angle.cos(), radius * angle.sin_()), dim=1)[:, :width]
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Return unsigned integers shifted to the right."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    bits = (bits ^ _shifted(bits, 30)) * _MULTIPLY_1
+    bits = (bits ^ _shifted(bits, 27)) * _MULTIPLY_2
+    return bits ^ _shifted(bits, 31)

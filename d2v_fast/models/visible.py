@@ -1,0 +1,211 @@
+"""Encode the visible places of masked samples, for data2vec 2.0 (arXiv 2212.07525, section 3).
+
+Shape letters: B samples, M masks per sample, R rows (B * M with masks, B without), T places of a sample, V visible
+places of a row, D width, H heads. Row `b * M + m` is mask m of sample b.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.models.encoder import Encoder, EncoderOutput
+from d2v_fast.models.layers import dropout
+from d2v_fast.models.post_norm import PostNormBlock, padding_of
+from d2v_fast.models.student import MaskedBatch
+
+# of every norm that is not in a block or before the blocks, whatever `norm_eps` is
+NORM_EPS = 1e-5
+
+
+class MaskedSizes(Protocol):
+    """The fields of a model's configuration that describe norm, context blocks and averaged blocks."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def context_depth(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def mlp_ratio(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
+    @property
+    def activation_dropout(self) -> float: ...
+    @property
+    def context_dropout(self) -> float: ...
+    @property
+    def layer_drop(self) -> float: ...
+    @property
+    def context_layer_drop(self) -> float: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+
+
+class MaskedContext(nn.Module):
+    """Norm, dropout, context blocks and averaged blocks.
+
+    Args:
+        config: sizes and rates.
+        has_norm: whether there are a norm and dropout before the blocks. Text has neither without context blocks.
+
+    Attributes:
+        norm: the norm, or None.
+        encoder: the context blocks, followed by the averaged ones.
+    """
+
+    def __init__(self, config: MaskedSizes, *, has_norm: bool) -> None:
+        super().__init__()
+        self.dropout = config.context_dropout if has_norm else 0.0
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if has_norm else None
+        rates = [config.context_layer_drop] * config.context_depth + [config.layer_drop] * config.depth
+        blocks = (
+            PostNormBlock(
+                config.width,
+                config.heads,
+                int(config.width * config.mlp_ratio),
+                dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
+                activation_dropout=config.activation_dropout,
+                norm_eps=config.norm_eps,
+                layer_drop=rate,
+            )
+            for rate in rates
+        )
+        self.encoder = Encoder(blocks, gradient_checkpointing=config.gradient_checkpointing)
+
+    def encode(
+        self, x: Tensor, attendable: Tensor | None, top_k: int, drop_keys: npt.NDArray[np.uint64] | None
+    ) -> EncoderOutput:
+        """Encode `[R, V, D]`; the arguments are those of `Encoder`."""
+        if self.norm is not None:
+            x = dropout(self.norm(x), self.dropout, self.training)
+        output: EncoderOutput = self.encoder(x, attendable, top_k, None, drop_keys)
+        return output
+
+
+class Alibi(nn.Module):
+    """Attention bias that falls linearly with the distance, with a learned scale per head (arXiv 2108.12409).
+
+    Args:
+        heads: H, any number.
+
+    Attributes:
+        scale: `[H]`, learned, shared by all blocks; a negative one counts as 0 and gets no gradient.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(heads))
+        self.register_buffer("slopes", torch.tensor(alibi_slopes(heads), dtype=torch.float32), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from the slopes themselves."""
+        nn.init.ones_(self.scale)
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Return the bias of attention logits, `[R, H, V, V]`, for tokens at `places`, int64 `[R, V]`."""
+        slopes = self.slopes * self.scale.clamp_min(0)
+        distances = (places[:, :, None] - places[:, None, :]).abs().to(slopes.dtype)
+        return -distances[:, None] * slopes[:, None, None]
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Return the slopes of the heads.
+
+    Examples:
+        >>> alibi_slopes(3)
+        [0.0625, 0.00390625, 0.25]
+    """
+    power = 2 ** int(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * number / power) for number in range(1, power + 1)]
+    between = [2.0 ** (-8.0 * number / (2 * power)) for number in range(1, 2 * power + 1)]
+    return slopes + between[0::2][: heads - power]
+
+
+class Places(NamedTuple):
+    """Which places of masked samples are visible and which are masked.
+
+    Attributes:
+        visible: int64 `[R, V]`, flat indices `r * T + t` of the visible places, ascending; `R * T` is padding.
+        rows: int64 `[N]`, flat indices of the masked places, ascending.
+        num_places: T.
+        lengths: int64 `[R]`, places of each row before its padding. `None` means T.
+        visible_lengths: int64 `[R]`, visible places of each row. `None` means V.
+    """
+
+    visible: Tensor
+    rows: Tensor
+    num_places: int
+    lengths: Tensor | None = None
+    visible_lengths: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: MaskedBatch, num_places: int) -> Places:
+        """Return the places of a batch, with T."""
+        assert batch.visible is not None
+        num_masks = len(batch.visible) // len(batch.inputs)
+        lengths = None if batch.lengths is None else batch.lengths.repeat_interleave(num_masks)
+        return cls(batch.visible, batch.rows, num_places, lengths, batch.visible_lengths)
+
+    def sources(self, rows: Tensor, num_samples: int) -> Tensor:
+        """Convert flat indices `(b * M + m) * T + t` to those of the samples, `b * T + t`; padding to any."""
+        T, num_masks = self.num_places, len(self.visible) // num_samples
+        found = rows // (num_masks * T) * T + rows % T
+        return found if self.visible_lengths is None else found.clamp_max(num_samples * T - 1)
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """Return the visible tokens `[R, V, D]` straight from those of the samples, `[B, T, D]`."""
+        # as an embedding, whose gradient has a fast and deterministic kernel
+        return F.embedding(self.sources(self.visible, len(tokens)), tokens.flatten(0, 1))
+
+    def scatter(self, visible: Tensor, masked: Tensor | None = None) -> Tensor:
+        """Return `[R, T, D]` of `[R, V, D]` at the visible places and `[N, D]`, or 0, at the masked ones."""
+        R, _, D = visible.shape
+        # one more, which padding is written to
+        x = visible.new_zeros(R * self.num_places + 1, D)
+        if masked is not None:
+            x.index_copy_(0, self.rows, masked.to(x.dtype))
+        x = x.index_copy(0, self.visible.flatten(), visible.flatten(0, 1))
+        return x[:-1].view(R, self.num_places, D)
+
+
+def key_mask(lengths: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Return bool `[R, 1, 1, V]`, True for tokens before `lengths`, int64 `[R]`; None without lengths."""
+    return None if lengths is None else ~padding_of(lengths, num_tokens)[:, None, None, :]
+
+
+def biased(bias: Tensor, attended: Tensor | None) -> Tensor:
+    """Return an attention bias `[R, H, V, V]`, minus infinity where `attended`, see `key_mask`, is False."""
+    return bias if attended is None else bias.masked_fill(~attended, -math.inf)
+
+
+def sine_positions(width: int, grid_size: int) -> Tensor:
+    """Return fixed positions of patches, fp32 `[grid_size ** 2, D]`.
+
+    The first half of the channels depends on the column, the second on the row; each is sine, then cosine, at the
+    frequencies `10000 ** (-k / (D / 4))`.
+    """
+    quarter = width // 4
+    frequencies = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    along = torch.cat((angles.sin(), angles.cos()), dim=1)
+    columns = along[None, :].expand(grid_size, grid_size, -1)
+    rows = along[:, None].expand(grid_size, grid_size, -1)
+    return torch.cat((columns, rows), dim=2).flatten(0, 1).float()
