@@ -215,17 +215,20 @@ def _wait(device: torch.device | None) -> None:
 
 def _about(batches: list[Batch], config: D2VConfig, what: str) -> str:
     """Return a line about the batches: samples, places, and the shares of places that are padding and masked."""
-    samples = places = padding = masked = 0
+    samples = places = padding = masked = masks = 0
     for batch in batches:
         whole = len(batch.sample_ids) * config.model.num_places(batch.inputs.shape)
         samples += len(batch.sample_ids)
         places += whole
         padding += 0 if batch.lengths is None else whole - int(batch.lengths.sum())
         masked += len(batch.rows)
+        masks = batch.num_masks
     names = modality_of(config).places
+    hidden = f"{100 * masked / (masks * (places - padding)):.1f} % of the others masked"
+    each = "" if masks == 1 else f" in each of {masks} masks per sample"
     line = (
         f"batch           {samples / len(batches):.3g} {what}s, {places / samples:.3g} {names} each: "
-        f"{100 * padding / places:.1f} % padding, {100 * masked / (places - padding):.1f} % of the others masked "
+        f"{100 * padding / places:.1f} % padding, {hidden}{each} "
         f"(mean of {len(batches)} micro-steps)"
     )
     bad = dict.fromkeys(file for batch in batches for file in batch.bad)

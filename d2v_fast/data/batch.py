@@ -55,6 +55,11 @@ class Batch:
     visible_lengths: Tensor | None = None
     noise_keys: Tensor | None = None
 
+    @property
+    def num_masks(self) -> int:
+        """Masks per sample."""
+        return 1 if self.visible is None else len(self.visible) // len(self.inputs)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
