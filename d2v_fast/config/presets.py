@@ -19,9 +19,13 @@ _MAX_BYTES = 1_000_000
 # name -> parameters of the encoder, which a test counts since building one is slow, and purpose
 _ABOUT = {
     "digits": ("451 k", "first run: the handwritten digits of scikit-learn, in minutes"),
+    "digits2": ("448 k", "the same with data2vec 2.0"),
     "digits_long": ("563 k", "the same for 20 minutes; better than raw pixels"),
     "images_small": ("2.75 M", "a folder of your own images, on one GPU (or slowly on a CPU)"),
     "speech": ("2.55 M", "300 spoken words that come with this library"),
+    "speech2": ("2.55 M", "the same with data2vec 2.0"),
+    "speech2_base": ("93.2 M", "the published Base run of data2vec 2.0, for a folder of recordings"),
+    "speech2_large": ("313 M", "the published Large run of data2vec 2.0, for a folder of recordings"),
     "speech_base": ("93.2 M", "the published Base run, for a folder of recordings"),
     "speech_large": ("313 M", "the published Large run, for a folder of recordings"),
     "speech_small": ("2.55 M", "a folder of your own recordings, on one GPU (or slowly on a CPU)"),
@@ -30,8 +34,13 @@ _ABOUT = {
         "your own text and a tokenizer (here of 50,265 tokens), on one GPU (or slowly on a CPU)",
     ),
     "text": ("735 k", "the reference pages of Python"),
+    "text2": ("735 k", "the same with data2vec 2.0"),
+    "text2_base": ("124 M", "the published Base run of data2vec 2.0, for a folder of text and a tokenizer"),
+    "text2_large": ("354 M", "the published Large run of data2vec 2.0, for a folder of text and a tokenizer"),
     "text_base": ("124 M", "the published Base run, for a folder of text and a tokenizer"),
     "text_large": ("354 M", "the published Large run, for a folder of text and a tokenizer"),
+    "vision2_base": ("85.6 M", "the published ViT-B run of data2vec 2.0, for a folder of images"),
+    "vision2_large": ("303 M", "the published ViT-L run of data2vec 2.0, for a folder of images"),
     "vision_base": ("85.7 M", "the published ViT-B run, for a folder of images"),
     "vision_large": ("303 M", "the published ViT-L run, for a folder of images"),
 }

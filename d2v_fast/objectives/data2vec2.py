@@ -70,9 +70,7 @@ class Data2Vec2(Data2Vec):
             skipped = self.student.num_prefix_tokens
             prediction = self.decode(encoded[:, skipped:], places, batch.noise_keys)
         with self.part("target + loss"):
-            return self.multi_mask_objective(
-                prediction, encoded[:, :skipped], features, places, batch.lengths, moments
-            )
+            return self.multi_mask_objective(prediction, encoded[:, :skipped], features, places, batch.lengths, moments)
 
     def decode(self, encoded: Tensor, places: Places, noise_keys: Tensor) -> Tensor:
         """Predict `[N, D]` at the masked places from the encoder's output `[R, V, D]` at the visible ones.
