@@ -80,8 +80,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-def facts(kernel, signature, constexprs, aligned=(), num_warps=4, capabilities=(80, 90, 100)):
-    '''What ptxas made of a kernel: registers, spilled bytes, and how often each width of global access occurs.'''
+def facts(kernel, signature, constexprs, aligned=(), num_warps=4, capabilities=(80, 90, 100), **options):
+    '''What ptxas made of a kernel: spilled bytes, shared memory, and how often each width of global access occurs.'''
     if os.environ.get("EVERY_CAPABILITY"):
         capabilities = (80, 90, 100)
     attrs = {}
@@ -93,13 +93,15 @@ def facts(kernel, signature, constexprs, aligned=(), num_warps=4, capabilities=(
     rows = []
     for capability in capabilities:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        out = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+        target = GPUTarget("cuda", capability, 32)
+        out = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
         ptx = out.asm["ptx"]
         rows.append({
             "capability": capability,
             "loads": re.findall(r"ld\\.global[\\w.:]*?\\.(v\\d\\.)?[bfus](\\d+)", ptx),
             "stores": re.findall(r"st\\.global[\\w.:]*?\\.(v\\d\\.)?[bfus](\\d+)", ptx),
             "spills": spilled_bytes(out.asm["cubin"]),
+            "shared": out.metadata.shared,
         })
     return rows
 
