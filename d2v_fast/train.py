@@ -233,6 +233,8 @@ def run_probe(run: Run, step: int) -> str | None:
     Returns:
         The table of the results; None without labels or if the probe failed.
     """
+    import torch
+
     from d2v_fast.evaluation import run as evaluation
 
     d2v, is_last = run.config.d2v, step == run.schedule.num_steps
@@ -247,7 +249,9 @@ def run_probe(run: Run, step: int) -> str | None:
     def probe() -> str | None:
         assert encoders is not None
         try:
-            report = evaluation.probe(d2v, *encoders)
+            # other shapes than those that the blocks are compiled for
+            with torch.compiler.set_stance("force_eager"):
+                report = evaluation.probe(d2v, *encoders)
         except (ValueError, OSError) as error:
             run.log.say(f"no probe after step {step}: {error}")
             return None
@@ -275,6 +279,8 @@ def finish(run: Run) -> None:
     if run.step.clock.enabled and run.world.is_first:
         run.folder.write_json("profile.json", run.step.clock.report())
         run.log.say(str(run.step.clock))
+        if run.step.engine.captured:
+            run.log.say("`--set d2v.run.cuda_graph=false` measures the parts of a graph, without one")
     step = run.schedule.num_steps
     run.log.say("exporting the student ...")
     run.world.decide(lambda: run.log.say(export_student(run.folder.path)))

@@ -72,7 +72,7 @@ _NEVER = {
     "activation_checkpointing": "`d2v.model.gradient_checkpointing` is the key for it",
     "aio": "it is for offload to NVMe, which is not supported",
     "checkpoint": _OWN_CHECKPOINTS,
-    "compile": "the model is not compiled",
+    "compile": "`d2v.run.compile` compiles the model",
     "dataloader_drop_last": "the loader is d2v_fast's own",
     "disable_allgather": _NOT_READ,
     "zero_optimization.allgather_partitions": _NOT_READ,
@@ -171,7 +171,7 @@ class DeepSpeedConfig(Section):
         checkpoint: No effect: checkpoints are d2v_fast's own.
         comet: Report to Comet.
         comms_logger: Log collectives.
-        compile: No effect: the model is not compiled.
+        compile: No effect: `d2v.run.compile` compiles the model.
         csv_monitor: Report to CSV files.
         data_types: Dtypes of gradients, parameters and buffers.
         flops_profiler: Count operations of a step.

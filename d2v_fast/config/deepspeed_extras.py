@@ -152,7 +152,7 @@ class CommsLoggerConfig(Section):
 
 
 class CompileConfig(Section):
-    """No effect: the model is not compiled.
+    """No effect: `d2v.run.compile` compiles the model.
 
     Attributes:
         deepcompile: DeepCompile.

@@ -23,7 +23,6 @@ from d2v_fast.config.errors import (
     MAX_SIZE,
     MAX_STEPS,
     ConfigError,
-    PathText,
     Problem,
     Section,
     check,
@@ -33,6 +32,7 @@ from d2v_fast.config.errors import (
 )
 from d2v_fast.config.file import apply_overrides, changed_keys, configuration_file, read_sections
 from d2v_fast.config.probe import ProbeConfig
+from d2v_fast.config.run import RunSection
 from d2v_fast.config.schedule import ScheduleConfig
 from d2v_fast.files.reading import NotRegularError, read_text
 from d2v_fast.modalities import BUILT_IN, ModalityError, modality_named, modality_names
@@ -67,10 +67,6 @@ EARLIER_VALUES = {"decay_1d": False, "objective": "data2vec"}
 DEFAULT_MODALITY = "vision"
 # objective of a file without the key `d2v.objective`
 DEFAULT_OBJECTIVE = "data2vec"
-_COMPILE = (
-    "The model is not compiled: d2v_fast has fused operations instead of `torch.compile`. A run does not use the "
-    "compiler passes of DeepSpeed's section `compile` either."
-)
 
 
 class ModelSection(Section):
@@ -195,49 +191,6 @@ class GuardConfig(Section):
     loss_spike: float | None = Field(default=None, gt=1, le=1e6)
 
 
-class RunSection(Section):
-    """The run folder and how the run is carried out.
-
-    Attributes:
-        dir: Folder of all runs.
-        name: Name of the run folder in `dir`; null takes the file's name and a number.
-        seed: Seed of everything random.
-        log_every: Optimizer steps between two logged ones.
-        save_every: Optimizer steps between two checkpoints.
-        keep: Checkpoints that are kept.
-        background_save: Write checkpoints while training continues, for a second copy of the state in host memory.
-        timeout_minutes: Longest wait for another process or for a batch; then the process ends with an error.
-        profile: Measure the parts of a step. It waits for the device between them.
-        device: "auto" takes a GPU if there is one.
-    """
-
-    hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}
-
-    dir: PathText = "runs"
-    name: str | None = None
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    log_every: int = Field(default=10, ge=1, le=MAX_STEPS)
-    save_every: int = Field(default=1000, ge=1, le=MAX_STEPS)
-    keep: int = Field(default=3, ge=1, le=10**6)
-    background_save: bool = True
-    timeout_minutes: float = Field(default=10.0, gt=0, le=525_600)
-    profile: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    @property
-    def timeout_s(self) -> float:
-        """`timeout_minutes` in seconds."""
-        return 60 * self.timeout_minutes
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        name, problems = self.name, []
-        if name is not None and (not name.strip(".") or not all(c.isalnum() or c in "._-" for c in name)):
-            problems.append(Problem("name", "be letters, digits, `.`, `_` and `-` only", name))
-        refuse_if(problems)
-        return self
-
-
 class D2VConfig(Section):
     """The `"d2v"` section. Each modality has a subclass with its own sections and defaults.
 
@@ -259,7 +212,7 @@ class D2VConfig(Section):
         run: The run folder, checkpoints and time-outs.
     """
 
-    hints: ClassVar[dict[str, str]] = {"compile": _COMPILE}
+    hints: ClassVar[dict[str, str]] = {"compile": "`d2v.run.compile` compiles the blocks."}
 
     modality: str
     objective: str = DEFAULT_OBJECTIVE

@@ -34,12 +34,14 @@ class Batch:
             `None` means one document per sample.
         bad: Unreadable files that were replaced by a neighbor, as `path: reason`.
         drop_keys: uint64 `[B]`, always on the host: keys of the random streams (`streams.DROP`) that decide which
-            branches and blocks each sample skips. `None` means keys drawn from torch's generator.
+            branches and blocks each sample skips. Or what they decide, as `models.encoder.Encoder.draw` returns it.
+            `None` means keys drawn from torch's generator.
         visible: With several masks per sample, int64 `[B * M, V]`: flat indices `(b * M + m) * P + p` of the visible
             places of each mask, ascending, and `B * M * P` for padding. `rows` then counts in the same way, and
             `drop_keys` are of the masks.
         visible_lengths: int64 `[B * M]`, number of visible places of each mask. `None` means V.
         noise_keys: int64 `[B * M]`, keys of the noise at masked places (`streams.NOISE`).
+        num_rows: 0-d int64, how many of `rows` count; the others are padding. `None` means all.
     """
 
     inputs: Tensor
@@ -50,10 +52,11 @@ class Batch:
     masked_inputs: Tensor | None = None
     offsets: Tensor | None = None
     bad: tuple[str, ...] = ()
-    drop_keys: npt.NDArray[np.uint64] | None = None
+    drop_keys: npt.NDArray[np.uint64] | Tensor | None = None
     visible: Tensor | None = None
     visible_lengths: Tensor | None = None
     noise_keys: Tensor | None = None
+    num_rows: Tensor | None = None
 
     @property
     def num_masks(self) -> int:

@@ -136,6 +136,7 @@ class _Batch(NamedTuple):
     visible: Tensor | None = None
     visible_lengths: Tensor | None = None
     noise_keys: Tensor | None = None
+    num_rows: None = None
 
 
 def _empty_like(batch: MaskedBatch) -> MaskedBatch:

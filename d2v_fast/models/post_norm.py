@@ -14,13 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_fast.models.encoder import Encoder, EncoderOutput, random_keys
+from d2v_fast.models.encoder import Drops, Encoder, EncoderOutput, Kept, random_keys
 from d2v_fast.models.layers import INIT_STD, Linear, drop, dropout
 
 
@@ -134,6 +132,9 @@ class PostNormBlock(nn.Module):
         layer_drop: probability that a sample skips the block in training (arXiv 1909.11556).
     """
 
+    # few samples skip a block, so that a fixed number of them would often be none
+    keeps_fixed_counts = False
+
     def __init__(
         self,
         width: int,
@@ -169,7 +170,7 @@ class PostNormBlock(nn.Module):
         x: Tensor,
         attendable: Attendable,
         rows: Tensor | None = None,
-        active: Sequence[Tensor] | None = None,
+        active: Sequence[Tensor | Kept | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `encoder.Block`. With `rows`, only these tokens are computed after the attention weights.
 
@@ -177,9 +178,12 @@ class PostNormBlock(nn.Module):
         unless `rows` are given, samples are packed (their tokens cannot be removed without waiting for the device) or
         all samples skip (attention kernels may refuse an empty batch, and all parameters need a gradient).
         """
-        if active is None:
+        [part] = [None] if active is None else active
+        if part is None:
             return self._transform(x, attendable, rows)
-        [samples] = active
+        samples = part.samples if isinstance(part, Kept) else part
+        if samples.dtype == torch.bool:
+            return self._selected(x, attendable, rows, samples)
         # a packed sample has at least one segment
         num_samples = len(attendable.offsets) - 1 if isinstance(attendable, Segments) else len(x)
         if len(samples) == num_samples:
@@ -189,13 +193,17 @@ class PostNormBlock(nn.Module):
                 attendable = attendable.index_select(0, samples)
             y, feature = self._transform(x.index_select(0, samples), attendable, None)
             return x.index_copy(0, samples, y.to(x.dtype)), x.index_copy(0, samples, feature.to(x.dtype))
+        keeps = torch.zeros(num_samples, dtype=torch.bool, device=x.device)
+        return self._selected(x, attendable, rows, keeps.index_fill_(0, samples, True))
+
+    def _selected(self, x: Tensor, attendable: Attendable, rows: Tensor | None, keeps: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the block for all samples, and select the result of those that `keeps`, bool `[B]`, names."""
         y, feature = self._transform(x, attendable, rows)
-        skipped = x if rows is None else x.flatten(0, 1).index_select(0, rows)
-        if len(samples) == 0:
-            keeps = torch.zeros((), dtype=torch.bool, device=x.device)
+        if rows is None and not isinstance(attendable, Segments):
+            keeps, skipped = keeps[:, None, None], x
         else:
-            keeps = torch.zeros(num_samples, dtype=torch.bool, device=x.device).index_fill_(0, samples, True)
             keeps = keeps.index_select(0, _samples_of(x, attendable, rows))[:, None]
+            skipped = x if rows is None else x.flatten(0, 1).index_select(0, rows)
         return torch.where(keeps, y, skipped), torch.where(keeps, feature, skipped)
 
     def _transform(self, x: Tensor, attendable: Attendable, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -250,7 +258,7 @@ def encode_packed(
     unpadded: Tensor | None,
     top_k: int,
     rows: Tensor | None,
-    drop_keys: npt.NDArray[np.uint64] | None = None,
+    drop_keys: Drops = None,
 ) -> EncoderOutput:
     """Pack the tokens that are not padding, run the blocks, and unpack the output.
 

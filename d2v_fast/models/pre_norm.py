@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.models.encoder import Kept
 from d2v_fast.models.layers import Linear, drop, init_linear_, linear, truncated_normal_
 
 
@@ -196,6 +197,8 @@ class PreNormBlock(nn.Module):
         index: position in the stack, from 0, which sets the drop-path rate and the scale of the output weights.
     """
 
+    keeps_fixed_counts = True
+
     def __init__(self, config: PreNormSizes, index: int) -> None:
         super().__init__()
         self.index = index
@@ -234,7 +237,7 @@ class PreNormBlock(nn.Module):
         x: Tensor,
         attention_bias: Tensor | None,
         rows: Tensor | None = None,
-        active: Sequence[Tensor] | None = None,
+        active: Sequence[Tensor | Kept | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `encoder.Block`: attend, then apply the MLP. The feature is the residual stream.
 
@@ -242,7 +245,7 @@ class PreNormBlock(nn.Module):
             x: `[B, T, D]`.
             attention_bias: `[1, H, T, T]`, or None if the block has its own.
             rows: int64 `[N]`, the only tokens on which the MLP runs.
-            active: two of int64 `[S]`, the samples that compute the attention and those that compute the MLP.
+            active: the samples that compute the attention, and those that compute the MLP.
         """
         B, T, D = x.shape
         bias = self.position_bias() if self.position_bias is not None else attention_bias
@@ -254,19 +257,29 @@ class PreNormBlock(nn.Module):
         x = x.reshape(B * T, D).index_select(0, rows)
         scale: Tensor = self.gamma2
         if transformed is not None:
-            of_sample = x.new_zeros(B).index_fill_(0, transformed, 1.0 / (1.0 - self.drop_path))
+            samples, share = self._kept(transformed)
+            is_kept = samples.to(x.dtype)
+            if samples.dtype != torch.bool:
+                is_kept = x.new_zeros(B).index_fill_(0, samples, 1.0)
+            of_sample = is_kept * (1.0 / share)
             scale = scale * of_sample.index_select(0, rows // T)[:, None]
         x = torch.addcmul(x, self.mlp(self.norm2(x)), scale)
         return x, x
 
     def _add_branch(
-        self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor, active: Tensor | None
+        self, x: Tensor, branch: Callable[[Tensor], Tensor], gamma: Tensor, active: Tensor | Kept | None
     ) -> Tensor:
         """Return `x + drop_path(gamma * branch(x))`, with the branch computed for the `active` samples only."""
         if active is None:
             return torch.addcmul(x, branch(x), gamma)
-        scale = gamma / (1.0 - self.drop_path)
-        if len(active) == 0:
+        samples, share = self._kept(active)
+        scale = gamma / share
+        if samples.dtype == torch.bool:
+            return torch.addcmul(x, branch(x), scale * samples[:, None, None])
+        if len(samples) == 0:
             # fused attention may refuse an empty batch: compute one sample, scaled by zero
-            active, scale = active.new_zeros(1), scale * 0.0
-        return x.index_add(0, active, branch(x.index_select(0, active)) * scale)
+            samples, scale = samples.new_zeros(1), scale * 0.0
+        return x.index_add(0, samples, branch(x.index_select(0, samples)) * scale)
+
+    def _kept(self, active: Tensor | Kept) -> tuple[Tensor, float | Tensor]:
+        return active if isinstance(active, Kept) else (active, 1.0 - self.drop_path)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.encoder import Drops, EncoderOutput
 
 
 class MaskedBatch(Protocol):
@@ -20,12 +18,15 @@ class MaskedBatch(Protocol):
         inputs, lengths, unpadded, masked_inputs, offsets, drop_keys, visible, visible_lengths, noise_keys: as in
             `data.Batch`.
         rows: int64 `[N]`, flat indices `b * P + p` of the masked places, ascending, without repeats.
+        num_rows: 0-d int64, how many of `rows` count. The others are padding: any valid places. `None` means all.
     """
 
     @property
     def inputs(self) -> Tensor: ...
     @property
     def rows(self) -> Tensor: ...
+    @property
+    def num_rows(self) -> Tensor | None: ...
     @property
     def lengths(self) -> Tensor | None: ...
     @property
@@ -35,7 +36,7 @@ class MaskedBatch(Protocol):
     @property
     def offsets(self) -> Tensor | None: ...
     @property
-    def drop_keys(self) -> npt.NDArray[np.uint64] | None: ...
+    def drop_keys(self) -> Drops: ...
     @property
     def visible(self) -> Tensor | None: ...
     @property
@@ -67,6 +68,21 @@ class Embedded(Protocol):
                 `None` computes all.
         """
         ...
+
+
+def masked_places(rows: Tensor, num_rows: Tensor, num_places: int) -> Tensor:
+    """Return bool `[num_places]`, True at the first `num_rows` of `rows`, without a shape that depends on values.
+
+    Args:
+        rows: int64 `[N]`, indices of places.
+        num_rows: 0-d int64.
+        num_places: places of all samples.
+    """
+    counts = torch.arange(len(rows), device=rows.device) < num_rows
+    # padding marks one more place, which is cut off
+    places = torch.where(counts, rows, num_places)
+    masked = torch.zeros(num_places + 1, dtype=torch.bool, device=rows.device)
+    return masked.index_fill_(0, places, True)[:num_places]
 
 
 class Student(nn.Module):

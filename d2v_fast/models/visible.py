@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_fast.models.encoder import Encoder, EncoderOutput
+from d2v_fast.models.encoder import Drops, Encoder, EncoderOutput
 from d2v_fast.models.layers import dropout
 from d2v_fast.models.post_norm import PostNormBlock, padding_of
 from d2v_fast.models.student import MaskedBatch
@@ -87,9 +85,7 @@ class MaskedContext(nn.Module):
         )
         self.encoder = Encoder(blocks, gradient_checkpointing=config.gradient_checkpointing)
 
-    def encode(
-        self, x: Tensor, attendable: Tensor | None, top_k: int, drop_keys: npt.NDArray[np.uint64] | None
-    ) -> EncoderOutput:
+    def encode(self, x: Tensor, attendable: Tensor | None, top_k: int, drop_keys: Drops) -> EncoderOutput:
         """Encode `[R, V, D]`; the arguments are those of `Encoder`."""
         if self.norm is not None:
             x = dropout(self.norm(x), self.dropout, self.training)

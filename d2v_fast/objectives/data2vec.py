@@ -9,6 +9,7 @@ that neither the optimizer nor DeepSpeed treats it as a part of the model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from d2v_fast import ops
 from d2v_fast.config import D2VConfig
+from d2v_fast.data import Batch
 from d2v_fast.modalities import build_student
+from d2v_fast.models.encoder import Encoder, random_keys
 from d2v_fast.models.student import Embedded, MaskedBatch
 
 
@@ -28,7 +31,7 @@ class StepOutput(NamedTuple):
     Attributes:
         loss_sum: 0-d fp32, the loss summed over masked rows and channels. The engine divides by the masked rows of
             the global batch, so that the loss does not depend on how that batch is split.
-        num_rows: N, masked rows of this batch.
+        num_rows: N, rows of this batch, including padded ones.
         moments: fp32 `[4, D]`, sums over the rows of prediction, prediction^2, target, target^2; no gradient. None if
             they were not asked for.
         class_loss: 0-d fp32, what the class token adds to `loss_sum`. None: nothing.
@@ -43,6 +46,10 @@ class StepOutput(NamedTuple):
 def unmeasured(part: str) -> AbstractContextManager[None]:
     """Return a context that does nothing."""
     return nullcontext()
+
+
+# a batch's rows are padded to a multiple of the next power of two, divided by this
+_ROW_STEPS = 16
 
 
 class Data2Vec(nn.Module):
@@ -93,11 +100,52 @@ class Data2Vec(nn.Module):
             masked, unmasked = self.embed(batch)
         # the teacher goes first: its working memory is free again when the student's activations pile up
         with self.part("teacher forward"):
-            features = self.teacher_features(unmasked, teacher, rows)
+            features = self.teacher_features(unmasked, teacher, rows, batch.num_rows)
         with self.part("student forward"):
             prediction = self.student_forward(masked, rows)
         with self.part("target + loss"):
-            return self.objective(prediction, features, rows, batch.lengths, moments)
+            return self.objective(prediction, features, rows, batch.lengths, moments, batch.num_rows)
+
+    def shape_varies(self, batch: Batch) -> str | None:
+        """Return why `with_fixed_shapes` does not support a batch, as the end of a sentence; None if it does."""
+        if batch.unpadded is not None:
+            return "packed attention and separate documents have another number of tokens in every batch"
+        if batch.offsets is not None:
+            return "separate documents have another number of documents in every batch"
+        return None
+
+    def with_fixed_shapes(self, batch: Batch, *, fixed_counts: bool) -> Batch:
+        """Return the batch in a form whose shapes repeat from batch to batch, as a captured step needs it.
+
+        `rows` are padded to one of few lengths, and the samples that skip parts of blocks are drawn here.
+
+        Args:
+            batch: a batch on the host, for which `shape_varies` returns None.
+            fixed_counts: see `Encoder.draw`.
+        """
+        number = len(batch.rows)
+        step = max(1, 2 ** max(0, number - 1).bit_length() // _ROW_STEPS)
+        length = max(step, -(-number // step) * step)
+        # place 0 is valid in every batch
+        rows = torch.cat((batch.rows, batch.rows.new_zeros(length - number)))
+        padded = dataclasses.replace(batch, rows=rows, num_rows=torch.tensor(number))
+        return self.with_drawn_drops(padded, fixed_counts=fixed_counts)
+
+    def with_drawn_drops(self, batch: Batch, *, fixed_counts: bool) -> Batch:
+        """Return the batch with the samples that skip parts of blocks; see `Encoder.draw`.
+
+        Args:
+            batch: a batch on the host.
+            fixed_counts: see `Encoder.draw`.
+        """
+        (encoder,) = (part for part in self.student.averaged.modules() if isinstance(part, Encoder))
+        keys = batch.drop_keys
+        if isinstance(keys, Tensor):
+            return batch
+        drawn = encoder.draw(
+            random_keys(len(batch.inputs) * batch.num_masks) if keys is None else keys, fixed_counts=fixed_counts
+        )
+        return dataclasses.replace(batch, drop_keys=drawn)
 
     def embed(self, batch: MaskedBatch) -> tuple[Embedded, Embedded]:
         """Compute the inputs of student and teacher; see `Student.embed`."""
@@ -115,7 +163,9 @@ class Data2Vec(nn.Module):
         return prediction
 
     @torch.no_grad()
-    def teacher_features(self, unmasked: Embedded, teacher: nn.Module, rows: Tensor) -> list[Tensor]:
+    def teacher_features(
+        self, unmasked: Embedded, teacher: nn.Module, rows: Tensor, num_rows: Tensor | None = None
+    ) -> list[Tensor]:
         """Return the features of the teacher's last K blocks, `[B, P, D]` each.
 
         If the target normalizes each row by itself, the last block computes `rows` only, and the other rows of its
@@ -125,6 +175,7 @@ class Data2Vec(nn.Module):
             unmasked: the teacher's input, from `embed`.
             teacher: a module of the class of `student.averaged`, in eval mode.
             rows: int64 `[N]`, flat indices of the masked places.
+            num_rows: 0-d int64, how many of them count. `None` means all.
 
         Raises:
             ValueError: `teacher` is in training mode.
@@ -143,10 +194,15 @@ class Data2Vec(nn.Module):
         if output_rows is None:
             return [*features, last[:, skipped:]]
         # same layout as the other layers, with the prefix: layers with different strides would be copied
-        num_places = unmasked.num_places
-        scattered = last.new_empty(unmasked.num_samples, skipped + num_places, last.shape[1])
-        scattered.flatten(0, 1).index_copy_(0, self.student.token_rows(output_rows, num_places), last)
-        return [*features, scattered[:, skipped:]]
+        num_samples, num_places = unmasked.num_samples, unmasked.num_places
+        num_tokens = num_samples * (skipped + num_places)
+        token_rows = self.student.token_rows(output_rows, num_places)
+        if num_rows is not None:
+            # padded rows all go to one more row, which nothing reads
+            token_rows = torch.where(torch.arange(len(rows), device=rows.device) < num_rows, token_rows, num_tokens)
+        scattered = last.new_empty(num_tokens + (num_rows is not None), last.shape[1])
+        scattered.index_copy_(0, token_rows, last)
+        return [*features, scattered[:num_tokens].view(num_samples, -1, last.shape[1])[:, skipped:]]
 
     def objective(
         self,
@@ -155,6 +211,7 @@ class Data2Vec(nn.Module):
         rows: Tensor,
         lengths: Tensor | None = None,
         moments: bool = True,
+        num_rows: Tensor | None = None,
     ) -> StepOutput:
         """Compute the loss between predictions and the normalized average of the features at the masked places.
 
@@ -164,7 +221,10 @@ class Data2Vec(nn.Module):
             rows: int64 `[N]`, flat indices of the masked places.
             lengths: int64 `[B]`, valid places of each sample, for statistics over places. `None` means all.
             moments: whether to compute `StepOutput.moments`.
+            num_rows: 0-d int64, how many of the predictions count. `None` means all.
         """
+        if num_rows is not None:
+            return self._objective_of_some(prediction, features, rows, lengths, num_rows, moments)
         loss, sums = ops.data2vec_loss(
             prediction,
             features,
@@ -173,6 +233,37 @@ class Data2Vec(nn.Module):
             rows=rows,
             lengths=lengths,
             eps=self.target.eps,
+            beta=self.beta,
+            reduction="sum",
+            moments=moments,
+        )
+        return StepOutput(loss, len(rows), sums)
+
+    def _objective_of_some(
+        self,
+        prediction: Tensor,
+        features: list[Tensor],
+        rows: Tensor,
+        lengths: Tensor | None,
+        num_rows: Tensor,
+        moments: bool,
+    ) -> StepOutput:
+        """Compute `objective` of the first `num_rows` predictions.
+
+        Padded rows have a prediction and a target of zero, which add exactly nothing to loss, gradient and moments.
+        """
+        is_padding = (torch.arange(len(rows), device=rows.device) >= num_rows)[:, None]
+        target = ops.topk_target(
+            features,
+            layer_norm=self.target.layer_norm,
+            final_norm=self.target.final_norm,
+            rows=rows,
+            lengths=lengths,
+            eps=self.target.eps,
+        )
+        loss, sums = ops.masked_smooth_l1(
+            prediction.masked_fill(is_padding, 0.0),
+            target.masked_fill_(is_padding, 0.0),
             beta=self.beta,
             reduction="sum",
             moments=moments,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from d2v_fast import ops
 from d2v_fast.config import D2VConfig
 from d2v_fast.config.data2vec2 import ClassTokenLossConfig
+from d2v_fast.data import Batch
 from d2v_fast.models.decoder import ConvDecoder
 from d2v_fast.models.noise import normal_noise
 from d2v_fast.models.student import MaskedBatch
@@ -71,6 +72,16 @@ class Data2Vec2(Data2Vec):
             prediction = self.decode(encoded[:, skipped:], places, batch.noise_keys)
         with self.part("target + loss"):
             return self.multi_mask_objective(prediction, encoded[:, :skipped], features, places, batch.lengths, moments)
+
+    def shape_varies(self, batch: Batch) -> str | None:
+        """See `Data2Vec`."""
+        if batch.visible_lengths is not None:
+            return "samples of different lengths have another number of masked places in every batch"
+        return super().shape_varies(batch)
+
+    def with_fixed_shapes(self, batch: Batch, *, fixed_counts: bool) -> Batch:
+        """See `Data2Vec`. The numbers of visible and masked places are fixed already."""
+        return self.with_drawn_drops(batch, fixed_counts=fixed_counts)
 
     def decode(self, encoded: Tensor, places: Places, noise_keys: Tensor) -> Tensor:
         """Predict `[N, D]` at the masked places from the encoder's output `[R, V, D]` at the visible ones.

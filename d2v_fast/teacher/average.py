@@ -185,24 +185,50 @@ class Teacher:
             if not applied:
                 return
             applied = None
+        decay: float | Tensor = self._next_decay(step)
+        if applied is not None:
+            decay = _unless_skipped(decay, applied)
+            if self._average:
+                # with an offloaded optimizer the average is on the host
+                decay = decay.to(self._average[0].device)
+        self._move(decay)
+        self.last_step = step
+
+    def begin_update(self, step: int) -> float:
+        """Count an update whose arithmetic `update_captured` makes, and return its decay.
+
+        Args:
+            step: See `update`.
+        Raises:
+            ValueError: See `update`.
+        """
+        decay = self._next_decay(step)
+        self.last_step = step
+        return decay
+
+    def _next_decay(self, step: int) -> float:
         if step <= self.last_step:
             raise ValueError(
                 f"`step` must exceed the last one averaged ({self.last_step}), but is {step} instead: "
                 "one update per optimizer step."
             )
-        decay: float | Tensor = self.decay(step)
-        if applied is not None:
-            # fp64: in fp32, 1 - 0.9999 is off by 1e-4 of itself
-            decay = 1.0 - (1.0 - decay) * applied.double()
-            if self._average:
-                # with an offloaded optimizer the average is on the host
-                decay = decay.to(self._average[0].device)
         if stepped_addresses(self._sources) != self._addresses:
             self.follow(self._student)
+        return self.decay(step)
+
+    def update_captured(self, decay: Tensor, applied: Tensor) -> None:
+        """Average the student by operations on the device alone, which a CUDA graph can capture.
+
+        Args:
+            decay: 0-d fp64 on the device, from `begin_update`.
+            applied: 0-d bool on the device. If it is false nothing changes.
+        """
+        self._move(_unless_skipped(decay, applied))
+
+    def _move(self, decay: float | Tensor) -> None:
         # wait for the exchange of the last update before its memory is written again
         _ = self.module
         self._ema(decay)
-        self.last_step = step
         self._write_working(exchange_only=self._in_one_pass)
 
     def refresh(self, step: int) -> None:
@@ -321,6 +347,11 @@ class Teacher:
         torch.autograd.graph.increment_version(self._written_elsewhere)
         _drop_gathered(self._fsdp, self._zero)
         self._pending = [zero_teacher.exchange(memory, group) for memory, group in self._exchanged]
+
+
+def _unless_skipped(decay: float | Tensor, applied: Tensor) -> Tensor:
+    # fp64: in fp32, 1 - 0.9999 is off by 1e-4 of itself
+    return 1.0 - (1.0 - decay) * applied.double()
 
 
 def _copy(student: nn.Module, engine: Engine | None) -> nn.Module:

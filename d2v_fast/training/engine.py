@@ -48,11 +48,13 @@ class Engine(ABC):
         model: The module without wrappers.
         compute_dtype: Dtype of the forward pass and of the teacher's working copy.
         grad_norm: 0-d, global norm of the last step's gradient before clipping.
+        compiled, captured: Whether the blocks are compiled, and whether steps are captured; part of `signature`.
     """
 
     model: nn.Module
     compute_dtype: torch.dtype
     grad_norm: Tensor
+    compiled = captured = False
 
     @abstractmethod
     def forward(self, batch: Batch, teacher: nn.Module, moments: bool = True) -> StepOutput:
@@ -84,9 +86,13 @@ class Engine(ABC):
             0-d bool on the model's device: whether the step was applied. Reading it from a GPU waits for the step.
         """
 
-    @abstractmethod
     def signature(self) -> dict[str, Any]:
         """Return settings that affect the last digits of results. They are compared when a run is resumed."""
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "compiled_blocks": self.compiled,
+            "captured_steps": self.captured,
+        }
 
     @property
     @abstractmethod
@@ -202,23 +208,55 @@ class PlainEngine(Engine):
         return output
 
     def backward(self, loss_sum: Tensor, num_values: float) -> None:
+        self.accumulate(loss_sum, self.loss_scale(num_values))
+
+    def loss_scale(self, num_values: float) -> float:
+        """Return the factor of a loss that `accumulate` expects; see `backward`."""
+        return self._accumulation / num_values
+
+    def accumulate(self, loss_sum: Tensor, scale: float | Tensor) -> None:
+        """Run `backward` with a factor that may be a tensor, 0-d fp32 on the device."""
         # scale and divide as DeepSpeed does, so that both engines round alike
-        loss = loss_sum * (self._accumulation / num_values)
-        (_nan_unless_finite(loss) / self._accumulation).backward()
+        (_nan_unless_finite(loss_sum * scale) / self._accumulation).backward()
 
     def step(self, lr: float) -> Tensor:
         _set_lr(self._optimizer, lr)
+        self._fill_gradients()
+        self.grad_norm, applied = self.apply()
+        self._optimizer.zero_grad()
+        return applied
+
+    def apply(self) -> tuple[Tensor, Tensor]:
+        """Clip and apply the gradients with the present learning rate, without a sync.
+
+        Returns:
+            The norm of the gradient before clipping, and whether the step is applied, both 0-d.
+        """
+        norm, applied = _clip(self.model, self._optimizer, self._clipping)
+        self._optimizer.step()
+        return norm, applied
+
+    def hold_still(self) -> Tensor:
+        """Give gradients and learning rate fixed places in memory, as a captured step needs them.
+
+        Returns:
+            The learning rate, 0-d fp32 on the device; write it instead of passing one to `step`. The gradients must
+            be set to zero in place.
+        """
+        lr = torch.zeros((), device=self.grad_norm.device)
+        for group in self._optimizer.param_groups:
+            group["capturable"], group["lr"] = True, lr
+        self._fill_gradients()
+        return lr
+
+    def _fill_gradients(self) -> None:
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 # a skipped block: update its moments and apply weight decay, as with several processes
                 parameter.grad = torch.zeros_like(parameter)
-        self.grad_norm, applied = _clip(self.model, self._optimizer, self._clipping)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return applied
 
     def signature(self) -> dict[str, Any]:
-        return {"engine": "plain torch", "processes": 1, "zero_stage": 0, "optimizer": type(self._optimizer).__name__}
+        return {"engine": "plain torch", "processes": 1, "zero_stage": 0, **super().signature()}
 
     @property
     def optimizer(self) -> Any:
@@ -291,8 +329,12 @@ class DeepSpeedEngine(Engine):
         return torch.full((), self._engine.was_step_applied(), device=self._device)
 
     def signature(self) -> dict[str, Any]:
-        name = type(self.optimizer).__name__
-        return {"engine": "DeepSpeed", "processes": self._world_size, "zero_stage": self._stage, "optimizer": name}
+        return {
+            "engine": "DeepSpeed",
+            "processes": self._world_size,
+            "zero_stage": self._stage,
+            **super().signature(),
+        }
 
     @property
     def optimizer(self) -> Any:

@@ -22,7 +22,10 @@ from d2v_fast.memory.peak import PeakMemory
 from d2v_fast.objectives.build import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training import metrics
-from d2v_fast.training.engine import compute_dtype, import_engine, make_engine
+from d2v_fast.training.capture import CudaCapture
+from d2v_fast.training.captured_step import CapturedStep, CaptureOptions, reason_not_to_capture
+from d2v_fast.training.compiled_blocks import compile_blocks, reason_not_to_compile
+from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine, make_engine
 from d2v_fast.training.guard import Guard
 from d2v_fast.training.learning_rate import LearningRate
 from d2v_fast.training.metrics import Log, NoLog, RunLog
@@ -31,7 +34,7 @@ from d2v_fast.training.resume_rules import too_short
 from d2v_fast.training.run_folder import BAD_FILES, RunFolder
 from d2v_fast.training.run_state import Networks, Resumed, RunState, data_identity
 from d2v_fast.training.step import TrainStep
-from d2v_fast.training.stepclock import StepClock
+from d2v_fast.training.stepclock import CAPTURED_PARTS, StepClock
 
 Say = Callable[[str], None]
 
@@ -138,6 +141,7 @@ def prepare(plan: Plan, world: World, opened: ExitStack, *, resume: bool, stem: 
     say("building the model ...")
     memory = PeakMemory(world.device)
     networks = _build_networks(plan.config, world)
+    _speed_up(plan.config, world, networks, say)
     state, resumed = _restore(plan, world, folder, networks, say)
     say("compiling the mask sampler ...")
     loader = _make_loader(plan, world, folder, resumed.step)
@@ -159,7 +163,7 @@ def prepare(plan: Plan, world: World, opened: ExitStack, *, resume: bool, stem: 
         log=log,
         schedule=plan.schedule,
         loader=loader,
-        step=_make_step(plan.config, world, networks),
+        step=_make_step(plan.config, world, networks, say),
         state=state,
         guard=guard,
         memory=memory,
@@ -263,15 +267,38 @@ def _open_log(plan: Plan, world: World, folder: RunFolder, start_step: int) -> L
     return RunLog(folder, plan.schedule.num_steps, start_step, plan.config.d2v.guard)
 
 
-def _make_step(config: RunConfig, world: World, networks: Networks) -> TrainStep:
-    d2v = config.d2v
+def _speed_up(config: RunConfig, world: World, networks: Networks, say: Say) -> None:
+    """Compile the blocks and decide whether to capture steps, and report what a GPU, or the file, expects in vain."""
+    run, engine, on_gpu = config.d2v.run, networks.engine, world.device.type == "cuda"
+    if run.compile is True or (run.compile == "auto" and on_gpu):
+        reason = reason_not_to_compile(engine, world.device)
+        if reason is None:
+            compile_blocks(networks.model, networks.teacher.module)
+            engine.compiled = True
+            say("the blocks are compiled in the first steps (`d2v.run.compile`)")
+        else:
+            say(f"the blocks are not compiled (`d2v.run.compile`): {reason}")
+    if run.cuda_graph is True or (run.cuda_graph == "auto" and on_gpu):
+        reason = reason_not_to_capture(engine, networks.model, world.device)
+        if reason is None:
+            engine.captured = True
+        else:
+            say(f"steps are not captured (`d2v.run.cuda_graph`): {reason}")
+
+
+def _make_step(config: RunConfig, world: World, networks: Networks, say: Say) -> TrainStep:
+    d2v, engine, model = config.d2v, networks.engine, networks.model
+    divisor, seed = d2v.loss.divisor(d2v.model.width), d2v.run.seed
+    if engine.captured:
+        assert isinstance(engine, PlainEngine)
+        options = CaptureOptions(
+            CudaCapture(world.device), d2v.run.cuda_graph_shapes, d2v.run.kept_samples != "drawn", say
+        )
+        clock = StepClock(world.device, enabled=d2v.run.profile, parts=CAPTURED_PARTS)
+        return CapturedStep(engine, networks.teacher, world, options, divisor=divisor, seed=seed, clock=clock)
     clock = StepClock(world.device, enabled=d2v.run.profile)
-    networks.model.part = clock.part
-    return TrainStep(
-        networks.engine,
-        networks.teacher,
-        world,
-        divisor=d2v.loss.divisor(d2v.model.width),
-        seed=d2v.run.seed,
-        clock=clock,
-    )
+    model.part = clock.part
+    prepare = None
+    if d2v.run.kept_samples == "fixed":
+        prepare = functools.partial(model.with_drawn_drops, fixed_counts=True)
+    return TrainStep(engine, networks.teacher, world, divisor=divisor, seed=seed, clock=clock, prepare=prepare)

@@ -265,7 +265,8 @@ class RunState(RunSaver):
         if state["step"] == 0:
             return
         conditions = changed_keys(
-            {**state["conditions"], **{key: state["engine"][key] for key in self._engine.signature()}},
+            # earlier versions neither compiled nor captured
+            {**state["conditions"], **{key: state["engine"].get(key, False) for key in self._engine.signature()}},
             {**_conditions(self._world.device), **self._engine.signature()},
         )
         if conditions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ class TrainStep:
         divisor: Divisor of a masked row's loss, which is summed over channels.
         seed: Seed of dropout.
         clock: Measures the parts of a step; None measures nothing.
+        prepare: Changes each micro-batch while it is on the host; None changes nothing.
     """
 
     def __init__(
@@ -89,10 +91,11 @@ class TrainStep:
         divisor: float,
         seed: int,
         clock: StepClock | None = None,
+        prepare: Callable[[Batch], Batch] | None = None,
     ) -> None:
         self.engine, self.teacher = engine, teacher
         self.clock = StepClock(world.device, enabled=False) if clock is None else clock
-        self._world, self._divisor, self._seed = world, divisor, seed
+        self._world, self._divisor, self._seed, self._prepare = world, divisor, seed, prepare
 
     def __call__(self, number: int, step: Step, lr: float, *, moments: bool = True) -> StepResult:
         """Make a step; every process calls it.
@@ -111,8 +114,7 @@ class TrainStep:
         losses: list[Tensor] = []
         sums: list[Tensor] = []
         for micro_step, batch in enumerate(step.micro_batches):
-            moved = batch.to(self._world.device, non_blocking=True)
-            output = self.add_gradient(number, micro_step, moved, num_rows, moments=moments)
+            output = self.add_gradient(number, micro_step, self.place(batch), num_rows, moments=moments)
             losses.append(output.loss_sum.detach())
             if output.moments is not None:
                 sums.append(output.moments)
@@ -129,6 +131,11 @@ class TrainStep:
             moments=sums,
         )
 
+    def place(self, batch: Batch) -> Batch:
+        """Return a micro-batch of the loader as `add_gradient` expects it: on the model's device."""
+        prepared = batch if self._prepare is None else self._prepare(batch)
+        return prepared.to(self._world.device, non_blocking=True)
+
     def add_gradient(
         self, number: int, micro_step: int, batch: Batch, num_rows: int, *, moments: bool = True
     ) -> StepOutput:
@@ -141,12 +148,16 @@ class TrainStep:
             num_rows: Masked rows of the whole step, over all processes.
             moments: Whether to compute `StepOutput.moments`.
         """
-        self._world.arrive()
-        torch.manual_seed(dropout_seed(self._seed, number, micro_step, self._world.rank))
+        self.begin_micro_step(number, micro_step)
         output = self.engine.forward(batch, self.teacher.module, moments)
         with self.clock.part("backward"):
             self.engine.backward(output.loss_sum, num_rows * self._divisor)
         return output
+
+    def begin_micro_step(self, number: int, micro_step: int) -> None:
+        """Wait for late processes, and seed dropout; see `add_gradient`."""
+        self._world.arrive()
+        torch.manual_seed(dropout_seed(self._seed, number, micro_step, self._world.rank))
 
     def update(self, number: int, lr: float) -> Tensor:
         """Apply the accumulated gradients, and update the teacher.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypedDict, TypeVar
 
@@ -21,6 +21,8 @@ PARTS = (
     "EMA",
     "everything else",
 )
+# a captured step is two graphs, whose parts cannot be measured
+CAPTURED_PARTS = ("data", "captured micro-steps", "captured update", "everything else")
 # steps that fill caches and start workers
 _WARMUP_STEPS = 3
 
@@ -34,15 +36,21 @@ class Report(TypedDict):
 
 
 class StepClock:
-    """Accumulates the seconds of each part of a step; does nothing unless `enabled`."""
+    """Accumulates the seconds of each part of a step; does nothing unless `enabled`.
 
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        self.enabled = enabled
+    Args:
+        device: Device of the model.
+        enabled: Whether to measure.
+        parts: Names of the parts; the last is what no other part counts.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool, parts: Sequence[str] = PARTS) -> None:
+        self.enabled, self._parts = enabled, parts
         self._device = device
         self._num_steps, self._num_measured = 0, 0
         self._step_started = 0.0
         # seconds of this step, and of all measured steps
-        self._current, self._seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+        self._current, self._seconds = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -75,7 +83,7 @@ class StepClock:
             for part, seconds in self._current.items():
                 self._seconds[part] += seconds
             self._num_measured += 1
-        self._current = dict.fromkeys(PARTS, 0.0)
+        self._current = dict.fromkeys(self._parts, 0.0)
         self._step_started = now
         self._num_steps += 1
 
@@ -90,9 +98,10 @@ class StepClock:
 
     def __str__(self) -> str:
         report = self.report()
+        width = max(map(len, self._parts))
         lines = [f"share of a step, over {report['steps']} steps:"]
-        for part in PARTS:
-            lines.append(f"  {part:16} {report['ms_per_step'][part]:9.2f} ms {report['percent'][part]:6.1f} %")
+        for part in self._parts:
+            lines.append(f"  {part:{width}} {report['ms_per_step'][part]:9.2f} ms {report['percent'][part]:6.1f} %")
         return "\n".join(lines)
 
     def _now(self) -> float:

@@ -183,8 +183,8 @@ def test_every_key_that_deepspeed_looks_for_is_known() -> None:
         ("gradient_clipping", "auto", "Only Transformers' Trainer fills in `auto`: write the value."),
         (f"{ZERO}__reduce_bucket_size", "auto", "Only Transformers' Trainer fills in `auto`: write the value."),
         (f"{ZERO}__legacy_stage1", True, "`zero_optimization.legacy_stage1` must be false"),
-        ("d2v__run__compile", True, "The model is not compiled: d2v_fast has fused operations instead of"),
-        ("d2v__compile", {}, "A run does not use the compiler passes of DeepSpeed's section"),
+        ("d2v__run__compile", "yes", '`d2v.run.compile` must be true, false or "auto"'),
+        ("d2v__compile", {}, "`d2v.run.compile` compiles the blocks."),
     ],
 )
 def test_hints(key: str, value: Any, sentence: str) -> None:

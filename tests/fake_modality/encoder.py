@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.encoder import Drops, EncoderOutput
 from d2v_fast.models.post_norm import post_norm_encoder
-from d2v_fast.models.student import MaskedBatch, Student
+from d2v_fast.models.student import MaskedBatch, Student, masked_places
 from tests.fake_modality.config import CurvesModelConfig
 
 
@@ -25,7 +23,7 @@ class CurvesContext(nn.Module):
     def forward(
         self,
         x: Tensor,
-        drop_keys: npt.NDArray[np.uint64] | None = None,
+        drop_keys: Drops = None,
         top_k: int = 0,
         output_rows: Tensor | None = None,
     ) -> EncoderOutput:
@@ -40,7 +38,7 @@ class EmbeddedPoints:
     """Input of `CurvesContext`: points `[B, T, D]`."""
 
     points: Tensor
-    drop_keys: npt.NDArray[np.uint64] | None = None
+    drop_keys: Drops = None
 
     @property
     def num_samples(self) -> int:
@@ -79,8 +77,12 @@ class CurvesModel(Student):
     def embed(self, batch: MaskedBatch) -> tuple[EmbeddedPoints, EmbeddedPoints]:
         """See `Student`."""
         points = self.embedding(batch.inputs)
-        token = self.mask_token.to(points.dtype).expand(len(batch.rows), -1)
-        masked = points.flatten(0, 1).index_copy(0, batch.rows, token).view_as(points)
+        token, flat = self.mask_token.to(points.dtype), points.flatten(0, 1)
+        if batch.num_rows is None:
+            masked = flat.index_copy(0, batch.rows, token.expand(len(batch.rows), -1))
+        else:
+            masked = torch.where(masked_places(batch.rows, batch.num_rows, len(flat))[:, None], token, flat)
+        masked = masked.view_as(points)
         return EmbeddedPoints(masked, batch.drop_keys), EmbeddedPoints(points.detach())
 
     def make_head(self) -> nn.Module:

@@ -33,6 +33,7 @@ class Images:
     unpadded: None = None
     masked_inputs: None = None
     drop_keys: None = None
+    num_rows: None = None
     offsets: None = None
 
     def __getitem__(self, samples: slice) -> Images:

@@ -11,18 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.config import SpeechModelConfig
 from d2v_fast.modalities.speech.conv_stack import ConvStack
-from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.encoder import Drops, EncoderOutput
 from d2v_fast.models.layers import Linear, dropout
 from d2v_fast.models.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
-from d2v_fast.models.student import MaskedBatch, Student
+from d2v_fast.models.student import MaskedBatch, Student, masked_places
 
 
 class FrontEndSizes(Protocol):
@@ -137,7 +135,7 @@ class SpeechContext(nn.Module):
         frames: Tensor,
         lengths: Tensor | None = None,
         unpadded: Tensor | None = None,
-        drop_keys: npt.NDArray[np.uint64] | None = None,
+        drop_keys: Drops = None,
         top_k: int = 0,
         output_rows: Tensor | None = None,
     ) -> EncoderOutput:
@@ -148,7 +146,7 @@ class SpeechContext(nn.Module):
             lengths: int64 `[B]`, frames of each utterance before its padding. `None` means T.
             unpadded: int64 `[M]`, flat indices `b * T + t` of the frames that are not padding, ascending, for packed
                 attention.
-            drop_keys: uint64 `[B]`, see `data.Batch`.
+            drop_keys: see `models.encoder.Drops`.
             top_k: K, how many of the last blocks' features to return.
             output_rows: int64 `[N]`, flat indices of the only frames that the last block computes.
 
@@ -183,7 +181,7 @@ class EmbeddedFrames:
     frames: Tensor
     lengths: Tensor | None
     unpadded: Tensor | None
-    drop_keys: npt.NDArray[np.uint64] | None = None
+    drop_keys: Drops = None
 
     @property
     def num_samples(self) -> int:
@@ -247,7 +245,11 @@ class SpeechModel(Student):
         masked = dropout(frames, self.input_dropout, self.training).flatten(0, 1)
         assert self.front_end.mask_token is not None
         token = self.front_end.mask_token.to(masked.dtype)
-        masked = masked.index_copy(0, batch.rows, token.expand(len(batch.rows), -1)).view_as(frames)
+        if batch.num_rows is None:
+            masked = masked.index_copy(0, batch.rows, token.expand(len(batch.rows), -1))
+        else:
+            masked = torch.where(masked_places(batch.rows, batch.num_rows, len(masked))[:, None], token, masked)
+        masked = masked.view_as(frames)
         masked = self._with_positions(masked, batch.lengths)
         student = EmbeddedFrames(masked, batch.lengths, batch.unpadded, batch.drop_keys)
         return student, EmbeddedFrames(unmasked, batch.lengths, batch.unpadded)

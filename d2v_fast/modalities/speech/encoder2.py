@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from d2v_fast.config import MaskedSpeechModelConfig
 from d2v_fast.modalities.speech.encoder import ConvPositions, FrontEnd
 from d2v_fast.models.decoder import ConvDecoder
-from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.encoder import Drops, EncoderOutput
 from d2v_fast.models.post_norm import padding_of
 from d2v_fast.models.student import MaskedBatch, Student
 from d2v_fast.models.visible import Alibi, MaskedContext, Places, biased, key_mask
@@ -42,7 +40,7 @@ class MaskedSpeechContext(MaskedContext):
         frames: Tensor,
         lengths: Tensor | None = None,
         places: Places | None = None,
-        drop_keys: npt.NDArray[np.uint64] | None = None,
+        drop_keys: Drops = None,
         top_k: int = 0,
     ) -> EncoderOutput:
         """Encode frames.
@@ -51,7 +49,7 @@ class MaskedSpeechContext(MaskedContext):
             frames: `[B, T, D]`.
             lengths: int64 `[B]`, frames of each utterance before its padding. `None` means T.
             places: visible and masked frames of every row. `None`: all are visible, and R is B.
-            drop_keys: uint64 `[R]`, see `data.Batch`.
+            drop_keys: see `models.encoder.Drops`.
             top_k: K, how many of the last blocks' features to return.
 
         Returns:
@@ -83,7 +81,7 @@ class MaskedFrames:
     frames: Tensor
     lengths: Tensor | None
     places: Places | None = None
-    drop_keys: npt.NDArray[np.uint64] | None = None
+    drop_keys: Drops = None
 
     @property
     def num_samples(self) -> int:

@@ -12,15 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.config import TextModelConfig
 from d2v_fast.modalities.text.config import POSITION_OFFSET
-from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.encoder import Drops, EncoderOutput
 from d2v_fast.models.layers import INIT_STD, Linear, dropout
 from d2v_fast.models.post_norm import Attendable, Segments, encode_packed, padding_of, post_norm_encoder
 from d2v_fast.models.student import MaskedBatch, Student
@@ -102,7 +100,7 @@ class TextContext(nn.Module):
         lengths: Tensor | None = None,
         unpadded: Tensor | None = None,
         offsets: Tensor | None = None,
-        drop_keys: npt.NDArray[np.uint64] | None = None,
+        drop_keys: Drops = None,
         top_k: int = 0,
         output_rows: Tensor | None = None,
     ) -> EncoderOutput:
@@ -115,7 +113,7 @@ class TextContext(nn.Module):
                 all.
             offsets: int32 `[S + 1]`, start of each document among the unpadded tokens, and the number of these tokens.
                 Tokens attend to each other within a document, or within a sample if `offsets` is None.
-            drop_keys: uint64 `[B]`, see `data.Batch`.
+            drop_keys: see `models.encoder.Drops`.
             top_k: K, how many of the last blocks' features to return.
             output_rows: int64 `[N]`, flat indices of the only tokens that the last block computes.
 
@@ -153,7 +151,7 @@ class EmbeddedTokens:
     lengths: Tensor | None
     unpadded: Tensor | None
     offsets: Tensor | None
-    drop_keys: npt.NDArray[np.uint64] | None = None
+    drop_keys: Drops = None
 
     @property
     def num_samples(self) -> int:

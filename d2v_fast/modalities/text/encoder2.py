@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from d2v_fast.config import MaskedTextModelConfig
 from d2v_fast.modalities.text.encoder import TextEmbedding
 from d2v_fast.models.decoder import ConvDecoder
-from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.encoder import Drops, EncoderOutput
 from d2v_fast.models.student import MaskedBatch, Student
 from d2v_fast.models.visible import NORM_EPS, MaskedContext, Places, key_mask
 
@@ -38,7 +36,7 @@ class MaskedTextContext(MaskedContext):
         tokens: Tensor,
         lengths: Tensor | None = None,
         places: Places | None = None,
-        drop_keys: npt.NDArray[np.uint64] | None = None,
+        drop_keys: Drops = None,
         top_k: int = 0,
     ) -> EncoderOutput:
         """Encode embedded tokens.
@@ -47,7 +45,7 @@ class MaskedTextContext(MaskedContext):
             tokens: `[B, T, D]`.
             lengths: int64 `[B]`, tokens of each sample before its padding. `None` means T.
             places: visible and masked tokens of every row. `None`: all are visible, and R is B.
-            drop_keys: uint64 `[R]`, see `data.Batch`.
+            drop_keys: see `models.encoder.Drops`.
             top_k: K, how many of the last blocks' features to return.
 
         Returns:
@@ -68,7 +66,7 @@ class MaskedTokens:
     tokens: Tensor
     lengths: Tensor | None
     places: Places | None = None
-    drop_keys: npt.NDArray[np.uint64] | None = None
+    drop_keys: Drops = None
 
     @property
     def num_samples(self) -> int:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from d2v_fast.config import VisionModelConfig
-from d2v_fast.models.encoder import Encoder, EncoderOutput
+from d2v_fast.models.encoder import Drops, Encoder, EncoderOutput
 from d2v_fast.models.layers import Linear, init_linear_, truncated_normal_
 from d2v_fast.models.pre_norm import PreNormBlock, RelativePositionBias
-from d2v_fast.models.student import MaskedBatch, Student
+from d2v_fast.models.student import MaskedBatch, Student, masked_places
 
 
 def patches_of(pixels: Tensor, channels: int, image_size: int, patch_size: int) -> Tensor:
@@ -76,7 +74,8 @@ class VisionEmbedding(nn.Module):
 
         Args:
             pixels: `[B, C, image_size, image_size]`, normalized.
-            rows: int64 `[N]`, flat indices `b * P + p`, without repeats, of the patches to mask.
+            rows: int64 `[N]`, flat indices `b * P + p`, without repeats, of the patches to mask; or bool `[B * P]`,
+                True at these.
 
         Returns:
             `[B, 1 + P, D]`, class token first.
@@ -89,7 +88,9 @@ class VisionEmbedding(nn.Module):
         patches = patches_of(pixels, self.channels, self.image_size, self.patch_size)
         B, P, _ = patches.shape
         tokens = self.projection(patches.flatten(0, 1))
-        if rows is not None:
+        if rows is not None and rows.dtype == torch.bool:
+            tokens = torch.where(rows[:, None], self.mask_token.to(tokens.dtype), tokens)
+        elif rows is not None:
             # in place: `tokens` is new, and the projection's backward pass does not read it
             tokens.index_copy_(0, rows, self.mask_token.to(tokens.dtype).expand(len(rows), -1))
         cls_token = self.cls_token.expand(B, 1, -1)
@@ -106,14 +107,14 @@ class EmbeddedImages:
     Attributes:
         pixels: `[B, C, H, W]`, normalized.
         num_places: P.
-        rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask. `None` masks nothing.
-        drop_keys: uint64 `[B]`, as in `data.Batch`.
+        rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; or bool `[B * P]`. `None` masks nothing.
+        drop_keys: see `models.encoder.Drops`.
     """
 
     pixels: Tensor
     num_places: int
     rows: Tensor | None = None
-    drop_keys: npt.NDArray[np.uint64] | None = None
+    drop_keys: Drops = None
 
     @property
     def num_samples(self) -> int:
@@ -154,7 +155,7 @@ class VisionModel(Student):
         self,
         pixels: Tensor,
         rows: Tensor | None = None,
-        drop_keys: npt.NDArray[np.uint64] | None = None,
+        drop_keys: Drops = None,
         top_k: int = 0,
         output_rows: Tensor | None = None,
     ) -> EncoderOutput:
@@ -162,8 +163,8 @@ class VisionModel(Student):
 
         Args:
             pixels: `[B, C, H, W]`, normalized.
-            rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask. `None` masks nothing.
-            drop_keys: uint64 `[B]`, see `data.Batch`.
+            rows: int64 `[N]`, flat indices `b * P + p` of the patches to mask; or bool `[B * P]`. `None` masks nothing.
+            drop_keys: see `models.encoder.Drops`.
             top_k: K, how many of the last blocks' outputs to return.
             output_rows: int64 `[M]`, flat indices `b * P + p` of the only patches that the last block computes.
                 `None` computes all.
@@ -184,7 +185,10 @@ class VisionModel(Student):
 
     def embed(self, batch: MaskedBatch) -> tuple[EmbeddedImages, EmbeddedImages]:
         """See `Student`; images share nothing."""
-        student = EmbeddedImages(batch.inputs, self.num_patches, batch.rows, batch.drop_keys)
+        rows = batch.rows
+        if batch.num_rows is not None:
+            rows = masked_places(rows, batch.num_rows, len(batch.inputs) * self.num_patches)
+        student = EmbeddedImages(batch.inputs, self.num_patches, rows, batch.drop_keys)
         return student, EmbeddedImages(batch.inputs, self.num_patches)
 
     def finish(self, hidden: Tensor) -> Tensor:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from d2v_fast.config import MaskedVisionModelConfig
 from d2v_fast.modalities.vision.encoder import patches_of
 from d2v_fast.models.decoder import ConvDecoder
-from d2v_fast.models.encoder import EncoderOutput
+from d2v_fast.models.encoder import Drops, EncoderOutput
 from d2v_fast.models.layers import Linear
 from d2v_fast.models.student import MaskedBatch, Student
 from d2v_fast.models.visible import MaskedContext, Places, sine_positions
@@ -61,13 +59,13 @@ class MaskedImages:
         pixels: `[B, C, H, W]`, normalized.
         num_places: P.
         places: visible and masked patches. `None`: all are visible.
-        drop_keys: uint64 `[R]`, as in `data.Batch`.
+        drop_keys: see `models.encoder.Drops`.
     """
 
     pixels: Tensor
     num_places: int
     places: Places | None = None
-    drop_keys: npt.NDArray[np.uint64] | None = None
+    drop_keys: Drops = None
 
     @property
     def num_samples(self) -> int:
@@ -101,7 +99,7 @@ class MaskedVisionModel(Student):
         self,
         pixels: Tensor,
         places: Places | None = None,
-        drop_keys: npt.NDArray[np.uint64] | None = None,
+        drop_keys: Drops = None,
         top_k: int = 0,
     ) -> EncoderOutput:
         """Encode a batch of images.
@@ -109,7 +107,7 @@ class MaskedVisionModel(Student):
         Args:
             pixels: `[B, C, H, W]`, normalized.
             places: visible and masked patches of every row. `None`: all are visible, and R is B.
-            drop_keys: uint64 `[R]`, see `data.Batch`.
+            drop_keys: see `models.encoder.Drops`.
             top_k: K, how many of the last blocks' features to return.
 
         Returns:
