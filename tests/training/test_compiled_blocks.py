@@ -1,0 +1,103 @@
+"""Compiled blocks: which programs there are, and that they compute what the blocks compute."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.data import Batch
+from d2v_fast.models.encoder import Encoder
+from d2v_fast.objectives.data2vec import Data2Vec
+from d2v_fast.training.compiled_blocks import compile_blocks, reason_not_to_compile
+from tests.helpers.static_steps import KINDS, make_trial
+
+MOST_PROGRAMS = 8
+
+# dynamo looks for gradients of the blocks' inputs
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def loss_and_gradients(model: Data2Vec, teacher: nn.Module, batch: Batch) -> list[Tensor]:
+    model.zero_grad()
+    loss = model(batch, teacher).loss_sum
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Let blocks be traced and not compiled, and return the list of their programs."""
+    found: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        found.append(graph)
+        return graph
+
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compiled(block, backend=record, fullgraph=True))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_all_depths_share_programs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the depth nor the drop rate of a block makes a program of its own, and nothing breaks the graph."""
+    found = programs(monkeypatch)
+    model, teacher, batch = make_trial(kind)
+    expected = loss_and_gradients(model, teacher, batch)
+    compile_blocks(model, teacher)
+    encoders = [part for network in (model, teacher) for part in network.modules() if isinstance(part, Encoder)]
+    assert len(encoders) == 2
+    for _ in range(2):
+        actual = loss_and_gradients(model, teacher, batch)
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    num_programs = len(found)
+    # the second pass compiled nothing
+    loss_and_gradients(model, teacher, batch)
+    assert len(found) == num_programs <= MOST_PROGRAMS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_blocks_compute_the_same(kind: str) -> None:
+    model, teacher, batch = make_trial(kind)
+    plain = copy.deepcopy(model), copy.deepcopy(teacher)
+    compile_blocks(model, teacher)
+    for one in (batch, model.with_fixed_shapes(batch, fixed_counts=True)):
+        expected = loss_and_gradients(*plain, one)
+        actual = loss_and_gradients(model, teacher, one)
+        for value, other in zip(actual, expected, strict=True):
+            error = (value - other).abs().max() / other.abs().max().clamp_min(1e-3)
+            assert error < 1e-5
+
+
+def test_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Partitioned:
+        """An engine with ZeRO stage 3."""
+
+        class deepspeed:
+            """DeepSpeed's engine."""
+
+            @staticmethod
+            def zero_optimization_stage() -> int:
+                """Return the stage."""
+                return 3
+
+    engine: Any = Partitioned
+    assert "ZeRO stage 3" in str(reason_not_to_compile(engine, torch.device("cuda")))
+    Partitioned.deepspeed = None  # type: ignore[assignment,misc]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install triton" in str(reason_not_to_compile(engine, torch.device("cuda")))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
+    assert reason_not_to_compile(engine, torch.device("cpu")) == "there is no C++ compiler"
