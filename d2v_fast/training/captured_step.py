@@ -179,7 +179,7 @@ class _MicroStep:
             # in the first run, which is not captured
             self._output = _each(output, lambda value: torch.empty_like(value.detach()))
         for place, value in zip(self._output, output, strict=True):
-            if isinstance(place, Tensor):
+            if isinstance(place, Tensor) and isinstance(value, Tensor):
                 place.copy_(value.detach())
 
 
