@@ -73,6 +73,6 @@ def save_fairseq(
     make = modality_of(config).published
     found = None if make is None else make()
     if found is None or found.form != FORM:
-        must = " or ".join(name for name, one in published_formats() if one.form == FORM)
+        must = " or ".join(dict.fromkeys(name for name, one in published_formats() if one.form == FORM))
         raise ValueError(f"`d2v.modality` must be {must} for fairseq, but is {config.modality} instead.")
     found.write(model, head, teacher, config, path, num_updates=num_updates)

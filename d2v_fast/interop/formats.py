@@ -79,6 +79,8 @@ class Published(NamedTuple):
         write: Write a checkpoint from student, head, teacher, the run's configuration, the path and the step.
         check: Raise OptionError if a run has what this format cannot hold.
         classes: Classes that a pickle may need. Making an instance of one must execute nothing.
+        step: From the content of a file and its path to the sections of `"d2v"`, besides the model, that the training
+            step which made it had. Raise ValueError where one is unknown or not supported. None: files do not tell.
     """
 
     form: str
@@ -90,6 +92,7 @@ class Published(NamedTuple):
     write: Callable[..., None]
     check: Callable[[Any], None] = lambda config: None
     classes: tuple[type, ...] = ()
+    step: Callable[[Mapping[str, Any], Path], dict[str, Any]] | None = None
 
 
 def huggingface_formats() -> Iterator[tuple[str, HuggingFace]]:
@@ -105,8 +108,9 @@ def published_formats() -> Iterator[tuple[str, Published]]:
 def _formats(field: Callable[[Modality[Any]], Callable[[], FormatT] | None]) -> Iterator[tuple[str, FormatT]]:
     # a modality of another package that cannot be imported is an error only where no other one fits
     for name in modality_names():
-        if (make := field(modality_named(name))) is not None:
-            yield name, make()
+        for modality in modality_named(name).objectives.values():
+            if (make := field(modality)) is not None:
+                yield name, make()
 
 
 def forms_of(modality: Modality[D2VConfig]) -> dict[str, str]:

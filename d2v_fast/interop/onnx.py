@@ -69,7 +69,13 @@ def export_onnx(model: Student, config: D2VConfig, path: Path) -> None:
     try:
         logger.setLevel(logging.ERROR)
         # the exporter prints its progress
-        with replaced(path) as part, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # with a gradient to a bias of attention, another kernel is traced, whose output has no free sizes
+        with (
+            torch.no_grad(),
+            replaced(path) as part,
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             # traced here: the exporter alone would fall back to fixed sizes where free ones cannot be traced
             program = torch.export.export(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from d2v_fast.modalities import Modality
-from d2v_fast.modalities.speech.config import SpeechConfig
+from d2v_fast.modalities.speech.config import RecordingsConfig, SpeechConfig
 from d2v_fast.modalities.speech.config2 import MaskedSpeechConfig
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _published() -> Published:
     return FORMAT
 
 
-def _onnx(model: SpeechModel, config: SpeechConfig) -> Graph:
+def _onnx(model: SpeechModel | MaskedSpeechModel, config: RecordingsConfig) -> Graph:
     from d2v_fast.modalities.speech.onnx import speech_graph
 
     return speech_graph(model, config)
@@ -98,6 +98,18 @@ def _largest_masked_batch(config: MaskedSpeechConfig, num_samples: int) -> Batch
     return largest_batch(config, num_samples)
 
 
+def _huggingface2() -> HuggingFace:
+    from d2v_fast.modalities.speech.huggingface2 import FORMAT
+
+    return FORMAT
+
+
+def _published2() -> Published:
+    from d2v_fast.modalities.speech.fairseq2 import FORMAT
+
+    return FORMAT
+
+
 DATA2VEC2 = Modality(
     name="speech",
     objective="data2vec2",
@@ -108,6 +120,9 @@ DATA2VEC2 = Modality(
     largest_batch=_largest_masked_batch,
     open_inputs=_open_inputs,
     probing=_probing,
+    huggingface=_huggingface2,
+    published=_published2,
+    onnx=_onnx,
 )
 
 MODALITY = Modality(

@@ -435,8 +435,9 @@ def _foreign_config(config: SpeechConfig, num_updates: int) -> dict[str, Any]:
 
 
 def _is_own(content: Any) -> bool:
-    names = section(content, "model")
-    return any(str(name).startswith(("feature_extractor.", "w2v_encoder.")) for name in names)
+    names = [str(name) for name in section(content, "model")]
+    is_version_2 = any("modality_encoders." in name for name in names)
+    return not is_version_2 and any(name.startswith(("feature_extractor.", "w2v_encoder.")) for name in names)
 
 
 def _read(content: Mapping[str, Any], path: Path, settings: Settings) -> FairseqSpeech:

@@ -37,6 +37,7 @@ from d2v_fast.interop.folders import (
 )
 from d2v_fast.interop.formats import HuggingFace
 from d2v_fast.interop.layout import Layout, within
+from d2v_fast.modalities.speech.config import SpeechModelSection
 from d2v_fast.modalities.speech.encoder import SpeechModel
 from d2v_fast.modalities.speech.layout import SpeechNames, speech_layout
 from d2v_fast.models.student import Student
@@ -91,7 +92,7 @@ def export_speech(
     with model_folder(folder) as target:
         write_weights(target, layout(sizes), state, max_file_bytes)
         write_text(target / "README.md", _model_card(config, sizes, info or {}))
-        write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes)))
+        write_text(target / "preprocessor_config.json", as_json(preprocessor_config(sizes)))
         write_text(target / "config.json", as_json(_foreign_config(sizes)))
 
 
@@ -110,7 +111,7 @@ def import_speech(folder: str | os.PathLike[str]) -> tuple[SpeechModel, SpeechMo
         ValueError: The architecture differs from this encoder's, or tensors are missing, unknown or misshapen.
     """
     source = Path(folder)
-    config = _own_config(read_model_config(source), _sample_rate(source), str(source / "config.json"))
+    config = _own_config(read_model_config(source), sample_rate_of(source), str(source / "config.json"))
     theirs, path = read_weights(source)
     theirs = within(theirs, BASE_PREFIX, f"`{path}`")
     layout(config).require_finite(theirs, f"`{path}`")
@@ -237,7 +238,7 @@ def _own_config(raw: Mapping[str, Any], sample_rate: int, path: str) -> SpeechMo
     return config
 
 
-def _preprocessor_config(config: SpeechModelConfig) -> dict[str, Any]:
+def preprocessor_config(config: SpeechModelSection) -> dict[str, Any]:
     """Return a configuration that normalizes each utterance to zero mean and unit variance, as training does."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
@@ -250,7 +251,7 @@ def _preprocessor_config(config: SpeechModelConfig) -> dict[str, Any]:
     }
 
 
-def _sample_rate(folder: Path) -> int:
+def sample_rate_of(folder: Path) -> int:
     path = folder / "preprocessor_config.json"
     if not path.exists():
         _log.warning("`%s` holds no %s: assuming a sample rate of 16,000 Hz", printable(str(folder)), path.name)

@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.interop.onnx import EXAMPLE_BATCH, Graph
-from d2v_fast.modalities.speech.config import SpeechConfig
+from d2v_fast.modalities.speech.config import RecordingsConfig
 from d2v_fast.modalities.speech.conv_stack import ConvStack
 from d2v_fast.modalities.speech.encoder import SpeechModel
+from d2v_fast.modalities.speech.encoder2 import MaskedSpeechModel
 
 # frames of the example input for tracing
 _FRAMES = 24
 
 
-def speech_graph(model: SpeechModel, config: SpeechConfig) -> Graph:
+def speech_graph(model: SpeechModel | MaskedSpeechModel, config: RecordingsConfig) -> Graph:
     """Return the graph of an encoder in eval mode."""
     waveforms = torch.zeros(EXAMPLE_BATCH, config.model.num_samples(_FRAMES))
     # int32, as the feature extractor of the exported folder returns it
@@ -34,7 +35,7 @@ def speech_graph(model: SpeechModel, config: SpeechConfig) -> Graph:
 class _Speech(nn.Module):
     """A speech encoder whose front end uses standard convolutions."""
 
-    def __init__(self, model: SpeechModel) -> None:
+    def __init__(self, model: SpeechModel | MaskedSpeechModel) -> None:
         super().__init__()
         self.convolutions = _Convolutions(model.front_end.convolutions)
         front_end = copy.copy(model.front_end)

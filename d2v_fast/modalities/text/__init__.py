@@ -63,7 +63,7 @@ def _published() -> Published:
     return FORMAT
 
 
-def _onnx(model: TextModel, config: TextConfig) -> Graph:
+def _onnx(model: TextModel | MaskedTextModel, config: DocumentsConfig) -> Graph:
     from d2v_fast.modalities.text.onnx import text_graph
 
     return text_graph(model, config)
@@ -116,6 +116,18 @@ def _largest_masked_batch(config: MaskedTextConfig, num_samples: int) -> Batch:
     return largest_batch(config, num_samples)
 
 
+def _huggingface2() -> HuggingFace:
+    from d2v_fast.modalities.text.huggingface2 import FORMAT
+
+    return FORMAT
+
+
+def _published2() -> Published:
+    from d2v_fast.modalities.text.fairseq2 import FORMAT
+
+    return FORMAT
+
+
 DATA2VEC2 = Modality(
     name="text",
     objective="data2vec2",
@@ -129,6 +141,9 @@ DATA2VEC2 = Modality(
     probing=_probing,
     tokenizer=_tokenizer,
     tokenize=_tokenize,
+    huggingface=_huggingface2,
+    published=_published2,
+    onnx=_onnx,
 )
 
 MODALITY = Modality(

@@ -48,7 +48,7 @@ from d2v_fast.interop.fairseq_recipe import NO_SETTINGS, POST_NORM, Gathered, Se
 from d2v_fast.interop.folders import mlp_ratio, require_values
 from d2v_fast.interop.formats import Published
 from d2v_fast.interop.layout import Misfit, log_unused
-from d2v_fast.modalities.text.config import POSITION_OFFSET
+from d2v_fast.modalities.text.config import POSITION_OFFSET, DocumentsConfig
 from d2v_fast.modalities.text.encoder import TextModel
 from d2v_fast.modalities.text.huggingface import build_text
 from d2v_fast.modalities.text.layout import TextNames, text_layout
@@ -377,7 +377,7 @@ def _read(content: Mapping[str, Any], path: Path, settings: Settings) -> Fairseq
     return text_of(content, path, settings=settings)
 
 
-def _check_ids(config: TextConfig) -> None:
+def check_ids(config: DocumentsConfig) -> None:
     """Raise OptionError if the run's tokenizer is readable and its special ids differ from fairseq's."""
     from d2v_fast.modalities.text.tokenizer import load_tokenizer
 
@@ -396,5 +396,5 @@ def _check_ids(config: TextConfig) -> None:
 
 
 FORMAT = Published(
-    "fairseq", ".pt", "fairseq", AVERAGE, is_own=_is_own, read=_read, write=save_fairseq_text, check=_check_ids
+    "fairseq", ".pt", "fairseq", AVERAGE, is_own=_is_own, read=_read, write=save_fairseq_text, check=check_ids
 )

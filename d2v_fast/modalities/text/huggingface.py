@@ -131,7 +131,7 @@ def import_text(folder: str | os.PathLike[str]) -> tuple[TextModel, TextModelCon
     source = Path(folder)
     path = str(source / "config.json")
     raw = read_model_config(source)
-    pad = _padding_id(raw, path)
+    pad = padding_id(raw, path)
     config = _own_config(raw, pad, path)
     num_types = whole_number(raw, "type_vocab_size", 2, path)
     theirs, weights_path = read_weights(source)
@@ -238,7 +238,7 @@ def _foreign_config(config: TextModelConfig, bos: int | None, pad: int, eos: int
     }
 
 
-def _padding_id(raw: Mapping[str, Any], path: str) -> int:
+def padding_id(raw: Mapping[str, Any], path: str) -> int:
     pad = raw.get("pad_token_id", 1)
     if type(pad) is not int or not 0 <= pad < MAX_VOCAB:
         raise ValueError(f"`pad_token_id` in {path} must be a whole number >= 0, but is {show(pad)} instead.")
@@ -319,10 +319,10 @@ model = AutoModelForSequenceClassification.from_pretrained(".", num_labels=2)
     )
 
 
-def _vocabulary(folder: Path) -> str | None:
+def vocabulary(folder: Path) -> str | None:
     from d2v_fast.modalities.text.tokenizer import load_tokenizer
 
     return load_tokenizer(folder).digest if (folder / "tokenizer.json").is_file() else None
 
 
-FORMAT = HuggingFace(KIND, export_text, import_text, vocabulary=_vocabulary)
+FORMAT = HuggingFace(KIND, export_text, import_text, vocabulary=vocabulary)

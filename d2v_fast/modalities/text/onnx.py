@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.interop.onnx import EXAMPLE_BATCH, Graph
-from d2v_fast.modalities.text.config import POSITION_OFFSET, TextConfig
+from d2v_fast.modalities.text.config import POSITION_OFFSET, DocumentsConfig
 from d2v_fast.modalities.text.encoder import TextModel
+from d2v_fast.modalities.text.encoder2 import MaskedTextModel
 
 # sequence length of the example input for tracing
 _TOKENS = 6
 
 
-def text_graph(model: TextModel, config: TextConfig) -> Graph:
+def text_graph(model: TextModel | MaskedTextModel, config: DocumentsConfig) -> Graph:
     """Return the graph of an encoder in eval mode."""
     most = model.embedding.max_positions
     tokens = torch.zeros(EXAMPLE_BATCH, min(_TOKENS, most), dtype=torch.int64)
@@ -30,7 +31,7 @@ def text_graph(model: TextModel, config: TextConfig) -> Graph:
 class _Text(nn.Module):
     """A text encoder that counts positions over the tokens that are not padding."""
 
-    def __init__(self, model: TextModel) -> None:
+    def __init__(self, model: TextModel | MaskedTextModel) -> None:
         super().__init__()
         self.model = model
 
@@ -38,5 +39,8 @@ class _Text(nn.Module):
         embedding = self.model.embedding
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + POSITION_OFFSET
         x = embedding.norm(embedding.token(input_ids) + F.embedding(positions, embedding.position))
+        # of data2vec 2.0 with context blocks
+        norm = getattr(self.model.context, "norm", None)
+        x = x if norm is None else norm(x)
         hidden: Tensor = self.model.context.encoder(x, attention_mask[:, None, None, :] != 0).last_hidden
         return hidden

@@ -31,7 +31,7 @@ def patches_of(pixels: Tensor, channels: int, image_size: int, patch_size: int) 
     expected = (channels, image_size, image_size)
     if pixels.dim() != 4 or pixels.shape[1:] != expected:
         raise ValueError(f"`pixels` must be [B, {', '.join(map(str, expected))}], but is {list(pixels.shape)} instead.")
-    B, G, S = len(pixels), image_size // patch_size, patch_size
+    B, G, S = pixels.shape[0], image_size // patch_size, patch_size
     patches = pixels.view(B, channels, G, S, G, S).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(B, G * G, channels * S * S)
 

@@ -48,7 +48,7 @@ class PatchEmbedding(nn.Module):
         tokens = self.projection(patches) + self.positions
         if places is not None:
             tokens = places.gather(tokens)
-        return torch.cat((self.cls_token.to(tokens.dtype).expand(len(tokens), 1, -1), tokens), dim=1)
+        return torch.cat((self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens), dim=1)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from d2v_fast.interop.folders import (
 )
 from d2v_fast.interop.formats import HuggingFace
 from d2v_fast.interop.layout import Layout
+from d2v_fast.modalities.vision.config import ImageModelSection
 from d2v_fast.modalities.vision.encoder import VisionModel
 from d2v_fast.modalities.vision.layout import VisionNames, build_vision, gammas, vision_layout
 from d2v_fast.models.student import Student
@@ -101,7 +102,7 @@ def export_vision(
         write_text(target / "README.md", _model_card(config, sizes, info or {}))
         data = config.data if isinstance(config, VisionConfig) else VisionDataConfig()
         scans = isinstance(config, VisionConfig) and data.kind == "digits"
-        write_text(target / "preprocessor_config.json", as_json(_preprocessor_config(sizes, data, scans)))
+        write_text(target / "preprocessor_config.json", as_json(preprocessor_config(sizes, data, scans)))
         write_text(target / "config.json", as_json(_foreign_config(sizes)))
 
 
@@ -235,7 +236,7 @@ def _side(raw: Mapping[str, Any], key: str, default: int, path: str) -> int:
     return whole_number({key: value}, key, default, path)
 
 
-def _preprocessor_config(model: VisionModelConfig, data: VisionDataConfig, scans: bool) -> dict[str, Any]:
+def preprocessor_config(model: ImageModelSection, data: VisionDataConfig, scans: bool) -> dict[str, Any]:
     """Return the preprocessor configuration of our evaluation: the largest centered square at input size."""
     size = model.image_size
     return {

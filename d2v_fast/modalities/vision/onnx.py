@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.interop.onnx import EXAMPLE_BATCH, Graph
-from d2v_fast.modalities.vision.config import VisionConfig
+from d2v_fast.modalities.vision.config import ImagesConfig
 from d2v_fast.models.student import Student
 
 
-def vision_graph(model: Student, config: VisionConfig) -> Graph:
+def vision_graph(model: Student, config: ImagesConfig) -> Graph:
     """Return the graph to export for an encoder in eval mode."""
     sizes = config.model
     pixels = torch.zeros(EXAMPLE_BATCH, sizes.channels, sizes.image_size, sizes.image_size)
