@@ -1,4 +1,4 @@
-"""fairseq's data2vec checkpoints (version 1), in both directions, without importing fairseq."""
+"""fairseq's data2vec checkpoints of both versions, in both directions, without importing fairseq."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def save_fairseq(
     make = modality_of(config).published
     found = None if make is None else make()
     if found is None or found.form != FORM:
-        must = " or ".join(dict.fromkeys(name for name, one in published_formats() if one.form == FORM))
+        must = " or ".join(name for name, one in published_formats(config.objective) if one.form == FORM)
         raise ValueError(f"`d2v.modality` must be {must} for fairseq, but is {config.modality} instead.")
     found.write(model, head, teacher, config, path, num_updates=num_updates)

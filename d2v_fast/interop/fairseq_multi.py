@@ -192,16 +192,17 @@ def check_encoder(model: Mapping[str, Any], kind: Kind, path: str) -> None:
     _require(own, {**_MODALITY_ENCODER, **kind.encoder}, f"`modalities.{kind.section}` in {where}")
 
 
-def encoder_values(parts: Parts, kind: Kind, gathered: Gathered) -> dict[str, Any]:
+def encoder_values(parts: Parts, kind: Kind, gathered: Gathered, published_width: int) -> dict[str, Any]:
     """Return the keys of `d2v.model` that all modalities have: sizes from the tensors, all else from `cfg`.
 
     Args:
-        parts: From `divide`. For a missing tensor a size of 1 is used, so that the later error names the tensor.
+        parts: From `divide`. For a missing tensor another size is used, so that the later error names the tensor.
         kind: The modality.
         gathered: From `begin`; the heads are found here.
+        published_width: The width where the first block is missing.
     """
     encoder = parts.encoder
-    width = dimension(encoder, "blocks.0.norm1.weight", 0)
+    width = dimension(encoder, "blocks.0.norm1.weight", 0, published_width)
     scale = encoder.get(f"{kind.prefix}alibi_scale")
     if scale is not None and scale.dim() == 5:
         gathered.values["heads"] = scale.shape[2]
@@ -211,7 +212,7 @@ def encoder_values(parts: Parts, kind: Kind, gathered: Gathered) -> dict[str, An
         "width": width,
         "context_depth": count(encoder, re.escape(f"{kind.prefix}context_encoder.blocks.") + r"(\d+)\."),
         "depth": max(1, count(encoder, r"blocks\.(\d+)\.")),
-        "mlp_ratio": mlp_ratio(width, dimension(encoder, "blocks.0.mlp.fc1.weight", 0)),
+        "mlp_ratio": mlp_ratio(width, dimension(encoder, "blocks.0.mlp.fc1.weight", 0, 4 * width)),
         "decoder": {**_decoder_values(parts.decoder, width, kind), **gathered.values.get("decoder", {})},
     }
 

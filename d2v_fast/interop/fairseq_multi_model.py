@@ -212,10 +212,11 @@ class MultiModel:
     def _config_of(self, parts: Parts, cfg: Mapping[str, Any], settings: Settings, path: str) -> tuple[Any, list[str]]:
         """Return the model's configuration, and a text for each assumed value."""
         told = pretraining(cfg, self.kind)
-        model, published = section(told, "model"), self.config()
+        model = section(told, "model")
+        published: Any = self.config()
         check_encoder(model, self.kind, path)
         gathered = begin(model, self.kind, settings, path)
-        values = encoder_values(parts, self.kind, gathered)
+        values = encoder_values(parts, self.kind, gathered, published.width)
         gathered.published({name: getattr(published, name) for name in _RATES}, "as published")
         own = section(section(model, "modalities"), self.kind.section)
         values |= self.values(parts, own, section(told, "task"), gathered)

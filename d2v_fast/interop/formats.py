@@ -100,9 +100,13 @@ def huggingface_formats() -> Iterator[tuple[str, HuggingFace]]:
     return _formats(lambda modality: modality.huggingface)
 
 
-def published_formats() -> Iterator[tuple[str, Published]]:
-    """Yield name and published format of every modality that has one, those of this library first."""
-    return _formats(lambda modality: modality.published)
+def published_formats(objective: str | None = None) -> Iterator[tuple[str, Published]]:
+    """Yield name and published format of every modality that has one, those of this library first.
+
+    Args:
+        objective: Value of `d2v.objective` that the format is for; None yields those of all.
+    """
+    return _formats(lambda modality: modality.published if objective in (None, modality.objective) else None)
 
 
 def _formats(field: Callable[[Modality[Any]], Callable[[], FormatT] | None]) -> Iterator[tuple[str, FormatT]]:

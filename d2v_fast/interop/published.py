@@ -78,7 +78,8 @@ def _read(path: Path, form: str | None) -> tuple[Published, Any]:
     for name, found in published_formats():
         if form not in (None, found.form):
             continue
-        owners.append(f"{name} ({found.owner})")
+        if (owner := f"{name} ({found.owner})") not in owners:
+            owners.append(owner)
         # some code keeps an object that does nothing in its files: only files of that format may have it
         held = read_pickle(path, found.classes) if needed and needed.name in map(_name_of, found.classes) else content
         if held is not None and found.is_own(held):

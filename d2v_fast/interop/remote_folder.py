@@ -16,8 +16,10 @@ from torch import Tensor
 
 from d2v_fast.config import ConfigError, D2VConfig
 from d2v_fast.config.errors import Section, check
+from d2v_fast.config.schema import MAX_FILE_BYTES
 from d2v_fast.files.atomic import write_text
 from d2v_fast.files.outputs import model_folder
+from d2v_fast.files.reading import read_text
 from d2v_fast.interop.fairseq_multi_model import MultiModel
 from d2v_fast.interop.folders import (
     MAX_WEIGHTS_BYTES,
@@ -108,7 +110,7 @@ class RemoteModel:
             write_weights(target, self.model.layout(sizes), self.model.with_fixed(model, sizes), max_file_bytes)
             write_text(target / "README.md", model_card(**self.card(sizes), info=info or {}, config=config))
             for path in sorted([*(Path(__file__).parent / CODE).glob("*.py"), *self.code.glob("*.py")]):
-                write_text(target / path.name, path.read_text(encoding="utf-8"))
+                write_text(target / path.name, read_text(path, MAX_FILE_BYTES))
             files(target)
             write_text(target / "config.json", as_json({**self._foreign_config(sizes), **more}))
 

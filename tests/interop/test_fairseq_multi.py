@@ -252,6 +252,9 @@ def test_misfits_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(Misfit, match=message):
             read_published(saved(case, tmp_path, model=changed(case, name, value)))
+    only = {"modality_encoders.IMAGE.extra_tokens": torch.zeros(1, 1, 768)}
+    with pytest.raises(Misfit, match=r"width 768:\n  `modality_encoders\.IMAGE\.fixed_positional.* is missing"):
+        read_published(saved(case, tmp_path, model=only, cfg=None))
     lacking = {**case.checkpoint["model"], "_ema": {"blocks.0.norm1.weight": torch.ones(32)}}
     with pytest.raises(Misfit, match=r"`_ema\..*` is missing"):
         read_published(saved(case, tmp_path, model=lacking))

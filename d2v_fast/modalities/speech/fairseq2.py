@@ -41,7 +41,10 @@ def _values(parts: Parts, own: Mapping[str, Any], task: Mapping[str, Any], gathe
     """Return the sizes of the convolutions: the strides from `cfg`, all else from the tensors."""
     encoder, convolution = parts.encoder, f"{FRONT}local_encoder.conv_layers."
     num_layers = count(encoder, re.escape(convolution) + r"(\d+)\.") or len(PUBLISHED.conv_kernels)
-    kernels = tuple(dimension(encoder, f"{convolution}{index}.0.weight", 2) for index in range(num_layers))
+    published = dict(enumerate(PUBLISHED.conv_kernels))
+    kernels = tuple(
+        dimension(encoder, f"{convolution}{index}.0.weight", 2, published.get(index, 1)) for index in range(num_layers)
+    )
     spec = own.get("feature_encoder_spec")
     if isinstance(spec, str):
         gathered.values.setdefault("conv_strides", [stride for _, _, stride in parse_layers(spec)])

@@ -38,7 +38,7 @@ KIND = Kind(
 def _values(parts: Parts, own: Mapping[str, Any], task: Mapping[str, Any], gathered: Gathered) -> dict[str, Any]:
     """Return the sizes of the images, which the tensors show."""
     weight = f"{FRONT}local_encoder.proj.weight"
-    size = dimension(parts.encoder, weight, 3)
+    size = dimension(parts.encoder, weight, 3, 16)
     num_patches = dimension(parts.encoder, f"{FRONT}fixed_positional_encoder.positions", 1)
     return {
         "channels": dimension(parts.encoder, weight, 1),
