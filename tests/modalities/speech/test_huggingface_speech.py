@@ -121,12 +121,13 @@ def test_base_size_agrees_both_ways(tmp_path: Path) -> None:
     assert_state_equal(imported, model)
 
 
-def test_import_base_size_that_transformers_saved(tmp_path: Path) -> None:
-    theirs = transformers.Data2VecAudioModel(transformers.Data2VecAudioConfig())
+def test_import_what_transformers_saved_with_its_defaults(tmp_path: Path) -> None:
+    """Those of the base size, except for its depth."""
+    theirs = transformers.Data2VecAudioModel(transformers.Data2VecAudioConfig(num_hidden_layers=2))
     randomize_(theirs)
     theirs.save_pretrained(tmp_path)
     model, config = import_model(tmp_path)
-    assert config == SpeechModelConfig(activation_dropout=0.1, layer_drop=0.1)
+    assert config == SpeechModelConfig(depth=2, activation_dropout=0.1, layer_drop=0.1)
     assert isinstance(model, SpeechModel)
     assert_same_features(model.eval(), theirs, 8_000)
 
