@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import importlib
 import importlib.util
@@ -19,12 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from d2v_fast.distributed import deepspeed_internals, deepspeed_start
 from d2v_fast.distributed.world import World
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.interop import export
+from d2v_fast.masking import block_mask_rows
 from d2v_fast.train import main
 from d2v_fast.training import metrics
 
@@ -154,6 +157,7 @@ def start(
     before: Callable[[], None] = lambda: None,
 ) -> int:
     """Fork a process that runs the command line, after `before`; its output goes to a file. Returns its id."""
+    import_what_runs_need()
 
     def work() -> int:
         # threads of the tokenizer do not survive a fork
@@ -163,6 +167,19 @@ def start(
         return run_here(*arguments)
 
     return fork(work, output)
+
+
+@functools.cache
+def import_what_runs_need() -> None:
+    """Import and compile once, for all processes that are forked from here, what the tiny runs import and compile."""
+    for name in (
+        "torch._dynamo",
+        "d2v_fast.training.prepare",
+        "d2v_fast.modalities.vision.batches",
+        "sklearn.datasets",
+    ):
+        importlib.import_module(name)
+    block_mask_rows(0, 0, np.arange(2), 4, 9, 2, None, 0.3)
 
 
 def fork(work: Callable[[], int], output: Path) -> int:
@@ -260,9 +277,10 @@ def import_deepspeed() -> None:
         warnings.simplefilter("ignore")
         deepspeed_start.load(torch.device("cpu"))
         deepspeed_start.load_zero()
-        # what a run imports when it makes its engine and at its first step
-        for name in ("torch._dynamo", "deepspeed.module_inject", "deepspeed.moe.utils"):
-            importlib.import_module(name)
+        # what a run imports when it makes its engine and at its first step; other versions may have other modules
+        for name in ("torch._dynamo", "deepspeed.comm.mori", "deepspeed.module_inject.auto_ep_layer"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
         # for the tests that call `deepspeed.initialize` themselves
         _never_compiling.enter_context(deepspeed_internals.without_compiling(torch.device("cpu")))
 

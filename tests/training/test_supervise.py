@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import signal
 import subprocess
@@ -50,6 +51,8 @@ def start(folder: Path, script: str, limit: int = 2, **environment: str) -> int:
     """Fork a supervisor whose worker is `script` instead of a training; return its process id."""
     config = load_config(tiny_file(folder))
     original = supervise._worker
+    # the agent looks for its name in all modules, of which tests have thousands; those that were seen are remembered
+    inspect.getmodule(compile("", "nowhere.py", "exec"))
 
     def work() -> int:
         os.environ.update(environment)
