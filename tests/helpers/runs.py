@@ -106,6 +106,34 @@ TINY_TEXT: dict[str, Any] = {
     },
 }
 
+_DECODER = {"width": 8, "depth": 2, "kernel": 3, "groups": 2, "dropout": 0.1}
+
+
+def _second(base: dict[str, Any], modality: str, model: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration of data2vec 2.0 for the data of one of data2vec; null removes a key of its model."""
+    sizes = {**base["d2v"]["model"], "depth": 2, "decoder": _DECODER, **model}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    target = {"top_k": 2, "layer_norm": "instance", "final_norm": "none"}
+    changed = {"model": sizes, "target": target, **sections}
+    return {**base, "d2v": {**base["d2v"], "modality": modality, "objective": "data2vec2", **changed}}
+
+
+TINY_2 = _second(
+    TINY,
+    "vision",
+    {"context_depth": 1, "layer_drop": 0.1, "drop_path": None, "layer_scale": None},
+    mask={"num_masks": 3, "prob": 0.6, "length": 2, "prob_adjust": 0.1},
+    target={"top_k": 2, "layer_norm": "instance", "final_norm": "layer"},
+)
+TINY_2_SPEECH = _second(TINY_SPEECH, "speech", {}, mask={"num_masks": 2, "length": 3})
+TINY_2_TEXT = _second(
+    TINY_TEXT,
+    "text",
+    {"decoder": {**_DECODER, "groups": 1, "residual": False, "projection": 2}},
+    mask={"num_masks": 2},
+    loss={"channel_reduction": "sum", "beta": 0},
+)
+
 # the logged values that must be equal bit for bit in a resumed run
 FIGURES = ("step", "epoch", "loss", "target_std", "prediction_std", "lr", "decay", "grad_norm", "skipped", "samples")
 

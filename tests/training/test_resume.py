@@ -14,13 +14,24 @@ from d2v_fast.checkpoints.saved_weights import SavedWeights
 from d2v_fast.data import StepLoader
 from tests.helpers.common import opened
 from tests.helpers.marks import needs_deepspeed
-from tests.helpers.runs import figures, import_deepspeed, run_forked, run_here, tiny_file
+from tests.helpers.runs import (
+    TINY,
+    TINY_2,
+    TINY_2_SPEECH,
+    TINY_2_TEXT,
+    figures,
+    import_deepspeed,
+    run_forked,
+    run_here,
+    tiny_file,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 # stochastic depth at its published rate stays: it does not depend on the split
 NO_DROPOUT = {"d2v__model__drop_path": 0.25, "d2v__model__attention_dropout": 0.0}
+NO_DROPOUT_2 = {"d2v__model__attention_dropout": 0.0, "d2v__model__decoder__dropout": 0.0}
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -38,6 +49,40 @@ def fp16_is_supported() -> bool:
     from deepspeed.accelerator import get_accelerator
 
     return bool(get_accelerator().is_fp16_supported())
+
+
+def resume_bit_exactly(
+    base: dict[str, Any], stage: int, changes: dict[str, Any], stops: tuple[int, int], folder: Path
+) -> dict[str, Any]:
+    """Train with two processes, at once and with a stop, compare all that is saved, and return the engine's state."""
+    stopped, steps = stops
+    changes = {
+        **changes,
+        "zero_optimization__stage": stage,
+        "d2v__schedule__kind": "constant",
+        "d2v__schedule__warmup_steps": 1,
+    }
+    file, output = tiny_file(folder, base, **changes, d2v__schedule__steps=steps), folder / "output"
+    arguments = ["--ds_config", file, "--run"]
+    assert run_forked(*arguments, "whole", output=output, num_processes=2) == [0, 0], output.read_text()
+    shorter = ["--set", f"d2v.schedule.steps={stopped}"]
+    assert run_forked(*arguments, "r", *shorter, output=output, num_processes=2) == [0, 0], output.read_text()
+    assert run_forked(*arguments, "r", "--resume", output=output, num_processes=2) == [0, 0], output.read_text()
+    assert f"resumed after step {stopped}" in output.read_text()
+    assert figures(folder, "r") == figures(folder, "whole")
+    engines = [
+        json.loads((checkpoint(folder, name, steps) / "state.json").read_text())["engine"] for name in ("r", "whole")
+    ]
+    assert engines[0] == engines[1]
+    whole, resumed = (saved_tensors(checkpoint(folder, name, steps)) for name in ("whole", "r"))
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    weights = SavedWeights(opened(checkpoint(folder, "r", steps)), "teacher")
+    # what student and teacher share is saved once
+    averaged = [name for name in weights if f"teacher/{name}" in whole]
+    assert averaged
+    assert all(torch.equal(weights[name], whole[f"teacher/{name}"]) for name in averaged)
+    return engines[0]
 
 
 @needs_deepspeed
@@ -61,36 +106,38 @@ def test_resume_is_bit_exact(stage: int, changes: dict[str, Any], tmp_path: Path
     steps, stopped = (9, 6) if "fp16" in changes else (4, 2)
     if "fp16" in changes and not fp16_is_supported():
         pytest.skip("DeepSpeed has no fp16 on this CPU")
-    changes |= {"zero_optimization__stage": stage, "d2v__schedule__kind": "constant", "d2v__schedule__warmup_steps": 1}
-    file, output = tiny_file(tmp_path, **changes, d2v__schedule__steps=steps), tmp_path / "output"
-    arguments = ["--ds_config", file, "--run"]
-    assert run_forked(*arguments, "whole", output=output, num_processes=2) == [0, 0], output.read_text()
-    shorter = ["--set", f"d2v.schedule.steps={stopped}"]
-    assert run_forked(*arguments, "r", *shorter, output=output, num_processes=2) == [0, 0], output.read_text()
-    assert run_forked(*arguments, "r", "--resume", output=output, num_processes=2) == [0, 0], output.read_text()
-    assert f"resumed after step {stopped}" in output.read_text()
-    assert figures(tmp_path, "r") == figures(tmp_path, "whole")
-    engines = [
-        json.loads((checkpoint(tmp_path, name, steps) / "state.json").read_text())["engine"] for name in ("r", "whole")
-    ]
-    assert engines[0] == engines[1]
+    engine = resume_bit_exactly(TINY, stage, changes, (stopped, steps), tmp_path)
     if "fp16" in changes:
         # the scale has been lowered, so that there is something to restore
-        assert engines[0]["loss_scale"]["cur_scale"] < 2**30
-    whole, resumed = (saved_tensors(checkpoint(tmp_path, name, steps)) for name in ("whole", "r"))
-    assert whole.keys() == resumed.keys()
-    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
-    weights = SavedWeights(opened(checkpoint(tmp_path, "r", steps)), "teacher")
-    assert all(torch.equal(weights[name], whole[f"teacher/{name}"]) for name in weights)
+        assert engine["loss_scale"]["cur_scale"] < 2**30
 
 
 @needs_deepspeed
-def test_resume_with_other_processes_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("base", "stage"),
+    [(TINY_2, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((TINY_2_SPEECH, 3), (TINY_2_TEXT, 1)))],
+    ids=["images", "speech", "text"],
+)
+def test_resume_of_data2vec_2_is_bit_exact(base: dict[str, Any], stage: int, tmp_path: Path) -> None:
+    """With dropout, layer drop and noise."""
+    # slow: a second and a third modality, with the same code
+    resume_bit_exactly(base, stage, {"gradient_accumulation_steps": 2}, (2, 4), tmp_path)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("base", "smooth"),
+    [(TINY, NO_DROPOUT), pytest.param(TINY_2, NO_DROPOUT_2, marks=pytest.mark.slow)],
+    ids=["data2vec", "data2vec2"],
+)
+def test_resume_with_other_processes_and_stages(
+    base: dict[str, Any], smooth: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that changes its number of processes, stage, accumulation and workers keeps the losses of one process.
 
     It sees every sample of an epoch once."""
     steps, batch = 3, 120
-    changes = {**NO_DROPOUT, "d2v__schedule__kind": "constant", "train_batch_size": batch}
+    changes = {**smooth, "d2v__schedule__kind": "constant", "train_batch_size": batch}
     changes |= {"d2v__run__save_every": steps, "optimizer__params__eps": 1e-6}
     # processes, stage, accumulation, workers
     legs = [(1, 0, 1, 0), (2, 3, 2, 1), (4, 1, 1, 0), (2, 2, 3, 2), (1, 3, 4, 0)]
@@ -106,7 +153,7 @@ def test_resume_with_other_processes_and_stages(tmp_path: Path, monkeypatch: pyt
             yield step
 
     monkeypatch.setattr(StepLoader, "__iter__", recorded)
-    file, output = tiny_file(tmp_path, **changes, d2v__schedule__steps=total), tmp_path / "output"
+    file, output = tiny_file(tmp_path, base, **changes, d2v__schedule__steps=total), tmp_path / "output"
     assert run_here("--ds_config", file, "--run", "whole") == 0
     for path in record.iterdir():
         path.unlink()
