@@ -14,9 +14,9 @@ LAYER = tl.constexpr(1)
 INSTANCE = tl.constexpr(2)
 BATCH = tl.constexpr(3)
 
-# channels per thread of a kernel that holds a row, and of one that also sums rows, so that neither spills registers
-ROW_CHANNELS = 32
-SUM_CHANNELS = 24
+# channels up to which one warp can hold a row, and a row and the sums of several, without spilling registers
+ROW_CHANNELS = 1024
+SUM_CHANNELS = 768
 
 
 @triton.jit
@@ -86,6 +86,12 @@ def plain_layers(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in layers)
 
 
-def row_warps(width: int, channels: int) -> int:
-    """Return the warps of a program that holds one row, with at most `channels` of it per thread."""
-    return min(triton.next_power_of_2(triton.cdiv(width, 32 * channels)), 16)
+def row_warps(width: int, single: int, has_statistics: bool = False) -> int:
+    """Return the warps of a program that holds one row.
+
+    One up to `single` channels; above that, 16 channels per thread. With statistics of the layers 8 per thread, because
+    the compiler loads those of several layers ahead.
+    """
+    if width <= single and not has_statistics:
+        return 1
+    return min(triton.next_power_of_2(triton.cdiv(width, 256 if has_statistics else 512)), 16)

@@ -123,7 +123,7 @@ def _average_statistics_kernel(
     PART: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Take mean and summed squared deviation of the average of the layers over 16 positions: one warp for a row."""
+    """Take mean and summed squared deviation of the average of the layers over 16 positions."""
     sample = (tl.program_id(0) // num_parts).to(tl.int64)
     first = tl.program_id(0) % num_parts * PART
     cols = tl.arange(0, BLOCK_D)
@@ -288,7 +288,7 @@ def statistics(
             LAYER_NORM=layer_norm,
             PART=PART,
             BLOCK_D=triton.next_power_of_2(width),
-            num_warps=row_warps(width, SUM_CHANNELS),
+            num_warps=row_warps(width, SUM_CHANNELS, layer_mean is not None),
         )
         average_mean, average_scale = _combined(*parts, lengths, num_positions, PART, 1.0, eps)
     return Statistics(layer_mean, layer_scale, average_mean, average_scale)

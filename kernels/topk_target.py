@@ -53,21 +53,23 @@ def _topk_target_fwd_kernel(
     # int64: B * T * D may exceed 2^31
     index = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
+    row = index
+    valid = True
+    fill = 0.0
     if rows is not None:
         row = tl.load(rows + index)
         valid = (row >= 0) & (row < num_rows)
         fill = float("nan")
-    else:
-        row = index
-        valid = True
-        fill = 0.0
-        if lengths is not None:
-            valid = row % num_positions < tl.load(lengths + row // num_positions)
-    sample = row // num_positions
+    # 32 bits, unless there are more rows: ptxas calls a function to divide 64
+    row = row.to(num_rows.dtype)
+    sample = (row // num_positions).to(tl.int64)
+    position = (row % num_positions).to(tl.int64)
+    if rows is None and lengths is not None:
+        valid = position < tl.load(lengths + sample)
     b_target = target_row(
         layers,
         sample,
-        row % num_positions,
+        position,
         valid,
         cols,
         layer_mean,

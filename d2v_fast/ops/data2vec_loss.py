@@ -109,7 +109,8 @@ def data2vec_loss(
         beta: Error at which the loss turns from quadratic to linear; 0 is the squared error. See
             ``masked_smooth_l1``, also for ``scale`` and ``reduction``.
         target_rows: int64 `[N]`, the entry of ``rows`` of each prediction, if several predictions share a target.
-        moments: Whether to compute the moments. The loss and its gradient are the same, bit for bit, without them.
+        moments: Whether to compute the moments. The gradient and, on a CPU, the loss are the same bit for bit without
+            them; a GPU adds the loss in another order.
 
     Returns:
         ``loss``, 0-d fp32, and ``moments``, fp32 `[4, D]`, which count a target as often as it is used, or None if not

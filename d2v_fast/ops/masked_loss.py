@@ -265,7 +265,8 @@ def masked_smooth_l1(
         reduction: ``sum`` over rows and channels, or ``mean``: the sum divided by `N * D`.
         target_rows: int64 `[N]`: row i of ``pred`` is compared with row ``target_rows[i]`` of ``target``, so that
             several predictions share one target without a copy of it.
-        moments: Whether to compute the moments. The loss and its gradient are the same, bit for bit, without them.
+        moments: Whether to compute the moments. The gradient and, on a CPU, the loss are the same bit for bit without
+            them; a GPU adds the loss in another order.
 
     Returns:
         ``loss``, 0-d fp32 (0 if there are no rows), and ``moments``, fp32 `[4, D]`, or None if not asked for.

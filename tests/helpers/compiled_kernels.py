@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-CAPABILITIES = (80, 90, 100)
+EVERY = (80, 90, 100)
+HOPPER = (90,)
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -35,11 +36,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Case(NamedTuple):
-    """A call of a launcher. Unless every case is asked for, those that are not `main` compile for sm_90 only."""
+    """A call of a launcher, and the capabilities for which it is compiled if not every case is asked for."""
 
     name: str
     call: Callable[[], object]
-    main: bool = False
+    capabilities: tuple[int, ...] = ()
 
 
 class Launch(NamedTuple):
@@ -68,25 +69,25 @@ def topk_target_cases() -> Iterator[Case]:
         norms: tuple[int, int],
         dtype: torch.dtype = BF16,
         full: bool = False,
-        main: bool = False,
+        capabilities: tuple[int, ...] = (),
     ) -> Case:
         layers = [empty(*shape, dtype=dtype)] * 6
         rows, lengths = (None, indices(shape[0])) if full else (indices(1000), None)
-        return Case(f"{name} {_short(dtype)}", lambda: topk_target(layers, *norms, rows, lengths, 1e-5), main)
+        return Case(f"{name} {_short(dtype)}", lambda: topk_target(layers, *norms, rows, lengths, 1e-5), capabilities)
 
-    yield case("vision", (128, 196, 768), (1, 1), main=True)
+    yield case("vision", (128, 196, 768), (1, 1), capabilities=EVERY)
     yield case("vision", (128, 196, 768), (1, 1), FP32)
     yield case("vision large", (64, 196, 1024), (1, 1))
     yield case("vision large", (64, 196, 1024), (1, 1), FP32)
     yield case("wide", (4, 196, 1280), (1, 0))
     yield case("wide", (4, 196, 1280), (1, 0), FP32)
-    yield case("speech", (12, 992, 768), (2, 1), main=True)
+    yield case("speech", (12, 992, 768), (2, 1), capabilities=EVERY)
     yield case("speech", (12, 992, 768), (2, 1), FP32)
     yield case("speech, padded", (12, 992, 768), (2, 1), full=True)
-    yield case("short", (16, 196, 768), (2, 0), main=True)
+    yield case("short", (16, 196, 768), (2, 0), capabilities=HOPPER)
     yield case("short", (16, 196, 768), (2, 0), FP32)
     yield case("batch", (12, 992, 1024), (3, 0))
-    yield case("final instance", (12, 992, 768), (1, 2))
+    yield case("final instance", (12, 992, 768), (1, 2), capabilities=HOPPER)
     yield case("final instance, large", (12, 992, 1024), (2, 2), FP32)
 
 
@@ -97,21 +98,95 @@ def norm_gelu_cases() -> Iterator[Case]:
     norm_gelu.num_sms = lambda device: 132
     layer_norm_gelu, layer_norm_gelu_backward = norm_gelu.layer_norm_gelu, norm_gelu.layer_norm_gelu_backward
 
-    def case(width: int, dtype: torch.dtype, main: bool = False) -> Iterator[Case]:
+    def case(width: int, dtype: torch.dtype, capabilities: tuple[int, ...] = ()) -> Iterator[Case]:
         x, weight = empty(8, 49_999, width, dtype=dtype), empty(width, dtype=dtype)
         of_rows = [empty(8, 49_999, dtype=FP32)] * 2
         name = f"width {width} {_short(dtype)}"
-        yield Case(name, lambda: layer_norm_gelu(x, weight, weight, 1e-5), main)
-        yield Case(name, lambda: layer_norm_gelu_backward(x, x, weight, weight, *of_rows), main)
+        yield Case(name, lambda: layer_norm_gelu(x, weight, weight, 1e-5), capabilities)
+        yield Case(name, lambda: layer_norm_gelu_backward(x, x, weight, weight, *of_rows), capabilities)
 
-    yield from case(512, BF16, main=True)
+    yield from case(512, BF16, EVERY)
     yield from case(512, FP32)
     yield from case(768, FP16)
     yield from case(1024, BF16)
     yield from case(4096, BF16)
 
 
-OPERATIONS = {"norm_gelu": norm_gelu_cases, "topk_target": topk_target_cases}
+def masked_loss_cases() -> Iterator[Case]:
+    from d2v_fast.kernels.masked_loss import masked_smooth_l1, scale_gradient_
+
+    def case(
+        name: str,
+        num_rows: int,
+        dtype: torch.dtype = BF16,
+        beta: float = 2.0,
+        moments: bool = False,
+        mapped: bool = False,
+        width: int = 768,
+        capabilities: tuple[int, ...] = (),
+    ) -> Case:
+        pred, target = empty(num_rows, width, dtype=dtype), empty(2512 if mapped else num_rows, width, dtype=FP32)
+        rows = indices(num_rows) if mapped else None
+        name = f"{name}{' map' * mapped}{' moments' * moments} {_short(dtype)}"
+        return Case(name, lambda: masked_smooth_l1(pred, target, rows, beta, 1.0, True, True, moments), capabilities)
+
+    for moments in (False, True):
+        yield case("5,800", 5800, moments=moments, capabilities=EVERY)
+        yield case("40,192", 40_192, moments=moments, mapped=True, capabilities=HOPPER)
+        yield case("15,053", 15_053, FP32, 0.0, moments)
+        yield case("large", 15_053, FP16, 2.0, moments, width=1024)
+    slope, factor = empty(5800, 768), torch.empty((), device="meta")
+    yield Case("backward bf16", lambda: scale_gradient_(slope, factor, 1.0, True), HOPPER)
+
+
+def data2vec_loss_cases() -> Iterator[Case]:
+    from d2v_fast.kernels.data2vec_loss import data2vec_loss
+
+    def case(
+        name: str,
+        norms: tuple[int, int],
+        dtype: torch.dtype = BF16,
+        moments: bool = False,
+        width: int = 768,
+        capabilities: tuple[int, ...] = (),
+    ) -> Case:
+        layers = [empty(128, 196, width, dtype=dtype)] * 6
+        pred, rows = empty(15_053, width, dtype=dtype), indices(15_053)
+        arguments = (pred, layers, *norms, rows, None, 1e-5, None, 2.0, 1.0, True, True, moments)
+        return Case(f"{name}{' moments' * moments} {_short(dtype)}", lambda: data2vec_loss(*arguments), capabilities)
+
+    for moments in (False, True):
+        yield case("vision", (1, 1), moments=moments, capabilities=EVERY)
+        yield case("vision", (1, 1), FP32, moments)
+        yield case("instance", (2, 0), BF16, moments)
+        yield case("final instance", (1, 2), FP32, moments)
+        yield case("vision large", (1, 1), BF16, moments, 1024)
+        yield case("vision large", (2, 1), FP32, moments, 1024)
+        yield case("wide", (1, 1), BF16, moments, 1280)
+
+
+def ema_cases() -> Iterator[Case]:
+    from d2v_fast.kernels.ema import ema_update
+
+    def case(student: torch.dtype, working: torch.dtype, capabilities: tuple[int, ...] = ()) -> Case:
+        groups = [[empty(768, 768, dtype=dtype)] for dtype in (FP32, student, working)]
+        decay = torch.empty((), dtype=torch.float64, device="meta")
+        name = f"{_short(student)} student, {_short(working)} copy"
+        return Case(name, lambda: ema_update(groups[0], groups[1], 0.0, decay, groups[2]), capabilities)
+
+    yield case(BF16, BF16, EVERY)
+    yield case(FP32, BF16, HOPPER)
+    yield case(FP32, FP32)
+    yield case(FP16, FP16)
+
+
+OPERATIONS = {
+    "topk_target": topk_target_cases,
+    "masked_loss": masked_loss_cases,
+    "data2vec_loss": data2vec_loss_cases,
+    "norm_gelu": norm_gelu_cases,
+    "ema": ema_cases,
+}
 
 
 def record(call: Callable[[], object]) -> list[Launch]:
@@ -205,7 +280,7 @@ def facts(operation: str, every: bool) -> Iterator[dict[str, Any]]:
     """Compile the launches of all cases of an operation."""
     for case in OPERATIONS[operation]():
         for launch in record(case.call):
-            for capability in CAPABILITIES if every or case.main else (90,):
+            for capability in EVERY if every else case.capabilities:
                 yield {
                     "operation": operation,
                     "case": case.name,
