@@ -110,39 +110,64 @@ def help_of(*command: str) -> str:
 
 
 def configuration() -> str:
-    """Return the reference of all keys in Markdown: DeepSpeed's, then those of `d2v`, which differ by modality."""
+    """Return the reference of all keys in Markdown: DeepSpeed's, then those of `d2v`.
+
+    The latter differ by modality and objective; a modality alone stands for the first version of data2vec.
+    """
     from d2v_fast.config import D2VConfig, DeepSpeedConfig
-    from d2v_fast.config.schema import DEFAULT_MODALITY
+    from d2v_fast.config.schema import DEFAULT_MODALITY, DEFAULT_OBJECTIVE
     from d2v_fast.modalities import BUILT_IN, modality_named
 
-    modalities = {name: modality_named(name).config for name in BUILT_IN}
+    objectives = {name: modality_named(name).objectives for name in BUILT_IN}
+    models = {name: of_name[DEFAULT_OBJECTIVE].config for name, of_name in objectives.items()}
+    for name, of_name in objectives.items():
+        others = {key: one.config for key, one in of_name.items() if key != DEFAULT_OBJECTIVE}
+        models |= {f"{name} {key}": model for key, model in others.items()}
     lines = ["## DeepSpeed's keys", ""]
     lines += section_lines(DeepSpeedConfig, "", {})
     for path, model in nested(DeepSpeedConfig, ""):
         lines += [f"### `{path}`", "", *section_lines(model, path, {})]
     intro, descriptions = described(D2VConfig)
-    names = ", ".join(shown(name) for name in modalities)
-    rows = [Key("modality", names, shown(DEFAULT_MODALITY), descriptions["modality"])]
-    first = next(iter(modalities.values()))
+    known = [shown(one) for one in dict.fromkeys(key for of_name in objectives.values() for key in of_name)]
+    rows = [Key("modality", ", ".join(map(shown, objectives)), shown(DEFAULT_MODALITY), descriptions["modality"])]
+    rows += [Key("objective", ", ".join(known), shown(DEFAULT_OBJECTIVE), descriptions["objective"])]
+    first = next(iter(models.values()))
     plain = {name for name, field in first.model_fields.items() if section_of(field.annotation) is None}
     rows += [
-        key_of(name, first.model_fields[name], "d2v", modalities, descriptions[name])
+        key_of(name, first.model_fields[name], "d2v", models, descriptions[name])
         for name in first.model_fields
-        if name in plain - {"modality"}
+        if name in plain - {"modality", "objective"}
     ]
     lines += ["## `d2v`", "", intro, "", *table(rows), ""]
     for name in first.model_fields:
-        if name in plain:
-            continue
-        defaults = {modality: model.model_fields[name].default for modality, model in modalities.items()}
-        kinds = {modality: type(value) for modality, value in defaults.items()}
-        if len(set(kinds.values())) == 1:
-            lines += [f"### `d2v.{name}`", "", *section_lines(next(iter(kinds.values())), f"d2v.{name}", defaults)]
-            continue
-        for modality, model in kinds.items():
-            lines += [f"### `d2v.{name}` of {modality}", ""]
-            lines += section_lines(model, f"d2v.{name}", {modality: defaults[modality]})
+        if name not in plain:
+            lines += _sections(
+                f"d2v.{name}", {label: model.model_fields[name].default for label, model in models.items()}
+            )
     return "\n".join(lines)
+
+
+def _sections(path: str, defaults: Mapping[str, BaseModel]) -> list[str]:
+    """Return the lines of a section of `d2v` and of those below it, with a heading for each class of it.
+
+    Args:
+        path: its dotted name.
+        defaults: the section by modality and objective.
+    """
+    kinds: dict[type[BaseModel], dict[str, BaseModel]] = {}
+    inner: dict[str, dict[str, BaseModel]] = {}
+    for label, section in defaults.items():
+        kinds.setdefault(type(section), {})[label] = section
+        for name, field in type(section).model_fields.items():
+            if section_of(field.annotation) is not None:
+                inner.setdefault(f"{path}.{name}", {})[label] = getattr(section, name)
+    lines = []
+    for kind, of_kind in kinds.items():
+        heading = f"### `{path}`" if len(kinds) == 1 else f"### `{path}` of {', '.join(of_kind)}"
+        lines += [heading, "", *section_lines(kind, path, of_kind)]
+    for name, sections in inner.items():
+        lines += _sections(name, sections)
+    return lines
 
 
 def nested(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
