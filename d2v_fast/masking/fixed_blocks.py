@@ -161,7 +161,12 @@ def _plan(
 
 
 def num_masked(num_places: int, prob: float, *, inverse: bool) -> int:
-    """Return how many of a sample's places each mask of `inverse_block_mask_rows` or `block_mask_1d_rows` hides."""
+    """Return how many of a sample's places each mask of `inverse_block_mask_rows` or `block_mask_1d_rows` hides.
+
+    Examples:
+        >>> num_masked(25, 0.8, inverse=True)
+        21
+    """
     _, marked = _plan((1, num_places), (1, 1), prob, 0.0, inverse)
     return num_places - marked if inverse else marked
 

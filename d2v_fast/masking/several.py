@@ -35,7 +35,13 @@ def several_image_masks(
     *,
     num_masks: int,
 ) -> SeveralMasks:
-    """Draw masks for images; see `inverse_block_mask_rows` for the arguments."""
+    """Draw masks for images; see `inverse_block_mask_rows` for the arguments.
+
+    Examples:
+        >>> masks = several_image_masks(0, 0, np.array([7]), 2, prob=0.5, length=1, prob_adjust=0.0, num_masks=2)
+        >>> masks.rows, masks.visible.tolist()
+        (array([1, 3, 4, 6]), [[0, 2], [5, 7]])
+    """
     rows = inverse_block_mask_rows(seed, epoch, sample_ids, grid_size, prob, length, prob_adjust, num_masks=num_masks)
     return SeveralMasks(rows, _unmasked(rows, len(sample_ids) * num_masks, grid_size**2))
 
@@ -58,6 +64,12 @@ def several_sequence_masks(
         seed, epoch, sample_ids, prob, length, prob_adjust, num_masks, inverse: as there. A block is at most as long as
             its sequence.
         lengths: int64 `[B]`, places of each sequence. Masks of a sample depend on its own length only.
+
+    Examples:
+        >>> ids, lengths = np.array([7, 8]), np.array([4, 2])
+        >>> masks = several_sequence_masks(0, 0, ids, lengths, 0.5, 2, 0.1, num_masks=1, inverse=False)
+        >>> masks.rows, masks.visible.tolist()
+        (array([0, 1, 4]), [[2, 3], [5, 8]])
     """
     num_rows, longest = len(sample_ids) * num_masks, int(lengths.max())
     masked = np.zeros((len(sample_ids), num_masks, longest), dtype=bool)
@@ -81,7 +93,12 @@ def several_sequence_masks(
 
 
 def num_masked_of(lengths: npt.NDArray[np.int64], prob: float, *, inverse: bool) -> int:
-    """Return how many places one mask of each sequence hides, in all, without drawing masks."""
+    """Return how many places one mask of each sequence hides, in all, without drawing masks.
+
+    Examples:
+        >>> num_masked_of(np.array([8, 5, 8]), 0.5, inverse=False)
+        10
+    """
     sizes, counts = np.unique(lengths, return_counts=True)
     hidden = (num_masked(int(size), prob, inverse=inverse) for size in sizes)
     return sum(int(count) * each for count, each in zip(counts, hidden, strict=True))

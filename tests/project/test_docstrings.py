@@ -13,8 +13,8 @@ import torch
 from d2v_fast import masking, ops, teacher
 from d2v_fast.config import TeacherConfig
 
-# algorithms in plain Python that tests compare with, a result type without behavior, and numba's decorator
-WITHOUT_EXAMPLE = {"TokenMasks", "compiled"}
+# algorithms in plain Python that tests compare with, result types without behavior, and numba's decorator
+WITHOUT_EXAMPLE = {"SeveralMasks", "TokenMasks", "compiled"}
 PUBLIC = [
     (module, name)
     for module in (ops, masking, teacher)

@@ -72,10 +72,7 @@ def test_reference_holds_every_key() -> None:
     assert "| `conv_strides` | list of integers | `[5, 2, 2, 2, 2, 2, 2]` |" in text
     assert '| `enabled` | boolean or `"auto"` | `false` |' in text
     assert "| `timeout_minutes` | number, > 0, ≤ 525,600 | `10.0` |" in text
-    assert (
-        "| `epochs` | integer or `null`, ≥ 1, ≤ 1,000,000 | vision `800`, speech `null`, text `null`, vision data2vec2 `null`, "
-        in text
-    )
+    assert "| `epochs` | integer or `null`, ≥ 1, ≤ 1,000,000 | vision `800`, speech `null`, text `null`, " in text
     assert "| `betas` | list of numbers, ≥ 0, < 1 | `[0.9, 0.999]` |" in text
 
 
