@@ -205,7 +205,8 @@ def _about_memory(found: _Found, config: RunConfig, dtype: torch.dtype, device_t
 def _without_values(batch: Batch) -> Batch:
     """Return the batch without its inputs' values, which would otherwise count as memory of the run."""
     masked = None if batch.masked_inputs is None else batch.masked_inputs.to("meta")
-    return replace(batch, inputs=batch.inputs.to("meta"), masked_inputs=masked, unpadded=None, offsets=None)
+    inputs = batch.to("meta").inputs
+    return replace(batch, inputs=inputs, scale=None, masked_inputs=masked, unpadded=None, offsets=None)
 
 
 def _wait(device: torch.device | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,29 @@ from torch import Tensor
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.samples import SampleSource
 
-__all__ = ["Batch", "ImageDataset", "MicroBatch", "Step"]
+__all__ = ["Batch", "Drawn", "ImageDataset", "MicroBatch", "Scale", "Step"]
+
+
+class Scale(NamedTuple):
+    """Normalization of levels per channel; one value serves all channels.
+
+    Attributes:
+        mean: Is subtracted.
+        std: Is divided by.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def applied(self, levels: Tensor) -> Tensor:
+        """Return the normalized levels `[B, C, H, W]` in fp32, on the same device."""
+        mean, std = (_of_channels(values, levels.device) for values in self)
+        return levels.to(torch.float32).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None, None].to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -22,8 +45,8 @@ class Batch:
     """One micro-batch of one process, without labels.
 
     Attributes:
-        inputs: Normalized pixels fp32 `[B, C, H, W]`; normalized waveforms fp32 `[B, N]`, padded with zeros; or tokens
-            int64 `[B, T]`, padded with the padding token.
+        inputs: Normalized pixels fp32 `[B, C, H, W]`, or with a `scale` levels uint8; normalized waveforms fp32
+            `[B, N]`, padded with zeros; or tokens int64 `[B, T]`, padded with the padding token.
         rows: int64 `[N]`, flat indices `b * P + p` of the places in the loss (patches, frames, tokens), ascending.
         sample_ids: int64 `[B]`, positions in the data set.
         lengths: int64 `[B]`, number of places of each sample that are not padding. `None` means no padding.
@@ -42,6 +65,8 @@ class Batch:
         visible_lengths: int64 `[B * M]`, number of visible places of each mask. `None` means V.
         noise_keys: int64 `[B * M]`, keys of the noise at masked places (`streams.NOISE`).
         num_rows: 0-d int64, how many of `rows` count; the others are padding. `None` means all.
+        scale: How `to` normalizes `inputs`, on the device that trains: levels take a quarter of the memory and of the
+            copies. `None` means that they are normalized.
     """
 
     inputs: Tensor
@@ -57,6 +82,7 @@ class Batch:
     visible_lengths: Tensor | None = None
     noise_keys: Tensor | None = None
     num_rows: Tensor | None = None
+    scale: Scale | None = None
 
     @property
     def num_masks(self) -> int:
@@ -64,8 +90,16 @@ class Batch:
         return 1 if self.visible is None else len(self.visible) // len(self.inputs)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with its tensors on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Return the batch with its tensors on `device`, and its inputs normalized."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking)).with_inputs(
+            lambda tensor: tensor
+        )
+
+    def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `inputs` and `masked_inputs` changed, and then normalized."""
+        inputs, masked = change(self.inputs), self.masked_inputs
+        inputs = inputs if self.scale is None else self.scale.applied(inputs)
+        return replace(self, inputs=inputs, masked_inputs=None if masked is None else change(masked), scale=None)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, so that copies to the GPU do not block."""
@@ -101,20 +135,43 @@ class Step:
     num_rows: int
 
 
+class Drawn(NamedTuple):
+    """Augmented images of a batch.
+
+    Attributes:
+        values: Levels uint8 `[B, C, H, W]`, or normalized pixels fp32.
+        scale: The normalization of levels; None if they are normalized.
+        bad: The unreadable files that were replaced.
+    """
+
+    values: Tensor
+    scale: Scale | None
+    bad: tuple[str, ...]
+
+
 class ImageDataset(SampleSource, Protocol):
-    """Images addressed by their position, 0 to `len(dataset) - 1`."""
+    """Images addressed by their position, 0 to `len(dataset) - 1`.
+
+    Attributes:
+        value_bytes: Bytes of a value that `drawn` returns.
+    """
 
     image_size: int
     channels: int
+    value_bytes: int
     listing: Listing
 
     def __len__(self) -> int: ...
 
-    def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
-        """Return augmented, normalized pixels fp32 `[B, C, H, W]`, and the unreadable files that were replaced.
+    def drawn(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> Drawn:
+        """Return augmented images.
 
         Each sample depends only on (seed, epoch, sample id), bit for bit.
         """
+        ...
+
+    def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
+        """Return the images of `drawn`, normalized fp32 `[B, C, H, W]`, and the unreadable files replaced."""
         ...
 
     def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:

@@ -112,15 +112,16 @@ def find_files(root: str, inside: str | None, kinds: FileKinds) -> tuple[list[st
     return sorted(found), listing
 
 
-def tried_in_order(count: int) -> list[int]:
-    """Return the offsets, modulo `count`, at which to look for a replacement of an unreadable file.
+def tried_in_order(count: int) -> Iterator[int]:
+    """Yield the offsets, modulo `count`, at which to look for a replacement of an unreadable file.
 
     Half of the at most `NUM_NEIGHBORS` offsets are the next files and the others are spread over the rest, because
     unreadable files often lie side by side.
     """
     near = min(count, NUM_NEIGHBORS // 2)
-    far = np.linspace(near, count - 1, min(count, NUM_NEIGHBORS) - near, dtype=np.int64)
-    return [*range(near), *far.tolist()]
+    yield from range(near)
+    # computed only if needed, because this is called once per image
+    yield from np.linspace(near, count - 1, min(count, NUM_NEIGHBORS) - near, dtype=np.int64).tolist()
 
 
 def spread(num: int, count: int) -> list[int]:

@@ -47,6 +47,8 @@ class StepLoader:
         order: which samples form which step, on which process; batches are drawn with its seed.
         config: the `d2v.data` section: number of workers and limits for unreadable files.
         pin_memory: whether batches are in page-locked memory, for copies to a GPU.
+        device: where the inputs of batches are moved to and normalized; what the host still needs stays there. The copy
+            to a GPU runs on a stream of its own, beside the kernels of the step before. None: the host.
         timeout_s: seconds without a batch after which a worker counts as hung; 0 waits forever.
         on_bad: called once per unreadable file, with `path: reason`.
     Raises:
@@ -64,6 +66,7 @@ class StepLoader:
         config: DataSection,
         *,
         pin_memory: bool = False,
+        device: torch.device | None = None,
         timeout_s: float = 0.0,
         on_bad: Callable[[str], None] = lambda file: None,
     ) -> None:
@@ -71,6 +74,7 @@ class StepLoader:
         self._maker = _Micro(maker, order.seed)
         self._num_workers = config.num_workers
         self._pin_memory, self._timeout_s = pin_memory, timeout_s
+        self._device = device
         self._bytes = order.split.micro_batch * maker.sample_bytes
         self._prefetch = PREFETCH_SMALL if self._bytes <= SMALL_BATCH_BYTES else PREFETCH_LARGE
         self._bad = BadFiles(config, maker, on_bad)
@@ -89,13 +93,14 @@ class StepLoader:
         stop = functools.partial(_stop_workers, iterator)
         # an interpreter that exits while the iteration is suspended would wait for its workers
         atexit.register(stop)
+        place = _placer(self._device)
         try:
             batches: list[Batch] = []
             for made in _micro_batches(iterator, self._timeout_s if self._num_workers else 0):
                 if isinstance(made, DataError):
                     raise made
                 self._bad.add(made.batch)
-                batches.append(made.batch)
+                batches.append(place(made.batch))
                 if len(batches) == self.order.split.accumulation:
                     yield Step(batches, made.step_rows)
                     batches = []
@@ -123,6 +128,27 @@ class StepLoader:
             generator=torch.Generator(),
             **options,
         )
+
+
+def _placer(device: torch.device | None) -> Callable[[Batch], Batch]:
+    """Return a function that normalizes the inputs of a batch, on a GPU after a copy beside the running kernels."""
+    if device is None or device.type != "cuda":
+        return lambda batch: batch.with_inputs(lambda tensor: tensor)
+    stream = torch.cuda.Stream(device)
+
+    def place(batch: Batch) -> Batch:
+        running = torch.cuda.current_stream(device)
+        with torch.cuda.stream(stream):
+            placed = batch.with_inputs(lambda tensor: tensor.to(device, non_blocking=True))
+        # the device waits for the copy, and the host does not
+        running.wait_stream(stream)
+        for tensor in (placed.inputs, placed.masked_inputs):
+            if tensor is not None:
+                # its memory is of the other stream, which must not use it again too early
+                tensor.record_stream(running)
+        return placed
+
+    return place
 
 
 class _Micro(TorchDataset):

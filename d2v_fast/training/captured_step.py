@@ -153,7 +153,7 @@ class _MicroStep:
         self._output: StepOutput | None = None
 
     def __call__(self, batch: Batch, scale: float, device: torch.device) -> StepOutput:
-        """Run a batch, which is on the host, with a factor for its loss."""
+        """Run a batch, which is on the host but for its inputs, with a factor for its loss."""
         given = _tensors(batch)
         if self._batch is None:
             empty: dict[str, Any] = {
@@ -162,7 +162,7 @@ class _MicroStep:
             self._batch = dataclasses.replace(batch, **empty)
         buffers = _tensors(self._batch)
         for name, value in given.items():
-            if device.type == "cuda" and not value.is_pinned():
+            if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
                 value = value.pin_memory()
             buffers[name].copy_(value, non_blocking=True)
         self._scale.fill_(scale)

@@ -256,6 +256,7 @@ def _make_loader(plan: Plan, world: World, folder: RunFolder, start_step: int) -
         order,
         d2v.data,
         pin_memory=world.device.type == "cuda",
+        device=world.device,
         timeout_s=d2v.run.timeout_s,
         on_bad=functools.partial(folder.add_line, BAD_FILES),
     )

@@ -162,6 +162,11 @@ def test_pinned_memory(device: torch.device) -> None:
         assert batch.inputs.is_pinned()
         assert batch.rows.is_pinned()
         assert torch.equal(batch.to(device, non_blocking=True).inputs.cpu(), batch.inputs)
+        loader = make_loader(dataset, config, micro_batch=16, pin_memory=True, device=device)
+        [moved] = next(iter(loader)).micro_batches
+        assert moved.inputs.device.type == "cuda"
+        assert moved.rows.is_pinned()
+        assert torch.equal(moved.inputs.cpu(), batch.inputs)
 
 
 def test_seed_is_the_runs_unless_given() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from d2v_fast.config import BatchSplit, VisionConfig
 from d2v_fast.data import ImageDataset, StepLoader
+from d2v_fast.data.batch import Drawn
 from d2v_fast.data.listing import Listing
 from d2v_fast.errors import DataError
 from d2v_fast.modalities.vision.batches import ImageBatches
@@ -35,6 +36,7 @@ class Squares:
 
     image_size = 8
     channels = 1
+    value_bytes = 4
     listing = Listing()
 
     def __init__(self, trouble: str = "") -> None:
@@ -43,7 +45,7 @@ class Squares:
     def __len__(self) -> int:
         return 100
 
-    def augmented(self, sample_ids: np.ndarray, seed: int, epoch: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+    def drawn(self, sample_ids: np.ndarray, seed: int, epoch: int) -> Drawn:
         if 50 in sample_ids:
             if self.trouble == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -53,7 +55,9 @@ class Squares:
                 raise KeyError("no such square")
             if self.trouble == "data":
                 raise DataError("64 files in a row are unreadable")
-        return torch.zeros(len(sample_ids), 1, 8, 8) + torch.from_numpy(sample_ids)[:, None, None, None], ()
+        return Drawn(
+            torch.zeros(len(sample_ids), 1, 8, 8) + torch.from_numpy(sample_ids)[:, None, None, None], None, ()
+        )
 
     def plain(self, sample_ids: np.ndarray) -> torch.Tensor:
         raise NotImplementedError

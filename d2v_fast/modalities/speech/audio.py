@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -234,7 +235,7 @@ class AudioDataset:
         enough = np.flatnonzero(self.lengths >= size)
         others = np.roll(enough, -int(np.searchsorted(enough, sample_id, side="right")))
         others = others[others != sample_id]
-        yield from (int(others[distance - 1]) for distance in tried_in_order(len(others) + 1)[1:])
+        yield from (int(others[distance - 1]) for distance in islice(tried_in_order(len(others) + 1), 1, None))
         if len(enough) < NUM_NEIGHBORS:
             shorter = np.flatnonzero(self.lengths < size)
             longest_first = shorter[np.argsort(-self.lengths[shorter], kind="stable")]

@@ -49,7 +49,7 @@ class Images:
         self._dataset = dataset
         self.num_samples, self.listing = len(dataset), dataset.listing
         self.source: SampleSource = dataset
-        self.sample_bytes = 4 * dataset.channels * dataset.image_size**2
+        self.sample_bytes = dataset.value_bytes * dataset.channels * dataset.image_size**2
 
 
 class ImageBatches(Images):
@@ -61,13 +61,14 @@ class ImageBatches(Images):
 
     def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""
-        pixels, bad = self._dataset.augmented(micro.sample_ids, seed, micro.epoch)
+        pixels, scale, bad = self._dataset.drawn(micro.sample_ids, seed, micro.epoch)
         rows = self.rows(seed, micro.epoch, micro.sample_ids)
         # drawing the other processes' masks again is cheaper than communication: a mask takes about 1 us
         alone = len(micro.sample_ids) == len(micro.step_sample_ids)
         step_rows = len(rows) if alone else len(self.rows(seed, micro.epoch, micro.step_sample_ids))
         ids = torch.from_numpy(micro.sample_ids)
-        batch = Batch(pixels, torch.from_numpy(rows), ids, bad=bad, drop_keys=drop_keys(micro, seed))
+        keys = drop_keys(micro, seed)
+        batch = Batch(pixels, torch.from_numpy(rows), ids, bad=bad, drop_keys=keys, scale=scale)
         return MicroBatch(batch, step_rows)
 
     def rows(self, seed: int, epoch: int, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -25,8 +27,8 @@ class MaskedImageBatches(Images):
 
     def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""
-        pixels, bad = self._dataset.augmented(micro.sample_ids, seed, micro.epoch)
-        batch = masked_batch(pixels, self._masks(micro, seed), micro, seed, bad=bad)
+        pixels, scale, bad = self._dataset.drawn(micro.sample_ids, seed, micro.epoch)
+        batch = replace(masked_batch(pixels, self._masks(micro, seed), micro, seed, bad=bad), scale=scale)
         return MicroBatch(batch, len(micro.step_sample_ids) * self._mask.num_masks * self._num_masked)
 
     def _masks(self, micro: MicroStep, seed: int) -> SeveralMasks:

@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from d2v_fast.data.files import UnreadableFile, open_sample, refuse_system_error
@@ -43,14 +47,18 @@ MAX_SCANS = 200
 Box = tuple[int, int, int, int]
 
 EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+Levels = npt.NDArray[np.uint8]
+Resampler = Literal["torch", "pillow"]
+
+# of [H, W, ...]; each is its own inverse or turns by a quarter
+_TURNS: dict[int, Callable[[Levels], Levels]] = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 3),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
 }
 
 
@@ -88,7 +96,8 @@ def read_square(
     *,
     bit_depth: int | None = None,
     note: Callable[[Dim], None] | None = None,
-) -> Image.Image:
+    resampler: Resampler = "pillow",
+) -> Levels:
     """Decode a file, crop it, and resize the crop (cubic, antialiased).
 
     Args:
@@ -100,13 +109,14 @@ def read_square(
             applied after the crop.
         limits: Files beyond them are not decoded.
         bit_depth, note: See `eight_bits`.
+        resampler: See `VisionDataConfig`.
     Returns:
-        An image of mode "L" or "RGB".
+        uint8 `[size, size]`, or `[size, size, 3]` with three channels. The strides are arbitrary.
     Raises:
         UnreadableImage: The file is damaged, of another format, or beyond the limits.
     """
     with _reasons(path, limits):
-        return _read_square(path, size, channels, choose_box, limits, bit_depth, note)
+        return _read_square(path, size, channels, choose_box, limits, bit_depth, note, resampler)
 
 
 def check_header(path: str, limits: Limits) -> None:
@@ -161,7 +171,8 @@ def _read_square(
     limits: Limits,
     bit_depth: int | None,
     note: Callable[[Dim], None] | None,
-) -> Image.Image:
+    resampler: Resampler,
+) -> Levels:
     with _open(path, limits) as file:
         content = file.read(os.fstat(file.fileno()).st_size)
     if content.startswith(_TIFF_STARTS):
@@ -183,9 +194,20 @@ def _read_square(
         across, down = image.width / width, image.height / height
         box = (left * across, top * down, right * across, bottom * down)
         levels = eight_bits(image, content, bit_depth, note)
-        square = _plain_mode(levels, channels).resize((size, size), Image.Resampling.BICUBIC, box)
+        square = _resized(_plain_mode(levels, channels), size, box, resampler)
         turn = _TURNS.get(_orientation(image))
-    return square if turn is None else square.transpose(turn)
+    return square if turn is None else turn(square)
+
+
+def _resized(image: Image.Image, size: int, box: tuple[float, float, float, float], resampler: Resampler) -> Levels:
+    # after a reduced decoding, the box has fractions, which torch does not know
+    if resampler == "pillow" or any(edge != int(edge) for edge in box):
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    # a copy, because torch warns of memory that cannot be written
+    crop = np.array(image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3]))))
+    planes = torch.from_numpy(crop[..., None] if crop.ndim == 2 else crop).permute(2, 0, 1)[None]
+    out = F.interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].numpy()
+    return out[0] if crop.ndim == 2 else out.transpose(1, 2, 0)
 
 
 def _check_size(image: Image.Image, limits: Limits) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from d2v_fast.data.batch import Drawn
 from d2v_fast.data.listing import Listing
 from d2v_fast.data.samples import digest_of
 from d2v_fast.errors import DataError
@@ -56,6 +57,7 @@ class DigitsDataset:
     """
 
     channels = 1
+    value_bytes = 4
     listing = Listing()
 
     def __init__(
@@ -83,6 +85,11 @@ class DigitsDataset:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         return self.plain(np.array([sample_id]))[0]
+
+    def drawn(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> Drawn:
+        """See `ImageDataset`."""
+        pixels, bad = self.augmented(sample_ids, seed, epoch)
+        return Drawn(pixels, None, bad)
 
     def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
         """See `Dataset`; no digit is replaced."""

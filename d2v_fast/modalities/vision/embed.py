@@ -67,7 +67,7 @@ class Images(Source):
         square = read_square(
             path, self._size_px, self._channels, center_box, self._limits, bit_depth=self._bit_depth, note=note
         )
-        levels = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1).astype(np.float32)
+        levels = np.atleast_3d(square).transpose(2, 0, 1).astype(np.float32)
         return [torch.from_numpy((levels - self._mean) / self._std)]
 
     def _warn_dark(self, path: str, dim: Any) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from d2v_fast.data.batch import Drawn, Scale
 from d2v_fast.data.files import NUM_CHECKED, PathList, find_files, require_readable, spread, tried_in_order
 from d2v_fast.data.listing import ARCHIVES, VIDEOS, FileKinds
 from d2v_fast.data.samples import digest_of, file_sizes
@@ -25,13 +25,16 @@ from d2v_fast.masking.streams import AUGMENT, stream_keys, uniforms
 from d2v_fast.modalities.vision.bit_depth import Dim
 from d2v_fast.modalities.vision.decode import (
     Box,
+    Levels,
     Limits,
+    Resampler,
     SmallImage,
     UnreadableImage,
     center_box,
     check_header,
     read_square,
 )
+from d2v_fast.modalities.vision.jitter import jitter_
 
 if TYPE_CHECKING:
     from d2v_fast.modalities.vision.config import ImageModelSection, VisionDataConfig
@@ -86,6 +89,8 @@ class ImagesDataset:
         DataError: The folder does not exist, holds no images, or none of those tried can be read.
     """
 
+    value_bytes = 1
+
     def __init__(self, data: VisionDataConfig, model: ImageModelSection) -> None:
         if model.channels not in (1, 3):
             raise DataError(f"`d2v.model.channels` must be 1 or 3, but is {model.channels} instead.")
@@ -106,10 +111,14 @@ class ImagesDataset:
         self._flip_prob = data.flip_prob
         self._jitter = data.color_jitter
         # per channel, on the scale of 0 to 255
-        self._mean = np.array(data.mean, dtype=np.float32)[:, None, None] * 255
-        self._std = np.array(data.std, dtype=np.float32)[:, None, None] * 255
+        of_levels = [(np.array(values, dtype=np.float32) * 255).tolist() for values in (data.mean, data.std)]
+        self._scale = Scale(*map(tuple, of_levels))
         self._bit_depth = data.bit_depth
+        self._resampler = data.resampler
         self._has_warned_dark = False
+        if self._jitter > 0:
+            # compile it once here, not in every worker
+            jitter_(np.zeros((self.channels, 1, 1), np.uint8), 0.0, [1.0, 1.0, 1.0])
         self._require_readable()
         self._check_depths()
         self._count_unusable()
@@ -131,7 +140,7 @@ class ImagesDataset:
         """
         path = self.path(sample_id)
         try:
-            return self._normalized([self._read(path, center_box)])[0]
+            return self._scale.applied(self._stacked([self._read(path, center_box)]))[0]
         except UnreadableImage as error:
             raise DataError(printable(f"{path}: {error}")) from None
 
@@ -147,8 +156,8 @@ class ImagesDataset:
         """Return a digest of the files' current sizes."""
         return digest_of(file_sizes(self.root, self._paths))
 
-    def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
-        """See `Dataset`. A replacement gets the crop and flip drawn for the unreadable image.
+    def drawn(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> Drawn:
+        """See `ImageDataset`. A replacement gets the crop and flip drawn for the unreadable image.
 
         Raises:
             DataError: An image and the next ones after it are all unreadable.
@@ -157,10 +166,19 @@ class ImagesDataset:
         squares, bad = [], []
         for sample_id, numbers in zip(sample_ids.tolist(), draws, strict=True):
             choose_box = functools.partial(random_box, numbers[_CROP], self._crop_scale)
-            square, failures = self._read_or_replace(sample_id, choose_box)
-            squares.append(self._change(square, numbers))
+            square, failures = self._read_or_replace(sample_id, choose_box, self._resampler)
+            squares.append(square[:, ::-1] if numbers[_FLIP] < self._flip_prob else square)
             bad += failures
-        return self._normalized(squares), tuple(bad)
+        levels = self._stacked(squares)
+        if self._jitter > 0:
+            for level, (order, *strengths) in zip(levels.numpy(), draws[:, _JITTER].tolist(), strict=True):
+                jitter_(level, order, [1 + self._jitter * (2 * s - 1) for s in strengths])
+        return Drawn(levels, self._scale, tuple(bad))
+
+    def augmented(self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int) -> tuple[Tensor, tuple[str, ...]]:
+        """See `ImageDataset`."""
+        levels, _, bad = self.drawn(sample_ids, seed, epoch)
+        return self._scale.applied(levels), bad
 
     def plain(self, sample_ids: npt.NDArray[np.int64]) -> Tensor:
         """See `Dataset`. Return the largest centered squares; log a warning for each unreadable file replaced."""
@@ -170,21 +188,23 @@ class ImagesDataset:
             squares.append(square)
             for failure in failures:
                 _log.warning("skipped unreadable image: %s", failure)
-        return self._normalized(squares)
+        return self._scale.applied(self._stacked(squares))
 
-    def _read_or_replace(self, sample_id: int, choose_box: Callable[[int, int], Box]) -> tuple[Image.Image, list[str]]:
+    def _read_or_replace(
+        self, sample_id: int, choose_box: Callable[[int, int], Box], resampler: Resampler = "pillow"
+    ) -> tuple[Levels, list[str]]:
         failures: list[str] = []
         for distance in tried_in_order(len(self)):
             path = self.path((sample_id + distance) % len(self))
             try:
-                return self._read(path, choose_box), failures
+                return self._read(path, choose_box, resampler), failures
             except UnreadableImage as error:
                 failures.append(printable(f"{path}: {error}"))
         raise DataError(
             f"{len(failures)} files in a row are unreadable. Remove or repair them:\n  " + "\n  ".join(failures)
         )
 
-    def _read(self, path: str, choose_box: Callable[[int, int], Box]) -> Image.Image:
+    def _read(self, path: str, choose_box: Callable[[int, int], Box], resampler: Resampler = "pillow") -> Levels:
         # warn once: a folder usually has many such images
         note = None if self._has_warned_dark else functools.partial(self._warn_dark, path)
         return read_square(
@@ -195,28 +215,18 @@ class ImagesDataset:
             self._limits,
             bit_depth=self._bit_depth,
             note=note,
+            resampler=resampler,
         )
 
     def _warn_dark(self, path: str, dim: Dim) -> None:
         self._has_warned_dark = True
         _log.warning("%s: %s", printable(path), dim)
 
-    def _change(self, square: Image.Image, numbers: npt.NDArray[np.float64]) -> Image.Image:
-        if numbers[_FLIP] < self._flip_prob:
-            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self._jitter > 0:
-            order, *strengths = numbers[_JITTER].tolist()
-            square = _jittered(square, order, [1 + self._jitter * (2 * s - 1) for s in strengths])
-        return square
-
-    def _normalized(self, squares: list[Image.Image]) -> Tensor:
-        pixels = np.empty((len(squares), self.channels, self.image_size, self.image_size), dtype=np.float32)
-        for pixel, square in zip(pixels, squares, strict=True):
-            # one image at a time, while it is in the cache
-            pixel[...] = np.atleast_3d(np.asarray(square)).transpose(2, 0, 1)
-            pixel -= self._mean
-            pixel /= self._std
-        return torch.from_numpy(pixels)
+    def _stacked(self, squares: list[Levels]) -> Tensor:
+        levels = np.empty((len(squares), self.channels, self.image_size, self.image_size), dtype=np.uint8)
+        for level, square in zip(levels, squares, strict=True):
+            level[...] = np.atleast_3d(square).transpose(2, 0, 1)
+        return torch.from_numpy(levels)
 
     def _check_depths(self) -> None:
         """Warn before training if the values of sampled images need fewer bits than are stored."""
@@ -277,18 +287,3 @@ def random_box(numbers: npt.NDArray[np.float64], scale: tuple[float, float], wid
     crop_width = max(1, min(width, round(height * MAX_ASPECT)))
     crop_height = max(1, min(height, round(width / MIN_ASPECT)))
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
-
-
-def _jittered(square: Image.Image, order: float, strengths: list[float]) -> Image.Image:
-    """Scale brightness, contrast and saturation; `order` in [0, 1) picks one of their six orders."""
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-    if square.mode == "L":
-        # gray images have no saturation
-        enhancers.pop()
-    steps = list(zip(enhancers, strengths, strict=False))
-    order *= math.factorial(len(steps))
-    while steps:
-        index, order = divmod(order, math.factorial(len(steps) - 1))
-        enhancer, strength = steps.pop(int(index))
-        square = enhancer(square).enhance(strength)
-    return square

@@ -115,7 +115,7 @@ def test_links_stay_inside(tree: Path, tmp_path: Path) -> None:
     make_hostile(tree, tmp_path / "elsewhere")
     (tree / "inside.jpg").symlink_to(tree / "05.jpg")
     inside = Limits(**{**vars(LIMITS), "root": str(tree)})
-    assert read_square(str(tree / "inside.jpg"), 16, 3, center_box, inside).size == (16, 16)
+    assert read_square(str(tree / "inside.jpg"), 16, 3, center_box, inside).shape == (16, 16, 3)
     assert "a link out of the folder" in reason(tree / "link.jpg", inside)
     # a folder whose name starts with the root's name is outside
     sibling = tmp_path / "images of others"
@@ -126,7 +126,7 @@ def test_links_stay_inside(tree: Path, tmp_path: Path) -> None:
     assert "a link out of the folder" in reason(tree / "../images of others/a.jpg", inside)
     names = {os.path.basename(path) for path in paths(make_dataset(tree, follow_outside=True))}
     assert {"private.jpg", "link.jpg"} <= names
-    assert read_square(str(tree / "link.jpg"), 16, 3, center_box, LIMITS).size == (16, 16)
+    assert read_square(str(tree / "link.jpg"), 16, 3, center_box, LIMITS).shape == (16, 16, 3)
     assert reason(tree / "zero.jpg") == "not a regular file, but a device"
 
 
@@ -191,11 +191,11 @@ def test_limits_are_keys(tree: Path) -> None:
 def test_scans_are_counted_in_the_image_only(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(repeated_scans(MAX_SCANS - 20))
-    assert read_square(str(path), 16, 3, center_box, LIMITS).size == (16, 16)
+    assert read_square(str(path), 16, 3, center_box, LIMITS).shape == (16, 16, 3)
     # a phone's video after the photograph, and a comment before its data
     film = b"\xff\xda\x00\x02" * (MAX_SCANS + 50)
     path.write_bytes(encoded(picture(), "JPEG", comment=film) + film)
-    assert read_square(str(path), 16, 3, center_box, LIMITS).size == (16, 16)
+    assert read_square(str(path), 16, 3, center_box, LIMITS).shape == (16, 16, 3)
     # bytes that a decoder skips between two scans do not hide a scan
     for hidden in (b"\xff\x01", b"\xff\xff\xff\x01", b"junk", b"\xff\xd0"):
         content = repeated_scans(MAX_SCANS + 1)
@@ -209,7 +209,7 @@ def test_data_that_never_end_are_not_inflated(tmp_path: Path) -> None:
     path.write_bytes(zip_bomb(500_000_000))
     assert path.stat().st_size < 600_000
     start = time.process_time()
-    assert read_square(str(path), 16, 3, center_box, LIMITS).size == (16, 16)
+    assert read_square(str(path), 16, 3, center_box, LIMITS).shape == (16, 16, 3)
     assert time.process_time() - start < 0.5
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import warnings
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
+from d2v_fast.data import Batch
 from d2v_fast.errors import DataError
 from d2v_fast.modalities.vision.batches import image_dataset
 from d2v_fast.modalities.vision.decode import UnreadableImage, read_square
 from d2v_fast.modalities.vision.images import random_box
+from d2v_fast.modalities.vision.jitter import jitter_
 from tests.helpers.image_datasets import (
     LIMITS,
     encoded,
@@ -331,3 +334,65 @@ def test_other_refusals(tree: Path) -> None:
         image_dataset(config, "test")
     with pytest.raises(IndexError):
         image_dataset(config)[12]
+
+
+def test_resampling_of_a_crop_by_itself(tmp_path: Path) -> None:
+    """Torch's result is Pillow's of the cut image to the rounding of two passes, and differs from the other form's at
+    the edge only; both forms of a reduced decoding are the same."""
+    content = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(content).save(tmp_path / "a.png")
+    path, box = str(tmp_path / "a.png"), (13, 7, 83, 71)
+    for channels in (1, 3):
+        fast, exact = (
+            read_square(path, 32, channels, lambda *_: box, LIMITS, resampler=resampler).astype(int)
+            for resampler in ("torch", "pillow")
+        )
+        with Image.open(path) as image:
+            cut = image.convert("L" if channels == 1 else "RGB").crop((13, 7, 96, 78))
+        alone = np.asarray(cut.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+        assert fast.shape == exact.shape == alone.shape
+        assert np.abs(fast - alone).max() <= 2
+        assert np.abs(fast - alone).mean() < 0.1
+        assert np.abs(fast - exact)[3:-3, 3:-3].max() <= 2
+        assert np.abs(fast - exact).mean() < 2
+    picture(400, 300).save(tmp_path / "large.jpg", quality=95)
+    path, box = str(tmp_path / "large.jpg"), (11, 13, 301, 231)
+    both = [read_square(path, 32, 3, lambda *_: box, LIMITS, resampler=which) for which in ("torch", "pillow")]
+    np.testing.assert_array_equal(*both)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_has_the_bits_of_pillow(channels: int) -> None:
+    def enhanced(image: Image.Image, order: float, strengths: list[float]) -> Image.Image:
+        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color][: 2 if channels == 1 else 3]
+        steps = list(itertools.permutations(zip(enhancers, strengths, strict=False)))
+        for enhancer, strength in steps[int(order * len(steps))]:
+            image = enhancer(image).enhance(strength)
+        return image
+
+    generator = np.random.default_rng(channels)
+    for trial in range(60):
+        levels = generator.integers(0, 256, (channels, 23, 31), dtype=np.uint8)
+        strengths = generator.uniform(0, 2, 3).tolist()
+        strengths[trial % 3] = (strengths[trial % 3], 1.0, 0.0)[trial % 5 % 3]
+        order = float(generator.random())
+        image = Image.fromarray(levels[0] if channels == 1 else np.ascontiguousarray(levels.transpose(1, 2, 0)))
+        expected = np.atleast_3d(np.asarray(enhanced(image, order, strengths))).transpose(2, 0, 1)
+        jitter_(levels, order, strengths)
+        np.testing.assert_array_equal(levels, expected)
+
+
+def test_levels_are_normalized_where_the_batch_goes(tree: Path) -> None:
+    dataset = make_dataset(tree, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], color_jitter=0.3, crop_scale=[0.3, 1.0])
+    ids = np.arange(12)
+    levels, scale, bad = dataset.drawn(ids, 1, 2)
+    pixels, also_bad = dataset.augmented(ids, 1, 2)
+    assert levels.dtype == torch.uint8
+    assert bad == also_bad
+    batch = Batch(levels, torch.arange(3), torch.from_numpy(ids), scale=scale)
+    for moved in (batch.to("cpu"), batch.to("cpu").to("cpu")):
+        assert torch.equal(moved.inputs, pixels)
+        assert moved.scale is None
+    mean, std = (np.array(values, np.float32)[:, None, None] * 255 for values in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
+    np.testing.assert_array_equal(pixels, (levels.numpy().astype(np.float32) - mean) / std)
+    assert batch.to("meta").inputs.dtype == torch.float32
