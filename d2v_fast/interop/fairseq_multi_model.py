@@ -226,6 +226,9 @@ class MultiModel:
             shown = ", ".join(f"decoder.{name} {show(defaults[name])}" for name in assumed)
             gathered.assumed.append(f"{shown} (as published)")
         values |= {**gathered.values, "decoder": {**defaults, **decoder}}
+        if not parts.decoder and "decoder" in settings.run:
+            # the run begins with a new one
+            values["decoder"] = settings.run["decoder"]
         if "layer_norm_first" not in model:
             gathered.assumed.append(POST_NORM)
         config, problems = check(self.config, values)

@@ -25,7 +25,7 @@ from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.command_lines import path_words, resume_command, tool_command
 from d2v_fast.config import D2VConfig, RunConfig, load_config
-from d2v_fast.config.errors import ConfigError, Section
+from d2v_fast.config.errors import ConfigError, Section, show
 from d2v_fast.config.file import apply_overrides
 from d2v_fast.config.model_paths import explain
 from d2v_fast.distributed.shards import find_shards
@@ -43,7 +43,7 @@ from d2v_fast.models.student import Student
 from d2v_fast.objectives.build import build_model
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.teacher import Teacher
-from d2v_fast.training.resume_rules import FREE_MODEL_KEYS
+from d2v_fast.training.resume_rules import changed_model
 from d2v_fast.training.run_folder import RunFolder
 from d2v_fast.training.run_state import DataIdentity, RunSaver
 
@@ -252,19 +252,13 @@ def _vocabulary(source: Path, config: Section) -> str | None:
 def _require_same(wanted: Section, found: Section, source: Path, ds_config: Path) -> None:
     """Refuse weights whose encoder differs from the run's; the error lists every difference."""
     if type(wanted) is not type(found):
-        kind = modality_of_model(found).name
-        raise ValueError(f'`d2v.modality` in {ds_config} must be "{kind}" as in {source}, but is another.')
-    lines = []
-    for key, value in found:
-        mine = getattr(wanted, key)
-        if key == "mlp_ratio":
-            # only the product with the width counts
-            same = int(wanted.width * mine) == int(found.width * value)  # type: ignore[attr-defined]
-        else:
-            same = mine == value or key in FREE_MODEL_KEYS
-        if not same:
-            shown, own = (json.dumps(list(v) if isinstance(v, tuple) else v) for v in (value, mine))
-            lines.append(f"`d2v.model.{key}` must be {shown}, but is {own} instead")
+        theirs, own = modality_of_model(found), modality_of_model(wanted)
+        key, value = ("modality", theirs.name) if theirs.name != own.name else ("objective", theirs.objective)
+        raise ValueError(f'`d2v.{key}` in {ds_config} must be "{value}" as in {source}, but is another.')
+    lines = [
+        f"`d2v.model.{key}` must be {show(value)}, but is {show(mine)} instead"
+        for key, value, mine in changed_model(found.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    ]
     if lines:
         raise ValueError(f"{source} is of another encoder than {ds_config} says:\n  " + "\n  ".join(lines))
 

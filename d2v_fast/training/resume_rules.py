@@ -18,6 +18,10 @@ FREE_MODEL_KEYS = frozenset(
         "activation_dropout",
         "attention",
         "attention_dropout",
+        "context_dropout",
+        "context_layer_drop",
+        "decoder.dropout",
+        "decoder.noise_std",
         "drop_path",
         "dropout",
         "front_end_checkpointing",
@@ -52,7 +56,7 @@ def refused_changes(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     return sentences + [
         f"`d2v.model.{key}` must be {show(old)} as in the checkpoint, but is {show(new)} instead: the weights belong "
         "to another model. Restore the value, or start a new run."
-        for key, old, new in _changed_model(before["model"], now["model"])
+        for key, old, new in changed_model(before["model"], now["model"])
     ]
 
 
@@ -83,16 +87,28 @@ def too_short(made: int, num_steps: int, steps_per_epoch: int, run_folder: Path,
     )
 
 
-def _changed_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def changed_model(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield dotted key, old and new value of every change of `d2v.model` that makes it another model.
+
+    Args:
+        before: The section that the weights are of.
+        now: The section of the run.
+        prefix: Of the keys, for a section within the section.
+    """
     for key, new in now.items():
         old = before.get(key)
-        if key == "mlp_ratio" and old is not None:
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from changed_model(old, new, f"{prefix}{key}.")
+            continue
+        if key.endswith("_ratio") and old is not None:
             # only the product with the width counts
             changed = int(before["width"] * old) != int(now["width"] * new)
         else:
-            changed = old != new and key not in FREE_MODEL_KEYS
+            changed = old != new and f"{prefix}{key}" not in FREE_MODEL_KEYS
         if changed:
-            yield key, old, new
+            yield f"{prefix}{key}", old, new
 
 
 def _complete(config: RunConfig) -> dict[str, Any]:

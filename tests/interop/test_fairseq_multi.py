@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from d2v_fast.config import D2VConfig, check_d2v
+from d2v_fast.commands.console import main
+from d2v_fast.config import D2VConfig, check_d2v, load_config
 from d2v_fast.interop import fairseq_multi_model
+from d2v_fast.interop.fairseq_recipe import Settings
+from d2v_fast.interop.huggingface import export_model
 from d2v_fast.interop.layout import Misfit
 from d2v_fast.interop.published import open_published, read_published
 from d2v_fast.modalities import modality_of, modality_of_model
@@ -223,8 +227,6 @@ def test_a_file_without_cfg_needs_what_no_tensor_shows(tmp_path: Path) -> None:
     path = saved(case, tmp_path, cfg=None)
     with pytest.raises(ValueError, match="`--heads` must be given"):
         read_published(path)
-    from d2v_fast.interop.fairseq_recipe import Settings
-
     found = read_published(path, Settings.of(None, 4))
     assert found.config == read_published(saved(case, tmp_path)).config
     assert any("norm_eps" in one for one in found.assumed)
@@ -281,3 +283,50 @@ def test_another_encoder_is_refused_by_the_name_of_its_key(kind: str, key: str, 
     other = replace(case, model={**case.model, "modalities": modalities})
     with pytest.raises(ValueError, match=f"`{key}` in `modalities.{name}` in the `cfg` of"):
         read_published(saved(other, tmp_path))
+
+
+def run_file(case: Case, folder: Path) -> Path:
+    """A configuration whose run begins with the case."""
+    _, _, config = config_of(case, saved(case, folder))
+    content = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "d2v": config.model_dump(mode="json"),
+    }
+    if case.kind == "IMAGE":
+        # the sample set is gray
+        content["d2v"]["data"] |= {"kind": "images", "path": str(folder)}
+    (folder / "run.json").write_text(json.dumps(content))
+    return folder / "run.json"
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_run_begins_with_a_file_and_gives_it_back(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`import` into a run, then `export` of its first checkpoint: not a bit has changed."""
+    case = CASES[kind]
+    file, run = run_file(case, tmp_path), tmp_path / "runs" / "a"
+    assert main(["import", str(tmp_path / f"{case.name}.pt"), "--to", str(run), "--ds_config", str(file)]) == 0
+    assert "its own teacher" in capsys.readouterr().out
+    assert main(["export", str(run), "--format", "fairseq"]) == 0
+    found = torch.load(run / "export.pt", weights_only=True)["model"]
+    average = found.pop("_ema")
+    for part, prefix in ((found, "student."), (average, "teacher.")):
+        assert all(torch.equal(part[name], one) for name, one in case.below(prefix).items())
+    # a model without decoder: the run's is new, and the student is its own teacher
+    export_model(read_published(tmp_path / f"{case.name}.pt").student, load_config(file).d2v, tmp_path / "folder")
+    assert main(["import", str(tmp_path / "folder"), "--to", str(tmp_path / "runs/b"), "--ds_config", str(file)]) == 0
+    assert "the student as teacher" in capsys.readouterr().out
+
+
+def test_another_model_is_refused_with_every_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES["TEXT"]
+    file = run_file(case, tmp_path)
+    begin = ["import", str(tmp_path / "text_1.pt"), "--to", str(tmp_path / "runs/a"), "--ds_config", str(file)]
+    wrong = ["--set", "d2v.model.decoder.kernel=5", "--set", "d2v.model.heads=2"]
+    assert main([*begin, *wrong, "--set", "d2v.model.decoder.dropout=0.5"]) != 0
+    told = capsys.readouterr().err
+    assert "`d2v.model.decoder.kernel` must be 9, but is 5 instead" in told
+    assert "`d2v.model.heads` must be 4, but is 2 instead" in told
+    assert "dropout" not in told
