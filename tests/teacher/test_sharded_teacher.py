@@ -42,6 +42,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 STAGES = ["0", "1", "2", "3"]
 BF16 = {name: {**RUNS[name], "bf16": {"enabled": True}} for name in ("0", "1", "2", "3", "2, offload", "3, offload")}
+# where a NaN is looked for and dropped by code of its own; the others, which are slow, go through one of these
+OWN_WAYS = ["0", "2", "3", "3, offload", "0, bf16", "2, bf16", "3, bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_half_precision_follows_the_fp32_values(tmp_path: Path) -> None:
         for name, changes in BF16.items():
             trial = Trial(run_config(changes, world.size), world)
             expected = {key: value.double() for key, value in trial.student().items()}
-            for step in range(1, 7):
+            for step in range(1, 5):
                 assert trial.step(step)
                 decay = trial.teacher.decay(step)
                 for key, value in trial.student().items():
@@ -151,9 +153,11 @@ def test_half_precision_follows_the_fp32_values(tmp_path: Path) -> None:
                 assert found["average"][0] <= 1e-6, (name, found)
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_nan_of_one_process_reaches_nothing(processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["own ways", "the others"])
+def test_nan_of_one_process_reaches_nothing(own: bool, tmp_path: Path) -> None:
     """A NaN in the last process's images changes neither student, optimizer nor teacher, at every stage."""
+    every = {**RUNS, **{f"{name}, bf16": changes for name, changes in BF16.items()}}
+    assert set(OWN_WAYS) <= set(every)
 
     def held(trial: Trial) -> list[Tensor]:
         tensors = [kept.shard.master for kept in trial.engine.kept()]
@@ -161,8 +165,8 @@ def test_nan_of_one_process_reaches_nothing(processes: int, tmp_path: Path) -> N
 
     def work(world: World, folder: Path) -> Any:
         report = {}
-        for name, changes in {**RUNS, **{f"{name}, bf16": changes for name, changes in BF16.items()}}.items():
-            trial = Trial(run_config(changes, world.size), world)
+        for name in [name for name in every if (name in OWN_WAYS) == own]:
+            trial = Trial(run_config(every[name], world.size), world)
             assert trial.step(1)
             before, seen = held(trial), trial.seen()
             refused = not trial.step(2, poison=True)
@@ -176,7 +180,8 @@ def test_nan_of_one_process_reaches_nothing(processes: int, tmp_path: Path) -> N
             ]
         return report
 
-    for report in in_processes(processes, tmp_path, work, timeout_s=280):
+    for report in in_processes(2, tmp_path, work, timeout_s=280):
+        assert report
         for name, found in report.items():
             assert found == [True] * 4, name
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from d2v_fast.commands.console import main
 from d2v_fast.config import BatchSplit, TextConfig, parse_config
 from d2v_fast.data import batch_maker
+from d2v_fast.modalities.text import probe
 from d2v_fast.modalities.text.probe import masked_words, run_text_probe
 from d2v_fast.modalities.text.reference_pages import docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
@@ -183,7 +184,12 @@ def test_a_tokenizer_without_words_leaves_out_their_probe(
     assert "the probe of masked words is skipped" in caplog.text
 
 
-def test_probe_and_dry_run(tmp_path: Path, cache: str, capsys: pytest.CaptureFixture) -> None:
+def test_probe_and_dry_run(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    # classifying all of them is most of the work
+    monkeypatch.setattr(probe, "MAX_TRAIN", 3000)
+    monkeypatch.setattr(probe, "MAX_TEST", 1000)
     # a vocabulary large enough to contain frequent words
     file = text_file(tmp_path, cache, d2v__schedule={"steps": 2}, d2v__model__vocab_size=1000)
     assert run_here("--ds_config", file, "--dry-run") == 0
