@@ -48,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="cpu (Triton interpreted) or cuda")
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--only-device", action="store_true", help="run only the tests that use the device under test")
+    choices = ("with", "without", "only")
+    parser.addoption("--compiled-peers", default="with", choices=choices, help="benchmarks beside torch.compile")
     parser.addoption("--figures", metavar="FILE", help="append the figures of each benchmark to FILE as it ends")
     parser.addoption("--outcomes", metavar="FILE", help="append the outcome of each test to FILE as it comes")
 

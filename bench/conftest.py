@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 # compile times are reported, so disable caches of earlier runs; torch reads the variable at import
@@ -13,15 +14,20 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 import pytest
 import torch
 
-from bench.measure import Contest, run_contest
+from bench.measure import Compiled, Contest, run_contest
 
 
 @pytest.fixture
-def compete(benchmark: Any, device: torch.device) -> Callable[[Contest], None]:
+def compete(request: pytest.FixtureRequest, benchmark: Any, device: torch.device) -> Callable[[Contest], None]:
     """Return a function that runs a `Contest` and stores its figures in the benchmark's `extra_info`."""
+    compiled = request.config.getoption("--compiled-peers")
 
     def run(contest: Contest) -> None:
-        run_contest(contest, benchmark, device)
+        kinds = {"with": (True, False), "without": (False,), "only": (True,)}[compiled]
+        peers = {name: peer for name, peer in contest.peers.items() if isinstance(peer, Compiled) in kinds}
+        if compiled == "only" and not peers:
+            pytest.skip("no peer is compiled")
+        run_contest(replace(contest, peers=peers), benchmark, device)
 
     return run
 

@@ -2,9 +2,9 @@
 
 python bench/gpu.py --out build/gpu --device cuda --seconds 360
 
-The parts run one after the other: build, tests that use the device, kernels, steps, small runs, report. Each has a
-limit; the time that one leaves goes to the later ones. Everything is written as it comes, so a program that is stopped
-at any moment leaves what it found, in at most eight files:
+The parts run one after the other: build, tests that use the device, kernels, steps, small runs, compiled peers, report.
+Each has a limit; the time that one leaves goes to the later ones. Everything is written as it comes, so a program that
+is stopped at any moment leaves what it found, in at most eight files:
 
 - summary.txt: failed tests first, then the state of each part and the machine; rewritten every second.
 - outcomes.log, outcomes.log.failures: a line per test, and tracebacks.
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # between SIGINT and SIGKILL, so that pytest can print its summary
 GRACE_S = 5.0
 MAX_PROCESSES = 13
-OPERATIONS = ("ema", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu", "host")
+OPERATIONS = ("host", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu", "ema")
 NEEDED_FOR_RUNS = ("pydantic", "numpy", "numba", "safetensors", "sklearn", "PIL")
 # run in its own process, since this one must not hold a part of the GPU
 DESCRIBE = """
@@ -141,15 +141,18 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     tests = ["tests", "--only-device", "--outcomes", str(out / "outcomes.log"), "--continue-on-collection-errors"]
     figures = ["--figures", str(out / "figures.jsonl")]
     kernels = [f"bench/bench_{name}.py" for name in OPERATIONS]
+    measure = [*pytest, "-q", *kernels, *figures]
     steps = ["--run-slow", "bench/bench_step.py"]
     runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
     build = [Part("build", 3, ["setup.py", "--quiet", "build_ext", "--inplace"], ("setuptools", "torch"))]
     return [
         *(build if must_build() else []),
         Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch")),
-        Part("kernels", 7, [*pytest, "-q", *kernels, *figures], ("pytest", "pytest_benchmark", "numpy")),
+        Part("kernels", 7, [*measure, "--compiled-peers", "without"], ("pytest", "pytest_benchmark", "numpy")),
         Part("steps", 7, [*pytest, "-q", *steps, *figures], ("pytest_benchmark", "transformers")),
         Part("runs", 7, runs, NEEDED_FOR_RUNS),
+        # compiles for seconds per case, so it takes what time is left
+        Part("compiled", 2, [*measure, "--compiled-peers", "only"], ("pytest", "pytest_benchmark", "numpy")),
     ]
 
 

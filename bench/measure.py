@@ -181,6 +181,12 @@ def cuda_facts(run: Callable[[], Any], model_bytes: int, calls: int = 20) -> dic
     torch.cuda.synchronize()
     device_s = float(np.median([start.elapsed_time(stop) for start, stop in events])) / 1e3
     facts: dict[str, Any] = {"device_s": device_s, "device_gb_per_s": model_bytes / device_s / 1e9}
+    start_s = time.perf_counter()
+    for _ in range(calls):
+        run()
+    # how long the host takes to ask for the work, as long as no queue is full
+    facts["host_s"] = (time.perf_counter() - start_s) / calls
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()

@@ -32,7 +32,18 @@ def read_rows(path: Path) -> list[Row]:
         rows = [entry["extra_info"] for entry in json.loads(text)["benchmarks"] if "op" in entry["extra_info"]]
     if not rows:
         raise ValueError(f"{path} holds no figures: `make bench` writes one that does.")
-    return rows
+    return merged(rows)
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """Add the peers of a case that was measured again, with others, to its first row."""
+    first: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        known = first.setdefault((row["op"], row["case"]), row)
+        if known is not row:
+            known["peers"] |= {name: peer for name, peer in row["peers"].items() if name not in known["peers"]}
+            known["missing"] = {n: why for n, why in known.get("missing", {}).items() if n not in known["peers"]}
+    return list(first.values())
 
 
 def machine_name(rows: list[Row]) -> str:
@@ -121,6 +132,7 @@ def markdown(rows: list[Row]) -> str:
         cases = [row for row in rows if row["op"] == op]
         peers = list(dict.fromkeys(name for row in cases for name in row["peers"]))
         on_gpu = ["device time, cold", "launches", "waits"] if any("launches" in row for row in cases) else []
+        on_gpu += ["host"] if any("host_s" in row for row in cases) else []
         lines += ["", f"## {op}", ""]
         lines.append(
             "| case | " + " | ".join(["ours", "must move", "GB/s", "of the line", "peak", *on_gpu, *peers]) + " |"
@@ -129,9 +141,10 @@ def markdown(rows: list[Row]) -> str:
         for row in cases:
             cells = [_time(row.get("p50_s")), _bytes(row.get("bytes"))]
             cells += [_number(row.get("gb_per_s")), _percent(row.get("percent_of_line")), _bytes(row.get("peak_bytes"))]
-            if on_gpu:
+            if "launches" in on_gpu:
                 waits = {True: "yes", False: "no", None: ""}[row.get("waits_for_device")]
                 cells += [_time(row.get("device_s")), str(row.get("launches", "")), waits]
+            cells += [_time(row.get("host_s"))] if "host" in on_gpu else []
             cells += [_peer(row["peers"].get(name)) for name in peers]
             lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
         missing = {name: why for row in cases for name, why in row.get("missing", {}).items()}
@@ -155,7 +168,7 @@ def _peer(peer: Row | None) -> str:
     if peer is None:
         return ""
     ratio = peer["ratio"]
-    text = f"**{ratio['p50']:.2f}** ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
+    text = f"**{ratio['p50']:.2f}**" + (f" ({ratio['p20']:.2f} to {ratio['p80']:.2f})" if "p20" in ratio else "")
     details = [_bytes(peer["peak_bytes"])] if peer.get("peak_bytes") is not None else []
     details += [f"compiles {peer['compile_s']:.0f} s"] if peer.get("compile_s") else []
     return text + (f", {', '.join(details)}" if details else "")
@@ -185,6 +198,11 @@ def draw(rows: list[Row], stem: Path) -> list[Path]:
     return [path for path in drawn if path is not None]
 
 
+def _where(rows: list[Row]) -> str:
+    first = rows[0]
+    return f"{first['device']}, torch {first['torch']}"
+
+
 def _draw_speedups(rows: list[Row], stem: Path) -> Path:
     from matplotlib import pyplot as plt
 
@@ -197,7 +215,9 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
         labels.append(f"{row['op']}: {row['case']}")
         for name, peer in row["peers"].items():
             ratio = peer["ratio"]
-            spread = [[ratio["p50"] - ratio["p20"]], [ratio["p80"] - ratio["p50"]]]
+            # figures that were taken from elsewhere may have no spread
+            low, high = ratio.get("p20", ratio["p50"]), ratio.get("p80", ratio["p50"])
+            spread = [[ratio["p50"] - low], [high - ratio["p50"]]]
             axis.errorbar(ratio["p50"], y, xerr=spread, fmt="o", color=colors[name], capsize=2, markersize=5)
     axis.axvline(1, color="black", linewidth=1)
     axis.axvspan(axis.get_xlim()[0], 1, color="tab:red", alpha=0.06)
@@ -208,8 +228,10 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylim(-0.6, len(labels) - 0.4)
     axis.grid(axis="x", alpha=0.3)
+    axis.set_title(f"How many times as long the others take: {_where(rows)}", fontsize=10)
     axis.set_xlabel(
-        "time of the peer / time of ours, median and\n20th to 80th percentile (left of 1: the peer is faster)"
+        "left of 1 the other is faster, right of 1 ours\ntime of the other over ours: median of the rounds, "
+        "and 20th to 80th percentile"
     )
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=colors[name], label=name) for name in peers]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(peers)), fontsize=8)
@@ -222,33 +244,32 @@ def _draw_bandwidth(rows: list[Row], stem: Path) -> Path | None:
     rows = [row for row in rows if row.get("gb_per_s")]
     if not rows:
         return None
-    ops = list(dict.fromkeys(row["op"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(ops), figsize=(4.2 * len(ops), 4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, op in zip(axes[0], ops, strict=True):
-        cases = sorted((row for row in rows if row["op"] == op), key=lambda row: row["bytes"])
-        size = [row["bytes"] / 1e6 for row in cases]
-        axis.plot(
-            size, [row["line_gb_per_s"] for row in cases], color="black", linewidth=1.5, label="the machine's line"
-        )
-        axis.plot(size, [row["gb_per_s"] for row in cases], "o", color="tab:blue", label="ours")
-        for name, style in (("published", "v:tab:red"), ("stock", "s:tab:orange"), ("torch.compile", "x:tab:green")):
+    figure, axis = plt.subplots(figsize=(10, 0.34 * len(rows) + 1.8), layout="constrained")
+    styles = {"published": "v:tab:blue", "stock": "s:tab:orange", "torch.compile": "X:tab:green"}
+    for y, row in enumerate(reversed(rows)):
+        for name, style in styles.items():
             marker, _, color = style.partition(":")
-            found = [(row["bytes"], row["peers"][name]["p50_s"]) for row in cases if name in row["peers"]]
-            if found:
-                speed = [b / s / 1e9 for b, s in found]
-                axis.plot([b / 1e6 for b, _ in found], speed, marker, color=color, label=name, alpha=0.7)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="x", which="both", labelsize=7, rotation=45)
-        axis.set_title(op, fontsize=10)
-        axis.set_xlabel("bytes that must be moved, MB")
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("GB/s of bytes that must be moved")
-    axes[0, 0].set_ylim(bottom=0)
-    axes[0, -1].legend(fontsize=8)
+            if name in row["peers"]:
+                rate = row["bytes"] / row["peers"][name]["p50_s"] / 1e9
+                axis.plot(100 * rate / row["line_gb_per_s"], y, marker, color=color, alpha=0.8)
+        axis.barh(y, row["percent_of_line"], color="tab:red", alpha=0.25, height=0.7)
+        axis.plot(row["percent_of_line"], y, "o", color="tab:red")
+        axis.text(101, y, f"{row['gb_per_s']:,.0f} GB/s", va="center", fontsize=7)
+    axis.axvline(100, color="black", linewidth=1)
+    axis.set_yticks(range(len(rows)), [f"{row['op']}: {row['case']}" for row in reversed(rows)], fontsize=8)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.set_xlim(0, 112)
+    axis.set_xticks(range(0, 101, 20))
+    axis.xaxis.set_major_formatter("{x:g} %")
+    axis.grid(axis="x", alpha=0.3)
+    how = "a copy" if rows[0]["device_type"] == "cuda" else "a scale in place"
+    axis.set_title(f"How close to the speed of memory: {_where(rows)}", fontsize=10)
+    axis.set_xlabel(f"bytes that must be moved per second, over those that {how} of as many moves\n(more is better)")
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color="tab:red", label="ours (rate at the right)")]
+    for name, style in styles.items():
+        marker, _, color = style.partition(":")
+        handles.append(plt.Line2D([], [], marker=marker, linestyle="", color=color, label=name))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
     return _save(figure, stem, "bandwidth")
 
 
@@ -277,7 +298,8 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
                 axis.text(left + width / 2, y, text, ha="center", va="center", fontsize=8)
             left += width
     axis.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
-    axis.set_xlabel("seconds of one step")
+    axis.set_title(f"Where the time of a step goes: {_where(rows)}", fontsize=10)
+    axis.set_xlabel("seconds of one step (shorter is better); shares below 4 % have no label")
     axis.margins(y=0.02)
     axis.set_xlim(0, 1.03 * max(seconds for _, _, seconds, _ in bars))
     handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=p) for p, c in zip(parts, colors, strict=False)]
