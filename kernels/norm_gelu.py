@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .target_row import mean_of
+
 # elements per tile, 16 per thread: one row of 512 channels for one warp, and two rows for two warps
 FORWARD_TILE = 512
 BACKWARD_TILE = 1024
@@ -97,8 +99,7 @@ def _norm_gelu_fwd_kernel(
         row = rows[:, None].to(tl.int64)
         inside = (row < last) & in_row
         b_x = tl.load(x + row * stride_row + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        # correctly rounded: the mean of equal values must be that value, since rstd is then 1 / sqrt(eps)
-        b_mean = tl.div_rn(tl.sum(b_x, 1), C)
+        b_mean = mean_of(tl.sum(b_x, 1), C)
         b_x = tl.where(in_row, b_x - b_mean[:, None], 0.0)
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / C + eps)
         b_y = _gelu(b_x * b_rstd[:, None] * b_weight + b_bias)

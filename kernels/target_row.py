@@ -70,9 +70,17 @@ def target_row(
 
 
 @triton.jit
+def mean_of(total, COUNT: tl.constexpr):
+    """Return total / COUNT, correctly rounded: the mean of equal values must be that value, since the scale of their
+    deviation is 1 / sqrt(eps). For `tl.div_rn`, ptxas calls a function, which costs a row up to 80 registers."""
+    share: tl.constexpr = 1.0 / COUNT
+    mean = total * share
+    return tl.fma(tl.fma(-mean, COUNT, total), share, mean)
+
+
+@triton.jit
 def _normalize_row(b_x, inside, eps, D: tl.constexpr):
-    # correctly rounded: the mean of equal values must be that value, since rstd is then 1 / sqrt(eps)
-    mean = tl.div_rn(tl.sum(b_x, 0), D)
+    mean = mean_of(tl.sum(b_x, 0), D)
     b_difference = tl.where(inside, b_x - mean, 0.0)
     variance = tl.sum(b_difference * b_difference, 0) / D
     return b_difference * tl.rsqrt(variance + eps)

@@ -1,4 +1,4 @@
-"""The target and the loss of data2vec in one operation, which never writes the target to memory."""
+"""The target and the loss of data2vec in one operation, which writes no target to memory for a single prediction."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def data2vec_loss(
 
     Each row of the target is computed when it is compared (arXiv 2202.03555, sections 3.3 and 3.4). Besides the result,
     only statistics are stored: `K * B * D` numbers for ``instance`` and ``batch``, partial sums over groups of
-    positions for a final ``instance``. The result equals that of the two operations up to rounding.
+    positions for a final ``instance``. The result equals that of the two operations up to rounding. With
+    ``target_rows``, a GPU computes the target once, in `4 * M * D` bytes, which are free again when the call returns.
 
     Args:
         pred: `[N, D]`, fp32, bf16 or fp16, on the device of ``layers``; the prediction for ``rows[i]``, or for

@@ -1,10 +1,8 @@
-"""Comparison by the two-times rule and of random samples, odd memory layouts, and Triton compiled without a GPU."""
+"""Comparison by the two-times rule and of random samples, and odd memory layouts."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,68 +72,10 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
-COMPILE_PRELUDE = """
-import json, os, re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-def facts(kernel, signature, constexprs, aligned=(), num_warps=4, capabilities=(80, 90, 100), **options):
-    '''What ptxas made of a kernel: spilled bytes, shared memory, and how often each width of global access occurs.'''
-    if os.environ.get("EVERY_CAPABILITY"):
-        capabilities = (80, 90, 100)
-    attrs = {}
-    for name in aligned:
-        path, kind = (kernel.arg_names.index(name),), signature[name]
-        # alignment is set per element of a tuple
-        for where in [(*path, i) for i in range(len(kind))] if isinstance(kind, tuple) else [path]:
-            attrs[where] = [["tt.divisibility", 16]]
-    rows = []
-    for capability in capabilities:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        target = GPUTarget("cuda", capability, 32)
-        out = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
-        ptx = out.asm["ptx"]
-        rows.append({
-            "capability": capability,
-            "loads": re.findall(r"ld\\.global[\\w.:]*?\\.(v\\d\\.)?[bfus](\\d+)", ptx),
-            "stores": re.findall(r"st\\.global[\\w.:]*?\\.(v\\d\\.)?[bfus](\\d+)", ptx),
-            "spills": spilled_bytes(out.asm["cubin"]),
-            "shared": out.metadata.shared,
-        })
-    return rows
-
-def spilled_bytes(cubin):
-    '''Local memory that a kernel's frame takes, out of cuobjdump's resource usage.'''
-    import subprocess, tempfile, pathlib
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin); f.flush()
-        command = [str(tool), "--dump-resource-usage", f.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\\d+).*?LOCAL:(\\d+)", text)
-    return int(found[1]) + int(found[2])
-
-"""
-
-
-def compile_facts(code: str, every_capability: bool = False) -> list[dict]:
-    """Run ``code`` after ``COMPILE_PRELUDE`` in a process where Triton compiles, and return the list that it prints.
-
-    With ``every_capability``, compile each variant for sm_80, sm_90 and sm_100 regardless of what it asks for."""
-    environment = {"TRITON_INTERPRET": "0", "EVERY_CAPABILITY": "1" if every_capability else ""}
-    return json.loads(run_python(COMPILE_PRELUDE + code, **environment).strip().splitlines()[-1])
-
-
 every_capability = pytest.mark.parametrize(
     "every_capability", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["main", "all"]
 )
-"""Compile the main variants for every GPU generation, and the others for one; or, slow, all for every one."""
-
-
-def width_bytes(accesses: list[list[str]]) -> list[int]:
-    """Return the bytes that each global access of a thread moves, from the PTX suffixes of ``facts``."""
-    return [int(bits) // 8 * (int(re.sub(r"\D", "", vector)) if vector else 1) for vector, bits in accesses]
+"""Compile the main cases of ``compiled_kernels``; or, slow, all of them for every GPU generation."""
 
 
 Launcher = Callable[..., object]

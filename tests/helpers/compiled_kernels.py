@@ -180,7 +180,27 @@ def ema_cases() -> Iterator[Case]:
     yield case(FP16, FP16)
 
 
+def attention_cases() -> Iterator[Case]:
+    from d2v_fast.kernels.attention import attention_with_bias
+    from d2v_fast.kernels.attention_backward import attention_with_bias_backward
+
+    def case(width: int, placed: bool = False, capabilities: tuple[int, ...] = ()) -> Iterator[Case]:
+        q = empty(128, 197, 12, width).transpose(1, 2)
+        bias = empty(12, dtype=FP32) if placed else empty(1, 12, 197, 200)[..., :197]
+        lse = empty(128, 12, 197, dtype=FP32)
+        positions, lengths = (empty(128, 197, dtype=torch.int32), indices(128)) if placed else (None, None)
+        others = positions, lengths, indices(1), 0.1
+        name = f"width {width}{' slopes' * placed}"
+        yield Case(name, lambda: attention_with_bias(q, q, q, bias, *others), capabilities)
+        yield Case(name, lambda: attention_with_bias_backward(q, q, q, q, bias, q, lse, *others, True), capabilities)
+
+    yield from case(64, capabilities=HOPPER)
+    yield from case(80)
+    yield from case(64, placed=True)
+
+
 OPERATIONS = {
+    "attention": attention_cases,
     "topk_target": topk_target_cases,
     "masked_loss": masked_loss_cases,
     "data2vec_loss": data2vec_loss_cases,
@@ -208,20 +228,27 @@ def record(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def specialize(value: Any, fixed: bool) -> tuple[Any, bool, bool]:
-    """Return Triton's type of an argument, whether it is a constant, and whether it is known to be a multiple of 16."""
-    if isinstance(value, tuple):
-        kinds = [specialize(item, fixed) for item in value]
-        return tuple(kind for kind, _, _ in kinds), False, all(aligned for _, _, aligned in kinds)
-    if isinstance(value, torch.Tensor):
-        return POINTERS[value.dtype], False, value.data_ptr() % 16 == 0
-    if value is None or (value == 1 and isinstance(value, int) and not fixed):
-        return "constexpr", True, False
-    if isinstance(value, bool):
-        return "u1", False, False
-    if isinstance(value, int):
-        return ("i32" if -(2**31) <= value < 2**31 else "i64"), False, value % 16 == 0 and not fixed
-    return "fp32", False, False
+class Specialization(NamedTuple):
+    """How Triton types the arguments of a launch. Keys are paths: the argument's index, and an index into a tuple."""
+
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+
+    def kind_of(self, value: Any, path: tuple[int, ...], fixed: bool) -> Any:
+        """Return Triton's type of an argument; note a constant, and what is known to be a multiple of 16."""
+        if isinstance(value, tuple):
+            return tuple(self.kind_of(item, (*path, i), fixed) for i, item in enumerate(value))
+        if value is None or (type(value) is int and value == 1 and not fixed):
+            self.constants[path] = value
+            return "constexpr"
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if type(number) is int and number % 16 == 0 and not fixed:
+            self.attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype]
+        if type(value) is int:
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "u1" if isinstance(value, bool) else "fp32"
 
 
 def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
@@ -230,21 +257,14 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
+    signature, known = {}, Specialization({}, {})
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
-            kind, constant, aligned = "constexpr", True, False
+            signature[parameter.name], known.constants[i,] = "constexpr", value
         else:
-            kind, constant, aligned = specialize(value, parameter.do_not_specialize)
-        signature[parameter.name] = kind
-        if constant:
-            constants[parameter.name] = value
-        if aligned:
-            # alignment is set per element of a tuple
-            places = [(i, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
-            attributes |= {place: [["tt.divisibility", 16]] for place in places}
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+            signature[parameter.name] = known.kind_of(value, (i,), parameter.do_not_specialize)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=known.constants, attrs=known.attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     registers, spills = resources(built.asm["cubin"])
     return {

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from d2v_fast.ops import attention as module
 from d2v_fast.ops import attention_with_alibi, attention_with_bias
-from tests.helpers.common import assert_within_twice, compile_facts, every_capability, width_bytes
+from tests.helpers.common import assert_within_twice, every_capability
+from tests.helpers.compiled_kernels import compile_facts
 
 # B, H, T, D, form of the bias, and whether samples are padded and have positions
 CASES = [
@@ -292,47 +293,14 @@ def test_triton_odd_inputs(device):
 @every_capability
 def test_triton_is_wide_and_does_not_spill(every_capability):
     pytest.importorskip("triton")
-    code = """
-import torch
-from d2v_fast.kernels import attention as m, attention_backward as b
-rows = []
-def run(kernel, dtype, width, capabilities, **flags):
-    has_slopes = flags["HAS_SLOPES"]
-    tensors = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
-    types = {name: "*" + dtype for name in tensors} | {"scale": "fp32", "keep_scale": "fp32", "positions": "*i32"}
-    types |= {"bias": "*fp32" if has_slopes else "*" + dtype, "lengths": "*i64", "seed": "*i64"}
-    types |= {"lse": "*fp32", "delta": "*fp32", "partial": "*fp32", "grad_bias": "*fp32"}
-    tile = m.tile_of(torch.empty(1, 1, 197, width, dtype=torch.bfloat16), kernel is b._grad_keys_kernel)
-    options = {"num_warps": tile.pop("num_warps"), "num_stages": tile.pop("num_stages")}
-    constexprs = {"D": width, "PRECISION": "tf32", "STORES_BIAS": False} | flags | tile
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    signature = {}
-    for name in kernel.arg_names:
-        integer = ("i32",) * 3 if name.endswith("strides") else "i32"
-        signature[name] = "constexpr" if name in constexprs else types.get(name, integer)
-    aligned = [name for name in signature if signature[name][0] == "*"]
-    aligned += [name for name in signature if name.endswith("strides") and name != "bias_strides"]
-    for row in facts(kernel, signature, constexprs, aligned, capabilities=capabilities, **options):
-        rows.append(row | {"kernel": kernel.__name__, "dtype": dtype, "width": width, "slopes": has_slopes})
-kernels = (m._forward_kernel, b._grad_queries_kernel, b._grad_keys_kernel, b._grad_bias_kernel)
-plain = {"HAS_POSITIONS": False, "HAS_LENGTHS": False, "HAS_SLOPES": False, "HAS_DROPOUT": True, "BIAS_ALIGN": 8}
-placed = {"HAS_POSITIONS": True, "HAS_LENGTHS": True, "HAS_SLOPES": True, "HAS_DROPOUT": True, "BIAS_ALIGN": 1}
-for kernel in kernels:
-    run(kernel, "bf16", 64, (90,), **plain)
-    if os.environ.get("EVERY_CAPABILITY"):
-        run(kernel, "bf16", 80, (80, 90, 100), **plain)
-        if kernel is not kernels[3]:
-            run(kernel, "bf16", 64, (80, 90, 100), **placed)
-print(json.dumps(rows))
-"""
-    for row in compile_facts(code, every_capability):
+    for row in compile_facts("attention", every_capability):
         assert row["spills"] == 0, row
         assert row["shared"] <= 99 * 1024, row
-        loads, stores = width_bytes(row["loads"]), width_bytes(row["stores"])
+        loads, stores = row["loads"], row["stores"]
         assert loads.count(2) == stores.count(2) == 0, row
         assert stores.count(16) >= 2, row
         # statistics and positions are one number a row; queries, keys and bias are wide, or asynchronous copies
-        assert len(loads) - loads.count(16) <= (40 if row["slopes"] else 20), row
+        assert len(loads) - loads.count(16) <= (40 if "slopes" in row["case"] else 20), row
 
 
 @pytest.mark.parametrize(

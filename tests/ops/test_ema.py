@@ -8,7 +8,8 @@ from torch import Tensor
 
 from d2v_fast.ops import ema_update_
 from d2v_fast.ops.ema import ema_update_reference
-from tests.helpers.common import DTYPES, compile_facts, every_capability, non_contiguous, width_bytes
+from tests.helpers.common import DTYPES, every_capability, non_contiguous
+from tests.helpers.compiled_kernels import compile_facts
 from tests.ops.ema_reference import WORKING, expected, make
 
 
@@ -96,27 +97,13 @@ def test_triton_launcher_odd_memory(device):
 @every_capability
 def test_triton_is_wide_and_does_not_spill(every_capability):
     pytest.importorskip("triton")
-    code = """
-from d2v_fast.kernels.ema import BLOCK, _ema_fwd_kernel as k
-import triton.language as tl
-rows = []
-bf16, fp16, fp32 = tl.bfloat16, tl.float16, tl.float32
-for student, working in ((bf16, bf16), (fp32, fp32), (fp16, fp16), (fp32, bf16)):
-    constexprs = dict(STUDENT=student, WORKING=working, BLOCK=BLOCK)
-    constexprs |= dict(HAS_WORKING=True, DECAY_ON_DEVICE=True, ALIGNED=True)
-    signature = dict(table="*i64", block_tensor="*i32", block_index="*i32", decay_tensor="*fp32", weight="fp32")
-    signature |= {name: "constexpr" for name in constexprs}
-    widths = student.primitive_bitwidth // 8, working.primitive_bitwidth // 8
-    rows += [{**row, "widths": widths} for row in facts(k, signature, constexprs, aligned=("table",), num_warps=8)]
-print(json.dumps(rows))
-"""
-    for row in compile_facts(code, every_capability):
-        assert row["spills"] == 0, row["capability"]
+    for row in compile_facts("ema", every_capability):
+        assert row["spills"] == 0, row
         # a thread has 16 elements of a whole block, so one access of 16 bytes for each byte of an element's width:
         # fp32 teacher and student read, teacher and working copy written; the ragged end of a tensor may be narrow
-        student, working = row["widths"]
-        assert width_bytes(row["loads"]).count(16) >= 4 + student, row
-        assert width_bytes(row["stores"]).count(16) >= 4 + working, row
+        student, working = (4 if "fp32" in part else 2 for part in row["case"].split(","))
+        assert row["loads"].count(16) >= 4 + student, row
+        assert row["stores"].count(16) >= 4 + working, row
 
 
 def test_one_launch_for_a_model(device, monkeypatch):
