@@ -55,6 +55,8 @@ class Runs:
         changes = {
             "schedule.steps": STEPS,
             "schedule.warmup_steps": 20,
+            # the probe at the end is none of the checks
+            "probe.num_draws": 1,
             "run.device": self._device,
             "run.dir": self._scratch,
             "run.log_every": LOG_EVERY,
