@@ -71,7 +71,7 @@ def _data2vec_loss_fwd_kernel(
     SQUARE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute target, loss and slope of a group of rows, one after the other, in one warp.
+    """Compute target, loss and slope of a group of rows, one after the other, in one warp up to 768 channels.
 
     74 us (62 % of a copy) with moments and 16 rows a program, 64 us (72 %) without and 4 to 8 rows, for 15,052 rows of
     6 x 768 bf16; 169 us with 30 rows for 4 warps. The trial kernel took mean and variance of a layer in one pass.

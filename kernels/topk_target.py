@@ -45,7 +45,7 @@ def _topk_target_fwd_kernel(
     FINAL_NORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write one row of the target: one warp, which loads the next layer while it reduces this one.
+    """Write one row of the target: one warp up to 1,024 channels, which loads the next layer while it reduces this one.
 
     One warp per row reduces by shuffles alone and leaves room for many rows on an SM: 52.8 us, 88 % of a copy, for
     15,052 rows of 6 x 768 bf16; two and four warps per row took 72 and 87 us, all layers loaded at once 77 us.
