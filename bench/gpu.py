@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # between SIGINT and SIGKILL, so that pytest can print its summary
 GRACE_S = 5.0
 MAX_PROCESSES = 13
-OPERATIONS = ("host", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu", "ema")
+OPERATIONS = ("host", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu", "ema", "attention")
 NEEDED_FOR_RUNS = ("pydantic", "numpy", "numba", "safetensors", "sklearn", "PIL")
 # run in its own process, since this one must not hold a part of the GPU
 DESCRIBE = """

@@ -33,7 +33,7 @@ from d2v_fast.teacher import Teacher
 from d2v_fast.training.describe import describe
 from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine
 from d2v_fast.training.learning_rate import LearningRate
-from d2v_fast.training.preflight import check_packages
+from d2v_fast.training.preflight import check_attention, check_packages
 from d2v_fast.training.step import TrainStep
 
 # steps to try, the time after which that is enough, and the time after which no further step begins
@@ -65,6 +65,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, steps_per_epoch(maker, split))
     world = World(config.d2v.run.device)
     dtype = compute_dtype(config.deepspeed, world.device)
+    check_attention(config, world, dtype, print)
     print(describe(config, split, schedule, maker, dtype, world.device.type), flush=True)
     print("".join(f"{line}\n" for line in evaluation.check_labels(config.d2v)), end="", flush=True)
     plain = _without_deepspeed(config, split)

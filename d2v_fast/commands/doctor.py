@@ -96,7 +96,7 @@ PACKAGES = tuple(
         ("transformers", "using exported models", False, ""),
     )
 )
-# compiled against one version of torch; unused here, but they can break packages that import them if present
+# compiled against one version of torch; not needed here, but they can break packages that import them if present
 BESIDE_TORCH = ("torchvision", "torchaudio", "xformers", "flash_attn")
 
 

@@ -12,14 +12,16 @@ The targets of data2vec are computed from f, before dropout and residual (arXiv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.models import xformers_attention
 from d2v_fast.models.encoder import Drops, Encoder, EncoderOutput, Kept, random_keys
 from d2v_fast.models.layers import INIT_STD, Linear, drop, dropout
+from d2v_fast.ops import attention_with_alibi
 
 
 class PostNormSizes(Protocol):
@@ -44,16 +46,43 @@ class Segments(NamedTuple):
         offsets: int32 `[S + 1]`, start of each segment among the packed tokens, and the number of tokens.
         longest: upper bound of a segment's length, known on the host.
         samples: int64 `[N]`, the sample of every packed token, required if samples skip blocks.
+        mask: that of `xformers_attention.block_diagonal`, made once for all blocks. `None` uses PyTorch's attention.
     """
 
     offsets: Tensor
     longest: int
     samples: Tensor | None = None
+    mask: Any = None
+
+    @classmethod
+    def of(cls, offsets: Tensor, longest: int, by_xformers: bool) -> Segments:
+        """Return segments for PyTorch's attention, or for that of xformers where it can run."""
+        by_xformers = by_xformers and xformers_attention.is_usable(offsets)
+        return cls(offsets, longest, mask=xformers_attention.block_diagonal(offsets) if by_xformers else None)
+
+
+class AlibiPlaces(NamedTuple):
+    """Places of tokens, from which attention kernels compute the bias of ALiBi.
+
+    Attributes:
+        slopes: fp32 `[H]`, with the learned scale.
+        places: int64 `[B, T]`. `None` means 0 to T - 1.
+        lengths: int64 `[B]`, tokens of each sample before its padding. `None` means T.
+    """
+
+    slopes: Tensor
+    places: Tensor | None
+    lengths: Tensor | None
+
+    def index_select(self, dim: int, samples: Tensor) -> AlibiPlaces:
+        """Return the places of some samples, int64 `[S]`."""
+        places, lengths = (None if x is None else x.index_select(dim, samples) for x in self[1:])
+        return AlibiPlaces(self.slopes, places, lengths)
 
 
 # None: tokens attend to all tokens of their sample. Tensor: bool `[B, 1, 1 or T, T]`, True for keys to attend to, or a
 # bias that is added to the logits, `[B, H, T, T]`.
-Attendable = Tensor | Segments | None
+Attendable = Tensor | Segments | AlibiPlaces | None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attendable: Attendable, prob: float = 0.0) -> Tensor:
@@ -69,6 +98,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attendable: Attendable, prob: float 
     """
     if isinstance(attendable, Segments):
         return _attend_in_segments(q, k, v, attendable, prob)
+    if isinstance(attendable, AlibiPlaces):
+        slopes, places, lengths = attendable
+        return attention_with_alibi(q, k, v, slopes, positions=places, lengths=lengths, dropout=prob)
     if q.device.type == "cpu" and prob > 0.0:
         # torch's CPU kernel has no dropout, and its fallback draws 32 bits per weight
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
@@ -83,6 +115,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attendable: Attendable, prob: float 
 
 
 def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, prob: float) -> Tensor:
+    if segments.mask is not None:
+        return xformers_attention.attend_packed(q, k, v, segments.mask, prob)
     on_packed = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and prob == 0.0
     if on_packed:
         from torch.nn.attention.varlen import varlen_attn

@@ -19,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.models import xformers_attention
 from d2v_fast.models.encoder import Kept
 from d2v_fast.models.layers import Linear, drop, init_linear_, linear, truncated_normal_
+from d2v_fast.ops import attention_with_bias
+from d2v_fast.ops.attention import has_kernels
 
 
 class PreNormSizes(Protocol):
@@ -36,6 +39,7 @@ class PreNormSizes(Protocol):
     layer_scale: float
     norm_eps: float
     position_bias: Literal["shared", "per_block"]
+    attention: Literal["stock", "fused", "xformers"]
 
     @property
     def grid_size(self) -> int:
@@ -153,6 +157,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.heads
         self.attention_dropout = config.attention_dropout
+        self.kind = config.attention
         self.qkv = QKVProjection(config.width)
         self.proj = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -167,7 +172,11 @@ class Attention(nn.Module):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         dropout = self.attention_dropout if self.training else 0.0
-        if x.device.type == "cpu" and attention_bias.requires_grad:
+        if self.kind == "fused" and has_kernels(x):
+            attended = attention_with_bias(q, k, v, attention_bias, dropout=dropout)
+        elif self.kind == "xformers" and xformers_attention.is_usable(x):
+            attended = xformers_attention.attend_with_bias(q, k, v, attention_bias, dropout)
+        elif x.device.type == "cpu" and attention_bias.requires_grad:
             attended = attention_with_bias_gradient(q, k, v, attention_bias, dropout)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias, dropout_p=dropout)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from d2v_fast.models.encoder import Drops, Encoder, EncoderOutput
 from d2v_fast.models.layers import dropout
-from d2v_fast.models.post_norm import PostNormBlock, padding_of
+from d2v_fast.models.post_norm import AlibiPlaces, PostNormBlock, padding_of
 from d2v_fast.models.student import MaskedBatch
 
 # of every norm that is not in a block or before the blocks, whatever `norm_eps` is
@@ -85,7 +85,7 @@ class MaskedContext(nn.Module):
         )
         self.encoder = Encoder(blocks, gradient_checkpointing=config.gradient_checkpointing)
 
-    def encode(self, x: Tensor, attendable: Tensor | None, top_k: int, drop_keys: Drops) -> EncoderOutput:
+    def encode(self, x: Tensor, attendable: Tensor | AlibiPlaces | None, top_k: int, drop_keys: Drops) -> EncoderOutput:
         """Encode `[R, V, D]`; the arguments are those of `Encoder`."""
         if self.norm is not None:
             x = dropout(self.norm(x), self.dropout, self.training)
@@ -120,6 +120,10 @@ class Alibi(nn.Module):
         slopes = self.slopes * self.scale.clamp_min(0)
         distances = (places[:, :, None] - places[:, None, :]).abs().to(slopes.dtype)
         return -distances[:, None] * slopes[:, None, None]
+
+    def in_kernels(self, places: Tensor | None, lengths: Tensor | None) -> AlibiPlaces:
+        """Return what attention kernels compute the bias from; see `AlibiPlaces`."""
+        return AlibiPlaces(self.slopes * self.scale.float().clamp_min(0), places, lengths)
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -105,8 +105,8 @@ def _in_token_order(x: Tensor) -> Tensor:
 def _kept(weights: Tensor, seed: Tensor, dropout: float) -> Tensor:
     """Return the factor of each weight `[B, H, T, T]`: 0, or 1 / (1 - dropout).
 
-    A weight is dropped if a hash of (seed, sample, head, query, key) is below the rate. Philox, as in PyTorch, would
-    cost ten times the instructions, in each of four kernels. Rows and columns have hashed keys, so that each weight
+    A weight is dropped if a hash of (seed, sample, head, query, key) is below the rate. Philox, as in PyTorch, takes
+    several times as many instructions, in each of four kernels. Rows and columns have hashed keys, so that each weight
     costs one more finalizer of MurmurHash3.
     """
     B, H, T, _ = weights.shape
@@ -265,12 +265,10 @@ def attention_with_bias(
         )
     if bias.dtype not in (torch.float32, q.dtype):
         raise ValueError(f"`bias` must be fp32 or {q.dtype} as `q` is, but is {bias.dtype} instead.")
-    is_plain = lengths is None and dropout == 0.0
-    # only the operation has every derivative
-    is_plain = is_plain and (torch.compiler.is_compiling() or not is_transformed(q, k, v, bias))
+    is_plain = _is_plain(q, k, v, bias, lengths, dropout)
     if is_plain and not (bias.requires_grad and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.detach().to(q.dtype))
-    if is_plain and q.device.type != "cuda":
+    if is_plain and not has_kernels(q):
         # faster than the recomputation; in place: the product's backward pass does not read it
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1)).add_(bias)
         return torch.matmul(logits.softmax(dim=-1), v)
@@ -334,9 +332,22 @@ def attention_with_alibi(
             f"but is {positions.dtype} of shape {list(positions.shape)} instead."
         )
     scaled = slopes.float() if scale is None else slopes.float() * scale.float()
+    if _is_plain(q, k, v, scaled, lengths, dropout) and not has_kernels(q):
+        return attention_with_bias(q, k, v, -scaled[:, None, None] * _distances(q, positions))
     positions = None if positions is None else positions.to(torch.int32)
     out: Tensor = _run(q, k, v, scaled, positions, lengths, _seed(q, dropout, seed), float(dropout))[0]
     return out
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Return whether attention with a gradient of the bias has kernels for the device of a tensor."""
+    return x.device.type == "cuda"
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, lengths: Tensor | None, dropout: float) -> bool:
+    """Return whether PyTorch's attention can replace the operation, which alone has every derivative."""
+    plain = lengths is None and dropout == 0.0
+    return plain and (torch.compiler.is_compiling() or not is_transformed(q, k, v, bias))
 
 
 def _seed(q: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from shutil import disk_usage
+from typing import get_args
 
 import torch
 
@@ -22,6 +23,7 @@ from d2v_fast.memory.peak import available_memory, format_bytes
 from d2v_fast.memory.predict import predict_from
 from d2v_fast.memory.sizes import Shapes, shapes_of
 from d2v_fast.memory.step import StepMemory
+from d2v_fast.models import xformers_attention
 from d2v_fast.ops import missing_kernels
 from d2v_fast.packages import install_command
 from d2v_fast.training.engine import check_engine_available
@@ -88,6 +90,29 @@ def report_missing_kernels(world: World, say: Callable[[str], None]) -> None:
         say(f"note: {missing}")
         # the first operation would warn about the same in every process
         warnings.filterwarnings("ignore", message=re.escape(missing))
+
+
+def check_attention(config: RunConfig, world: World, dtype: torch.dtype, say: Callable[[str], None]) -> None:
+    """Check that `d2v.model.attention` can run on the run's device. Every process calls it.
+
+    Args:
+        config: The run's configuration.
+        world: The processes of the run.
+        dtype: Dtype of the forward pass.
+        say: Prints a line in one process.
+    Raises:
+        RunError: xformers is asked for and cannot run in some process. All processes raise it.
+    """
+    kind = getattr(config.d2v.model, "attention", None)
+    if kind == "fused" and world.device.type != "cuda":
+        say('no effect of `d2v.model.attention`: "fused" is for GPUs, and a CPU uses the attention of PyTorch')
+    if kind != "xformers":
+        return
+    problems = world.collect(xformers_attention.problem(world.device, dtype))
+    if problem := next(filter(None, problems), None):
+        kinds = get_args(type(config.d2v.model).model_fields["attention"].annotation)
+        others = " or ".join(f'"{other}"' for other in kinds if other != kind)
+        raise RunError(f'`d2v.model.attention` must be {others} here, but is "xformers": {problem}.')
 
 
 def check_room(config: RunConfig, world: World, dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine, 
 from d2v_fast.training.guard import Guard
 from d2v_fast.training.learning_rate import LearningRate
 from d2v_fast.training.metrics import Log, NoLog, RunLog
-from d2v_fast.training.preflight import check_packages, check_room, report_missing_kernels
+from d2v_fast.training.preflight import check_attention, check_packages, check_room, report_missing_kernels
 from d2v_fast.training.resume_rules import too_short
 from d2v_fast.training.run_folder import BAD_FILES, RunFolder
 from d2v_fast.training.run_state import Networks, Resumed, RunState, data_identity
@@ -192,7 +192,9 @@ def _open_folder(plan: Plan, world: World, opened: ExitStack, say: Say, *, resum
     report_missing_kernels(world, say)
     say("importing the engine ...")
     import_engine(config.deepspeed, world)
-    check_room(config, world, compute_dtype(config.deepspeed, world.device))
+    dtype = compute_dtype(config.deepspeed, world.device)
+    check_attention(config, world, dtype, say)
+    check_room(config, world, dtype)
     folder = RunFolder.open(config, world, resume=resume, stem=stem)
     opened.callback(folder.close)
     replaced = " (the run in it ended before it saved anything)" if folder.replaced else ""

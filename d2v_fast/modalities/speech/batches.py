@@ -73,7 +73,7 @@ class SpeechBatches(Utterances):
 
     def __init__(self, dataset: AudioDataset, config: SpeechConfig) -> None:
         super().__init__(dataset, config)
-        self._mask, self._packs = config.mask, config.model.attention == "packed"
+        self._mask, self._packs = config.mask, config.model.attention != "padded"
 
     def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""

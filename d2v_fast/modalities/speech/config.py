@@ -107,7 +107,8 @@ class SpeechModelConfig(SpeechModelSection):
         input_dropout: Dropout of the student's frames before masking.
         layer_drop: Probability that a sample skips a block.
         norm_eps: Value added to the variance in every norm.
-        attention: "padded" computes padding too; "packed" skips it on a GPU in 16-bit precision.
+        attention: "padded" computes padding too; "packed" skips it, with PyTorch's kernel on a GPU in 16-bit precision
+            without dropout of attention weights; "xformers" skips it with that package's, with dropout too.
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
         front_end_checkpointing: Recompute part of the convolutions in the backward pass.
     """
@@ -123,7 +124,7 @@ class SpeechModelConfig(SpeechModelSection):
     input_dropout: float = Field(default=0.0, ge=0, lt=1)
     layer_drop: float = Field(default=0.05, ge=0, lt=1)
     norm_eps: float = Field(default=1e-5, gt=0, le=1)
-    attention: Literal["padded", "packed"] = "padded"
+    attention: Literal["padded", "packed", "xformers"] = "padded"
     gradient_checkpointing: bool = False
     front_end_checkpointing: bool = False
 

@@ -17,12 +17,15 @@ class MaskedSpeechModelConfig(MaskedEncoderSection, SpeechModelSection):
     """The speech encoder: convolutions over the waveform, convolutional positions, post-norm blocks with ALiBi.
 
     Attributes:
+        attention: On a GPU, "stock" is PyTorch's attention with a bias in memory, and "fused" the kernels of this
+            library, which compute it from places; a CPU always uses PyTorch's.
         front_end_checkpointing: Recompute part of the convolutions in the backward pass.
     """
 
     context_dropout: float = Field(default=0.1, ge=0, lt=1)
     layer_drop: float = Field(default=0.05, ge=0, lt=1)
     decoder: DecoderConfig = DecoderConfig(width=384, depth=4, kernel=7, groups=16, dropout=0.1)
+    attention: Literal["stock", "fused"] = "stock"
     front_end_checkpointing: bool = False
 
 

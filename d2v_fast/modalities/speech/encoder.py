@@ -125,7 +125,8 @@ class SpeechContext(nn.Module):
     def __init__(self, config: SpeechModelConfig, own_positions: bool) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.packs = config.attention == "packed"
+        self.packs = config.attention != "padded"
+        self.by_xformers = config.attention == "xformers"
         self.positions = ConvPositions(config) if own_positions else None
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.encoder = post_norm_encoder(config)
@@ -166,7 +167,9 @@ class SpeechContext(nn.Module):
             padded: EncoderOutput = self.encoder(x, attendable, top_k, output_rows, drop_keys)
             return padded
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return encode_packed(self.encoder, x, Segments(offsets, T), unpadded, top_k, output_rows, drop_keys)
+        return encode_packed(
+            self.encoder, x, Segments.of(offsets, T, self.by_xformers), unpadded, top_k, output_rows, drop_keys
+        )
 
 
 @dataclass(frozen=True)

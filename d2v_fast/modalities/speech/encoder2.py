@@ -18,9 +18,10 @@ from d2v_fast.config import MaskedSpeechModelConfig
 from d2v_fast.modalities.speech.encoder import ConvPositions, FrontEnd
 from d2v_fast.models.decoder import ConvDecoder
 from d2v_fast.models.encoder import Drops, EncoderOutput
-from d2v_fast.models.post_norm import padding_of
+from d2v_fast.models.post_norm import AlibiPlaces, padding_of
 from d2v_fast.models.student import MaskedBatch, Student
 from d2v_fast.models.visible import Alibi, MaskedContext, Places, biased, key_mask
+from d2v_fast.ops.attention import has_kernels
 
 
 class MaskedSpeechContext(MaskedContext):
@@ -34,6 +35,7 @@ class MaskedSpeechContext(MaskedContext):
         super().__init__(config, has_norm=True)
         self.positions = ConvPositions(config)
         self.alibi = Alibi(config.heads)
+        self.is_fused = config.attention == "fused"
 
     def forward(
         self,
@@ -61,8 +63,7 @@ class MaskedSpeechContext(MaskedContext):
         if places is None:
             is_padding = None if lengths is None else padding_of(lengths, T)[:, :, None]
             x = frames + self.positions(frames, is_padding)
-            index = torch.arange(T, device=frames.device)[None]
-            return self.encode(x, biased(self.alibi(index), key_mask(lengths, T)), top_k, drop_keys)
+            return self.encode(x, self._attendable(x, None, lengths), top_k, drop_keys)
         visible = places.gather(frames)
         is_padding = None if places.lengths is None else padding_of(places.lengths, T)[:, :, None]
         positions = self.positions(places.scatter(visible), is_padding)
@@ -70,8 +71,17 @@ class MaskedSpeechContext(MaskedContext):
         # padding reads the last frame
         taken = places.visible.flatten().clamp_max(R * T - 1)
         x = visible + positions.flatten(0, 1).index_select(0, taken).view(R, V, D)
-        bias = biased(self.alibi(places.visible % T), key_mask(places.visible_lengths, V))
-        return self.encode(x, bias, top_k, drop_keys)
+        attendable = self._attendable(x, places.visible % T, places.visible_lengths)
+        return self.encode(x, attendable, top_k, drop_keys)
+
+    def _attendable(self, x: Tensor, places: Tensor | None, lengths: Tensor | None) -> Tensor | AlibiPlaces:
+        """Return the bias of tokens `[R, V, D]` at `places`, or what kernels compute it from."""
+        if self.is_fused and has_kernels(x):
+            return self.alibi.in_kernels(places, lengths)
+        V = x.shape[1]
+        if places is None:
+            places = torch.arange(V, device=x.device)[None]
+        return biased(self.alibi(places), key_mask(lengths, V))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class TextBatches(TextBlocks):
     def __init__(self, dataset: TextDataset, config: TextConfig) -> None:
         super().__init__(dataset)
         self._mask = config.mask
-        self._needs_places = config.model.attention == "packed" or config.data.separate_documents
+        self._needs_places = config.model.attention != "padded" or config.data.separate_documents
 
     def make(self, micro: MicroStep, seed: int) -> MicroBatch:
         """See `BatchMaker`."""

@@ -88,7 +88,8 @@ class TextModelConfig(TextModelSection):
         activation_dropout: Dropout inside the MLP.
         layer_drop: Probability that a sample skips a block.
         norm_eps: Added to the variance in every norm.
-        attention: "padded" pads to the longest block; "packed" skips padding, and needs a GPU and 16-bit precision.
+        attention: "padded" pads to the longest block; "packed" skips padding, with PyTorch's kernel on a GPU in 16-bit
+            precision without dropout of attention weights; "xformers" skips it with that package's, with dropout too.
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
     """
 
@@ -101,7 +102,7 @@ class TextModelConfig(TextModelSection):
     activation_dropout: float = Field(default=0.0, ge=0, lt=1)
     layer_drop: float = Field(default=0.0, ge=0, lt=1)
     norm_eps: float = Field(default=1e-5, gt=0, le=1)
-    attention: Literal["padded", "packed"] = "padded"
+    attention: Literal["padded", "packed", "xformers"] = "padded"
     gradient_checkpointing: bool = False
 
     def without_skipping(self) -> Self:

@@ -91,7 +91,8 @@ class TextContext(nn.Module):
 
     def __init__(self, config: TextModelConfig) -> None:
         super().__init__()
-        self.packs = config.attention == "packed"
+        self.packs = config.attention != "padded"
+        self.by_xformers = config.attention == "xformers"
         self.encoder = post_norm_encoder(config)
 
     def forward(
@@ -128,7 +129,9 @@ class TextContext(nn.Module):
             if offsets is None:
                 assert lengths is not None
                 offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-            return encode_packed(self.encoder, x, Segments(offsets, T), unpadded, top_k, output_rows, drop_keys)
+            return encode_packed(
+                self.encoder, x, Segments.of(offsets, T, self.by_xformers), unpadded, top_k, output_rows, drop_keys
+            )
         attendable: Attendable = None
         if offsets is not None:
             attendable = _same_document(offsets, unpadded, B, T)

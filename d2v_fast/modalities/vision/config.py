@@ -81,6 +81,8 @@ class VisionModelConfig(ImageModelSection):
             on small images learn faster with them.
         position_bias: One table of relative positions for all blocks ("shared", as in the published pre-training) or
             one per block (as in the published fine-tuned models).
+        attention: On a GPU, "stock" is PyTorch's attention, "fused" the kernels of this library, which sum the gradient
+            of the position bias over the batch, and "xformers" that package's; a CPU always uses PyTorch's.
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
     """
 
@@ -95,6 +97,7 @@ class VisionModelConfig(ImageModelSection):
     norm_eps: float = Field(default=1e-6, gt=0, le=1)
     absolute_position: bool = False
     position_bias: Literal["shared", "per_block"] = "shared"
+    attention: Literal["stock", "fused", "xformers"] = "stock"
     gradient_checkpointing: bool = False
 
     def without_skipping(self) -> Self:
