@@ -30,7 +30,7 @@ def bench_data2vec_loss(compete: Callable[[Contest], None], device: torch.device
     def spread(target: Tensor) -> Tensor:
         return target if target_rows is None else target.index_select(0, target_rows)
 
-    def fused(p: Tensor) -> Tensor:
+    def fused(p: Tensor, moments: bool = True) -> Tensor:
         return data2vec_loss(
             p,
             layers,
@@ -40,7 +40,11 @@ def bench_data2vec_loss(compete: Callable[[Contest], None], device: torch.device
             target_rows=target_rows,
             beta=beta,
             reduction="sum",
+            moments=moments,
         ).loss
+
+    def without_moments(p: Tensor) -> Tensor:
+        return fused(p, moments=False)
 
     def two_ops(p: Tensor) -> Tensor:
         target = topk_target(layers, layer_norm=layer_norm, final_norm=final_norm, rows=rows)
@@ -59,6 +63,7 @@ def bench_data2vec_loss(compete: Callable[[Contest], None], device: torch.device
             ours=forward_backward(fused, pred),
             peers={
                 "two ops": forward_backward(two_ops, pred),
+                "without moments": forward_backward(without_moments, pred),
                 "published": forward_backward(as_published, pred),
                 "stock": forward_backward(of_stock, pred),
                 "torch.compile": Compiled(forward_backward(torch.compile(as_published), pred)),

@@ -65,6 +65,32 @@ def bench_rows(compete: Callable[[Contest], None], device: torch.device, dtype: 
 
 
 @pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_without_moments(compete: Callable[[Contest], None], device: torch.device, dtype: str, beta: str) -> None:
+    """The loss of a step that is not logged, beside that of one that is."""
+    pred = torch.randn(NUM_ROWS, WIDTH, device=device).to(DTYPES[dtype]).requires_grad_()
+    target = torch.randn(NUM_ROWS, WIDTH, device=device)
+
+    def loss(moments: bool) -> Callable[[], tuple[Tensor, Tensor]]:
+        def ours(p: Tensor) -> Tensor:
+            return masked_smooth_l1(p, target, beta=BETAS[beta], reduction="sum", moments=moments).loss
+
+        return forward_backward(ours, pred)
+
+    compete(
+        Contest(
+            op="masked_smooth_l1",
+            case=f"without moments, {NUM_ROWS} rows, {dtype}, {beta}",
+            ours=loss(moments=False),
+            peers={"with moments": loss(moments=True)},
+            model_bytes=NUM_ROWS * WIDTH * (4 + 2 * pred.itemsize),
+            rtol=0.0,
+            atol=0.0,
+        )
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
 def bench_with_gathers(compete: Callable[[Contest], None], device: torch.device, beta: str) -> None:
     """Predictions and targets at every position, of which the loss uses the masked ones."""
     pred = torch.randn(NUM_POSITIONS, WIDTH, device=device, requires_grad=True)

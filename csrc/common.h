@@ -1,6 +1,7 @@
 // Shared by all CPU kernels: storage types, run-time choice of the instruction set, checks.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -77,6 +78,21 @@ inline int storage_index(ScalarType type) {
     default: require(false, "tensors must be fp32, bf16 or fp16"); return -1;
   }
 }
+
+// Returns a new uninitialized tensor on the device of `like`. torch::stable::new_empty finds its operator by
+// name at every call, which costs a small tensor more than its computation.
+inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
+                                                          static_cast<int64_t>(sizes.size()), &number,
+                                                          nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+
+// Returns the tensor, copied only if it is not contiguous. torch::stable::contiguous finds its operator by
+// name at every call.
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // Advises the system to back a large new result with huge pages: its memory is new at every call, and the
 // first touch of a 4 KiB page costs more than filling it. Ignores small results.

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
   const ScalarType type = pred.scalar_type();
   const int64_t bytes = storage_index(type) == 0 ? 4 : 2;
   pred = plain_rows(pred);
-  rows = torch::stable::contiguous(rows);
+  rows = packed(rows);
   const int64_t* row_data = static_cast<const int64_t*>(rows.const_data_ptr());
   check_rows(plan, row_data, rows.numel());
 
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
   if (target_rows.has_value()) {
     require(target_rows->scalar_type() == ScalarType::Long && target_rows->numel() == n,
             "data2vec_loss: target_rows must be int64, one per row of pred");
-    const Tensor map_storage = torch::stable::contiguous(*target_rows);
+    const Tensor map_storage = packed(*target_rows);
     const int64_t* map = static_cast<const int64_t*>(map_storage.const_data_ptr());
     const int64_t num_targets = rows.numel();
     for (int64_t i = 0; i < n; ++i) {
@@ -61,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
     std::iota(order.begin(), order.end(), 0);
   }
 
-  Tensor slope =
-      torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
+  Tensor slope = new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0}, type);
   prefer_huge_pages(slope);
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());

@@ -196,10 +196,10 @@ std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, const LossSetting
       block(i * rows_per_block, std::min(n, (i + 1) * rows_per_block), sums.data() + i * kinds * width);
     }
   });
-  Tensor loss = torch::stable::new_empty(pred, {}, ScalarType::Float);
-  Tensor statistics = torch::stable::new_empty(
-      pred, settings.need_moments ? std::vector<int64_t>{4, width} : std::vector<int64_t>{0},
-      ScalarType::Float);
+  Tensor loss = new_empty(pred, {}, ScalarType::Float);
+  Tensor statistics =
+      new_empty(pred, settings.need_moments ? std::vector<int64_t>{4, width} : std::vector<int64_t>{0},
+                ScalarType::Float);
   float* result = static_cast<float*>(statistics.mutable_data_ptr());
   std::vector<double> channel_loss(width);
   constexpr int64_t kStrip = 64;
@@ -259,15 +259,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   if (target_rows.has_value()) {
     require(target_rows->scalar_type() == ScalarType::Long && target_rows->numel() == n,
             "masked_smooth_l1: target_rows must be int64, one per row of pred");
-    map_storage = torch::stable::contiguous(*target_rows);
+    map_storage = packed(*target_rows);
     map = static_cast<const int64_t*>(map_storage.const_data_ptr());
     const int64_t num_targets = target.size(0);
     for (int64_t i = 0; i < n; ++i) require_index("target_rows", map[i], num_targets);
   } else {
     require(target.size(0) == n, "masked_smooth_l1: ", n, " rows of pred and ", target.size(0), " of target");
   }
-  Tensor slope =
-      torch::stable::new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0});
+  Tensor slope = new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0}, type);
   prefer_huge_pages(slope);
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   const char* target_data = static_cast<const char*>(target.const_data_ptr());
@@ -320,7 +319,7 @@ void scale_into(const Tensor& slope, const Tensor& grad_output, Tensor& out, dou
 }  // namespace
 
 Tensor scale_gradient(Tensor slope, Tensor grad_output, double scale, bool mean) {
-  slope = torch::stable::contiguous(slope);
+  slope = packed(slope);
   Tensor out = torch::stable::empty_like(slope);
   scale_into(slope, grad_output, out, scale, mean);
   return out;

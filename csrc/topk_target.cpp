@@ -379,7 +379,7 @@ TargetPlan plan_target(const std::vector<Tensor>& layers, int64_t layer_norm, in
   if (lengths.has_value()) {
     require(lengths->scalar_type() == ScalarType::Long && lengths->numel() == plan.num_samples,
             "topk_target: lengths must be int64, one per sample");
-    const Tensor values = torch::stable::contiguous(*lengths);
+    const Tensor values = packed(*lengths);
     const int64_t* data = static_cast<const int64_t*>(values.const_data_ptr());
     for (int64_t b = 0; b < plan.num_samples; ++b) {
       require_index("lengths", data[b], plan.num_positions + 1);
@@ -417,11 +417,11 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
   if (rows.has_value()) {
     require(rows->scalar_type() == ScalarType::Long && rows->dim() == 1,
             "topk_target: rows must be 1-d int64");
-    const Tensor index = torch::stable::contiguous(*rows);
+    const Tensor index = packed(*rows);
     const int64_t n = index.numel();
     const int64_t* wanted = static_cast<const int64_t*>(index.const_data_ptr());
     check_rows(plan, wanted, n);
-    Tensor out = torch::stable::new_empty(plan.layers[0], {n, width}, ScalarType::Float);
+    Tensor out = new_empty(plan.layers[0], {n, width}, ScalarType::Float);
     prefer_huge_pages(out);
     float* target = static_cast<float*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
@@ -430,8 +430,7 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
     return out;
   }
   const int64_t num_positions = plan.num_positions;
-  Tensor out =
-      torch::stable::new_empty(plan.layers[0], {plan.num_samples, num_positions, width}, ScalarType::Float);
+  Tensor out = new_empty(plan.layers[0], {plan.num_samples, num_positions, width}, ScalarType::Float);
   prefer_huge_pages(out);
   float* target = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, plan.num_samples * num_positions, 16, [&](int64_t begin, int64_t end) {

@@ -145,6 +145,8 @@ def tensor_list(name: str, value: object) -> list[Tensor]:
     Raises:
         TypeError: The value has no order, or is a single tensor or module.
     """
+    if type(value) is list or type(value) is tuple:
+        return list(value)
     if isinstance(value, torch.nn.Module) and not isinstance(value, torch.nn.ParameterList):
         raise TypeError(
             f"`{name}` must be a list of tensors, but is a module ({type(value).__name__}) instead: pass "

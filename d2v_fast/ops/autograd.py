@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from d2v_fast.ops._library import library
+
+_is_transforming = torch._C._are_functorch_transforms_active
 
 
 def register_autograd(
@@ -43,12 +46,25 @@ def register_autograd(
         return transformed(*args) if is_transformed(*args[:num_inputs]) else differentiate(*args)
 
     def run(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_transformed(*args[:num_inputs]):
-            return operation(*args)
-        return differentiate(*args)
+        return differentiate(*args) if is_plain() else operation(*args)
 
     library.impl(name, on_autograd, "Autograd")
     return run
+
+
+def is_plain() -> bool:
+    """Return whether neither a compiler nor ``torch.func`` nor forward mode is active.
+
+    If so, a function may skip the dispatcher's Python kernel, the cost of which exceeds that of small operations, and
+    call `direct_apply` of its ``torch.autograd.Function``, or the operation in the context `below_autograd`.
+    """
+    return not (is_compiling() or _is_transforming() or forward_ad._current_level >= 0)
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return the ``apply`` of `function` without the handling of ``torch.func``. Call it only if `is_plain`."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # torch's is in C
+    return apply
 
 
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
@@ -57,9 +73,12 @@ below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 def is_transformed(*inputs: Tensor) -> bool:
     """Return whether a transform of ``torch.func`` is active or an input has a forward-mode tangent."""
-    if torch._C._are_functorch_transforms_active():
+    if _is_transforming():
         return True
-    return len([x for x in inputs if unpack_dual(x).tangent is not None]) > 0
+    # tangents exist in a dual level only
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
 def once_differentiable(message: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -16,6 +16,8 @@ from d2v_fast.ops.masked_loss import (
     check_target_rows,
     fake_loss,
     masked_smooth_l1_reference,
+    run_loss,
+    run_reference,
 )
 from d2v_fast.ops.topk_target import (
     FINAL_NORMS,
@@ -76,7 +78,8 @@ def _fake(
     return fake_loss(pred, need_grad, need_moments)
 
 
-_run = register_autograd("data2vec_loss", 1, LossFunction.apply, data2vec_loss_reference)
+_data2vec_loss = torch.ops.d2v.data2vec_loss.default
+register_autograd("data2vec_loss", 1, LossFunction.apply, data2vec_loss_reference)
 
 
 def data2vec_loss(
@@ -138,21 +141,19 @@ def data2vec_loss(
     check_layers(layers, layer_norm, final_norm, eps)
     check_rows(layers, rows, lengths)
     check_pred(pred, beta, scale, reduction)
-    if pred.shape[1] != layers[0].shape[2]:
-        raise ValueError(
-            f"`pred` must have shape [N, {layers[0].shape[2]}] as `layers` have, but is {tuple(pred.shape)} instead."
-        )
-    check_indices("rows", rows, pred.device)
-    if target_rows is None and rows.shape[0] != pred.shape[0]:
+    shape, width = pred.shape, layers[0].shape[2]
+    if shape[1] != width:
+        raise ValueError(f"`pred` must have shape [N, {width}] as `layers` have, but is {tuple(shape)} instead.")
+    if rows is None or rows.device != pred.device:
+        check_indices("rows", rows, pred.device)
+    if target_rows is None and rows.shape[0] != shape[0]:
         raise ValueError(
             f"`rows` must have one entry per row of `pred` ({pred.shape[0]}), but has {rows.shape[0]} instead; "
             "`target_rows` maps one to the other."
         )
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    run = data2vec_loss_reference if torch.float64 in (pred.dtype, layers[0].dtype) else _run
-    loss, sums, _ = run(
-        pred,
+    others = (
         layers,
         LAYER_NORMS.index(layer_norm),
         FINAL_NORMS.index(final_norm),
@@ -166,4 +167,6 @@ def data2vec_loss(
         need_grad,
         moments,
     )
-    return MaskedLoss(loss, sums if moments else None)
+    if torch.float64 in (pred.dtype, layers[0].dtype):
+        return run_reference(data2vec_loss_reference, pred, others)
+    return run_loss(_data2vec_loss, pred, others)

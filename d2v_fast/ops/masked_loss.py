@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops._library import CHECKED_DTYPES, define, wide
-from d2v_fast.ops.autograd import below_autograd, register_autograd
+from d2v_fast.ops.autograd import below_autograd, direct_apply, is_plain, register_autograd
 from d2v_fast.ops.topk_target import check_indices, take_rows
 
 REDUCTIONS = ("sum", "mean")
@@ -158,17 +158,8 @@ def _fake_scale_inplace(slope: Tensor, grad_output: Tensor, scale: float, mean: 
 
 # whether the backward pass retains the graph; assume so if torch lacks the query
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def _is_last_use(slope: Tensor, grad_loss: Tensor) -> bool:
-    """Whether nothing can read the saved slope after this backward pass.
-
-    False if the graph is retained or traced (tensors are of subclasses then), and under vmap.
-    """
-    if type(slope) is not Tensor or _graph_is_kept():
-        return False
-    functorch = torch._C._functorch
-    return not (functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss))
+_is_batched = torch._C._functorch.is_batchedtensor
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _second_derivative(slope: Tensor, grad_slope: Tensor, beta: float, scale: float, mean: bool) -> Tensor:
@@ -214,16 +205,18 @@ class LossFunction(torch.autograd.Function):
         if not need_grad:
             raise RuntimeError("the loss was computed with `need_grad=False`, so it has no gradient.")
         (slope,) = ctx.saved_tensors
-        second = None if grad_slope is None else _second_derivative(slope, grad_slope, beta, scale, mean)
-        first = None if grad_loss is None else _first_derivative(slope, grad_loss, scale, mean)
-        grad = first if second is None else second if first is None else first + second
-        return None, grad, None
+        if grad_slope is None:
+            return None, None if grad_loss is None else _first_derivative(slope, grad_loss, scale, mean), None
+        second = _second_derivative(slope, grad_slope, beta, scale, mean)
+        return None, second if grad_loss is None else _first_derivative(slope, grad_loss, scale, mean) + second, None
 
 
 def _first_derivative(slope: Tensor, grad_loss: Tensor, scale: float, mean: bool) -> Tensor:
     if torch.is_grad_enabled():
         return scale_gradient_reference(slope, grad_loss, scale, mean)
-    if _is_last_use(slope, grad_loss):
+    # nothing can read the slope afterwards unless the graph is retained or traced (tensors are of subclasses then), or
+    # under vmap
+    if type(slope) is Tensor and not (_graph_is_kept() or _is_batched(grad_loss) or _is_legacy_batched(grad_loss)):
         # reuse the slope's memory for the gradient; a factor of 1 costs nothing
         slope = slope.detach()
         torch.autograd.graph.increment_version(slope)
@@ -235,7 +228,29 @@ def _first_derivative(slope: Tensor, grad_loss: Tensor, scale: float, mean: bool
 
 
 _scale_in_place = torch.ops.d2v.scale_gradient_.default
-_run = register_autograd("masked_smooth_l1", 1, LossFunction.apply, masked_smooth_l1_reference)
+_apply = direct_apply(LossFunction)
+
+
+def run_loss(operation: Callable[..., Any], pred: Tensor, others: tuple[Any, ...]) -> MaskedLoss:
+    """Run either loss operation with the arguments `pred, *others`, the last of which is `need_moments`."""
+    if not is_plain():
+        loss, moments, _ = operation(pred, *others)
+    elif others[-2]:
+        loss, moments, _ = _apply(operation, pred, others)
+    else:
+        with below_autograd():
+            loss, moments, _ = operation(pred, *others)
+    return MaskedLoss(loss, moments if others[-1] else None)
+
+
+def run_reference(reference: Callable[..., Any], pred: Tensor, others: tuple[Any, ...]) -> MaskedLoss:
+    """Run the reference of either loss operation, for fp64; see `run_loss`."""
+    loss, moments, _ = reference(pred, *others)
+    return MaskedLoss(loss, moments if others[-1] else None)
+
+
+_masked_smooth_l1 = torch.ops.d2v.masked_smooth_l1.default
+register_autograd("masked_smooth_l1", 1, LossFunction.apply, masked_smooth_l1_reference)
 register_autograd(
     "scale_gradient", 2, lambda _, x, y, others: scale_gradient_reference(x, y, *others), scale_gradient_reference
 )
@@ -290,7 +305,8 @@ def masked_smooth_l1(
         tensor(4.2500)
     """
     check_pred(pred, beta, scale, reduction)
-    if target.ndim != 2 or target.shape[1] != pred.shape[1]:
+    shape, target_shape = pred.shape, target.shape
+    if len(target_shape) != 2 or target_shape[1] != shape[1]:
         raise ValueError(
             f"`target` must have shape [M, {pred.shape[1]}] as `pred` has, but is {tuple(target.shape)} instead."
         )
@@ -298,18 +314,17 @@ def masked_smooth_l1(
         raise ValueError(f"`target` must be fp32, bf16, fp16 or fp64, but is {target.dtype} instead.")
     if target.device != pred.device:
         raise ValueError(f"`target` must be on {pred.device} as `pred` is, but is on {target.device} instead.")
-    if target_rows is None and target.shape[0] != pred.shape[0]:
+    if target_rows is None and target_shape[0] != shape[0]:
         raise ValueError(
             f"`target` must have as many rows as `pred` ({pred.shape[0]}), but has {target.shape[0]} instead; "
             "`target_rows` maps one to the other."
         )
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
-    run = masked_smooth_l1_reference if torch.float64 in (pred.dtype, target.dtype) else _run
-    loss, sums, _ = run(
-        pred, target.detach(), target_rows, float(beta), float(scale), reduction == "mean", need_grad, moments
-    )
-    return MaskedLoss(loss, sums if moments else None)
+    others = (target, target_rows, float(beta), float(scale), reduction == "mean", need_grad, moments)
+    if torch.float64 in (pred.dtype, target.dtype):
+        return run_reference(masked_smooth_l1_reference, pred, others)
+    return run_loss(_masked_smooth_l1, pred, others)
 
 
 def check_pred(pred: Tensor, beta: float, scale: float, reduction: str) -> None:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops._library import CHECKED_DTYPES, FLOAT_DTYPES, define, wide
-from d2v_fast.ops.autograd import below_autograd, is_transformed, refuse_derivative, register_autograd
+from d2v_fast.ops.autograd import (
+    below_autograd,
+    direct_apply,
+    is_plain,
+    is_transformed,
+    refuse_derivative,
+    register_autograd,
+)
 
 
 def layer_norm_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +107,32 @@ def _fake_backward_inplace(
     return weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-class _LayerNormGelu(torch.autograd.Function):
+class _Values(torch.autograd.Function):
+    """``y`` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        with below_autograd():
+            y, mean, rstd = _FORWARD(x, weight, bias, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():
+            x, weight, bias, *_ = ctx.saved_tensors
+            return *_differentiable_backward(grad, x, weight, bias, ctx.eps), None
+        with below_autograd():
+            return *_BACKWARD(grad, *ctx.saved_tensors), None
+
+
+class _ValuesAndStatistics(torch.autograd.Function):
+    """The results of the operation."""
+
     @staticmethod
     def forward(
         ctx: Any, operation: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor, others: tuple[float]
@@ -115,13 +147,7 @@ class _LayerNormGelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _mean: Tensor, _rstd: Tensor) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
-        if torch.is_grad_enabled():
-            x, weight, bias, *_ = ctx.saved_tensors
-            return None, *_differentiable_backward(grad, x, weight, bias, ctx.eps), None
-        with below_autograd():
-            return None, *_BACKWARD(grad, *ctx.saved_tensors), None
+        return None, *_Values.backward(ctx, grad)
 
 
 def _differentiable_backward(
@@ -150,9 +176,11 @@ def _refuse_transform(*args: Any) -> Any:
     raise RuntimeError(_NO_DERIVATIVE)
 
 
+_FORWARD = torch.ops.d2v.layer_norm_gelu.default
 _BACKWARD = torch.ops.d2v.layer_norm_gelu_backward.default
-_run = register_autograd("layer_norm_gelu", 3, _LayerNormGelu.apply, layer_norm_gelu_reference)
-_run_backward = register_autograd("layer_norm_gelu_backward", 4, _backward_with_autograd, _refuse_transform)
+register_autograd("layer_norm_gelu", 3, _ValuesAndStatistics.apply, layer_norm_gelu_reference)
+register_autograd("layer_norm_gelu_backward", 4, _backward_with_autograd, _refuse_transform)
+_apply = direct_apply(_Values)
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -183,7 +211,13 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
         >>> layer_norm_gelu(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2))
         tensor([[-0.1587,  0.8413]])
     """
-    return layer_norm_gelu_forward(x, weight, bias, eps=eps)[0]
+    _check_forward(x, weight, bias, eps, CHECKED_DTYPES)
+    if x.dtype == torch.float64:
+        return layer_norm_gelu_reference(x, weight, bias, eps)[0]
+    if is_plain() and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        y: Tensor = _apply(x, weight, bias, float(eps))
+        return y
+    return _run(_FORWARD, (x, weight, bias), float(eps))[0]
 
 
 def layer_norm_gelu_forward(
@@ -196,8 +230,9 @@ def layer_norm_gelu_forward(
         arguments returns the same bits.
     """
     _check_forward(x, weight, bias, eps, CHECKED_DTYPES)
-    run = layer_norm_gelu_reference if x.dtype == torch.float64 else _run
-    y, mean, rstd = run(x, weight, bias, float(eps))
+    if x.dtype == torch.float64:
+        return layer_norm_gelu_reference(x, weight, bias, eps)
+    y, mean, rstd = _run(_FORWARD, (x, weight, bias), float(eps))
     return y, mean, rstd
 
 
@@ -238,7 +273,7 @@ def layer_norm_gelu_backward(
         RuntimeError: The result is differentiated, or computed in forward mode or under ``torch.func``.
     """
     _check_backward(grad, x, weight, bias, mean, rstd)
-    grad_x, grad_weight, grad_bias = _run_backward(grad, x, weight, bias, mean, rstd)
+    grad_x, grad_weight, grad_bias = _run(_BACKWARD, (grad, x, weight, bias), mean, rstd)
     return grad_x, grad_weight, grad_bias
 
 
@@ -264,6 +299,16 @@ def layer_norm_gelu_backward_(
     return grad_weight, grad_bias
 
 
+def _run(operation: Callable[..., Any], inputs: tuple[Tensor, ...], *others: Any) -> tuple[Tensor, ...]:
+    """Run an operation, past the dispatcher's Python kernel if it has no graph."""
+    if is_plain() and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        with below_autograd():
+            results: tuple[Tensor, ...] = operation(*inputs, *others)
+    else:
+        results = operation(*inputs, *others)
+    return results
+
+
 def _check_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 ) -> None:
@@ -277,16 +322,16 @@ def _check_forward(
 
 
 def _check_affine(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    shape, dtype, device = x.shape[-1:], x.dtype, x.device
     for name, value in (("weight", weight), ("bias", bias)):
-        if value.shape != x.shape[-1:]:
+        if value.shape != shape:
             raise ValueError(
-                f"`{name}` must have shape [{x.shape[-1]}] as the channels of `x`, "
-                f"but has {tuple(value.shape)} instead."
+                f"`{name}` must have shape [{shape[0]}] as the channels of `x`, but has {tuple(value.shape)} instead."
             )
-        if value.dtype not in (torch.float32, x.dtype):
-            raise ValueError(f"`{name}` must be fp32 or {x.dtype} as `x` is, but is {value.dtype} instead.")
-        if value.device != x.device:
-            raise ValueError(f"`{name}` must be on {x.device} as `x` is, but is on {value.device} instead.")
+        if value.dtype != torch.float32 and value.dtype != dtype:
+            raise ValueError(f"`{name}` must be fp32 or {dtype} as `x` is, but is {value.dtype} instead.")
+        if value.device != device:
+            raise ValueError(f"`{name}` must be on {device} as `x` is, but is on {value.device} instead.")
 
 
 def _check_overwritten(name: str, value: Tensor, *others: Tensor) -> None:

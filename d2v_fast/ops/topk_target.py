@@ -163,19 +163,21 @@ def check_layers(layers: list[Tensor], layer_norm: str, final_norm: str, eps: fl
     if not layers:
         raise ValueError("`layers` must hold at least one tensor, but is empty instead.")
     first = layers[0]
-    if first.ndim != 3:
-        raise ValueError(f"`layers[0]` must have shape [B, T, D], but has {tuple(first.shape)} instead.")
-    if first.dtype not in CHECKED_DTYPES:
-        raise ValueError(f"`layers[0]` must be fp32, bf16, fp16 or fp64, but is {first.dtype} instead.")
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if len(shape) != 3:
+        raise ValueError(f"`layers[0]` must have shape [B, T, D], but has {tuple(shape)} instead.")
+    if dtype not in CHECKED_DTYPES:
+        raise ValueError(f"`layers[0]` must be fp32, bf16, fp16 or fp64, but is {dtype} instead.")
     for i, x in enumerate(layers):
-        if x.shape != first.shape or x.dtype != first.dtype or x.device != first.device:
+        if x.shape != shape or x.dtype != dtype or x.device != device:
             raise ValueError(
-                f"`layers[{i}]` must be as `layers[0]` is, {first.dtype} {tuple(first.shape)} on {first.device}, "
+                f"`layers[{i}]` must be as `layers[0]` is, {dtype} {tuple(shape)} on {device}, "
                 f"but is {x.dtype} {tuple(x.shape)} on {x.device} instead."
             )
-    for name, value, known in (("layer_norm", layer_norm, LAYER_NORMS), ("final_norm", final_norm, FINAL_NORMS)):
-        if value not in known:
-            raise ValueError(f"`{name}` must be one of {', '.join(known)}, but is {value!r} instead.")
+    if layer_norm not in LAYER_NORMS:
+        raise ValueError(f"`layer_norm` must be one of {', '.join(LAYER_NORMS)}, but is {layer_norm!r} instead.")
+    if final_norm not in FINAL_NORMS:
+        raise ValueError(f"`final_norm` must be one of {', '.join(FINAL_NORMS)}, but is {final_norm!r} instead.")
     if not 0 < eps < math.inf:
         raise ValueError(f"`eps` must be finite and > 0, but is {eps} instead.")
 

@@ -369,3 +369,18 @@ def test_convolutions(num_layers):
         grads = torch.autograd.grad(y, (leaf, *stack.parameters()), create_graph=True)
         with pytest.raises(RuntimeError, match="the gradient of `ConvStack` has no derivative"):
             sum(g.square().sum() for g in grads[:2]).backward()
+
+
+def test_tensor_that_outlived_a_transform() -> None:
+    outlived = []
+
+    def see(x: torch.Tensor) -> torch.Tensor:
+        outlived.append(x * 2)
+        return outlived[0].sum()
+
+    func.grad(see)(torch.randn(3, 4))
+    target, weight = torch.zeros(3, 4), torch.ones(4, requires_grad=True)
+    (found,) = torch.autograd.grad(masked_smooth_l1(outlived[0], target, reduction="sum").loss, outlived[0])
+    torch.testing.assert_close(found, 2 * outlived[0].detach())
+    (found,) = torch.autograd.grad(layer_norm_gelu(outlived[0], weight, torch.zeros(4)).sum(), weight)
+    assert found.isfinite().all()
