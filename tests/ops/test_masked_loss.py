@@ -401,9 +401,9 @@ def test_triton_is_wide_and_does_not_spill(every_capability):
     ("change", "message"),
     [
         ({"pred": torch.zeros(4)}, r"`pred` must have shape \[N, D\]"),
-        ({"pred": torch.zeros(4, 3, dtype=torch.float64)}, "`pred` must be fp32, bf16 or fp16"),
+        ({"pred": torch.zeros(4, 3, dtype=torch.int64)}, "`pred` must be fp32, bf16, fp16 or fp64"),
         ({"target": torch.zeros(4, 2)}, r"`target` must have shape \[M, 3\]"),
-        ({"target": torch.zeros(4, 3, dtype=torch.int64)}, "`target` must be fp32, bf16 or fp16"),
+        ({"target": torch.zeros(4, 3, dtype=torch.int64)}, "`target` must be fp32, bf16, fp16 or fp64"),
         ({"target": torch.zeros(4, 3, device="meta")}, "`target` must be on cpu"),
         ({"target": torch.zeros(5, 3)}, r"as many rows as `pred` \(4\), but has 5"),
         ({"beta": -1.0}, "`beta` must be finite and >= 0, but is -1.0"),
