@@ -140,6 +140,13 @@ def complete(run: Run, stop: StopRequest) -> None:
         run.state.finish_save()
         raise
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            inner = getattr(error, "inner_exception", error)
+            reason = (str(inner).strip().splitlines() or [type(inner).__name__])[0]
+            raise RunError(
+                f"the blocks cannot be compiled here: {reason}. To run without compiling, add "
+                f"`--set d2v.run.compile=false` to this: {resume_command(run.folder.path)}"
+            ) from error
         lost = lost_connection(error)
         if lost is None:
             raise

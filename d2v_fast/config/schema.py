@@ -311,6 +311,23 @@ class RunConfig(Section):
             keys.setdefault(reason, []).append(f"`{key}`")
         return [f"no effect of {', '.join(names)}: {reason}" for reason, names in keys.items()]
 
+    def reason_not_to_capture(self, world_size: int, device_type: str) -> str | None:
+        """Return why the steps of a run are not captured, as the end of a sentence; None if they are.
+
+        Args:
+            world_size: number of processes.
+            device_type: "cpu" or "cuda".
+        """
+        if self.d2v.run.cuda_graph is False:
+            return "it is false"
+        if device_type != "cuda":
+            return "CUDA graphs need a GPU"
+        if self.deepspeed.needs_deepspeed(world_size):
+            return "DeepSpeed decides parts of a step on the host"
+        if self.deepspeed.optimizer.type != "AdamW":
+            return 'only the optimizer "AdamW" can be captured'
+        return None
+
     def digest(self) -> str:
         """Return the SHA-256 of the keys that affect results: not the run's name, folder, logging or probes."""
         content = self.to_dict()

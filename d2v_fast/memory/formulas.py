@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from d2v_fast.memory.sizes import Layout, Sizes, exchange, fetching, gradients_leave, micro_step, reduction
+from d2v_fast.memory.sizes import Layout, Sizes, exchange, fetching, gradients_leave, micro_step, reduction, working
 
 Formula = Callable[[Sizes], int | None]
 # where a part lives. "optimizer" and "parameters": on the device, or on the host with offload of these
@@ -87,6 +87,8 @@ PARTS: dict[Layout, tuple[Line, ...]] = {
         Line("parameters", "device", lambda s: 4 * s.P, "4 P: fp32"),
         Line("optimizer", "device", lambda s: 8 * s.P, "8 P: two moments"),
         *_WHOLE_TEACHER,
+        Line("gradients", "device", lambda s: 4 * s.P if s.captured else None, "4 P, in fixed places"),
+        Line("graphs", "device", lambda s: working(s) if s.captured else None, "A: what a captured micro-step needs"),
     ),
     "stage 0": (
         Line("parameters", "device", lambda s: s.b * s.P, "b P"),

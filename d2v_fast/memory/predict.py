@@ -95,6 +95,7 @@ def predict(
         autocast=not by_deepspeed and dtype != torch.float32,
         device_type=device_type,
         like=like,
+        captured=config.reason_not_to_capture(num_processes, device_type) is None,
     )
     return predict_from(config, num_processes, dtype, device_type, shapes_of(config), step)
 

@@ -72,6 +72,7 @@ class Sizes:
         fp32: whether that dtype is fp32.
         cpu: whether the device is a CPU, so that device and host share one memory.
         accumulates: whether a step has several micro-steps.
+        captured: whether a step is captured in CUDA graphs.
     """
 
     layout: Layout
@@ -83,6 +84,7 @@ class Sizes:
     fp32: bool
     cpu: bool
     accumulates: bool
+    captured: bool = False
 
     @classmethod
     def of(
@@ -93,7 +95,8 @@ class Sizes:
         layout = _STAGES[zero.stage] if config.deepspeed.needs_deepspeed(processes) else "plain"
         accumulates = config.deepspeed.batch_split(processes).accumulation > 1
         fp32, cpu = dtype == torch.float32, device_type == "cpu"
-        return cls(layout, zero, shapes, step, processes, dtype.itemsize, fp32, cpu, accumulates)
+        captured = config.reason_not_to_capture(processes, device_type) is None
+        return cls(layout, zero, shapes, step, processes, dtype.itemsize, fp32, cpu, accumulates, captured)
 
     @property
     def P(self) -> int:
@@ -184,9 +187,17 @@ class Sizes:
 
 def micro_step(s: Sizes, gradients: int) -> int:
     """Return the most bytes of a micro-step whose gradients, `gradients` bytes, stay in the parameters."""
+    if s.captured:
+        # the gradients have a place of their own
+        return working(s)
     if s.accumulates:
-        return max(s.step.forward, s.step.backward) + gradients
+        return working(s) + gradients
     return max(s.step.forward, s.step.with_gradients, gradients)
+
+
+def working(s: Sizes) -> int:
+    """Return the most bytes of a micro-step besides completed gradients."""
+    return max(s.step.forward, s.step.backward)
 
 
 def gradients_leave(s: Sizes) -> list[Arrival]:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from d2v_fast.config import D2VConfig
+from d2v_fast.data import Batch
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.encoder import Encoder
 from d2v_fast.models.pre_norm import attention_with_bias_gradient
@@ -75,6 +76,7 @@ def step_memory(
     autocast: bool = False,
     device_type: str = "cpu",
     like: MaskedBatch | None = None,
+    captured: bool = False,
 ) -> StepMemory:
     """Count the memory of a micro-step.
 
@@ -86,6 +88,7 @@ def step_memory(
             `dtype`.
         device_type: "cpu" or "cuda", which use different attention kernels.
         like: a batch of the size to assume, without padding. `None` assumes the largest that a run can have.
+        captured: whether the step is captured, so that its batch has fixed shapes.
     """
     with torch.device("meta"):
         model = build_model(_without_skipping(config))
@@ -93,6 +96,8 @@ def step_memory(
         if not autocast:
             model.to(dtype)
         batch = modality_of(config).largest_batch(config, micro_batch) if like is None else _empty_like(like)
+        if captured and model.shape_varies(batch) is None:
+            batch = model.with_fixed_shapes(batch, fixed_counts=True)
     if autocast:
         model.student.imitate_autocast(dtype)
     as_on = _AsOn(device_type, dtype if autocast else None)
@@ -125,29 +130,16 @@ def _without_skipping(config: D2VConfig) -> D2VConfig:
     return config.model_copy(update={"model": config.model.without_skipping()})
 
 
-class _Batch(NamedTuple):
-    inputs: Tensor
-    rows: Tensor
-    lengths: Tensor | None = None
-    unpadded: Tensor | None = None
-    masked_inputs: Tensor | None = None
-    offsets: Tensor | None = None
-    drop_keys: None = None
-    visible: Tensor | None = None
-    visible_lengths: Tensor | None = None
-    noise_keys: Tensor | None = None
-    num_rows: None = None
-
-
-def _empty_like(batch: MaskedBatch) -> MaskedBatch:
+def _empty_like(batch: MaskedBatch) -> Batch:
     """Return a batch of the same shapes, on torch's current device, without padding."""
 
     def integers(like: Tensor | None) -> Tensor | None:
         return None if like is None else torch.empty(like.shape, dtype=torch.int64)
 
-    return _Batch(
+    return Batch(
         torch.empty(batch.inputs.shape, dtype=batch.inputs.dtype),
         torch.empty(batch.rows.shape, dtype=torch.int64),
+        torch.empty(len(batch.inputs), dtype=torch.int64),
         masked_inputs=integers(batch.masked_inputs),
         visible=integers(batch.visible),
         noise_keys=integers(batch.noise_keys),

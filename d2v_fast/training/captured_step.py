@@ -22,7 +22,7 @@ from d2v_fast.distributed.world import World
 from d2v_fast.objectives.data2vec import StepOutput
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.capture import Capture, RecentlyUsed, Replayed
-from d2v_fast.training.engine import Engine, PlainEngine
+from d2v_fast.training.engine import PlainEngine
 from d2v_fast.training.step import TrainStep
 from d2v_fast.training.stepclock import StepClock
 
@@ -57,19 +57,6 @@ class CaptureOptions(NamedTuple):
     max_shapes: int
     fixed_counts: bool
     say: Callable[[str], None]
-
-
-def reason_not_to_capture(engine: Engine, objective: object, device: torch.device) -> str | None:
-    """Return why the steps of a run cannot be captured, as the end of a sentence; None if they can."""
-    if device.type != "cuda":
-        return "CUDA graphs need a GPU"
-    if not isinstance(engine, PlainEngine):
-        return "DeepSpeed decides parts of a step on the host"
-    if not isinstance(engine.optimizer, torch.optim.AdamW):
-        return 'only the optimizer "AdamW" can be captured'
-    if not isinstance(objective, FixedShapes):
-        return "the objective has no form with fixed shapes"
-    return None
 
 
 class CapturedStep(TrainStep):

@@ -23,7 +23,7 @@ from d2v_fast.objectives.build import build_model
 from d2v_fast.teacher import Teacher
 from d2v_fast.training import metrics
 from d2v_fast.training.capture import CudaCapture
-from d2v_fast.training.captured_step import CapturedStep, CaptureOptions, reason_not_to_capture
+from d2v_fast.training.captured_step import CapturedStep, CaptureOptions
 from d2v_fast.training.compiled_blocks import compile_blocks, reason_not_to_compile
 from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine, make_engine
 from d2v_fast.training.guard import Guard
@@ -281,12 +281,11 @@ def _speed_up(config: RunConfig, world: World, networks: Networks, say: Say) -> 
             say("the blocks are compiled in the first steps (`d2v.run.compile`)")
         else:
             say(f"the blocks are not compiled (`d2v.run.compile`): {reason}")
-    if run.cuda_graph is True or (run.cuda_graph == "auto" and on_gpu):
-        reason = reason_not_to_capture(engine, networks.model, world.device)
-        if reason is None:
-            engine.captured = True
-        else:
-            say(f"steps are not captured (`d2v.run.cuda_graph`): {reason}")
+    reason = config.reason_not_to_capture(world.size, world.device.type)
+    if reason is None:
+        engine.captured = True
+    elif run.cuda_graph is True or (run.cuda_graph == "auto" and on_gpu):
+        say(f"steps are not captured (`d2v.run.cuda_graph`): {reason}")
 
 
 def _make_step(config: RunConfig, world: World, networks: Networks, say: Say) -> TrainStep:

@@ -24,6 +24,7 @@ from d2v_fast.memory.peak import format_bytes
 from d2v_fast.memory.predict import Prediction, predict, predict_from
 from d2v_fast.memory.sizes import Shapes, shapes_of
 from d2v_fast.memory.step import Arrival, StepMemory, step_memory
+from d2v_fast.modalities import modality_of
 from d2v_fast.objectives.build import build_model
 from d2v_fast.training.engine import PlainEngine
 from tests.helpers.common import run_python
@@ -72,6 +73,28 @@ def test_plain() -> None:
     assert fp32.save == 12 * 19 + 4 * 9
     bf16 = found(1, {"stage": 0}, BF16)
     assert device(bf16) == {**device(fp32), "teacher's copy": 2 * 9}
+
+
+def test_captured_steps_keep_gradients_and_working_memory() -> None:
+    """A micro-step of a new shape runs beside the graphs before it is captured."""
+    plain_run = {**TINY["d2v"], "run": {**TINY["d2v"]["run"], "cuda_graph": False}}
+    plain = predict_from(config_of(d2v=plain_run), 1, BF16, "cuda", SHAPES, STEP)
+    captured = found(1, {"stage": 0}, BF16, "cuda")
+    assert device(captured) == {**device(plain), "gradients": 4 * 19, "graphs": 130}
+    assert on_top(plain) == {"forward and backward": 140}
+    assert on_top(captured) == {"forward and backward": 130}
+    # only a GPU captures
+    assert device(found(1, {"stage": 0}, BF16)) == device(plain)
+
+
+def test_captured_steps_have_padded_rows() -> None:
+    config = config_of().d2v
+    plain, captured = (step_memory(config, 7, FP32, captured=captured) for captured in (False, True))
+    with torch.device("meta"):
+        rows = len(modality_of(config).largest_batch(config, 7).rows)
+    padding = -rows % (2 ** (rows - 1).bit_length() // 16)
+    assert captured.batch == plain.batch + 8 * padding > plain.batch
+    assert captured.saved > plain.saved
 
 
 def test_stage_0() -> None:
@@ -312,6 +335,7 @@ def test_accumulation_keeps_the_gradients() -> None:
 def test_peak_of_a_process() -> None:
     code = """
 import torch
+from d2v_fast.modalities import modality_of
 from d2v_fast.memory.peak import PeakMemory
 memory = PeakMemory(torch.device("cpu"))
 block = torch.ones(64 << 20, dtype=torch.uint8)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_fast.config import TeacherConfig
@@ -18,7 +18,7 @@ from d2v_fast.distributed.world import World
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.capture import WARM_UP_RUNS, CudaCapture, RecentlyUsed, Replayed
-from d2v_fast.training.captured_step import CapturedStep, CaptureOptions, reason_not_to_capture
+from d2v_fast.training.captured_step import CapturedStep, CaptureOptions
 from d2v_fast.training.engine import PlainEngine
 from d2v_fast.training.step import StepResult, TrainStep
 from tests.helpers.small_engine import config as engine_config
@@ -277,13 +277,20 @@ def test_host_reads_are_noticed() -> None:
             reads()
 
 
-def test_what_cannot_be_captured() -> None:
-    run = make_run("vision", None)
-    gpu = torch.device("cuda")
-    assert reason_not_to_capture(run.engine, run.model, torch.device("cpu")) == "CUDA graphs need a GPU"
-    assert reason_not_to_capture(run.engine, run.model, gpu) is None
-    reason = reason_not_to_capture(run.engine, nn.Linear(2, 2), gpu)
-    assert reason == "the objective has no form with fixed shapes"
+@pytest.mark.parametrize(
+    ("changes", "processes", "device", "reason"),
+    [
+        ({}, 1, "cuda", None),
+        ({"gradient_accumulation_steps": 2}, 1, "cuda", None),
+        ({}, 1, "cpu", "CUDA graphs need a GPU"),
+        ({}, 2, "cuda", "DeepSpeed decides parts of a step on the host"),
+        ({"zero_optimization": {"stage": 1}}, 1, "cuda", "DeepSpeed decides parts of a step on the host"),
+        ({"optimizer__type": "FusedAdam"}, 1, "cuda", 'only the optimizer "AdamW" can be captured'),
+        ({"d2v__run__cuda_graph": False}, 1, "cuda", "it is false"),
+    ],
+)
+def test_what_is_captured(changes: dict[str, Any], processes: int, device: str, reason: str | None) -> None:
+    assert engine_config(processes, **changes).reason_not_to_capture(processes, device) == reason
 
 
 @pytest.mark.gpu

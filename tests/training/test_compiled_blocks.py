@@ -67,7 +67,9 @@ def test_blocks_of_all_depths_share_programs(kind: str, monkeypatch: pytest.Monk
     assert len(found) == num_programs <= MOST_PROGRAMS
 
 
+# a C++ compiler makes some dozens of kernels
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_blocks_compute_the_same(kind: str) -> None:
     model, teacher, batch = make_trial(kind)
