@@ -94,7 +94,6 @@ def test_captured_steps_have_padded_rows() -> None:
         rows = len(modality_of(config).largest_batch(config, 7).rows)
     padding = -rows % (2 ** (rows - 1).bit_length() // 16)
     assert captured.batch == plain.batch + 8 * padding > plain.batch
-    assert captured.saved > plain.saved
 
 
 def test_stage_0() -> None:
