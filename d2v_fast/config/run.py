@@ -27,7 +27,7 @@ class RunSection(Section):
         device: "auto" takes a GPU if there is one.
         compile: Compile the blocks of student and teacher with `torch.compile`. "auto" does on a GPU.
         cuda_graph: Replay a step from CUDA graphs, one for each shape of a micro-batch, so that the host does not hold
-            up the device. "auto" does on a GPU with one process, `AdamW` and neither ZeRO nor offload. A step that
+            up the device. "auto" does on a GPU with one process and neither ZeRO nor offload. A step that
             cannot be captured runs without a graph, and the run reports why.
         cuda_graph_shapes: Most shapes that have a graph; the one that was used the longest ago makes room.
         kept_samples: How stochastic depth chooses the samples that compute a branch: "drawn" for each sample alone,

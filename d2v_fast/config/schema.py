@@ -324,8 +324,6 @@ class RunConfig(Section):
             return "CUDA graphs need a GPU"
         if self.deepspeed.needs_deepspeed(world_size):
             return "DeepSpeed decides parts of a step on the host"
-        if self.deepspeed.optimizer.type != "AdamW":
-            return 'only the optimizer "AdamW" can be captured'
         return None
 
     def digest(self) -> str:
