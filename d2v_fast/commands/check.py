@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, load_config
+from d2v_fast.config.data2vec2 import MultiMaskSection
 from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
 from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, step_order, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
@@ -116,11 +117,13 @@ def _require_memory(config: RunConfig, dtype: torch.dtype, device: torch.device)
     """Raise a RunError if one process cannot hold the model. The system would kill it without a message."""
     needed = predict(config, 1, dtype, device.type).device_peak
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    several = isinstance(config.d2v.mask, MultiMaskSection) and config.d2v.mask.num_masks > 1
+    fewer = "take fewer masks per sample (`d2v.mask.num_masks`), " if several else ""
     if free is not None and needed > free:
         raise RunError(
             f"a step cannot be tried here, because one process needs {format_bytes(needed)}, and only "
             f"{format_bytes(free)} are free on this {device.type}. Lower `train_micro_batch_size_per_gpu`, set "
-            f"`d2v.model.gradient_checkpointing`, or shard with `zero_optimization.stage` over more processes."
+            f"`d2v.model.gradient_checkpointing`, {fewer}or shard with `zero_optimization.stage` over more processes."
         )
 
 

@@ -251,7 +251,7 @@ class _AsOn(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if self._dtype is not None and func in (F.linear, F.conv1d, torch.matmul):
+        if self._dtype is not None and func in (F.linear, F.conv1d, F.conv2d, torch.matmul):
             args = tuple(self._lower(x) if isinstance(x, Tensor) else x for x in args)
             kwargs = {key: self._lower(x) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
         return func(*args, **kwargs)
@@ -290,5 +290,6 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v, bias, *_ = ctx.saved_tensors
         of_bias = None
         if bias.requires_grad:
-            of_bias = bias.new_empty(len(q), *bias.shape[1:]).sum(0, keepdim=True)
+            of_bias = bias.new_empty(len(q), *bias.shape[1:])
+            of_bias = of_bias if len(bias) == len(q) else of_bias.sum(0, keepdim=True)
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), of_bias

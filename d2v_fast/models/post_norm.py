@@ -101,17 +101,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attendable: Attendable, prob: float 
     if isinstance(attendable, AlibiPlaces):
         slopes, places, lengths = attendable
         return attention_with_alibi(q, k, v, slopes, positions=places, lengths=lengths, dropout=prob)
-    if q.device.type == "cpu" and prob > 0.0:
-        # torch's CPU kernel has no dropout, and its fallback draws 32 bits per weight
+    bias = attendable if attendable is not None and attendable.dtype != torch.bool else None
+    if q.device.type == "cpu" and (prob > 0.0 or (bias is not None and bias.requires_grad)):
+        # torch's CPU kernel has neither dropout nor a gradient of the bias, and its fallback is slow in both
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
-        if attendable is not None and attendable.dtype == torch.bool:
-            logits.masked_fill_(~attendable, torch.finfo(logits.dtype).min)
+        if bias is not None:
+            logits = logits.add_(bias)
         elif attendable is not None:
-            logits = logits + attendable
-        return torch.matmul(drop(logits.softmax(dim=-1), prob), v)
-    if attendable is not None and attendable.dtype != torch.bool:
-        attendable = attendable.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attendable, dropout_p=prob)
+            logits.masked_fill_(~attendable, torch.finfo(logits.dtype).min)
+        weights = logits.softmax(dim=-1)
+        return torch.matmul(drop(weights, prob) if prob > 0.0 else weights, v)
+    mask = attendable if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=prob)
 
 
 def _attend_in_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, prob: float) -> Tensor:

@@ -103,12 +103,14 @@ class Alibi(nn.Module):
         scale: `[H]`, learned, shared by all blocks; a negative one counts as 0 and gets no gradient.
     """
 
-    slopes: Tensor
+    exponents: Tensor
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.empty(heads))
-        self.register_buffer("slopes", torch.tensor(alibi_slopes(heads), dtype=torch.float32), persistent=False)
+        # exact in 16 bits, which the slopes are not
+        exponents = [math.log2(slope) for slope in alibi_slopes(heads)]
+        self.register_buffer("exponents", torch.tensor(exponents, dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -116,14 +118,19 @@ class Alibi(nn.Module):
         nn.init.ones_(self.scale)
 
     def forward(self, places: Tensor) -> Tensor:
-        """Return the bias of attention logits, `[R, H, V, V]`, for tokens at `places`, int64 `[R, V]`."""
-        slopes = self.slopes * self.scale.clamp_min(0)
+        """Return the bias of attention logits, fp32 `[R, H, V, V]`, for tokens at `places`, int64 `[R, V]`."""
+        slopes = self.scaled_slopes()
         distances = (places[:, :, None] - places[:, None, :]).abs().to(slopes.dtype)
         return -distances[:, None] * slopes[:, None, None]
 
     def in_kernels(self, places: Tensor | None, lengths: Tensor | None) -> AlibiPlaces:
         """Return what attention kernels compute the bias from; see `AlibiPlaces`."""
-        return AlibiPlaces(self.slopes * self.scale.float().clamp_min(0), places, lengths)
+        return AlibiPlaces(self.scaled_slopes(), places, lengths)
+
+    def scaled_slopes(self) -> Tensor:
+        """Return the slopes times the clamped scale, `[H]` in fp32, or in fp64 if the scale is."""
+        scale = self.scale if self.scale.dtype == torch.float64 else self.scale.float()
+        return self.exponents.float().exp2() * scale.clamp_min(0)
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -178,12 +185,14 @@ class Places(NamedTuple):
     def scatter(self, visible: Tensor, masked: Tensor | None = None) -> Tensor:
         """Return `[R, T, D]` of `[R, V, D]` at the visible places and `[N, D]`, or 0, at the masked ones."""
         R, _, D = visible.shape
-        # one more, which padding is written to
-        x = visible.new_zeros(R * self.num_places + 1, D)
+        num_places = R * self.num_places
+        # padding is written to one more place
+        padded = self.visible_lengths is not None
+        x = visible.new_zeros(num_places + 1, D) if padded or masked is None else visible.new_empty(num_places, D)
         if masked is not None:
             x.index_copy_(0, self.rows, masked.to(x.dtype))
-        x = x.index_copy(0, self.visible.flatten(), visible.flatten(0, 1))
-        return x[:-1].view(R, self.num_places, D)
+        x = x.index_copy_(0, self.visible.flatten(), visible.flatten(0, 1))
+        return x[:num_places].view(R, self.num_places, D)
 
 
 def key_mask(lengths: Tensor | None, num_tokens: int) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.config.data2vec2 import MultiMaskSection
 from d2v_fast.data import BatchMaker, steps_per_epoch
 from d2v_fast.data.listing import counted, describe_listing
 from d2v_fast.memory.peak import format_bytes
@@ -42,12 +43,21 @@ def describe(
         *_data(maker),
         f"global batch    {split.global_batch:,} = {split.micro_batch} per micro-step x {split.accumulation} "
         f"micro-steps x {split.world_size} processes",
+        *_masks(config, split),
         f"length          {schedule.num_steps:,} optimizer steps, {epoch_steps:,} per epoch, "
         f"{schedule.num_steps / epoch_steps:.1f} epochs",
         f"learning rate   {schedule.peak:g} after {schedule.warmup_steps:,} steps of warm-up, then "
         f"{config.d2v.schedule.kind} to {schedule.at(schedule.num_steps - 1):.3g}",
     ]
     return "\n".join(lines + config.without_effect(split.world_size))
+
+
+def _masks(config: RunConfig, split: BatchSplit) -> list[str]:
+    """Return a line about the masks of a sample, if it has several."""
+    if not isinstance(config.d2v.mask, MultiMaskSection):
+        return []
+    masks = config.d2v.mask.num_masks
+    return [f"masks           {masks} per sample, {masks * split.global_batch:,} masked copies per step"]
 
 
 def _data(maker: BatchMaker) -> list[str]:

@@ -35,7 +35,7 @@ _SECTIONS: dict[str, Any] = {
             "position_depth": 2, "position_kernel": 3, "position_groups": 4, "decoder": _DECODER,
         },
         "mask": {"num_masks": 3, "prob": 0.5, "length": 3, "prob_adjust": 0.05},
-        "data": {"kind": "speech", "min_seconds": 0.01},
+        "data": {"kind": "speech", "min_seconds": 0.01, "max_seconds": 0.01},
     },
     "text": {
         "model": {

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from d2v_fast.masking import num_masked_of, several_image_masks, several_sequence_masks
+from tests.helpers.places import ROOT
 
-KINDS: dict[str, Any] = json.loads((Path(__file__).parent / "mask_statistics.json").read_text())["kinds"]
+KINDS: dict[str, Any] = json.loads((ROOT / "tests/golden2/mask_statistics.json").read_text())["kinds"]
 NUM_MASKS, NUM_SAMPLES = 8, 1250
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2v_fast.config import MaskedSpeechConfig, MaskedTextConfig, MaskedVisionConfig, check_d2v
 from d2v_fast.modalities import build_student, modality_of
+from d2v_fast.models.visible import alibi_slopes
 from d2v_fast.objectives.build import build_model
 from tests.helpers.masked_models import masked_config, random_masked_batch, random_masked_pair
 
@@ -145,3 +146,27 @@ def test_an_objective_has_its_own_record() -> None:
         record = modality_of(config)
         assert (record.name, record.objective) == (modality, "data2vec2")
         assert type(build_student(config)) is record.encoder()
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_sixteen_bits(modality: str) -> None:
+    """In bf16 throughout, as with DeepSpeed, and by autocast with a teacher in bf16; ALiBi stays in fp32."""
+    config = masked_config(modality)
+    model, teacher = random_masked_pair(config)
+    batch = random_masked_batch(config, [12, 7])
+    expected = model(batch, teacher).loss_sum.detach()
+    teacher.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch, teacher)
+    output.loss_sum.backward()
+    torch.testing.assert_close(output.loss_sum.detach(), expected, rtol=0.05, atol=0)
+    model.bfloat16()
+    if modality == "speech":
+        alibi = model.student.averaged.alibi
+        places = torch.tensor([[0, 301, 999]])
+        assert alibi(places).dtype == torch.float32
+        slope = alibi_slopes(2)[0] * float(alibi.scale[0].detach())
+        assert float(alibi(places)[0, 0, 1, 2].detach()) == pytest.approx(-698 * slope, rel=1e-6)
+    output = model(batch, teacher)
+    output.loss_sum.backward()
+    torch.testing.assert_close(output.loss_sum.detach(), expected, rtol=0.05, atol=0)

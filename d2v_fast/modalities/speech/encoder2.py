@@ -18,10 +18,33 @@ from d2v_fast.config import MaskedSpeechModelConfig
 from d2v_fast.modalities.speech.encoder import ConvPositions, FrontEnd
 from d2v_fast.models.decoder import ConvDecoder
 from d2v_fast.models.encoder import Drops, EncoderOutput
+from d2v_fast.models.layers import convolve_sequence
 from d2v_fast.models.post_norm import AlibiPlaces, padding_of
 from d2v_fast.models.student import MaskedBatch, Student
-from d2v_fast.models.visible import Alibi, MaskedContext, Places, biased, key_mask
+from d2v_fast.models.visible import NORM_EPS, Alibi, MaskedContext, Places, biased, key_mask
+from d2v_fast.ops import layer_norm_gelu
 from d2v_fast.ops.attention import has_kernels
+
+
+class FusedPositions(ConvPositions):
+    """`ConvPositions` with norm and GELU in one operation, and channels last throughout."""
+
+    ones: Tensor
+    zeros: Tensor
+
+    def __init__(self, config: MaskedSpeechModelConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("ones", torch.ones(config.width), persistent=False)
+        self.register_buffer("zeros", torch.zeros(config.width), persistent=False)
+
+    def forward(self, frames: Tensor, is_padding: Tensor | None) -> Tensor:
+        """See `ConvPositions`."""
+        x = frames
+        for convolution in self.convolutions:
+            if is_padding is not None:
+                x = x.masked_fill(is_padding, 0)
+            x = layer_norm_gelu(convolve_sequence(convolution, x), self.ones, self.zeros, eps=NORM_EPS)
+        return x
 
 
 class MaskedSpeechContext(MaskedContext):
@@ -33,7 +56,7 @@ class MaskedSpeechContext(MaskedContext):
 
     def __init__(self, config: MaskedSpeechModelConfig) -> None:
         super().__init__(config, has_norm=True)
-        self.positions = ConvPositions(config)
+        self.positions = FusedPositions(config)
         self.alibi = Alibi(config.heads)
         self.is_fused = config.attention == "fused"
 
