@@ -110,6 +110,10 @@ class Spacing:
     beside: float = 0.12
 
 
+# of the masks of a sample; the others are alike
+MAX_MASKS = 3
+
+
 class Sheet:
     """A figure with one column per sample and one row per view of it, wrapped into blocks of `PER_ROW` columns.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2v_fast.modalities import Modality
 from d2v_fast.modalities.speech.config import RecordingsConfig, SpeechConfig
@@ -73,7 +73,7 @@ def _probing() -> Probing:
     return PROBING
 
 
-def _draw(models: dict[str, Student], config: SpeechConfig, data: Path | None, count: int, title: str) -> Figure:
+def _draw(models: dict[str, Student], config: Any, data: Path | None, count: int, title: str) -> Figure:
     from d2v_fast.modalities.speech.pictures import choose_recordings, speech_figure
 
     return speech_figure(models, choose_recordings(config, data, count), config, title)
@@ -123,6 +123,7 @@ DATA2VEC2 = Modality(
     huggingface=_huggingface2,
     published=_published2,
     onnx=_onnx,
+    draw=_draw,
 )
 
 MODALITY = Modality(

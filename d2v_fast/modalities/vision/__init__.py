@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2v_fast.modalities import Modality
 from d2v_fast.modalities.vision.config import ImagesConfig, VisionConfig
@@ -73,7 +73,7 @@ def _probing() -> Probing:
     return PROBING
 
 
-def _draw(models: dict[str, Student], config: VisionConfig, data: Path | None, count: int, title: str) -> Figure:
+def _draw(models: dict[str, Student], config: Any, data: Path | None, count: int, title: str) -> Figure:
     from d2v_fast.modalities.vision.pictures import choose_images, vision_figure
 
     return vision_figure(models, choose_images(config, data, count), config, title)
@@ -123,6 +123,7 @@ DATA2VEC2 = Modality(
     huggingface=_huggingface2,
     published=_published2,
     onnx=_onnx,
+    draw=_draw,
 )
 
 MODALITY = Modality(

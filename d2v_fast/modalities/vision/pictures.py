@@ -19,10 +19,11 @@ from torch import Tensor
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.errors import DataError
 from d2v_fast.evaluation.features import patch_features
-from d2v_fast.figures.sheet import Sheet, Spacing, choose_samples, label_of, say_if_fewer
-from d2v_fast.masking import block_masks
+from d2v_fast.figures.sheet import MAX_MASKS, Sheet, Spacing, choose_samples, label_of, say_if_fewer
+from d2v_fast.masking import block_masks, several_image_masks
 from d2v_fast.modalities.vision.batches import image_dataset
-from d2v_fast.modalities.vision.config import VisionConfig
+from d2v_fast.modalities.vision.config import ImagesConfig, VisionConfig
+from d2v_fast.modalities.vision.config2 import MaskedVisionConfig
 from d2v_fast.modalities.vision.images import ImagesDataset
 from d2v_fast.models.student import Student
 
@@ -49,7 +50,7 @@ class Images(NamedTuple):
     names: list[str]
 
 
-def choose_images(config: VisionConfig, folder: Path | None, count: int) -> Images:
+def choose_images(config: ImagesConfig, folder: Path | None, count: int) -> Images:
     """Choose different images, spread evenly over the data set.
 
     Args:
@@ -85,8 +86,10 @@ def choose_images(config: VisionConfig, folder: Path | None, count: int) -> Imag
     return Images(torch.stack(list(found.values())), ids, names)
 
 
-def vision_figure(models: dict[str, Student], images: Images, config: VisionConfig, title: str) -> Figure:
-    """Draw one column per image: the image, the masked image, and the patch colors of each model.
+def vision_figure(
+    models: dict[str, Student], images: Images, config: VisionConfig | MaskedVisionConfig, title: str
+) -> Figure:
+    """Draw one column per image: the image, its masks, and the patch colors of each model.
 
     Args:
         models: Encoders, by the name of their row.
@@ -96,7 +99,9 @@ def vision_figure(models: dict[str, Student], images: Images, config: VisionConf
     """
     top_k = config.target.top_k
     colors = {name: principal_colors(patch_features(model, images.pixels, top_k)) for name, model in models.items()}
-    return _figure(_displayable(images.pixels, config), _draw_masks(config, images.ids), colors, images.names, title)
+    masks = _draw_masks(config, images.ids)
+    shown = _displayable(images.pixels, config)
+    return _figure({"input": shown, **_masked(shown, masks)}, colors, images.names, title)
 
 
 def principal_colors(features: Tensor) -> NDArray[np.float32]:
@@ -119,22 +124,34 @@ def principal_colors(features: Tensor) -> NDArray[np.float32]:
     return colors.view(*features.shape[:2], 3).float().numpy()
 
 
-def _draw_masks(config: VisionConfig, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return the masks of the run's first epoch, bool `[B, G, G]`."""
-    mask = config.mask
-    return block_masks(
-        config.run.seed,
-        0,
-        sample_ids,
-        config.model.grid_size,
-        mask.num_patches,
-        mask.min_patches,
-        mask.max_patches,
-        mask.min_aspect,
-    )
+def _draw_masks(
+    config: VisionConfig | MaskedVisionConfig, sample_ids: NDArray[np.int64]
+) -> dict[str, NDArray[np.bool_]]:
+    """Return masks of the run's first epoch, bool `[B, G, G]` each, by the name of their row."""
+    begin = config.run.seed, 0, sample_ids, config.model.grid_size
+    if not isinstance(config, MaskedVisionConfig):
+        mask = config.mask
+        drawn = block_masks(*begin, mask.num_patches, mask.min_patches, mask.max_patches, mask.min_aspect)
+        return {"masked input": drawn}
+    several, (_, _, ids, size) = config.mask, begin
+    num = several.num_masks
+    rows = several_image_masks(*begin, several.prob, several.length, several.prob_adjust, num_masks=num).rows
+    masks = np.zeros((len(ids), num, size, size), dtype=np.bool_)
+    masks.flat[rows] = True
+    return {f"mask {m + 1} of {num}": masks[:, m] for m in range(min(num, MAX_MASKS))}
 
 
-def _displayable(pixels: Tensor, config: VisionConfig) -> NDArray[np.float32]:
+def _masked(images: NDArray[np.float32], masks: dict[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.float32]]:
+    """Return the images `[B, H, W, 3]` with the masked patches in one color."""
+    rows = {}
+    for name, mask in masks.items():
+        patch_size = images.shape[1] // mask.shape[1]
+        hidden = mask.repeat(patch_size, 1).repeat(patch_size, 2)[..., None]
+        rows[name] = np.where(hidden, np.asarray(MASK_COLOR, np.float32), images)
+    return rows
+
+
+def _displayable(pixels: Tensor, config: ImagesConfig) -> NDArray[np.float32]:
     """Undo the normalization: `[B, H, W, 3]` in [0, 1]."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.data.mean, config.data.std))
     shown = (pixels * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
@@ -142,19 +159,16 @@ def _displayable(pixels: Tensor, config: VisionConfig) -> NDArray[np.float32]:
 
 
 def _figure(
-    images: NDArray[np.float32],
-    masks: NDArray[np.bool_],
+    images: dict[str, NDArray[np.float32]],
     colors: dict[str, NDArray[np.float32]],
     names: list[str],
     title: str,
 ) -> Figure:
-    """Draw one column per image: input, masked input, one picture for each set of colors, and the name."""
-    grid_size, patch_size = masks.shape[1], images.shape[1] // masks.shape[1]
-    hidden = masks.repeat(patch_size, 1).repeat(patch_size, 2)[..., None]
-    rows = {"input": images, "masked input": np.where(hidden, MASK_COLOR, images)}
-    rows |= {name: patches.reshape(-1, grid_size, grid_size, 3) for name, patches in colors.items()}
+    """Draw one column per image: it and its masks, one picture for each set of colors, and the name."""
+    grids = {name: round(patches.shape[1] ** 0.5) for name, patches in colors.items()}
+    rows = images | {name: patches.reshape(-1, grids[name], grids[name], 3) for name, patches in colors.items()}
     sheet = Sheet(
-        len(images),
+        len(names),
         list(rows),
         Spacing(cell=1.1, below=0.42),
         title=title,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import soundfile
 import torch
 
 from d2v_fast.config import SpeechConfig, check_d2v
-from d2v_fast.modalities.speech.pictures import choose_recordings, self_similarity, speech_figure
+from d2v_fast.modalities.speech.pictures import Recording, choose_recordings, self_similarity, speech_figure
 from d2v_fast.objectives.build import build_model
+from tests.helpers.masked_models import masked_config
 from tests.helpers.runs import TINY_SPEECH
 
 
@@ -50,3 +52,17 @@ def test_recordings_have_axes_and_none_is_shown_twice(tmp_path: Path) -> None:
     assert (square.get_xlabel(), square.get_ylabel()) == ("s", "s")
     assert square.get_xlim()[1] == pytest.approx(1.0, abs=0.03)
     assert spectrum.get_xlim() == pytest.approx(square.get_xlim())
+
+
+def test_bars_of_several_masks_lie_above_each_other() -> None:
+    config = masked_config("speech", mask={"num_masks": 4})
+    rate = config.model.sample_rate
+    recordings = [Recording(name, torch.randn(rate // 8)) for name in ("a", "b")]
+    figure = speech_figure({"a model": build_model(config).student}, recordings, config, "title")
+    assert figure.texts[0].get_text() == "log-mel,\n3 of 4 masks\nmarked"
+    frames = config.model.num_frames(rate // 8)
+    for axis in figure.axes[::2]:
+        bottoms = Counter(round(bar.get_y(), 6) for bar in axis.patches)
+        # every mask hides as many frames
+        assert len(bottoms) == 3
+        assert set(bottoms.values()) == {int(frames * 0.5)}

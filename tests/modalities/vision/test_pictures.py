@@ -12,9 +12,11 @@ from PIL import Image
 
 from d2v_fast.evaluation.features import patch_features
 from d2v_fast.figures.sheet import save_figure
+from d2v_fast.masking import several_image_masks
 from d2v_fast.modalities.vision.batches import image_dataset
-from d2v_fast.modalities.vision.pictures import choose_images, principal_colors, vision_figure
+from d2v_fast.modalities.vision.pictures import MASK_COLOR, choose_images, principal_colors, vision_figure
 from d2v_fast.objectives.build import build_model
+from tests.helpers.masked_models import masked_config
 from tests.helpers.written_runs import vision_config
 
 CONFIG = vision_config(width=24, depth=3)
@@ -96,3 +98,21 @@ def test_names_stand_under_the_images(tmp_path: Path) -> None:
     assert labels[1].endswith("x7.png")
     assert max(map(len, labels[1].splitlines())) <= 20
     save_figure(figure, tmp_path / "out.png")
+
+
+def test_several_masks_of_an_image_are_drawn() -> None:
+    """Three of data2vec 2.0's masks of an image, each a row: patches of one color where the run's first epoch masks."""
+    config = masked_config("vision", mask={"num_masks": 5})
+    found = choose_images(config, None, 2)
+    figure = vision_figure({"a model": build_model(config).student}, found, config, "t")
+    rows = [text.get_text() for text in figure.texts]
+    assert rows[:5] == ["input", "mask 1 of 5", "mask 2 of 5", "mask 3 of 5", "a model"]
+    masks = several_image_masks(config.run.seed, 0, found.ids, 4, 0.6, 2, 0.1, num_masks=5)
+    expected = np.zeros((2, 5, 16), dtype=bool)
+    expected.flat[masks.rows] = True
+    for index, axes in enumerate((figure.axes[:5], figure.axes[5:])):
+        for number, axis in enumerate(axes[1:4]):
+            # the middle of each patch of 2 x 2 pixels
+            picture = axis.images[0].get_array()[::2, ::2]
+            hidden = (abs(picture - np.array(MASK_COLOR)) < 1e-6).all(-1)
+            assert (hidden.ravel() == expected[index, number]).all()
