@@ -129,7 +129,7 @@ def _open(
 
 def _agree(folder: Path, outcomes: Sequence[_Outcome]) -> str | None:
     """Return the damage that all processes agree on; None if there is none."""
-    then = f"Nothing was changed. When that is mended: {resume_command(folder.parent.parent)}"
+    then = f"Nothing was changed. After that is repaired: {resume_command(folder.parent.parent)}"
     for rank, outcome in enumerate(outcomes):
         if outcome.kind == "error":
             by = f" by rank {rank}" if len(outcomes) > 1 else ""

@@ -61,7 +61,7 @@ def test_error_changes_nothing(
     said = str(caught.value)
     assert f"the checkpoint {checkpoints.folder / 'step-2'} could not be read: " in said
     assert os.strerror(getattr(errno, name)) in said
-    assert "Nothing was changed. When that is mended: " in said
+    assert "Nothing was changed. After that is repaired: " in said
     assert "--resume" in said
     assert names(checkpoints) == ["step-1", "step-2"]
     found = checkpoints.newest(pytest.fail)

@@ -45,7 +45,7 @@ class ConvStack(nn.Module):
             first of several convolutions is always recomputed: with one input channel, that costs less than saving.
 
     Attributes:
-        compute_dtype: of a forward pass where autocast cannot be asked for it, as on `meta`; None: what autocast says,
+        compute_dtype: Dtype of the forward pass on a device without autocast, such as `meta`. None: autocast's dtype,
             or that of the weights.
     """
 
