@@ -1,4 +1,5 @@
-"""A whole pre-training step, compared with the same step around Transformers' model.
+"""A whole pre-training step, compared with the same step around Transformers' model. It has none of data2vec 2.0, whose
+step is compared with the published way in plain torch.
 
 Both start from the same weights and must agree on loss and gradients before they are timed. They alternate, so that
 other load slows both. Data is created before. In addition to the figures of every benchmark, `extra_info` contains the
@@ -8,7 +9,8 @@ precision, measured before every pair.
 
 `base` has the published sizes, `base published` also the published rates of dropout and stochastic depth: the peer
 computes residual branches and multiplies them by zero, ours skips them. `speech` is the published Base model without
-dropout; `speech lean` recomputes norms and GELUs of the convolutions in the backward pass.
+dropout; `speech lean` recomputes norms and GELUs of the convolutions in the backward pass. `... 2.0` are the published
+Base models of data2vec 2.0 without dropout, on samples that are short enough for two cores: 5 s of speech, 128 tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import peers_data2vec2
 from bench.measure import compared, describe_device, peak_bytes, quantiles
 from d2v_fast.config import D2VConfig, RunConfig, load_config
 from d2v_fast.data import Batch, Step
@@ -38,6 +41,11 @@ SMALL = ["d2v.model.width=384", "d2v.model.heads=6"]
 WITHOUT_DROPOUT = ["d2v.model.drop_path=0.0", "d2v.model.attention_dropout=0.0"]
 SPEECH = [f"d2v.model.{rate}=0.0" for rate in ("dropout", "attention_dropout", "layer_drop")]
 TEXT = ["d2v.model.dropout=0.0", "d2v.model.attention_dropout=0.0", "d2v.data.tokenizer=/none"]
+RATES = ("dropout", "attention_dropout", "context_dropout", "layer_drop", "decoder.dropout")
+NO_RATES = [f"d2v.model.{rate}=0.0" for rate in RATES]
+IMAGES2 = [*NO_RATES, "d2v.loss.cls_scale=per_batch", "d2v.loss.cls_weight=0.01"]
+SPEECH2 = [*NO_RATES, f"d2v.data.max_seconds={peers_data2vec2.SECONDS}"]
+TEXT2 = [*NO_RATES, "d2v.data.tokenizer=/none", f"d2v.data.block_size={peers_data2vec2.TOKENS}"]
 # with the step whose memory is measured, those that the clock ignores
 NUM_WARMUP, NUM_ROUNDS = 2, 5
 LR = 1e-4
@@ -61,12 +69,16 @@ CASES = {
     "speech": Case("speech_base", 2, 48, SPEECH),
     "text": Case("text_base", 2, 32, TEXT),
     "speech lean": Case("speech_base", 2, 48, [*SPEECH, "d2v.model.front_end_checkpointing=true"]),
+    "images 2.0": Case("vision2_base", 1, 16, IMAGES2),
+    "speech 2.0": Case("speech2_base", 1, 12, SPEECH2),
+    "text 2.0": Case("text2_base", 1, 16, TEXT2),
 }
 
 
 def peers_of(config: D2VConfig) -> Any:
-    """Return the module of a modality's peer, which also knows its inputs and its arithmetic."""
-    return import_module(f"bench.peers_{config.modality}")
+    """Return the module of a configuration's peer, which also knows its inputs and its arithmetic."""
+    is_first = config.objective == "data2vec"
+    return import_module(f"bench.peers_{config.modality}") if is_first else peers_data2vec2
 
 
 class OurStep:
@@ -111,7 +123,9 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     ours = OurStep(config, device)
     peer = peers_of(config.d2v).PeerStep(ours.model, config, tmp_path, device, LR)
     batch, masked = random_batch(config.d2v, batch_size, device)
-    if case != "base published":
+    if isinstance(peer, peers_data2vec2.PeerStep):
+        peers_data2vec2.assert_same_step(ours, peer, batch, masked)
+    elif case != "base published":
         assert_same_step(config.d2v, ours, peer, batch, masked)
 
     for _ in range(NUM_WARMUP):
@@ -136,7 +150,7 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     if benchmark.stats is None:
         return
     seconds = benchmark.stats.stats.data
-    gflop = peers_of(config.d2v).useful_flop(config.d2v, batch_size, len(batch.rows)) / 1e9
+    gflop = useful_gflop(config.d2v, peer, batch, masked)
     gemm, shares = statistics.median(gemm_rates), ours.shares()
     info = benchmark.extra_info
     info |= {"op": "step", "case": f"{case}, batch {batch_size}", **describe_device(device), **quantiles(seconds)}
@@ -147,7 +161,7 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     info["percent_of_gemm"] = 100 * info["gflop_per_s"] / gemm
     info["share_of_operations"] = shares["EMA"] + shares["target + loss"]
     row = compared(peer_seconds, seconds) | {"peak_bytes": peer_peak}
-    info["peers"] = {f"Transformers ({peer.attention})": row}
+    info["peers"] = {f"{peer.name} ({peer.attention})": row}
     info["note"] = (
         f"{info['case']}: {info['units_per_s']:.2f} {what} per s, "
         f"{info['gflop_per_s']:.0f} GFLOP/s of useful arithmetic, "
@@ -158,7 +172,10 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
 
 
 def random_batch(config: D2VConfig, batch_size: int, device: torch.device) -> tuple[Batch, Tensor]:
-    """Create noise with published masks, and the masks as bool `[B, P]`."""
+    """Create noise with published masks, and the masks as bool `[B, P]`, of data2vec 2.0 `[B * M, P]`."""
+    if config.objective != "data2vec":
+        batch, masked = peers_data2vec2.random_batch(config, batch_size)
+        return batch.to(device), masked.to(device)
     batch = peers_of(config).random_batch(config, batch_size)
     masked = torch.zeros(batch_size * config.model.num_places(batch.inputs.shape), dtype=torch.bool)
     masked.index_fill_(0, batch.rows, True)
@@ -189,6 +206,14 @@ def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, 
         assert error < tolerance, f"{name}: relative error of the gradient {error:.1e}"
     ours.model.zero_grad()
     peer.student.zero_grad()
+
+
+def useful_gflop(config: D2VConfig, peer: Any, batch: Batch, masked: Tensor) -> float:
+    """Return the arithmetic that loss and gradients of a batch need."""
+    if isinstance(peer, peers_data2vec2.PeerStep):
+        return sum(peer.useful_flop(batch, masked).values()) / 1e9
+    flop: float = peers_of(config).useful_flop(config, len(batch.inputs), len(batch.rows))
+    return flop / 1e9
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:

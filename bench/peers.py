@@ -54,8 +54,11 @@ class PeerStep:
         groups: parameter groups for AdamW. `None` applies weight decay to all parameters.
 
     Attributes:
+        name: whose model it is.
         attention: Transformers' name of the attention implementation that it chose.
     """
+
+    name = "Transformers"
 
     def __init__(
         self,

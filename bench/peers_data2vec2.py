@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from bench import published2
 from d2v_fast.config import D2VConfig, RunConfig
 from d2v_fast.data import Batch
-from d2v_fast.data.makers import batches_of
 from d2v_fast.interop.formats import Published
 from d2v_fast.modalities import modality_of
 
@@ -29,9 +28,27 @@ def amount(config: D2VConfig) -> tuple[str, int]:
     return UNITS[config.modality]
 
 
-def random_batch(config: D2VConfig, batch_size: int) -> Batch:
-    """Noise under published masks, as large as those of a run."""
-    return modality_of(config).largest_batch(config, batch_size)
+def random_batch(config: D2VConfig, batch_size: int) -> tuple[Batch, Tensor]:
+    """Return noise with as many visible places as in a run, drawn at random, and the masks, bool `[B * M, P]`."""
+    shapes = modality_of(config).largest_batch(config, batch_size)
+    assert shapes.visible is not None
+    (R, V), P = shapes.visible.shape, (len(shapes.rows) + shapes.visible.numel()) // len(shapes.visible)
+    masked = torch.ones(R, P, dtype=torch.bool)
+    masked.scatter_(1, torch.rand(R, P).argsort(1)[:, :V], False)
+    places = torch.arange(R * P).view(R, P)
+    if shapes.inputs.is_floating_point():
+        inputs = torch.randn(shapes.inputs.shape)
+    else:
+        inputs = torch.randint(4, 1000, shapes.inputs.shape)
+    batch = Batch(
+        inputs=inputs,
+        rows=places[masked],
+        sample_ids=torch.arange(batch_size),
+        drop_keys=np.arange(R, dtype=np.uint64),
+        visible=places[~masked].view(R, V),
+        noise_keys=torch.arange(R),
+    )
+    return batch, masked
 
 
 class PeerStep:
@@ -44,17 +61,17 @@ class PeerStep:
         lr: learning rate.
 
     Attributes:
-        attention: how attention is computed.
+        name, attention: whose step it is, and how it computes attention.
     """
 
-    attention = "products"
+    name, attention = "published", "products"
 
     def __init__(self, model: Any, config: RunConfig, folder: Path, device: torch.device, lr: float) -> None:
         self._config, self._device, self._folder = config, device, folder
         self.form = format_of(config.d2v)
         content = self._written(model.student, model.head, model.student)
+        average = {name: value.to(device) for name, value in content["model"].pop("_ema").items()}
         named = {name: value.to(device) for name, value in content["model"].items()}
-        average = {name: value.to(device, torch.float32) for name, value in named.pop("_ema").items()}
         frozen = "fixed_positional_encoder.positions"
         self.parameters = {name: value.requires_grad_(not name.endswith(frozen)) for name, value in named.items()}
         self.model = content["cfg"]["model"]
@@ -80,16 +97,20 @@ class PeerStep:
         self._optimizer.zero_grad()
         published2.average(self.teacher, self.student, self._config.d2v.teacher.decay_end)
 
+    def useful_flop(self, batch: Batch, masked: Tensor) -> dict[str, float]:
+        """Return `published2.useful_flop` of a batch."""
+        return published2.useful_flop(self.model, len(batch.inputs), masked.shape[1], int((~masked[0]).sum()))
+
     def named_gradients(self, model: Any) -> dict[str, Tensor]:
         """Return the gradients of our model under their published names."""
-        states = [
+        student, head = (
             {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
             | {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             for module in (model.student, model.head)
-        ]
+        )
         return {
             name: value
-            for name, value in self._written(*states, None)["model"].items()
+            for name, value in self._written(student, head, None)["model"].items()
             if name in self.parameters and self.parameters[name].requires_grad
         }
 
@@ -125,9 +146,3 @@ def assert_same_step(ours: Any, peer: PeerStep, batch: Batch, masked: Tensor) ->
         assert error < tolerance, f"{name}: relative error of the gradient {error:.1e}"
         peer.parameters[name].grad = None
     ours.model.zero_grad()
-
-
-def useful_flop(peer: PeerStep, batch: Batch, masked: Tensor) -> dict[str, float]:
-    """Return `published2.useful_flop` of a batch."""
-    num_visible = int(np.count_nonzero(~masked[0].cpu().numpy()))
-    return published2.useful_flop(peer.model, len(batch.inputs), masked.shape[1], num_visible)
