@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from d2v_fast.config import check_d2v
-from d2v_fast.evaluation.features import evaluating, sequence_features
+from d2v_fast.evaluation.features import evaluating, patch_features, sequence_features
 from d2v_fast.objectives.build import build_model
+from tests.helpers.masked_models import masked_config, random_masked_pair
 from tests.helpers.runs import TINY_SPEECH, TINY_TEXT
 
 
@@ -48,3 +50,15 @@ def test_modes_come_back_after_an_error() -> None:
         fail()
     assert during == [False]
     assert [module.training for module in model.modules()] == [True, True, False]
+
+
+@torch.no_grad()
+def test_features_of_masked_training_are_the_encoders_output() -> None:
+    """Not what its last MLP adds, from which the target is computed."""
+    model, _ = random_masked_pair(masked_config("vision"))
+    images = torch.randn(3, 1, 8, 8)
+    hidden = model.student.eval()(images).last_hidden[:, 1:]
+    found = patch_features(model.student, images, top_k=1)
+    torch.testing.assert_close(found, F.layer_norm(hidden, hidden.shape[-1:]))
+    added = model.student(images, top_k=1).features[0][:, 1:]
+    assert not torch.allclose(found, F.layer_norm(added, hidden.shape[-1:]), atol=1e-2)

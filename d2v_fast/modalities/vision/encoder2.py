@@ -116,9 +116,13 @@ class MaskedVisionModel(Student):
         return self.context.encode(self.embedding(pixels, places), None, top_k, drop_keys)
 
     def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
-        """See `Student`; images have no `lengths`."""
+        """See `Student`; images have no `lengths`.
+
+        Of several blocks these are what the MLPs add, as in the target; of one block, the encoder's output.
+        """
         output: EncoderOutput = self(inputs, top_k=top_k)
-        return [feature[:, 1:] for feature in output.features]
+        found = [output.last_hidden] if top_k == 1 else output.features
+        return [feature[:, 1:] for feature in found]
 
     def embed(self, batch: MaskedBatch) -> tuple[MaskedImages, MaskedImages]:
         """See `Student`; images share nothing."""
