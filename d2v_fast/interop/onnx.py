@@ -79,7 +79,12 @@ def export_onnx(model: Student, config: D2VConfig, path: Path) -> None:
             warnings.simplefilter("ignore")
             # traced here: the exporter alone would fall back to fixed sizes where free ones cannot be traced
             program = torch.export.export(
-                graph.module, tuple(graph.inputs.values()), dynamic_shapes=graph.free, strict=False
+                graph.module,
+                tuple(graph.inputs.values()),
+                dynamic_shapes=graph.free,
+                strict=False,
+                # sizes that hold for all lengths, but that no prover shows
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
             torch.onnx.export(
                 program,

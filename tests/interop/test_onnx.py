@@ -19,6 +19,7 @@ from d2v_fast.interop.onnx import export_onnx
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.build import build_model
 from tests.helpers.common import opened
+from tests.helpers.masked_models import masked_config, random_masked_pair
 from tests.helpers.speech_models import make_config as speech_config
 from tests.helpers.speech_reference import randomize_
 from tests.helpers.text_models import make_config as text_config
@@ -153,3 +154,29 @@ def test_the_file_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixtu
         found = torch.from_numpy(session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})[0])
         # positions are counted from the first token
         close(found[:, num_padding:], model(tokens[:, num_padding:]).last_hidden.detach())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modality", ["vision", "speech"])
+def test_encoders_of_masked_training(modality: str, tmp_path: Path) -> None:
+    """data2vec 2.0: fixed positions, ALiBi and padding are in the file, and sizes are free."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    runtime = pytest.importorskip("onnxruntime")
+    config = masked_config(modality)
+    model = random_masked_pair(config)[0].student.eval()
+    export_onnx(model, config, tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    if modality == "vision":
+        pixels = torch.randn(3, 1, 8, 8)
+        (found,) = session.run(None, {"pixel_values": pixels.numpy()})
+        close(torch.from_numpy(found), model(pixels).last_hidden)
+        return
+    waveforms, mask = torch.randn(3, 300), torch.ones(3, 300, dtype=torch.int32)
+    mask[1, 170:] = 0
+    waveforms *= mask
+    (found,) = session.run(None, {"input_values": waveforms.numpy(), "attention_mask": mask.numpy()})
+    frames = [config.model.num_frames(int(length)) for length in mask.sum(1)]
+    expected = model(waveforms, torch.tensor(frames)).last_hidden
+    for mine, theirs, length in zip(torch.from_numpy(found), expected, frames, strict=True):
+        close(mine[:length], theirs[:length])

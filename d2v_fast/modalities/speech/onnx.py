@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2v_fast.interop.onnx import EXAMPLE_BATCH, Graph
 from d2v_fast.modalities.speech.config import RecordingsConfig
 from d2v_fast.modalities.speech.conv_stack import ConvStack
-from d2v_fast.modalities.speech.encoder import SpeechModel
+from d2v_fast.modalities.speech.encoder import ConvPositions, SpeechModel
 from d2v_fast.modalities.speech.encoder2 import MaskedSpeechModel
 
 # frames of the example input for tracing
@@ -41,12 +41,26 @@ class _Speech(nn.Module):
         front_end = copy.copy(model.front_end)
         front_end._modules = {**front_end._modules, "convolutions": self.convolutions}
         self.model = copy.copy(model)
-        self.model._modules = {**model._modules, "front_end": front_end}
+        context = copy.copy(model.context)
+        if context.positions is not None:
+            context._modules = {**context._modules, "positions": _Positions(context.positions)}
+        self.model._modules = {**model._modules, "front_end": front_end, "context": context}
 
     def forward(self, input_values: Tensor, attention_mask: Tensor) -> Tensor:
         lengths = self.convolutions.num_frames(attention_mask.sum(1))
         hidden: Tensor = self.model(input_values, lengths).last_hidden
         return hidden
+
+
+class _Positions(nn.Module):
+    """Positional convolutions without the fused norm and GELU of data2vec 2.0, which do not exist in ONNX."""
+
+    def __init__(self, positions: ConvPositions) -> None:
+        super().__init__()
+        self.positions = positions
+
+    def forward(self, frames: Tensor, is_padding: Tensor | None) -> Tensor:
+        return ConvPositions.forward(self.positions, frames, is_padding)
 
 
 class _Convolutions(nn.Module):
