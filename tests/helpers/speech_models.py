@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 
 from d2v_fast.config import SpeechConfig, SpeechModelConfig, TargetConfig
+from d2v_fast.data import Batch
+from d2v_fast.masking import span_mask_rows
 from d2v_fast.objectives.build import build_model
 from d2v_fast.objectives.data2vec import Data2Vec
 from tests.helpers import speech_reference as reference
@@ -40,3 +43,23 @@ def make_pair(config: SpeechConfig) -> tuple[Data2Vec, torch.nn.Module]:
     reference.randomize_(model)
     reference.randomize_(teacher)
     return model, teacher
+
+
+def make_batch(config: SpeechConfig, num_samples: list[int], seed: int = 0) -> Batch:
+    """Return a batch of noise, padded to the longest utterance, with span masks."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = np.array([config.model.num_frames(n) for n in num_samples], dtype=np.int64)
+    waveforms = torch.zeros(len(frames), max(num_samples))
+    for waveform, n in zip(waveforms, num_samples, strict=True):
+        waveform[:n] = torch.randn(n, generator=generator)
+    ids = np.arange(len(frames))
+    rows = span_mask_rows(seed, 0, ids, int(frames.max()), 0.5, 3, equal_counts=False, lengths=frames)
+    padded = bool((frames < frames.max()).any())
+    unpadded = torch.from_numpy(np.flatnonzero(np.arange(frames.max()) < frames[:, None]))
+    return Batch(
+        waveforms,
+        torch.from_numpy(rows),
+        torch.from_numpy(ids),
+        lengths=torch.from_numpy(frames) if padded else None,
+        unpadded=unpadded if padded else None,
+    )

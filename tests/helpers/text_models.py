@@ -6,12 +6,16 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from d2v_fast.config import LossConfig, TargetConfig, TextConfig
+from d2v_fast.data import Batch
 from d2v_fast.objectives.build import build_model
 from d2v_fast.objectives.data2vec import Data2Vec
 
+# the mask token
+MASK = 49
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "padding_id": 1,
@@ -49,3 +53,23 @@ def make_pair(config: TextConfig) -> tuple[Data2Vec, torch.nn.Module]:
     with torch.no_grad():
         model.student.embedding.token.weight[1] = 0
     return model, teacher
+
+
+def make_batch(lengths: list[int], documents: list[list[int]] | None = None) -> Batch:
+    """Return a batch of random tokens, about a third masked; `documents` has the document lengths of each row."""
+    width = max(lengths)
+    valid = torch.arange(width) < torch.tensor(lengths)[:, None]
+    tokens = torch.where(valid, torch.randint(4, MASK, (len(lengths), width)), 1)
+    hidden = (torch.rand(tokens.shape) < 0.3) & valid
+    hidden[:, 0] = True
+    padded = not valid.all()
+    sizes = [size for row in documents for size in row] if documents is not None else None
+    return Batch(
+        tokens,
+        hidden.flatten().nonzero()[:, 0],
+        torch.arange(len(lengths)),
+        lengths=torch.tensor(lengths) if padded else None,
+        unpadded=valid.flatten().nonzero()[:, 0] if padded else None,
+        masked_inputs=torch.where(hidden, MASK, tokens),
+        offsets=None if sizes is None else torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32),
+    )

@@ -9,7 +9,7 @@ import torch
 
 from d2v_fast.memory.step import step_memory
 from tests.helpers.masked_models import masked_config, random_masked_batch, random_masked_pair
-from tests.memory.test_memory import Saved
+from tests.helpers.saved_tensors import Saved
 
 BF16 = torch.bfloat16
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from d2v_fast.commands import check as check_module
 from d2v_fast.config import RunConfig, SpeechConfig, load_config, parse_config
@@ -31,6 +30,7 @@ from tests.helpers.common import run_python
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY, TINY_SPEECH, TINY_TEXT, free_port, run_here, tiny_file
+from tests.helpers.saved_tensors import Saved
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # matrices of 6 and 10 elements, of which the first is averaged, and a bias of 3: P = 19, S = 9
@@ -220,26 +220,6 @@ def test_shards_shrink_with_processes() -> None:
         assert size == pytest.approx(8 * shapes.trained / n, rel=0.1)
 
 
-class Saved:
-    """What autograd saves of a forward pass: bytes of distinct storages that are no parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-        self._storages: dict[int, int] = {}
-        self._alive: list[Tensor] = []
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._parameters:
-            self._alive.append(tensor.detach())
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())
-
-
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast", "dropout", "instance", "no blocks dropped"])
 def test_activations_are_what_autograd_saves(mode: str) -> None:
     raw = copy.deepcopy(TINY)
@@ -387,11 +367,11 @@ def test_check_measures_the_moments_beside_the_activations(tmp_path: Path, monke
     monkeypatch.setattr(check_module, "MAX_STEPS", 1)
     forward, found = PlainEngine.forward, []
 
-    def forward_that_looks(self: PlainEngine, batch: Any, teacher: Any) -> Any:
+    def forward_that_looks(self: PlainEngine, *arguments: Any) -> Any:
         moments = [value for state in self.optimizer.state.values() for value in state.values() if value.dim() > 0]
         weights = [float(p.detach().square().sum()) for p in self.model.parameters()]
         found.append((sum(value.numel() for value in moments), weights))
-        return forward(self, batch, teacher)
+        return forward(self, *arguments)
 
     monkeypatch.setattr(PlainEngine, "forward", forward_that_looks)
     file = tiny_file(tmp_path)

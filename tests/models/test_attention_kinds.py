@@ -24,8 +24,6 @@ from d2v_fast.training import preflight
 from tests.helpers import speech_models, text_models, vision_models
 from tests.helpers.masked_models import masked_config, random_masked_batch, random_masked_pair
 from tests.helpers.runs import TINY_SPEECH, tiny_file
-from tests.modalities.speech.test_speech import make_batch as speech_batch
-from tests.modalities.text.test_text import make_batch as text_batch
 
 
 class FakeXformers:
@@ -149,12 +147,12 @@ def test_xformers_of_speech(fake: FakeXformers) -> None:
     (model, teacher), (other, other_teacher) = (speech_models.make_pair(config) for config in configs)
     sizes = [431, 278]
     frames = [configs[0].model.num_frames(size) for size in sizes]
-    assert_same_step(model, other, teacher, other_teacher, speech_batch(configs[0], sizes))
+    assert_same_step(model, other, teacher, other_teacher, speech_models.make_batch(configs[0], sizes))
     assert fake.calls == [(frames, 0.0)] * 6
     assert fake.made == 2
     config = speech_models.make_config(attention="xformers", attention_dropout=0.5, layer_drop=0.5)
     dropping, teacher = speech_models.make_pair(config)
-    step_of(dropping, teacher, speech_batch(config, sizes))
+    step_of(dropping, teacher, speech_models.make_batch(config, sizes))
     assert fake.calls[-1] == (frames, 0.5)
 
 
@@ -163,7 +161,7 @@ def test_xformers_of_text(fake: FakeXformers) -> None:
     configs = [text_models.make_config(attention=kind) for kind in ("padded", "xformers")]
     (model, teacher), (other, other_teacher) = (text_models.make_pair(config) for config in configs)
     documents = [[4, 7], [2, 5]]
-    assert_same_step(model, other, teacher, other_teacher, text_batch([11, 7], documents))
+    assert_same_step(model, other, teacher, other_teacher, text_models.make_batch([11, 7], documents))
     assert fake.calls == [([4, 7, 2, 5], 0.0)] * 6
 
 
@@ -194,7 +192,7 @@ def test_an_encoder_without_xformers_attends_as_pytorch() -> None:
     config = speech_models.make_config(attention="xformers")
     packed = speech_models.make_config(attention="packed")
     (model, teacher), (other, other_teacher) = (speech_models.make_pair(each) for each in (packed, config))
-    assert_same_step(model, other, teacher, other_teacher, speech_batch(config, [431, 278]))
+    assert_same_step(model, other, teacher, other_teacher, speech_models.make_batch(config, [431, 278]))
 
 
 def test_what_cannot_run_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

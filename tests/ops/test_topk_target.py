@@ -296,7 +296,7 @@ def test_triton_is_wide_and_does_not_spill(every_capability):
     [
         ({"layers": []}, "at least one"),
         ({"layers": [torch.zeros(3, 4)]}, r"shape \[B, T, D\]"),
-        ({"layers": [torch.zeros(2, 3, 4, dtype=torch.float64)]}, "fp32, bf16 or fp16"),
+        ({"layers": [torch.zeros(2, 3, 4, dtype=torch.int32)]}, "fp32, bf16, fp16 or fp64"),
         ({"layers": [torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)]}, r"layers\[1\]"),
         ({"layers": [torch.zeros(2, 3, 4), torch.zeros(2, 3, 4).half()]}, r"layers\[1\]"),
         ({"layers": [torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, device="meta")]}, r"layers\[1\]"),

@@ -54,7 +54,7 @@ def test_while_data_are_listed(
 @pytest.mark.parametrize("number", NUMBERS)
 def test_while_a_run_is_built(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal while a run is built stops it after its first step, which is saved."""
-    real = console.sys.modules["d2v_fast.objectives.data2vec"].build_model
+    real = console.sys.modules["d2v_fast.objectives.build"].build_model
 
     def build(*arguments: object) -> object:
         monkeypatch.setattr("d2v_fast.training.prepare.build_model", real)

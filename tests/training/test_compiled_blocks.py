@@ -101,5 +101,8 @@ def test_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install triton" in str(reason_not_to_compile(engine, torch.device("cuda")))
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
-    assert reason_not_to_compile(engine, torch.device("cpu")) == "there is no C++ compiler"
+    from torch._inductor import config as inductor_config
+
+    # undone by its own context: monkeypatch would delete the setting
+    with inductor_config.patch({"cpp.cxx": ("/no/such/compiler",)}):
+        assert reason_not_to_compile(engine, torch.device("cpu")) == "there is no C++ compiler"

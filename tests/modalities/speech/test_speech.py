@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,34 +11,13 @@ from torch import Tensor
 
 from d2v_fast.config import SpeechConfig, SpeechModelConfig
 from d2v_fast.data import Batch
-from d2v_fast.masking import span_mask_rows
 from d2v_fast.masking.streams import uniforms
 from d2v_fast.modalities.speech.conv_stack import ConvStack
 from d2v_fast.models.encoder import random_keys
 from d2v_fast.models.post_norm import Segments, attend
 from d2v_fast.objectives.build import build_model
 from tests.helpers import speech_reference as reference
-from tests.helpers.speech_models import make_config, make_pair
-
-
-def make_batch(config: SpeechConfig, num_samples: list[int], seed: int = 0) -> Batch:
-    """Return a batch of noise, padded to the longest utterance, with span masks."""
-    generator = torch.Generator().manual_seed(seed)
-    frames = np.array([config.model.num_frames(n) for n in num_samples], dtype=np.int64)
-    waveforms = torch.zeros(len(frames), max(num_samples))
-    for waveform, n in zip(waveforms, num_samples, strict=True):
-        waveform[:n] = torch.randn(n, generator=generator)
-    ids = np.arange(len(frames))
-    rows = span_mask_rows(seed, 0, ids, int(frames.max()), 0.5, 3, equal_counts=False, lengths=frames)
-    padded = bool((frames < frames.max()).any())
-    unpadded = torch.from_numpy(np.flatnonzero(np.arange(frames.max()) < frames[:, None]))
-    return Batch(
-        waveforms,
-        torch.from_numpy(rows),
-        torch.from_numpy(ids),
-        lengths=torch.from_numpy(frames) if padded else None,
-        unpadded=unpadded if padded else None,
-    )
+from tests.helpers.speech_models import make_batch, make_config, make_pair
 
 
 def double_weights(module: torch.nn.Module) -> dict[str, Tensor]:

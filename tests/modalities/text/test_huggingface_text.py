@@ -283,7 +283,10 @@ def edited(tmp_path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "roberta"}, r'`model_type` in .* must be .*"data2vec-text", but is "roberta" instead'),
+        (
+            {"model_type": "roberta"},
+            r'`model_type` in .* must be .*"data2vec-text" or "data2vec2-text", but is "roberta" instead',
+        ),
         ({"hidden_act": "relu"}, r'`hidden_act` in .* must be "gelu", but is "relu" instead'),
         ({"position_embedding_type": "relative_key"}, r'must be "absolute", but is "relative_key" instead'),
         ({"is_decoder": True}, r"`is_decoder` in .* must be false, but is true instead"),

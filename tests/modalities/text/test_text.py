@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,30 +10,8 @@ from d2v_fast.config import SpeechModelConfig, TextConfig, TextModelConfig
 from d2v_fast.data import Batch
 from d2v_fast.objectives.build import build_model
 from tests.helpers.speech_reference import blocks, gelu, sub
-from tests.helpers.text_models import make_config, make_pair
+from tests.helpers.text_models import MASK, make_batch, make_config, make_pair
 from tests.helpers.vision_reference import layer_norm
-
-MASK = 49
-
-
-def make_batch(lengths: list[int], documents: list[list[int]] | None = None) -> Batch:
-    """Return a batch of random tokens, about a third masked; `documents` has the document lengths of each row."""
-    width = max(lengths)
-    valid = torch.arange(width) < torch.tensor(lengths)[:, None]
-    tokens = torch.where(valid, torch.randint(4, MASK, (len(lengths), width)), 1)
-    hidden = (torch.rand(tokens.shape) < 0.3) & valid
-    hidden[:, 0] = True
-    padded = not valid.all()
-    sizes = [size for row in documents for size in row] if documents is not None else None
-    return Batch(
-        tokens,
-        hidden.flatten().nonzero()[:, 0],
-        torch.arange(len(lengths)),
-        lengths=torch.tensor(lengths) if padded else None,
-        unpadded=valid.flatten().nonzero()[:, 0] if padded else None,
-        masked_inputs=torch.where(hidden, MASK, tokens),
-        offsets=None if sizes is None else torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32),
-    )
 
 
 @pytest.mark.parametrize("pad", [0, 1, 7])
