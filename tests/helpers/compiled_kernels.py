@@ -9,6 +9,7 @@ published sizes, their launches are recorded and compiled, so that what is check
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -312,8 +313,13 @@ def facts(operation: str, every: bool) -> Iterator[dict[str, Any]]:
 
 
 def compile_facts(operation: str, every: bool) -> list[dict[str, Any]]:
-    """Return `facts` from a process in which Triton compiles."""
-    command = [sys.executable, "-m", "tests.helpers.compiled_kernels", "--json", operation, *["--all"] * every]
+    """Return `facts` from the process that compiles for all operations."""
+    return [row for row in _all_facts(every) if row["operation"] == operation]
+
+
+@functools.cache
+def _all_facts(every: bool) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.helpers.compiled_kernels", "--json", *OPERATIONS, *["--all"] * every]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr

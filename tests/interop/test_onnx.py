@@ -113,6 +113,8 @@ def test_speech_takes_what_the_feature_extractor_of_the_folder_returns(exported_
     close(exported(**inputs)[1, : len(expected)], expected)
 
 
+# slow: `test_the_file_says_what_it_takes` compares the other padding id in every run
+@pytest.mark.slow
 @torch.no_grad()
 def test_text(tmp_path: Path) -> None:
     """Padded on either side; with another padding id than `test_the_file_says_what_it_takes`."""

@@ -90,13 +90,17 @@ def resume_bit_exactly(
     ("stage", "changes"),
     [
         (0, {}),
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (2, {"gradient_accumulation_steps": 2}),
         (3, {"gradient_accumulation_steps": 2}),
         pytest.param(3, {"bf16__enabled": True}, marks=pytest.mark.slow),
         (0, {"fp16": {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 3, "hysteresis": 1}}),
         (2, {"fp16": {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 3, "hysteresis": 1}}),
-        (2, {"bf16__enabled": True, "zero_optimization__offload_optimizer": {"device": "cpu"}}),
+        pytest.param(
+            2,
+            {"bf16__enabled": True, "zero_optimization__offload_optimizer": {"device": "cpu"}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

@@ -114,7 +114,11 @@ def test_wrong_configuration_is_not_tried_again(tmp_path: Path, capsys: pytest.C
     assert "Did you mean `d2v.model.depth`?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+# the signals share one handler: the others are slow
+OTHER_SIGNALS = [pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *OTHER_SIGNALS])
 def test_request_to_stop_is_passed_on(number: signal.Signals, tmp_path: Path) -> None:
     script = """
 def stop(number, frame):
@@ -164,6 +168,8 @@ def start_two(folder: Path, script: str, limit: int = 2) -> list[int]:
     return [start(folder, script, limit, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
+# slow: six processes. The restart of a single one is tested in every run
+@pytest.mark.slow
 def test_a_fault_of_one_restarts_all(tmp_path: Path) -> None:
     script = """
 if attempt == 1:

@@ -32,7 +32,9 @@ def make_config(**data: Any) -> SpeechConfig:
     return config
 
 
-@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=needs_deepspeed)])
+@pytest.mark.parametrize(
+    "num_processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=needs_deepspeed)]
+)
 def test_resume_is_bit_exact(num_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_out_reports(monkeypatch.setattr)
     file, output = speech_file(tmp_path, d2v__schedule={"steps": 6, "kind": "constant"}), tmp_path / "output"
@@ -46,7 +48,7 @@ def test_resume_is_bit_exact(num_processes: int, tmp_path: Path, monkeypatch: py
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("positions", ["shared", "averaged"])
+@pytest.mark.parametrize("positions", ["shared", pytest.param("averaged", marks=pytest.mark.slow)])
 def test_stages_agree(positions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer-drop skips the same utterances of unequal length, whichever process has them."""
     leave_out_reports(monkeypatch.setattr)
@@ -64,7 +66,7 @@ def test_stages_agree(positions: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_layer_drop_in_several_processes(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not hang if all utterances of one process skip a block and some of the other do not."""
     leave_out_reports(monkeypatch.setattr)
