@@ -268,6 +268,7 @@ def test_one_bad_batch_early_is_no_reason_to_stop() -> None:
         later.add(Batch(torch.empty(0), ids, torch.arange(100), bad=(f"{i}.jpg: junk",)))
 
 
+@pytest.mark.waits
 @more_workers_than_cores
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_worker_that_stops_with_a_batch_in_the_queue_is_named(num_workers: int) -> None:
@@ -353,6 +354,7 @@ def test_workers_leave_ctrl_c_and_sigterm_to_the_main_process() -> None:
     steps.close()
 
 
+@pytest.mark.waits
 def test_workers_do_not_hold_up_the_end_of_the_process() -> None:
     script = """
 import sys, time

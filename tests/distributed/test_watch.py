@@ -18,6 +18,8 @@ from d2v_fast.distributed.watch import Watch
 from d2v_fast.distributed.world import World, lost_connection
 from tests.helpers.runs import fork, free_port, wait
 
+pytestmark = pytest.mark.waits
+
 LIMIT_S = 1.0
 
 

@@ -171,6 +171,8 @@ def test_recordings_in_the_middle_of_a_run(tmp_path: Path, capsys: pytest.Captur
     assert entries[0]["untrained"] == entries[1]["untrained"]
 
 
+# slow: those of recordings and images run in every run
+@pytest.mark.slow
 def test_texts_in_the_middle_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "labeled.jsonl"
     write_texts(path)

@@ -82,6 +82,8 @@ def exported_speech(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return Exported(speech_config(), tmp_path_factory.mktemp("speech"))
 
 
+# slow: PyTorch needs 8 s to export the convolutions
+@pytest.mark.slow
 @torch.no_grad()
 def test_speech(exported_speech: Exported) -> None:
     """Of any length; padded, each utterance gets what it gets alone."""
@@ -100,6 +102,7 @@ def test_speech(exported_speech: Exported) -> None:
         close(found[row, :num_frames], theirs(waveforms[row : row + 1, :length]).last_hidden_state[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_speech_takes_what_the_feature_extractor_of_the_folder_returns(exported_speech: Exported) -> None:
     exported = exported_speech
@@ -159,7 +162,7 @@ def test_the_file_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("modality", ["vision", "speech"])
+@pytest.mark.parametrize("modality", ["vision", pytest.param("speech", marks=pytest.mark.slow)])
 def test_encoders_of_masked_training(modality: str, tmp_path: Path) -> None:
     """data2vec 2.0: fixed positions, ALiBi and padding are in the file, and sizes are free."""
     for name in ("onnx", "onnxscript"):

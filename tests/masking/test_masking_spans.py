@@ -69,14 +69,14 @@ def _longest_run(masks: np.ndarray) -> np.ndarray:
     ("options", "min_masks", "lengths"),
     [
         ((60, 0.65, 10), 1, [60, 60, 60, 60]),
-        ((60, 0.65, 10), 2, [60, 41, 35, 20]),
-        ((24, 0.9, 3), 1, [24, 24]),
+        pytest.param((60, 0.65, 10), 2, [60, 41, 35, 20], marks=pytest.mark.slow),
+        pytest.param((24, 0.9, 3), 1, [24, 24], marks=pytest.mark.slow),
         # too short for as many starts as spans
         ((14, 0.65, 10), 1, [14, 11, 13]),
-        ((9, 1.0, 1), 1, [9, 9]),
+        pytest.param((9, 1.0, 1), 1, [9, 9], marks=pytest.mark.slow),
         # shorter than a span, down to two frames
         ((8, 0.65, 10), 1, [8, 5, 2]),
-        ((6, 0.5, 2), 9, [6, 3]),
+        pytest.param((6, 0.5, 2), 9, [6, 3], marks=pytest.mark.slow),
     ],
     ids=str,
 )

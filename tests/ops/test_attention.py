@@ -207,8 +207,8 @@ def test_transforms(device):
         (CASES[0], torch.float32, 0.0),
         (CASES[1], torch.float16, 0.2),
         (CASES[2], torch.float16, 0.0),
-        (CASES[3], torch.float32, 0.2),
-        (CASES[4], torch.float16, 0.0),
+        pytest.param(CASES[3], torch.float32, 0.2, marks=pytest.mark.slow),
+        pytest.param(CASES[4], torch.float16, 0.0, marks=pytest.mark.slow),
         # slow: the interpreter takes 10 s
         pytest.param((2, 3, 197, 64, "shared", False, False), torch.float32, 0.05, marks=pytest.mark.slow),
     ],

@@ -51,7 +51,10 @@ results["teacher"], results["working"] = teacher, working
 
 
 @pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "capability",
+    ["baseline", pytest.param("avx2", marks=pytest.mark.slow), pytest.param("avx512", marks=pytest.mark.slow)],
+)
 def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
     """Compare a process that is limited to one instruction set with this process.
 

@@ -23,6 +23,8 @@ from d2v_fast.processes.state import state_of
 from d2v_fast.training.run_folder import RunFolder
 from tests.helpers.runs import TINY_TEXT, fork, tiny_file, until, wait
 
+pytestmark = pytest.mark.waits
+
 NAME = "tokens-1"
 
 

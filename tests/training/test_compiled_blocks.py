@@ -48,7 +48,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_blocks_of_all_depths_share_programs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the depth nor the drop rate of a block makes a program of its own, and nothing breaks the graph."""
     found = programs(monkeypatch)

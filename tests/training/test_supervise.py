@@ -30,6 +30,8 @@ from tests.helpers.runs import (
     wait,
 )
 
+pytestmark = pytest.mark.waits
+
 # beginning of every script: counts attempts and offers to mark a run folder and to save
 PRELUDE = """
 import os, signal, sys, time

@@ -66,7 +66,7 @@ def test_stages_agree(positions: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_layer_drop_in_several_processes(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not hang if all utterances of one process skip a block and some of the other do not."""
     leave_out_reports(monkeypatch.setattr)

@@ -58,6 +58,8 @@ def test_resume_is_bit_exact(num_processes: int, tmp_path: Path, cache: str, mon
     assert figures(tmp_path, "r") == figures(tmp_path, "whole")
 
 
+# slow: the stages of images and speech are compared in every run
+@pytest.mark.slow
 @needs_deepspeed
 def test_stages_agree(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_out_reports(monkeypatch.setattr)
