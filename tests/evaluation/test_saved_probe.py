@@ -21,10 +21,10 @@ BF16 = {"bf16__enabled": True}
 @pytest.mark.parametrize(
     ("base", "processes", "changes"),
     [
-        (TINY, 1, {}),
+        pytest.param(TINY, 1, {}, marks=pytest.mark.slow),
         (TINY, 1, BF16),
-        (TINY_SPEECH, 1, BF16),
-        pytest.param(TINY, 2, {**BF16, "zero_optimization__stage": 1}, marks=needs_deepspeed),
+        pytest.param(TINY_SPEECH, 1, BF16, marks=pytest.mark.slow),
+        pytest.param(TINY, 2, {**BF16, "zero_optimization__stage": 1}, marks=[needs_deepspeed, pytest.mark.slow]),
         pytest.param(TINY, 2, {**BF16, "zero_optimization__stage": 3}, marks=needs_deepspeed),
     ],
     ids=["fp32", "bf16", "bf16 speech", "bf16 ZeRO-1", "bf16 ZeRO-3"],

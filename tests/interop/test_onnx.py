@@ -65,6 +65,8 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+# slow: the other image encoder is exported in every run
+@pytest.mark.slow
 @torch.no_grad()
 def test_images(tmp_path: Path) -> None:
     exported = Exported(CONFIG, tmp_path)

@@ -244,7 +244,7 @@ def launchers():
     return attention.attention_with_bias, attention_backward.attention_with_bias_backward
 
 
-@pytest.mark.parametrize("programs", [1, 12])
+@pytest.mark.parametrize("programs", [pytest.param(1, marks=pytest.mark.slow), 12])
 def test_triton_parts_of_a_batch(device, monkeypatch, programs):
     """The gradient of a shared bias is complete however the batch is divided, here into 1 and 2 parts."""
     forward, backward = launchers()

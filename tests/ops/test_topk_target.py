@@ -197,7 +197,7 @@ def test_compile_fullgraph(device):
 
 
 @every_pair
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_triton_launcher(device, layer_norm, final_norm, dtype):
     layers = [x[:, 1:] for x in make_layers((2, 6, 7), 3, dtype, device, 100.0)]
     norms = LAYER_NORMS.index(layer_norm), FINAL_NORMS.index(final_norm)

@@ -70,6 +70,8 @@ def test_tests_that_use_the_device() -> None:
     assert not conftest.uses_device(item(fixturenames=["device"], callspec=parameter))
 
 
+# slow: a whole run of pytest in a process, for `make gpu` only
+@pytest.mark.slow
 def test_outcomes_are_written_as_they_come(tmp_path: Path) -> None:
     """Also in several processes, of which one dies: nothing that has ended is lost."""
     log = tmp_path / "outcomes.log"

@@ -56,6 +56,7 @@ def test_failed_tests_come_first_and_a_later_part_still_runs(run, tmp_path: Path
     assert "ok x" in rest
 
 
+@pytest.mark.waits
 def test_part_is_cut_short_with_its_children_and_leaves_time_to_the_next(run, tmp_path: Path) -> None:
     child = f"import time; open({str(tmp_path / 'child')!r}, 'w').write(str(__import__('os').getpid())); time.sleep(99)"
     stubborn = (

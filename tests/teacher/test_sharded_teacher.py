@@ -58,7 +58,7 @@ def one_process() -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("processes", "names"),
     [
-        (1, list(RUNS)),
+        pytest.param(1, list(RUNS), marks=pytest.mark.slow),
         (2, STAGES),
         pytest.param(2, [name for name in RUNS if name not in STAGES], marks=pytest.mark.slow),
         pytest.param(4, list(RUNS), marks=pytest.mark.slow),

@@ -125,7 +125,9 @@ def test_dumped_step_can_be_made_again(tmp_path: Path, monkeypatch) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "last"), [(0, "gradient"), (1, "weights"), (2, "teacher")])
+@pytest.mark.parametrize(
+    ("stage", "last"), [(0, "gradient"), pytest.param(1, "weights", marks=pytest.mark.slow), (2, "teacher")]
+)
 def test_one_of_two_processes(stage: int, last: str, tmp_path: Path) -> None:
     """Both ranks decide alike when one has a bad step, and the teacher stays the student's average."""
     spoilt = {3: ("nan pixel", 1), 5: ("gradient", 1), 7: ("inf pixel", 0), **dict.fromkeys((9, 10, 11), (last, 1))}

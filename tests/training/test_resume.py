@@ -196,6 +196,8 @@ def test_other_global_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "`train_batch_size` must be 24 as in the checkpoint, but is 48 instead" in capsys.readouterr().err
 
 
+# slow: the run of one process in `test_train.py` leaves the same in every run
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.reports
 def test_partitioned_run_leaves_everything(tmp_path: Path) -> None:

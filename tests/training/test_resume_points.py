@@ -51,7 +51,7 @@ def signal_in_step(step: int, patch: pytest.MonkeyPatch, micro_step: int = 1) ->
 
 
 # the first step, in the middle of its micro-steps, the edges of two epochs, the step before the last
-@pytest.mark.parametrize("step", [1, 2, 5, 6, 10, 11])
+@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 5, 10, 11)), 6])
 def test_stopped_at(step: int, tmp_path: Path, uninterrupted, capsys) -> None:
     file = tiny_file(tmp_path, **CHANGES)
     with pytest.MonkeyPatch.context() as patch:

@@ -423,7 +423,10 @@ def test_accumulation_changes_nothing(accumulation: int, tmp_path: Path, without
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "accumulation", "fault"), [(0, 1, "ENOSPC"), (1, 1, "kill"), (2, 2, "kill")])
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "fault"),
+    [(0, 1, "ENOSPC"), pytest.param(1, 1, "kill", marks=pytest.mark.slow), (2, 2, "kill")],
+)
 def test_two_processes_change_nothing(
     stage: int, accumulation: int, fault: str, tmp_path: Path, without_dropout
 ) -> None:
