@@ -232,7 +232,9 @@ def attention_with_bias(
     other devices, and where the bias needs no gradient.
 
     Args:
-        q, k, v: `[B, H, T, D]`, fp32, bf16 or fp16, all alike, with T and D >= 1.
+        q: Queries `[B, H, T, D]`, fp32, bf16 or fp16, with T and D >= 1.
+        k: Keys, like ``q``.
+        v: Values, like ``q``.
         bias: `[1, H, T, T]`, or `[B, H, T, T]`, fp32 or in the dtype of ``q``. Rows that start at multiples of 8
             elements are read faster.
         lengths: Integers `[B]`, tokens of each sample before its padding: later keys have weight 0. None means T. A
@@ -295,12 +297,16 @@ def attention_with_alibi(
     order.
 
     Args:
-        q, k, v: See ``attention_with_bias``.
+        q: See ``attention_with_bias``.
+        k: See ``attention_with_bias``.
+        v: See ``attention_with_bias``.
         slopes: `[H]`, fp32 or in the dtype of ``q``.
         scale: Like ``slopes``; None means 1.
         positions: Integers `[B, T]` within 2^24 of each other, for places that are part of a longer sequence, as the
             visible ones of a masked sample. None means 0 to T - 1.
-        lengths, dropout, seed: See ``attention_with_bias``.
+        lengths: See ``attention_with_bias``.
+        dropout: See ``attention_with_bias``.
+        seed: See ``attention_with_bias``.
 
     Returns:
         `[B, H, T, D]` in the dtype of ``q``.
