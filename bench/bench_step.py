@@ -50,7 +50,7 @@ TEXT2 = [*NO_RATES, "d2v.data.tokenizer=/none", f"d2v.data.block_size={peers_dat
 NUM_WARMUP, NUM_ROUNDS = 2, 5
 LR = 1e-4
 # cases that `make bench` runs, and `pytest bench/` leaves out, which ends within ten minutes
-LONG = ("base published", "speech lean")
+LONG = ("base published", "speech lean", "images 2.0", "speech 2.0", "text 2.0")
 
 
 class Case(NamedTuple):
