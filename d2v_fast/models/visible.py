@@ -7,6 +7,7 @@ places of a row, D width, H heads. Row `b * M + m` is mask m of sample b.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -193,6 +194,44 @@ class Places(NamedTuple):
             x.index_copy_(0, self.rows, masked.to(x.dtype))
         x = x.index_copy_(0, self.visible.flatten(), visible.flatten(0, 1))
         return x[:num_places].view(R, self.num_places, D)
+
+
+@dataclass(frozen=True)
+class MaskedSequences:
+    """Input of the averaged part of a sequence encoder; student and teacher share what comes before it.
+
+    Attributes:
+        embedded: `[B, T, D]`, frames or tokens.
+        lengths: int64 `[B]`, places of each sample before its padding. `None` means T.
+        places: visible and masked places. `None`: all are visible.
+        drop_keys: see `models.encoder.Drops`.
+    """
+
+    embedded: Tensor
+    lengths: Tensor | None
+    places: Places | None = None
+    drop_keys: Drops = None
+
+    @classmethod
+    def pair(cls, embedded: Tensor, batch: MaskedBatch) -> tuple[MaskedSequences, MaskedSequences]:
+        """Return the inputs of student and teacher; the teacher's has no masks and no gradient."""
+        student = cls(embedded, batch.lengths, Places.of(batch, embedded.shape[1]), batch.drop_keys)
+        return student, cls(embedded.detach(), batch.lengths)
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.embedded)
+
+    @property
+    def num_places(self) -> int:
+        """T."""
+        return self.embedded.shape[1]
+
+    def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
+        """See `Embedded`; computes all rows."""
+        output: EncoderOutput = averaged(self.embedded, self.lengths, self.places, self.drop_keys, top_k=top_k)
+        return output
 
 
 def key_mask(lengths: Tensor | None, num_tokens: int) -> Tensor | None:

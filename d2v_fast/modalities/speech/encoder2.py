@@ -9,10 +9,8 @@ positions and all that follows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2v_fast.config import MaskedSpeechModelConfig
 from d2v_fast.modalities.speech.encoder import ConvPositions, FrontEnd
@@ -21,7 +19,7 @@ from d2v_fast.models.encoder import Drops, EncoderOutput
 from d2v_fast.models.layers import convolve_sequence
 from d2v_fast.models.post_norm import AlibiPlaces, padding_of
 from d2v_fast.models.student import MaskedBatch, Student
-from d2v_fast.models.visible import NORM_EPS, Alibi, MaskedContext, Places, biased, key_mask
+from d2v_fast.models.visible import NORM_EPS, Alibi, MaskedContext, MaskedSequences, Places, biased, key_mask
 from d2v_fast.ops import layer_norm_gelu
 from d2v_fast.ops.attention import has_kernels
 
@@ -107,31 +105,6 @@ class MaskedSpeechContext(MaskedContext):
         return biased(self.alibi(places), key_mask(lengths, V))
 
 
-@dataclass(frozen=True)
-class MaskedFrames:
-    """Input of `MaskedSpeechContext`; the attributes are its arguments."""
-
-    frames: Tensor
-    lengths: Tensor | None
-    places: Places | None = None
-    drop_keys: Drops = None
-
-    @property
-    def num_samples(self) -> int:
-        """B."""
-        return len(self.frames)
-
-    @property
-    def num_places(self) -> int:
-        """T."""
-        return self.frames.shape[1]
-
-    def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
-        """See `Embedded`; computes all rows."""
-        output: EncoderOutput = averaged(self.frames, self.lengths, self.places, self.drop_keys, top_k=top_k)
-        return output
-
-
 class MaskedSpeechModel(Student):
     """The speech encoder. The teacher shares the convolutions over the waveform.
 
@@ -163,12 +136,9 @@ class MaskedSpeechModel(Student):
         output: EncoderOutput = self(inputs, lengths, top_k=top_k)
         return output.features
 
-    def embed(self, batch: MaskedBatch) -> tuple[MaskedFrames, MaskedFrames]:
+    def embed(self, batch: MaskedBatch) -> tuple[MaskedSequences, MaskedSequences]:
         """See `Student`."""
-        frames = self.front_end(batch.inputs)
-        places = Places.of(batch, frames.shape[1])
-        student = MaskedFrames(frames, batch.lengths, places, batch.drop_keys)
-        return student, MaskedFrames(frames.detach(), batch.lengths)
+        return MaskedSequences.pair(self.front_end(batch.inputs), batch)
 
     def imitate_autocast(self, dtype: torch.dtype) -> None:
         """See `Student`."""

@@ -8,16 +8,14 @@ averages the blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2v_fast.config import MaskedTextModelConfig
 from d2v_fast.modalities.text.encoder import TextEmbedding
 from d2v_fast.models.decoder import ConvDecoder
 from d2v_fast.models.encoder import Drops, EncoderOutput
 from d2v_fast.models.student import MaskedBatch, Student
-from d2v_fast.models.visible import NORM_EPS, MaskedContext, Places, key_mask
+from d2v_fast.models.visible import NORM_EPS, MaskedContext, MaskedSequences, Places, key_mask
 
 
 class MaskedTextContext(MaskedContext):
@@ -59,31 +57,6 @@ class MaskedTextContext(MaskedContext):
         return self.encode(x, key_mask(places.visible_lengths, x.shape[1]), top_k, drop_keys)
 
 
-@dataclass(frozen=True)
-class MaskedTokens:
-    """Input of `MaskedTextContext`; the attributes are its arguments."""
-
-    tokens: Tensor
-    lengths: Tensor | None
-    places: Places | None = None
-    drop_keys: Drops = None
-
-    @property
-    def num_samples(self) -> int:
-        """B."""
-        return len(self.tokens)
-
-    @property
-    def num_places(self) -> int:
-        """T."""
-        return self.tokens.shape[1]
-
-    def run(self, averaged: nn.Module, top_k: int = 0, output_rows: Tensor | None = None) -> EncoderOutput:
-        """See `Embedded`; computes all rows."""
-        output: EncoderOutput = averaged(self.tokens, self.lengths, self.places, self.drop_keys, top_k=top_k)
-        return output
-
-
 class MaskedTextModel(Student):
     """The text encoder. The teacher shares the embeddings.
 
@@ -115,11 +88,9 @@ class MaskedTextModel(Student):
         output: EncoderOutput = self(inputs, lengths, top_k=top_k)
         return output.features
 
-    def embed(self, batch: MaskedBatch) -> tuple[MaskedTokens, MaskedTokens]:
+    def embed(self, batch: MaskedBatch) -> tuple[MaskedSequences, MaskedSequences]:
         """See `Student`."""
-        tokens = self.embedding(batch.inputs)
-        student = MaskedTokens(tokens, batch.lengths, Places.of(batch, tokens.shape[1]), batch.drop_keys)
-        return student, MaskedTokens(tokens.detach(), batch.lengths)
+        return MaskedSequences.pair(self.embedding(batch.inputs), batch)
 
     def make_head(self) -> ConvDecoder:
         """See `Student`; a decoder with 1-D convolutions."""
