@@ -48,7 +48,10 @@ LAZY = {
     "deepspeed": {"d2v_fast.distributed.deepspeed_start"},
     "transformers": set(),
     "matplotlib": {"d2v_fast.figures.curves", "d2v_fast.training.metrics", "d2v_fast.figures.sheet"},
-    "sklearn": {"d2v_fast.evaluation.classifiers", "d2v_fast.modalities.vision.digits"},
+    "sklearn": {
+        *("d2v_fast.evaluation.classifiers", "d2v_fast.evaluation.metrics", "d2v_fast.modalities.vision.digits"),
+    },
+    "scipy": {"d2v_fast.evaluation.metrics"},
     "soundfile": {"d2v_fast.modalities.speech.decode"},
     "soxr": {"d2v_fast.modalities.speech.decode"},
     "tokenizers": {"d2v_fast.modalities.text.tokenizer"},
