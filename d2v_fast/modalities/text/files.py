@@ -23,9 +23,12 @@ from d2v_fast.modalities.text.streams import (
     MAX_LINE,
     check_byte_order_mark,
     check_text,
+    checked_text,
     not_utf8,
     open_text,
+    reason_of,
     text_ending,
+    whole_line,
 )
 
 if TYPE_CHECKING:
@@ -266,7 +269,7 @@ class TextFiles:
         except (OSError, UnreadableFile) as error:
             # the tokens are cached, so a file that is left out now stays left out
             refuse_system_error(error, path, is_lasting=True)
-            self.bad.add(path, _reason(error))
+            self.bad.add(path, reason_of(error))
 
     def _documents(self, lines: Iterable[str], file: IO[bytes]) -> Iterator[str | None]:
         """Yield lines, and None at the end of each document. Lines longer than `PIECE` characters come in parts."""
@@ -297,9 +300,9 @@ class TextFiles:
                     if number == 1:
                         check_byte_order_mark(line)
                     try:
-                        text = self._field(_whole_line(line, stream.content), first=number == 1)
+                        text = self._field(whole_line(line, stream.content), first=number == 1)
                     except UnreadableFile as error:
-                        self.bad.add(f"{path}, line {number}", _reason(error))
+                        self.bad.add(f"{path}, line {number}", reason_of(error))
                         continue
                     if text is not None:
                         self.bad.num_entries += 1
@@ -308,7 +311,7 @@ class TextFiles:
         except (OSError, UnreadableFile) as error:
             # the tokens are cached, so a file that is left out now stays left out
             refuse_system_error(error, path, is_lasting=True)
-            self.bad.add(path, _reason(error))
+            self.bad.add(path, reason_of(error))
 
     def _field(self, line: bytes, first: bool) -> str | None:
         """Return the text of a JSON line; None for an empty line."""
@@ -332,7 +335,7 @@ class TextFiles:
             raise UnreadableFile("not a JSON object {...}")
         if field not in entry:
             raise UnreadableFile(f"no field '{field}' (`d2v.data.field`); it has {name_list(entry)}")
-        return self._checked(entry[field], f"field '{field}'")
+        return checked_text(entry[field], f"field '{field}'", self._replaces)
 
     def _parquet(self, path: str) -> Iterator[str | None]:
         number, before, size = 0, self.num_read, _size(path)
@@ -343,7 +346,7 @@ class TextFiles:
                     try:
                         text = self._text_of_row(row)
                     except UnreadableFile as error:
-                        self.bad.add(f"{path}, row {number}", _reason(error))
+                        self.bad.add(f"{path}, row {number}", reason_of(error))
                         continue
                     self.bad.num_entries += 1
                     yield text
@@ -351,7 +354,7 @@ class TextFiles:
                     self.num_read = before + int(share * size)
         except (OSError, UnreadableFile) as error:
             refuse_system_error(error, path, is_lasting=True)
-            self.bad.add(path if number == 0 else f"{path}, after row {number}", _reason(error))
+            self.bad.add(path if number == 0 else f"{path}, after row {number}", reason_of(error))
 
     def _columns(self) -> dict[str, str]:
         """Return the columns to read from a .parquet file, the text first, with the keys that name them."""
@@ -359,24 +362,7 @@ class TextFiles:
 
     def _text_of_row(self, row: tuple[Any, ...]) -> str:
         """Return the text of a .parquet row, given the values of `_columns`."""
-        return self._checked(row[0], f"column '{self._data.field}'")
-
-    def _checked(self, value: Any, where: str) -> str:
-        if isinstance(value, bytes):
-            try:
-                value = value.decode("utf-8", "replace" if self._replaces else "strict")
-            except UnicodeDecodeError as error:
-                raise UnreadableFile(f"{where} is {not_utf8(value, error.start)}") from None
-        if not isinstance(value, str):
-            what = "null" if value is None else type(value).__name__
-            raise UnreadableFile(f"{where} holds {what} instead of text")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            if not self._replaces:
-                raise UnreadableFile(f"{where} holds an unpaired surrogate at character {error.start}") from None
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return value
+        return checked_text(row[0], f"column '{self._data.field}'", self._replaces)
 
 
 def pieces_of(parts: Iterable[str | None]) -> Iterator[Piece]:
@@ -435,14 +421,6 @@ def _cut(text: str) -> int:
     return PIECE
 
 
-def _whole_line(line: bytes, file: IO[bytes]) -> bytes:
-    if len(line) <= MAX_LINE:
-        return line
-    while line and not line.endswith(b"\n"):
-        line = file.readline(MAX_LINE)
-    raise UnreadableFile(f"a line of more than {MAX_LINE:,} bytes")
-
-
 def _no_number(digits: str) -> int:
     return 0
 
@@ -452,9 +430,3 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")

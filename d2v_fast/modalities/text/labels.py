@@ -17,7 +17,7 @@ from d2v_fast.modalities.text.streams import text_ending
 if TYPE_CHECKING:
     from d2v_fast.modalities.text.config import TextDataConfig, TextProbeConfig
 
-__all__ = ["labeled_texts"]
+__all__ = ["class_name", "labeled_texts"]
 
 MAX_LABEL = 100
 
@@ -107,7 +107,7 @@ class _LabeledFiles(TextFiles):
                 raise UnreadableFile(
                     f"no field '{self._label_field}' (`d2v.probe.label_field`); it has {name_list(entry)}"
                 )
-            self._label = _label(entry[self._label_field], self._label_field)
+            self._label = class_name(entry[self._label_field], self._label_field)
         return text
 
     def _columns(self) -> dict[str, str]:
@@ -115,12 +115,19 @@ class _LabeledFiles(TextFiles):
 
     def _text_of_row(self, row: tuple[Any, ...]) -> str:
         text = super()._text_of_row(row)
-        self._label = _label(row[1], self._label_field)
+        self._label = class_name(row[1], self._label_field)
         return text
 
 
-def _label(value: Any, field: str) -> str:
-    """Return a label as a string; it must be a name, a whole number or a Boolean."""
+def class_name(value: Any, field: str) -> str:
+    """Return a label as a string.
+
+    Args:
+        value: A name, a whole number or a Boolean.
+        field: Field of the label, for messages.
+    Raises:
+        UnreadableFile: It is none of these, empty or too long.
+    """
     if isinstance(value, str):
         text = value.strip()
     elif isinstance(value, (bool, int)):

@@ -40,7 +40,7 @@ def parquet_rows(file: IO[bytes], columns: Mapping[str, str]) -> Iterator[tuple[
 
     Args:
         file: A file, open in binary mode.
-        columns: Column names, the text first, with the configuration keys that name them, for messages.
+        columns: Column names with the configuration keys that name them, for messages.
     Yields:
         The share of the file that has been read, in [0, 1], and the values of a row. Text that is not UTF-8 is bytes.
     Raises:
@@ -63,7 +63,7 @@ def parquet_rows(file: IO[bytes], columns: Mapping[str, str]) -> Iterator[tuple[
                 for row in zip(*(_values(batch.column(column)) for column in columns), strict=True):
                     number += 1
                     # count one per row: rows without text take time too
-                    left -= 1 + (len(row[0]) if isinstance(row[0], str | bytes) else 0)
+                    left -= 1 + sum(len(value) for value in row if isinstance(value, str | bytes))
                     if left < 0:
                         raise UnreadableFile(f"holds more than {limit:,} characters, {MAX_RATIO} times its size")
                     yield min(1.0, number / max(1, table.metadata.num_rows)), row

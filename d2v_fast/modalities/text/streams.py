@@ -15,7 +15,19 @@ from d2v_fast.data.files import UnreadableFile, open_sample
 from d2v_fast.errors import DataError
 from d2v_fast.packages import install_command
 
-__all__ = ["COMPRESSED", "CHUNK", "MAX_LINE", "TextStream", "check_text", "not_utf8", "open_text", "text_ending"]
+__all__ = [
+    "COMPRESSED",
+    "CHUNK",
+    "MAX_LINE",
+    "TextStream",
+    "check_text",
+    "checked_text",
+    "not_utf8",
+    "open_text",
+    "reason_of",
+    "text_ending",
+    "whole_line",
+]
 
 COMPRESSED = (".gz", ".zst")
 
@@ -178,3 +190,50 @@ def not_utf8(chunk: bytes, start: int, offset: int = 0) -> str:
         offset: Position of `chunk` in the file.
     """
     return f'not UTF-8 at byte {offset + start:,} (to read it, set `d2v.data.encoding_errors` to "replace")'
+
+
+def whole_line(line: bytes, file: IO[bytes]) -> bytes:
+    """Return a line that was read with at most `MAX_LINE` + 1 bytes; skip the rest of a longer one.
+
+    Raises:
+        UnreadableFile: The line is longer than `MAX_LINE` bytes.
+    """
+    if len(line) <= MAX_LINE:
+        return line
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE)
+    raise UnreadableFile(f"a line of more than {MAX_LINE:,} bytes")
+
+
+def checked_text(value: Any, where: str, replaces: bool) -> str:
+    """Return a value of a JSON line or of a .parquet row as text.
+
+    Args:
+        value: A string, or bytes that are UTF-8.
+        where: Name of the value, for messages.
+        replaces: Replace invalid bytes and unpaired surrogates instead of refusing them.
+    Raises:
+        UnreadableFile: It is no text.
+    """
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8", "replace" if replaces else "strict")
+        except UnicodeDecodeError as error:
+            raise UnreadableFile(f"{where} is {not_utf8(value, error.start)}") from None
+    if not isinstance(value, str):
+        what = "null" if value is None else type(value).__name__
+        raise UnreadableFile(f"{where} holds {what} instead of text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        if not replaces:
+            raise UnreadableFile(f"{where} holds an unpaired surrogate at character {error.start}") from None
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+def reason_of(error: Exception) -> str:
+    """Return why text cannot be read, on one line without its period."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0][:300].rstrip(".")
