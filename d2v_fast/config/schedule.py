@@ -21,8 +21,9 @@ class ScheduleConfig(Section):
     is given.
 
     Attributes:
-        kind: After the warm-up, "constant" stays at 1; "cosine" falls to `final_lr_ratio` at the last step; "tri_stage"
-            holds, then falls exponentially to it.
+        kind: After the warm-up, "constant" stays at 1; "cosine" falls to `final_lr_ratio` at the last step; "linear"
+            falls to it on a line that ends one step after the last (fairseq's "polynomial_decay" with power 1);
+            "tri_stage" holds, then falls exponentially to it.
         epochs: Length in epochs.
         steps: Length in optimizer steps.
         warmup_epochs: Length of the linear rise to 1, in epochs.
@@ -32,7 +33,7 @@ class ScheduleConfig(Section):
         hold_ratio: With "tri_stage": share of the run that the factor stays at 1.
     """
 
-    kind: Literal["cosine", "tri_stage", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "tri_stage", "constant"] = "cosine"
     epochs: int | None = Field(default=None, ge=1, le=10**6)
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     warmup_epochs: float | None = Field(default=None, ge=0, le=10**6)

@@ -59,6 +59,9 @@ class LearningRate:
         if config.kind == "cosine":
             progress = after / max(1, self.num_steps - self.warmup_steps - 1)
             return config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+        if config.kind == "linear":
+            left = 1 - after / (self.num_steps - self.warmup_steps)
+            return config.final_lr_ratio + (1 - config.final_lr_ratio) * left
         hold_steps = min(round(config.hold_ratio * self.num_steps), self.num_steps - self.warmup_steps)
         if after < hold_steps:
             return 1.0

@@ -29,6 +29,13 @@ def test_cosine_ends_at_its_final_ratio() -> None:
     assert found[-1] == pytest.approx(0.2)
 
 
+def test_linear_is_the_published_decay_of_text() -> None:
+    found = rates(kind="linear", epochs=10, warmup_epochs=0.6, final_lr_ratio=0.0)
+    # 6 of 100 steps of warm-up; update n of fairseq's polynomial decay uses 1 - (n - 6) / 94 of the peak
+    assert found[5:] == pytest.approx([2.0] + [2 * (1 - (n - 6) / 94) for n in range(6, 100)])
+    assert rates(kind="linear", steps=4, final_lr_ratio=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25])
+
+
 def test_tri_stage() -> None:
     # the published speech schedule: 3 % warm-up, 90 % at the peak, 7 % exponential decay to 5 %
     found = rates(kind="tri_stage", steps=400, warmup_steps=12, hold_ratio=0.9, final_lr_ratio=0.05)
@@ -41,7 +48,7 @@ def test_epochs_become_steps() -> None:
     assert (schedule.num_steps, schedule.warmup_steps) == (27, 4)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "constant", "tri_stage"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "tri_stage"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_shortest_runs(kind: str, steps: int, warmup: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 from d2v_fast.config.errors import check
 from d2v_fast.errors import DataError
 from d2v_fast.modalities.text import files as text_files
+from d2v_fast.modalities.text import streams
 from d2v_fast.modalities.text.config import TextDataConfig, TextModelConfig, TokenMaskConfig
 from d2v_fast.modalities.text.files import TextFiles
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
@@ -93,7 +94,8 @@ def test_bad_line_is_named_and_left_out(
     tmp_path: Path, line: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if b"xxx" in line:
-        monkeypatch.setattr(text_files, "MAX_LINE", 2000)
+        for module in (text_files, streams):
+            monkeypatch.setattr(module, "MAX_LINE", 2000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "two"}')
     source = TextFiles(config(path))
