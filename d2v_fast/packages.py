@@ -16,6 +16,7 @@ _EXTRAS = {
     "onnxscript": "onnx",
     "onnx_ir": "onnx",
     "transformers": "hf",
+    "flashlight": "lm",
     "pytest": "bench",
     "pytest_benchmark": "bench",
 }

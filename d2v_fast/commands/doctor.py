@@ -86,6 +86,7 @@ PACKAGES = tuple(
         ("sklearn", "the digits and probes", False, "import sklearn.linear_model"),
         ("soundfile", "recordings", False, ""),
         ("soxr", "recordings at other sample rates", False, ""),
+        ("rapidfuzz", "error rates of transcripts", False, ""),
         ("tokenizers", "text", False, ""),
         ("pyarrow", ".parquet files of text or features", False, ""),
         ("deepspeed", "several processes, ZeRO, offload", False, ""),

@@ -18,7 +18,7 @@ from d2v_fast.masking.fixed_blocks import (
     num_masked,
 )
 from d2v_fast.masking.several import SeveralMasks, num_masked_of, several_image_masks, several_sequence_masks
-from d2v_fast.masking.spans import span_mask_reference, span_mask_rows
+from d2v_fast.masking.spans import channel_mask_rows, span_mask_reference, span_mask_rows
 from d2v_fast.masking.tokens import TokenMasks, token_mask_reference, token_mask_rows
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "block_mask_reference",
     "block_mask_rows",
     "block_masks",
+    "channel_mask_rows",
     "compiled",
     "inverse_block_mask_reference",
     "inverse_block_mask_rows",

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.masking._random import below, checked_ids, choose, compiled, unit
-from d2v_fast.masking.streams import GOLDEN, MASK, stream_keys
+from d2v_fast.masking.streams import CHANNELS, GOLDEN, MASK, stream_keys
 
-__all__ = ["span_mask_reference", "span_mask_rows"]
+__all__ = ["channel_mask_rows", "span_mask_reference", "span_mask_rows"]
 
 
 def span_mask_rows(
@@ -42,7 +42,7 @@ def span_mask_rows(
         prob: share of the frames that the spans would mask without overlap, in (0, 1]; published: 0.65. A sample of
             S frames gets `prob * S / length` spans, rounded up or down at random so that the mean is exact.
         length: frames per span; published: 10.
-        min_masks: the fewest spans per sample.
+        min_masks: the fewest spans per sample; with 0, a sample may have no masked frame.
         equal_counts: unmask frames at random until all samples have as many masked frames as the smallest, as the
             public code does. The masks then also depend on which samples the batch contains, but not on their order.
         lengths: int64 `[B]`, frames of each sample before its padding, which is never masked. `None` means T.
@@ -63,6 +63,28 @@ def span_mask_rows(
     rows = np.empty(len(ids) * num_positions, dtype=np.int64)
     states = stream_keys(seed, MASK, epoch, ids)
     total = _fill_rows(rows, states, sizes, num_positions, prob, length, min_masks, equal_counts)
+    return rows[:total]
+
+
+def channel_mask_rows(
+    seed: int, epoch: int, sample_ids: npt.NDArray[np.int64], num_channels: int, prob: float, length: int
+) -> npt.NDArray[np.int64]:
+    """Draw spans of masked channels for fine-tuning (wav2vec 2.0, arXiv 2006.11477, appendix B), one mask per sample.
+
+    Args:
+        seed, epoch, sample_ids: as for `span_mask_rows`; the streams are others.
+        num_channels: channels of a frame, D.
+        prob: share of the channels that the spans would mask without overlap, in (0, 1]. A sample gets
+            `prob * D / length` spans, rounded up or down at random, so that a narrow model may get none.
+        length: channels per span; published: 64.
+
+    Returns:
+        int64 `[N]`: flat indices `b * D + d` of the masked channels, ascending. Every sample keeps a channel.
+    """
+    ids = checked_ids(sample_ids)
+    sizes = _check(ids, num_channels, prob, length, 0, False, None)
+    rows = np.empty(len(ids) * num_channels, dtype=np.int64)
+    total = _fill_rows(rows, stream_keys(seed, CHANNELS, epoch, ids), sizes, num_channels, prob, length, 0, False)
     return rows[:total]
 
 
@@ -114,8 +136,8 @@ def _check(
         raise ValueError(f"`mask.prob` must be in (0, 1], but is {prob} instead.")
     if not 1 <= length < 2**31:
         raise ValueError(f"`mask.length` must be in [1, 2**31), but is {length} instead.")
-    if min_masks < 1:
-        raise ValueError(f"`mask.min_masks` must be >= 1, but is {min_masks} instead.")
+    if min_masks < 0:
+        raise ValueError(f"`mask.min_masks` must be >= 0, but is {min_masks} instead.")
     if lengths is None:
         return np.full(len(ids), num_positions, dtype=np.int64)
     sizes = np.ascontiguousarray(lengths)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 __all__ = [
     "AUGMENT",
+    "CHANNELS",
     "DROP",
     "GOLDEN",
     "MASK",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 # purposes of streams; each has its own streams
-MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER, DROP, NOISE = 1, 2, 3, 4, 5, 6, 7
+MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER, DROP, NOISE, CHANNELS = 1, 2, 3, 4, 5, 6, 7, 8
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

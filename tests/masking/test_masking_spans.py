@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_fast.masking import span_mask_reference, span_mask_rows
+from d2v_fast.masking import channel_mask_rows, span_mask_reference, span_mask_rows
 from tests.helpers.common import assert_same_share
 
 # (frames, prob, length)
@@ -183,7 +183,7 @@ def test_one_row_and_none(equal_counts: bool) -> None:
         ({"prob": 1.3}, r"`mask.prob` must be in \(0, 1\], but is 1.3 instead"),
         ({"prob": float("nan")}, r"`mask.prob` must be in \(0, 1\]"),
         ({"length": 0}, r"`mask.length` must be in \[1, 2\*\*31\), but is 0"),
-        ({"min_masks": 0}, "`mask.min_masks` must be >= 1, but is 0"),
+        ({"min_masks": -1}, "`mask.min_masks` must be >= 0, but is -1"),
         ({"num_positions": 1}, "`num_positions` must be >= 2, but is 1 instead"),
         ({"lengths": np.array([5, 21])}, r"`lengths` must be in \[0, 20\], but one is 21"),
         ({"lengths": np.array([-1, 5])}, r"`lengths` must be in \[0, 20\], but one is -1"),
@@ -199,3 +199,20 @@ def test_bad_options(changed: dict, message: str) -> None:
     span_mask_rows(0, 0, **good)
     with pytest.raises(ValueError, match=message):
         span_mask_rows(0, 0, **{**good, **changed})
+
+
+def test_channel_masks() -> None:
+    ids = np.arange(4000)
+    # 48 * 0.5 / 20 = 1.2 spans: one of 20 channels in four of five samples, else two
+    masked = np.zeros((len(ids), 48), dtype=bool)
+    masked.ravel()[channel_mask_rows(3, 1, ids, 48, 0.5, 20)] = True
+    generator = random.Random(0)
+    expected = np.array(span_mask_reference(generator, 48, 0.5, 20, 0, False, [48] * 4000))
+    assert abs((masked.sum(1) == 20).mean() - 0.8) < 0.02
+    assert np.abs(masked.mean(0) - expected.mean(0)).max() < 0.04
+    # a narrow model: a quarter of a span, and each sample's mask depends on itself alone
+    few = channel_mask_rows(3, 1, ids, 24, 0.25, 24) // 24
+    assert abs(len(np.unique(few)) / len(ids) - 0.25) < 0.03
+    np.testing.assert_array_equal(np.unique(channel_mask_rows(3, 1, ids[7:8], 48, 0.5, 20)), np.flatnonzero(masked[7]))
+    # other streams than those of the frames
+    assert masked.ravel()[span_mask_rows(3, 1, ids, 48, 0.5, 20, equal_counts=False)].mean() < 0.75

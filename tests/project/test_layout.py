@@ -28,6 +28,8 @@ THIRD_PARTY = {
     "soxr",
     "tokenizers",
     "pyarrow",
+    "rapidfuzz",
+    "flashlight",
 }
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -54,6 +56,8 @@ LAZY = {
     "scipy": {"d2v_fast.evaluation.metrics"},
     "soundfile": {"d2v_fast.modalities.speech.decode"},
     "soxr": {"d2v_fast.modalities.speech.decode"},
+    "rapidfuzz": {"d2v_fast.modalities.speech.word_errors"},
+    "flashlight": {"d2v_fast.modalities.speech.recognition"},
     "tokenizers": {"d2v_fast.modalities.text.tokenizer"},
     "pyarrow": {"d2v_fast.modalities.text.parquet", "d2v_fast.modalities.text.streams", "d2v_fast.commands.embed"},
 }

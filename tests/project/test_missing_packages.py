@@ -26,7 +26,7 @@ from tests.helpers.runs import fork, leave_out_reports, run_here, tiny_file, wai
 
 TRAIN = (
     *("numpy", "numba", "pydantic", "PIL", "safetensors", "sklearn", "deepspeed", "tensorboard", "matplotlib"),
-    *("rich", "soundfile", "soxr", "tokenizers"),
+    *("rich", "soundfile", "soxr", "rapidfuzz", "tokenizers"),
 )
 OTHERS = ("pyarrow", "onnx", "onnxscript", "transformers", "pytest", "pytest_benchmark")
 # as modules of Python's own import system do, so that a hidden package is one that is not installed

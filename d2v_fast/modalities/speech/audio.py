@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import os
@@ -44,7 +45,7 @@ from d2v_fast.modalities.speech.decode import (
 if TYPE_CHECKING:
     from d2v_fast.modalities.speech.config import SpeechDataConfig, SpeechModelSection
 
-__all__ = ["KINDS", "AudioDataset", "normalized"]
+__all__ = ["KINDS", "AudioDataset", "normalized", "read_manifest"]
 
 _CONVERT = "convert them, for example with `ffmpeg -i FILE FILE.flac`"
 _EXTRACT = "extract the recordings as WAV or FLAC files"
@@ -107,7 +108,9 @@ class AudioDataset:
             raise DataError("`d2v.data.path` must be the folder that holds the recordings, but is null instead.")
         path = os.path.abspath(data.path)
         if path.lower().endswith(".tsv") and not os.path.isdir(path):
-            root, paths, counts = _read_manifest(path)
+            root, entries = read_manifest(path)
+            entries.sort()
+            paths, counts = [name for name, _ in entries], np.array([count for _, count in entries])
             self.listing = Listing(count_endings(paths))
         else:
             root, counts = path, None
@@ -201,6 +204,55 @@ class AudioDataset:
             bad += failures
         return waves, tuple(bad)
 
+    def read_labeled(
+        self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int
+    ) -> tuple[list[Tensor], npt.NDArray[np.int64], tuple[str, ...]]:
+        """Read recordings that have labels, each in its own length: as much of it as `lengths` says.
+
+        An unreadable recording is replaced by the next readable one in the order of the data set, whole, so that the
+        label of the replacement belongs to what is heard.
+
+        Args:
+            sample_ids: int64 `[B]`.
+            seed, epoch: Keys of the random starts of recordings that are longer.
+
+        Returns:
+            Waveforms fp32 `[N]`, each normalized to zero mean and unit variance; the sample that each is of, int64
+            `[B]`; and the files that were replaced, as `path: reason`.
+
+        Raises:
+            DataError: A recording and the neighbors tried in its place are all unreadable.
+        """
+        places = uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), 1)[:, 0]
+        waves, read, bad = [], sample_ids.copy(), []
+        for index, place in enumerate(places.tolist()):
+            failures: list[str] = []
+            for offset in tried_in_order(len(self)):
+                candidate = (int(sample_ids[index]) + offset) % len(self)
+                try:
+                    samples = read_part(self.path(candidate), int(self.lengths[candidate]), place, self._limits)
+                except UnreadableAudio as error:
+                    failures.append(printable(f"{self.path(candidate)}: {error}"))
+                    continue
+                waves.append(normalized(samples))
+                read[index] = candidate
+                break
+            else:
+                raise _all_unreadable(failures)
+            bad += failures
+        return waves, read, tuple(bad)
+
+    def only(self, sample_ids: npt.NDArray[np.int64]) -> AudioDataset:
+        """Return the data set of these samples alone, int64 `[S]`, in this order."""
+        chosen = copy.copy(self)
+        chosen.lengths = self.lengths[sample_ids]
+        chosen._paths = PathList(self._paths[index] for index in sample_ids.tolist())
+        return chosen
+
+    def names(self) -> list[str]:
+        """Return the paths of all samples below `root`, in order."""
+        return [self._paths[index] for index in range(len(self))]
+
     def whole(self, sample_id: int) -> Tensor:
         """Read a whole recording, fp32 `[N]`, normalized to zero mean and unit variance.
 
@@ -224,10 +276,7 @@ class AudioDataset:
                 return samples if num_samples == size else np.resize(samples, size), failures
             except UnreadableAudio as error:
                 failures.append(printable(f"{path}: {error}"))
-        raise DataError(
-            f"{len(failures)} files that were tried one after the other are unreadable. Remove or repair them:\n  "
-            + "\n  ".join(failures)
-        )
+        raise _all_unreadable(failures)
 
     def _candidates(self, sample_id: int, size: int) -> Iterator[int]:
         """Yield the sample, then the samples to try in its place."""
@@ -308,14 +357,25 @@ class AudioDataset:
         )
 
 
+def _all_unreadable(failures: list[str]) -> DataError:
+    return DataError(
+        f"{len(failures)} files that were tried one after the other are unreadable. Remove or repair them:\n  "
+        + "\n  ".join(failures)
+    )
+
+
 def normalized(samples: npt.NDArray[np.float32]) -> Tensor:
     """Return samples fp32 `[N]` normalized to zero mean and unit variance, as the model expects them."""
     wave = torch.from_numpy(samples)
     return F.layer_norm(wave, wave.shape, eps=NORM_EPS)
 
 
-def _read_manifest(path: str) -> tuple[str, list[str], npt.NDArray[np.int64]]:
-    """Read the root, the sorted paths below it, and the listed number of samples of each."""
+def read_manifest(path: str) -> tuple[str, list[tuple[str, int]]]:
+    """Read the root, and the path below it and listed number of samples of each recording, in the manifest's order.
+
+    Raises:
+        DataError: The manifest cannot be read or is malformed.
+    """
     try:
         refuse_pointer(path)
         with (
@@ -343,8 +403,7 @@ def _read_manifest(path: str) -> tuple[str, list[str], npt.NDArray[np.int64]]:
         ) from None
     if not entries:
         raise DataError(f"`d2v.data.path` must name recordings, but the manifest '{printable(path)}' has none.")
-    entries.sort()
-    return os.path.abspath(root), [name for name, _ in entries], np.array([count for _, count in entries])
+    return os.path.abspath(root), entries
 
 
 def _entry(path: str, number: int, line: str) -> tuple[str, int]:
