@@ -257,19 +257,21 @@ class Tokenizer:
             (Path(folder) / file).write_text(text + "\n", encoding="utf-8")
 
     def _is_framed(self) -> bool:
-        """Return whether the post-processor puts begin and end token around a text and does nothing else."""
+        """Return whether the post-processor frames a text and a pair as `_frame` does, and does nothing else."""
         specials = self.specials
         if not is_simple_frame(json.loads(self._content).get("post_processor")):
             return False
         for text in ("", "a b"):
             try:
-                ids, _ = self.encode([text])
+                ids = self.encode([text])[0].tolist()
             except DataError:
                 # a letter is not in the vocabulary, and there is no unknown token
                 return False
-            [framed] = self._call(partial(self._inner.encode_batch, [text]), "encoding")
-            if framed.ids != [specials.bos, *ids.tolist(), specials.eos]:
-                return False
+            single = [specials.bos, *ids, specials.eos]
+            for given, expected in ((text, single), ((text, text), [*single, specials.eos, *ids, specials.eos])):
+                [framed] = self._call(partial(self._inner.encode_batch, [given]), "encoding")
+                if framed.ids != expected:
+                    return False
         return True
 
 
@@ -385,7 +387,7 @@ def _not_special(content: dict[str, Any], tokens: set[str]) -> dict[str, Any]:
 
 
 def _frame(names: dict[str, str], specials: Specials) -> dict[str, Any]:
-    """Return the section `post_processor` that frames a text with begin and end token, and ends a second text too."""
+    """Return the section `post_processor` of RoBERTa: `<s> a </s>`, and for a pair `<s> a </s></s> b </s>`."""
 
     def token(role: str) -> dict[str, Any]:
         return {"SpecialToken": {"id": names[role], "type_id": 0}}
@@ -398,7 +400,7 @@ def _frame(names: dict[str, str], specials: Specials) -> dict[str, Any]:
     return {
         "type": "TemplateProcessing",
         "single": single,
-        "pair": [*single, text("B"), token("eos")],
+        "pair": [*single, token("eos"), text("B"), token("eos")],
         "special_tokens": {
             names[role]: {"id": names[role], "ids": [ids[role]], "tokens": [names[role]]} for role in ids
         },

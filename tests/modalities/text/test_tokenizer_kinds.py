@@ -198,6 +198,9 @@ def test_export_encodes_as_training_does(kind: Callable[[Path], Path], tmp_path:
     for text in TEXTS:
         assert theirs(text)["input_ids"] == framed(ours, text), text
     specials = ours.specials
+    first, second = framed(ours, TEXTS[0]), framed(ours, TEXTS[-1])
+    # a pair as RoBERTa's: <s> a </s></s> b </s>
+    assert theirs(TEXTS[0], TEXTS[-1])["input_ids"] == [*first, specials.eos, *second[1:]]
     assert (theirs.bos_token_id, theirs.cls_token_id) == (specials.bos, specials.bos)
     assert (theirs.eos_token_id, theirs.sep_token_id) == (specials.eos, specials.eos)
     assert (theirs.pad_token_id, theirs.mask_token_id, theirs.unk_token_id) == (
