@@ -6,6 +6,9 @@ function again, and refuse every operation that a capture would refuse.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
@@ -29,7 +32,8 @@ class Capture(Protocol):
         """Capture a function without running it, and return its replay.
 
         Raises:
-            RuntimeError: The function does something that cannot be captured.
+            RuntimeError: The function does something that cannot be captured, or there is too little memory. What was
+                captured before must not be replayed any more.
         """
 
 
@@ -44,6 +48,7 @@ class CudaCapture:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
+        self._first: Any = None
 
     def run(self, function: Function) -> None:
         current: Any = torch.cuda.current_stream(self._device)
@@ -53,47 +58,112 @@ class CudaCapture:
         current.wait_stream(self._stream)
 
     def record(self, function: Function) -> Function:
-        graph: Any = torch.cuda.CUDAGraph()
-        # other threads, such as the loader's, may call CUDA meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            function()
-        replay: Function = graph.replay
+        if self._first is None:
+            # an empty graph: torch refuses a pool all of whose graphs are gone
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._first = self._captured(lambda: None)
+        replay: Function = self._captured(function).replay
         return replay
+
+    def _captured(self, function: Function) -> Any:
+        graph: Any = torch.cuda.CUDAGraph()
+        cause: Exception | None = None
+        try:
+            # the outer context restores the stream, which the inner one does not do after an error
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                # other threads, such as the loader's, may call CUDA meanwhile
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    function()
+                except Exception as error:
+                    cause = error
+                    raise
+        except RuntimeError as error:
+            self._clean_up()
+            if cause is None:
+                raise
+            # the end of a broken capture only reports that something failed before
+            raise cause from error
+        return graph
+
+    def _clean_up(self) -> None:
+        """Undo what a broken capture leaves in torch: a generator that refuses to draw, and an open pool."""
+        generator: Any = torch.cuda.default_generators[self._stream.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        with contextlib.suppress(RuntimeError):
+            # an error if the end of the capture closed it
+            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
+
+
+class Recorder:
+    """Captures functions until one cannot be captured; from then on, none is captured or replayed.
+
+    Args:
+        capture: The backend.
+        refuse: Called with the reason why a function cannot be captured.
+    """
+
+    def __init__(self, capture: Capture, refuse: Callable[[str], None]) -> None:
+        self._capture, self._refuse = capture, refuse
+        self._is_broken = False
+        self._replayed: weakref.WeakSet[Replayed] = weakref.WeakSet()
+
+    def add(self, replayed: Replayed) -> None:
+        """Let a function be forgotten when the capture of another fails."""
+        self._replayed.add(replayed)
+
+    def run(self, function: Function) -> None:
+        """Run a function as it will be captured."""
+        self._capture.run(function)
+
+    def record(self, function: Function) -> Function | None:
+        """Capture a function and return its replay, or None if nothing is captured any more."""
+        if self._is_broken:
+            return None
+        try:
+            return self._capture.record(function)
+        except RuntimeError as error:
+            self._is_broken = True
+            for replayed in self._replayed:
+                replayed.forget()
+            self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0])
+            return None
 
 
 class Replayed:
     """A function that runs itself at first, and is captured and replayed from then on.
 
     Args:
-        function: Reads and writes fixed places in memory.
-        capture: The backend.
-        refuse: Called with the reason if the function cannot be captured; from then on it runs itself.
+        recorder: Captures it. It is shared by all functions whose captures share memory.
     """
 
-    def __init__(self, function: Function, capture: Capture, refuse: Callable[[str], None]) -> None:
-        self._function, self._capture, self._refuse = function, capture, refuse
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._num_runs = 0
-        self._captures = True
         self._replay: Function | None = None
+        recorder.add(self)
 
-    def __call__(self) -> None:
-        if self._replay is None and self._captures and self._num_runs >= WARM_UP_RUNS:
-            self._replay = self._recorded()
+    def __call__(self, function: Function) -> None:
+        """Run or replay a function.
+
+        Args:
+            function: The same one in every call; it reads and writes fixed places in memory. It is not kept, so that
+                its owner, which keeps this object, is freed as soon as nothing refers to it.
+        """
+        if self._replay is None and self._num_runs >= WARM_UP_RUNS:
+            self._replay = self._recorder.record(function)
         if self._replay is not None:
             self._replay()
             return
         self._num_runs += 1
-        self._capture.run(self._function)
+        self._recorder.run(function)
 
-    def _recorded(self) -> Function | None:
-        try:
-            return self._capture.record(self._function)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self._captures = False
-            self._refuse((str(error).strip().splitlines() or [type(error).__name__])[0])
-            return None
+    def forget(self) -> None:
+        """Free the capture."""
+        self._replay = None
 
 
 class RecentlyUsed(Generic[Value]):

@@ -21,7 +21,7 @@ from d2v_fast.data import Batch
 from d2v_fast.distributed.world import World
 from d2v_fast.objectives.data2vec import StepOutput
 from d2v_fast.teacher import Teacher
-from d2v_fast.training.capture import Capture, RecentlyUsed, Replayed
+from d2v_fast.training.capture import Capture, RecentlyUsed, Recorder, Replayed
 from d2v_fast.training.engine import PlainEngine
 from d2v_fast.training.step import TrainStep
 from d2v_fast.training.stepclock import StepClock
@@ -85,8 +85,9 @@ class CapturedStep(TrainStep):
         assert isinstance(engine.model, FixedShapes)
         self._plain_engine, self._objective, self._options = engine, engine.model, options
         self._micro_steps: RecentlyUsed[_MicroStep] = RecentlyUsed(options.max_shapes)
-        self._update = _Update(engine, teacher, self._replayed)
         self._reasons: set[str] = set()
+        self._recorder = Recorder(options.capture, self._report)
+        self._update = _Update(engine, teacher, self._recorder)
 
     def place(self, batch: Batch) -> Batch:
         """Leave a batch on the host, where it gets its fixed shapes."""
@@ -99,13 +100,15 @@ class CapturedStep(TrainStep):
         reason = self._objective.shape_varies(batch)
         if reason is not None:
             self._report(reason)
-            return super().add_gradient(number, micro_step, super().place(batch), num_rows, moments=moments)
+            output = super().add_gradient(number, micro_step, super().place(batch), num_rows, moments=moments)
+            # a graph of autograd that lives on would add the next gradients on its stream, outside the capture
+            return _each(output, Tensor.detach)
         self.begin_micro_step(number, micro_step)
         with self.clock.part("captured micro-steps"):
             fixed = self._objective.with_fixed_shapes(batch, fixed_counts=self._options.fixed_counts)
             shapes = ((name, value.shape, value.dtype) for name, value in _tensors(fixed).items())
             captured = self._micro_steps.get(
-                (moments, *shapes), lambda: _MicroStep(self._plain_engine, self.teacher, moments, self._replayed)
+                (moments, *shapes), lambda: _MicroStep(self._plain_engine, self.teacher, moments, self._recorder)
             )
             return captured(fixed, self._plain_engine.loss_scale(num_rows * self._divisor), self._world.device)
 
@@ -113,9 +116,6 @@ class CapturedStep(TrainStep):
         """Apply the accumulated gradients, and update the teacher; see `TrainStep.update`."""
         with self.clock.part("captured update"):
             return self._update(lr, self.teacher.begin_update(number))
-
-    def _replayed(self, function: Callable[[], None]) -> Replayed:
-        return Replayed(function, self._options.capture, self._report)
 
     def _report(self, reason: str) -> None:
         if reason not in self._reasons:
@@ -126,15 +126,9 @@ class CapturedStep(TrainStep):
 class _MicroStep:
     """The forward and backward pass of micro-batches of one shape, on buffers, with or without moments."""
 
-    def __init__(
-        self,
-        engine: PlainEngine,
-        teacher: Teacher,
-        moments: bool,
-        replayed: Callable[[Callable[[], None]], Replayed],
-    ) -> None:
+    def __init__(self, engine: PlainEngine, teacher: Teacher, moments: bool, recorder: Recorder) -> None:
         self._engine, self._teacher, self._with_moments = engine, teacher, moments
-        self._replayed = replayed(self._run)
+        self._replayed = Replayed(recorder)
         self._batch: Batch | None = None
         self._scale = torch.zeros((), device=engine.grad_norm.device)
         self._output: StepOutput | None = None
@@ -153,7 +147,7 @@ class _MicroStep:
                 value = value.pin_memory()
             buffers[name].copy_(value, non_blocking=True)
         self._scale.fill_(scale)
-        self._replayed()
+        self._replayed(self._run)
         assert self._output is not None
         # copied: the next replay writes the same places
         return _each(self._output, Tensor.clone)
@@ -173,11 +167,9 @@ class _MicroStep:
 class _Update:
     """The end of a step, on gradients, learning rate and decay in fixed places."""
 
-    def __init__(
-        self, engine: PlainEngine, teacher: Teacher, replayed: Callable[[Callable[[], None]], Replayed]
-    ) -> None:
+    def __init__(self, engine: PlainEngine, teacher: Teacher, recorder: Recorder) -> None:
         self._engine, self._teacher = engine, teacher
-        self._replayed = replayed(self._run)
+        self._replayed = Replayed(recorder)
         self._lr = engine.hold_still()
         self._gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
         self._decay = torch.zeros((), dtype=torch.float64, device=self._lr.device)
@@ -188,7 +180,7 @@ class _Update:
         """Update the student with a learning rate and the teacher with a decay; see `TrainStep.update`."""
         self._lr.fill_(lr)
         self._decay.fill_(decay)
-        self._replayed()
+        self._replayed(self._run)
         self._engine.grad_norm = self._grad_norm.clone()
         return self._applied.clone()
 
