@@ -1,12 +1,14 @@
-"""Metrics of predictions against labels, by scikit-learn and scipy.
+"""Metrics of answers to labeled samples, by scikit-learn and scipy.
 
 A metric that is undefined for its input, such as a correlation with constant predictions, is 0 and has a note.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,28 +17,25 @@ import numpy.typing as npt
 from d2v_fast.errors import DataError
 
 __all__ = [
-    "CLASSIFICATION",
-    "REGRESSION",
-    "Evaluation",
+    "TASKS",
     "Metric",
     "accuracy",
-    "classification_metrics",
+    "classification",
     "confusion_matrix",
     "f1",
+    "macro_f1",
     "matthews",
     "pearson",
-    "regression_metrics",
+    "regression",
+    "scores",
     "spearman",
-    "top_k_accuracy",
 ]
 
-# names of the metrics of each task; `top_5` is left out where there are at most 5 classes
-CLASSIFICATION = ("accuracy", "top_5", "f1", "matthews")
-REGRESSION = ("pearson", "spearman", "mse")
-TOP_K = 5
-
+Answers = Sequence[Mapping[str, Any]]
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating[Any]]
+
+_log = logging.getLogger(__name__)
 
 
 class Metric(NamedTuple):
@@ -51,73 +50,76 @@ class Metric(NamedTuple):
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The metrics of one task.
-
-    Attributes:
-        values: Value by name, one of `CLASSIFICATION` or `REGRESSION`. Shares are in [0, 1], correlations in [-1, 1].
-        notes: A line for each value that is undefined for this input.
-        confusion: int64 `[C, C]`, see `confusion_matrix`; None for regression.
-    """
-
-    values: dict[str, float]
-    notes: tuple[str, ...]
-    confusion: Ids | None = None
-
-
-def classification_metrics(scores: Floats, labels: Ids) -> Evaluation:
-    """Return accuracy, top-5 accuracy, F1, Matthews correlation and the confusion matrix.
+def scores(
+    task: str, answers: Answers, targets: Sequence[Any], labels: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Return the metrics of a task by name, and log a warning for each that is undefined for these samples.
 
     Args:
-        scores: Logits or probabilities, `[S, C]`. The prediction is the class with the highest one.
-        labels: int64 `[S]`, in [0, C).
+        task: One of `TASKS`.
+        answers: One per sample, as `Finetune.answers` returns them.
+        targets: One per sample: the number of its class, or its score.
+        labels: Names of the classes; None if the task has none.
     Raises:
-        DataError: There are no samples, or a score is not finite.
+        DataError: There are no samples, or an answer is not finite.
     """
-    _check(scores, labels)
-    num_classes = scores.shape[1]
-    predicted = scores.argmax(1).astype(np.int64)
-    found = {"accuracy": accuracy(predicted, labels)}
-    if num_classes > TOP_K:
-        found["top_5"] = top_k_accuracy(scores, labels, TOP_K)
-    found["f1"] = f1(predicted, labels, num_classes)
-    found["matthews"] = matthews(predicted, labels)
-    return _evaluation(found, confusion_matrix(predicted, labels, num_classes))
+    if not targets:
+        raise DataError("there must be at least one sample to score, but there is none.")
+    if len(answers) != len(targets):
+        raise ValueError(f"`answers` and `targets` must have one length, but have {len(answers)} and {len(targets)}.")
+    found = TASKS[task](answers, targets, labels)
+    for metric in found.values():
+        if metric.note:
+            _log.warning("%s", metric.note)
+    return {name: metric.value for name, metric in found.items()}
 
 
-def regression_metrics(predicted: Floats, targets: Floats) -> Evaluation:
-    """Return Pearson's and Spearman's correlation and the mean squared error.
+def classification(answers: Answers, targets: Sequence[int], labels: Sequence[str] | None) -> dict[str, Metric]:
+    """Return `accuracy`, `top5`, `macro_f1`, `matthews`, `loss`, and of two classes `f1`.
 
     Args:
-        predicted, targets: `[S]`.
-    Raises:
-        DataError: There are no samples, or a prediction is not finite.
+        answers: With `classes`, the numbers of up to five classes, the most probable one first, and `loss`.
+        targets: Number of each sample's class.
+        labels: Names of the classes.
     """
-    _check(predicted, targets)
-    error = float(np.mean((predicted.astype(np.float64) - targets.astype(np.float64)) ** 2))
-    found = {"pearson": pearson(predicted, targets), "spearman": spearman(predicted, targets), "mse": Metric(error)}
-    return _evaluation(found)
+    known, num_classes = np.asarray(targets, dtype=np.int64), len(labels or ())
+    loss = _mean_loss(answers)
+    predicted = np.array([answer["classes"][0] for answer in answers], dtype=np.int64)
+    in_top = [target in answer["classes"] for answer, target in zip(answers, targets, strict=True)]
+    found = {
+        "accuracy": accuracy(predicted, known),
+        "top5": Metric(float(np.mean(in_top))),
+        "macro_f1": macro_f1(predicted, known, num_classes),
+        "matthews": matthews(predicted, known),
+        "loss": loss,
+    }
+    return {**found, "f1": f1(predicted, known)} if num_classes == 2 else found
+
+
+def regression(answers: Answers, targets: Sequence[float], labels: Sequence[str] | None) -> dict[str, Metric]:
+    """Return `pearson`, `spearman`, `mse`, and `loss`, which is the same.
+
+    Args:
+        answers: With `score` and `loss`.
+        targets: Score of each sample.
+        labels: Not read.
+    """
+    known = np.asarray(targets, dtype=np.float64)
+    loss = _mean_loss(answers)
+    predicted = np.array([answer["score"] for answer in answers], dtype=np.float64)
+    found = {"pearson": pearson(predicted, known), "spearman": spearman(predicted, known)}
+    return {**found, "mse": Metric(float(np.mean((predicted - known) ** 2))), "loss": loss}
+
+
+TASKS: dict[str, Callable[[Answers, Sequence[Any], Sequence[str] | None], dict[str, Metric]]] = {
+    "classify": classification,
+    "regress": regression,
+}
 
 
 def accuracy(predicted: Ids, labels: Ids) -> Metric:
     """Return the share of correct predictions, both int64 `[S]`."""
     return Metric(float(np.mean(predicted == labels)))
-
-
-def top_k_accuracy(scores: Floats, labels: Ids, k: int) -> Metric:
-    """Return the share of samples whose label has one of the `k` highest scores.
-
-    As in scikit-learn, the later one of two classes with equal scores counts as the higher one.
-
-    Args:
-        scores: `[S, C]`.
-        labels: int64 `[S]`.
-        k: Less than C.
-    """
-    from sklearn.metrics import top_k_accuracy_score
-
-    return Metric(float(top_k_accuracy_score(labels, scores, k=k, labels=np.arange(scores.shape[1]))))
 
 
 def confusion_matrix(predicted: Ids, labels: Ids, num_classes: int) -> Ids:
@@ -127,24 +129,29 @@ def confusion_matrix(predicted: Ids, labels: Ids, num_classes: int) -> Ids:
     return np.asarray(count(labels, predicted, labels=np.arange(num_classes)), dtype=np.int64)
 
 
-def f1(predicted: Ids, labels: Ids, num_classes: int) -> Metric:
-    """Return F1 of class 1 for two classes, as GLUE does, and the unweighted mean of the classes' F1 for more.
+def f1(predicted: Ids, labels: Ids) -> Metric:
+    """Return F1 of class 1, as GLUE does for two classes; int64 `[S]` each."""
+    from sklearn.metrics import f1_score
+
+    if not (predicted == 1).any() and not (labels == 1).any():
+        return Metric(0.0, "F1 is undefined and counts as 0: class 1 is neither a label nor a prediction")
+    return Metric(float(f1_score(labels, predicted, labels=[1], average="macro", zero_division=0.0)))
+
+
+def macro_f1(predicted: Ids, labels: Ids, num_classes: int) -> Metric:
+    """Return the unweighted mean of the classes' F1.
 
     Classes that are neither labels nor predictions are left out of the mean, and the note counts them.
 
     Args:
         predicted, labels: int64 `[S]`.
-        num_classes: C, at least 2.
+        num_classes: C.
     """
     from sklearn.metrics import f1_score
 
     present = np.union1d(predicted, labels)
-    if num_classes == 2:
-        if 1 not in present:
-            return Metric(0.0, "F1 is undefined and counts as 0: class 1 is neither a label nor a prediction")
-        return Metric(float(f1_score(labels, predicted, pos_label=1, average="binary", zero_division=0.0)))
     missing = num_classes - len(present)
-    note = f"F1 leaves out {missing} of {num_classes} classes: they are neither labels nor predictions"
+    note = f"macro F1 leaves out {missing} of {num_classes} classes: they are neither labels nor predictions"
     value = f1_score(labels, predicted, labels=present, average="macro", zero_division=0.0)
     return Metric(float(value), note if missing else "")
 
@@ -193,18 +200,11 @@ def _constant(what: str, predicted: npt.NDArray[Any], labels: npt.NDArray[Any]) 
     return ""
 
 
-def _check(predicted: Floats, labels: npt.NDArray[Any]) -> None:
-    if len(labels) == 0:
-        raise DataError("there must be at least one sample to score, but there is none.")
-    if len(predicted) != len(labels):
-        raise ValueError(f"`predicted` and `labels` must have one length, but have {len(predicted)} and {len(labels)}.")
-    if num := int((~np.isfinite(predicted)).reshape(len(labels), -1).any(1).sum()):
+def _mean_loss(answers: Answers) -> Metric:
+    losses = [answer["loss"] for answer in answers]
+    if num := sum(not math.isfinite(loss) for loss in losses):
         raise DataError(
-            f"every prediction must be finite to be scored, but {num} of {len(labels)} are not: the model has "
-            "diverged. Lower `optimizer.params.lr`."
+            f"the loss of every sample must be finite to be scored, but those of {num} of {len(losses)} are not: the "
+            "model has diverged. Lower `optimizer.params.lr`."
         )
-
-
-def _evaluation(found: dict[str, Metric], confusion: Ids | None = None) -> Evaluation:
-    values = {name: metric.value for name, metric in found.items()}
-    return Evaluation(values, tuple(metric.note for metric in found.values() if metric.note), confusion)
+    return Metric(math.fsum(losses) / len(losses))
