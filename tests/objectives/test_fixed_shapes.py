@@ -34,8 +34,18 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) 
     assert error <= tolerance, f"{what}: {error:.2e}"
 
 
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to that of the expected tensor."""
+    return float((actual.double() - expected).norm() / expected.double().norm().clamp_min(1e-30))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fixed_shapes_change_neither_loss_nor_gradients(kind: str) -> None:
+    """All gradients together, and each of them, equal up to 1e-6.
+
+    Images skip branches by a smaller matrix in the plain step, which adds in another order. The gradient of a bias of
+    queries is a small difference of large terms, so that each order alone is that far from the exact one.
+    """
     model, teacher, batch = make_trial(kind)
     fixed = model.with_fixed_shapes(batch, fixed_counts=False)
     assert len(fixed.rows) > len(batch.rows) == fixed.num_rows
@@ -46,8 +56,14 @@ def test_fixed_shapes_change_neither_loss_nor_gradients(kind: str) -> None:
     assert_close(actual.loss_sum, expected.loss_sum, 1e-6, "loss")
     assert_close(actual.moments, expected.moments, 1e-6, "moments")
     assert actual_gradients.keys() == expected_gradients.keys()
+    together = (torch.cat([x.flatten() for x in found.values()]) for found in (actual_gradients, expected_gradients))
+    assert distance(*together) <= 1e-6
+    rounding = dict.fromkeys(expected_gradients, 0.0)
+    if kind == "vision":
+        exact = run(model.double(), teacher.double(), dataclasses.replace(batch, inputs=batch.inputs.double()))[1]
+        rounding = {name: distance(gradient, exact[name]) for name, gradient in expected_gradients.items()}
     for name, gradient in expected_gradients.items():
-        assert_close(actual_gradients[name], gradient, 2e-6, name)
+        assert distance(actual_gradients[name], gradient) <= max(1e-6, 4 * rounding[name]), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +87,7 @@ def test_fixed_shapes_are_exact_in_fp64(kind: str) -> None:
     (expected, expected_gradients), (actual, actual_gradients) = found
     assert_close(actual, expected, 1e-12, "prediction")
     for name, gradient in expected_gradients.items():
-        assert_close(actual_gradients[name], gradient, 1e-12 if gradient.dtype == torch.float64 else 2e-6, name)
+        assert_close(actual_gradients[name], gradient, 1e-12 if gradient.dtype == torch.float64 else 1e-6, name)
 
 
 @pytest.mark.parametrize("norms", [("layer", "instance"), ("instance", "none"), ("batch", "none"), ("none", "layer")])
@@ -80,7 +96,7 @@ def test_padded_rows_are_read_by_no_target(norms: tuple[str, str]) -> None:
     expected, _ = run(model, teacher, batch)
     actual, _ = run(model, teacher, model.with_fixed_shapes(batch, fixed_counts=False))
     assert_close(actual.loss_sum, expected.loss_sum, 1e-6, "loss")
-    assert_close(actual.moments, expected.moments, 2e-6, "moments")
+    assert_close(actual.moments, expected.moments, 1e-6, "moments")
 
 
 def test_a_batch_without_masked_rows_adds_nothing() -> None:
