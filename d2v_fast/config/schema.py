@@ -294,6 +294,23 @@ def _section_of(raw: Any) -> tuple[type[D2VConfig] | None, list[str]]:
         return None, [f"`d2v.modality`: {error}"]
 
 
+# keys that change no number of a run
+_WITHOUT_RESULT = {
+    "run": (
+        "dir",
+        "name",
+        "log_every",
+        "save_every",
+        "keep",
+        "background_save",
+        "timeout_minutes",
+        "profile",
+        "cuda_graph_shapes",
+    ),
+    "data": ("num_workers", "on_change"),
+}
+
+
 class RunConfig(Section):
     """A whole file: `deepspeed` holds everything outside `"d2v"`."""
 
@@ -329,11 +346,10 @@ class RunConfig(Section):
     def digest(self) -> str:
         """Return the SHA-256 of the keys that affect results: not the run's name, folder, logging or probes."""
         content = self.to_dict()
-        for section in ("run", "probe"):
-            content["d2v"].pop(section)
-        for key in ("num_workers", "on_change"):
-            content["d2v"]["data"].pop(key)
-        content["d2v"]["seed"] = self.d2v.run.seed
+        del content["d2v"]["probe"]
+        for section, keys in _WITHOUT_RESULT.items():
+            for key in keys:
+                del content["d2v"][section][key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -353,7 +353,10 @@ def test_nan_in_an_override_is_refused() -> None:
 def test_digest_tells_what_decides_the_numbers() -> None:
     digest = parse().digest()
     assert digest == parse(d2v__run__name="x", d2v__run__log_every=3, d2v__data__num_workers=7).digest()
+    assert digest == parse(d2v__run__dir="y", d2v__run__keep=1, d2v__run__cuda_graph_shapes=2).digest()
     assert digest != parse(d2v__run__seed=1).digest()
+    assert digest != parse(d2v__run__kept_samples="fixed").digest()
+    assert digest != parse(d2v__run__cuda_graph=False).digest()
     assert digest != parse(optimizer__params__lr=2e-3).digest()
 
 
