@@ -27,6 +27,7 @@ from d2v_fast.models.encoder import Encoder
 from d2v_fast.models.pre_norm import attention_with_bias_gradient
 from d2v_fast.models.student import MaskedBatch
 from d2v_fast.objectives.build import build_model
+from d2v_fast.ops.attention import kernels_on_meta
 
 # glibc allocates blocks of up to this many bytes from its heap, and retains them when they are freed
 HEAP_BLOCK = 32 << 20
@@ -105,7 +106,7 @@ def step_memory(
         if isinstance(part, Encoder):
             part.checkpoint_contexts = lambda: (nullcontext(), _recomputing(as_on))
     live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])
-    with torch.device("meta"), live, as_on:
+    with torch.device("meta"), kernels_on_meta(device_type), live, as_on:
         live.add((batch.inputs, batch.rows))
         in_batch = live.bytes
         loss = model(batch, teacher).loss_sum

@@ -5,7 +5,8 @@ Shape letters: B batch, H heads, T tokens, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -345,9 +346,27 @@ def attention_with_alibi(
     return out
 
 
+_WITH_KERNELS = {"cuda"}
+
+
 def has_kernels(x: Tensor) -> bool:
     """Return whether attention with a gradient of the bias has kernels for the device of a tensor."""
-    return x.device.type == "cuda"
+    return x.device.type in _WITH_KERNELS
+
+
+@contextmanager
+def kernels_on_meta(device_type: str) -> Iterator[None]:
+    """Let attention on `meta` take the path of another device, to count what that keeps in memory.
+
+    Args:
+        device_type: "cpu" or "cuda".
+    """
+    if device_type in _WITH_KERNELS:
+        _WITH_KERNELS.add("meta")
+    try:
+        yield
+    finally:
+        _WITH_KERNELS.discard("meta")
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, lengths: Tensor | None, dropout: float) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from d2v_fast.memory.step import step_memory
+from d2v_fast.ops import attention
 from tests.helpers.masked_models import masked_config, random_masked_batch, random_masked_pair
 from tests.helpers.saved_tensors import Saved
 
@@ -37,6 +38,20 @@ def test_activations_are_what_autograd_saves(modality: str, autocast: bool) -> N
     loss.backward()
     assert predicted.saved == pytest.approx(saved.bytes, rel=0.05)
     assert sum(arrival.elements for arrival in predicted.arrivals) == sum(p.numel() for p in model.parameters())
+
+
+def test_fused_attention_saves_no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels compute the bias of ALiBi from the places; the operation saves the same tensors on every device."""
+    config, stock = (masked_config("speech", model={"width": 32, "attention": kind}) for kind in ("fused", "stock"))
+    predicted = step_memory(config, 4, torch.float32, device_type="cuda")
+    assert predicted.saved < step_memory(stock, 4, torch.float32, device_type="cuda").saved
+    model, teacher = random_masked_pair(config)
+    batch, saved = random_masked_batch(config, [num_places(config)] * 4), Saved(model)
+    monkeypatch.setattr(attention, "_WITH_KERNELS", {"cpu"})
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+        loss = model(batch, teacher).loss_sum
+    loss.backward()
+    assert predicted.saved == pytest.approx(saved.bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
