@@ -91,6 +91,8 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
         + (", or its batches, which take longer: more `d2v.data.num_workers`" if seconds > compute and workers else "")
         + (", without the exchange between processes" if config.deepspeed.needs_deepspeed(processes) else "")
     )
+    if (note := _about_capture(config, processes, world.device.type)) is not None:
+        print(note)
     length = duration(schedule.num_steps * seconds)
     print(f"whole run       {length} for {schedule.num_steps:,} steps, without checkpoints and probes")
     if not math.isfinite(found.loss):
@@ -203,6 +205,16 @@ def _about_memory(found: _Found, config: RunConfig, dtype: torch.dtype, device_t
     return (
         f"peak memory     {format_bytes(found.peak_bytes)} measured in these steps; at most {of_these} predicted for "
         f"their batches{beyond}"
+    )
+
+
+def _about_capture(config: RunConfig, num_processes: int, device_type: str) -> str | None:
+    """Return a line that says how the steps of the run differ from the measured ones; None if they do not."""
+    if config.reason_not_to_capture(num_processes, device_type) is not None:
+        return None
+    return (
+        "captured        not in this measurement, but in the run (`d2v.run.cuda_graph`): on a GPU that waits for the "
+        "host, its steps take less time"
     )
 
 

@@ -315,7 +315,8 @@ def _check_forward(
     if x.ndim == 0:
         raise ValueError("`x` must have shape [..., C], but has () instead.")
     if x.dtype not in dtypes:
-        raise ValueError(f"`x` must be fp32, bf16 or fp16, but is {x.dtype} instead.")
+        names = "fp32, bf16, fp16 or fp64" if torch.float64 in dtypes else "fp32, bf16 or fp16"
+        raise ValueError(f"`x` must be {names}, but is {x.dtype} instead.")
     _check_affine(x, weight, bias)
     if not 0 <= eps < math.inf:
         raise ValueError(f"`eps` must be finite and >= 0, but is {eps} instead.")

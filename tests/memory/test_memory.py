@@ -25,6 +25,7 @@ from d2v_fast.memory.sizes import Shapes, shapes_of
 from d2v_fast.memory.step import Arrival, StepMemory, step_memory
 from d2v_fast.modalities import modality_of
 from d2v_fast.objectives.build import build_model
+from d2v_fast.ops import attention
 from d2v_fast.training.engine import PlainEngine
 from tests.helpers.common import run_python
 from tests.helpers.marks import needs_deepspeed
@@ -220,19 +221,26 @@ def test_shards_shrink_with_processes() -> None:
         assert size == pytest.approx(8 * shapes.trained / n, rel=0.1)
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast", "dropout", "instance", "no blocks dropped"])
-def test_activations_are_what_autograd_saves(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast", "dropout", "instance", "no blocks dropped", "fused"])
+def test_activations_are_what_autograd_saves(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = copy.deepcopy(TINY)
     raw["d2v"]["model"] |= {"width": 32, "depth": 4, "drop_path": 0.0, "attention_dropout": 0.0}
     if mode == "dropout":
         raw["d2v"]["model"] |= {"dropout": 0.1, "attention_dropout": 0.1}
+    if mode == "fused":
+        raw["d2v"]["model"]["attention"] = "fused"
     if mode == "instance":
         raw["d2v"]["target"]["layer_norm"] = "instance"
     if mode == "no blocks dropped":
         raw["d2v"]["model"]["drop_path"] = 1e-9
     config = parse_config(raw).d2v
     dtype = BF16 if mode in ("bf16", "autocast") else FP32
-    predicted = step_memory(config, 8, dtype, autocast=mode == "autocast")
+    predicted = step_memory(
+        config, 8, dtype, autocast=mode == "autocast", device_type="cuda" if mode == "fused" else "cpu"
+    )
+    if mode == "fused":
+        # what the operation saves does not depend on the device
+        monkeypatch.setattr(attention, "_WITH_KERNELS", {"cpu"})
 
     model, teacher = build_model(config), build_model(config).student.eval().requires_grad_(False).to(dtype)
     if mode == "bf16":
@@ -383,6 +391,13 @@ def test_check_measures_the_moments_beside_the_activations(tmp_path: Path, monke
     assert found == [
         (2 * shapes_of(config).trained, [float(p.detach().square().sum()) for p in untouched.parameters()])
     ]
+
+
+def test_check_says_that_it_does_not_capture() -> None:
+    assert "but in the run" in (check_module._about_capture(config_of(), 1, "cuda") or "")
+    assert check_module._about_capture(config_of(), 1, "cpu") is None
+    uncaptured = config_of(d2v={**TINY["d2v"], "run": {**TINY["d2v"]["run"], "cuda_graph": False}})
+    assert check_module._about_capture(uncaptured, 1, "cuda") is None
 
 
 def test_sizes_are_readable() -> None:

@@ -327,7 +327,10 @@ def test_triton_odd_inputs(device):
     ("change", "message"),
     [
         ({"x": torch.tensor(1.0)}, r"`x` must have shape \[..., C\], but has \(\) instead"),
-        ({"x": torch.zeros(4, 3, dtype=torch.int64)}, "`x` must be fp32, bf16 or fp16, but is torch.int64 instead"),
+        (
+            {"x": torch.zeros(4, 3, dtype=torch.int64)},
+            "`x` must be fp32, bf16(, fp16 or fp64| or fp16), but is torch.int64 instead",
+        ),
         ({"weight": torch.zeros(4)}, r"`weight` must have shape \[3\] as the channels of `x`, but has \(4,\) instead"),
         ({"bias": torch.zeros(1, 3)}, r"`bias` must have shape \[3\]"),
         ({"weight": torch.zeros(3, dtype=torch.float16)}, "`weight` must be fp32 or torch.float32 as `x` is, but is"),
