@@ -1,8 +1,10 @@
 """data2vec 2.0 as its publication describes it (arXiv 2212.07525), in plain PyTorch: the peer of a whole step.
 
-It is written for comparison and not for speed: features are repeated for each mask, attention is two products around a
-softmax in fp32, every copy is decoded, the teacher's layers are normalized one by one at every place, a boolean mask
-selects the targets at the end, and the average is updated tensor by tensor.
+It computes what the published code does, in its order, and keeps what that keeps: features and the bias of ALiBi are
+repeated for each mask, attention is two products around a softmax in fp32, every copy is decoded at all places, the
+teacher runs after the student and keeps all layers, which are normalized one by one at every place, a boolean mask
+selects the targets at the end, the variance of predictions and targets is computed in every step, and the average is
+updated tensor by tensor.
 
 Parameters have the names of the published code's checkpoints, and the settings are those of its `cfg.model`.
 Letters: B samples, M masks of a sample, T places, V visible ones, D width, H heads, C channels.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -32,6 +35,7 @@ class Output(NamedTuple):
         prediction: `[B * M, T, D]`.
         target: `[B, T, D]`.
         encoder_output: `[B * M, (1 +) V, D]`.
+        deviations: of predictions and of targets, averaged over channels, 0-d each; the published code logs them.
     """
 
     losses: dict[str, Tensor]
@@ -39,6 +43,7 @@ class Output(NamedTuple):
     prediction: Tensor
     target: Tensor
     encoder_output: Tensor
+    deviations: tuple[Tensor, Tensor]
 
     def mean(self) -> Tensor:
         """Return the loss that is trained: the sum of all losses per masked place."""
@@ -118,30 +123,27 @@ class Network:
         return x.transpose(1, 2)
 
     def encode(
-        self, features: Tensor, masked: Tensor | None = None, keep: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the last block's output and every main block's tap, the second linear map of its MLP.
+        self, local: Tensor, masked: Tensor | None = None, keep: Tensor | None = None, keep_layers: bool = False
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return the last block's output, and every main block's tap and output if `keep_layers`.
+
+        A tap is the output of the second linear map of a block's MLP.
 
         Args:
-            features: `[B * M, T, D]`, local features.
+            local: `[B, T, D]`, local features, which are repeated for each mask.
             masked: bool `[B * M, T]`. None: nothing is hidden.
             keep: int64 `[B * M, V]`, the visible places.
+            keep_layers: as the teacher does.
         """
-        x, kind = features, self.kind
+        x, kind = local, self.kind
         if kind == "IMAGE":
             x = x + self._mine("fixed_positional_encoder.positions").to(x.dtype)
-        if kind == "AUDIO":
-            if masked is not None:
-                x = x * ~masked[..., None]
-            x = x + self._positions(x)
-        bias = self._alibi(x) if self.own["use_alibi_encoder"] else None
-        if keep is not None:
-            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
-            if bias is not None:
-                rows, V = keep[:, None, :, None], keep.shape[1]
-                bias = bias.expand(len(x), -1, -1, -1)
-                bias = bias.gather(2, rows.expand(-1, bias.shape[1], -1, bias.shape[3]))
-                bias = bias.gather(3, keep[:, None, None].expand(-1, bias.shape[1], V, -1))
+        if masked is None or keep is None:
+            if kind == "AUDIO":
+                x = x + self._positions(x)
+            bias = self._alibi(x) if self.own["use_alibi_encoder"] else None
+        else:
+            x, bias = self._visible(x, masked, keep)
         if kind == "IMAGE":
             x = torch.cat([self._mine("extra_tokens").expand(len(x), -1, -1), x], 1)
         if self._has("context_encoder.norm.weight"):
@@ -149,11 +151,28 @@ class Network:
             x = F.dropout(x, self.own["prenet_dropout"], self.training)
         for i in range(self.own["prenet_depth"]):
             x, _ = self._block(x, f"{self._prefix}context_encoder.blocks.{i}.", bias)
-        taps = []
+        layers = []
         for i in range(self.model["depth"]):
             x, tap = self._block(x, self.block_prefix(i), bias)
-            taps.append(tap)
-        return x, taps
+            if keep_layers:
+                layers.append((tap, x))
+        return x, layers
+
+    def _visible(self, x: Tensor, masked: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return `[B * M, V, D]` of `[B, T, D]`, and the bias of their attention logits, `[B * M, H, V, V]`."""
+        M, T = len(masked) // len(x), masked.shape[1]
+        samples, x = x, x.repeat_interleave(M, 0)
+        index = keep[..., None].expand(-1, -1, x.shape[-1])
+        visible = x.gather(1, index)
+        if self.kind == "AUDIO":
+            x = x * (1 - masked.to(x.dtype)[..., None])
+            visible = visible + self._positions(x).gather(1, index)
+        if not self.own["use_alibi_encoder"]:
+            return visible, None
+        bias = self._alibi(samples).expand(len(samples), -1, -1, -1).repeat_interleave(M, 0)
+        H, rows = bias.shape[1], keep[:, None, :, None]
+        bias = bias.gather(2, rows.expand(-1, H, -1, T))
+        return visible, bias.gather(3, rows.transpose(2, 3).expand(-1, H, keep.shape[1], -1))
 
     def block_prefix(self, i: int) -> str:
         """Return the name of a main block; where only the blocks are averaged, the average leaves `blocks` out."""
@@ -161,11 +180,8 @@ class Network:
         return prefix if f"{prefix}norm1.weight" in self.tensors else f"{i}."
 
     def _alibi(self, x: Tensor) -> Tensor:
-        T, slopes = x.shape[1], torch.tensor(alibi_slopes(self.own["num_alibi_heads"]), dtype=torch.float32)
-        places = torch.arange(T, device=x.device)
-        distance = -(places[:, None] - places).abs().float()
-        bias = (slopes.to(x.device)[:, None, None] * distance)[None].to(x.dtype)
-        return bias * self._mine("alibi_scale")[0].clamp(min=0) if self._has("alibi_scale") else bias
+        bias = alibi_table(self.own["num_alibi_heads"], x.shape[1], x.device)
+        return bias * self._mine("alibi_scale")[0].clamp_min(0).to(bias.dtype) if self._has("alibi_scale") else bias
 
     def _block(self, x: Tensor, name: str, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         get, model = self._get, self.model
@@ -175,9 +191,11 @@ class Network:
         q, k, v = qkv.view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
         logits = (q * (D // H) ** -0.5) @ k.transpose(-2, -1)
         if bias is not None:
-            logits = logits + bias
+            logits = logits.to(torch.promote_types(logits.dtype, bias.dtype))
+            # in place on a part, as published
+            logits[:, : bias.shape[1]] += bias
         wide = torch.promote_types(logits.dtype, torch.float32)
-        weights = F.dropout(logits.softmax(-1, dtype=wide).to(logits.dtype), model["attention_dropout"], drop)
+        weights = F.dropout(logits.softmax(-1, dtype=wide).to(q.dtype), model["attention_dropout"], drop)
         attended = (weights @ v).transpose(1, 2).reshape(B, T, D)
         attended = F.linear(attended, get(f"{name}attn.proj.weight"), get(f"{name}attn.proj.bias"))
         x = x + F.dropout(attended, model["encoder_dropout"], drop)
@@ -188,12 +206,21 @@ class Network:
         x = x + F.dropout(tap, model["post_mlp_drop"], drop)
         return F.layer_norm(x, (D,), get(f"{name}norm2.weight"), get(f"{name}norm2.bias"), model["norm_eps"]), tap
 
-    def decode(self, encoded: Tensor, masked: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
-        """Return predictions at all places, `[B * M, T, D]`."""
-        settings = self.own["decoder"]
-        encoded = encoded[:, encoded.shape[1] - keep.shape[1] :]
-        encoded = F.dropout(encoded, settings["input_dropout"], self.training)
-        x = noise.scatter(1, keep[..., None].expand(-1, -1, encoded.shape[-1]), encoded)
+    def decode(self, encoded: Tensor, masked: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return predictions at all places, `[B * M, T, D]`.
+
+        Args:
+            encoded: `[B * M, (1 +) V, D]`.
+            masked: bool `[B * M, T]`.
+            noise: `[B * M, T - V, D]`, what stands at the masked places. None draws it.
+        """
+        settings, skipped = self.own["decoder"], self.own["num_extra_tokens"]
+        encoded = F.dropout(encoded, settings["input_dropout"], self.training)[:, skipped:]
+        R, V, D = encoded.shape
+        if noise is None:
+            noise = encoded.new_empty(R, masked.shape[1] - V, D).normal_(0, self.own["mask_noise_std"])
+        order = shuffled(masked).argsort(1)
+        x = torch.cat([encoded, noise], 1).gather(1, order[..., None].expand(-1, -1, D))
         x, T, padding = x.transpose(1, 2), x.shape[1], settings["decoder_kernel"] // 2
         two = self.kind == "IMAGE"
         if two:
@@ -225,28 +252,35 @@ def forward(student: Network, teacher: Network, inputs: Tensor, masked: Tensor, 
         student, teacher: the networks.
         inputs: `[B, ...]`.
         masked: bool `[B * M, T]`; row `b * M + m` is mask m of sample b; equally many places are masked in all rows.
-        noise: `[B * M, T, D]`, the decoder's input at masked places. None draws it.
+        noise: `[B * M, T - V, D]`, the decoder's input at masked places, ascending. None draws it.
     """
     model = student.model
     M, V = model["clone_batch"], int((~masked[0]).sum())
-    keep = masked.byte().argsort(dim=1, stable=True)[:, :V]
     local = student.local_features(inputs)
-    encoded, _ = student.encode(local.repeat_interleave(M, 0), masked, keep)
-    if noise is None:
-        noise = torch.randn(*masked.shape, local.shape[-1], dtype=local.dtype, device=local.device)
-        noise *= student.own["mask_noise_std"]
-    prediction = student.decode(encoded, masked, keep, noise)
+    encoded, _ = student.encode(local, masked, shuffled(masked)[:, :V])
+    prediction = student.decode(encoded, masked, noise)
     with torch.no_grad():
         shares = not any(name.startswith(f"modality_encoders.{student.kind}.local_encoder") for name in teacher.tensors)
-        _, taps = teacher.encode(local.detach() if shares else teacher.local_features(inputs))
-        target = make_target([tap[:, tap.shape[1] - masked.shape[1] :] for tap in taps], model)
-        repeated = target.repeat_interleave(M, 0)
-    size = masked.sum()
-    losses = {"regression": regression(prediction[masked], repeated[masked], model).sum()}
+        _, layers = teacher.encode(local if shares else teacher.local_features(inputs), keep_layers=True)
+        target = make_target([tap[:, tap.shape[1] - masked.shape[1] :] for tap, _ in layers], model)
+        wanted = target.repeat_interleave(M, 0)[masked]
+    size, predicted = masked.sum(), prediction[masked]
+    losses = {"regression": regression(predicted, wanted, model).sum()}
     if model["cls_loss"]:
         term = regression(encoded[:, 0], target.mean(1).repeat_interleave(M, 0), model).sum()
         losses["cls"] = term * (model["cls_loss"] * size)
-    return Output(losses, size, prediction, target, encoded)
+    return Output(losses, size, prediction, target, encoded, (deviation(predicted), deviation(wanted)))
+
+
+def shuffled(masked: Tensor) -> Tensor:
+    """Return the visible places of each row, ascending, then the masked ones, int64 `[B * M, T]`."""
+    return masked.byte().argsort(dim=1, stable=True)
+
+
+@torch.no_grad()
+def deviation(rows: Tensor) -> Tensor:
+    """Return the standard deviation over rows `[N, D]`, averaged over channels, 0-d."""
+    return (rows.float().var(0) + 1e-6).sqrt().mean()
 
 
 def regression(prediction: Tensor, target: Tensor, model: dict[str, Any]) -> Tensor:
@@ -266,7 +300,10 @@ def make_target(taps: list[Tensor], model: dict[str, Any]) -> Tensor:
         layers = [F.instance_norm(layer.transpose(1, 2), eps=EPS).transpose(1, 2) for layer in layers]
     if model["layer_norm_target_layer"]:
         layers = [F.layer_norm(layer, layer.shape[-1:], eps=EPS) for layer in layers]
-    average = sum(layers[1:], layers[0]) / len(layers)
+    average = layers[0]
+    for layer in layers[1:]:
+        average = average.add_(layer)
+    average = average.div_(len(layers))
     if model["layer_norm_targets"]:
         average = F.layer_norm(average, average.shape[-1:], eps=EPS)
     if model["instance_norm_targets"]:
@@ -283,6 +320,15 @@ def average(teacher: Network, student: Network, decay: float) -> None:
             averaged.copy_(live)
         else:
             averaged.mul_(decay).add_(live.to(averaged.dtype), alpha=1 - decay)
+
+
+@lru_cache
+def alibi_table(num_heads: int, num_places: int, device: torch.device) -> Tensor:
+    """Return the bias of ALiBi, fp32 `[1, H, T, T]`, made once and kept as in the published code."""
+    places = torch.arange(num_places, device=device)
+    distances = -(places[:, None] - places).abs().float()
+    slopes = torch.tensor(alibi_slopes(num_heads), dtype=torch.float32, device=device)
+    return (slopes[:, None, None] * distances)[None]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
