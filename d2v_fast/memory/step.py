@@ -26,6 +26,7 @@ from d2v_fast.modalities import modality_of
 from d2v_fast.models.encoder import Encoder
 from d2v_fast.models.pre_norm import attention_with_bias_gradient
 from d2v_fast.models.student import MaskedBatch
+from d2v_fast.models.visible import Alibi
 from d2v_fast.objectives.build import build_model
 from d2v_fast.ops.attention import kernels_on_meta
 
@@ -102,7 +103,9 @@ def step_memory(
     if autocast:
         model.student.imitate_autocast(dtype)
     as_on = _AsOn(device_type, dtype if autocast else None)
-    for part in model.modules():
+    for part in (*model.modules(), *teacher.modules()):
+        if isinstance(part, Alibi):
+            part.device_type = device_type
         if isinstance(part, Encoder):
             part.checkpoint_contexts = lambda: (nullcontext(), _recomputing(as_on))
     live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])

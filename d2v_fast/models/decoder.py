@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from d2v_fast.models.dense_convolution import convolve_dense, is_dense
 from d2v_fast.models.layers import INIT_STD, Linear, convolve_sequence, dropout
 from d2v_fast.models.post_norm import padding_of
 from d2v_fast.models.visible import NORM_EPS, Places
@@ -108,6 +109,9 @@ class ConvDecoder(nn.Module):
     def _convolve(self, convolution: nn.Module, x: Tensor) -> Tensor:
         """Map `[R, T, C]` to `[R, T, C]`."""
         if self.grid_size is None:
+            assert isinstance(convolution, nn.Conv1d)
+            if is_dense(x, convolution.weight):
+                return convolve_dense(x, convolution.weight, convolution.bias)
             return convolve_sequence(convolution, x)
         grid: Tensor = convolution(x.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2))
         return grid.permute(0, 2, 3, 1).flatten(1, 2)

@@ -88,6 +88,18 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class GeluLinear(Linear):
+    """A linear map of the GELU of its input, which the backward pass recomputes instead of saving it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_traced(x, self.weight) or not _is_plain(x, self.weight):
+            return super().forward(F.gelu(x))
+        # autocast would cast them in the product
+        weight, bias = (None if value is None else value.to(x.dtype) for value in (self.weight, self.bias))
+        y: Tensor = _GeluLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `F.linear`, by oneDNN where it is faster: in fp32 on an x86 CPU, with a weight that is not small.
 
@@ -105,13 +117,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], len(weight))
 
 
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Compute `grad.t() @ x`, `[O, I]` of `[M, O]` and `[M, I]`, by oneDNN where it is faster; no derivative."""
+    return _weight_gradient(grad, x) if _fits_onednn(x, x, None) else grad.t() @ x
+
+
+def _is_traced(x: Tensor, weight: Tensor) -> bool:
+    """Return whether compilers, tracers or transforms need PyTorch's own operations."""
+    return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state()) or is_transformed(x, weight)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Return whether neither is a distributed or a fake tensor."""
+    return type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+
+
 def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    # compilers, tracers and transforms need torch's own operation
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or is_transformed(x, weight):
+    if _is_traced(x, weight):
         return False
-    # excludes distributed and fake tensors
-    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    if not plain or _ONEDNN_LINEAR is None or not torch._C._get_mkldnn_enabled():
+    if not _is_plain(x, weight) or _ONEDNN_LINEAR is None or not torch._C._get_mkldnn_enabled():
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
@@ -142,6 +166,33 @@ class _OneDNNLinear(torch.autograd.Function):
         else:
             grad_x = _multiply(grad, weight.t(), None) if needs_x else None
             grad_weight = _weight_gradient(grad, x) if needs_weight else None
+        return grad_x, grad_weight, grad.sum(0) if needs_bias else None
+
+
+class _GeluLinear(torch.autograd.Function):
+    """`[M, I]` to `[M, O]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        hidden = F.gelu(x)
+        ctx.by_onednn = _fits_onednn(hidden, weight, bias)
+        return _multiply(hidden, weight.contiguous(), bias) if ctx.by_onednn else F.linear(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        # torch's own products can be differentiated
+        by_onednn = ctx.by_onednn and not torch.is_grad_enabled()
+        grad_x = grad_weight = None
+        if needs_weight:
+            hidden = F.gelu(x)
+            grad_weight = _weight_gradient(grad, hidden) if by_onednn else grad.t() @ hidden
+            del hidden
+        if needs_x:
+            grad_hidden = _multiply(grad, weight.t(), None) if by_onednn else grad @ weight
+            grad_x = torch.ops.aten.gelu_backward(grad_hidden, x)
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None
 
 

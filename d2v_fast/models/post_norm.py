@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from d2v_fast.models import xformers_attention
 from d2v_fast.models.encoder import Drops, Encoder, EncoderOutput, Kept, random_keys
-from d2v_fast.models.layers import INIT_STD, Linear, drop, dropout
+from d2v_fast.models.layers import INIT_STD, GeluLinear, Linear, drop, dropout
 from d2v_fast.ops import attention_with_alibi
 
 
@@ -101,17 +101,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attendable: Attendable, prob: float 
     if isinstance(attendable, AlibiPlaces):
         slopes, places, lengths = attendable
         return attention_with_alibi(q, k, v, slopes, positions=places, lengths=lengths, dropout=prob)
-    bias = attendable if attendable is not None and attendable.dtype != torch.bool else None
-    if q.device.type == "cpu" and (prob > 0.0 or (bias is not None and bias.requires_grad)):
-        # torch's CPU kernel has neither dropout nor a gradient of the bias, and its fallback is slow in both
+    is_mask = attendable is None or attendable.dtype == torch.bool
+    if q.device.type == "cpu" and prob > 0.0 and is_mask:
+        # torch's CPU kernel has no dropout, and its fallback is slow
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
-        if bias is not None:
-            logits = logits.add_(bias)
-        elif attendable is not None:
+        if attendable is not None:
             logits.masked_fill_(~attendable, torch.finfo(logits.dtype).min)
-        weights = logits.softmax(dim=-1)
-        return torch.matmul(drop(weights, prob) if prob > 0.0 else weights, v)
-    mask = attendable if bias is None else bias.to(q.dtype)
+        return torch.matmul(drop(logits.softmax(dim=-1), prob), v)
+    mask = attendable if attendable is None or is_mask else attendable.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=prob)
 
 
@@ -188,7 +185,7 @@ class PostNormBlock(nn.Module):
         self.attention = SelfAttention(width, heads, attention_dropout)
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.fc1 = Linear(width, hidden_width)
-        self.fc2 = Linear(hidden_width, width)
+        self.fc2 = GeluLinear(hidden_width, width) if activation_dropout == 0.0 else Linear(hidden_width, width)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.reset_parameters()
 
@@ -246,7 +243,9 @@ class PostNormBlock(nn.Module):
         if rows is not None:
             x = x.flatten(0, 1).index_select(0, rows)
         x = self.norm1(x + attended)
-        hidden = dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)
+        hidden = self.fc1(x)
+        if not isinstance(self.fc2, GeluLinear):
+            hidden = dropout(F.gelu(hidden), self.activation_dropout, self.training)
         feature = self.fc2(hidden)
         return self.norm2(x + self._drop(feature)), feature
 

@@ -102,9 +102,11 @@ class Alibi(nn.Module):
 
     Attributes:
         scale: `[H]`, learned, shared by all blocks; a negative one counts as 0 and gets no gradient.
+        device_type: the device that `meta` stands for.
     """
 
     exponents: Tensor
+    device_type = "meta"
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -123,6 +125,11 @@ class Alibi(nn.Module):
         slopes = self.scaled_slopes()
         distances = (places[:, :, None] - places[:, None, :]).abs().to(slopes.dtype)
         return -distances[:, None] * slopes[:, None, None]
+
+    def needs_no_bias(self, x: Tensor, by_kernels: bool) -> bool:
+        """Return whether attention on the device of `x` computes the bias itself; on a GPU only `by_kernels`."""
+        device = self.device_type if x.device.type == "meta" else x.device.type
+        return device == "cpu" or (by_kernels and device == "cuda")
 
     def in_kernels(self, places: Tensor | None, lengths: Tensor | None) -> AlibiPlaces:
         """Return what attention kernels compute the bias from; see `AlibiPlaces`."""

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v_fast.ops._library import FLOAT_DTYPES, define
+from d2v_fast.ops._library import CHECKED_DTYPES, FLOAT_DTYPES, define
+from d2v_fast.ops.attention_parts import Options, attend_in_parts
 from d2v_fast.ops.autograd import below_autograd, is_transformed, refuse_derivative, register_autograd
 
 _WORD = 0xFFFFFFFF
@@ -295,7 +296,7 @@ def attention_with_alibi(
 
     The bias of query i and key j in head h is ``-scale[h] * slopes[h] * |positions[i] - positions[j]|``. On a GPU, the
     kernels compute it from the positions, without a tensor `[B, H, T, T]`, and sum the gradient of the scale in a fixed
-    order.
+    order. On a CPU, a few heads of a sample are computed at a time, without such a tensor either.
 
     Args:
         q: See ``attention_with_bias``.
@@ -324,7 +325,8 @@ def attention_with_alibi(
         tensor([[0.8465, 0.1535],
                 [0.1535, 0.8465]])
     """
-    _check_tokens(q, k, v, lengths, dropout, seed)
+    # on a CPU also fp64, to compare with
+    _check_tokens(q, k, v, lengths, dropout, seed, CHECKED_DTYPES if q.device.type == "cpu" else FLOAT_DTYPES)
     B, H, T, _ = q.shape
     for name, value in (("slopes", slopes), ("scale", scale)):
         if value is None:
@@ -338,8 +340,13 @@ def attention_with_alibi(
             f"`positions` must be integers of shape [{B}, {T}], "
             f"but is {positions.dtype} of shape {list(positions.shape)} instead."
         )
-    scaled = slopes.float() if scale is None else slopes.float() * scale.float()
-    if _is_plain(q, k, v, scaled, lengths, dropout) and not has_kernels(q):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scaled = slopes.to(wide) if scale is None else slopes.to(wide) * scale.to(wide)
+    traced = torch.compiler.is_compiling() or is_transformed(q, k, v, scaled)
+    if q.device.type == "cpu" and (seed is None or dropout == 0.0) and not traced:
+        options = Options(positions, lengths, float(dropout), _seed(q, dropout, None))
+        return attend_in_parts(q, k, v, scaled, options, _differentiable_backward)
+    if _is_plain(q, k, v, scaled, lengths, dropout) and q.device.type not in ("cuda", "meta"):
         return attention_with_bias(q, k, v, -scaled[:, None, None] * _distances(q, positions))
     positions = None if positions is None else positions.to(torch.int32)
     out: Tensor = _run(q, k, v, scaled, positions, lengths, _seed(q, dropout, seed), float(dropout))[0]
@@ -382,10 +389,18 @@ def _seed(q: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
 
 
-def _check_tokens(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout: float, seed: Tensor | None) -> None:
+def _check_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+) -> None:
     if q.dim() != 4 or 0 in q.shape[1:]:
         raise ValueError(f"`q` must have shape [B, H, T, D] with H, T, D >= 1, but has {list(q.shape)} instead.")
-    if q.dtype not in FLOAT_DTYPES:
+    if q.dtype not in dtypes:
         raise ValueError(f"`q` must be fp32, bf16 or fp16, but is {q.dtype} instead.")
     for name, value in (("k", k), ("v", v)):
         if value.shape != q.shape or value.dtype != q.dtype:

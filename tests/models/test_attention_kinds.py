@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from d2v_fast.config import VisionConfig, load_config
 from d2v_fast.distributed.world import World
 from d2v_fast.errors import RunError
-from d2v_fast.modalities.speech import encoder2
 from d2v_fast.models import pre_norm, xformers_attention
 from d2v_fast.models.post_norm import AlibiPlaces
+from d2v_fast.models.visible import Alibi
 from d2v_fast.ops import attention as operation
 from d2v_fast.training import preflight
 from tests.helpers import speech_models, text_models, vision_models
@@ -77,8 +77,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeXformers:
 @pytest.fixture
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let encoders and the operation take the way of a GPU, with the reference in place of Triton."""
-    for module in (operation, pre_norm, encoder2):
+    for module in (operation, pre_norm):
         monkeypatch.setattr(module, "has_kernels", lambda x: True)
+    # "stock" makes the bias, as on a GPU
+    monkeypatch.setattr(Alibi, "needs_no_bias", lambda self, x, by_kernels: by_kernels)
 
 
 def step_of(model: nn.Module, teacher: nn.Module, batch: Any) -> dict[str, Tensor]:

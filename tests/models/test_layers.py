@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2v_fast.models import layers
-from d2v_fast.models.layers import Linear, linear
+from d2v_fast.models.layers import GeluLinear, Linear, linear
+from tests.helpers.saved_tensors import Saved
 
 IN, OUT = 512, 640
 
@@ -106,6 +107,40 @@ def test_bias_of_other_layout_is_left_to_torch(what: str, calls: list[tuple[int,
     }[what]
     torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=0)
     assert calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3), (5,)], ids=str)
+def test_linear_map_of_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Same bits as torch's operations, and the GELU is not saved."""
+    module = GeluLinear(IN, OUT)
+    x, grad = torch.randn(*shape, IN, dtype=dtype, requires_grad=True), torch.randn(*shape, OUT, dtype=dtype)
+    weight, bias = (p.to(dtype) for p in (module.weight, module.bias))
+    saved = Saved(module)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+        y = module(x)
+    copies = 0 if dtype == torch.float32 else weight.nbytes
+    assert saved.bytes == x.nbytes + copies
+    want = linear(F.gelu(x), weight, bias)
+    leaves = [x, module.weight, module.bias]
+    for one, other in zip(*(torch.autograd.grad(out, leaves, grad) for out in (y, want)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.testing.assert_close(y, want, rtol=0, atol=0)
+
+
+def test_second_derivatives_of_a_linear_map_of_gelu() -> None:
+    module = GeluLinear(3, 2).double()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: module(x), (x, module.weight, module.bias))
+    tangent = torch.func.jvp(module, (x.detach(),), (torch.ones(4, 3, dtype=torch.float64),))[1]
+    torch.testing.assert_close(
+        tangent,
+        torch.func.jvp(
+            lambda x: F.linear(F.gelu(x), module.weight, module.bias),
+            (x.detach(),),
+            (torch.ones(4, 3, dtype=torch.float64),),
+        )[1],
+    )
 
 
 def test_sizes_that_do_not_fit_are_told_by_torch() -> None:

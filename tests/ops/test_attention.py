@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from d2v_fast.ops import attention as module
-from d2v_fast.ops import attention_with_alibi, attention_with_bias
+from d2v_fast.ops import attention_parts, attention_with_alibi, attention_with_bias
+from d2v_fast.ops.attention import attention_with_bias_reference
 from tests.helpers.common import assert_within_twice
 
 # B, H, T, D, form of the bias, and whether samples are padded and have positions
@@ -89,6 +90,29 @@ def test_gradcheck(device, case, dropout):
     assert torch.autograd.gradcheck(run, leaves, check_forward_ad=dropout == 0.0, check_batched_grad=False)
     if case is CASES[0]:
         assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("logits", [1, 200, 2**20])
+def test_alibi_in_parts_on_a_cpu(logits, monkeypatch):
+    """Of any number of heads, with padding, a sample without tokens, and dropout that the backward pass repeats."""
+    monkeypatch.setattr(attention_parts, "_PART", logits)
+    inputs, grad, positions, _ = make(torch.device("cpu"), 3, 4, 9, 6, "slopes", False, True, torch.float64)
+    leaves, lengths = [x.double().requires_grad_() for x in inputs], torch.tensor([9, 0, 4])
+    grad = grad.double() * (torch.arange(9) < lengths[:, None])[:, None, :, None]
+    y = attention_with_alibi(*leaves, positions=positions, lengths=lengths)
+    want, _ = attention_with_bias_reference(*leaves, positions, lengths, None, 0.0)
+    torch.testing.assert_close(y, want)
+    for one, other in zip(*(torch.autograd.grad(x, leaves, grad) for x in (y, want)), strict=True):
+        torch.testing.assert_close(one, other)
+
+    def dropping(*leaves):
+        torch.manual_seed(3)
+        return attention_with_alibi(*leaves, positions=positions, lengths=lengths, dropout=0.3)
+
+    assert not torch.equal(dropping(*leaves), y)
+    assert torch.autograd.gradcheck(dropping, leaves, fast_mode=True)
+    with pytest.raises(RuntimeError, match="with dropout has no derivative on a CPU"):
+        torch.autograd.grad(dropping(*leaves).sum(), leaves, create_graph=True)
 
 
 def test_learned_scale_of_alibi(device):

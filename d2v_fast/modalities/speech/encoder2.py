@@ -21,7 +21,6 @@ from d2v_fast.models.post_norm import AlibiPlaces, padding_of
 from d2v_fast.models.student import MaskedBatch, Student
 from d2v_fast.models.visible import NORM_EPS, Alibi, MaskedContext, MaskedSequences, Places, biased, key_mask
 from d2v_fast.ops import layer_norm_gelu
-from d2v_fast.ops.attention import has_kernels
 
 
 class FusedPositions(ConvPositions):
@@ -97,7 +96,7 @@ class MaskedSpeechContext(MaskedContext):
 
     def _attendable(self, x: Tensor, places: Tensor | None, lengths: Tensor | None) -> Tensor | AlibiPlaces:
         """Return the bias of tokens `[R, V, D]` at `places`, or what kernels compute it from."""
-        if self.is_fused and has_kernels(x):
+        if self.alibi.needs_no_bias(x, self.is_fused):
             return self.alibi.in_kernels(places, lengths)
         V = x.shape[1]
         if places is None:
