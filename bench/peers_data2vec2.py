@@ -132,9 +132,8 @@ def assert_same_step(ours: Any, peer: PeerStep, batch: Batch, masked: Tensor) ->
     """Check that the loss and all gradients of encoder and decoder agree, with the same noise in both decoders."""
     tolerance = 1e-3 if ours.engine.compute_dtype == torch.float32 else 0.1
     std, width = ours.model.head.noise_std, ours.model.student.width
-    noise = torch.randn(len(masked), int(masked[0].sum()), width, device=masked.device)
-    # `rows` are ascending: those of one mask after those of the other
-    drawn, ours.model.draw_noise = ours.model.draw_noise, lambda keys, rows, places, D: noise.flatten(0, 1).clone()
+    noise = torch.randn(*masked.shape, width, device=masked.device)
+    drawn, ours.model.draw_noise = ours.model.draw_noise, lambda keys, rows, places, D: noise.flatten(0, 1)[rows]
     loss, peer_loss = ours.loss(batch), peer.loss(batch, masked, noise * std)
     ours.model.draw_noise = drawn
     torch.testing.assert_close(loss, peer_loss, rtol=tolerance / 10, atol=0)

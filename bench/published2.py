@@ -252,13 +252,14 @@ def forward(student: Network, teacher: Network, inputs: Tensor, masked: Tensor, 
         student, teacher: the networks.
         inputs: `[B, ...]`.
         masked: bool `[B * M, T]`; row `b * M + m` is mask m of sample b; equally many places are masked in all rows.
-        noise: `[B * M, T - V, D]`, the decoder's input at masked places, ascending. None draws it.
+        noise: `[B * M, T, D]`, of which the decoder reads the masked places. None draws it.
     """
     model = student.model
     M, V = model["clone_batch"], int((~masked[0]).sum())
     local = student.local_features(inputs)
     encoded, _ = student.encode(local, masked, shuffled(masked)[:, :V])
-    prediction = student.decode(encoded, masked, noise)
+    hidden = None if noise is None else noise[masked].view(len(masked), -1, noise.shape[-1])
+    prediction = student.decode(encoded, masked, hidden)
     with torch.no_grad():
         shares = not any(name.startswith(f"modality_encoders.{student.kind}.local_encoder") for name in teacher.tensors)
         _, layers = teacher.encode(local if shares else teacher.local_features(inputs), keep_layers=True)

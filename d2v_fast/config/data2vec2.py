@@ -21,7 +21,8 @@ class DecoderConfig(Section):
     Attributes:
         width: Channels of the convolutions.
         depth: Number of convolutions.
-        kernel: Places that a convolution covers along each axis; must be odd.
+        kernel: Places that a convolution covers along each axis; an even number covers one more before a place than
+            after it.
         groups: Groups of the convolutions; they divide `width` and `d2v.model.width`.
         residual: Add a convolution's input to its output where both have as many channels.
         projection: Layers of the map to the encoder's width, 1 or 2; two have a GELU between them.
@@ -43,8 +44,6 @@ class DecoderConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
-        if self.kernel % 2 == 0:
-            problems.append(Problem("kernel", "be odd", self.kernel))
         if self.width % self.groups:
             problems.append(Problem("groups", f"divide `width` ({self.width})", self.groups))
         if self.projection == 2 and int(self.width * self.projection_ratio) < 1:

@@ -138,14 +138,17 @@ class LossConfig(Section):
         beta: Error at which the loss turns from quadratic to linear; 0 is the squared error.
         channel_reduction: A place's loss is the "sum" over the channels, their "mean", or the sum over the root of
             their number ("rsqrt").
+        scale: Factor of the loss. With an optimizer that scales gradients itself, as AdamW, and without clipping, it
+            changes only what is logged.
     """
 
     beta: float = Field(default=2.0, ge=0, le=1e6)
     channel_reduction: Literal["mean", "rsqrt", "sum"] = "mean"
+    scale: float = Field(default=1.0, gt=0, le=1e6)
 
     def divisor(self, width: int) -> float:
-        """Return the divisor of the sum over `width` channels."""
-        return {"mean": width, "rsqrt": width**0.5, "sum": 1}[self.channel_reduction]
+        """Return the divisor of the sum over `width` channels, with `scale`."""
+        return {"mean": width, "rsqrt": width**0.5, "sum": 1}[self.channel_reduction] / self.scale
 
 
 class TeacherConfig(Section):

@@ -309,7 +309,7 @@ def step_sections(model: Mapping[str, Any], kind: Kind, path: str) -> dict[str, 
             "layer_norm": _norm(model, ("layer", "instance", "batch"), "{}_norm_target_layer", where),
             "final_norm": _norm(model, ("layer", "instance"), "{}_norm_targets", where),
         },
-        "loss": {"beta": model.get("loss_beta", 0.0), "channel_reduction": _reduction(model, where)},
+        "loss": {"beta": model.get("loss_beta", 0.0), **_reduction(model, where)},
         "teacher": {
             "decay_start": model.get("ema_decay"),
             "decay_end": model.get("ema_end_decay"),
@@ -327,17 +327,18 @@ def _norm(model: Mapping[str, Any], names: Iterable[str], key: str, where: str) 
     return chosen[0] if chosen else "none"
 
 
-def _reduction(model: Mapping[str, Any], where: str) -> str:
-    """Return `d2v.loss.channel_reduction` for `loss_scale`, None being one over the root of the width."""
+def _reduction(model: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the keys of `d2v.loss` for `loss_scale`, null being one over the root of the width."""
     scale, width = model.get("loss_scale"), model.get("embed_dim")
     if scale is None:
-        return "rsqrt"
+        return {"channel_reduction": "rsqrt"}
+    if not _is_number(scale) or not 0 < scale < math.inf:
+        raise ValueError(f"`loss_scale` in {where} must be null or a number > 0, but is {show(scale)} instead.")
     named = {"sum": 1.0, **({"mean": 1 / width, "rsqrt": width**-0.5} if isinstance(width, int) and width else {})}
     for name, value in named.items():
-        if _is_number(scale) and math.isclose(scale, value, rel_tol=1e-9):
-            return name
-    must = "null, 1, or one over the width or its root"
-    raise ValueError(f"`loss_scale` in {where} must be {must}, but is {show(scale)} instead.")
+        if math.isclose(scale, value, rel_tol=1e-9):
+            return {"channel_reduction": name}
+    return {"channel_reduction": "sum", "scale": scale}
 
 
 def _require(raw: Mapping[str, Any], required: Mapping[str, Any], where: str) -> None:

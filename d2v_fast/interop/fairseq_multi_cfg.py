@@ -120,7 +120,7 @@ def _model(config: Any, kind: Kind, own: Mapping[str, Any], steps: int) -> dict[
     return {
         "_name": "data2vec_multi",
         "loss_beta": loss.beta,
-        "loss_scale": None if loss.channel_reduction == "rsqrt" else 1 / loss.divisor(model.width),
+        "loss_scale": None if (loss.channel_reduction, loss.scale) == ("rsqrt", 1.0) else 1 / loss.divisor(model.width),
         "depth": model.depth,
         "start_drop_path_rate": 0.0,
         "end_drop_path_rate": 0.0,

@@ -113,5 +113,7 @@ class ConvDecoder(nn.Module):
             if is_dense(x, convolution.weight):
                 return convolve_dense(x, convolution.weight, convolution.bias)
             return convolve_sequence(convolution, x)
-        grid: Tensor = convolution(x.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2))
-        return grid.permute(0, 2, 3, 1).flatten(1, 2)
+        size = self.grid_size
+        grid: Tensor = convolution(x.unflatten(1, (size, size)).permute(0, 3, 1, 2))
+        # of an even kernel, the last row and column are left out, as in the published code
+        return grid[..., :size, :size].permute(0, 2, 3, 1).flatten(1, 2)

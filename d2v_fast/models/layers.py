@@ -67,7 +67,8 @@ def convolve_sequence(convolution: nn.Module, x: Tensor) -> Tensor:
     """Apply an `nn.Conv1d` to sequences with channels last, without transposing them.
 
     Args:
-        convolution: of an odd kernel k and any groups, with stride 1 and padding k // 2.
+        convolution: of any kernel k and groups, with stride 1 and padding k // 2. Of an even kernel, the last place is
+            left out, as in the published code.
         x: `[B, T, C]`.
 
     Returns:
@@ -78,7 +79,7 @@ def convolve_sequence(convolution: nn.Module, x: Tensor) -> Tensor:
     image = x[:, None].permute(0, 3, 1, 2)
     padding = (0, convolution.kernel_size[0] // 2)
     y = F.conv2d(image, convolution.weight[:, :, None], convolution.bias, padding=padding, groups=convolution.groups)
-    return y.permute(0, 2, 3, 1)[:, 0]
+    return y.permute(0, 2, 3, 1)[:, 0, : x.shape[1]]
 
 
 class Linear(nn.Linear):

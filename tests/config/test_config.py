@@ -95,7 +95,6 @@ def test_sections_of_another_modality_are_refused() -> None:
     [
         ({"model": {"heads": 7}}, "`d2v.model.heads` must divide `width` (768), but is 7 instead"),
         ({"model": {"position_groups": 5}}, "`d2v.model.position_groups` must divide `width` (768), but is 5"),
-        ({"model": {"position_kernel": 8}}, "`d2v.model.position_kernel` must be odd, but is 8 instead"),
         (
             {"model": {"conv_strides": [5, 2]}},
             "`d2v.model.conv_strides` must hold as many values as `conv_kernels`",

@@ -172,6 +172,22 @@ def test_the_configuration_comes_back(kind: str, tmp_path: Path) -> None:
     assert form.step({"cfg": {"model": model}}, tmp_path) == form.step(case.checkpoint, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("scale", "loss"), [(0.5, ("sum", 0.5)), (1, ("sum", 1.0)), (1 / 32, ("mean", 1.0)), (None, ("rsqrt", 1.0))]
+)
+def test_any_scale_of_the_loss_comes_back(scale: float | None, loss: tuple[str, float], tmp_path: Path) -> None:
+    case = replace(CASES["IMAGE"], model={**CASES["IMAGE"].model, "loss_scale": scale})
+    form, found, config = config_of(case, saved(case, tmp_path))
+    assert (config.loss.channel_reduction, config.loss.scale) == loss
+    assert config.loss.divisor(32) == pytest.approx(32**0.5 if scale is None else 1 / scale)
+    form.write(found.student, found.head, found.teacher, config, tmp_path / "again.pt")
+    assert torch.load(tmp_path / "again.pt", weights_only=True)["cfg"]["model"]["loss_scale"] == scale
+    for wrong in (0, -1.0, "a"):
+        bad = replace(case, model={**case.model, "loss_scale": wrong})
+        with pytest.raises(ValueError, match=r"`loss_scale` in the `cfg` of .* must be null or a number > 0"):
+            config_of(bad, saved(bad, tmp_path))
+
+
 def flat(section: dict[str, Any], front: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in section.items():

@@ -128,7 +128,6 @@ def test_a_batch_of_the_first_version_is_refused() -> None:
         ({"mask": {"prob": 0.99}, "model": {"image_size": 64}}, r"leave at least one patch masked and one visible"),
         ({"model": {"width": 90, "heads": 9, "decoder": {"groups": 3, "width": 9}}}, r"multiple of 4"),
         ({"model": {"decoder": {"groups": 5, "width": 20}}}, r"`d2v.model.decoder.groups` must divide `width`"),
-        ({"model": {"decoder": {"kernel": 4}}}, r"`d2v.model.decoder.kernel` must be odd"),
         ({"model": {"layer_scale": 0.1}}, r"layer_scale"),
         ({"modality": "text", "data": {"separate_documents": True}}, r"be false with data2vec 2.0"),
         ({"modality": "speech", "data": {"min_seconds": 0.03}, "mask": {"prob": 0.2}}, r"leave at least one frame"),

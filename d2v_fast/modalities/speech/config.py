@@ -29,7 +29,8 @@ class SpeechModelSection(ModelSection):
         conv_kernels: Kernel size of each front-end convolution, in elements of its input.
         conv_strides: Stride of each front-end convolution, in elements of its input.
         position_depth: Number of positional convolutions.
-        position_kernel: Kernel size of the positional convolutions in frames; must be odd.
+        position_kernel: Kernel size of the positional convolutions in frames; an even one covers one more frame before
+            a place than after it.
         position_groups: Groups of the positional convolutions; must divide `width`.
     """
 
@@ -79,8 +80,6 @@ class SpeechModelSection(ModelSection):
         problems = []
         if self.width % self.position_groups:
             problems.append(Problem("position_groups", f"divide `width` ({self.width})", self.position_groups))
-        if self.position_kernel % 2 == 0:
-            problems.append(Problem("position_kernel", "be odd", self.position_kernel))
         if not 1 <= len(self.conv_kernels) <= 16:
             problems.append(Problem("conv_kernels", "hold 1 to 16 values", self.conv_kernels))
         if len(self.conv_kernels) != len(self.conv_strides):

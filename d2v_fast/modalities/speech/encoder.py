@@ -109,7 +109,8 @@ class ConvPositions(nn.Module):
         for convolution in self.convolutions:
             if is_padding is not None:
                 x = x.masked_fill(is_padding, 0)
-            x = convolution(x.transpose(1, 2)).transpose(1, 2)
+            # an even kernel makes one frame too many
+            x = convolution(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
             x = F.gelu(F.layer_norm(x, x.shape[-1:]))
         return x
 

@@ -1,8 +1,10 @@
 """The text probes: masked words and topics of the sample set, or a user's own labels.
 
 The word probe masks single tokens of held-out blocks and predicts from the encoder's output at each mask which of the
-most frequent words it was. Its baselines are the untrained network and the most frequent word. The topic probe averages
-features over a paragraph; its baseline is a bag of words, which is token counts weighted by rarity.
+most frequent words it was. An encoder of data2vec 2.0 never sees a mask: it encodes the other tokens only, as in its
+training, and its outputs at the two nearest ones, left and right, take the place of the output at the mask. Baselines
+are the untrained network and the most frequent word. The topic probe averages features over a paragraph; its baseline
+is a bag of words, which is token counts weighted by rarity.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from torch import Tensor
 
 from d2v_fast.data.labels import LabeledSet
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task, most_frequent, score
-from d2v_fast.evaluation.features import sequence_features
+from d2v_fast.evaluation.features import evaluating, sequence_features
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
 from d2v_fast.evaluation.probing import Labeled, Probing
 from d2v_fast.files.reading import printable
 from d2v_fast.modalities.text.config import DocumentsConfig
 from d2v_fast.modalities.text.embed import Lines
+from d2v_fast.modalities.text.encoder2 import MaskedTextModel
 from d2v_fast.modalities.text.labels import labeled_texts
 from d2v_fast.modalities.text.reference_pages import TextProbeData, docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
 from d2v_fast.models.student import Student
+from d2v_fast.models.visible import Places
 
 _log = logging.getLogger(__name__)
 
@@ -117,9 +121,7 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: D
     of_words, of_topics = {}, {}
     for name, model in models.items():
         if has_words:
-            outputs = sequence_features(model, masked.tokens, num_places=int, padding=padding)
-            at_masks = [output[place] for output, place in zip(outputs, masked.places, strict=True)]
-            of_words[name] = score(torch.cat(at_masks).numpy(), word, config.probe)
+            of_words[name] = score(word_features(model, masked, padding).numpy(), word, config.probe)
         paragraphs = sequence_features(model, data.tokens, num_places=int, padding=padding)
         of_topics[name] = score(torch.stack([rows.mean(0) for rows in paragraphs]).numpy(), topic, config.probe)
     if has_words:
@@ -127,6 +129,38 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: D
     of_topics[BAG_OF_WORDS] = score(bag_of_words(data.tokens, topic), topic, config.probe)
     reports = {"word": ProbeReport(of_words, config.probe, "masked words")} if has_words else {}
     return ProbeReports({**reports, "topic": ProbeReport(of_topics, config.probe, "topics")})
+
+
+def word_features(model: Student, masked: MaskedWords, padding: int) -> Tensor:
+    """Return the features that a masked word is predicted from, fp32 `[S, D]`, or `[S, 2 D]` of data2vec 2.0."""
+    if isinstance(model, MaskedTextModel):
+        pairs = zip(masked.tokens, masked.places, strict=True)
+        return torch.cat([neighbors_of_masks(model, tokens, places) for tokens, places in pairs])
+    outputs = sequence_features(model, masked.tokens, num_places=int, padding=padding)
+    return torch.cat([output[place] for output, place in zip(outputs, masked.places, strict=True)])
+
+
+@torch.no_grad()
+def neighbors_of_masks(model: MaskedTextModel, tokens: Tensor, masked: Tensor) -> Tensor:
+    """Encode a block without its masked tokens; return the outputs at the nearest others, left and right of each.
+
+    Args:
+        model: The encoder, in any mode, which is restored.
+        tokens: int64 `[T]`; what stands at masked places has no effect.
+        masked: int64 `[N]`, masked places, ascending.
+    Returns:
+        fp32 `[N, 2 D]`, on the CPU. A place without a neighbor on one side has the nearest one twice.
+    """
+    device = next(model.parameters()).device
+    is_visible = torch.ones(len(tokens), dtype=torch.bool)
+    is_visible[masked] = False
+    visible = is_visible.nonzero()[:, 0]
+    with evaluating(model):
+        places = Places(visible[None].to(device), masked.to(device), len(tokens))
+        hidden = model.context(model.embedding(tokens[None].to(device)), None, places).last_hidden[0].float().cpu()
+    right = torch.searchsorted(visible, masked)
+    last = len(visible) - 1
+    return torch.cat((hidden[(right - 1).clamp(0, last)], hidden[right.clamp(0, last)]), dim=1)
 
 
 def bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:

@@ -30,7 +30,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {},
     "averaged": {"position_in_teacher": "averaged", "position_depth": 3, "position_kernel": 3, "layer_drop": 0.2},
     "odd": {"width": 30, "heads": 5, "position_groups": 3, "mlp_ratio": 2.5, "norm_eps": 1e-3, "sample_rate": 8_000},
-    "one_of_each": {"conv_kernels": (9,), "conv_strides": (4,), "position_depth": 1, "depth": 1},
+    "one_of_each": {"conv_kernels": (9,), "conv_strides": (4,), "position_depth": 1, "depth": 1, "position_kernel": 4},
 }
 THEIRS = {
     "hidden_size": 36,
@@ -259,7 +259,7 @@ def test_large_weights_become_several_files(tmp_path: Path) -> None:
         ({"conv_kernel": [10, 3]}, r"`conv_kernel` in .* must be a list of 3 numbers, as `conv_dim` is"),
         ({"conv_stride": [5, 2]}, r"`conv_strides` must hold as many values as `conv_kernels`"),
         ({"conv_kernel": [10, 3, 3]}, r"conv_layers.2.conv.weight` must be \[8, 8, 3\], but is \[8, 8, 2\] instead"),
-        ({"conv_pos_kernel_size": 4}, r"`position_kernel` must be odd"),
+        ({"conv_pos_kernel_size": 4}, r"layers.0.conv.weight` must be \[24, \d+, 4\], but is"),
         ({"num_conv_pos_embeddings": 3}, r"`encoder.pos_conv_embed.layers.2.conv.weight` is missing"),
         ({"num_hidden_layers": 4}, r"`encoder.layers.3.[\w.]+` is missing"),
         ({"num_hidden_layers": 2}, r"`encoder.layers.2.[\w.]+` has no place in this encoder"),

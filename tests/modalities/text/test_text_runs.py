@@ -16,12 +16,13 @@ from d2v_fast.commands.console import main
 from d2v_fast.config import BatchSplit, TextConfig, parse_config
 from d2v_fast.data import batch_maker
 from d2v_fast.modalities.text import probe
-from d2v_fast.modalities.text.probe import masked_words, run_text_probe
+from d2v_fast.modalities.text.probe import masked_words, neighbors_of_masks, run_text_probe
 from d2v_fast.modalities.text.reference_pages import docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
 from d2v_fast.objectives.build import build_model
 from tests.helpers.loaders import make_loader
 from tests.helpers.marks import needs_deepspeed
+from tests.helpers.masked_models import masked_config, random_masked_pair
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_forked, run_here, tiny_file
 from tests.helpers.tokenizer_folders import tokenizer_with_padding_at, unigrams, word_pieces
 
@@ -164,6 +165,23 @@ def test_masked_words(tmp_path: Path, cache: str) -> None:
         assert (tokens == mask_id).sum() == len(places) <= 0.15 * len(tokens)
     again = masked_words(config)
     np.testing.assert_array_equal(again.words, masked.words)
+
+
+def test_masked_words_of_data2vec_2() -> None:
+    """The other tokens alone are encoded, as in training; a masked word is predicted from the nearest of them."""
+    model, _ = random_masked_pair(masked_config("text"))
+    student = model.student.train()
+    tokens, masked = torch.randint(4, 20, (12,)), torch.tensor([0, 4, 5, 11])
+    found = neighbors_of_masks(student, tokens, masked)
+    assert student.training
+    assert torch.equal(found, neighbors_of_masks(student, tokens.index_fill(0, masked, 3), masked))
+    # attention knows positions by their embeddings only
+    kept = torch.tensor([1, 2, 3, 6, 7, 8, 9, 10])
+    embedded = student.embedding(tokens[None])[:, kept]
+    with torch.no_grad():
+        hidden = student.eval().context(embedded).last_hidden[0]
+    pairs = [(0, 0), (2, 3), (2, 3), (7, 7)]
+    torch.testing.assert_close(found, torch.stack([torch.cat((hidden[i], hidden[j])) for i, j in pairs]))
 
 
 @pytest.mark.parametrize("kind", [word_pieces, unigrams], ids=lambda kind: kind.__name__)
