@@ -10,7 +10,8 @@ precision, measured before every pair.
 `base` has the published sizes, `base published` also the published rates of dropout and stochastic depth: the peer
 computes residual branches and multiplies them by zero, ours skips them. `speech` is the published Base model without
 dropout; `speech lean` recomputes norms and GELUs of the convolutions in the backward pass. `... 2.0` are the published
-Base models of data2vec 2.0 without dropout, on samples that are short enough for two cores: 5 s of speech, 128 tokens.
+Base models of data2vec 2.0 without dropout, on samples of the published length: 20 s of speech, 512 tokens. So that a
+step ends within seconds on two cores, speech has 4 of 12 blocks, and text 6. Their arithmetic is listed by part.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ SPEECH = [f"d2v.model.{rate}=0.0" for rate in ("dropout", "attention_dropout", "
 TEXT = ["d2v.model.dropout=0.0", "d2v.model.attention_dropout=0.0", "d2v.data.tokenizer=/none"]
 RATES = ("dropout", "attention_dropout", "context_dropout", "layer_drop", "decoder.dropout")
 NO_RATES = [f"d2v.model.{rate}=0.0" for rate in RATES]
+BLOCKS = ("model.depth", "target.top_k")
 IMAGES2 = [*NO_RATES, "d2v.loss.cls_scale=per_batch", "d2v.loss.cls_weight=0.01"]
-SPEECH2 = [*NO_RATES, f"d2v.data.max_seconds={peers_data2vec2.SECONDS}"]
+SPEECH2 = [*NO_RATES, f"d2v.data.max_seconds={peers_data2vec2.SECONDS}", *(f"d2v.{key}=4" for key in BLOCKS)]
 TEXT2 = [*NO_RATES, "d2v.data.tokenizer=/none", f"d2v.data.block_size={peers_data2vec2.TOKENS}"]
+TEXT2 += [f"d2v.{key}=6" for key in BLOCKS]
 # with the step whose memory is measured, those that the clock ignores
 NUM_WARMUP, NUM_ROUNDS = 2, 5
 LR = 1e-4
@@ -150,11 +153,12 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     if benchmark.stats is None:
         return
     seconds = benchmark.stats.stats.data
-    gflop = useful_gflop(config.d2v, peer, batch, masked)
+    by_part = useful_gflop(config.d2v, peer, batch, masked)
+    gflop = sum(by_part.values())
     gemm, shares = statistics.median(gemm_rates), ours.shares()
     info = benchmark.extra_info
     info |= {"op": "step", "case": f"{case}, batch {batch_size}", **describe_device(device), **quantiles(seconds)}
-    info |= {"peak_bytes": peak, "shares": shares, "dtype": str(ours.engine.compute_dtype)}
+    info |= {"peak_bytes": peak, "shares": shares, "gflop": by_part, "dtype": str(ours.engine.compute_dtype)}
     what, per_sample = peers_of(config.d2v).amount(config.d2v)
     amount = batch_size * per_sample
     info |= {"units_per_s": amount / info["p50_s"], "gflop_per_s": gflop / info["p50_s"], "gemm_gflop_per_s": gemm}
@@ -167,6 +171,8 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
         f"{info['gflop_per_s']:.0f} GFLOP/s of useful arithmetic, "
         f"{info['percent_of_gemm']:.0f} % of a large matrix product's {gemm:.0f}; "
         + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items())
+        + "; arithmetic in GFLOP: "
+        + ", ".join(f"{part} {amount:.0f}" for part, amount in by_part.items())
         + "."
     )
 
@@ -208,12 +214,11 @@ def assert_same_step(config: D2VConfig, ours: OurStep, peer: Any, batch: Batch, 
     peer.student.zero_grad()
 
 
-def useful_gflop(config: D2VConfig, peer: Any, batch: Batch, masked: Tensor) -> float:
-    """Return the arithmetic that loss and gradients of a batch need."""
+def useful_gflop(config: D2VConfig, peer: Any, batch: Batch, masked: Tensor) -> dict[str, float]:
+    """Return the arithmetic that loss and gradients of a batch need; of data2vec 2.0 by part."""
     if isinstance(peer, peers_data2vec2.PeerStep):
-        return sum(peer.useful_flop(batch, masked).values()) / 1e9
-    flop: float = peers_of(config).useful_flop(config, len(batch.inputs), len(batch.rows))
-    return flop / 1e9
+        return {part: flop / 1e9 for part, flop in peer.useful_flop(batch, masked).items()}
+    return {"step": peers_of(config).useful_flop(config, len(batch.inputs), len(batch.rows)) / 1e9}
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:

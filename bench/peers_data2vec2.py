@@ -18,8 +18,8 @@ from d2v_fast.data import Batch
 from d2v_fast.interop.formats import Published
 from d2v_fast.modalities import modality_of
 
-# seconds of speech, a short text: a step of the published sizes ends within seconds on two cores
-SECONDS, TOKENS = 5, 128
+# the published lengths: the longest crop of speech, a block of text
+SECONDS, TOKENS = 20, 512
 UNITS = {"vision": ("images", 1), "speech": ("seconds of sound", SECONDS), "text": ("tokens", TOKENS)}
 
 
