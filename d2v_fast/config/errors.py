@@ -6,6 +6,7 @@ Nothing here imports torch, so that a wrong file is refused at once.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
@@ -177,7 +178,8 @@ def check(
     return None, problems
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+@functools.cache
+def known_keys(model: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
     """Return the dotted names of all keys below `model`, including sections."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
@@ -186,7 +188,7 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
         nested = _section_of(field.annotation)
         if nested is not None:
             keys += known_keys(nested, key)
-    return keys
+    return tuple(keys)
 
 
 def nearest_key(key: str, siblings: Iterable[str], elsewhere: Iterable[str]) -> str:

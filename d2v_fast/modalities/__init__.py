@@ -7,10 +7,12 @@ The registry imports no torch, no numba and no configuration, because the config
 from __future__ import annotations
 
 import difflib
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from d2v_fast.errors import UserError
@@ -148,7 +150,7 @@ def modality_named(name: str) -> Modality[Any]:
 
 def modality_names() -> list[str]:
     """Return the names of all modalities, without importing those of other packages."""
-    return list(dict.fromkeys([*BUILT_IN, *_registered, *(point.name for point in entry_points(group=ENTRY_POINTS))]))
+    return list(dict.fromkeys([*BUILT_IN, *_registered, *(point.name for point in _entry_points(tuple(sys.path)))]))
 
 
 def all_modalities() -> list[Modality[Any]]:
@@ -197,9 +199,15 @@ def build_student(config: D2VConfig) -> Student:
     return student
 
 
+@functools.cache
+def _entry_points(path: tuple[str, ...]) -> EntryPoints:
+    """Return the modalities of other packages; reading the metadata of all that are installed takes milliseconds."""
+    return entry_points(group=ENTRY_POINTS)
+
+
 def _installed(name: str) -> Modality[Any]:
     """Return the record that another package's entry point names."""
-    points = entry_points(group=ENTRY_POINTS, name=name)
+    points = _entry_points(tuple(sys.path)).select(name=name)
     if not points:
         raise ModalityError(f'there is no modality "{name}". {_hint(name)}')
     if len(points) > 1:
