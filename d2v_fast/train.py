@@ -53,7 +53,11 @@ def train_command(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     Raises:
         UserError, OSError: with a message for the user.
     """
-    config = read_config(options, int(os.environ.get("WORLD_SIZE", "1")))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes > 1:
+        # read when torch is imported: its store would print a stack trace of C++ for every request to a lost process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    config = read_config(options, num_processes)
     if options.supervise is not None and not options.dry_run:
         from d2v_fast.training.supervise import supervise
 

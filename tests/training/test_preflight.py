@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 import warnings
@@ -211,3 +212,15 @@ def test_missing_kernels_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> N
         "note: Triton is not installed, CUDA tensors use the slower PyTorch reference: `pip install triton`"
     )
     _library._say_once.cache_clear()
+
+
+def test_traces_of_lost_connections_are_left_out_unless_asked_for(tmp_path: Path, monkeypatch) -> None:
+    file = tiny_file(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    for processes, before, after in (("1", None, None), ("2", None, "ERROR"), ("2", "INFO", "INFO")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+        if before is not None:
+            monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", before)
+        assert run_here("--ds_config", file, "--dry-run") == 0
+        assert os.environ.get("TORCH_CPP_LOG_LEVEL") == after
