@@ -69,8 +69,6 @@ train-text: train ## pre-train on the reference pages of Python
 
 # Python keeps what it compiles, in build/: the tests start many processes, and packages are installed uncompiled
 test: export PYTHONDONTWRITEBYTECODE =
-# two workers have two cores: threads of one would only wait for those of the other
-test: export OMP_NUM_THREADS = 1
 test: export PYTHONPYCACHEPREFIX = $(abspath build/bytecode)
 # two files at a time, so that what the tests of a file share is made once: first those that compute, then, more at a
 # time, those that mostly wait

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# tests that run at the same time share the cores: threads of one worker would only wait for those of the others
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+# as in runs of several processes, which some tests fork
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import torch
 
 from d2v_fast import ops
-
-# tests that run at the same time share the cores
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 # what one test may take of the time of `make test`, 5 minutes of two cores, if it is not marked `slow`
 MOST_COMPUTED_S = 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -22,6 +23,14 @@ def pytest_collection_finish() -> None:
     """Exempt what the imports made from the search for garbage, here and in forked processes."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _disk_in_memory() -> Iterator[None]:
+    """Flush nothing to the disk: tests end processes, not machines, and a run of a few steps waits mostly for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

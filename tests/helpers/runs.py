@@ -155,7 +155,8 @@ def tiny_file(folder: Path, base: dict[str, Any] = TINY, **changes: Any) -> Path
 
 def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> None:
     """Switch off pictures, events, probe and export, which take far longer than the tiny steps."""
-    patch(metrics, "draw_curves", lambda *arguments: None)
+    # the whole method, which imports matplotlib first: in every forked process
+    patch(metrics.RunLog, "draw_curves", lambda self: None)
     patch(metrics, "_tensorboard", lambda *arguments: None)
     patch(metrics, "import_reports", lambda: None)
     patch(evaluation, "has_labels", lambda config: False)
@@ -205,6 +206,8 @@ def import_what_runs_need() -> None:
         "d2v_fast.training.prepare",
         "d2v_fast.modalities.vision.batches",
         "sklearn.datasets",
+        "safetensors.torch",
+        "torch.profiler",
     ):
         importlib.import_module(name)
     block_mask_rows(0, 0, np.arange(2), 4, 9, 2, None, 0.3)

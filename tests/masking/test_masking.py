@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import caching
 
 from d2v_fast.masking import block_mask_reference, block_mask_rows, block_masks
+from d2v_fast.masking._random import compiled
 from tests.helpers.common import assert_same_share
 
 PUBLISHED = (14, 120, 16, None, 0.3)
@@ -137,19 +138,16 @@ def test_bad_ids(ids: np.ndarray) -> None:
         block_mask_rows(0, 0, ids, *PUBLISHED)
 
 
-def test_without_a_folder_for_compiled_code() -> None:
-    script = """
-import numba.core.caching as caching
+def test_without_a_folder_for_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise OSError("read-only")
 
-def refuse(self):
-    raise OSError("read-only")
+    for locator in caching.CacheImpl._locator_classes:
+        monkeypatch.setattr(locator, "ensure_cache_path", refuse)
 
-for locator in caching.CacheImpl._locator_classes:
-    locator.ensure_cache_path = refuse
-import numpy as np
-from d2v_fast.masking import block_mask_rows
-print(block_mask_rows(0, 1, np.array([2]), 4, 10, 4, None, 0.3).tolist())
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(ROWS)
+    def twice(value: int) -> int:
+        return 2 * value
+
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(cache=True)(twice)
+    assert compiled(twice)(4) == 8

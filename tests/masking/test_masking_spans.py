@@ -81,7 +81,7 @@ def _longest_run(masks: np.ndarray) -> np.ndarray:
     ids=str,
 )
 def test_same_distribution_as_reference(options: tuple, min_masks: int, lengths: list, equal_counts: bool) -> None:
-    num_reference, num_compiled = 2000, 10_000
+    num_reference, num_compiled = 2000, 4000
     generator = random.Random(21)
     reference = np.array(
         [span_mask_reference(generator, *options, min_masks, equal_counts, lengths) for _ in range(num_reference)]

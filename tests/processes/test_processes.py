@@ -240,7 +240,7 @@ def test_a_few_kills(modality: str, processes: int, workers: int, tmp_path: Path
 @pytest.mark.parametrize(
     ("count", "options"),
     [
-        (1, {"steps": 6, "most_stops": 2, "most_processes": 2, "modalities": ["speech"]}),
+        (1, {"steps": 6, "most_stops": 2, "most_processes": 2, "modalities": ["images"]}),
         pytest.param(6, {}, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
     ids=["one", "six"],

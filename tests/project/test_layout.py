@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import resource
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from d2v_fast import config
+from tests.helpers.common import run_python
 from tests.helpers.places import ROOT
 
 PACKAGE = ROOT / "d2v_fast"
@@ -83,6 +85,12 @@ def sources() -> list[Path]:
     return [path for path in found if path not in carried()]
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> list[tuple[str, bool]]:
     """Modules that a file imports, and whether at its top level; under `if TYPE_CHECKING` they do not count."""
     found = []
@@ -101,7 +109,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
                     found.append((child.module or "", top))
             visit(child, top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
-    visit(ast.parse(path.read_text()), True)
+    visit(tree(path), True)
     return found
 
 
@@ -148,7 +156,7 @@ def test_only_a_modality_knows_its_configuration():
         # trains a tokenizer, which text alone has
         if name.startswith("d2v_fast.modalities.") or name in ("d2v_fast.config", "d2v_fast.commands.tokenize"):
             continue
-        named = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        named = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)}
         assert not named & classes, f"{name} names {named & classes}"
 
 
@@ -189,11 +197,12 @@ def test_heavy_packages_are_imported_where_they_are_needed():
                 assert package != "torch", name
 
 
+@functools.cache
 def functions() -> list[tuple[str, int, int]]:
     """Name, lines and parameters of every function."""
     found = []
     for path in [*sources(), *carried()]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
                 count = len([one for one in names if one not in ("self", "cls", "ctx")])
@@ -248,23 +257,31 @@ def test_one_stem_per_op(op):
         assert (ROOT / place.format(op)).exists(), place.format(op)
 
 
-def test_ops_import_is_light():
-    """Neither DeepSpeed nor Transformers nor numba, and at most 0.3 s of computing more than torch itself."""
-    code = """
+# each import comes after those above it, in one process
+LIGHT = """
 import sys, time
 import torch
 start = time.process_time()
 import d2v_fast.ops
-seconds = time.process_time() - start
-heavy = {"deepspeed", "transformers", "numba", "pydantic", "triton", "sklearn", "matplotlib"} & set(sys.modules)
-print(seconds, *heavy)
+print(time.process_time() - start)
+heavy = {"deepspeed", "transformers", "sklearn", "matplotlib", "triton", "soundfile", "soxr", "cffi", "tokenizers"}
+heavy |= {"pyarrow", "rich", "fairseq", "torch.distributed.fsdp"}
+print("ops:", *(heavy | {"numba", "pydantic"}) & set(sys.modules))
+import d2v_fast.teacher.average
+print("teacher:", *(heavy | {"numba"}) & set(sys.modules))
+import d2v_fast.data, d2v_fast.modalities.speech.audio, d2v_fast.modalities.text.tasks
+print("data:", *heavy & set(sys.modules))
+import d2v_fast.interop.huggingface, d2v_fast.interop.fairseq, d2v_fast.training.import_weights
+print("formats:", *heavy & set(sys.modules))
 """
+
+
+def test_imports_are_light():
+    """Packages are imported at their first use, and the operations compute for at most 0.3 s more than torch itself."""
     best = float("inf")
     for _ in range(3):
-        seconds, *heavy = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-        assert not heavy
+        seconds, *found = run_python(LIGHT).splitlines()
+        assert found == ["ops:", "teacher:", "data:", "formats:"]
         best = min(best, float(seconds))
         if best <= 0.3:
             break

@@ -91,7 +91,8 @@ def resume_bit_exactly(
     [
         (0, {}),
         pytest.param(1, {}, marks=pytest.mark.slow),
-        (2, {"gradient_accumulation_steps": 2}),
+        # slow: a run of data2vec 2.0 resumes at this stage in every run
+        pytest.param(2, {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
         (3, {"gradient_accumulation_steps": 2}),
         pytest.param(3, {"bf16__enabled": True}, marks=pytest.mark.slow),
         (0, {"fp16": {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 3, "hysteresis": 1}}),
@@ -106,8 +107,8 @@ def resume_bit_exactly(
 )
 def test_resume_is_bit_exact(stage: int, changes: dict[str, Any], tmp_path: Path) -> None:
     """Two processes stop at the end of a shorter schedule with the same rates, and resume."""
-    # every step of ZeRO-3 takes long, and fp16 lowers its scale in the first ones
-    steps, stopped = (9, 6) if "fp16" in changes else (4, 2)
+    # fp16 lowers its scale in the first steps
+    steps, stopped = (9, 6) if "fp16" in changes else (2, 1)
     if "fp16" in changes and not fp16_is_supported():
         pytest.skip("DeepSpeed has no fp16 on this CPU")
     engine = resume_bit_exactly(TINY, stage, changes, (stopped, steps), tmp_path)
@@ -125,7 +126,7 @@ def test_resume_is_bit_exact(stage: int, changes: dict[str, Any], tmp_path: Path
 def test_resume_of_data2vec_2_is_bit_exact(base: dict[str, Any], stage: int, tmp_path: Path) -> None:
     """With dropout, layer drop and noise."""
     # slow: a second and a third modality, with the same code
-    resume_bit_exactly(base, stage, {"gradient_accumulation_steps": 2}, (2, 4), tmp_path)
+    resume_bit_exactly(base, stage, {"gradient_accumulation_steps": 2}, (1, 2), tmp_path)
 
 
 @needs_deepspeed
@@ -140,9 +141,9 @@ def test_resume_with_other_processes_and_stages(
     """A run that changes its number of processes, stage, accumulation and workers keeps the losses of one process.
 
     It sees every sample of an epoch once."""
-    steps, batch = 3, 120
+    steps, batch = 2, 144
     changes = {**smooth, "d2v__schedule__kind": "constant", "train_batch_size": batch}
-    changes |= {"d2v__run__save_every": steps, "optimizer__params__eps": 1e-6}
+    changes |= {"d2v__run__save_every": steps, "d2v__schedule__warmup_steps": steps, "optimizer__params__eps": 1e-6}
     # processes, stage, accumulation, workers
     legs = [(1, 0, 1, 0), (2, 3, 2, 1), (4, 1, 1, 0), (2, 2, 3, 2), (1, 3, 4, 0)]
     total = steps * len(legs)

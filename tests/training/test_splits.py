@@ -20,7 +20,7 @@ from tests.helpers.loaders import make_loader
 from tests.helpers.runs import TINY, TINY_2, TINY_2_SPEECH, TINY_2_TEXT, TINY_SPEECH, TINY_TEXT, tiny_file
 
 # processes and micro-steps of one global batch of 24; steps of samples of unlike length hold fewer, in uneven shares
-SPLITS = [(2, 1), (2, 2), (1, 12)]
+SPLITS = [(2, 2), (1, 12)]
 
 SMOOTH = {"d2v__model__dropout": 0.0, "d2v__model__attention_dropout": 0.0}
 PRE_NORM = {**SMOOTH, "d2v__model__drop_path": 0.25, "d2v__model__depth": 4}

@@ -114,7 +114,7 @@ def test_kill_at_random_moments(tmp_path: Path, uninterrupted) -> None:
     assert run_forked("--ds_config", file, "--run", "run-0", output=output) == [0]
     whole_s = time.monotonic() - started
     draw, delays, finished, killed = random.Random(), [], 0, 0
-    while killed < 8:
+    while killed < 5:
         delays.append(draw.uniform(0, whole_s))
         name = f"run-{finished + 1}"
         resume = ["--resume"] if (tmp_path / "runs" / name).is_dir() else []
