@@ -202,30 +202,28 @@ def test_embed_and_draw_say_what_is_left_out(tmp_path: Path, capsys: pytest.Capt
 def test_check_judges_unreadable_headers_as_training_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12 of 1,500 files are less than 1 % and do not stop a run; of 12 in 1,000, `check` says what `train` says."""
+    """12 of 150 files are less than 10 % and do not stop a run; of 12 in 100, `check` says what `train` says."""
     folder = tmp_path / "recordings"
     folder.mkdir()
     sf.write(folder / "0.wav", noise(0.4), RATE)
-    for i in range(1, 988):
+    for i in range(1, 88):
         (folder / f"{i}.wav").hardlink_to(folder / "0.wav")
     for i in range(12):
         (folder / f"bad{i}.wav").write_bytes(b"")
-    data = {**TINY_SPEECH["d2v"]["data"], "kind": "audio", "path": str(folder)}
+    data = {**TINY_SPEECH["d2v"]["data"], "kind": "audio", "path": str(folder), "max_bad_fraction": 0.1}
     schedule = {"steps": 1, "warmup_steps": 0}
     file = tiny_file(tmp_path, TINY_SPEECH, train_batch_size=2, d2v__schedule=schedule, d2v__data=data)
     refusals = []
     for command in (lambda: main(["check", str(file)]), lambda: run_here(file, "--dry-run"), lambda: run_here(file)):
         assert command() == 1
         refusals.append(capsys.readouterr().err)
-    assert refusals[0].startswith(
-        "error: 12 of 1,000 recordings are unreadable, and `d2v.data.max_bad_fraction` is 0.01"
-    )
+    assert refusals[0].startswith("error: 12 of 100 recordings are unreadable, and `d2v.data.max_bad_fraction` is 0.1")
     assert refusals[0] == refusals[1] == refusals[2]
     assert not (tmp_path / "runs").exists()
-    for i in range(988, 1488):
+    for i in range(88, 138):
         (folder / f"{i}.wav").hardlink_to(folder / "0.wav")
     assert main(["check", str(file)]) == 0
-    assert "left out: 12 unreadable files of 1,500 (0.8 %), such as " in capsys.readouterr().out
+    assert "left out: 12 unreadable files of 150 (8 %), such as " in capsys.readouterr().out
     leave_out_reports(monkeypatch.setattr)
     assert run_here(file, "--run", "r") == 0
     assert len(RunFolder(tmp_path / "runs/r").lines("bad_files.txt")) == 12

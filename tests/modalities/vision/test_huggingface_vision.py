@@ -184,9 +184,9 @@ def test_a_classifier_learns_digits(use_mean_pooling: bool, tmp_path: Path) -> N
         tmp_path, num_labels=10, use_mean_pooling=use_mean_pooling
     )
     digits = load_digits()
-    images = [Image.fromarray(scan.astype(np.uint8)) for scan in digits.images[:100]]
+    images = [Image.fromarray(scan.astype(np.uint8)) for scan in digits.images[:50]]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
-    labels = torch.from_numpy(digits.target[:100])
+    labels = torch.from_numpy(digits.target[:50])
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
