@@ -89,12 +89,14 @@ class OurStep:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         world = World(device.type)
-        self.model = build_model(config.d2v).to(device)
+        self.model = build_model(config.pretraining).to(device)
         self.engine = make_engine(self.model, config.deepspeed, world, decay_1d=config.d2v.decay_1d)
-        self.teacher = Teacher(self.model.student.averaged, config.d2v.teacher, compute_dtype=self.engine.compute_dtype)
+        self.teacher = Teacher(
+            self.model.student.averaged, config.pretraining.teacher, compute_dtype=self.engine.compute_dtype
+        )
         self.clock = StepClock(device, enabled=True)
         self.model.part = self.clock.part
-        self._divisor, self._number = config.d2v.loss.divisor(config.d2v.model.width), 0
+        self._divisor, self._number = config.pretraining.loss.divisor(config.d2v.model.width), 0
         self._step = TrainStep(self.engine, self.teacher, world, divisor=self._divisor, seed=0, clock=self.clock)
 
     def loss(self, batch: Batch) -> Tensor:

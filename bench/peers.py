@@ -98,7 +98,7 @@ class PeerStep:
 
     @torch.no_grad()
     def _average(self) -> None:
-        decay, student = self._config.d2v.teacher.decay_end, self._averaged.state_dict()
+        decay, student = self._config.pretraining.teacher.decay_end, self._averaged.state_dict()
         for name, averaged in self.teacher.state_dict().items():
             averaged.mul_(decay).add_(student[name].float(), alpha=1 - decay)
 
@@ -112,7 +112,7 @@ class PeerStep:
         self._outputs.clear()
         with self.autocast():
             self.teacher(embedded)
-        return [output.float() for output in self._outputs[-self._config.d2v.target.top_k :]]
+        return [output.float() for output in self._outputs[-self._config.pretraining.target.top_k :]]
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the autocast context: bf16 on a GPU."""

@@ -95,7 +95,7 @@ class PeerStep:
             nn.utils.clip_grad_norm_(self._trained, self._config.deepspeed.gradient_clipping)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        published2.average(self.teacher, self.student, self._config.d2v.teacher.decay_end)
+        published2.average(self.teacher, self.student, self._config.pretraining.teacher.decay_end)
 
     def useful_flop(self, batch: Batch, masked: Tensor) -> dict[str, float]:
         """Return `published2.useful_flop` of a batch."""

@@ -113,7 +113,7 @@ class PeerStep(peers.PeerStep):
         target = self.target(batch.inputs, masked)
         with self.autocast():
             prediction = self.student(batch.masked_inputs, masked)
-        loss = F.smooth_l1_loss(prediction.float(), target, beta=self._config.d2v.loss.beta, reduction="none")
+        loss = F.smooth_l1_loss(prediction.float(), target, beta=self._config.pretraining.loss.beta, reduction="none")
         return loss.sum(-1).mean()
 
     def draw_masks(self, num_samples: int, num_places: int) -> None:

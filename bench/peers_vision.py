@@ -95,7 +95,7 @@ class PeerStep(peers.PeerStep):
         """`[N, D]`."""
         with self.autocast():
             states = self.teacher.encoder(pixels, output_hidden_states=True).hidden_states
-        layers = [state[:, 1:].float() for state in states[-self._config.d2v.target.top_k :]]
+        layers = [state[:, 1:].float() for state in states[-self._config.pretraining.target.top_k :]]
         normed = [F.layer_norm(layer, layer.shape[-1:]) for layer in layers]
         average = sum(normed[1:], normed[0]) / len(normed)
         return F.layer_norm(average, average.shape[-1:])[masked]
@@ -105,4 +105,4 @@ class PeerStep(peers.PeerStep):
         target = self.target(batch.inputs, masked)
         with self.autocast():
             prediction = self.student(batch.inputs, masked)
-        return F.smooth_l1_loss(prediction.float(), target, beta=self._config.d2v.loss.beta)
+        return F.smooth_l1_loss(prediction.float(), target, beta=self._config.pretraining.loss.beta)

@@ -1,4 +1,4 @@
-"""Pre-training: the command line and the loop.
+"""Pre-training and fine-tuning: the command line and the loop.
 
     python d2v_fast/train.py --ds_config configs/digits.json
     deepspeed d2v_fast/train.py --ds_config configs/digits.json
@@ -163,20 +163,21 @@ def complete(run: Run, stop: StopRequest) -> None:
         run.log.say(f"{files} {were} replaced by others: {run.folder.path / BAD_FILES}")
     peak = format_bytes(max(run.world.collect(run.memory.bytes())))
     run.log.say(f"peak memory per process: {peak} (maximum over the processes, since the model was built)")
-    if number < run.schedule.num_steps:
+    if number < run.schedule.num_steps and not run.validation.has_stalled():
         command = resume_command(run.folder.path)
         run.log.say(f"stopped on request and saved after step {number}; to continue: {command}")
     else:
-        finish(run)
+        finish(run, number)
 
 
 def loop(run: Run, stop: StopRequest) -> int:
     """Train to the end of the schedule or until asked to stop; returns the number of steps made."""
+    from d2v_fast.evaluation import run as evaluation
     from d2v_fast.files.faults import fault_point
     from d2v_fast.training.metrics import Speed
 
     section, order, clock = run.config.d2v.run, run.loader.order, run.step.clock
-    probe_every = run.config.d2v.probe.every_epochs * order.steps_per_epoch
+    probe_every = evaluation.epochs_between_probes(run.config.d2v) * order.steps_per_epoch
     speed = Speed(order.samples_after(run.start_step))
     number = run.start_step
     run.log.say("making the first batch ...")
@@ -198,15 +199,28 @@ def loop(run: Run, stop: StopRequest) -> int:
         if probe_every and number % probe_every == 0 and not is_last:
             with speed.paused():
                 run_probe(run, number)
-        if number % section.save_every == 0 or is_last or asked_to_stop:
+        is_best = False
+        if run.validation.is_due(number, order.steps_per_epoch, run.schedule.num_steps):
             with speed.paused():
-                run.state.save(number, run.guard.counts(), wait=is_last or asked_to_stop)
+                is_best = validate(run, number)
+        has_stalled = run.validation.has_stalled()
+        if number % section.save_every == 0 or is_last or asked_to_stop or is_best or has_stalled:
+            with speed.paused():
+                run.state.save(number, run.guard.counts(), wait=is_last or asked_to_stop or has_stalled)
                 run.log.draw_curves()
         run.state.advance_save()
         fault_point("step")
-        if asked_to_stop:
+        if asked_to_stop or has_stalled:
             break
     return number
+
+
+def validate(run: Run, step: int) -> bool:
+    """Score the held-out samples, and return whether this step is the best one so far; every process calls it."""
+    entry = run.validation.run(step, run.step.engine, run.step.teacher)
+    is_best = run.validation.best == entry
+    run.state.protect(run.validation.best)
+    return is_best
 
 
 def log_step(run: Run, result: StepResult, speed: Speed) -> Entry:
@@ -214,17 +228,14 @@ def log_step(run: Run, result: StepResult, speed: Speed) -> Entry:
 
     Only here does the loop wait for a GPU.
     """
-    from d2v_fast.training.metrics import loss_and_deviations
-
-    d2v, order, number = run.config.d2v, run.loader.order, result.number
-    width, divisor = d2v.model.width, d2v.loss.divisor(d2v.model.width)
+    order, number, model = run.loader.order, result.number, run.state.model
     sums = run.world.sum(result.sums()).cpu()
     entry = {
         "step": number,
         "epoch": round(number / order.steps_per_epoch, 3),
-        **loss_and_deviations(sums, result.num_rows, width, divisor),
+        **model.logged(sums, result.num_rows),
         "lr": run.schedule.at(number - 1),
-        "decay": run.step.teacher.decay(number),
+        "decay": run.step.teacher.decay(number) if model.teacher_config is not None else None,
         "grad_norm": result.grad_norm.item(),
         "skipped": run.guard.counts().skipped,
         "samples": order.samples_after(number),
@@ -248,9 +259,9 @@ def run_probe(run: Run, step: int) -> str | None:
 
     from d2v_fast.evaluation import run as evaluation
 
-    d2v, is_last = run.config.d2v, step == run.schedule.num_steps
-    if not evaluation.has_labels(d2v):
-        if is_last:
+    d2v, is_last = evaluation.probed(run.config.d2v), step == run.schedule.num_steps
+    if d2v is None or not evaluation.has_labels(d2v):
+        if d2v is not None and is_last:
             run.log.say(evaluation.advice(d2v, run.folder.path))
         return None
 
@@ -275,9 +286,12 @@ def run_probe(run: Run, step: int) -> str | None:
     return table
 
 
-def finish(run: Run) -> None:
-    """Judge the run, report its profile, export the student, probe it, and mark the run as finished.
+def finish(run: Run, step: int) -> None:
+    """Judge the run, report its profile, export the encoder, probe it, and mark the run as finished.
 
+    Args:
+        run: The run.
+        step: Its last step, which may be earlier than that of the schedule if it has stalled.
     Raises:
         RunError: the run has collapsed.
     """
@@ -292,13 +306,14 @@ def finish(run: Run) -> None:
         run.log.say(str(run.step.clock))
         if run.step.engine.captured:
             run.log.say("`--set d2v.run.cuda_graph=false` measures the parts of a graph, without one")
-    step = run.schedule.num_steps
-    run.log.say("exporting the student ...")
-    run.world.decide(lambda: run.log.say(export_student(run.folder.path)))
-    table = run_probe(run, step)
+    best = run.validation.best
+    run.log.say("exporting the student ..." if best is None else "exporting the best model ...")
+    chosen = None if best is None else int(best["step"])
+    run.world.decide(lambda: run.log.say(export_student(run.folder.path, step=chosen)))
+    result = {"step": step, **({"probe": run_probe(run, step)} if best is None else run.validation.result())}
     if run.world.is_first:
         # marks the run as finished
-        run.folder.write_json("result.json", {"step": step, "probe": table})
+        run.folder.write_json("result.json", result)
     run.log.say(f"run folder: {run.folder.path}")
 
 

@@ -121,8 +121,11 @@ def configuration() -> str:
     objectives = {name: modality_named(name).objectives for name in BUILT_IN}
     models = {name: of_name[DEFAULT_OBJECTIVE].config for name, of_name in objectives.items()}
     for name, of_name in objectives.items():
-        others = {key: one.config for key, one in of_name.items() if key != DEFAULT_OBJECTIVE}
-        models |= {f"{name} {key}": model for key, model in others.items()}
+        for key, one in of_name.items():
+            by_encoder = getattr(one.config, "by_encoder", {})
+            models |= {f"{name} {key} of {encoder}": model for encoder, model in by_encoder.items()}
+            if key != DEFAULT_OBJECTIVE and not by_encoder:
+                models[f"{name} {key}"] = one.config
     lines = ["## DeepSpeed's keys", ""]
     lines += section_lines(DeepSpeedConfig, "", {})
     for path, model in nested(DeepSpeedConfig, ""):
@@ -131,20 +134,20 @@ def configuration() -> str:
     known = [shown(one) for one in dict.fromkeys(key for of_name in objectives.values() for key in of_name)]
     rows = [Key("modality", ", ".join(map(shown, objectives)), shown(DEFAULT_MODALITY), descriptions["modality"])]
     rows += [Key("objective", ", ".join(known), shown(DEFAULT_OBJECTIVE), descriptions["objective"])]
-    first = next(iter(models.values()))
-    plain = {name for name, field in first.model_fields.items() if section_of(field.annotation) is None}
-    rows += [
-        key_of(name, first.model_fields[name], "d2v", models, descriptions[name])
-        for name in first.model_fields
-        if name in plain - {"modality", "objective"}
-    ]
-    lines += ["## `d2v`", "", intro, "", *table(rows), ""]
-    for name in first.model_fields:
-        if name not in plain:
-            lines += _sections(
-                f"d2v.{name}", {label: model.model_fields[name].default for label, model in models.items()}
-            )
-    return "\n".join(lines)
+    sections = []
+    for name in dict.fromkeys(name for model in models.values() for name in model.model_fields):
+        having = {label: model for label, model in models.items() if name in model.model_fields}
+        first = next(iter(having.values()))
+        if section_of(first.model_fields[name].annotation) is not None:
+            defaults = {label: model.model_fields[name].default for label, model in having.items()}
+            sections += _sections(f"d2v.{name}", defaults)
+        elif name == "encoder":
+            versions = dict.fromkeys(shown(model.model_fields[name].default) for model in having.values())
+            rows.append(Key(name, ", ".join(versions), shown(DEFAULT_OBJECTIVE), described(first)[1][name]))
+        elif name not in ("modality", "objective"):
+            about = descriptions.get(name) or described(first)[1][name]
+            rows.append(key_of(name, first.model_fields[name], "d2v", having, about))
+    return "\n".join([*lines, "## `d2v`", "", intro, "", *table(rows), "", *sections])
 
 
 def _sections(path: str, defaults: Mapping[str, BaseModel]) -> list[str]:

@@ -20,7 +20,7 @@ from d2v_fast.checkpoints.shard_files import DamageError
 from d2v_fast.config import ConfigError, D2VConfig, check_d2v
 from d2v_fast.config.model_paths import explain
 from d2v_fast.errors import OptionError
-from d2v_fast.modalities import build_student, modality_of
+from d2v_fast.modalities import build_student, encoder_of
 from d2v_fast.models.student import Student
 from d2v_fast.models.weights import require_finite
 
@@ -52,8 +52,15 @@ class SavedWeights(Mapping[str, Tensor]):
         self._saved = {
             name.removeprefix("student/student."): name for name in shapes if name.startswith("student/student.")
         }
-        if weights == "teacher":
-            averages = [name for name in shapes if name.startswith("teacher/")]
+        self._heads = "student/head."
+        averages = [name for name in shapes if name.startswith("teacher/")]
+        if weights == "teacher" and any(name.startswith("teacher/student.") for name in averages):
+            # the average of encoder and head
+            self._heads = "teacher/head."
+            self._saved = {
+                name.removeprefix("teacher/student."): name for name in averages if not name.startswith(self._heads)
+            }
+        elif weights == "teacher":
             self._saved |= {averaged_prefix + name.removeprefix("teacher/"): name for name in averages}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -69,8 +76,8 @@ class SavedWeights(Mapping[str, Tensor]):
         return len(self._saved)
 
     def head(self) -> dict[str, Tensor]:
-        """Read the regression head's tensors, by their names in it."""
-        prefix = "student/head."
+        """Read the head's tensors, by their names in it."""
+        prefix = self._heads
         names = [name for name in self._reader.shapes if name.startswith(prefix)]
         return {name.removeprefix(prefix): self._reader.whole(name) for name in names}
 
@@ -151,7 +158,7 @@ def encoder_weights(checkpoint: Checkpoint, config: D2VConfig, weights: str) -> 
         config: The run's.
         weights: "student" or "teacher".
     """
-    return SavedWeights(checkpoint, weights, modality_of(config).encoder().averaged_prefix())
+    return SavedWeights(checkpoint, weights, encoder_of(config).averaged_prefix())
 
 
 def load_encoder(checkpoint: Checkpoint, config: D2VConfig, weights: str) -> Student:

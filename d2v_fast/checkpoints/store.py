@@ -106,7 +106,11 @@ class Checkpoints:
         keep: Number of complete checkpoints to keep.
         world: The processes of the run. The first one names and finishes checkpoints; all agree on errors.
         say: Prints a line in the first process.
+    Attributes:
+        protected: Step of a checkpoint that is kept, however many newer ones there are.
     """
+
+    protected: int | None = None
 
     def __init__(self, folder: Path, keep: int, world: World, say: Callable[[str], None] = print) -> None:
         self.folder = folder
@@ -261,7 +265,7 @@ class Checkpoints:
         fault_point("save.retention")
         older = [step for step in self.steps() if step < newest]
         kept = [step for step in older if (self.folder / f"step-{step}" / MANIFEST).exists()][: self.keep - 1]
-        for old in sorted(set(older) - set(kept), reverse=True):
+        for old in sorted(set(older) - {*kept, self.protected}, reverse=True):
             folder = self.folder / f"step-{old}"
             if self._holds_others(folder):
                 continue

@@ -31,7 +31,17 @@ def tool_parser() -> argparse.ArgumentParser:
         )
 
     for add_command in (
-        *(_add_train, _add_check, _add_probe, _add_embed, _add_export, _add_draw, _add_import, _add_tokenize),
+        *(
+            _add_train,
+            _add_finetune,
+            _add_check,
+            _add_probe,
+            _add_embed,
+            _add_export,
+            _add_draw,
+            _add_import,
+            _add_tokenize,
+        ),
         *(_add_bench, _add_presets, _add_doctor),
     ):
         add_command(add)
@@ -47,6 +57,32 @@ def _add_train(add: _Add) -> None:
     )
     add_train_options(train)
     add_version_option(train)
+
+
+def _add_finetune(add: _Add) -> None:
+    finetune = add(
+        "finetune",
+        "fine-tune a pre-trained encoder on labeled data",
+        "Train an encoder with a new head on labeled samples, score held-out ones, and keep the best checkpoint. It is "
+        "`train` with a configuration of fine-tuning, and has the same options.",
+        "finetune runs/digits-1 --ds_config configs/finetune_digits.json --run mine",
+    )
+    finetune.add_argument(
+        "source",
+        type=path_argument,
+        metavar="SOURCE",
+        nargs="?",
+        help="a run, one of its checkpoints, an export, a Transformers folder, or a .pt or .pth of the published code "
+        "(default: d2v.finetune.source; with --resume none is needed)",
+    )
+    finetune.add_argument(
+        "--weights", choices=("student", "teacher"), default=None, help="whose weights of SOURCE (default: student)"
+    )
+    finetune.add_argument(
+        "--step", type=int, default=None, metavar="N", help="step of the checkpoint of SOURCE (default: newest)"
+    )
+    add_train_options(finetune, file=False)
+    add_version_option(finetune)
 
 
 def _add_check(add: _Add) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2v_fast.cli.arguments import count_argument, path_argument
 from d2v_fast.cli.run import is_first_process
@@ -41,17 +41,21 @@ def train_parser() -> argparse.ArgumentParser:
     return result
 
 
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of training, which `d2v_fast/train.py` and `d2v-fast train` share."""
-    parser.add_argument(
-        "file",
-        type=path_argument,
-        metavar="FILE",
-        nargs="?",
-        help="JSON file with DeepSpeed's keys and a d2v section, or the name of a preset (with --resume the default is "
-        "the configuration of the run)",
-    )
-    parser.add_argument("--ds_config", type=path_argument, metavar="FILE", help="the same, for DeepSpeed's launcher")
+def add_train_options(parser: argparse.ArgumentParser, *, file: bool = True) -> None:
+    """Add the options of training, which `d2v_fast/train.py`, `d2v-fast train` and `d2v-fast finetune` share.
+
+    Args:
+        parser: receives them.
+        file: whether the file may be named without an option.
+    """
+    about = "JSON file with DeepSpeed's keys and a d2v section, or the name of a preset (with --resume the default is "
+    about += "the configuration of the run)"
+    if file:
+        parser.add_argument("file", type=path_argument, metavar="FILE", nargs="?", help=about)
+    else:
+        parser.set_defaults(file=None)
+    also = "the same, for DeepSpeed's launcher" if file else about
+    parser.add_argument("--ds_config", type=path_argument, metavar="FILE", help=also)
     add_overrides(parser)
     # torchrun takes every --run for the beginning of its own --run-path, before and after the script
     parser.add_argument(
@@ -110,7 +114,12 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
     if options.profile:
         overrides.append("d2v.run.profile=true")
     if file is not None:
-        config = load_config(file, overrides, num_processes)
+
+        def written(folder: Path) -> dict[str, Any] | None:
+            is_run = options.resume and (folder / "config.json").is_file()
+            return saved_config(folder, warn=False) if is_run else None
+
+        config = load_config(file, overrides, num_processes, written)
     elif options.resume and options.run is not None:
         folder = _runs_folder(overrides) / options.run
         if not os.path.lexists(folder / "config.json") and not (folder / "checkpoints").is_dir():

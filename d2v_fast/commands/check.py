@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, load_config
-from d2v_fast.config.data2vec2 import MultiMaskSection
+from d2v_fast.config.data2vec2 import num_masks_of
 from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
 from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, step_order, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
@@ -29,8 +29,9 @@ from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
 from d2v_fast.memory.predict import predict
 from d2v_fast.modalities import modality_of
-from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.build import build_objective
 from d2v_fast.teacher import Teacher
+from d2v_fast.teacher.none import NoTeacher
 from d2v_fast.training.describe import describe
 from d2v_fast.training.engine import PlainEngine, compute_dtype, import_engine
 from d2v_fast.training.learning_rate import LearningRate
@@ -119,7 +120,7 @@ def _require_memory(config: RunConfig, dtype: torch.dtype, device: torch.device)
     """Raise a RunError if one process cannot hold the model. The system would kill it without a message."""
     needed = predict(config, 1, dtype, device.type).device_peak
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    several = isinstance(config.d2v.mask, MultiMaskSection) and config.d2v.mask.num_masks > 1
+    several = (num_masks_of(config.d2v) or 1) > 1
     fewer = "take fewer masks per sample (`d2v.mask.num_masks`), " if several else ""
     if free is not None and needed > free:
         raise RunError(
@@ -156,14 +157,16 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
     import_engine(config.deepspeed, world)
     memory = PeakMemory(device)
     torch.manual_seed(d2v.run.seed)
-    model = build_model(d2v).to(device)
-    copied = copy.deepcopy(model.student.averaged)
-    engine = PlainEngine(model, config.deepspeed, world, decay_1d=d2v.decay_1d)
+    model = build_objective(d2v).to(device)
+    copied = None if model.teacher_config is None else copy.deepcopy(model.averaged)
+    engine = PlainEngine(model, config.deepspeed, world, decay_1d=d2v.decay_1d, rates=model.rates())
     # a step at rate 0 changes nothing but allocates the optimizer's moments, which a run holds beside the activations
     # from its second step on
     engine.step(0.0)
-    teacher = Teacher(model.student.averaged, d2v.teacher, compute_dtype=engine.compute_dtype, module=copied)
-    divisor = d2v.loss.divisor(d2v.model.width)
+    teacher: Teacher = NoTeacher()
+    if model.teacher_config is not None:
+        teacher = Teacher(model.averaged, model.teacher_config, compute_dtype=engine.compute_dtype, module=copied)
+    divisor = model.divisor
     train_step = TrainStep(engine, teacher, world, divisor=divisor, seed=d2v.run.seed)
     order = step_order(maker, split, seed=d2v.run.seed)
     losses, batches, times = [], [], []
@@ -175,7 +178,7 @@ def _try(config: RunConfig, world: World, maker: BatchMaker, split: BatchSplit, 
         batch = made.to(device)
         _wait(device)
         has_data = time.perf_counter()
-        num_rows = max(1, len(batch.rows))
+        num_rows = max(1, model.rows_of(batch))
         output = train_step.add_gradient(step, 0, batch, num_rows, moments=False)
         _wait(device)
         has_gradient = time.perf_counter()
@@ -241,7 +244,7 @@ def _about(batches: list[Batch], config: D2VConfig, what: str) -> str:
         masked += len(batch.rows)
         masks = batch.num_masks
     names = modality_of(config).places
-    hidden = f"{100 * masked / (masks * (places - padding)):.1f} % of the others masked"
+    hidden = f"{100 * masked / (masks * (places - padding)):.1f} % of the others masked" if masked else "none masked"
     each = "" if masks == 1 else f" in each of {masks} masks per sample"
     line = (
         f"batch           {samples / len(batches):.3g} {what}s, {places / samples:.3g} {names} each: "

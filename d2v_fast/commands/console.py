@@ -43,6 +43,12 @@ def _train(options: argparse.Namespace) -> int:
     return train_command(options, options.words)
 
 
+def _finetune(options: argparse.Namespace) -> int:
+    from d2v_fast.commands.finetune import finetune
+
+    return finetune(options)
+
+
 def _check(options: argparse.Namespace) -> int:
     from d2v_fast.commands.check import check
 
@@ -163,6 +169,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 _WORK: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "finetune": _finetune,
     "check": _check,
     "probe": _probe,
     "embed": _embed,

@@ -16,8 +16,7 @@ from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, re
 from d2v_fast.errors import DataError, OptionError
 from d2v_fast.figures.sheet import MAX_COUNT, save_figure
 from d2v_fast.files.outputs import require_file, require_writable
-from d2v_fast.modalities import all_modalities, modality_of
-from d2v_fast.objectives.build import build_model
+from d2v_fast.modalities import all_modalities, build_student, modality_of
 
 
 def draw(
@@ -58,7 +57,7 @@ def draw(
     with open_checkpoint(run_folder) as checkpoint:
         trained, step = load_encoder(checkpoint, config, weights), checkpoint.step
     torch.manual_seed(config.run.seed)
-    models = {"untrained": build_model(config).student, f"{weights},\nstep {step:,}": trained}
+    models = {"untrained": build_student(config), f"{weights},\nstep {step:,}": trained}
     try:
         figure = modality.draw(models, config, data, count, run_folder.resolve().name)
     except DataError as error:

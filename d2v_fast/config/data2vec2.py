@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from d2v_fast.config.errors import MAX_SIZE, Problem, Section, problem_of_heads, refuse_if
-from d2v_fast.config.schema import LossConfig, ModelSection
+from d2v_fast.config.schema import D2VConfig, LossConfig, ModelSection, PretrainConfig
 
 
 class DecoderConfig(Section):
@@ -114,6 +114,12 @@ class MultiMaskSection(Section):
 
     num_masks: int = Field(default=8, ge=1, le=1024)
     prob: float = Field(default=0.5, gt=0, lt=1)
+
+
+def num_masks_of(config: D2VConfig) -> int | None:
+    """Return the masks per sample of a run; None if its objective has no such key."""
+    mask = config.mask if isinstance(config, PretrainConfig) else None
+    return mask.num_masks if isinstance(mask, MultiMaskSection) else None
 
 
 class ClassTokenLossConfig(LossConfig):

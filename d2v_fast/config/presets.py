@@ -21,6 +21,7 @@ _ABOUT = {
     "digits": ("451 k", "first run: the handwritten digits of scikit-learn, in minutes"),
     "digits2": ("448 k", "the same with data2vec 2.0"),
     "digits_long": ("563 k", "the same for 20 minutes; better than raw pixels"),
+    "finetune_digits": ("451 k", "classify the handwritten digits, from the run of `digits` or `digits2`"),
     "images_small": ("2.75 M", "a folder of your own images, on one GPU (or slowly on a CPU)"),
     "speech": ("2.55 M", "300 spoken words that come with this library"),
     "speech2": ("2.55 M", "the same with data2vec 2.0"),

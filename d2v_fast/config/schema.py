@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -31,6 +31,7 @@ from d2v_fast.config.errors import (
     say,
 )
 from d2v_fast.config.file import apply_overrides, changed_keys, configuration_file, read_sections
+from d2v_fast.config.guard import GuardConfig, StepGuardConfig
 from d2v_fast.config.probe import ProbeConfig
 from d2v_fast.config.run import RunSection
 from d2v_fast.config.schedule import ScheduleConfig
@@ -47,10 +48,12 @@ __all__ = [
     "GuardConfig",
     "LossConfig",
     "ModelSection",
+    "PretrainConfig",
     "ProbeConfig",
     "RunConfig",
     "RunSection",
     "ScheduleConfig",
+    "StepGuardConfig",
     "TargetConfig",
     "TeacherConfig",
     "apply_overrides",
@@ -172,46 +175,19 @@ class TeacherConfig(Section):
         return self
 
 
-class GuardConfig(Section):
-    """When a run stops itself. Runs of fewer than 20 steps are not judged for collapse.
-
-    Attributes:
-        after_steps: Optimizer steps before a run is judged for collapse; a shorter run is judged after two thirds, and
-            every run at its end.
-        min_target_std: The run has collapsed when the standard deviation of the targets is below; 0 disables the check.
-        min_prediction_std: The same for the predictions.
-        nonfinite: A NaN or infinite loss or gradient: "skip" leaves the step out, "stop" ends the run. Neither changes
-            any weight.
-        nonfinite_patience: With "skip": so many such steps in a row end the run.
-        loss_spike: Log a warning when the loss exceeds this multiple of its running median; null disables the check.
-    """
-
-    after_steps: int = Field(default=5000, ge=0, le=MAX_STEPS)
-    min_target_std: float = Field(default=0.1, ge=0, le=1e6)
-    min_prediction_std: float = Field(default=0.01, ge=0, le=1e6)
-    nonfinite: Literal["skip", "stop"] = "skip"
-    nonfinite_patience: int = Field(default=3, ge=1, le=10**6)
-    loss_spike: float | None = Field(default=None, gt=1, le=1e6)
-
-
 class D2VConfig(Section):
-    """The `"d2v"` section. Each modality has a subclass with its own sections and defaults.
+    """The `"d2v"` section of any run. Each objective of a modality has a subclass with its own sections and defaults.
 
     Attributes:
         modality: Kind of the data, which decides the encoder and the sections below.
-        objective: Version of the method, which decides them as well: "data2vec" (arXiv 2202.03555) or "data2vec2"
-            (arXiv 2212.07525).
+        objective: What the run learns, which decides them as well: "data2vec" (arXiv 2202.03555) and "data2vec2"
+            (arXiv 2212.07525) pre-train an encoder; the others fine-tune one.
         decay_1d: Apply `optimizer.params.weight_decay` to 1-D parameters (biases, norms, LayerScale, the class token),
             as the published speech and text recipes do.
         model: The encoder.
-        mask: Which places the student does not see.
-        target: What the student regresses.
-        loss: How prediction and target are compared.
-        teacher: The moving average.
         schedule: Learning rate and length of the run.
         data: The data set.
         guard: When a run stops itself.
-        probe: How the features are probed.
         run: The run folder, checkpoints and time-outs.
     """
 
@@ -221,15 +197,15 @@ class D2VConfig(Section):
     objective: str = DEFAULT_OBJECTIVE
     decay_1d: bool = False
     model: ModelSection
-    mask: Section
-    target: TargetConfig
-    loss: LossConfig
-    teacher: TeacherConfig
     schedule: ScheduleConfig
     data: DataSection
-    guard: GuardConfig = GuardConfig()
-    probe: ProbeConfig = ProbeConfig()
+    guard: StepGuardConfig = StepGuardConfig()
     run: RunSection = RunSection()
+
+    @classmethod
+    def chosen(cls, raw: Mapping[str, Any]) -> type[Self]:
+        """Return the class of a section with these keys: this one, or a subclass."""
+        return cls
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -239,10 +215,7 @@ class D2VConfig(Section):
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
         """Yield problems between `sections`, which are valid themselves and given by name."""
-        model, target = sections.get("model"), sections.get("target")
-        if model and target and target.top_k > model.depth:
-            hint = "The model has no more blocks to average: lower it, or raise `d2v.model.depth`."
-            yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
+        yield from ()
 
     def problems_of_a_run(self) -> list[Problem]:
         """Return problems that matter only for training."""
@@ -269,6 +242,34 @@ class D2VConfig(Section):
         }
 
 
+class PretrainConfig(D2VConfig):
+    """The `"d2v"` section of pre-training.
+
+    Attributes:
+        mask: Which places the student does not see.
+        target: What the student regresses.
+        loss: How prediction and target are compared.
+        teacher: The moving average.
+        probe: How the features are probed.
+    """
+
+    mask: Section
+    target: TargetConfig
+    loss: LossConfig
+    teacher: TeacherConfig
+    guard: GuardConfig = GuardConfig()
+    probe: ProbeConfig = ProbeConfig()
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        """See `D2VConfig`."""
+        yield from super().problems_across(sections)
+        model, target = sections.get("model"), sections.get("target")
+        if model and target and target.top_k > model.depth:
+            hint = "The model has no more blocks to average: lower it, or raise `d2v.model.depth`."
+            yield Problem("target.top_k", f"be in [1, {model.depth}]", target.top_k, hint)
+
+
 def check_d2v(raw: Any, also: Iterable[str] = ()) -> tuple[D2VConfig | None, list[str]]:
     """Return the `"d2v"` section of a file, or None, and every problem as a sentence; `also` as for `check`."""
     section, problems = _section_of(raw)
@@ -290,7 +291,7 @@ def _section_of(raw: Any) -> tuple[type[D2VConfig] | None, list[str]]:
     try:
         objectives = modality_named(name).objectives
         if isinstance(objective, str) and objective in objectives:
-            return objectives[objective].config, []
+            return objectives[objective].config.chosen(given), []
         known = " or ".join(f'"{one}"' for one in objectives)
         return None, [say(Problem("d2v.objective", f'be {known} with modality "{name}"', objective))]
     except ModalityError as error:
@@ -319,6 +320,13 @@ class RunConfig(Section):
 
     deepspeed: DeepSpeedConfig
     d2v: D2VConfig
+
+    @property
+    def pretraining(self) -> PretrainConfig:
+        """The section `d2v` of a run that pre-trains; TypeError for any other."""
+        if not isinstance(self.d2v, PretrainConfig):
+            raise TypeError(f'`d2v.objective` "{self.d2v.objective}" does not pre-train.')
+        return self.d2v
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the file: DeepSpeed's keys as given, `"d2v"` with all defaults."""
@@ -349,30 +357,59 @@ class RunConfig(Section):
     def digest(self) -> str:
         """Return the SHA-256 of the keys that affect results: not the run's name, folder, logging or probes."""
         content = self.to_dict()
-        del content["d2v"]["probe"]
+        content["d2v"].pop("probe", None)
         for section, keys in _WITHOUT_RESULT.items():
             for key in keys:
                 del content["d2v"][section][key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = (), world_size: int = 1) -> RunConfig:
+def load_config(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    world_size: int = 1,
+    written: Callable[[Path], Mapping[str, Any] | None] = lambda folder: None,
+) -> RunConfig:
     """Read a configuration file, apply overrides, and validate it.
 
     Args:
         path: JSON file, or the name of a preset if there is no such file.
         overrides: `dotted.key=value` each; the value is JSON, or else text.
         world_size: number of processes, for the batch sizes.
+        written: from a run's folder to the configuration that it has written, if it is resumed. It need not read again
+            the weights that the run began with.
     Raises:
         ConfigError: with every problem of the file.
     """
-    return parse_config(apply_overrides(_read(path), overrides), world_size, source=str(path))
+    raw = _filled(apply_overrides(_read(path), overrides), str(path), written)
+    return parse_config(raw, world_size, source=str(path))
 
 
 def with_earlier_values(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved configuration, with the values that older runs used for keys they lack."""
     d2v = saved.get("d2v")
     return {**saved, "d2v": {**EARLIER_VALUES, **d2v}} if isinstance(d2v, dict) else dict(saved)
+
+
+def _filled(raw: dict[str, Any], source: str, written: Callable[[Path], Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Return a file's content with what follows from the weights that the run is to begin with; see `Modality`."""
+    d2v = raw.get("d2v")
+    if not isinstance(d2v, dict) or _section_of(d2v)[0] is None:
+        return raw
+    name, objective = d2v.get("modality", DEFAULT_MODALITY), d2v.get("objective", DEFAULT_OBJECTIVE)
+    fill = modality_named(name).objectives[objective].filled
+    if fill is None:
+        return raw
+    run = d2v.get("run", {})
+    found = written(Path(str(run.get("dir", "runs"))) / str(run.get("name")))
+    saved = {} if found is None else found.get("d2v", {})
+    if "encoder" in saved and isinstance(saved.get("model"), dict):
+        filled = {key: saved[key] for key in ("encoder", "labels") if key in saved}
+        return {**raw, "d2v": {**filled, **d2v, "model": {**saved["model"], **d2v.get("model", {})}}}
+    try:
+        return {**raw, "d2v": fill(d2v)}
+    except (OSError, ValueError) as error:
+        raise ConfigError([str(error)], source) from error
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one process, without labels.
+    """One micro-batch of one process.
 
     Attributes:
         inputs: Normalized pixels fp32 `[B, C, H, W]`, or with a `scale` levels uint8; normalized waveforms fp32
@@ -67,6 +67,9 @@ class Batch:
         num_rows: 0-d int64, how many of `rows` count; the others are padding. `None` means all.
         scale: How `to` normalizes `inputs`, on the device that trains: levels take a quarter of the memory and of the
             copies. `None` means that they are normalized.
+        targets: What a head should answer: classes int64 `[B]` or their shares fp32 `[B, C]`, scores fp32 `[B]`, or for
+            CTC labels int64 `[sum of target_lengths]`. `None`: there are no labels, as in pre-training.
+        target_lengths: int64 `[B]`, labels of each sample, for CTC.
     """
 
     inputs: Tensor
@@ -83,6 +86,8 @@ class Batch:
     noise_keys: Tensor | None = None
     num_rows: Tensor | None = None
     scale: Scale | None = None
+    targets: Tensor | None = None
+    target_lengths: Tensor | None = None
 
     @property
     def num_masks(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import PretrainConfig
 from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.labels import MIN_PER_CLASS, split
 from d2v_fast.data.listing import counted
@@ -25,7 +25,7 @@ MOST_FREQUENT = "most frequent class"
 _CHUNK = 64
 
 
-def describe_labeled(config: D2VConfig) -> list[str]:
+def describe_labeled(config: PretrainConfig) -> list[str]:
     """Return lines that say which samples a probe of `d2v.probe.path` will use and leave out.
 
     Raises:
@@ -35,7 +35,9 @@ def describe_labeled(config: D2VConfig) -> list[str]:
     return kind.find("`d2v.probe.path`").describe(kind.what)
 
 
-def run_labeled_probe(models: Mapping[str, Student], config: D2VConfig, key: str = "`d2v.probe.path`") -> ProbeReport:
+def run_labeled_probe(
+    models: Mapping[str, Student], config: PretrainConfig, key: str = "`d2v.probe.path`"
+) -> ProbeReport:
     """Score every model's features of `d2v.probe.path`, and the modality's baseline.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import PretrainConfig
 from d2v_fast.data.labels import LabeledSet
 from d2v_fast.errors import DataError
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task
@@ -55,7 +55,7 @@ class Probing(NamedTuple):
     samples: str
 
 
-def probing_of(config: D2VConfig) -> Probing:
+def probing_of(config: PretrainConfig) -> Probing:
     """Return the probes of the configuration's modality.
 
     Raises:

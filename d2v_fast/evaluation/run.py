@@ -10,7 +10,7 @@ import torch
 
 from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
 from d2v_fast.command_lines import path_words, tool_command
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import D2VConfig, PretrainConfig
 from d2v_fast.config.errors import check
 from d2v_fast.errors import DataError, OptionError
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports
@@ -23,9 +23,23 @@ from d2v_fast.packages import install_command
 PATH_KEY = "`d2v.probe.path`"
 
 
+def probed(config: D2VConfig) -> PretrainConfig | None:
+    """Return the configuration of a run whose features are probed; None if the run learns from labels itself."""
+    return config if isinstance(config, PretrainConfig) else None
+
+
+def epochs_between_probes(config: D2VConfig) -> int:
+    """Return `d2v.probe.every_epochs`; 0 of a run that is not probed."""
+    found = probed(config)
+    return 0 if found is None else found.probe.every_epochs
+
+
 def has_labels(config: D2VConfig) -> bool:
     """Return whether a run has labels, which only the probe reads: a user's own, or those of a sample set."""
-    if config.probe.path is not None:
+    found = probed(config)
+    if found is None:
+        return False
+    if found.probe.path is not None:
         return True
     modality = modality_of(config)
     return modality.probing is not None and config.data.kind == modality.probing().sample_set
@@ -37,19 +51,22 @@ def check_labels(config: D2VConfig) -> list[str]:
     Raises:
         DataError: `d2v.probe.path` cannot be probed, or a package is missing.
     """
-    if config.probe.path is None:
-        if has_labels(config) or config.probe.every_epochs == 0:
+    found = probed(config)
+    if found is None:
+        return []
+    if found.probe.path is None:
+        if has_labels(config) or found.probe.every_epochs == 0:
             return []
         return ["no effect of d2v.probe.every_epochs: there are no labels, which `d2v.probe.path` would name"]
     if importlib.util.find_spec("sklearn") is None:
         raise DataError(f"`d2v.probe.path` needs scikit-learn, which is not installed: `{install_command('sklearn')}`.")
     from d2v_fast.evaluation.labeled import describe_labeled
 
-    first, *others = describe_labeled(config)
+    first, *others = describe_labeled(found)
     return [f"probe: {first}", *(f"  {line}" for line in others)]
 
 
-def advice(config: D2VConfig, run_folder: Path) -> str:
+def advice(config: PretrainConfig, run_folder: Path) -> str:
     """Return a sentence that names the command which probes a run without labels."""
     modality = modality_of(config)
     if modality.probing is None:
@@ -59,7 +76,9 @@ def advice(config: D2VConfig, run_folder: Path) -> str:
     return f"there are no labels to probe the run on: `{command}` probes it on {probing.samples}"
 
 
-def probe(config: D2VConfig, student: Student, teacher: Student, key: str = PATH_KEY) -> ProbeReport | ProbeReports:
+def probe(
+    config: PretrainConfig, student: Student, teacher: Student, key: str = PATH_KEY
+) -> ProbeReport | ProbeReports:
     """Probe student and teacher beside the untrained network; the report prints as a table.
 
     Args:
@@ -94,7 +113,11 @@ def probe_checkpoint(run_folder: Path, *, step: int | None = None, **options: An
         ValueError: There is no run or no such checkpoint, or it is damaged; there are no labels; or an option does not
             apply.
     """
-    config = read_run_config(run_folder)
+    config = probed(read_run_config(run_folder))
+    if config is None:
+        raise ValueError(
+            f"`{run_folder}` is fine-tuned, and only pre-trained encoders are probed: see its `valid.jsonl`."
+        )
     given = {key: value for key, value in options.items() if value is not None}
     config = _with_options(config, given)
     if not has_labels(config):
@@ -105,7 +128,7 @@ def probe_checkpoint(run_folder: Path, *, step: int | None = None, **options: An
     return f"{run_folder}, step {checkpoint.step}:\n{probe(config, student, teacher, key)}"
 
 
-def _with_options(config: D2VConfig, options: dict[str, Any]) -> D2VConfig:
+def _with_options(config: PretrainConfig, options: dict[str, Any]) -> PretrainConfig:
     """Return the configuration with options of the command line in its section `probe`."""
     section = type(config.probe)
     if others := [key for key in options if key not in section.model_fields]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2v_fast.config import GuardConfig
+from d2v_fast.config import StepGuardConfig
 from d2v_fast.files.atomic import replaced
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _LINEAR_UP_TO = 0.01
 
 
 def draw_curves(
-    entries: Sequence[Entry], path: Path, guard: GuardConfig | None = None, probes: Sequence[Entry] = ()
+    entries: Sequence[Entry], path: Path, guard: StepGuardConfig | None = None, probes: Sequence[Entry] = ()
 ) -> None:
     """Write `curves_figure` to the PNG file `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +41,9 @@ def draw_curves(
         figure.savefig(part, format="png", dpi=100)
 
 
-def curves_figure(entries: Sequence[Entry], guard: GuardConfig | None = None, probes: Sequence[Entry] = ()) -> Figure:
+def curves_figure(
+    entries: Sequence[Entry], guard: StepGuardConfig | None = None, probes: Sequence[Entry] = ()
+) -> Figure:
     """Draw loss, deviations, learning rate, gradient norm and probes over the steps.
 
     Args:
@@ -82,14 +84,14 @@ def _plot(axes: Axes, title: str, entries: Sequence[Entry], key: str) -> None:
     _finish(axes, title)
 
 
-def _plot_deviations(axes: Axes, entries: Sequence[Entry], guard: GuardConfig | None) -> None:
+def _plot_deviations(axes: Axes, entries: Sequence[Entry], guard: StepGuardConfig | None) -> None:
     """Draw both deviations on an axis that is logarithmic above `_LINEAR_UP_TO`, and their limits as dashed lines."""
     highest = 1.0
     for what, color in _DEVIATIONS.items():
         steps, values = _points(entries, f"{what}_std")
         axes.plot(steps, values, color=color, label=what)
         highest = max(highest, *values, 0.0)
-        limit = 0.0 if guard is None else getattr(guard, f"min_{what}_std")
+        limit = 0.0 if guard is None else guard.limits.get(what, 0.0)
         if limit > 0:
             axes.axhline(limit, color=color, linestyle="--", linewidth=1, label=f"collapse: {what} < {limit:g}")
     axes.set_yscale("symlog", linthresh=_LINEAR_UP_TO, linscale=0.6)

@@ -91,16 +91,20 @@ def export_run(
     return line if renamed is None else f"{renamed}\n{line}"
 
 
-def export_student(run_folder: Path) -> str:
-    """Write the student of a run's newest checkpoint as a Transformers folder; returns a line for the user.
+def export_student(run_folder: Path, *, step: int | None = None) -> str:
+    """Write the student of a run's checkpoint as a Transformers folder; returns a line for the user.
 
     A missing package, or a modality without a Transformers model, is reported in the line and is no error.
+
+    Args:
+        run_folder: `runs/NAME`.
+        step: Step of the checkpoint; None exports the newest.
     """
     modality = modality_of(read_run_config(run_folder))
     if modality.huggingface is None:
         return f'no export: Transformers has no model of modality "{modality.name}"'
     try:
-        return export_run(run_folder)
+        return export_run(run_folder, step=step)
     except ImportError as error:
         return f"no export: {error.name} is not installed"
 

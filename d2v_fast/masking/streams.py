@@ -15,8 +15,10 @@ __all__ = [
     "AUGMENT",
     "CHANNELS",
     "DROP",
+    "FEW",
     "GOLDEN",
     "MASK",
+    "MIX",
     "NOISE",
     "ORDER",
     "SPLIT",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 # purposes of streams; each has its own streams
-MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER, DROP, NOISE, CHANNELS = 1, 2, 3, 4, 5, 6, 7, 8
+MASK, AUGMENT, ORDER, SPLIT, STEP_ORDER, DROP, NOISE, CHANNELS, FEW, MIX = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 from d2v_fast.config import RunConfig
+from d2v_fast.data import Batch
 from d2v_fast.memory.formulas import BUILD, PARTS, PHASES, Line, checkpoint
 from d2v_fast.memory.sizes import Shapes, Sizes, shapes_of
 from d2v_fast.memory.step import StepMemory, step_memory
-from d2v_fast.models.student import MaskedBatch
 
 # upper bounds that were measured: the share of a step's small blocks that malloc retains; bytes for threads and kernels
 RETAINED_SHARE, LIBRARIES = 0.6, 40_000_000
@@ -75,7 +75,7 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str, like: MaskedBatch | None = None
+    config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str, like: Batch | None = None
 ) -> Prediction:
     """Predict the memory of a run.
 

@@ -11,7 +11,8 @@ import torch
 from d2v_fast.config import RunConfig
 from d2v_fast.config.deepspeed_sections import ZeroConfig
 from d2v_fast.memory.step import Arrival, StepMemory
-from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.base import Rate
+from d2v_fast.objectives.build import build_objective
 
 # one process and plain torch, or a ZeRO stage of DeepSpeed
 Layout = Literal["plain", "stage 0", "stage 1", "stage 2", "stage 3"]
@@ -19,7 +20,7 @@ _STAGES: tuple[Layout, ...] = ("stage 0", "stage 1", "stage 2", "stage 3")
 
 
 class Shapes(NamedTuple):
-    """Sizes of the trained parameters, in the two groups of the optimizer.
+    """Sizes of the trained parameters, in the groups of the optimizer.
 
     Attributes:
         groups: for each group, the number of elements of every parameter in order.
@@ -48,15 +49,18 @@ class Shapes(NamedTuple):
 def shapes_of(config: RunConfig) -> Shapes:
     """Return the parameter sizes of a configuration without allocating parameters."""
     with torch.device("meta"):
-        model = build_model(config.d2v)
-    groups: tuple[list[int], list[int]] = ([], [])
-    averaged: tuple[list[int], list[int]] = ([], [])
+        model = build_objective(config.d2v)
+    groups: dict[tuple[Rate, bool], list[int]] = {}
+    averaged: dict[tuple[Rate, bool], list[int]] = {}
+    rates = model.rates()
     for name, parameter in model.named_parameters():
-        index = int(parameter.ndim <= 1)
-        groups[index].append(parameter.numel())
-        if name.startswith("student." + model.student.averaged_prefix()):
-            averaged[index].append(parameter.numel())
-    return Shapes(tuple(map(tuple, groups)), tuple(map(tuple, averaged)))
+        index = (rates.get(name, Rate()), parameter.ndim <= 1)
+        groups.setdefault(index, []).append(parameter.numel())
+        of_average = averaged.setdefault(index, [])
+        if model.teacher_config is not None and name.startswith(model.averaged_prefix):
+            of_average.append(parameter.numel())
+    order = sorted(groups)
+    return Shapes(tuple(tuple(groups[index]) for index in order), tuple(tuple(averaged[index]) for index in order))
 
 
 @dataclass(frozen=True)

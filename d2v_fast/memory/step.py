@@ -25,9 +25,8 @@ from d2v_fast.data import Batch
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.encoder import Encoder
 from d2v_fast.models.pre_norm import attention_with_bias_gradient
-from d2v_fast.models.student import MaskedBatch
 from d2v_fast.models.visible import Alibi
-from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.build import build_objective
 from d2v_fast.ops.attention import kernels_on_meta
 
 # glibc allocates blocks of up to this many bytes from its heap, and retains them when they are freed
@@ -77,7 +76,7 @@ def step_memory(
     *,
     autocast: bool = False,
     device_type: str = "cpu",
-    like: MaskedBatch | None = None,
+    like: Batch | None = None,
     captured: bool = False,
 ) -> StepMemory:
     """Count the memory of a micro-step.
@@ -93,8 +92,10 @@ def step_memory(
         captured: whether the step is captured, so that its batch has fixed shapes.
     """
     with torch.device("meta"):
-        model = build_model(_without_skipping(config))
-        teacher = build_model(config).student.averaged.eval().requires_grad_(False).to(dtype)
+        model = build_objective(_without_skipping(config))
+        teacher: nn.Module = nn.Module()
+        if model.teacher_config is not None:
+            teacher = build_objective(config).averaged.eval().requires_grad_(False).to(dtype)
         if not autocast:
             model.to(dtype)
         batch = modality_of(config).largest_batch(config, micro_batch) if like is None else _empty_like(like)
@@ -110,7 +111,7 @@ def step_memory(
             part.checkpoint_contexts = lambda: (nullcontext(), _recomputing(as_on))
     live = _LiveBytes([*model.parameters(), *model.buffers(), *teacher.parameters(), *teacher.buffers()])
     with torch.device("meta"), kernels_on_meta(device_type), live, as_on:
-        live.add((batch.inputs, batch.rows))
+        live.add((batch.inputs, batch.rows, batch.targets))
         in_batch = live.bytes
         loss = model(batch, teacher).loss_sum
         saved, forward = live.bytes, live.peak
@@ -134,7 +135,7 @@ def _without_skipping(config: D2VConfig) -> D2VConfig:
     return config.model_copy(update={"model": config.model.without_skipping()})
 
 
-def _empty_like(batch: MaskedBatch) -> Batch:
+def _empty_like(batch: Batch) -> Batch:
     """Return a batch of the same shapes, on torch's current device, without padding."""
 
     def integers(like: Tensor | None) -> Tensor | None:
@@ -147,6 +148,8 @@ def _empty_like(batch: MaskedBatch) -> Batch:
         masked_inputs=integers(batch.masked_inputs),
         visible=integers(batch.visible),
         noise_keys=integers(batch.noise_keys),
+        targets=None if batch.targets is None else torch.empty(batch.targets.shape, dtype=batch.targets.dtype),
+        target_lengths=integers(batch.target_lengths),
     )
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from d2v_fast.interop.formats import HuggingFace, Published
     from d2v_fast.interop.onnx import Graph
     from d2v_fast.models.student import Student
+    from d2v_fast.objectives.finetune import Finetuning
 
 __all__ = [
     "BUILT_IN",
@@ -38,6 +39,7 @@ __all__ = [
     "ModalityError",
     "all_modalities",
     "build_student",
+    "encoder_of",
     "modality_named",
     "modality_names",
     "modality_of",
@@ -85,6 +87,9 @@ class Modality(Generic[ConfigT]):
         tokenizer: return a tokenizer, from the run's section or None, its path or None for the one that the section
             names, the digest that it must have or None, and the run's name for messages. None: there are none.
         tokenize: tokenize the data of a run into its cache, and return the data set. None: there are no tokens.
+        filled: return the `"d2v"` section of a file, not yet checked, with what follows from the weights that a run is
+            to begin with. None: nothing does.
+        finetuning: return what the modality defines for fine-tuning. None: the objective pre-trains.
         objective: value of `d2v.objective` that this record serves.
         others: records of this modality for other objectives.
     """
@@ -104,6 +109,8 @@ class Modality(Generic[ConfigT]):
     draw: Callable[[dict[str, Student], ConfigT, Path | None, int, str], Figure] | None = None
     tokenizer: Callable[[ConfigT | None, Path | None, str | None, str], Any] | None = None
     tokenize: Callable[[ConfigT], Any] | None = None
+    filled: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    finetuning: Callable[[], Finetuning] | None = None
     objective: str = "data2vec"
     others: tuple[Modality[Any], ...] = ()
 
@@ -194,7 +201,7 @@ def modality_of_model(config: Section) -> Modality[Any]:
 
 def build_student(config: D2VConfig) -> Student:
     """Return the encoder of the configuration, with the published initialization drawn from torch's generator."""
-    make: Any = modality_of(config).encoder()
+    make: Any = encoder_of(config)
     student: Student = make(config.model)
     return student
 
@@ -203,6 +210,12 @@ def build_student(config: D2VConfig) -> Student:
 def _entry_points(path: tuple[str, ...]) -> EntryPoints:
     """Return the modalities of other packages; reading the metadata of all that are installed takes milliseconds."""
     return entry_points(group=ENTRY_POINTS)
+
+
+def encoder_of(config: D2VConfig) -> type[Student]:
+    """Return the class of a run's encoder, which fine-tuning has in common with the pre-training of its version."""
+    modality = modality_of(config)
+    return (modality if modality.finetuning is None else modality_of_model(config.model)).encoder()
 
 
 def _installed(name: str) -> Modality[Any]:

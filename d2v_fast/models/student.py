@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.models.encoder import Drops, EncoderOutput
+from d2v_fast.models.encoder import Drops, Encoder, EncoderOutput
 
 
 class MaskedBatch(Protocol):
@@ -92,11 +92,13 @@ class Student(nn.Module):
         num_prefix_tokens: tokens before the places of a sample, such as a class token.
         averaged_name: the submodule that the teacher averages. The empty string stands for the whole encoder.
         entrance_name: the submodule that the gradient reaches last.
+        upper_names: beginnings of the names of parameters that belong above the blocks, such as those of a last norm.
     """
 
     num_prefix_tokens = 0
     averaged_name = ""
     entrance_name = ""
+    upper_names: tuple[str, ...] = ()
 
     @property
     def averaged(self) -> nn.Module:
@@ -127,6 +129,27 @@ class Student(nn.Module):
     def finish(self, hidden: Tensor) -> Tensor:
         """Apply the layers between the averaged part's output, `[..., D]`, and the head."""
         return hidden
+
+    def encode(self, batch: MaskedBatch) -> Tensor:
+        """Return the encoder's output for a head, `[B, T, D]` with the prefix, before `finish`.
+
+        Args:
+            batch: samples without masks, unless the modality masks them to fine-tune.
+        """
+        raise NotImplementedError
+
+    @property
+    def num_layers(self) -> int:
+        """The layer of a head: the number of blocks, and one below them for what embeds the input."""
+        return 1 + sum(len(part.blocks) for part in self.modules() if isinstance(part, Encoder))
+
+    def layer_of(self, name: str) -> int:
+        """Return the layer of a parameter: 0 of what embeds the input, 1 of the first block, `num_layers` above all."""
+        for prefix, part in self.named_modules():
+            begin = f"{prefix}.blocks." if prefix else "blocks."
+            if isinstance(part, Encoder) and name.startswith(begin):
+                return 1 + int(name.removeprefix(begin).partition(".")[0])
+        return self.num_layers if name.startswith(self.upper_names) else 0
 
     def features(self, inputs: Tensor, lengths: Tensor | None = None, top_k: int = 1) -> list[Tensor]:
         """Return the features of the last K blocks on unmasked inputs, `[B, P, D]` each, first block to last."""

@@ -10,61 +10,33 @@ that neither the optimizer nor DeepSpeed treats it as a part of the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from d2v_fast import ops
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import PretrainConfig, TeacherConfig
 from d2v_fast.data import Batch
 from d2v_fast.modalities import build_student
-from d2v_fast.models.encoder import Encoder, random_keys
 from d2v_fast.models.student import Embedded, MaskedBatch
-
-
-class StepOutput(NamedTuple):
-    """One forward pass of the objective.
-
-    Attributes:
-        loss_sum: 0-d fp32, the loss summed over masked rows and channels. The engine divides by the masked rows of
-            the global batch, so that the loss does not depend on how that batch is split.
-        num_rows: N, rows of this batch, including padded ones.
-        moments: fp32 `[4, D]`, sums over the rows of prediction, prediction^2, target, target^2; no gradient. None if
-            they were not asked for.
-        class_loss: 0-d fp32, what the class token adds to `loss_sum`. None: nothing.
-    """
-
-    loss_sum: Tensor
-    num_rows: int
-    moments: Tensor | None
-    class_loss: Tensor | None = None
-
-
-def unmeasured(part: str) -> AbstractContextManager[None]:
-    """Return a context that does nothing."""
-    return nullcontext()
-
+from d2v_fast.objectives.base import Objective, StepOutput
+from d2v_fast.objectives.deviations import deviations
 
 # a batch's rows are padded to a multiple of the next power of two, divided by this
 _ROW_STEPS = 16
 
 
-class Data2Vec(nn.Module):
+class Data2Vec(Objective):
     """Student encoder, regression head, and the objective.
 
     Args:
-        config: model, target and loss.
-
-    Attributes:
-        part: entered around each part of the forward pass, with the name of the part. Replace it to time the parts.
+        config: model, target, loss and teacher.
     """
 
-    part: Callable[[str], AbstractContextManager[None]]
+    teacher_config: TeacherConfig
 
-    def __init__(self, config: D2VConfig) -> None:
+    def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         self.target = config.target
         # statistics over positions need the last layer at all positions
@@ -72,7 +44,23 @@ class Data2Vec(nn.Module):
         self.beta = config.loss.beta
         self.student = build_student(config)
         self.head = self.student.make_head()
-        self.part = unmeasured
+        self.width, self.divisor = config.model.width, config.loss.divisor(config.model.width)
+        self.teacher_config = config.teacher
+
+    @property
+    def averaged(self) -> nn.Module:
+        """See `Objective`: a part of the student, or all of it."""
+        return self.student.averaged
+
+    @property
+    def averaged_prefix(self) -> str:
+        """See `Objective`."""
+        return "student." + self.student.averaged_prefix()
+
+    def figures(self, moments: Tensor, num_rows: int) -> dict[str, float]:
+        """See `Objective`: how much targets and predictions vary."""
+        spread = deviations(moments.view(4, self.width), num_rows)
+        return {"target_std": spread.target, "prediction_std": spread.prediction}
 
     def forward(self, batch: MaskedBatch, teacher: nn.Module, moments: bool = True) -> StepOutput:
         """Compute the loss of one batch.
@@ -106,14 +94,6 @@ class Data2Vec(nn.Module):
         with self.part("target + loss"):
             return self.objective(prediction, features, rows, batch.lengths, moments, batch.num_rows)
 
-    def shape_varies(self, batch: Batch) -> str | None:
-        """Return why `with_fixed_shapes` does not support a batch, as the end of a sentence; None if it does."""
-        if batch.unpadded is not None:
-            return "packed attention and separate documents have another number of tokens in every batch"
-        if batch.offsets is not None:
-            return "separate documents have another number of documents in every batch"
-        return None
-
     def with_fixed_shapes(self, batch: Batch, *, fixed_counts: bool) -> Batch:
         """Return the batch in a form whose shapes repeat from batch to batch, as a captured step needs it.
 
@@ -130,22 +110,6 @@ class Data2Vec(nn.Module):
         rows = torch.cat((batch.rows, batch.rows.new_zeros(length - number)))
         padded = dataclasses.replace(batch, rows=rows, num_rows=torch.tensor(number))
         return self.with_drawn_drops(padded, fixed_counts=fixed_counts)
-
-    def with_drawn_drops(self, batch: Batch, *, fixed_counts: bool) -> Batch:
-        """Return the batch with the samples that skip parts of blocks; see `Encoder.draw`.
-
-        Args:
-            batch: a batch on the host.
-            fixed_counts: see `Encoder.draw`.
-        """
-        (encoder,) = (part for part in self.student.averaged.modules() if isinstance(part, Encoder))
-        keys = batch.drop_keys
-        if isinstance(keys, Tensor):
-            return batch
-        drawn = encoder.draw(
-            random_keys(len(batch.inputs) * batch.num_masks) if keys is None else keys, fixed_counts=fixed_counts
-        )
-        return dataclasses.replace(batch, drop_keys=drawn)
 
     def embed(self, batch: MaskedBatch) -> tuple[Embedded, Embedded]:
         """Compute the inputs of student and teacher; see `Student.embed`."""

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast import ops
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import PretrainConfig
 from d2v_fast.config.data2vec2 import ClassTokenLossConfig
 from d2v_fast.data import Batch
 from d2v_fast.models.decoder import ConvDecoder
 from d2v_fast.models.noise import normal_noise
 from d2v_fast.models.student import MaskedBatch
 from d2v_fast.models.visible import Places
-from d2v_fast.objectives.data2vec import Data2Vec, StepOutput
+from d2v_fast.objectives.base import StepOutput
+from d2v_fast.objectives.data2vec import Data2Vec
 
 
 class Data2Vec2(Data2Vec):
@@ -35,7 +36,7 @@ class Data2Vec2(Data2Vec):
 
     draw_noise: Callable[[Tensor, Tensor, int, int], Tensor]
 
-    def __init__(self, config: D2VConfig) -> None:
+    def __init__(self, config: PretrainConfig) -> None:
         super().__init__(config)
         # the masks of a sample cover nearly all of its places
         self.target_is_per_row = False

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d2v_fast.data import Batch
 from d2v_fast.distributed.world import World
-from d2v_fast.objectives.data2vec import StepOutput
+from d2v_fast.objectives.base import StepOutput
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.capture import Capture, RecentlyUsed, Recorder, Replayed
 from d2v_fast.training.engine import PlainEngine
@@ -170,15 +170,16 @@ class _Update:
     def __init__(self, engine: PlainEngine, teacher: Teacher, recorder: Recorder) -> None:
         self._engine, self._teacher = engine, teacher
         self._replayed = Replayed(recorder)
-        self._lr = engine.hold_still()
+        self._set_lr = engine.hold_still()
         self._gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
-        self._decay = torch.zeros((), dtype=torch.float64, device=self._lr.device)
-        self._grad_norm = torch.zeros_like(self._lr)
-        self._applied = torch.zeros((), dtype=torch.bool, device=self._lr.device)
+        device = engine.grad_norm.device
+        self._decay = torch.zeros((), dtype=torch.float64, device=device)
+        self._grad_norm = torch.zeros((), device=device)
+        self._applied = torch.zeros((), dtype=torch.bool, device=device)
 
     def __call__(self, lr: float, decay: float) -> Tensor:
         """Update the student with a learning rate and the teacher with a decay; see `TrainStep.update`."""
-        self._lr.fill_(lr)
+        self._set_lr(lr)
         self._decay.fill_(decay)
         self._replayed(self._run)
         self._engine.grad_norm = self._grad_norm.clone()

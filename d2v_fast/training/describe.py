@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from d2v_fast.config import BatchSplit, RunConfig
-from d2v_fast.config.data2vec2 import MultiMaskSection
+from d2v_fast.config.data2vec2 import num_masks_of
 from d2v_fast.data import BatchMaker, steps_per_epoch
 from d2v_fast.data.listing import counted, describe_listing
 from d2v_fast.memory.peak import format_bytes
 from d2v_fast.memory.predict import predict
-from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.build import build_objective
 from d2v_fast.training.learning_rate import LearningRate
 
 
@@ -34,11 +34,12 @@ def describe(
         device_type: "cpu" or "cuda".
     """
     with torch.device("meta"):
-        model = build_model(config.d2v)
+        model = build_objective(config.d2v)
     student, head = _count(model.student), _count(model.head)
+    average = 0 if model.teacher_config is None else _count(model if model.averaged is model else model.student)
     epoch_steps = steps_per_epoch(maker, split)
     lines = [
-        f"parameters      student {student:,}, head {head:,}, teacher {student:,}",
+        f"parameters      student {student:,}, head {head:,}" + (f", teacher {average:,}" if average else ""),
         *_memory(config, split.world_size, dtype, device_type),
         *_data(maker),
         f"global batch    {split.global_batch:,} = {split.micro_batch} per micro-step x {split.accumulation} "
@@ -54,9 +55,9 @@ def describe(
 
 def _masks(config: RunConfig, split: BatchSplit) -> list[str]:
     """Return a line about the masks of a sample, if it has several."""
-    if not isinstance(config.d2v.mask, MultiMaskSection):
+    masks = num_masks_of(config.d2v)
+    if masks is None:
         return []
-    masks = config.d2v.mask.num_masks
     return [f"masks           {masks} per sample, {masks * split.global_batch:,} masked copies per step"]
 
 

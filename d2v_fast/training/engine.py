@@ -16,7 +16,8 @@ import importlib
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,14 +31,18 @@ from d2v_fast.distributed.deepspeed_types import Engine as ZeroEngine
 from d2v_fast.distributed.shards import Shard, find_shards
 from d2v_fast.distributed.world import World
 from d2v_fast.errors import RunError
-from d2v_fast.objectives.data2vec import StepOutput
+from d2v_fast.objectives.base import Objective, Rate, StepOutput
 from d2v_fast.packages import install_command
 from d2v_fast.training.optimizers import (
     MOMENTS,
+    NO_RATES,
     check_optimizer_available,
     make_optimizer,
     optimizer_step,
+    parameter_groups,
+    rate_of,
     restore_optimizer,
+    set_lr,
 )
 
 
@@ -55,6 +60,13 @@ class Engine(ABC):
     compute_dtype: torch.dtype
     grad_norm: Tensor
     compiled = captured = False
+    _frozen = False
+
+    def begin_step(self, number: int) -> None:
+        """Prepare for optimizer step `number`, counted from 1: the objective may freeze the encoder in it."""
+        if isinstance(self.model, Objective):
+            self.model.begin_step(number)
+            self._frozen = self.model.frozen_at(number)
 
     @abstractmethod
     def forward(self, batch: Batch, teacher: nn.Module, moments: bool = True) -> StepOutput:
@@ -65,6 +77,17 @@ class Engine(ABC):
             teacher: The network that computes the targets, in eval mode.
             moments: Whether to compute `StepOutput.moments`.
         """
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the model into eval mode, in which `forward` returns predictions, without gradient."""
+        trained: Any = self.model if self.deepspeed is None else self.deepspeed
+        trained.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            trained.train()
 
     @abstractmethod
     def backward(self, loss_sum: Tensor, num_values: float) -> None:
@@ -138,7 +161,14 @@ class Engine(ABC):
         return optimizer_step(self.optimizer, _distinct(shard.stepped for shard in shards))
 
 
-def make_engine(model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> Engine:
+def make_engine(
+    model: nn.Module,
+    config: DeepSpeedConfig,
+    world: World,
+    *,
+    decay_1d: bool,
+    rates: Mapping[str, Rate] = NO_RATES,
+) -> Engine:
     """Return the engine that the configuration and the number of processes require.
 
     Args:
@@ -146,10 +176,11 @@ def make_engine(model: nn.Module, config: DeepSpeedConfig, world: World, *, deca
         config: The configuration file without its `"d2v"` section.
         world: The processes of the run.
         decay_1d: Whether 1-D parameters (biases, norms) have weight decay.
+        rates: The parameters, by name, whose learning rate differs from that of a step.
     """
     if not config.needs_deepspeed(world.size):
-        return PlainEngine(model, config, world, decay_1d=decay_1d)
-    return DeepSpeedEngine(model, config, world, decay_1d=decay_1d)
+        return PlainEngine(model, config, world, decay_1d=decay_1d, rates=rates)
+    return DeepSpeedEngine(model, config, world, decay_1d=decay_1d, rates=rates)
 
 
 def check_engine_available(config: DeepSpeedConfig, num_processes: int) -> None:
@@ -191,14 +222,22 @@ def import_engine(config: DeepSpeedConfig, world: World) -> None:
 class PlainEngine(Engine):
     """Train in one process with fp32 parameters; bf16 is autocast, so that the optimizer steps fp32 values."""
 
-    def __init__(self, model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DeepSpeedConfig,
+        world: World,
+        *,
+        decay_1d: bool,
+        rates: Mapping[str, Rate] = NO_RATES,
+    ) -> None:
         self.model = model
         self.compute_dtype = compute_dtype(config, world.device)
         self.grad_norm = torch.zeros((), device=world.device)
         self._device_type = world.device.type
         self._accumulation = config.batch_split(world.size).accumulation
         self._clipping = config.gradient_clipping
-        self._optimizer = _make_optimizer(model, config, decay_1d)
+        self._optimizer = _make_optimizer(model, config, decay_1d, rates)
         model.train()
 
     def forward(self, batch: Batch, teacher: nn.Module, moments: bool = True) -> StepOutput:
@@ -220,7 +259,7 @@ class PlainEngine(Engine):
         (_nan_unless_finite(loss_sum * scale) / self._accumulation).backward()
 
     def step(self, lr: float) -> Tensor:
-        _set_lr(self._optimizer, lr)
+        set_lr(self._optimizer, lr, self._frozen)
         self._fill_gradients()
         self.grad_norm, applied = self.apply()
         self._optimizer.zero_grad()
@@ -236,18 +275,23 @@ class PlainEngine(Engine):
         self._optimizer.step()
         return norm, applied
 
-    def hold_still(self) -> Tensor:
-        """Give gradients and learning rate fixed places in memory, as a captured step needs them.
+    def hold_still(self) -> Callable[[float], None]:
+        """Give gradients and learning rates fixed places in memory, as a captured step needs them.
 
         Returns:
-            The learning rate, 0-d fp32 on the device; write it instead of passing one to `step`. The gradients must
-            be set to zero in place.
+            Sets the learning rate of a step, instead of passing one to `step`. The gradients must be set to zero in
+            place.
         """
-        lr = torch.zeros((), device=self.grad_norm.device)
-        for group in self._optimizer.param_groups:
-            group["capturable"], group["lr"] = True, lr
+        groups = self._optimizer.param_groups
+        for group in groups:
+            group["capturable"], group["lr"] = True, torch.zeros((), device=self.grad_norm.device)
         self._fill_gradients()
-        return lr
+
+        def write(lr: float) -> None:
+            for group in groups:
+                group["lr"].fill_(rate_of(group, lr, self._frozen))
+
+        return write
 
     def _fill_gradients(self) -> None:
         for parameter in self.model.parameters():
@@ -266,7 +310,15 @@ class PlainEngine(Engine):
 class DeepSpeedEngine(Engine):
     """Train with DeepSpeed, in several processes or with ZeRO or offload."""
 
-    def __init__(self, model: nn.Module, config: DeepSpeedConfig, world: World, *, decay_1d: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DeepSpeedConfig,
+        world: World,
+        *,
+        decay_1d: bool,
+        rates: Mapping[str, Rate] = NO_RATES,
+    ) -> None:
         deepspeed_start.load(world.device)
         split = config.batch_split(world.size)
         self.model = model
@@ -283,7 +335,7 @@ class DeepSpeedEngine(Engine):
             settings["gradient_clipping"] = 0.0
         # build the optimizer here: DeepSpeed's optimizer names are ambiguous
         del settings["optimizer"]
-        optimizer = _make_optimizer(model, config, decay_1d)
+        optimizer = _make_optimizer(model, config, decay_1d, rates)
         try:
             with warnings.catch_warnings(), deepspeed_internals.without_compiling(world.device):
                 warnings.simplefilter("ignore")
@@ -318,7 +370,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float) -> Tensor:
         self._micro_steps = 0
-        _set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, lr, self._frozen)
         if self._checks_here:
             self.grad_norm, applied = _clip(self.model, self.optimizer, self._clipping)
             self._engine.step()
@@ -371,30 +423,11 @@ def compute_dtype(config: DeepSpeedConfig, device: torch.device) -> torch.dtype:
     return torch.float16 if config.fp16.enabled else torch.float32
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float, decay_1d: bool) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices and 1-D parameters (biases, norms, LayerScale, class token).
-
-    Args:
-        model: Its trainable parameters are grouped.
-        weight_decay: Weight decay of the matrices.
-        decay_1d: Whether 1-D parameters have the same weight decay; otherwise they have none.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": weight_decay if decay_1d else 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _make_optimizer(model: nn.Module, config: DeepSpeedConfig, decay_1d: bool) -> torch.optim.Optimizer:
-    groups = _parameter_groups(model, config.optimizer.params.weight_decay, decay_1d)
+def _make_optimizer(
+    model: nn.Module, config: DeepSpeedConfig, decay_1d: bool, rates: Mapping[str, Rate]
+) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config.optimizer.params.weight_decay, decay_1d, rates)
     return make_optimizer(config.optimizer, groups)
-
-
-def _set_lr(optimizer: Any, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def _nan_unless_finite(loss: Tensor) -> Tensor:

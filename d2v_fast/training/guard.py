@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from d2v_fast.command_lines import resume_command
-from d2v_fast.config import GuardConfig, RunConfig
+from d2v_fast.config import GuardConfig, RunConfig, StepGuardConfig
 from d2v_fast.distributed.deepspeed_internals import is_partitioned
 from d2v_fast.distributed.world import World
 from d2v_fast.errors import RunError
-from d2v_fast.objectives.data2vec import Data2Vec
+from d2v_fast.objectives.base import Objective
 from d2v_fast.training.metrics import Entry, read_log
 from d2v_fast.training.run_folder import RunFolder
 from d2v_fast.training.step import SkipCounts, StepResult
@@ -64,7 +64,7 @@ class Guard:
         config: RunConfig,
         world: World,
         folder: RunFolder,
-        model: Data2Vec,
+        model: Objective,
         *,
         counts: SkipCounts,
         steps_per_epoch: int,
@@ -203,7 +203,7 @@ def first_judged_step(guard: GuardConfig, num_steps: int) -> int:
     return min(guard.after_steps, max(FEWEST_JUDGED, math.ceil(num_steps * LATEST_JUDGED)))
 
 
-def check_collapse(entry: Entry, guard: GuardConfig, num_steps: int, has_varied: bool = True) -> None:
+def check_collapse(entry: Entry, guard: StepGuardConfig, num_steps: int, has_varied: bool = True) -> None:
     """Check that targets and predictions still vary between masked positions.
 
     Args:
@@ -215,18 +215,20 @@ def check_collapse(entry: Entry, guard: GuardConfig, num_steps: int, has_varied:
     Raises:
         RunError: A deviation is below its limit: the run has collapsed.
     """
+    if not isinstance(guard, GuardConfig):
+        return
     what, step = _collapsed(entry, guard), entry["step"]
     waits = not has_varied and step < min(guard.after_steps, num_steps)
     if what is not None and step >= first_judged_step(guard, num_steps) and not waits:
         raise RunError(_about_collapse(entry, what, guard, num_steps))
 
 
-def has_varied(entry: Entry, guard: GuardConfig) -> bool:
+def has_varied(entry: Entry, guard: StepGuardConfig) -> bool:
     """Return whether the deviations of targets and predictions of a step are known and above their limits."""
-    return _collapsed(entry, guard) is None and math.isfinite(entry["prediction_std"] or math.nan)
+    return _collapsed(entry, guard) is None and math.isfinite(entry.get("prediction_std") or math.nan)
 
 
-def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
+def judge_end(folder: Path, guard: StepGuardConfig, num_steps: int) -> str | None:
     """Check a finished run for a collapse by the last deviations in its log.
 
     Returns:
@@ -234,8 +236,10 @@ def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
     Raises:
         RunError: The run has collapsed. Its weights are saved, but not exported.
     """
+    if not isinstance(guard, GuardConfig):
+        return None
     first = first_judged_step(guard, num_steps)
-    known = [entry for entry in read_log(folder) if entry["prediction_std"] is not None]
+    known = [entry for entry in read_log(folder) if entry.get("prediction_std") is not None]
     if known and num_steps < first:
         what = _collapsed(known[-1], guard)
         if what is None:
@@ -256,15 +260,17 @@ def judge_end(folder: Path, guard: GuardConfig, num_steps: int) -> str | None:
     return None
 
 
-def _collapsed(entry: Entry, guard: GuardConfig) -> str | None:
+def _collapsed(entry: Entry, guard: StepGuardConfig) -> str | None:
     """Return "target" or "prediction" if its deviation is below its limit, else None."""
-    limits = {"target": guard.min_target_std, "prediction": guard.min_prediction_std}
-    found = {what: entry[f"{what}_std"] for what in limits}
-    return next((what for what in limits if found[what] is not None and found[what] < limits[what]), None)
+    for what, limit in guard.limits.items():
+        found = entry.get(f"{what}_std")
+        if found is not None and found < limit:
+            return what
+    return None
 
 
 def _about_collapse(entry: Entry, what: str, guard: GuardConfig, num_steps: int) -> str:
-    limit = guard.min_target_std if what == "target" else guard.min_prediction_std
+    limit = guard.limits[what]
 
     def show(key: str) -> str:
         return "not finite" if entry[key] is None else f"{entry[key]:.4f}"

@@ -24,7 +24,7 @@ from torch import Tensor
 from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.command_lines import path_words, resume_command, tool_command
-from d2v_fast.config import D2VConfig, RunConfig, load_config
+from d2v_fast.config import PretrainConfig, RunConfig, load_config
 from d2v_fast.config.errors import ConfigError, Section, show
 from d2v_fast.config.file import apply_overrides
 from d2v_fast.config.model_paths import explain
@@ -111,6 +111,11 @@ def start_run(
     named = [f"d2v.run.dir={json.dumps(str(to.parent))}", f"d2v.run.name={json.dumps(to.name)}"]
     config = load_config(ds_config, [*overrides, *named])
     modality = modality_of(config.d2v)
+    if not isinstance(config.d2v, PretrainConfig):
+        raise OptionError(
+            f'`--ds_config` must be of pre-training, but `d2v.objective` in {ds_config} is "{config.d2v.objective}": '
+            f"`{tool_command('finetune', path_words(source), '--ds_config', path_words(ds_config))}` begins such a run."
+        )
     if not forms_of(modality):
         raise ValueError(
             f'`import` has no format for runs of modality "{modality.name}": no other library has such an encoder. '
@@ -122,11 +127,11 @@ def start_run(
     config = _with_open_sizes(config, found)
     _require_same(config.d2v.model, found, source, ds_config)
     torch.manual_seed(config.d2v.run.seed)
-    model = build_model(config.d2v)
+    model = build_model(config.pretraining)
     model.student.load_state_dict(_arranged(student.state_dict(), model.student))
     if head is not None:
         model.head.load_state_dict(head)
-    average = Teacher(model.student.averaged, config.d2v.teacher)
+    average = Teacher(model.student.averaged, config.pretraining.teacher)
     if teacher is not None:
         whole = _arranged(teacher.state_dict(), model.student)
         prefix = model.student.averaged_prefix()
@@ -199,7 +204,7 @@ def _require_weights(source: Path) -> None:
             )
 
 
-def _read(source: Path, heads: int | None, run: D2VConfig) -> Pretrained:
+def _read(source: Path, heads: int | None, run: PretrainConfig) -> Pretrained:
     """Read a checkpoint or a Transformers folder for a run that is to begin with it."""
     wanted = run.model
     if not source.is_dir():

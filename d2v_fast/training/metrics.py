@@ -10,11 +10,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
-
-from d2v_fast.config import GuardConfig
+from d2v_fast.config import StepGuardConfig
 from d2v_fast.data.listing import counted
 from d2v_fast.data.progress import TimeLeft
 from d2v_fast.figures.curves import draw_curves
@@ -31,54 +29,7 @@ _MAX_LINE_BYTES = 2**20
 _MAX_PROBES_BYTES = 64_000_000
 _NUM_NAMED = 5
 # keys of every entry, which the curves and the guard read
-_FIGURES = ("loss", "target_std", "prediction_std", "lr", "grad_norm")
-
-_EPSILON = 1e-6
-
-
-class Deviations(NamedTuple):
-    """Standard deviation over all masked positions, averaged over the channels, of target and prediction."""
-
-    target: float
-    prediction: float
-
-
-def deviations(moments: Tensor, num_rows: int) -> Deviations:
-    """Return how much targets and predictions vary between masked positions. Values near zero indicate collapse.
-
-    Args:
-        moments: `[4, D]`, sums over all rows of prediction, prediction^2, target, target^2.
-        num_rows: N, over all processes.
-    Returns:
-        Mean over channels of sqrt(unbiased variance + 1e-6), as in the published code; NaN for fewer than 2 rows.
-    """
-    if num_rows < 2:
-        return Deviations(math.nan, math.nan)
-    # fp64, for the difference of two large sums
-    total = moments.double().cpu()
-
-    def deviation(sums: Tensor, squares: Tensor) -> float:
-        variance = (squares - sums**2 / num_rows) / (num_rows - 1)
-        return (variance.clamp_min(0) + _EPSILON).sqrt().mean().item()
-
-    return Deviations(target=deviation(total[2], total[3]), prediction=deviation(total[0], total[1]))
-
-
-def loss_and_deviations(sums: Tensor, num_rows: int, width: int, divisor: float) -> Entry:
-    """Return a step's `loss` per masked position, `target_std` and `prediction_std`.
-
-    Args:
-        sums: `[1 + 4 * D]`, the loss and the flattened moments, summed over all processes.
-        num_rows: N, over all processes.
-        width: D.
-        divisor: Divisor of the loss summed over channels; D gives the loss per masked value.
-    """
-    spread = deviations(sums[1:].view(4, width), num_rows)
-    return {
-        "loss": sums[0].item() / (num_rows * divisor),
-        "target_std": spread.target,
-        "prediction_std": spread.prediction,
-    }
+_FIGURES = ("loss", "lr", "grad_norm")
 
 
 class Speed:
@@ -144,7 +95,9 @@ class RunLog:
         guard: Settings whose limits are drawn in `curves.png`; None draws none.
     """
 
-    def __init__(self, folder: RunFolder, num_steps: int, start_step: int, guard: GuardConfig | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder, num_steps: int, start_step: int, guard: StepGuardConfig | None = None
+    ) -> None:
         self._folder, self._guard = folder, guard
         self._num_steps = num_steps
         self._left = TimeLeft(num_steps)
@@ -255,10 +208,11 @@ def read_probes(folder: Path) -> list[Entry]:
 
 
 def _figures(entry: Mapping[str, Any]) -> str:
-    return (
-        f"loss {entry['loss']:.4f}  target std {entry['target_std']:.3f}  "
-        f"prediction std {entry['prediction_std']:.3f}  {entry['samples_per_s']:.0f} samples/s"
-    )
+    keys = list(entry)
+    # what the objective adds stands between the loss and the learning rate
+    own = keys[keys.index("loss") + 1 : keys.index("lr")]
+    shown = [f"loss {entry['loss']:.4f}", *(f"{key.replace('_', ' ')} {entry[key]:.3f}" for key in own)]
+    return "  ".join([*shown, f"{entry['samples_per_s']:.0f} samples/s"])
 
 
 class _Bar:

@@ -6,17 +6,20 @@ import importlib
 import math
 import struct
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_fast.config.deepspeed_sections import OptimizerConfig
 from d2v_fast.distributed.deepspeed_internals import cpu_adam_step
 from d2v_fast.distributed.deepspeed_start import adam_class
 from d2v_fast.errors import RunError
+from d2v_fast.objectives.base import Rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NO_RATES: Mapping[str, Rate] = {}
 
 
 def check_optimizer_available(config: OptimizerConfig) -> None:
@@ -55,6 +58,41 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, object]]) -> 
             f'`optimizer.type` "{kind}" cannot be built here: {_reason(error)}. Use "AdamW", which is not compiled.'
         ) from error
     return optimizer
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_1d: bool, rates: Mapping[str, Rate] = NO_RATES
+) -> list[dict[str, Any]]:
+    """Return the parameter groups: for each learning rate, matrices and 1-D parameters (biases, norms, LayerScale).
+
+    Args:
+        model: Its trainable parameters are grouped.
+        weight_decay: Weight decay of the matrices.
+        decay_1d: Whether 1-D parameters have the same weight decay; otherwise they have none.
+        rates: See `make_engine`. The groups have them as `rate`.
+    """
+    found: dict[tuple[Rate, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.setdefault((rates.get(name, Rate()), parameter.ndim <= 1), []).append(parameter)
+    # matrices first
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], item[0][1]))
+    return [
+        {"params": params, "weight_decay": weight_decay if decay_1d or not is_1d else 0.0, "rate": rate}
+        for (rate, is_1d), params in ordered
+    ]
+
+
+def set_lr(optimizer: Any, lr: float, frozen: bool) -> None:
+    """Set the learning rate of a step in every group, 0 in those that freeze if the encoder is frozen in it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate_of(group, lr, frozen)
+
+
+def rate_of(group: Mapping[str, Any], lr: float, frozen: bool) -> float:
+    """Return the learning rate of a group; see `set_lr`."""
+    rate: Rate = group["rate"]
+    return 0.0 if frozen and rate.freezes else lr * rate.scale
 
 
 def _reason(error: BaseException) -> str:

@@ -69,9 +69,11 @@ def check_packages(config: RunConfig, num_processes: int) -> None:
                     f"`pip install {name}`, or set it to false."
                 ) from error
     # `evaluation.check_labels` checks a user's own labels
+    found = evaluation.probed(config.d2v)
     if (
-        config.d2v.probe.path is None
-        and evaluation.has_labels(config.d2v)
+        found is not None
+        and found.probe.path is None
+        and evaluation.has_labels(found)
         and importlib.util.find_spec("sklearn") is None
     ):
         command = install_command("sklearn")

@@ -14,13 +14,15 @@ import torch
 from d2v_fast.checkpoints.files import complete_steps
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.config import BatchSplit, RunConfig
+from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.data import BatchMaker, StepLoader, batch_maker, resolved, step_order, steps_per_epoch
 from d2v_fast.distributed.world import World, world_size
 from d2v_fast.errors import RunError
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory
-from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.build import build_objective
 from d2v_fast.teacher import Teacher
+from d2v_fast.teacher.none import NoTeacher
 from d2v_fast.training import metrics
 from d2v_fast.training.capture import CudaCapture
 from d2v_fast.training.captured_step import CapturedStep, CaptureOptions
@@ -35,6 +37,7 @@ from d2v_fast.training.run_folder import BAD_FILES, RunFolder
 from d2v_fast.training.run_state import Networks, Resumed, RunState, data_identity
 from d2v_fast.training.step import TrainStep
 from d2v_fast.training.stepclock import CAPTURED_PARTS, StepClock
+from d2v_fast.training.validation import Validation
 
 Say = Callable[[str], None]
 
@@ -71,6 +74,7 @@ class Run:
         step: Makes a step.
         state: Saves checkpoints.
         guard: Stops the run after non-finite steps or a collapse.
+        validation: Scores held-out samples.
         memory: Measures peak memory since the model was built.
         start_step: Steps made by earlier processes.
     """
@@ -84,6 +88,7 @@ class Run:
     step: TrainStep
     state: RunState
     guard: Guard
+    validation: Validation
     memory: PeakMemory
     start_step: int
 
@@ -140,13 +145,15 @@ def prepare(plan: Plan, world: World, opened: ExitStack, *, resume: bool, stem: 
         metrics.import_reports()
     say("building the model ...")
     memory = PeakMemory(world.device)
-    networks = _build_networks(plan.config, world)
+    networks = _build_networks(plan.config, world, folder)
     _speed_up(plan.config, world, networks, say)
     state, resumed = _restore(plan, world, folder, networks, say)
     say("compiling the mask sampler ...")
     loader = _make_loader(plan, world, folder, resumed.step)
     log = _open_log(plan, world, folder, resumed.step)
     opened.callback(log.close)
+    validation = Validation(plan.config, world, folder, resumed.step, log.say)
+    state.protect(validation.best)
     guard = Guard(
         plan.config,
         world,
@@ -166,6 +173,7 @@ def prepare(plan: Plan, world: World, opened: ExitStack, *, resume: bool, stem: 
         step=_make_step(plan.config, world, networks, say),
         state=state,
         guard=guard,
+        validation=validation,
         memory=memory,
         start_step=resumed.step,
     )
@@ -181,6 +189,11 @@ def is_finished(folder: RunFolder, plan: Plan) -> bool:
     saved, finished = complete_steps(folder.path / "checkpoints"), folder.finished_steps()
     if finished > num_steps:
         raise RunError(too_short(finished, num_steps, plan.steps_per_epoch, folder.path, saved))
+    d2v = plan.config.d2v
+    if isinstance(d2v, FinetuneConfig) and 0 < finished < num_steps:
+        # the run has ended early, and would end again with as little patience
+        ended_with = folder.stalled_with()
+        return ended_with is not None and d2v.valid.patience is not None and d2v.valid.patience <= ended_with
     # a finished run may have been extended and interrupted
     return finished == num_steps and max(saved, default=0) <= num_steps
 
@@ -208,20 +221,24 @@ def _open_folder(plan: Plan, world: World, opened: ExitStack, say: Say, *, resum
     return folder
 
 
-def _build_networks(config: RunConfig, world: World) -> Networks:
-    """Build student, engine and teacher with initial weights."""
+def _build_networks(config: RunConfig, world: World, folder: RunFolder) -> Networks:
+    """Build student, engine and teacher with initial weights, or those that a new run begins with."""
     d2v = config.d2v
     torch.manual_seed(d2v.run.seed)
-    model = build_model(d2v)
+    model = build_objective(d2v)
+    if not world.decide(lambda: bool(complete_steps(folder.path / "checkpoints"))):
+        model.begin()
     if not config.deepspeed.needs_deepspeed(world.size):
         # DeepSpeed moves what it needs on the device itself, in its dtype
         model.to(world.device)
     # copied before an engine shards the student
-    copied = copy.deepcopy(model.student.averaged)
-    engine = make_engine(model, config.deepspeed, world, decay_1d=d2v.decay_1d)
+    copied = None if model.teacher_config is None else copy.deepcopy(model.averaged)
+    engine = make_engine(model, config.deepspeed, world, decay_1d=d2v.decay_1d, rates=model.rates())
+    if model.teacher_config is None:
+        return Networks(model, NoTeacher(), engine)
     teacher = Teacher(
-        model.student.averaged,
-        d2v.teacher,
+        model.averaged,
+        model.teacher_config,
         compute_dtype=engine.compute_dtype,
         module=copied,
         engine=engine.deepspeed,
@@ -290,7 +307,7 @@ def _speed_up(config: RunConfig, world: World, networks: Networks, say: Say) -> 
 
 def _make_step(config: RunConfig, world: World, networks: Networks, say: Say) -> TrainStep:
     d2v, engine, model = config.d2v, networks.engine, networks.model
-    divisor, seed = d2v.loss.divisor(d2v.model.width), d2v.run.seed
+    divisor, seed = model.divisor, d2v.run.seed
     if engine.captured:
         assert isinstance(engine, PlainEngine)
         options = CaptureOptions(

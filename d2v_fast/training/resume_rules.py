@@ -11,27 +11,8 @@ from pydantic import ValidationError
 from d2v_fast.command_lines import tool_command
 from d2v_fast.config import EARLIER_VALUES, DeepSpeedConfig, RunConfig, changed_keys
 from d2v_fast.config.errors import Section, show
+from d2v_fast.config.model_keys import FREE_MODEL_KEYS
 
-# keys of `d2v.model` that may differ from those that the weights were trained with: they do not change its tensors
-FREE_MODEL_KEYS = frozenset(
-    {
-        "activation_dropout",
-        "attention",
-        "attention_dropout",
-        "context_dropout",
-        "context_layer_drop",
-        "decoder.dropout",
-        "decoder.noise_std",
-        "drop_path",
-        "dropout",
-        "front_end_checkpointing",
-        "gradient_checkpointing",
-        "input_dropout",
-        "layer_drop",
-        "layer_scale",
-        "position_in_teacher",
-    }
-)
 # keys of `d2v` that determine the order of an epoch; samples and global batch are compared in `run_state.py`
 _ORDER_KEYS = (("run", "seed"), ("data", "max_batch_seconds"))
 # where a run is stored does not affect its results

@@ -193,6 +193,12 @@ class RunFolder:
         path = self.path / "result.json"
         return int(read_json(path, _MAX_REPORT_BYTES)["step"]) if path.exists() else 0
 
+    def stalled_with(self) -> int | None:
+        """Return the patience with which the run ended before its schedule; None if it did not."""
+        path = self.path / "result.json"
+        patience = read_json(path, _MAX_REPORT_BYTES).get("patience") if path.exists() else None
+        return patience if is_number(patience, int) else None
+
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved configuration with the run's actual name as `config.json`."""
         content = config.to_dict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,9 +20,9 @@ from d2v_fast.distributed.deepspeed_internals import is_partitioned
 from d2v_fast.distributed.shards import full_shape, gather_whole
 from d2v_fast.distributed.world import World
 from d2v_fast.errors import RunError
+from d2v_fast.modalities import build_student
 from d2v_fast.models.student import Student
-from d2v_fast.objectives.build import build_model
-from d2v_fast.objectives.data2vec import Data2Vec
+from d2v_fast.objectives.base import Objective
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine
 from d2v_fast.training.resume_rules import refused_changes, reported_changes
@@ -46,12 +46,12 @@ class Networks(NamedTuple):
     """The networks of a run.
 
     Attributes:
-        model: Student and head.
-        teacher: The moving average of the student's encoder.
+        model: Encoder and head.
+        teacher: The moving average of the model, or of a part of it.
         engine: The model's engine.
     """
 
-    model: Data2Vec
+    model: Objective
     teacher: Teacher
     engine: Engine
 
@@ -127,6 +127,10 @@ class RunSaver:
         kept = [*self._saved_engine.kept(), *(Kept("teacher", shard) for shard in self._teacher.shards)]
         self._checkpoints.save(step, state, kept, in_background=in_background)
 
+    def protect(self, validation: Mapping[str, Any] | None) -> None:
+        """Keep the checkpoint of a validation, if there is one, however many newer ones there are."""
+        self._checkpoints.protected = None if validation is None else int(validation["step"])
+
     def advance_save(self) -> None:
         """Rename a checkpoint that was written in the background to its final name once it is on the disk."""
         self._checkpoints.advance()
@@ -149,13 +153,15 @@ class RunState(RunSaver):
         networks: The networks to save and restore.
         checkpoints: The run's checkpoints.
         data: The data that the run trains on.
+    Attributes:
+        model: Encoder and head.
     """
 
     def __init__(
         self, config: RunConfig, world: World, networks: Networks, checkpoints: Checkpoints, data: DataIdentity
     ) -> None:
         super().__init__(config, world, networks.teacher, networks.engine, checkpoints, data)
-        self._model, self._engine = networks.model, networks.engine
+        self.model, self._engine = networks.model, networks.engine
 
     def restore(self, say: Callable[[str], None]) -> Resumed:
         """Load the newest good checkpoint, from any engine, number of processes and ZeRO stage.
@@ -190,7 +196,7 @@ class RunState(RunSaver):
                 "Name that tokenizer, or start a new run."
             )
         self._compare_samples(state, say)
-        expected = {f"student/{name}": full_shape(p) for name, p in self._model.named_parameters()}
+        expected = {f"student/{name}": full_shape(p) for name, p in self.model.named_parameters()}
         expected |= {f"teacher/{name}": shape for name, shape in self._teacher.shapes.items()}
         saved = {name: shape for name, shape in state["shapes"].items() if name.startswith(("student/", "teacher/"))}
         require_same_shapes(saved, expected, "state")
@@ -213,20 +219,20 @@ class RunState(RunSaver):
             if the run computes in 16 bits or ZeRO-3 has partitioned them.
         """
         teacher = self._teacher.module
-        parameters = [*self._model.parameters(), *teacher.parameters()]
+        parameters = [*self.model.parameters(), *teacher.parameters()]
         if all(p.dtype == torch.float32 and not is_partitioned(p) for p in parameters):
-            student = self._model.student
+            student = self.model.student
             return (student, student.with_averaged(teacher)) if self._world.is_first else None
-        names = {n: full_shape(p) for n, p in self._model.named_parameters() if n.startswith("student.")}
+        names = {n: full_shape(p) for n, p in self.model.named_parameters() if n.startswith("student.")}
         weights = gather_whole(self._engine.shards(), names, self._world)
         average = gather_whole(self._teacher.shards, self._teacher.shapes, self._world)
         if not self._world.is_first:
             return None
-        prefix = self._model.student.averaged_prefix()
+        prefix = self.model.student.averaged_prefix()
         shared = {name.removeprefix("student."): value for name, value in weights.items()}
         encoders = []
         for state in (shared, shared | {prefix + name: value for name, value in average.items()}):
-            encoder = build_model(self._config.d2v).student.to(self._world.device)
+            encoder = build_student(self._config.d2v).to(self._world.device)
             encoder.load_state_dict(state)
             encoders.append(encoder)
         return encoders[0], encoders[1]

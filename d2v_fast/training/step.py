@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2v_fast.data import Batch, Step
 from d2v_fast.distributed.world import World
-from d2v_fast.objectives.data2vec import StepOutput
+from d2v_fast.objectives.base import StepOutput
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine
 from d2v_fast.training.stepclock import StepClock
@@ -24,12 +24,12 @@ class StepResult(NamedTuple):
     Attributes:
         number: Number of the step, from 1.
         sample_ids: int64 `[B]` per micro-batch of this process.
-        num_rows: Masked rows of the step over all processes, at least 1.
+        num_rows: Rows of the step over all processes, at least 1; see `StepOutput`.
         loss_finite: 0-d bool, whether the loss of every micro-batch of this process was finite.
         applied: 0-d bool, whether the step changed anything: loss and gradient were finite on all processes.
         grad_norm: 0-d, global norm of the gradient before clipping.
         losses: 0-d fp32 per micro-batch of this process, summed over its rows and channels.
-        moments: fp32 `[4, D]` per micro-batch, see `StepOutput`; empty if they were not asked for.
+        moments: fp32 per micro-batch, see `StepOutput`; empty if they were not asked for.
     """
 
     number: int
@@ -42,7 +42,7 @@ class StepResult(NamedTuple):
     moments: list[Tensor]
 
     def sums(self) -> Tensor:
-        """Return the loss and the flattened moments, summed over the micro-batches: fp32 `[1 + 4 * D]`.
+        """Return the loss and the flattened moments, summed over the micro-batches: fp32, 1-D.
 
         Raises:
             ValueError: The step was made without moments.
@@ -76,7 +76,7 @@ class TrainStep:
         engine: Model and optimizer.
         teacher: The moving average of the model's encoder.
         world: The processes of the run.
-        divisor: Divisor of a masked row's loss, which is summed over channels.
+        divisor: Divisor of a row's loss, which pre-training sums over channels.
         seed: Seed of dropout.
         clock: Measures the parts of a step; None measures nothing.
         prepare: Changes each micro-batch while it is on the host; None changes nothing.
@@ -110,6 +110,7 @@ class TrainStep:
             moments: Whether to compute the moments, which only the log of a step and its check for a collapse need.
         """
         num_rows = max(1, step.num_rows)
+        self.engine.begin_step(number)
         loss_finite = torch.ones((), dtype=torch.bool, device=self._world.device)
         losses: list[Tensor] = []
         sums: list[Tensor] = []
@@ -145,7 +146,7 @@ class TrainStep:
             number: Number of the step, from 1.
             micro_step: Index of the micro-batch in the step, from 0.
             batch: The micro-batch, on the model's device.
-            num_rows: Masked rows of the whole step, over all processes.
+            num_rows: Rows of the whole step, over all processes.
             moments: Whether to compute `StepOutput.moments`.
         """
         self.begin_micro_step(number, micro_step)

@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field
 
 from d2v_fast.config import (
-    D2VConfig,
     DataSection,
     LossConfig,
     ModelSection,
+    PretrainConfig,
     ScheduleConfig,
     TargetConfig,
     TeacherConfig,
@@ -62,7 +62,7 @@ class CurvesDataConfig(DataSection):
     length: int = Field(default=12, ge=2)
 
 
-class CurvesConfig(D2VConfig):
+class CurvesConfig(PretrainConfig):
     """Curves."""
 
     modality: Literal["curves"] = "curves"

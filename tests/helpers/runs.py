@@ -160,7 +160,7 @@ def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> No
     patch(metrics, "_tensorboard", lambda *arguments: None)
     patch(metrics, "import_reports", lambda: None)
     patch(evaluation, "has_labels", lambda config: False)
-    patch(export, "export_student", lambda run_folder: "no export")
+    patch(export, "export_student", lambda run_folder, **options: "no export")
 
 
 def figures(folder: Path, name: str) -> list[tuple[Any, ...]]:

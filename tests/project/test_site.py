@@ -56,7 +56,7 @@ def test_every_key_is_described(model: type[BaseModel]) -> None:
 def test_reference_holds_every_key() -> None:
     text = HOOKS.configuration()
     # a heading per section, a row per key
-    assert len(re.findall(r"^### ", text, re.MULTILINE)) == 48
+    assert len(re.findall(r"^### ", text, re.MULTILINE)) >= 53
     for model in ALL:
         if model in OBJECTIVES:
             continue

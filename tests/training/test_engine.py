@@ -20,11 +20,11 @@ from d2v_fast.objectives.build import build_model
 from d2v_fast.training.engine import (
     Engine,
     PlainEngine,
-    _parameter_groups,
     check_engine_available,
     compute_dtype,
     make_engine,
 )
+from d2v_fast.training.optimizers import parameter_groups
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY_SPEECH, in_processes, tiny_file
@@ -91,7 +91,7 @@ def test_grad_norm_is_before_clipping() -> None:
 
 def test_what_decays() -> None:
     model = build_model(config().d2v)
-    decayed, kept = _parameter_groups(model, 0.05, decay_1d=False)
+    decayed, kept = parameter_groups(model, 0.05, decay_1d=False)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed_names = {names[id(p)] for p in decayed["params"]}
@@ -102,7 +102,7 @@ def test_what_decays() -> None:
     assert all(name.endswith("bias") or "norm" in name or "gamma" in name or "cls" in name for name in kept_names)
     assert not any(name.endswith("bias") or "norm" in name or "gamma" in name for name in decayed_names)
     # the same two groups, so that shards and checkpoints do not depend on the key
-    matrices, vectors = _parameter_groups(model, 0.05, decay_1d=True)
+    matrices, vectors = parameter_groups(model, 0.05, decay_1d=True)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0.05)
     assert [len(matrices["params"]), len(vectors["params"])] == [len(decayed["params"]), len(kept["params"])]
 

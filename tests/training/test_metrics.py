@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_fast.config import GuardConfig
+from d2v_fast.config import GuardConfig, parse_config
 from d2v_fast.data.progress import Progress, duration
 from d2v_fast.figures.curves import curves_figure
+from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.deviations import deviations
 from d2v_fast.training import metrics
-from d2v_fast.training.metrics import RunLog, deviations, draw_curves, loss_and_deviations, read_log
+from d2v_fast.training.metrics import RunLog, draw_curves, read_log
 from d2v_fast.training.prepare import prepare
 from d2v_fast.training.run_folder import RunFolder
 from d2v_fast.training.stepclock import StepClock
+from tests.helpers.runs import TINY
 
 
 def moments_of(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -40,8 +43,9 @@ def test_deviations_of_a_collapse() -> None:
 
 
 def test_loss_is_per_value() -> None:
-    sums = torch.cat((torch.tensor([12.0]), torch.zeros(4 * 3)))
-    assert loss_and_deviations(sums, num_rows=2, width=3, divisor=3)["loss"] == 2.0
+    model = build_model(parse_config(TINY).pretraining)
+    sums = torch.cat((torch.tensor([64.0]), torch.zeros(4 * 16)))
+    assert model.logged(sums, num_rows=2)["loss"] == 2.0
 
 
 def entry(step: int, **changes: float) -> dict[str, float]:

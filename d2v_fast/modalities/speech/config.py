@@ -10,10 +10,10 @@ from typing_extensions import Self
 
 from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
 from d2v_fast.config.schema import (
-    D2VConfig,
     DataSection,
     LossConfig,
     ModelSection,
+    PretrainConfig,
     ScheduleConfig,
     TargetConfig,
     TeacherConfig,
@@ -210,7 +210,7 @@ class SpeechDataConfig(DataSection):
         return self
 
 
-class RecordingsConfig(D2VConfig):
+class RecordingsConfig(PretrainConfig):
     """What every objective on recordings has."""
 
     modality: Literal["speech"] = "speech"

@@ -14,10 +14,10 @@ from typing_extensions import Self
 from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
 from d2v_fast.config.probe import ProbeConfig
 from d2v_fast.config.schema import (
-    D2VConfig,
     DataSection,
     LossConfig,
     ModelSection,
+    PretrainConfig,
     ScheduleConfig,
     TargetConfig,
     TeacherConfig,
@@ -256,7 +256,7 @@ class TextProbeConfig(ProbeConfig):
         return self
 
 
-class DocumentsConfig(D2VConfig):
+class DocumentsConfig(PretrainConfig):
     """What every objective on text has."""
 
     modality: Literal["text"] = "text"

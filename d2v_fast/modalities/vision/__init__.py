@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from d2v_fast.modalities import Modality
 from d2v_fast.modalities.vision.config import ImagesConfig, VisionConfig
 from d2v_fast.modalities.vision.config2 import MaskedVisionConfig
+from d2v_fast.modalities.vision.config_finetune import VisionClassifyConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from d2v_fast.modalities.vision.encoder import VisionModel
     from d2v_fast.modalities.vision.encoder2 import MaskedVisionModel
     from d2v_fast.models.student import Student
+    from d2v_fast.objectives.finetune import Finetuning
 
-__all__ = ["DATA2VEC2", "MODALITY"]
+__all__ = ["CLASSIFY", "DATA2VEC2", "MODALITY"]
 
 
 def _encoder() -> type[VisionModel]:
@@ -110,6 +112,52 @@ def _published2() -> Published:
     return FORMAT
 
 
+def _labeled_batches(config: VisionClassifyConfig) -> BatchMaker:
+    from d2v_fast.modalities.vision.labeled import labeled_images
+
+    return labeled_images(config)
+
+
+def _largest_labeled_batch(config: VisionClassifyConfig, num_samples: int) -> Batch:
+    from d2v_fast.modalities.vision.labeled import largest_batch
+
+    return largest_batch(config, num_samples)
+
+
+def _resolved(config: VisionClassifyConfig) -> VisionClassifyConfig:
+    from d2v_fast.modalities.vision.labeled import resolved
+
+    return resolved(config)
+
+
+def _finetuning() -> Finetuning:
+    from d2v_fast.modalities.vision.head import ImageHead
+    from d2v_fast.modalities.vision.labeled import batch_of, held_out_images
+    from d2v_fast.objectives.finetune import Finetuning
+
+    return Finetuning(ImageHead, held_out_images, batch_of)
+
+
+def _filled(raw: dict[str, Any]) -> dict[str, Any]:
+    from d2v_fast.interop.sources import fill
+
+    return fill(raw)
+
+
+CLASSIFY = Modality(
+    name="vision",
+    objective="classify",
+    place="patch",
+    config=VisionClassifyConfig,
+    encoder=_encoder,
+    batches=_labeled_batches,
+    largest_batch=_largest_labeled_batch,
+    resolved=_resolved,
+    open_inputs=_open_inputs,
+    filled=_filled,
+    finetuning=_finetuning,
+)
+
 DATA2VEC2 = Modality(
     name="vision",
     objective="data2vec2",
@@ -139,5 +187,5 @@ MODALITY = Modality(
     open_inputs=_open_inputs,
     probing=_probing,
     draw=_draw,
-    others=(DATA2VEC2,),
+    others=(DATA2VEC2, CLASSIFY),
 )

@@ -14,14 +14,16 @@ from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
 from d2v_fast.errors import DataError
 from d2v_fast.masking import block_mask_rows
-from d2v_fast.modalities.vision.config import ImagesConfig, VisionConfig
+from d2v_fast.modalities.vision.config import ImageInputsConfig, VisionConfig
 from d2v_fast.modalities.vision.digits import DigitsDataset
 from d2v_fast.modalities.vision.images import ImagesDataset
 
 __all__ = ["ImageBatches", "Images", "image_dataset", "largest_batch"]
 
 
-def image_dataset(config: ImagesConfig, split: Literal["train", "test"] = "train") -> DigitsDataset | ImagesDataset:
+def image_dataset(
+    config: ImageInputsConfig, split: Literal["train", "test"] = "train"
+) -> DigitsDataset | ImagesDataset:
     """Return the data set that `data.kind` names, with images of the model's input size.
 
     Args:

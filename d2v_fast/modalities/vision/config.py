@@ -16,8 +16,10 @@ from d2v_fast.config.probe import ProbeConfig
 from d2v_fast.config.schema import (
     D2VConfig,
     DataSection,
+    GuardConfig,
     LossConfig,
     ModelSection,
+    PretrainConfig,
     ScheduleConfig,
     TargetConfig,
     TeacherConfig,
@@ -230,32 +232,47 @@ class VisionProbeConfig(ProbeConfig):
     grid: int = Field(default=1, ge=1)
 
 
-class ImagesConfig(D2VConfig):
-    """What every objective on images has."""
+class ImageInputsConfig(D2VConfig):
+    """What every run on images has."""
 
     modality: Literal["vision"] = "vision"
     model: ImageModelSection
     data: VisionDataConfig
-    probe: VisionProbeConfig
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        model, data, probe = (sections.get(name) for name in ("model", "data", "probe"))
+        """See `D2VConfig`."""
+        model, data = sections.get("model"), sections.get("data")
         yield from super().problems_across(sections)
-        if model and probe and probe.grid > model.grid_size:
-            must = f"be in [1, {model.grid_size}]"
-            hint = f"An image has {model.grid_size} x {model.grid_size} patches."
-            yield Problem("probe.grid", must, probe.grid, hint)
         for name in ("mean", "std"):
             if model and data and len(getattr(data, name)) not in (1, model.channels):
                 hint = f"One value per channel (`d2v.model.channels` is {model.channels}), or a single one for all."
                 yield Problem(f"data.{name}", f"hold {model.channels} values", getattr(data, name), hint)
 
     def problems_of_a_run(self) -> list[Problem]:
+        """See `D2VConfig`."""
         if self.data.kind != "digits" or self.model.channels == 1:
             return []
         must = 'be 1 with `d2v.data.kind` "digits"'
         return [Problem("model.channels", must, self.model.channels, "The digits are gray.")]
+
+
+class ImagesConfig(ImageInputsConfig, PretrainConfig):
+    """What every pre-training on images has."""
+
+    # the first base has it of any run
+    guard: GuardConfig = GuardConfig()
+    probe: VisionProbeConfig
+
+    @classmethod
+    def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        """See `D2VConfig`."""
+        model, probe = sections.get("model"), sections.get("probe")
+        yield from super().problems_across(sections)
+        if model and probe and probe.grid > model.grid_size:
+            must = f"be in [1, {model.grid_size}]"
+            hint = f"An image has {model.grid_size} x {model.grid_size} patches."
+            yield Problem("probe.grid", must, probe.grid, hint)
 
 
 class VisionConfig(ImagesConfig):

@@ -1,7 +1,7 @@
 """The 1,797 handwritten digits that scikit-learn ships, which need no download.
 
 Each is an 8x8 scan in 17 gray levels (UCI, Optical Recognition of Handwritten Digits). A fixed part is held out from
-pre-training, which sees no labels. Only `digits_for_probe` returns labels.
+pre-training, which sees no labels. Only `digit_classes` and `digits_for_probe` return labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from d2v_fast.modalities.vision.affine import warp
 if TYPE_CHECKING:
     from d2v_fast.modalities.vision.config import ImageModelSection, ImagesConfig, VisionDataConfig
 
-__all__ = ["DigitsDataset", "ProbeData", "digits_for_probe"]
+__all__ = ["DigitsDataset", "ProbeData", "digit_classes", "digits_for_probe"]
 
 SCAN_SIZE = 8
 
@@ -113,6 +113,13 @@ class DigitsDataset:
         pixels = np.empty((len(sample_ids), 1, self.image_size, self.image_size), dtype=np.float32)
         warp(pixels[:, 0], self._scans, np.ascontiguousarray(sample_ids), motions)
         return torch.from_numpy(pixels).sub_(self._mean).div_(self._std)
+
+
+def digit_classes(data: VisionDataConfig, split: Literal["train", "test"]) -> npt.NDArray[np.int64]:
+    """Return the digit on each scan of `DigitsDataset`, int64 `[S]`."""
+    _, labels = _load_scans()
+    train, test = _split(labels, data.test_fraction)
+    return labels[train if split == "train" else test]
 
 
 def digits_for_probe(config: ImagesConfig) -> ProbeData:

@@ -136,6 +136,7 @@ class VisionModel(Student):
 
     num_prefix_tokens = 1
     entrance_name = "embedding"
+    upper_names = ("norm.", "position_bias.")
 
     def __init__(self, config: VisionModelConfig) -> None:
         super().__init__()
@@ -190,6 +191,11 @@ class VisionModel(Student):
             rows = masked_places(rows, batch.num_rows, len(batch.inputs) * self.num_patches)
         student = EmbeddedImages(batch.inputs, self.num_patches, rows, batch.drop_keys)
         return student, EmbeddedImages(batch.inputs, self.num_patches)
+
+    def encode(self, batch: MaskedBatch) -> Tensor:
+        """See `Student`."""
+        hidden: Tensor = self(batch.inputs, None, batch.drop_keys).last_hidden
+        return hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
         """See `Student`; applies the last norm."""

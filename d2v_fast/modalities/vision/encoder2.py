@@ -130,6 +130,11 @@ class MaskedVisionModel(Student):
         student = MaskedImages(batch.inputs, self.num_patches, places, batch.drop_keys)
         return student, MaskedImages(batch.inputs, self.num_patches)
 
+    def encode(self, batch: MaskedBatch) -> Tensor:
+        """See `Student`."""
+        hidden: Tensor = self(batch.inputs, None, batch.drop_keys).last_hidden
+        return hidden
+
     def make_head(self) -> ConvDecoder:
         """See `Student`; a decoder with 2-D convolutions."""
         return ConvDecoder(self.width, self.decoder_config, self.grid_size)

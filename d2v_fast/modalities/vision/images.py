@@ -144,6 +144,10 @@ class ImagesDataset:
         except UnreadableImage as error:
             raise DataError(printable(f"{path}: {error}")) from None
 
+    def name(self, sample_id: int) -> str:
+        """Return the path of a sample's file below the folder."""
+        return self._paths[sample_id]
+
     def path(self, sample_id: int) -> str:
         """Return the path of a sample's file."""
         return os.path.join(self.root, self._paths[sample_id])

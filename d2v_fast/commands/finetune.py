@@ -1,0 +1,47 @@
+"""`d2v-fast finetune`: train an encoder with a head on labeled samples.
+
+It is `train` with a configuration of fine-tuning, into which SOURCE and the options about it are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from d2v_fast.command_lines import path_override, path_words
+from d2v_fast.errors import OptionError
+from d2v_fast.train import train_command
+
+
+def finetune(options: argparse.Namespace) -> int:
+    """Fine-tune, and return the exit status; see `train_command`.
+
+    Args:
+        options: of the command.
+    Raises:
+        UserError, OSError: with a message for the user.
+    """
+    given: list[str] = []
+    if options.source is not None:
+        _, override = path_override("d2v.finetune.source", options.source)
+        given.append(override)
+    elif options.weights is not None or options.step is not None:
+        raise OptionError("`--weights` and `--step` choose weights of SOURCE, which is not given.")
+    if options.weights is not None:
+        given.append(f"d2v.finetune.weights={options.weights}")
+    if options.step is not None:
+        given.append(f"d2v.finetune.step={options.step}")
+    options.overrides = [*given, *options.overrides]
+    return train_command(options, _train_words(options))
+
+
+def _train_words(options: argparse.Namespace) -> list[str]:
+    """Return the words with which `d2v_fast/train.py` does the same, for child processes."""
+    words = [] if options.ds_config is None else ["--ds_config", path_words(options.ds_config)]
+    for override in options.overrides:
+        words += ["--set", override]
+    if options.run is not None:
+        words.append(f"--run-name={options.run}")
+    if options.supervise is not None:
+        words += ["--supervise", str(options.supervise)]
+    flags = {"--resume": options.resume, "--dry-run": options.dry_run, "--profile": options.profile}
+    return words + [flag for flag, is_set in flags.items() if is_set]

@@ -1,0 +1,187 @@
+"""The encoder that fine-tuning begins with, from a run, a Transformers folder or a checkpoint of the published code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from d2v_fast.checkpoints.best import best_step
+from d2v_fast.checkpoints.saved_weights import encoder_weights, open_checkpoint, read_run_config
+from d2v_fast.config import D2VConfig
+from d2v_fast.config.errors import Section
+from d2v_fast.config.finetune import FinetuneConfig
+from d2v_fast.config.model_keys import FREE_MODEL_KEYS
+from d2v_fast.config.model_paths import explain
+from d2v_fast.files.paths import expand_path
+from d2v_fast.interop.folders import read_model_config
+from d2v_fast.interop.huggingface import import_model
+from d2v_fast.interop.published import load_published
+from d2v_fast.modalities import modality_of_model
+from d2v_fast.models.weights import require_finite
+
+KEY = "`d2v.finetune.source`"
+
+
+class Place(NamedTuple):
+    """Where weights are.
+
+    Attributes:
+        run: Folder of a run; None for a Transformers folder or a file.
+        step: Step of its checkpoint; None is the best one of a fine-tuned run, or the newest.
+        path: The Transformers folder or the file.
+    """
+
+    run: Path | None
+    step: int | None
+    path: Path
+
+
+class Found(NamedTuple):
+    """The weights of a source, fp32 on the CPU.
+
+    Attributes:
+        origin: The source in words.
+        config: The model section of its encoder.
+        encoder: Tensors of the encoder by name.
+        head: Tensors of the head of a fine-tuned model by name; None if there is none.
+        labels: Names of the classes that the head distinguishes; None if there is no head, or it has none.
+    """
+
+    origin: str
+    config: Section
+    encoder: Mapping[str, Tensor]
+    head: Mapping[str, Tensor] | None = None
+    labels: Sequence[str] | None = None
+
+    def copy_to(self, student: nn.Module, head: nn.Module, config: FinetuneConfig) -> None:
+        """Copy the weights into an encoder, and into a head that distinguishes the same classes.
+
+        Raises:
+            ValueError: A tensor of the encoder is missing or has another shape, or a value is not finite.
+        """
+        expected = student.state_dict()
+        wrong = [
+            f"{name} is {list(self.encoder[name].shape) if name in self.encoder else 'missing'} there and "
+            f"{list(value.shape)} in `d2v.model`"
+            for name, value in expected.items()
+            if name not in self.encoder or self.encoder[name].shape != value.shape
+        ]
+        if wrong:
+            shown = "\n  ".join([*wrong[:5], *([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else [])])
+            raise ValueError(
+                f"{KEY} ({self.origin}) must hold an encoder of the sizes in `d2v.model`, but does not:\n  {shown}"
+            )
+        state = {name: self.encoder[name] for name in expected}
+        require_finite(state.items(), f"`{self.origin}`")
+        student.load_state_dict(state)
+        own = head.state_dict()
+        given = None if self.labels is None or self.labels != config.labels else self.head
+        if given is not None and {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in own.items()}:
+            head.load_state_dict(dict(given))
+
+
+def place_of(source: Path, step: int | None) -> Place:
+    """Return what a source is.
+
+    Args:
+        source: A run, a checkpoint in it, an export, a Transformers folder, or a file.
+        step: Step of a run's checkpoint.
+    Raises:
+        ValueError: There is no such path, or it is none of these.
+    """
+    if not os.path.lexists(source):
+        raise ValueError(f"{KEY} must be a run, a Transformers folder or a checkpoint, but there is no `{source}`.")
+    if source.is_file():
+        return Place(None, None, source)
+    name = source.name.removeprefix("step-")
+    if source.parent.name == "checkpoints" and source.name.startswith("step-") and name.isdecimal():
+        return Place(source.parent.parent, int(name), source)
+    if (source / "checkpoints").is_dir():
+        return Place(source, step, source)
+    if (reason := explain(source)) is not None:
+        raise ValueError(f"{KEY} must be a run, a Transformers folder or a checkpoint. {reason}")
+    return Place(None, None, source)
+
+
+def fill(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the `"d2v"` section of a file with the encoder and the model section of its source.
+
+    The sizes are those of the source. Other keys of `d2v.model` in the file, such as the rates of dropout, have
+    precedence.
+
+    Args:
+        raw: The section, not yet checked.
+    Raises:
+        ValueError: The source cannot be read, or holds an encoder of another modality.
+    """
+    section = raw.get("finetune")
+    source = section.get("source") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(source, str):
+        return raw
+    step = section.get("step")
+    model = _model_section(place_of(Path(expand_path(source)), step if isinstance(step, int) else None))
+    found, own = modality_of_model(model), raw.get("modality", "vision")
+    if found.name != own:
+        raise ValueError(f'{KEY} must hold an encoder of modality "{own}", but `{source}` is of "{found.name}".')
+    given = raw.get("model")
+    free = {key: value for key, value in given.items() if key in FREE_MODEL_KEYS} if isinstance(given, dict) else {}
+    return {**raw, "encoder": found.objective, "model": {**model.model_dump(mode="json"), **free}}
+
+
+def read_source(source: Path, weights: str, step: int | None, config: FinetuneConfig) -> Found:
+    """Read the weights of a source.
+
+    Args:
+        source: See `place_of`.
+        weights: "student" or "teacher", of a source that has both.
+        step: Step of a run's checkpoint; None is the best one of a fine-tuned run, or the newest.
+        config: The section of the run that is to begin with them.
+    Raises:
+        ValueError: The source cannot be read.
+    """
+    place = place_of(source, step)
+    if place.run is not None:
+        return _of_run(place.run, place.step, weights)
+    if place.path.is_dir():
+        student, model = import_model(place.path, **_options(place.path, config))
+        return Found(str(place.path), model, student.state_dict())
+    student, _, model = load_published(place.path, weights=weights)
+    return Found(f"{weights} of {place.path}", model, student.state_dict())
+
+
+def _of_run(folder: Path, step: int | None, weights: str) -> Found:
+    run = read_run_config(folder)
+    fine_tuned = isinstance(run, FinetuneConfig)
+    with open_checkpoint(folder, best_step(folder) if step is None and fine_tuned else step) as checkpoint:
+        which = averaged(run, weights)
+        saved = encoder_weights(checkpoint, run, which)
+        origin = f"{which} of {folder}, step {checkpoint.step}"
+        head = saved.head() if fine_tuned else None
+        return Found(origin, run.model, dict(saved), head, run.labels if isinstance(run, FinetuneConfig) else None)
+
+
+def averaged(config: D2VConfig, weights: str) -> str:
+    """Return whose weights of a run are meant: those of a fine-tuned one are its average, if it keeps one."""
+    if not isinstance(config, FinetuneConfig):
+        return weights
+    return "student" if config.finetune.average_decay is None else "teacher"
+
+
+def _options(folder: Path, config: FinetuneConfig) -> dict[str, Any]:
+    made = modality_of_model(config.model).huggingface
+    raw = read_model_config(folder)
+    own = None if made is None else made()
+    return own.options_of_run(raw, config.model) if own is not None and raw.get("model_type") == own.kind else {}
+
+
+def _model_section(place: Place) -> Section:
+    """Return the model section of a source's encoder."""
+    if place.run is not None:
+        return read_run_config(place.run).model
+    if place.path.is_dir():
+        return import_model(place.path)[1]
+    return load_published(place.path)[2]
