@@ -19,7 +19,7 @@ from d2v_fast.training.engine import Engine, make_engine
 from d2v_fast.training.step import TrainStep
 from tests.helpers.runs import TINY
 
-STEPS, GLOBAL_BATCH = 6, 8
+STEPS, GLOBAL_BATCH = 4, 8
 
 
 def run_config(changes: dict[str, Any], world_size: int) -> RunConfig:

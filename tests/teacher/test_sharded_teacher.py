@@ -48,7 +48,7 @@ OWN_WAYS = ["0", "2", "3", "3, offload", "0, bf16", "2, bf16", "3, bf16"]
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, dict[str, Tensor]]:
-    """Return student and average after 20 steps of one plain process."""
+    """Return student and average after `STEPS` steps of one plain process."""
     trial = Trial(run_config({}, 1), World("cpu"))
     for step in range(1, STEPS + 1):
         assert trial.step(step)
