@@ -1,7 +1,8 @@
 """A whole pre-training step, compared with the same step around Transformers' model. It has none of data2vec 2.0, whose
 step is compared with the published way in plain torch.
 
-Both start from the same weights and must agree on loss and gradients before they are timed. They alternate, so that
+On a GPU our step is what a run has there: compiled blocks and CUDA graphs. Both start from the same weights and must
+agree on loss and gradients before they are timed. They alternate, so that
 other load slows both. Data is created before. In addition to the figures of every benchmark, `extra_info` contains the
 share of each part in percent; images, or seconds of sound, per second; `gflop_per_s`, the arithmetic that the objective
 needs (`useful_flop`) per second; and `gemm_gflop_per_s`, the rate of a large matrix product in the same process and
@@ -33,9 +34,12 @@ from d2v_fast.data import Batch, Step
 from d2v_fast.distributed.world import World
 from d2v_fast.objectives.build import build_model
 from d2v_fast.teacher import Teacher
-from d2v_fast.training.engine import make_engine
+from d2v_fast.training.capture import WARM_UP_RUNS, Capture, CudaCapture
+from d2v_fast.training.captured_step import CapturedStep, CaptureOptions
+from d2v_fast.training.compiled_blocks import compile_blocks
+from d2v_fast.training.engine import PlainEngine, make_engine
 from d2v_fast.training.step import TrainStep
-from d2v_fast.training.stepclock import StepClock
+from d2v_fast.training.stepclock import CAPTURED_PARTS, PARTS, StepClock
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ["d2v.model.width=384", "d2v.model.heads=6"]
@@ -85,19 +89,29 @@ def peers_of(config: D2VConfig) -> Any:
 
 
 class OurStep:
-    """The step of the training loop."""
+    """The step of the training loop. With a capture it is captured and its blocks are compiled, as on a GPU."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        world = World(device.type)
+    def __init__(self, config: RunConfig, device: torch.device, capture: Capture | None = None) -> None:
+        self._world = World(device.type)
         self.model = build_model(config.pretraining).to(device)
-        self.engine = make_engine(self.model, config.deepspeed, world, decay_1d=config.d2v.decay_1d)
+        self.engine = make_engine(self.model, config.deepspeed, self._world, decay_1d=config.d2v.decay_1d)
         self.teacher = Teacher(
             self.model.student.averaged, config.pretraining.teacher, compute_dtype=self.engine.compute_dtype
         )
-        self.clock = StepClock(device, enabled=True)
-        self.model.part = self.clock.part
+        self._capture, self._max_shapes = capture, config.d2v.run.cuda_graph_shapes
+        self.clock = StepClock(device, enabled=True, parts=PARTS if capture is None else CAPTURED_PARTS)
         self._divisor, self._number = config.pretraining.loss.divisor(config.d2v.model.width), 0
-        self._step = TrainStep(self.engine, self.teacher, world, divisor=self._divisor, seed=0, clock=self.clock)
+        self._step: TrainStep | None = None
+
+    def _make(self) -> TrainStep:
+        common: dict[str, Any] = {"divisor": self._divisor, "seed": 0, "clock": self.clock}
+        if self._capture is None:
+            self.model.part = self.clock.part
+            return TrainStep(self.engine, self.teacher, self._world, **common)
+        assert isinstance(self.engine, PlainEngine)
+        compile_blocks(self.model, self.teacher.module)
+        options = CaptureOptions(self._capture, self._max_shapes, fixed_counts=True, say=print)
+        return CapturedStep(self.engine, self.teacher, self._world, options, **common)
 
     def loss(self, batch: Batch) -> Tensor:
         """As it is trained: the mean over masked places."""
@@ -107,6 +121,8 @@ class OurStep:
     def __call__(self, batch: Batch) -> None:
         """A whole step that is not logged."""
         self._number += 1
+        # made only now: a captured step keeps the places of the gradients, which a comparison before frees
+        self._step = self._step or self._make()
         self._step(self._number, Step([batch], len(batch.rows)), LR, moments=False)
         self.clock.end_step()
 
@@ -125,7 +141,8 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     batch_size = on_gpu if device.type == "cuda" else on_cpu
     changes = [*changes, f"train_batch_size={batch_size}", f"train_micro_batch_size_per_gpu={batch_size}"]
     config = load_config(CONFIGS / f"{file}.json", [*changes, f"d2v.data.path={tmp_path}"])
-    ours = OurStep(config, device)
+    capture = CudaCapture(device) if device.type == "cuda" else None
+    ours = OurStep(config, device, capture)
     peer = peers_of(config.d2v).PeerStep(ours.model, config, tmp_path, device, LR)
     batch, masked = random_batch(config.d2v, batch_size, device)
     if isinstance(peer, peers_data2vec2.PeerStep):
@@ -133,7 +150,7 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     elif case != "base published":
         assert_same_step(config.d2v, ours, peer, batch, masked)
 
-    for _ in range(NUM_WARMUP):
+    for _ in range(NUM_WARMUP if capture is None else WARM_UP_RUNS + NUM_WARMUP):
         ours(batch)
     peer(batch, masked)
     peak = peak_bytes(lambda: ours(batch), device)
@@ -165,7 +182,8 @@ def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) 
     amount = batch_size * per_sample
     info |= {"units_per_s": amount / info["p50_s"], "gflop_per_s": gflop / info["p50_s"], "gemm_gflop_per_s": gemm}
     info["percent_of_gemm"] = 100 * info["gflop_per_s"] / gemm
-    info["share_of_operations"] = shares["EMA"] + shares["target + loss"]
+    if capture is None:
+        info["share_of_operations"] = shares["EMA"] + shares["target + loss"]
     row = compared(peer_seconds, seconds) | {"peak_bytes": peer_peak}
     info["peers"] = {f"{peer.name} ({peer.attention})": row}
     info["note"] = (

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,8 +38,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 # between SIGINT and SIGKILL, so that pytest can print its summary
 GRACE_S = 5.0
+# kept for tables and plots, but at most a tenth of all
+REPORT_S = 20.0
 MAX_PROCESSES = 13
 OPERATIONS = ("host", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu", "ema", "attention")
+# the most telling first: each compiles its blocks, and the limit may cut the last ones
+STEPS = ("base published", "speech", "text", "images 2.0", "speech 2.0", "text 2.0", "base", "small")
 NEEDED_FOR_RUNS = ("pydantic", "numpy", "numba", "safetensors", "sklearn", "PIL")
 # run in its own process, since this one must not hold a part of the GPU
 DESCRIBE = """
@@ -142,14 +147,15 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     figures = ["--figures", str(out / "figures.jsonl")]
     kernels = [f"bench/bench_{name}.py" for name in OPERATIONS]
     measure = [*pytest, "-q", *kernels, *figures]
-    steps = ["--run-slow", "bench/bench_step.py"]
+    steps = ["--run-slow", *(f"bench/bench_step.py::bench_step[{case}]" for case in STEPS)]
     runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
-    build = [Part("build", 3, ["setup.py", "--quiet", "build_ext", "--inplace"], ("setuptools", "torch"))]
+    # the other parts need it, and have what it leaves
+    build = [Part("build", 12, ["setup.py", "--quiet", "build_ext", "--inplace"], ("setuptools", "torch"))]
     return [
         *(build if must_build() else []),
         Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch")),
         Part("kernels", 7, [*measure, "--compiled-peers", "without"], ("pytest", "pytest_benchmark", "numpy")),
-        Part("steps", 7, [*pytest, "-q", *steps, *figures], ("pytest_benchmark", "transformers")),
+        Part("steps", 10, [*pytest, "-q", *steps, *figures], ("pytest_benchmark", "transformers")),
         Part("runs", 7, runs, NEEDED_FOR_RUNS),
         # compiles for seconds per case, so it takes what time is left
         Part("compiled", 2, [*measure, "--compiled-peers", "only"], ("pytest", "pytest_benchmark", "numpy")),
@@ -164,19 +170,20 @@ def must_build() -> bool:
 
 
 def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str], summary: Summary) -> State:
-    """Run a part for at most `limit_s` seconds, and rewrite the summary every second meanwhile."""
+    """Run a part for at most `limit_s` seconds with its end, and rewrite the summary every second meanwhile."""
     absent = [name for name in part.needs if find_spec(name) is None]
     if absent:
         return State("skipped", f"not installed: {', '.join(absent)}")
-    started = time.monotonic()
+    started, patience_s = time.monotonic(), max(0.5 * limit_s, limit_s - GRACE_S)
     with log.open("a") as file:
         file.write(f"\n==== {part.name}, at most {limit_s:.0f} s: {' '.join(part.command)}\n")
         file.flush()
+        begin = file.tell()
         command = [sys.executable, *part.command]
         # a session of its own, so that its children end with it
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
-            while process.poll() is None and time.monotonic() - started < limit_s:
+            while process.poll() is None and time.monotonic() - started < patience_s:
                 summary.states[part.name] = State("running", "", time.monotonic() - started)
                 summary.write()
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -189,7 +196,15 @@ def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str],
         return State("cut short", f"at its limit of {limit_s:.0f} s; what it had found is kept", seconds)
     if process.returncode == 0:
         return State("ok", "", seconds)
-    return State("FAILED", f"exit status {process.returncode}; see log.txt", seconds)
+    return State("FAILED", f"exit status {process.returncode}; see log.txt{failures(log, begin)}", seconds)
+
+
+def failures(log: Path, begin: int) -> str:
+    """Return the names of the tests and benchmarks that pytest reports as failed from a place in the log on."""
+    with log.open(errors="replace") as file:
+        file.seek(begin)
+        names = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", file.read(), re.MULTILINE)
+    return "".join(f"\n{'':11}{name}" for name in names)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -205,7 +220,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def report(out: Path, log: Path, environment: dict[str, str]) -> State:
+def report(out: Path, log: Path, environment: dict[str, str], limit_s: float) -> State:
     """Make tables and plots of the figures there are, and pack them into one file."""
     figures = out / "figures.jsonl"
     if not figures.exists():
@@ -213,28 +228,36 @@ def report(out: Path, log: Path, environment: dict[str, str]) -> State:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, log.open("a") as file:
         command = [sys.executable, "bench/report.py", str(figures), "--out", folder]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=60)
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=limit_s)
+            state = State("ok", "") if done.returncode == 0 else State("FAILED", "see log.txt")
+        except subprocess.TimeoutExpired:
+            state = State("cut short", "`python bench/report.py figures.jsonl --out .` makes it later")
         with tarfile.open(out / "report.tar", "w") as archive:
             for path in sorted(Path(folder).iterdir()):
                 archive.add(path, path.name)
-    seconds = time.monotonic() - started
-    return State("ok", "", seconds) if done.returncode == 0 else State("FAILED", "see log.txt", seconds)
+    return state._replace(seconds=time.monotonic() - started)
 
 
-def describe(device: str, environment: dict[str, str]) -> str:
+def describe(device: str, environment: dict[str, str], limit_s: float) -> str:
     """Return the versions, the device and the commit."""
     command = [sys.executable, "-c", DESCRIBE, device]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)
+        machine = f"{done.stdout}{done.stderr[-2000:]}"
+    except subprocess.TimeoutExpired:
+        machine = f"torch did not describe the machine within {limit_s:.0f} s\n"
     commit = "unknown"
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or commit
-    return f"{done.stdout}{done.stderr[-2000:]}commit {commit}, {time.strftime('%Y-%m-%d %H:%M')}"
+    return f"{machine}commit {commit}, {time.strftime('%Y-%m-%d %H:%M')}"
 
 
 def run_all(out: Path, device: str, seconds: float, only: Sequence[str]) -> int:
     """Run the parts named in `only`, or all if it is empty; return the exit status."""
-    deadline = time.monotonic() + seconds
+    end_of_all = time.monotonic() + seconds
+    deadline = end_of_all - min(REPORT_S, 0.1 * seconds)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("outcomes.log", "outcomes.log.failures", "figures.jsonl", "runs.txt", "log.txt", "report.tar"):
         (out / name).unlink(missing_ok=True)
@@ -249,12 +272,13 @@ def run_all(out: Path, device: str, seconds: float, only: Sequence[str]) -> int:
         summary = Summary(out, [*(part.name for part in todo), "report"])
         try:
             for position, part in enumerate(todo):
-                share = part.share / (sum(later.share for later in todo[position:]) + 1)
+                share = part.share / sum(later.share for later in todo[position:])
                 limit_s = max(1.0, share * (deadline - time.monotonic()))
                 summary.states[part.name] = run_part(part, limit_s, log, environment, summary)
                 if position == 0:
                     # after the build, which makes the C++ kernels
-                    summary.machine = describe(device, environment)
+                    limit_s = max(1.0, min(60.0, 0.2 * (deadline - time.monotonic())))
+                    summary.machine = describe(device, environment, limit_s)
                 print(part.name, *summary.states[part.name], flush=True)
         except Stopped:
             running = [name for name, state in summary.states.items() if state.word == "running"]
@@ -262,7 +286,7 @@ def run_all(out: Path, device: str, seconds: float, only: Sequence[str]) -> int:
                 summary.states[name] = State("cut short", "stopped by a signal", summary.states[name].seconds)
         finally:
             summary.write()
-        summary.states["report"] = report(out, log, environment)
+        summary.states["report"] = report(out, log, environment, max(5.0, end_of_all - time.monotonic()))
         summary.write()
     print((out / "summary.txt").read_text())
     words = {state.word for state in summary.states.values()}

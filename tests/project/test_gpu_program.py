@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu, gpu_runs
+from bench.bench_step import CASES
 from tests.helpers.places import ROOT
 
 OUTCOMES = (
@@ -42,6 +43,38 @@ def test_all_is_well(run) -> None:
     assert "the machine" in summary
     assert "not installed: no_such_package" in summary
     assert "skipped" in summary
+
+
+def test_failed_benchmarks_are_named(run) -> None:
+    status, summary = run(
+        part("kernels", "print('FAILED bench/a.py::b[c d] - assert 1 - 2\\nFAILED is not\\n'); exit(1)")
+    )
+    assert status == 1
+    assert "see log.txt\n           bench/a.py::b[c d]\n" in summary
+
+
+def test_all_ends_in_time(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that does not describe itself, a part that does not end, and tables that take long."""
+    (tmp_path / "figures").write_text("")
+    sleep = "import time; time.sleep(99)"
+    monkeypatch.setattr(gpu, "DESCRIBE", sleep)
+    make = f"open({str(tmp_path / 'figures.jsonl')!r}, 'w')"
+    started, real = time.monotonic(), subprocess.run
+
+    def slow(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        return real([sys.executable, "-c", sleep] if "bench/report.py" in command else command, **options)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    status, summary = run(part("quick", make), part("slow", sleep), seconds=8)
+    # the last step has five seconds at least
+    assert time.monotonic() - started < 8 + 5
+    assert status == 3
+    assert "torch did not describe the machine" in summary
+    assert [line.split()[:2] for line in summary.splitlines() if "cut short" in line] == [
+        ["slow", "cut"],
+        ["report", "cut"],
+    ]
+    assert (tmp_path / "report.tar").exists()
 
 
 def test_failed_tests_come_first_and_a_later_part_still_runs(run, tmp_path: Path) -> None:
@@ -96,8 +129,10 @@ def test_signal_keeps_what_was_found(tmp_path: Path) -> None:
 def test_parts_name_files_that_exist_and_options_of_the_programs(tmp_path: Path) -> None:
     for one in gpu.parts(tmp_path, "cpu", tmp_path):
         for word in one.command:
-            if word.endswith(".py"):
-                assert (ROOT / word).exists(), word
+            path, _, test = word.partition("::")
+            if path.endswith(".py"):
+                assert (ROOT / path).exists(), word
+            assert not test or test.removeprefix("bench_step[").removesuffix("]") in CASES, word
 
 
 def test_checks_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
