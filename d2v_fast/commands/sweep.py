@@ -34,6 +34,8 @@ SUMMARY = "sweep.json"
 MAX_RUNS, MAX_SEEDS = 10_000, 1000
 _MAX_BYTES = 64_000_000
 _STOPPED = 130
+# what an entry of the best validation holds beside its metrics
+_ABOUT = ("step", "epoch", "samples", "value", "more_is_better", "seconds")
 _PR_SET_PDEATHSIG = 1
 # options of the sweep itself, with the number of their values; every run gets its own
 _OWN = {"--sweep": 1, "--seeds": 1, "--run": 1, "--run-name": 1, "--resume": 0}
@@ -249,13 +251,23 @@ class Sweep:
 
 
 def read_result(run: Path) -> Outcome | None:
-    """Return the outcome of a run folder from its result.json; None if the run has not finished."""
+    """Return the outcome of a run folder from its result.json; None if the run has not finished.
+
+    Raises:
+        ValueError: The file is not that of a fine-tuned run.
+    """
     try:
         result = read_json(run / "result.json", _MAX_BYTES, below=run)
     except FileNotFoundError:
         return None
-    metrics = {name: float(value) for name, value in result["metrics"].items()}
-    return Outcome("finished", metrics, int(result["step"]), result["metric"], bool(result["higher_is_better"]))
+    best = result.get("best") if isinstance(result, dict) else None
+    if not isinstance(best, dict):
+        raise ValueError(f"`{printable(str(run))}` must be the folder of a fine-tuned run, but is that of another run.")
+    step, value = int(best["step"]), best["value"]
+    if value is None:
+        return Outcome("failed", {}, step, error="its metric is not finite in any validation")
+    named = {name: number for name, number in best.items() if name not in _ABOUT and isinstance(number, float)}
+    return Outcome("finished", named, step, result["metric"], bool(best["more_is_better"]))
 
 
 def without_own_options(words: Sequence[str]) -> list[str]:

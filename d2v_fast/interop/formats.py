@@ -11,6 +11,7 @@ from torch import Tensor
 from d2v_fast.config import D2VConfig
 from d2v_fast.config.errors import Section
 from d2v_fast.interop.fairseq_recipe import Settings
+from d2v_fast.interop.heads import SavedHead
 from d2v_fast.modalities import Modality, modality_named, modality_names
 from d2v_fast.models.student import Student
 
@@ -57,6 +58,7 @@ class HuggingFace(NamedTuple):
         options_of_run: From a folder's `config.json` and the model section of a run that is to begin with the folder to
             options of `read`.
         vocabulary: Return the digest of the tokenizer in a folder, or None.
+        head: Return the head in a folder of a fine-tuned model; None if there is none.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class HuggingFace(NamedTuple):
     read: Callable[..., tuple[Student, Section]]
     options_of_run: Callable[[Mapping[str, Any], Any], dict[str, Any]] = _no_options
     vocabulary: Callable[[Path], str | None] = lambda folder: None
+    head: Callable[[Path], SavedHead | None] = lambda folder: None
 
 
 class Published(NamedTuple):

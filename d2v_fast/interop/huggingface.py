@@ -51,7 +51,8 @@ def import_model(folder: str | os.PathLike[str], **options: Any) -> tuple[Studen
     for _, found in huggingface_formats():
         if kind == found.kind:
             return found.read(folder, **options)
-        kinds.append(f'"{found.kind}"')
+        if f'"{found.kind}"' not in kinds:
+            kinds.append(f'"{found.kind}"')
     where = Path(folder) / "config.json"
     known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
     raise ValueError(f"`model_type` in {where} must be {known}, but is {json.dumps(kind)} instead.")

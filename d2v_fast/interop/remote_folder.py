@@ -32,6 +32,7 @@ from d2v_fast.interop.folders import (
     whole_number,
     write_weights,
 )
+from d2v_fast.interop.heads import HeadPart
 from d2v_fast.interop.layout import within
 from d2v_fast.models.student import Student
 from d2v_fast.models.weights import require_finite
@@ -93,6 +94,7 @@ class RemoteModel:
         files: Callable[[Path], None],
         info: Mapping[str, object] | None = None,
         max_file_bytes: int = MAX_WEIGHTS_BYTES,
+        head: HeadPart | None = None,
     ) -> None:
         """Write `config.json`, the weights (fp32), the code, a model card, and what `files` writes.
 
@@ -104,15 +106,21 @@ class RemoteModel:
             files: Write the files of the inputs into a folder, such as a tokenizer.
             info: Facts for the model card.
             max_file_bytes: Larger weights are split into several files with an index.
+            head: The head of a fine-tuned model; None writes the encoder alone.
         """
         sizes = config.model if isinstance(config, D2VConfig) else config
+        layout, state = self.model.layout(sizes), self.model.with_fixed(model, sizes)
+        if head is not None:
+            layout, state = head.around(layout, state)
+        card = self.card(sizes) if head is None else head.card
+        foreign = {**self._foreign_config(sizes), **more, **({} if head is None else head.config)}
         with model_folder(folder) as target:
-            write_weights(target, self.model.layout(sizes), self.model.with_fixed(model, sizes), max_file_bytes)
-            write_text(target / "README.md", model_card(**self.card(sizes), info=info or {}, config=config))
+            write_weights(target, layout, state, max_file_bytes)
+            write_text(target / "README.md", model_card(**card, info=info or {}, config=config))
             for path in sorted([*(Path(__file__).parent / CODE).glob("*.py"), *self.code.glob("*.py")]):
                 write_text(target / path.name, read_text(path, MAX_FILE_BYTES))
             files(target)
-            write_text(target / "config.json", as_json({**self._foreign_config(sizes), **more}))
+            write_text(target / "config.json", as_json(foreign))
 
     def read(
         self, folder: str | os.PathLike[str], more: Mapping[str, Any], decoder: Section | None = None

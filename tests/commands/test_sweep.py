@@ -33,7 +33,9 @@ if rate == 7 and not (folder / "checkpoints").exists():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     print("waiting", flush=True)
     time.sleep(60)
-result = {"step": 10, "metric": "accuracy", "higher_is_better": True, "metrics": {"accuracy": rate / 10 + seed / 100}}
+value = rate / 10 + seed / 100
+best = {"step": 10, "samples": 5, "accuracy": value, "value": value, "more_is_better": True}
+result = {"step": 20, "metric": "accuracy", "best": best, "last": best}
 (folder / "result.json").write_text(json.dumps(result))
 """
 WORDS = ["source", "--ds_config", "file.json"]

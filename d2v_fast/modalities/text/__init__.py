@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2v_fast.modalities import Modality
 from d2v_fast.modalities.text.config import DocumentsConfig, TextConfig
 from d2v_fast.modalities.text.config2 import MaskedTextConfig
+from d2v_fast.modalities.text.config_finetune import TextClassifyConfig, TextFinetuneConfig, TextRegressConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from d2v_fast.modalities.text.encoder2 import MaskedTextModel
     from d2v_fast.modalities.text.tasks import TextDataset
     from d2v_fast.modalities.text.tokenizer import Tokenizer
+    from d2v_fast.objectives.finetune import Finetuning
 
-__all__ = ["DATA2VEC2", "MODALITY"]
+__all__ = ["CLASSIFY", "DATA2VEC2", "MODALITY", "REGRESS"]
 
 DocumentsT = TypeVar("DocumentsT", bound=DocumentsConfig)
+FinetuneT = TypeVar("FinetuneT", bound=TextFinetuneConfig)
 
 
 def _encoder() -> type[TextModel]:
@@ -81,7 +84,9 @@ def _probing() -> Probing:
     return PROBING
 
 
-def _tokenizer(config: DocumentsConfig | None, path: Path | None, digest: str | None, where: str) -> Tokenizer:
+def _tokenizer(
+    config: DocumentsConfig | TextFinetuneConfig | None, path: Path | None, digest: str | None, where: str
+) -> Tokenizer:
     from d2v_fast.modalities.text.tasks import run_tokenizer
     from d2v_fast.modalities.text.tokenizer import load_tokenizer
 
@@ -128,6 +133,82 @@ def _published2() -> Published:
     return FORMAT
 
 
+def _labeled_batches(config: TextFinetuneConfig) -> BatchMaker:
+    from d2v_fast.modalities.text.labeled import labeled_batches
+
+    return labeled_batches(config)
+
+
+def _largest_labeled_batch(config: TextFinetuneConfig, num_samples: int) -> Batch:
+    from d2v_fast.modalities.text.labeled import largest_batch
+
+    return largest_batch(config, num_samples)
+
+
+def _labeled_resolved(config: FinetuneT) -> FinetuneT:
+    from d2v_fast.modalities.text.labeled import resolved
+
+    return resolved(config)
+
+
+def _finetuning() -> Finetuning:
+    from d2v_fast.modalities.text.head import TextHead
+    from d2v_fast.modalities.text.labeled import batch_of, held_out_batches
+    from d2v_fast.objectives.finetune import Finetuning
+
+    return Finetuning(TextHead, held_out_batches, batch_of)
+
+
+def _filled(raw: dict[str, Any]) -> dict[str, Any]:
+    from d2v_fast.modalities.text.source import fill_text
+
+    return fill_text(raw)
+
+
+def _open_rows(encoder: Encoder, inputs: Path, tokenizer: Path | None) -> Source:
+    from d2v_fast.modalities.text.rows import open_rows
+
+    return open_rows(encoder, inputs, tokenizer)
+
+
+def _huggingface_head() -> HuggingFace:
+    from d2v_fast.modalities.text.huggingface_head import FORMAT
+
+    return FORMAT
+
+
+CLASSIFY = Modality(
+    name="text",
+    objective="classify",
+    place="token",
+    config=TextClassifyConfig,
+    encoder=_encoder,
+    batches=_labeled_batches,
+    largest_batch=_largest_labeled_batch,
+    resolved=_labeled_resolved,
+    huggingface=_huggingface_head,
+    open_inputs=_open_rows,
+    tokenizer=_tokenizer,
+    filled=_filled,
+    finetuning=_finetuning,
+)
+
+REGRESS = Modality(
+    name="text",
+    objective="regress",
+    place="token",
+    config=TextRegressConfig,
+    encoder=_encoder,
+    batches=_labeled_batches,
+    largest_batch=_largest_labeled_batch,
+    resolved=_labeled_resolved,
+    huggingface=_huggingface_head,
+    open_inputs=_open_rows,
+    tokenizer=_tokenizer,
+    filled=_filled,
+    finetuning=_finetuning,
+)
+
 DATA2VEC2 = Modality(
     name="text",
     objective="data2vec2",
@@ -161,5 +242,5 @@ MODALITY = Modality(
     probing=_probing,
     tokenizer=_tokenizer,
     tokenize=_tokenize,
-    others=(DATA2VEC2,),
+    others=(DATA2VEC2, CLASSIFY, REGRESS),
 )

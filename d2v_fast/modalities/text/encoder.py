@@ -220,6 +220,12 @@ class TextModel(Student):
         masked = EmbeddedTokens(self.embedding(batch.masked_inputs), *structure, batch.drop_keys)
         return masked, EmbeddedTokens(unmasked, *structure)
 
+    def encode(self, batch: MaskedBatch) -> Tensor:
+        """See `Student`."""
+        places = batch.lengths, batch.unpadded, batch.offsets
+        output: EncoderOutput = self.context(self.embedding(batch.inputs), *places, batch.drop_keys)
+        return output.last_hidden
+
     def make_head(self) -> nn.Module:
         """See `Student`; two linear layers with a GELU."""
         wide, narrow = Linear(self.width, 2 * self.width), Linear(2 * self.width, self.width)

@@ -92,6 +92,12 @@ class MaskedTextModel(Student):
         """See `Student`."""
         return MaskedSequences.pair(self.embedding(batch.inputs), batch)
 
+    def encode(self, batch: MaskedBatch) -> Tensor:
+        """See `Student`."""
+        tokens = self.embedding(batch.inputs)
+        output: EncoderOutput = self.context(tokens, batch.lengths, drop_keys=batch.drop_keys)
+        return output.last_hidden
+
     def make_head(self) -> ConvDecoder:
         """See `Student`; a decoder with 1-D convolutions."""
         return ConvDecoder(self.width, self.decoder_config).init_normal_()

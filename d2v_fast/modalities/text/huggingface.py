@@ -39,8 +39,10 @@ from d2v_fast.interop.folders import (
     write_weights,
 )
 from d2v_fast.interop.formats import HuggingFace
+from d2v_fast.interop.heads import HeadPart
 from d2v_fast.interop.layout import Layout, log_unused, within
 from d2v_fast.modalities.text.config import MAX_VOCAB, POSITION_OFFSET
+from d2v_fast.modalities.text.config_finetune import TextFinetuneConfig
 from d2v_fast.modalities.text.encoder import TextModel
 from d2v_fast.modalities.text.layout import POSITION, TextNames, text_layout
 from d2v_fast.models.student import Student
@@ -78,12 +80,13 @@ _THEIR_TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 
 def export_text(
     model: Student | Mapping[str, Tensor],
-    config: TextConfig | TextModelConfig,
+    config: TextConfig | TextFinetuneConfig | TextModelConfig,
     folder: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
     info: Mapping[str, object] | None = None,
     max_file_bytes: int = MAX_WEIGHTS_BYTES,
+    head: HeadPart | None = None,
 ) -> None:
     """Write `config.json`, the weights (fp32), the tokenizer and a model card.
 
@@ -96,10 +99,11 @@ def export_text(
             the folder; `config` then gives the padding id, and begin and end have RoBERTa's ids if padding has.
         info: Facts for the model card, such as `{"weights": "teacher", "step": 750}`.
         max_file_bytes: Split larger weights into several files with an index, as Transformers does.
+        head: The head of a fine-tuned model; None writes the encoder alone.
     Raises:
         ValueError: The tokenizer has more tokens than the model, or another padding token. Nothing has been written.
     """
-    sizes = config.model if isinstance(config, TextConfig) else config
+    sizes = config if isinstance(config, TextModelConfig) else cast("TextModelConfig", config.model)
     bos, pad, eos = (0, 1, 2) if sizes.padding_row == 1 else (None, sizes.padding_row, None)
     if tokenizer is not None:
         tokenizer.fit(sizes)
@@ -107,13 +111,17 @@ def export_text(
     state = model if isinstance(model, Mapping) else model.state_dict()
     own = {POSITION: _their_positions(state[POSITION], pad), _TOKEN_TYPES: torch.zeros(1, sizes.width)}
     # the cast is safe: a ChainMap writes only to its first map
-    whole = ChainMap(own, cast("dict[str, Tensor]", state))
+    whole: Mapping[str, Tensor] = ChainMap(own, cast("dict[str, Tensor]", state))
+    names, tensors = _with_token_types(layout(sizes)), whole
+    if head is not None:
+        names, tensors = head.around(names, whole)
     with model_folder(folder) as target:
-        write_weights(target, _with_token_types(layout(sizes)), whole, max_file_bytes)
-        write_text(target / "README.md", _model_card(config, sizes, info or {}, tokenizer is not None))
+        write_weights(target, names, tensors, max_file_bytes)
+        write_text(target / "README.md", _model_card(config, sizes, info or {}, tokenizer is not None, head))
         if tokenizer is not None:
             tokenizer.save(target, sizes.max_positions)
-        write_text(target / "config.json", as_json(_foreign_config(sizes, bos, pad, eos)))
+        foreign = _foreign_config(sizes, bos, pad, eos)
+        write_text(target / "config.json", as_json(foreign if head is None else {**foreign, **head.config}))
 
 
 def import_text(folder: str | os.PathLike[str]) -> tuple[TextModel, TextModelConfig]:
@@ -281,8 +289,14 @@ def _own_config(raw: Mapping[str, Any], pad: int, path: str) -> TextModelConfig:
 
 
 def _model_card(
-    config: TextConfig | TextModelConfig, model: TextModelConfig, info: Mapping[str, object], has_tokenizer: bool
+    config: TextConfig | TextFinetuneConfig | TextModelConfig,
+    model: TextModelConfig,
+    info: Mapping[str, object],
+    has_tokenizer: bool,
+    head: HeadPart | None,
 ) -> str:
+    if head is not None:
+        return model_card(**head.card, info=info, config=config)
     by = "by d2v_fast: a student" if isinstance(config, TextConfig) else "with data2vec: a student"
     where = "." if has_tokenizer else "TOKENIZER"
     missing = "" if has_tokenizer else " The tokenizer is not in this folder: use the run's tokenizer (TOKENIZER)."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from d2v_fast.interop.folders import read_model_config, whole_number
 from d2v_fast.interop.formats import HuggingFace
 from d2v_fast.interop.remote_folder import CODE, RemoteModel
 from d2v_fast.modalities.text.config import POSITION_OFFSET
+from d2v_fast.modalities.text.config_finetune import TextFinetuneConfig
 from d2v_fast.modalities.text.fairseq2 import MODEL
 from d2v_fast.modalities.text.huggingface import padding_id, vocabulary
 from d2v_fast.models.student import Student
@@ -72,7 +73,7 @@ REMOTE = RemoteModel(
 
 def export_masked_text(
     model: Student | Mapping[str, Tensor],
-    config: MaskedTextConfig | MaskedTextModelConfig,
+    config: MaskedTextConfig | TextFinetuneConfig | MaskedTextModelConfig,
     folder: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
@@ -87,7 +88,7 @@ def export_masked_text(
         ValueError: The tokenizer has more tokens than the model, or another padding token. Nothing has been written.
         OptionError: The model has context blocks, which the folder's code has no place for.
     """
-    sizes = config.model if isinstance(config, MaskedTextConfig) else config
+    sizes = config if isinstance(config, MaskedTextModelConfig) else cast("MaskedTextModelConfig", config.model)
     if sizes.context_depth:
         raise OptionError(
             f"`d2v.model.context_depth` must be 0 for Transformers, but is {sizes.context_depth} instead: the text "

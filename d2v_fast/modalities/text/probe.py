@@ -199,7 +199,7 @@ def _labeled(config: DocumentsConfig) -> Labeled:
 
 
 def _run(models: Mapping[str, Student], config: DocumentsConfig) -> ProbeReports:
-    return run_text_probe(models, docs_for_probe(config), config)
+    return run_text_probe(models, docs_for_probe(config.data, config.model), config)
 
 
 PROBING = Probing("docs", _run, _labeled, ("--data", "FILE.jsonl", "--label-field", "label"), "texts with a label each")

@@ -39,9 +39,9 @@ from d2v_fast.modalities.text.tokenizer import (
 )
 
 if TYPE_CHECKING:
-    from d2v_fast.config import D2VConfig
+    from d2v_fast.modalities.text.config_finetune import TableSection
 
-__all__ = ["DocsSource", "TextProbeData", "docs_for_probe", "docs_tokenizer"]
+__all__ = ["DocsSource", "TextProbeData", "docs_for_probe", "docs_tokenizer", "docs_tokenizer_folder"]
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class DocsSource:
 
     listing = Listing()
 
-    def __init__(self, data: TextDataConfig, split: Split) -> None:
+    def __init__(self, data: TextDataConfig | TableSection, split: Split) -> None:
         self.bad = BadText(0.0, False, "documents")
         self.num_empty = self.num_read = 0
         self._texts = list(_documents(data.test_fraction, split))
@@ -109,11 +109,10 @@ class DocsSource:
         return pieces_of(part for text in self._texts for part in (text, None))
 
 
-def docs_tokenizer(data: TextDataConfig, model: TextModelSection, patience_s: float = PATIENCE_S) -> Tokenizer:
-    """Return the tokenizer that `data.tokenizer` names, or train a byte-level BPE for the sample set.
-
-    The BPE has `model.vocab_size` tokens, or `VOCAB_SIZE` if that is None. It is trained once, on the train split, and
-    stored below `data.tokens_path`.
+def docs_tokenizer(
+    data: TextDataConfig | TableSection, model: TextModelSection, patience_s: float = PATIENCE_S
+) -> Tokenizer:
+    """Return the tokenizer that `data.tokenizer` names, or that of the sample set; see `docs_tokenizer_folder`.
 
     Args:
         data, model: The run's configuration.
@@ -123,23 +122,7 @@ def docs_tokenizer(data: TextDataConfig, model: TextModelSection, patience_s: fl
     """
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
-    vocab_size = VOCAB_SIZE if model.vocab_size is None else model.vocab_size
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(
-            f"`d2v.model.vocab_size` must be >= {MIN_VOCAB_SIZE} to train a tokenizer for the sample set, but is "
-            f"{vocab_size} instead."
-        )
-    made_of = f"{DocsSource(data, 'train').digest()} {vocab_size}"
-
-    def make(folder: Path) -> None:
-        tokenizer = train_tokenizer(_documents(data.test_fraction, "train"), vocab_size)
-        if short := missing_tokens(tokenizer, vocab_size):
-            _log.warning("the tokenizer of the sample set has %s", short)
-        tokenizer.save(folder, model.max_positions)
-        (folder / "digest").write_text(tokenizer.digest + "\n")
-
-    name = "docs-" + hashlib.sha256(made_of.encode()).hexdigest()[:24]
-    folder = made_once(data.tokens_path, name, make, patience_s=patience_s)
+    folder = docs_tokenizer_folder(data, model, patience_s)
     try:
         written = read_text(folder / "digest", _MAX_DIGEST_BYTES).strip()
         tokenizer = load_tokenizer(folder)
@@ -156,15 +139,45 @@ def docs_tokenizer(data: TextDataConfig, model: TextModelSection, patience_s: fl
     return tokenizer
 
 
-def docs_for_probe(config: D2VConfig) -> TextProbeData:
+def docs_tokenizer_folder(
+    data: TextDataConfig | TableSection, model: TextModelSection, patience_s: float = PATIENCE_S
+) -> Path:
+    """Return the folder of the tokenizer of the sample set, and train it if it does not exist yet.
+
+    It is a byte-level BPE with `model.vocab_size` tokens, or `VOCAB_SIZE` if that is None. It is trained on the train
+    split and stored below `data.tokens_path`.
+
+    Args:
+        data, model: The run's configuration.
+        patience_s: See `made_once`.
+    Raises:
+        DataError: The tokenizer cannot be trained or written.
+    """
+    vocab_size = VOCAB_SIZE if model.vocab_size is None else model.vocab_size
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError(
+            f"`d2v.model.vocab_size` must be >= {MIN_VOCAB_SIZE} to train a tokenizer for the sample set, but is "
+            f"{vocab_size} instead."
+        )
+    made_of = f"{DocsSource(data, 'train').digest()} {vocab_size}"
+
+    def make(folder: Path) -> None:
+        tokenizer = train_tokenizer(_documents(data.test_fraction, "train"), vocab_size)
+        if short := missing_tokens(tokenizer, vocab_size):
+            _log.warning("the tokenizer of the sample set has %s", short)
+        tokenizer.save(folder, model.max_positions)
+        (folder / "digest").write_text(tokenizer.digest + "\n")
+
+    name = "docs-" + hashlib.sha256(made_of.encode()).hexdigest()[:24]
+    return made_once(data.tokens_path, name, make, patience_s=patience_s)
+
+
+def docs_for_probe(data: TextDataConfig | TableSection, model: TextModelSection) -> TextProbeData:
     """Return the paragraphs of all topics with enough of them, in the split that pre-training uses.
 
     Raises:
-        DataError: `config` is not for text, or the tokenizer cannot be made; see `docs_tokenizer`.
+        DataError: The tokenizer cannot be made or does not fit the model; see `docs_tokenizer`.
     """
-    data, model = config.data, config.model
-    if not isinstance(data, TextDataConfig) or not isinstance(model, TextModelSection):
-        raise DataError("`d2v.model` must be a text model to be probed on text, but is another model instead.")
     tokenizer = docs_tokenizer(data, model)
     tokenizer.fit(model)
     held_out = _held_out(data.test_fraction)

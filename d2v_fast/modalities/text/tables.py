@@ -11,6 +11,7 @@ from d2v_fast.data.files import UnreadableFile, refuse_system_error
 from d2v_fast.data.listing import name_list
 from d2v_fast.errors import DataError
 from d2v_fast.files.reading import parse_json, printable
+from d2v_fast.modalities.text.config_finetune import TableFields
 from d2v_fast.modalities.text.files import REPLACEMENT, BadText
 from d2v_fast.modalities.text.labels import class_name
 from d2v_fast.modalities.text.parquet import parquet_rows
@@ -26,49 +27,10 @@ from d2v_fast.modalities.text.streams import (
     whole_line,
 )
 
-__all__ = ["GLUE", "TABLE_ENDINGS", "Table", "TableFields", "TableRow", "class_name", "score_of"]
+__all__ = ["TABLE_ENDINGS", "Table", "TableRow", "class_name", "score_of"]
 
 _LINES = (".tsv", ".jsonl", ".ndjson", ".json")
 TABLE_ENDINGS = (*(kind + ending for kind in _LINES for ending in ("", *COMPRESSED)), ".parquet")
-
-
-class TableFields(NamedTuple):
-    """The columns of a table that are read.
-
-    Attributes:
-        text: Column of the text, or of the first text of a pair.
-        pair: Column of the second text; None for single texts.
-        label: Column of the label; None reads no labels.
-        header: Column names of a .tsv file without a header line; empty if the first line is the header.
-    """
-
-    text: str
-    pair: str | None = None
-    label: str | None = None
-    header: tuple[str, ...] = ()
-
-    def columns(self) -> dict[str, str]:
-        """Return the columns, each with the configuration key that names it."""
-        keys = {self.text: "`d2v.data.field`"}
-        if self.pair is not None:
-            keys[self.pair] = "`d2v.data.pair_field`"
-        if self.label is not None:
-            keys[self.label] = "`d2v.data.label_field`"
-        return keys
-
-
-# columns of the files of GLUE (gluebenchmark.com), by task
-GLUE: dict[str, TableFields] = {
-    "CoLA": TableFields("sentence", None, "label", ("source", "label", "mark", "sentence")),
-    "SST-2": TableFields("sentence", None, "label"),
-    "MRPC": TableFields("#1 String", "#2 String", "Quality"),
-    "QQP": TableFields("question1", "question2", "is_duplicate"),
-    "STS-B": TableFields("sentence1", "sentence2", "score"),
-    "MNLI": TableFields("sentence1", "sentence2", "gold_label"),
-    "QNLI": TableFields("question", "sentence", "label"),
-    "RTE": TableFields("sentence1", "sentence2", "label"),
-    "WNLI": TableFields("sentence1", "sentence2", "label"),
-}
 
 
 class TableRow(NamedTuple):
@@ -146,7 +108,8 @@ class Table:
         for number, line in _lines(file):
             try:
                 cells = self._decoded(whole_line(line, file)).rstrip("\r\n").split("\t")
-                if places is None:
+                if places is None or (number == 1 and set(self.fields.columns()) <= set(cells)):
+                    # some files of a data set have a header line and others have none, such as CoLA's
                     header = tuple(name.strip() for name in cells)
                     places = self._places(header)
                     continue

@@ -26,8 +26,9 @@ from d2v_fast.modalities.text.tokens import TextSource, tokenized
 
 if TYPE_CHECKING:
     from d2v_fast.modalities.text.config import DocumentsConfig, TextDataConfig, TextModelSection
+    from d2v_fast.modalities.text.config_finetune import TableSection, TextFinetuneConfig
 
-DocumentsT = TypeVar("DocumentsT", bound="DocumentsConfig")
+ConfigT = TypeVar("ConfigT", bound="DocumentsConfig | TextFinetuneConfig")
 
 __all__ = [
     "TextDataset",
@@ -170,7 +171,9 @@ def tokenize(config: DocumentsConfig) -> TextDataset:
     return TextDataset(config.data, config.model, patience_s=config.run.timeout_s)
 
 
-def run_tokenizer(config: DocumentsConfig, path: Path | None, digest: str | None, where: str) -> Tokenizer:
+def run_tokenizer(
+    config: DocumentsConfig | TextFinetuneConfig, path: Path | None, digest: str | None, where: str
+) -> Tokenizer:
     """Return the tokenizer of a run.
 
     Args:
@@ -190,7 +193,9 @@ def run_tokenizer(config: DocumentsConfig, path: Path | None, digest: str | None
         raise ValueError(f"{error} If the run's tokenizer has moved, name it with `--tokenizer`.") from None
 
 
-def tokenizer_of(data: TextDataConfig, model: TextModelSection, patience_s: float = PATIENCE_S) -> Tokenizer:
+def tokenizer_of(
+    data: TextDataConfig | TableSection, model: TextModelSection, patience_s: float = PATIENCE_S
+) -> Tokenizer:
     """Return the tokenizer that a configuration names, or that of the sample set.
 
     Args:
@@ -209,7 +214,7 @@ def tokenizer_of(data: TextDataConfig, model: TextModelSection, patience_s: floa
     return tokenizer
 
 
-def with_vocabulary(config: DocumentsT) -> DocumentsT:
+def with_vocabulary(config: ConfigT) -> ConfigT:
     """Return a configuration with the tokenizer's vocabulary size and padding id in place of null.
 
     Raises:

@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -277,7 +276,7 @@ print(small_tokenizer().digest, DocsSource(TextDataConfig(), "test").digest())
 
 def test_probe_of_the_sample_set(root: str) -> None:
     data = docs_config(root, block_size=64)
-    probe = docs_for_probe(SimpleNamespace(data=data, model=MODEL))
+    probe = docs_for_probe(data, MODEL)
     assert len(probe.names) >= 10
     assert len(probe.tokens) == len(probe.labels) >= 300
     assert set(probe.labels.tolist()) == set(range(len(probe.names)))
@@ -297,8 +296,6 @@ def test_probe_of_the_sample_set(root: str) -> None:
             # white space at the ends of a document is dropped, and cut paragraphs may begin alike
             if is_seen or len(probe.tokens[index]) < 64:
                 assert (text.rstrip("\ufffd").strip() in train) == is_seen
-    with pytest.raises(DataError, match=r"`d2v.model` must be a text model to be probed on text"):
-        docs_for_probe(SimpleNamespace(data=None, model=MODEL))
 
 
 def test_sample_set_needs_room_for_the_bytes(root: str, monkeypatch: pytest.MonkeyPatch) -> None:

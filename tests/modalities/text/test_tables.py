@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from d2v_fast.errors import DataError
+from d2v_fast.modalities.text.config_finetune import GLUE, LabeledTextConfig, TableFields
 from d2v_fast.modalities.text.files import BadText
-from d2v_fast.modalities.text.tables import GLUE, Table, TableFields, TableRow, class_name, score_of
+from d2v_fast.modalities.text.tables import Table, TableRow, class_name, score_of
 
 # header and two rows of each task's train.tsv, dev.tsv or dev_matched.tsv, cut short
 FILES = {
@@ -55,9 +56,15 @@ def write(path: Path, content: str | bytes) -> str:
 @pytest.mark.parametrize("task", GLUE)
 def test_files_of_glue_read_as_they_are(task: str, tmp_path: Path) -> None:
     parse = score_of if task == "STS-B" else class_name
-    table = Table(write(tmp_path / "train.tsv", FILES[task]), GLUE[task], bad(0.0), parse_label=parse)
+    path = write(tmp_path / "train.tsv", FILES[task])
+    fields = LabeledTextConfig.model_validate({"glue": task, "path": path}).fields()
+    table = Table(path, fields, bad(0.0), parse_label=parse)
     assert list(table.rows()) == EXPECTED[task]
     assert table.bad.num_entries == 2
+    if task == "CoLA":
+        # unlike train.tsv and dev.tsv, test.tsv has a header, and no labels
+        path = write(tmp_path / "test.tsv", "index\tsentence\n0\tBill pushed him.\n")
+        assert list(Table(path, fields._replace(label=None), bad(0.0)).rows()) == [(2, "Bill pushed him.", None, None)]
 
 
 def test_bad_rows_are_counted_with_their_lines(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_a_tokenizer_without_words_leaves_out_their_probe(
     assert len(masked_words(config).words) == 0
     torch.manual_seed(0)
     model = build_model(config).student
-    report = run_text_probe({"untrained": model}, docs_for_probe(config), config)
+    report = run_text_probe({"untrained": model}, docs_for_probe(config.data, config.model), config)
     assert list(report.to_dict()) == ["topic"]
     assert "the probe of masked words is skipped" in caplog.text
 

@@ -1,0 +1,204 @@
+"""Does pre-training help? Accuracy by number of labels: trained from scratch, linear probes, and fine-tuned.
+
+    python bench/few_labels.py configs/finetune_digits.json runs/digits-1 --out bench/results/few_labels_digits.json
+
+All four methods get the same labeled samples. The last step of a run is scored, so that the held-out samples choose
+nothing. A cell that the output file holds is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_fast.config import D2VConfig, RunConfig, load_config
+from d2v_fast.config.finetune import FinetuneConfig
+from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved
+from d2v_fast.data.order import MicroStep
+from d2v_fast.evaluation.features import evaluating
+from d2v_fast.files.atomic import write_text
+from d2v_fast.models.student import Student
+from d2v_fast.objectives.build import build_objective
+from d2v_fast.objectives.finetune import finetuning_of
+
+SCRATCH, UNTRAINED, PROBE, FINETUNED = (
+    "trained from scratch",
+    "linear probe, untrained",
+    "linear probe, pre-trained",
+    "fine-tuned, pre-trained",
+)
+METHODS = (SCRATCH, UNTRAINED, PROBE, FINETUNED)
+
+
+def main() -> int:
+    """Compute what is missing, and print the table."""
+    options = _options()
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results |= {"source": options.source.name, "config": options.config.name, "steps": options.steps}
+    cells = results.setdefault("cells", {})
+    torch.set_num_threads(1)
+    for seed in range(options.seeds):
+        for labels in options.labels:
+            for method in METHODS:
+                key = f"{method}|{labels}|{seed}"
+                if key in cells:
+                    continue
+                since = time.process_time()
+                config = _config(options, method, labels, seed)
+                if method in (UNTRAINED, PROBE):
+                    accuracy = _probed(config)
+                else:
+                    accuracy = _trained(options, method, labels, seed)
+                cells[key] = accuracy
+                write_text(options.out, json.dumps(results, indent=1) + "\n")
+                print(f"{key}: {accuracy:.4f} ({time.process_time() - since:.0f} s of this process)", flush=True)
+    print(table(cells))
+    return 0
+
+
+def table(cells: dict[str, float]) -> str:
+    """Return a Markdown table of accuracies in %, mean ± standard deviation over the seeds, with their number."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for key, accuracy in cells.items():
+        method, labels, _ = key.split("|")
+        found.setdefault((method, labels), []).append(100 * accuracy)
+    columns = sorted(
+        {labels for _, labels in found}, key=lambda labels: float("inf") if labels == "all" else int(labels)
+    )
+    lines = ["| labels per class | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for method in METHODS:
+        shown = []
+        for labels in columns:
+            values = found.get((method, labels), [])
+            each = f"{np.mean(values):.1f} ± {np.std(values):.1f} ({len(values)})" if values else "not measured"
+            shown.append(each)
+        lines.append(f"| {method} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int) -> list[str]:
+    """Return the settings of a cell, as for `--set`."""
+    source = method in (PROBE, FINETUNED)
+    settings = {
+        "d2v.data.labels_per_class": "null" if labels == "all" else labels,
+        "d2v.data.labels_seed": str(seed),
+        "d2v.run.seed": str(seed),
+        "d2v.schedule.epochs": "null",
+        "d2v.schedule.warmup_epochs": "null",
+        "d2v.schedule.steps": str(options.steps),
+        "d2v.schedule.warmup_steps": str(options.steps // 10),
+        "d2v.valid.every_epochs": "0",
+        "d2v.run.save_every": str(10 * options.steps),
+        **({"d2v.finetune.source": json.dumps(str(options.source.resolve()))} if source else _sizes(options.source)),
+        # lower layers that are new must learn as fast as the upper ones
+        **({} if source else {"d2v.finetune.layer_decay": "1.0"}),
+    }
+    if labels != "all" and options.classes * int(labels) < options.batch:
+        settings["train_batch_size"] = str(options.classes * int(labels))
+    settings |= dict(setting.split("=", 1) for setting in options.overrides)
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _sizes(source: Path) -> dict[str, str]:
+    """Return the model section of a run, for a network of the same sizes without its weights."""
+    run = json.loads((source / "config.json").read_text())["d2v"]
+    encoder = run.get("objective", "data2vec")
+    return {"d2v.encoder": encoder, "d2v.model": json.dumps(run["model"])}
+
+
+def _config(options: argparse.Namespace, method: str, labels: str, seed: int) -> RunConfig:
+    overrides = _overrides(options, method, labels, seed)
+    return resolved(
+        load_config(options.config, [*overrides, *options.plain] if method in (UNTRAINED, PROBE) else overrides)
+    )
+
+
+def _probed(config: RunConfig) -> float:
+    """Fit a logistic regression to frozen features of the labeled samples; return the accuracy on held-out ones."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    d2v = config.d2v
+    assert isinstance(d2v, FinetuneConfig)
+    torch.manual_seed(d2v.run.seed)
+    model = build_objective(d2v)
+    model.begin()
+    train = _features(model.student, batch_maker(d2v), d2v)
+    test = _features(model.student, finetuning_of(d2v).held_out(d2v), d2v)
+    scaler = StandardScaler().fit(train[0])
+    classifier = LogisticRegression(max_iter=2000).fit(scaler.transform(train[0]), train[1])
+    return float(classifier.score(scaler.transform(test[0]), test[1]))
+
+
+def _features(student: Student, maker: BatchMaker, d2v: D2VConfig) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the mean of the encoder's output over the places of each sample `[S, D]`, and the classes `[S]`."""
+    rows, classes = [], []
+    for first in range(0, maker.num_samples, 64):
+        ids = np.arange(first, min(first + 64, maker.num_samples), dtype=np.int64)
+        batch = maker.make(MicroStep(0, ids, ids), d2v.run.seed).batch.to("cpu")
+        with torch.no_grad(), evaluating(student):
+            hidden = student.finish(student.encode(batch))
+        rows.append(_mean(hidden[:, student.num_prefix_tokens :], batch))
+        assert batch.targets is not None
+        classes.append(batch.targets)
+    return torch.cat(rows).numpy(), torch.cat(classes).numpy()
+
+
+def _mean(places: Tensor, batch: Batch) -> Tensor:
+    if batch.lengths is None:
+        return places.mean(1)
+    held = (torch.arange(places.shape[1]) < batch.lengths[:, None])[:, :, None]
+    return torch.where(held, places, 0.0).sum(1) / batch.lengths[:, None]
+
+
+def _trained(options: argparse.Namespace, method: str, labels: str, seed: int) -> float:
+    """Train in a forked process, which need not import anything again; return the accuracy after the last step."""
+    from d2v_fast.commands.console import main as command
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["finetune", "--ds_config", str(options.config), "--run", "cell"]
+        for setting in (*_overrides(options, method, labels, seed), f"d2v.run.dir={json.dumps(folder)}"):
+            words += ["--set", setting]
+        log = Path(folder) / "log"
+        child = os.fork()
+        if child == 0:
+            with open(log, "wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            os._exit(command(words))
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            raise SystemExit(f"{method}, {labels} labels, seed {seed}:\n{log.read_text()[-3000:]}")
+        result = json.loads((Path(folder) / "cell" / "result.json").read_text())
+        return float(result["last"]["accuracy"])
+
+
+def _options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="configuration of fine-tuning")
+    parser.add_argument("source", type=Path, help="folder of the pre-trained run")
+    parser.add_argument("--labels", nargs="+", default=["1", "5", "10", "50", "all"], help="labels per class")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of a run")
+    parser.add_argument("--classes", type=int, default=10, help="classes of the data, to fit the batch to few labels")
+    parser.add_argument("--batch", type=int, default=64, help="train_batch_size of the configuration")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--plain", action="append", default=[], metavar="KEY=VALUE", help="settings of the probes")
+    parser.add_argument("--out", type=Path, required=True, help="file of the results, read if it exists")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

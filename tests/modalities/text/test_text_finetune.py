@@ -1,0 +1,135 @@
+"""Fine-tuned runs on text: classes and scores, their export, and Transformers' answers, which equal ours."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_fast.checkpoints.saved_weights import encoder_weights, open_checkpoint, read_run_config
+from d2v_fast.data.order import MicroStep
+from d2v_fast.interop.export import export_run
+from d2v_fast.modalities.text.huggingface_head import head_of_folder
+from d2v_fast.modalities.text.labeled import held_out_batches
+from d2v_fast.objectives.build import build_objective
+from tests.helpers.runs import TINY_2_TEXT, TINY_TEXT, run_here, tiny_file
+from tests.helpers.text_files import sentences, small_tokenizer
+
+pytest.importorskip("tokenizers")
+
+ENCODERS = {"data2vec": TINY_TEXT, "data2vec2": TINY_2_TEXT}
+
+
+def finetune_file(folder: Path, objective: str, encoder: str = "data2vec", **changes: Any) -> Path:
+    """A tiny configuration of fine-tuning on 24 pairs of texts, of 2 classes or with scores."""
+    base = ENCODERS[encoder]
+    if not (folder / "tokenizer").exists():
+        (folder / "tokenizer").mkdir()
+        small_tokenizer().save(folder / "tokenizer")
+        texts = sentences(24, seed=5)
+        rows = [f"{one}\t{other}\t{number % 2}" for number, (one, other) in enumerate(itertools.pairwise(texts))]
+        (folder / "train.tsv").write_text("\n".join(["first\tsecond\tlabel", *rows]) + "\n")
+    raw = copy.deepcopy(base)
+    raw["d2v"] = {
+        "modality": "text",
+        "objective": objective,
+        "encoder": encoder,
+        "model": {**base["d2v"]["model"], "vocab_size": 360, "padding_id": 1, "layer_drop": 0.0},
+        "data": {
+            "path": str(folder / "train.tsv"),
+            "field": "first",
+            "pair_field": "second",
+            "tokenizer": str(folder / "tokenizer"),
+            "block_size": 32,
+            "num_workers": 0,
+        },
+        "valid": {"fraction": 0.3, "metric": "accuracy" if objective == "classify" else "mse"},
+        "schedule": {"steps": 4},
+        "run": copy.deepcopy(base["d2v"]["run"]),
+    }
+    return tiny_file(folder, raw, **changes)
+
+
+def held_out(run: Path) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+    """Our predictions for the held-out pairs of a run, and the pairs."""
+    config = read_run_config(run)
+    maker = held_out_batches(config)
+    ids = np.arange(maker.num_samples)
+    with open_checkpoint(run) as checkpoint:
+        saved = encoder_weights(checkpoint, config, "student")
+        model = build_objective(config).eval()
+        model.student.load_state_dict(dict(saved))
+        model.head.load_state_dict(saved.head())
+    with torch.no_grad():
+        predicted = model(maker.make(MicroStep(0, ids, ids), 0).batch).predictions
+    lines = Path(config.data.path).read_text().splitlines()[1:]
+    pairs = [tuple(lines[position].split("\t")[:2]) for position in maker._positions.tolist()]
+    return predicted, pairs
+
+
+@pytest.mark.parametrize(
+    ("objective", "encoder"), [("classify", "data2vec"), ("regress", "data2vec"), ("classify", "data2vec2")]
+)
+def test_transformers_answers_as_the_run_does(objective: str, encoder: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert run_here(finetune_file(tmp_path, objective, encoder), "--run", "r") == 0
+    run = tmp_path / "runs" / "r"
+    result = json.loads((run / "result.json").read_text())
+    assert result["best"]["value"] is not None
+    export_run(run, to=tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "text-classification" in card
+    trust = {"trust_remote_code": True} if encoder == "data2vec2" else {}
+    pipe = transformers.pipeline("text-classification", str(tmp_path / "export"), device="cpu", **trust)
+    predicted, pairs = held_out(run)
+    inputs = [{"text": one, "text_pair": other} for one, other in pairs]
+    theirs = pipe(inputs, truncation=True, max_length=32, top_k=None)
+    if objective == "regress":
+        assert [found[0]["score"] for found in theirs] == pytest.approx(predicted.tolist(), abs=1e-5)
+    else:
+        ours = predicted.softmax(1)
+        for row, found in zip(ours, theirs, strict=True):
+            assert {one["label"]: one["score"] for one in found} == pytest.approx(
+                {str(number): value for number, value in enumerate(row.tolist())}, abs=1e-5
+            )
+
+
+def test_a_folder_with_a_head_goes_on(tmp_path: Path) -> None:
+    """The encoder, and the head of the same classes."""
+    assert run_here(finetune_file(tmp_path, "classify"), "--run", "r") == 0
+    export_run(tmp_path / "runs" / "r", to=tmp_path / "export")
+    saved = head_of_folder(tmp_path / "export")
+    assert saved is not None
+    assert saved.labels == ("0", "1")
+    file = finetune_file(
+        tmp_path, "classify", d2v__finetune={"source": str(tmp_path / "export")}, d2v__schedule={"steps": 1}
+    )
+    raw = json.loads(file.read_text())
+    del raw["d2v"]["model"], raw["d2v"]["data"]["tokenizer"]
+    raw["optimizer"]["params"]["lr"] = 1e-12
+    file.write_text(json.dumps(raw))
+    assert run_here(file, "--run", "more") == 0
+    again, before = held_out(tmp_path / "runs" / "more")[0], held_out(tmp_path / "runs" / "r")[0]
+    torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-6)
+
+
+def test_another_tokenizer_than_the_sources_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from d2v_fast.modalities.text.tokenizer import train_tokenizer
+
+    assert run_here(finetune_file(tmp_path, "classify"), "--run", "r") == 0
+    (tmp_path / "other").mkdir()
+    train_tokenizer(sentences(300, seed=9), 330).save(tmp_path / "other")
+    changes = {
+        "d2v__finetune": {"source": str(tmp_path / "runs" / "r")},
+        "d2v__data__tokenizer": str(tmp_path / "other"),
+    }
+    file = finetune_file(tmp_path, "classify", **changes)
+    capsys.readouterr()
+    assert run_here(file, "--run", "more") == 2
+    assert "`d2v.data.tokenizer` must be the tokenizer that" in capsys.readouterr().err
