@@ -81,6 +81,20 @@ def _add_finetune(add: _Add) -> None:
     finetune.add_argument(
         "--step", type=int, default=None, metavar="N", help="step of the checkpoint of SOURCE (default: newest)"
     )
+    finetune.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="make one run for each value of a key, one after another, and compare them; several make a grid. The same "
+        "command continues an interrupted sweep",
+    )
+    finetune.add_argument(
+        "--seeds",
+        type=count_argument,
+        metavar="N",
+        help="with --sweep: runs of each value, with d2v.run.seed from 0 on",
+    )
     add_train_options(finetune, file=False)
     add_version_option(finetune)
 

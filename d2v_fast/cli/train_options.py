@@ -121,7 +121,7 @@ def read_config(options: argparse.Namespace, num_processes: int) -> RunConfig:
 
         config = load_config(file, overrides, num_processes, written)
     elif options.resume and options.run is not None:
-        folder = _runs_folder(overrides) / options.run
+        folder = runs_folder(overrides) / options.run
         if not os.path.lexists(folder / "config.json") and not (folder / "checkpoints").is_dir():
             raise ConfigError([_nothing_to_resume(folder)], "--resume")
         saved = with_earlier_values(saved_config(folder, warn=is_first_process()))
@@ -157,8 +157,12 @@ def _nothing_to_resume(folder: Path) -> str:
     return f"{problem} Runs in {root}: {', '.join(there)}." if there else f"{problem} There are no runs in {root}."
 
 
-def _runs_folder(overrides: Sequence[str]) -> Path:
-    """Return `d2v.run.dir` of the overrides, which must be known before the run's own file can be read."""
+def runs_folder(overrides: Sequence[str]) -> Path:
+    """Return `d2v.run.dir` of the overrides, which must be known before the run's own file can be read.
+
+    Raises:
+        ConfigError: it cannot be expanded.
+    """
     from d2v_fast.config import ConfigError, apply_overrides
 
     run = apply_overrides({}, overrides).get("d2v", {}).get("run", {})

@@ -6,7 +6,9 @@ It is `train` with a configuration of fine-tuning, into which SOURCE and the opt
 from __future__ import annotations
 
 import argparse
+import sys
 
+from d2v_fast.cli.train_options import runs_folder
 from d2v_fast.command_lines import path_override, path_words
 from d2v_fast.errors import OptionError
 from d2v_fast.train import train_command
@@ -20,6 +22,10 @@ def finetune(options: argparse.Namespace) -> int:
     Raises:
         UserError, OSError: with a message for the user.
     """
+    if options.sweep:
+        return _sweep(options)
+    if options.seeds is not None:
+        raise OptionError("`--seeds` is for `--sweep`; one run has the seed `--set d2v.run.seed=N`.")
     given: list[str] = []
     if options.source is not None:
         _, override = path_override("d2v.finetune.source", options.source)
@@ -32,6 +38,19 @@ def finetune(options: argparse.Namespace) -> int:
         given.append(f"d2v.finetune.step={options.step}")
     options.overrides = [*given, *options.overrides]
     return train_command(options, _train_words(options))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Fine-tune once for each value and seed, in processes of their own."""
+    from d2v_fast.commands.sweep import Sweep, parse_axis
+
+    if options.ds_config is None:
+        raise OptionError("`--sweep` needs the configuration of its runs: add `--ds_config FILE`.")
+    axes = [parse_axis(text) for text in options.sweep]
+    name = options.run or f"{options.ds_config.stem}-sweep"
+    folder = runs_folder(options.overrides) / name
+    command = [sys.executable, "-m", "d2v_fast", "finetune"]
+    return Sweep(options.words, axes, options.seeds or 1, folder, command).run()
 
 
 def _train_words(options: argparse.Namespace) -> list[str]:

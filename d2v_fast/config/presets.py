@@ -22,6 +22,8 @@ _ABOUT = {
     "digits2": ("448 k", "the same with data2vec 2.0"),
     "digits_long": ("563 k", "the same for 20 minutes; better than raw pixels"),
     "finetune_digits": ("451 k", "classify the handwritten digits, from the run of `digits` or `digits2`"),
+    "finetune_glue": ("124 M", "the published fine-tuning on GLUE, for its files and a text encoder (here CoLA)"),
+    "finetune_text": ("735 k", "classify paragraphs of the reference pages, from the run of `text` or `text2`"),
     "images_small": ("2.75 M", "a folder of your own images, on one GPU (or slowly on a CPU)"),
     "speech": ("2.55 M", "300 spoken words that come with this library"),
     "speech2": ("2.55 M", "the same with data2vec 2.0"),

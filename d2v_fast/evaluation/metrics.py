@@ -75,7 +75,9 @@ def scores(
 
 
 def classification(answers: Answers, targets: Sequence[int], labels: Sequence[str] | None) -> dict[str, Metric]:
-    """Return `accuracy`, `top5`, `macro_f1`, `matthews`, `loss`, and of two classes `f1`.
+    """Return `accuracy`, `top5`, `f1`, `macro_f1`, `matthews` and `loss`.
+
+    `f1` is that of class 1 of two classes, as in GLUE, and for more classes the same as `macro_f1`.
 
     Args:
         answers: With `classes`, the numbers of up to five classes, the most probable one first, and `loss`.
@@ -86,14 +88,15 @@ def classification(answers: Answers, targets: Sequence[int], labels: Sequence[st
     loss = _mean_loss(answers)
     predicted = np.array([answer["classes"][0] for answer in answers], dtype=np.int64)
     in_top = [target in answer["classes"] for answer, target in zip(answers, targets, strict=True)]
-    found = {
+    of_classes = macro_f1(predicted, known, num_classes)
+    return {
         "accuracy": accuracy(predicted, known),
         "top5": Metric(float(np.mean(in_top))),
-        "macro_f1": macro_f1(predicted, known, num_classes),
+        "f1": f1(predicted, known) if num_classes == 2 else Metric(of_classes.value),
+        "macro_f1": of_classes,
         "matthews": matthews(predicted, known),
         "loss": loss,
     }
-    return {**found, "f1": f1(predicted, known)} if num_classes == 2 else found
 
 
 def regression(answers: Answers, targets: Sequence[float], labels: Sequence[str] | None) -> dict[str, Metric]:

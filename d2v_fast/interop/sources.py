@@ -20,7 +20,7 @@ from d2v_fast.files.paths import expand_path
 from d2v_fast.interop.folders import read_model_config
 from d2v_fast.interop.huggingface import import_model
 from d2v_fast.interop.published import load_published
-from d2v_fast.modalities import modality_of_model
+from d2v_fast.modalities import modality_of, modality_of_model
 from d2v_fast.models.weights import require_finite
 
 KEY = "`d2v.finetune.source`"
@@ -79,7 +79,9 @@ class Found(NamedTuple):
         require_finite(state.items(), f"`{self.origin}`")
         student.load_state_dict(state)
         own = head.state_dict()
-        given = None if self.labels is None or self.labels != config.labels else self.head
+        # a score has no classes
+        is_same = tuple(self.labels or ()) == tuple(config.labels or ())
+        given = self.head if is_same else None
         if given is not None and {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in own.items()}:
             head.load_state_dict(dict(given))
 
@@ -148,7 +150,10 @@ def read_source(source: Path, weights: str, step: int | None, config: FinetuneCo
         return _of_run(place.run, place.step, weights)
     if place.path.is_dir():
         student, model = import_model(place.path, **_options(place.path, config))
-        return Found(str(place.path), model, student.state_dict())
+        made = modality_of(config).huggingface
+        head = None if made is None else made().head(place.path)
+        tensors, labels = (None, None) if head is None else (head.tensors, head.labels)
+        return Found(str(place.path), model, student.state_dict(), tensors, labels)
     student, _, model = load_published(place.path, weights=weights)
     return Found(f"{weights} of {place.path}", model, student.state_dict())
 

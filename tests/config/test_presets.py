@@ -24,7 +24,7 @@ OWN_DATA = ["d2v.data.path=/my/own", "d2v.data.tokenizer=/tokenizer"]
 def test_every_preset_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     kind = json.loads((PRESETS / f"{name}.json").read_text())["d2v"]["data"]["kind"]
-    overrides = OWN_DATA[: {"images": 1, "audio": 1, "text": 2}.get(kind, 0)]
+    overrides = OWN_DATA[: {"images": 1, "audio": 1, "table": 1, "text": 2}.get(kind, 0)]
     assert load_config(name, overrides) == load_config(PRESETS / f"{name}.json", overrides)
     # a folder of that name is no configuration, a file is
     Path(name).mkdir()

@@ -129,10 +129,10 @@ def _framed(
 ) -> tuple[npt.NDArray[np.int64], bool]:
     """Return a text or a pair with its special tokens, and whether it was cut."""
     lengths = [len(part) for part in parts]
-    bos, eos = ([token] for token in (specials.bos, specials.eos))
+    bos, eos = (np.array([token], dtype=np.int64) for token in (specials.bos, specials.eos))
     if len(parts) == 1:
         kept: tuple[int, ...] = (min(lengths[0], block_size - _SINGLE),)
-        pieces = [bos, parts[0][: kept[0]], eos]
+        pieces: list[npt.NDArray[Any]] = [bos, parts[0][: kept[0]], eos]
     else:
         kept = shares(lengths[0], lengths[1], block_size - _PAIR)
         pieces = [bos, parts[0][: kept[0]], eos, eos, parts[1][: kept[1]], eos]

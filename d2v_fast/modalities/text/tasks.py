@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -223,7 +223,8 @@ def with_vocabulary(config: ConfigT) -> ConfigT:
     tokenizer = tokenizer_of(config.data, config.model, config.run.timeout_s)
     follows = {"vocab_size": tokenizer.vocab_size, "padding_id": tokenizer.specials.pad}
     found = {key: value for key, value in follows.items() if getattr(config.model, key) is None}
-    return config.model_copy(update={"model": config.model.model_copy(update=found)})
+    # the type of a copy of a union is the union
+    return cast("ConfigT", config.model_copy(update={"model": config.model.model_copy(update=found)}))
 
 
 def make_tokenizer(data: TextDataConfig, vocab_size: int, to: str | Path, max_length: int = 512) -> Tokenizer:
