@@ -80,6 +80,10 @@ def channel_mask_rows(
 
     Returns:
         int64 `[N]`: flat indices `b * D + d` of the masked channels, ascending. Every sample keeps a channel.
+
+    Examples:
+        >>> channel_mask_rows(0, 1, np.array([2, 3]), num_channels=20, prob=0.2, length=4)
+        array([14, 15, 16, 17, 20, 21, 22, 23])
     """
     ids = checked_ids(sample_ids)
     sizes = _check(ids, num_channels, prob, length, 0, False, None)
