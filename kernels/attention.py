@@ -230,17 +230,20 @@ def aligned(bias: Tensor) -> tuple[Tensor, int]:
 
 
 def tile_of(q: Tensor, keeps_keys: bool = False) -> dict[str, int]:
-    """Return block, step, width of a head, warps and stages of a kernel, so that no 16-bit kernel spills.
+    """Return block, step, width of a head, warps and stages of a kernel, so that none spills up to a width of 128.
 
-    `keeps_keys` is for the kernel with a block of keys, which has two results."""
+    `keeps_keys` is for the kernel with a block of keys, which has two results. In fp32 a block is small, since each of
+    its operands is in registers as two tf32 numbers."""
     num_tokens, width = q.shape[2:]
     block_d = max(triton.next_power_of_2(width), 16)
     block, step = 64, 32
     if q.dtype == torch.float32:
-        block, step = 32, 16
+        block, step = 16, 16
     elif num_tokens > 64 and block_d <= 64 and not keeps_keys:
         block = 128
     num_warps = 8 if block == 128 or block_d > 64 else 4
+    if q.dtype == torch.float32 and not keeps_keys:
+        num_warps = 4
     return {"BLOCK": block, "STEP": step, "BLOCK_D": block_d, "num_warps": num_warps, "num_stages": 2}
 
 

@@ -248,6 +248,7 @@ def _grad_bias_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     num_row_blocks, num_col_blocks = tl.cdiv(num_tokens, BLOCK), tl.cdiv(num_tokens, STEP)
     tile = tl.program_id(0) % (num_row_blocks * num_col_blocks)
@@ -260,7 +261,7 @@ def _grad_bias_kernel(
     q += head * q_strides[1]
     k += head * k_strides[1]
     v += head * v_strides[1]
-    dims = tl.arange(0, BLOCK_D)
+    dims = tl.arange(0, CHUNK)
     bias += head * bias_strides[1] * BIAS_ALIGN
     b_bias = load_bias(bias, rows[:, None], cols[None, :], num_tokens, bias_strides[2], BIAS_ALIGN)
     b_sum = tl.zeros((BLOCK, STEP), tl.float32)
@@ -270,17 +271,21 @@ def _grad_bias_kernel(
         num_keys = num_tokens
         if HAS_LENGTHS:
             num_keys = tl.load(lengths + sample).to(tl.int32)
-        b_q = load_rows(q + sample * q_strides[0], rows, dims, q_strides[2], num_tokens, D)
-        b_k = load_rows(k + sample * k_strides[0], cols, dims, k_strides[2], num_tokens, D)
-        b_v = load_rows(v + sample * v_strides[0], cols, dims, v_strides[2], num_tokens, D)
-        b_grad = load_rows(grad + sample * grad_strides[0], rows, dims, grad_strides[2], num_tokens, D)
+        b_s = tl.zeros((BLOCK, STEP), tl.float32)
+        b_gp = tl.zeros((BLOCK, STEP), tl.float32)
+        for start in range(0, BLOCK_D, CHUNK):
+            b_q = load_rows(q + sample * q_strides[0], rows, start + dims, q_strides[2], num_tokens, D)
+            b_k = load_rows(k + sample * k_strides[0], cols, start + dims, k_strides[2], num_tokens, D)
+            b_v = load_rows(v + sample * v_strides[0], cols, start + dims, v_strides[2], num_tokens, D)
+            b_grad = load_rows(grad + sample * grad_strides[0], rows, start + dims, grad_strides[2], num_tokens, D)
+            b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
+            b_gp = tl.dot(b_grad, tl.trans(b_v), b_gp, input_precision=PRECISION)
         of_row = (sample * num_heads + head) * num_tokens + rows
         b_lse = tl.load(lse + of_row, mask=rows < num_tokens, other=0.0) * LOG2_E
         b_delta = tl.load(delta + of_row, mask=rows < num_tokens, other=0.0)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) + b_bias
+        b_s = b_s * (scale * LOG2_E) + b_bias
         b_s = tl.where((cols < num_keys)[None, :], b_s, float("-inf"))
         b_p = tl.exp2(b_s - b_lse[:, None])
-        b_gp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         if HAS_DROPOUT:
             kept = kept_weights(seed, sample * num_heads + head, rows[:, None], cols[None, :], threshold)
             b_gp = tl.where(kept, b_gp * keep_scale, 0.0)
@@ -288,6 +293,14 @@ def _grad_bias_kernel(
     place = (head_part.to(tl.int64) * num_tokens + rows)[:, None] * (partial_row8 * 8) + cols[None, :]
     # whole groups of 8, so that stores are wide
     tl.store(partial + place, b_sum, mask=(rows < num_tokens)[:, None] & (cols < partial_row8 * 8)[None, :])
+
+
+def bias_tile_of(q: Tensor) -> dict[str, int]:
+    """Return the tile of the gradient of a shared bias; in fp32 its products take a part of the width at a time."""
+    tile = tile_of(q)
+    if q.dtype != torch.float32:
+        return {**tile, "CHUNK": tile["BLOCK_D"]}
+    return {**tile, "BLOCK": 32, "CHUNK": min(32, tile["BLOCK_D"])}
 
 
 def attention_with_bias_backward(
@@ -340,6 +353,7 @@ def attention_with_bias_backward(
         return grad_q, grad_k, grad_v, grad_bias.sum((0, 2)) if needs_bias else grad_bias.new_empty(0)
     if not (needs_bias and is_shared):
         return grad_q, grad_k, grad_v, grad_bias
+    tile = bias_tile_of(q)
     tiles = triton.cdiv(num_tokens, tile["BLOCK"]) * triton.cdiv(num_tokens, tile["STEP"])
     per_part = triton.cdiv(num_samples, max(BIAS_PROGRAMS // (tiles * num_heads), 1))
     parts = triton.cdiv(num_samples, per_part)

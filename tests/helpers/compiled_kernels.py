@@ -185,19 +185,24 @@ def attention_cases() -> Iterator[Case]:
     from d2v_fast.kernels.attention import attention_with_bias
     from d2v_fast.kernels.attention_backward import attention_with_bias_backward
 
-    def case(width: int, placed: bool = False, capabilities: tuple[int, ...] = ()) -> Iterator[Case]:
-        q = empty(128, 197, 12, width).transpose(1, 2)
-        bias = empty(12, dtype=FP32) if placed else empty(1, 12, 197, 200)[..., :197]
+    def case(
+        width: int, placed: bool = False, dtype: torch.dtype = BF16, capabilities: tuple[int, ...] = ()
+    ) -> Iterator[Case]:
+        q = empty(128, 197, 12, width, dtype=dtype).transpose(1, 2)
+        bias = empty(12, dtype=FP32) if placed else empty(1, 12, 197, 200, dtype=dtype)[..., :197]
         lse = empty(128, 12, 197, dtype=FP32)
         positions, lengths = (empty(128, 197, dtype=torch.int32), indices(128)) if placed else (None, None)
         others = positions, lengths, indices(1), 0.1
-        name = f"width {width}{' slopes' * placed}"
+        name = f"width {width}{' slopes' * placed} {_short(dtype)}"
         yield Case(name, lambda: attention_with_bias(q, q, q, bias, *others), capabilities)
         yield Case(name, lambda: attention_with_bias_backward(q, q, q, q, bias, q, lse, *others, True), capabilities)
 
     yield from case(64, capabilities=HOPPER)
     yield from case(80)
     yield from case(64, placed=True)
+    yield from case(64, dtype=FP32)
+    yield from case(80, dtype=FP32)
+    yield from case(80, placed=True, dtype=FP32)
 
 
 OPERATIONS = {

@@ -92,6 +92,6 @@ def test_attention(every_capability: bool) -> None:
         assert row["shared"] <= 99 * 1024, row
         loads, stores = row["loads"], row["stores"]
         assert loads.count(2) == stores.count(2) == 0, row
-        assert stores.count(16) >= 2, row
+        assert stores.count(16) >= (1 if "fp32" in row["case"] else 2), row
         # statistics and positions are one number a row; queries, keys and bias are wide, or asynchronous copies
         assert len(loads) - loads.count(16) <= (40 if "slopes" in row["case"] else 20), row
