@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import CHECKED_DTYPES, define, wide
+from d2v_fast.ops._library import CHECKED_DTYPES, define, is_observed, wide
 from d2v_fast.ops.autograd import below_autograd, direct_apply, is_plain, register_autograd
 from d2v_fast.ops.topk_target import check_indices, take_rows
 
@@ -219,6 +219,9 @@ def _first_derivative(slope: Tensor, grad_loss: Tensor, scale: float, mean: bool
     if type(slope) is Tensor and not (_graph_is_kept() or _is_batched(grad_loss) or _is_legacy_batched(grad_loss)):
         # reuse the slope's memory for the gradient; a factor of 1 costs nothing
         slope = slope.detach()
+        # a loss that is differentiated itself has the gradient 1, for which a GPU would have to wait
+        if grad_loss.is_cpu and slope.dtype != torch.float16 and not is_observed() and grad_loss.item() == 1.0:
+            return slope
         torch.autograd.graph.increment_version(slope)
         with below_autograd():
             _scale_in_place(slope, grad_loss, scale, mean)

@@ -151,7 +151,8 @@ def layer_list(layers: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         TypeError: `layers` is a single layer, a dict or a module, or contains an element that is not a tensor.
     """
-    if isinstance(layers, Tensor) and layers.ndim == 4:
+    # Tensor's `isinstance` is slow for other types
+    if type(layers) is not list and isinstance(layers, Tensor) and layers.ndim == 4:
         return list(layers)
     found = tensor_list("layers", layers)
     check_tensors("layers", found)
