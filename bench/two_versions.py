@@ -187,6 +187,8 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders with a probe.json")
     parser.add_argument("--out", type=Path, default=Path("build/two_versions.png"))
     options = parser.parse_args()
+    if bad := [str(folder) for folder in options.folders if not (folder / "probe.json").is_file()]:
+        parser.error(f"no probe.json in {', '.join(bad)}: name run folders of `d2v-fast train` that were probed")
     groups = groups_of(options.folders)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     seconds = timed(groups, options.out.with_suffix(".json"))
