@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from d2v_fast.data import Batch
+from d2v_fast.distributed.world import World
 from d2v_fast.models.encoder import Encoder
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training.compiled_blocks import compile_blocks, reason_not_to_compile
+from tests.helpers.marks import needs_deepspeed
+from tests.helpers.runs import in_processes
+from tests.helpers.sharded_trial import Trial, run_config, worst
 from tests.helpers.static_steps import KINDS, make_trial
 
 MOST_PROGRAMS = 8
@@ -81,6 +87,42 @@ def test_compiled_blocks_compute_the_same(kind: str) -> None:
         for value, other in zip(actual, expected, strict=True):
             error = (value - other).abs().max() / other.abs().max().clamp_min(1e-3)
             assert error < 1e-5
+
+
+# slow: traces the blocks of student and teacher three times in every process
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_compiled_blocks_under_zero(processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's hooks, buckets and partitions of the optimizer do not notice that the blocks are compiled."""
+    compiled = nn.Module.compile
+    # everything but the compiler of kernels, which knows nothing of DeepSpeed
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compiled(block, backend="aot_eager"))
+
+    def work(world: World, folder: Path) -> Any:
+        report = {}
+        for stage in (0, 1, 2):
+            changes = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 4 // world.size}
+            students = []
+            for compiles in (False, True):
+                trial = Trial(run_config(changes, world.size), world)
+                if compiles:
+                    assert reason_not_to_compile(trial.engine, world.device) is None
+                    compile_blocks(trial.model, trial.teacher.module)
+                for step in range(1, 4):
+                    assert trial.step(step)
+                students.append(trial.student())
+            report[stage] = worst(*students) if world.is_first else None
+        report["traced"] = counters["frames"]["ok"]
+        return report
+
+    reports = in_processes(processes, tmp_path, work, timeout_s=850)
+    for report in reports:
+        # of student and teacher, with and without rows
+        assert report["traced"] >= 4
+    for stage in ("0", "1", "2"):
+        assert reports[0][stage][0] <= 1e-6, reports[0]
 
 
 def test_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
