@@ -25,7 +25,8 @@ class RunSection(Section):
         timeout_minutes: Longest wait for another process or for a batch; then the process ends with an error.
         profile: Measure the parts of a step. It waits for the device between them.
         device: "auto" takes a GPU if there is one.
-        compile: Compile the blocks of student and teacher with `torch.compile`. "auto" does on a GPU.
+        compile: Compile the blocks of student and teacher with `torch.compile`. "auto" does on a GPU. The first steps
+            then take longer: 14 to 23 s for a Base model on an H200 (2026-11-26), longer on a CPU.
         cuda_graph: Replay a step from CUDA graphs, one for each shape of a micro-batch, so that the host does not hold
             up the device. "auto" does on a GPU with one process and neither ZeRO nor offload. A step that
             cannot be captured runs without a graph, and the run reports why.

@@ -6,7 +6,6 @@ function again, and refuse every operation that a capture would refuse.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import weakref
 from collections import OrderedDict
@@ -90,12 +89,18 @@ class CudaCapture:
         return graph
 
     def _clean_up(self) -> None:
-        """Undo what a broken capture leaves in torch: a generator that refuses to draw, and an open pool."""
-        generator: Any = torch.cuda.default_generators[self._stream.device.index]
+        """Undo what a broken capture leaves in torch: a generator that refuses to draw, and an open pool of memory."""
+        device = self._stream.device.index
+        generator: Any = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
-        with contextlib.suppress(RuntimeError):
-            # an error if the end of the capture closed it
-            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
+        # with the other graphs, it frees the memory of the pool
+        self._first = None
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+        except RuntimeError:
+            # the end of the capture closed it
+            return
+        torch._C._cuda_releasePool(device, self._pool)
 
 
 class Recorder:

@@ -100,9 +100,11 @@ class FakeCuda:
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(
-            torch._C, "_cuda_endAllocateToPool", lambda *pool: self.events.append(f"closed {pool}"), raising=False
-        )
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, partial(self._pool_event, name), raising=False)
+
+    def _pool_event(self, name: str, *pool: Any) -> None:
+        self.events.append(f"{name} {pool}")
 
     def _restoring(self, before: list[Any]) -> Iterator[None]:
         try:
@@ -132,7 +134,11 @@ def test_a_broken_cuda_capture_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="the cause"):
         capture.record(broken)
     assert cuda.streams == ["default"]
-    assert cuda.events == ["generator: a clone", "closed (0, 'pool')"]
+    assert cuda.events == [
+        "generator: a clone",
+        "_cuda_endAllocateToPool (0, 'pool')",
+        "_cuda_releasePool (0, 'pool')",
+    ]
 
 
 def test_host_reads_are_noticed() -> None:
