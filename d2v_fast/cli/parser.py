@@ -31,18 +31,8 @@ def tool_parser() -> argparse.ArgumentParser:
         )
 
     for add_command in (
-        *(
-            _add_train,
-            _add_finetune,
-            _add_check,
-            _add_probe,
-            _add_embed,
-            _add_export,
-            _add_draw,
-            _add_import,
-            _add_tokenize,
-        ),
-        *(_add_bench, _add_presets, _add_doctor),
+        *(_add_train, _add_finetune, _add_check, _add_probe, _add_embed, _add_predict),
+        *(_add_export, _add_draw, _add_import, _add_tokenize, _add_bench, _add_presets, _add_doctor),
     ):
         add_command(add)
     return parser
@@ -186,6 +176,31 @@ def _add_embed(add: _Add) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
     )
     _add_overwrite(embed, "FILE and the files beside it")
+
+
+def _add_predict(add: _Add) -> None:
+    predict = add(
+        "predict",
+        "write the answers of a fine-tuned run to files",
+        "Write one row for each input: path, label and probability. Inputs are sorted by path. Unreadable files are "
+        "left out and listed.",
+        "predict runs/mine /my/images --to answers.jsonl",
+    )
+    _add_run(predict)
+    predict.add_argument(
+        "inputs", type=path_argument, metavar="INPUTS", help="files of the run's modality, as embed reads them"
+    )
+    predict.add_argument(
+        "--to", type=path_argument, required=True, metavar="FILE", help=".jsonl, .csv or .parquet file to write"
+    )
+    predict.add_argument(
+        "--step", type=int, default=None, metavar="N", help="step of the checkpoint (default: the best one)"
+    )
+    predict.add_argument("--batch-size", type=count_argument, metavar="N", help="inputs per batch")
+    predict.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
+    )
+    _add_overwrite(predict, "FILE")
 
 
 def _add_export(add: _Add) -> None:

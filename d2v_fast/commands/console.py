@@ -14,7 +14,7 @@ from d2v_fast.errors import OptionError
 from d2v_fast.processes.idle import IdleWatch
 
 # these end after waiting this long without progress; the others wait for programs that have their own time limits
-_WATCHED = ("check", "probe", "embed", "export", "import", "tokenize", "draw")
+_WATCHED = ("check", "probe", "embed", "predict", "export", "import", "tokenize", "draw")
 _IDLE_S = 600.0
 
 
@@ -86,6 +86,14 @@ def _embed(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
         )
     )
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from d2v_fast.commands.predict import predict
+
+    own = {"step": options.step, "batch_size": options.batch_size, "device": options.device}
+    print(predict(options.run_folder, options.inputs, options.to, **own, overwrite=options.overwrite))
     return 0
 
 
@@ -173,6 +181,7 @@ _WORK: dict[str, Callable[[argparse.Namespace], int]] = {
     "check": _check,
     "probe": _probe,
     "embed": _embed,
+    "predict": _predict,
     "export": _export,
     "import": _import,
     "tokenize": _tokenize,

@@ -30,26 +30,34 @@ _LINEAR_UP_TO = 0.01
 
 
 def draw_curves(
-    entries: Sequence[Entry], path: Path, guard: StepGuardConfig | None = None, probes: Sequence[Entry] = ()
+    entries: Sequence[Entry],
+    path: Path,
+    guard: StepGuardConfig | None = None,
+    probes: Sequence[Entry] = (),
+    validations: Sequence[Entry] = (),
 ) -> None:
     """Write `curves_figure` to the PNG file `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = curves_figure(entries, guard, probes)
+    figure = curves_figure(entries, guard, probes, validations)
     FigureCanvasAgg(figure)
     with replaced(path) as part:
         figure.savefig(part, format="png", dpi=100)
 
 
 def curves_figure(
-    entries: Sequence[Entry], guard: StepGuardConfig | None = None, probes: Sequence[Entry] = ()
+    entries: Sequence[Entry],
+    guard: StepGuardConfig | None = None,
+    probes: Sequence[Entry] = (),
+    validations: Sequence[Entry] = (),
 ) -> Figure:
-    """Draw loss, deviations, learning rate, gradient norm and probes over the steps.
+    """Draw loss, deviations or metrics of held-out samples, learning rate, gradient norm and probes over the steps.
 
     Args:
         entries: entries of `log.jsonl`.
         guard: limits to draw in the panel of the deviations; None draws none.
         probes: entries of `probe.json`.
+        validations: entries of `valid.jsonl`. If there are any, they take the place of the deviations.
     Raises:
         ImportError: matplotlib is not installed.
     """
@@ -67,8 +75,14 @@ def curves_figure(
     )
     panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
     (first, key), *others = _PANELS
-    _plot(next(panels), first, entries, key)
-    _plot_deviations(next(panels), entries, guard)
+    loss = next(panels)
+    _plot(loss, first, entries, key)
+    if validations:
+        loss.plot(*_points(validations, key), marker="o", markersize=3, label="held out")
+        loss.legend(fontsize=8)
+        _plot_metrics(next(panels), validations)
+    else:
+        _plot_deviations(next(panels), entries, guard)
     for title, key in others:
         _plot(next(panels), title, entries, key)
     for question, by_step in questions.items():
@@ -82,6 +96,15 @@ def _plot(axes: Axes, title: str, entries: Sequence[Entry], key: str) -> None:
     axes.plot(*_points(entries, key))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
     _finish(axes, title)
+
+
+def _plot_metrics(axes: Axes, validations: Sequence[Entry]) -> None:
+    """Draw the metrics of held-out samples."""
+    known = (name for entry in validations for name, value in entry.items() if isinstance(value, float))
+    for name in dict.fromkeys(name for name in known if name not in ("loss", "value")):
+        axes.plot(*_points(validations, name), marker="o", markersize=3, label=name)
+    axes.legend(fontsize=8)
+    _finish(axes, "held-out samples")
 
 
 def _plot_deviations(axes: Axes, entries: Sequence[Entry], guard: StepGuardConfig | None) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from d2v_fast.checkpoints.best import best_step, read_validations
 from d2v_fast.checkpoints.files import Checkpoint
 from d2v_fast.checkpoints.saved_weights import (
     WEIGHTS,
@@ -23,9 +24,11 @@ from d2v_fast.checkpoints.saved_weights import (
     read_run_config,
 )
 from d2v_fast.config import D2VConfig
+from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.errors import OptionError
 from d2v_fast.files.outputs import require_file, require_free, require_writable, set_aside_changed
 from d2v_fast.interop.formats import HuggingFace, Published, forms_of
+from d2v_fast.interop.sources import averaged
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.weights import require_finite
 
@@ -49,7 +52,7 @@ def export_run(
             `export`, `export.pt`, `export.pth` or `export.onnx`, and for a teacher `export-teacher` or
             `export-teacher.onnx`. Earlier exports there are replaced; a folder with changed files is renamed first.
         weights: "student" or "teacher". A file of the published code's format holds both.
-        step: Step of the checkpoint; None exports the newest.
+        step: Step of the checkpoint; None exports the newest, and of a fine-tuned run the best.
         form: "transformers", "fairseq", "beit" or "onnx", as far as the run's modality has it.
         tokenizer: Of a text run, for Transformers; None is the one that the run's configuration names.
         overwrite: Replace the file `to`, or in the folder `to` the files of an earlier export.
@@ -72,8 +75,10 @@ def export_run(
     else:
         require_file(to, overwrite)
     modality = modality_of(config)
+    if step is None and isinstance(config, FinetuneConfig):
+        step = best_step(run_folder)
     with open_checkpoint(run_folder, step) as checkpoint:
-        what, owner = weights, "as ONNX"
+        what, owner = "encoder and head" if isinstance(config, FinetuneConfig) else weights, "as ONNX"
         if form == "onnx":
             from d2v_fast.interop.onnx import export_onnx
 
@@ -145,13 +150,27 @@ def _write_folder(
     tokenizer: Path | None,
     **options: Any,
 ) -> None:
-    saved = encoder_weights(checkpoint, config, weights)
+    fine_tuned = isinstance(config, FinetuneConfig)
+    saved = encoder_weights(checkpoint, config, averaged(config, weights))
+    info: dict[str, object] = {"weights": weights, "step": checkpoint.step}
+    if fine_tuned:
+        require_finite(saved.head().items(), f"`{checkpoint.folder}`")
+        info = _about_validation(checkpoint)
     # before anything is written; one tensor is in memory at a time
     require_finite(saved.items(), f"`{checkpoint.folder}`")
     load = modality_of(config).tokenizer
     if load is not None:
         options["tokenizer"] = load(config, tokenizer, saved.vocabulary, str(checkpoint.folder.parent.parent))
-    found.write(saved, config, to, info={"weights": weights, "step": checkpoint.step}, **options)
+    found.write(saved, config, to, info=info, **options)
+
+
+def _about_validation(checkpoint: Checkpoint) -> dict[str, object]:
+    """Return step and metrics of a fine-tuned run's checkpoint."""
+    entries = read_validations(checkpoint.folder.parent.parent)
+    found = next((entry for entry in entries if entry["step"] == checkpoint.step), {})
+    metrics = {key: f"{value:.4f}" for key, value in found.items() if isinstance(value, float) and key != "value"}
+    held_out = {"held-out samples": found["samples"]} if found else {}
+    return {"step": checkpoint.step, **held_out, **metrics}
 
 
 def _write_published(found: Published, checkpoint: Checkpoint, config: D2VConfig, to: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2v_fast.config import D2VConfig
+from d2v_fast.config import D2VConfig, PretrainConfig
 from d2v_fast.config.errors import show
 from d2v_fast.config.model_paths import explain
 from d2v_fast.config.schema import MAX_FILE_BYTES
@@ -178,13 +178,16 @@ tags: [{", ".join(tags)}]
         mode="json",
         exclude={
             "data": {"path", "num_workers", "tokenizer", "tokens_path"},
+            "finetune": {"source"},
+            "valid": {"path"},
             "guard": True,
+            "labels": True,
             "probe": True,
             "run": True,
         },
     )
     return f"""{card}
-## How it was pre-trained
+## How it was {"pre-trained" if isinstance(config, PretrainConfig) else "fine-tuned"}
 
 ```json
 {as_json(recipe).rstrip()}

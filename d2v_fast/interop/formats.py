@@ -116,7 +116,8 @@ def _formats(field: Callable[[Modality[Any]], Callable[[], FormatT] | None]) -> 
     # a modality of another package that cannot be imported is an error only where no other one fits
     for name in modality_names():
         for modality in modality_named(name).objectives.values():
-            if (make := field(modality)) is not None:
+            # fine-tuned encoders have the formats of their version
+            if modality.finetuning is None and (make := field(modality)) is not None:
                 yield name, make()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,3 +56,12 @@ class Classify(Finetune):
             {"loss": loss, "classes": of_sample, "probabilities": found}
             for loss, of_sample, found in zip(losses, classes, probabilities, strict=True)
         ]
+
+    def columns(self, answer: Answer) -> dict[str, Any]:
+        """See `Finetune`: the most probable class, its probability, and the classes that follow."""
+        names = self.config.labels or ()
+        top = [
+            {"label": names[number], "probability": probability}
+            for number, probability in zip(answer["classes"], answer["probabilities"], strict=True)
+        ]
+        return {**top[0], "top": top}

@@ -126,6 +126,10 @@ class Finetune(Objective):
         """Return the answer to each sample of a batch, from the output of eval mode."""
         raise NotImplementedError
 
+    def columns(self, answer: Answer) -> dict[str, Any]:
+        """Return the columns of an answer for a table: values that JSON can express."""
+        raise NotImplementedError
+
     def rows_of(self, batch: Batch) -> int:
         """See `Objective`: the samples."""
         return len(batch.inputs)

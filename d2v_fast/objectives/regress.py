@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,7 @@ class Regress(Finetune):
         scores = output.predictions.tolist()
         losses = [None] * len(scores) if output.losses is None else output.losses.tolist()
         return [{"loss": loss, "score": score} for loss, score in zip(losses, scores, strict=True)]
+
+    def columns(self, answer: Answer) -> dict[str, Any]:
+        """See `Finetune`: the score."""
+        return {"score": answer["score"]}

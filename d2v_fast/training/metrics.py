@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from d2v_fast.checkpoints.best import read_validations
 from d2v_fast.config import StepGuardConfig
 from d2v_fast.data.listing import counted
 from d2v_fast.data.progress import TimeLeft
@@ -152,7 +153,7 @@ class RunLog:
             _say_missing(self.say, "curves.png", "matplotlib", error)
             return
         path = self._folder.path
-        draw_curves(read_log(path), path / "curves.png", self._guard, read_probes(path))
+        draw_curves(read_log(path), path / "curves.png", self._guard, read_probes(path), read_validations(path))
 
     def close(self) -> None:
         """Close the progress bar and the files. `say` still works, and `close` may be called again."""

@@ -7,8 +7,8 @@ once, and the metrics do not depend on the processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from d2v_fast.data.listing import counted
 from d2v_fast.data.order import MicroStep
 from d2v_fast.distributed.world import World
 from d2v_fast.errors import DataError
-from d2v_fast.evaluation.metrics import scores
+from d2v_fast.evaluation.metrics import confusion_matrix, scores
+from d2v_fast.figures.confusion import draw_confusion
 from d2v_fast.objectives.base import Objective, StepOutput
 from d2v_fast.objectives.finetune import Answer, Finetune, finetuning_of
 from d2v_fast.teacher import Teacher
@@ -99,6 +100,8 @@ class Validation:
         self._entries = [*(old for old in self._entries if old["step"] < step), entry]
         if self._world.is_first:
             self._folder.write_text(VALID, written(self._entries))
+            if section.labels is not None and self.best == entry:
+                self._draw_confusion(step, in_order, section.labels)
         shown = "  ".join(
             f"{name} {value:.4f}"
             for name, value in entry.items()
@@ -106,6 +109,16 @@ class Validation:
         )
         self._say(f"after step {step}, on {counted(len(in_order), f'held-out {self._maker.what}')}: {shown}")
         return entry
+
+    def _draw_confusion(self, step: int, answers: list[Answer], labels: Sequence[str]) -> None:
+        """Replace `confusion.png`, unless matplotlib is missing or the answers are no classes."""
+        if not all("classes" in answer for answer in answers):
+            return
+        predicted = np.array([answer["classes"][0] for answer in answers], dtype=np.int64)
+        counts = confusion_matrix(predicted, np.array(self._maker.targets, dtype=np.int64), len(labels))
+        title = f"{counted(len(answers), f'held-out {self._maker.what}')} after step {step:,}"
+        with suppress(ImportError):
+            draw_confusion(counts, labels, self._folder.path / "confusion.png", title)
 
     def result(self) -> Entry:
         """Return what `result.json` says of the validations."""

@@ -51,7 +51,10 @@ FLAT = (
 LAZY = {
     "deepspeed": {"d2v_fast.distributed.deepspeed_start"},
     "transformers": set(),
-    "matplotlib": {"d2v_fast.figures.curves", "d2v_fast.training.metrics", "d2v_fast.figures.sheet"},
+    "matplotlib": {
+        *("d2v_fast.figures.confusion", "d2v_fast.figures.curves", "d2v_fast.figures.sheet"),
+        "d2v_fast.training.metrics",
+    },
     "sklearn": {
         *("d2v_fast.evaluation.classifiers", "d2v_fast.evaluation.metrics", "d2v_fast.modalities.vision.digits"),
     },
@@ -61,7 +64,10 @@ LAZY = {
     "rapidfuzz": {"d2v_fast.modalities.speech.word_errors"},
     "flashlight": {"d2v_fast.modalities.speech.recognition"},
     "tokenizers": {"d2v_fast.modalities.text.tokenizer"},
-    "pyarrow": {"d2v_fast.modalities.text.parquet", "d2v_fast.modalities.text.streams", "d2v_fast.commands.embed"},
+    "pyarrow": {
+        *("d2v_fast.modalities.text.parquet", "d2v_fast.modalities.text.streams"),
+        *("d2v_fast.commands.embed", "d2v_fast.commands.predict"),
+    },
 }
 TOP_LEVEL_ALLOWED = {
     "numba": {"d2v_fast.masking"},

@@ -144,6 +144,12 @@ def _filled(raw: dict[str, Any]) -> dict[str, Any]:
     return fill(raw)
 
 
+def _huggingface_classify() -> HuggingFace:
+    from d2v_fast.modalities.vision.huggingface_classify import FORMAT
+
+    return FORMAT
+
+
 CLASSIFY = Modality(
     name="vision",
     objective="classify",
@@ -154,6 +160,7 @@ CLASSIFY = Modality(
     largest_batch=_largest_labeled_batch,
     resolved=_resolved,
     open_inputs=_open_inputs,
+    huggingface=_huggingface_classify,
     filled=_filled,
     finetuning=_finetuning,
 )

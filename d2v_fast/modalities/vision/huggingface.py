@@ -103,7 +103,7 @@ def export_vision(
         data = config.data if isinstance(config, VisionConfig) else VisionDataConfig()
         scans = isinstance(config, VisionConfig) and data.kind == "digits"
         write_text(target / "preprocessor_config.json", as_json(preprocessor_config(sizes, data, scans)))
-        write_text(target / "config.json", as_json(_foreign_config(sizes)))
+        write_text(target / "config.json", as_json(foreign_config(sizes)))
 
 
 def import_vision(
@@ -150,7 +150,8 @@ def layout(config: VisionModelConfig) -> Layout:
     return vision_layout(config, NAMES)
 
 
-def _foreign_config(config: VisionModelConfig) -> dict[str, Any]:
+def foreign_config(config: VisionModelConfig) -> dict[str, Any]:
+    """Return the content of an encoder's `config.json`."""
     return {
         "architectures": ["Data2VecVisionModel"],
         "model_type": KIND,

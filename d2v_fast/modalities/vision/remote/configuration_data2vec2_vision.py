@@ -18,6 +18,7 @@ class Data2Vec2VisionConfig(PretrainedConfig):
         hidden_dropout_prob, attention_probs_dropout_prob, activation_dropout: Rates of dropout on the branches, on the
             attention weights, and inside the MLP.
         initializer_range: Deviation of new weights, such as a classifier's.
+        pooling: What a classifier reads: the "mean" of the patches, or the class "token".
     """
 
     model_type = "data2vec2-vision"
@@ -37,6 +38,7 @@ class Data2Vec2VisionConfig(PretrainedConfig):
         attention_probs_dropout_prob=0.0,
         activation_dropout=0.0,
         initializer_range=0.02,
+        pooling="mean",
         **kwargs,
     ):
         self.image_size = image_size
@@ -52,4 +54,5 @@ class Data2Vec2VisionConfig(PretrainedConfig):
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.activation_dropout = activation_dropout
         self.initializer_range = initializer_range
+        self.pooling = pooling
         super().__init__(**kwargs)

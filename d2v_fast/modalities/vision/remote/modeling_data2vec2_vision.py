@@ -135,7 +135,7 @@ class Data2Vec2VisionModel(Data2Vec2VisionPreTrainedModel):
 
 
 class Data2Vec2VisionForImageClassification(Data2Vec2VisionPreTrainedModel):
-    """The encoder with a classifier on the normalized mean of the patches."""
+    """The encoder with a classifier on the normalized mean of the patches, or on the class token."""
 
     def __init__(self, config: Data2Vec2VisionConfig) -> None:
         super().__init__(config)
@@ -162,7 +162,9 @@ class Data2Vec2VisionForImageClassification(Data2Vec2VisionPreTrainedModel):
             `logits` `[B, labels]`, and the loss if labels are given.
         """
         encoded = self.data2vec2_vision(pixel_values, output_hidden_states=output_hidden_states)
-        logits = self.head(self.fc_norm(encoded.last_hidden_state[:, 1:].mean(1)))
+        hidden = encoded.last_hidden_state
+        pooled = hidden[:, 0] if self.config.pooling == "token" else hidden[:, 1:].mean(1)
+        logits = self.head(self.fc_norm(pooled))
         loss = None
         if labels is not None:
             is_regression = self.config.num_labels == 1

@@ -1,0 +1,206 @@
+"""`d2v-fast predict`: write the answers of a fine-tuned run to files, as JSON lines or a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2v_fast.checkpoints.best import best_step
+from d2v_fast.checkpoints.saved_weights import encoder_weights, open_checkpoint, read_run_config
+from d2v_fast.command_lines import tool_command
+from d2v_fast.config.finetune import FinetuneConfig
+from d2v_fast.data.files import NUM_NAMED
+from d2v_fast.data.listing import counted, print_listing
+from d2v_fast.data.progress import Progress
+from d2v_fast.distributed.world import World
+from d2v_fast.errors import DataError, OptionError
+from d2v_fast.evaluation.inputs import Encoder, Sample, Source
+from d2v_fast.files.atomic import replaced
+from d2v_fast.files.outputs import require_file
+from d2v_fast.files.reading import printable
+from d2v_fast.interop.sources import averaged
+from d2v_fast.modalities import modality_of
+from d2v_fast.models.weights import require_finite
+from d2v_fast.objectives.build import build_objective
+from d2v_fast.objectives.finetune import Finetune, finetuning_of
+from d2v_fast.packages import install_command
+
+Row = dict[str, Any]
+# from a path and the rows to their number
+Write = Callable[[Path, Iterable[Row]], int]
+
+
+def predict(
+    run_folder: Path,
+    inputs: Path,
+    to: Path,
+    *,
+    step: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> str:
+    """Write one row for each input, in the order of sorted paths; returns a line for the user.
+
+    Samples that cannot be read are left out, named on the error stream, and counted.
+
+    Args:
+        run_folder: `runs/NAME` of a fine-tuned run.
+        inputs: Files or folders as `d2v-fast embed` reads them.
+        to: `.jsonl`, `.csv` or `.parquet`.
+        step: Step of the checkpoint; None is the best one.
+        batch_size: Samples that are answered together; None is the modality's own number.
+        device: "auto", "cpu" or "cuda".
+        overwrite: Replace `to`.
+    Raises:
+        ValueError: The run is not fine-tuned, no input can be read, or a package is missing.
+        RunError: There is no such device.
+    """
+    write = _writer(to)
+    require_file(to, overwrite)
+    encoder, model = load_finetuned(run_folder, step)
+    source = open_inputs(encoder, inputs)
+    model.to(World(device).device).eval()
+    print_listing(source.listing, f"{source.what}s")
+    bad: list[str] = []
+    size = source.batch_size if batch_size is None else batch_size
+    with replaced(to) as part, Progress("predicting", source.num_bytes) as progress:
+        count = write(part, _rows(model, source, size, bad, progress))
+        if count == 0:
+            raise DataError(f"none of the {source.what}s in '{printable(str(inputs))}' can be read:{_named(bad)}")
+    if bad:
+        what = f"{len(bad):,} of {count + len(bad):,} {source.what}s are unreadable and left out:{_named(bad)}"
+        print(what, file=sys.stderr)
+    if source.num_cut:
+        lines = counted(source.num_cut, source.what)
+        print(f"only the beginning is read of {lines} longer than the model reads", file=sys.stderr)
+    if problem := source.problem():
+        print(f"warning: {problem}", file=sys.stderr)
+    return f"predict: {to} ({counted(count, source.what)}, by the {encoder.origin})"
+
+
+def load_finetuned(run_folder: Path, step: int | None = None) -> tuple[Encoder, Finetune]:
+    """Return the encoder and the whole model of a fine-tuned run, fp32 on the CPU.
+
+    Args:
+        run_folder: `runs/NAME`.
+        step: Step of the checkpoint; None is the best one.
+    Raises:
+        ValueError: There is no such run or checkpoint, it is not fine-tuned, or it is damaged.
+    """
+    config = read_run_config(run_folder)
+    if not isinstance(config, FinetuneConfig):
+        raise ValueError(
+            f"`RUN` must be a fine-tuned run, but {run_folder} is pre-trained: `{tool_command('finetune', '--help')}` "
+            f"says how to fine-tune it, and `{tool_command('embed', '--help')}` how to write its features."
+        )
+    with open_checkpoint(run_folder, best_step(run_folder) if step is None else step) as checkpoint:
+        weights = averaged(config, "student")
+        saved = encoder_weights(checkpoint, config, weights)
+        model = build_objective(config)
+        assert isinstance(model, Finetune)
+        for part, found in ((model.student, dict(saved)), (model.head, saved.head())):
+            require_finite(found.items(), f"`{checkpoint.folder}`")
+            part.load_state_dict(found)
+        which = "average of" if weights == "teacher" else "model of"
+        origin = f"{which} {run_folder}, step {checkpoint.step}"
+        encoder = Encoder(model.student, origin, run_folder, config.model, config, checkpoint.state.get("vocabulary"))
+    return encoder, model
+
+
+def open_inputs(encoder: Encoder, inputs: Path) -> Source:
+    """Return the samples of a path for a fine-tuned model.
+
+    Raises:
+        ValueError: There are none, or the modality reads no files.
+    """
+    modality = modality_of(encoder.run)
+    if modality.open_inputs is None:
+        raise ValueError(f'`predict` reads no files for models of modality "{modality.name}".')
+    return modality.open_inputs(encoder, inputs, None)
+
+
+def _rows(model: Finetune, source: Source, size: int, bad: list[str], progress: Progress) -> Iterator[Row]:
+    make, config = finetuning_of(model.config).batch, model.config
+    device = next(model.parameters()).device
+    done = 0
+    for samples in _chunks(source.samples(), size, bad):
+        # a long sample has several parts, of which the first one is answered
+        batch = make(config, [sample.parts[0] for sample in samples]).to(device)
+        with torch.no_grad():
+            answers = model.answers(model(batch), batch)
+        for sample, answer in zip(samples, answers, strict=True):
+            yield {"path": sample.name, **model.columns(answer)}
+        done += sum(sample.num_bytes for sample in samples)
+        progress.show(done, f"{len(bad)} unreadable")
+
+
+def _chunks(found: Iterator[Sample | str], size: int, bad: list[str]) -> Iterator[list[Sample]]:
+    while chunk := list(islice(found, size)):
+        bad += [one for one in chunk if isinstance(one, str)]
+        if samples := [one for one in chunk if isinstance(one, Sample)]:
+            yield samples
+
+
+def _named(bad: list[str]) -> str:
+    more = len(bad) - NUM_NAMED
+    return "".join(f"\n  {text}" for text in bad[:NUM_NAMED]) + (f"\n  and {more} more" if more > 0 else "")
+
+
+def _writer(to: Path) -> Write:
+    writers: dict[str, Write] = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
+    if to.suffix not in writers:
+        raise OptionError(f"`--to` must end with .jsonl, .csv or .parquet, but is {to} instead.")
+    if not to.absolute().parent.is_dir():
+        raise OptionError(f"`--to` must be in a folder that exists, but {to.absolute().parent} does not.")
+    if to.suffix == ".parquet":
+        _arrow()
+    return writers[to.suffix]
+
+
+def _write_jsonl(path: Path, rows: Iterable[Row]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _write_csv(path: Path, rows: Iterable[Row]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        for row in rows:
+            if count == 0:
+                writer.writerow(row)
+            writer.writerow(json.dumps(value) if isinstance(value, list | dict) else value for value in row.values())
+            count += 1
+    return count
+
+
+def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
+    arrow, found = _arrow(), list(rows)
+    if found:
+        arrow.parquet.write_table(arrow.Table.from_pylist(found), str(path))
+    return len(found)
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+
+        return pyarrow
+    except Exception as error:
+        raise ValueError(
+            f"a .parquet file is written with pyarrow, which cannot be imported ({type(error).__name__}: {error}). "
+            f"Install it with `{install_command('pyarrow')}`, or write a .jsonl or .csv file."
+        ) from None
