@@ -15,9 +15,11 @@ from torch import Tensor
 from d2v_fast.config import D2VConfig, check_d2v
 from d2v_fast.errors import OptionError
 from d2v_fast.interop.huggingface import export_model, import_model
+from d2v_fast.modalities.text.huggingface2 import export_masked_text
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.build import build_model
 from tests.helpers.places import ROOT
+from tests.helpers.text_files import small_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -181,6 +183,25 @@ def test_processors_are_in_the_folders(tmp_path: Path) -> None:
     student, config = build("speech")
     export_model(student, config, tmp_path / "speech")
     assert transformers.AutoFeatureExtractor.from_pretrained(tmp_path / "speech").sampling_rate == 8_000
+
+
+def test_a_tokenizer_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It loads as its page says, without a question."""
+    tokenizer = small_tokenizer()
+    model = {**SECTIONS["text"]["model"], "vocab_size": tokenizer.vocab_size, "padding_id": 1}
+    config, problems = check_d2v(
+        {"modality": "text", "objective": "data2vec2", **SECTIONS["text"], "model": model, "target": {"top_k": 1}}
+    )
+    assert config is not None, problems
+    export_masked_text(build_model(config).student, config, tmp_path, tokenizer=tokenizer)
+    assert 'AutoTokenizer.from_pretrained(".", trust_remote_code=True)' in (tmp_path / "README.md").read_text()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert "custom code" not in capsys.readouterr().out
+    ids, _ = tokenizer.encode(["the student reads"])
+    inputs = theirs("the student reads", return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == [0, *ids.tolist(), 2]
+    encoder = transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert encoder(**inputs).last_hidden_state.shape[2] == 24
 
 
 def test_a_text_model_with_context_blocks_is_refused(tmp_path: Path) -> None:

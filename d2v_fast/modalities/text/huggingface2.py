@@ -44,7 +44,7 @@ such model, so this folder holds its code, which `trust_remote_code=True` runs: 
 ```python
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 encoder = AutoModel.from_pretrained(".", trust_remote_code=True)
 inputs = tokenizer(["one text", "and another one"], padding=True, truncation=True, return_tensors="pt")
 features = encoder(**inputs).last_hidden_state
