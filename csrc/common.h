@@ -1,7 +1,7 @@
 // Shared by all CPU kernels: storage types, run-time choice of the instruction set, checks.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,9 +9,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 namespace d2v {
 
@@ -79,14 +81,17 @@ inline int storage_index(ScalarType type) {
   }
 }
 
-// Returns a new uninitialized tensor on the device of `like`. torch::stable::new_empty finds its operator by
-// name at every call, which costs a small tensor more than its computation.
-inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+// Returns a new uninitialized, contiguous tensor in CPU memory. torch::stable::new_empty finds its operator
+// by name at every call, which costs a small tensor more than its computation; this call has no dispatch
+// either.
+inline Tensor new_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  const int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  std::vector<int64_t> strides(dims, 1);
+  for (int64_t i = dims - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
-                                                          static_cast<int64_t>(sizes.size()), &number,
-                                                          nullptr, nullptr, 0, nullptr, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), number,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 

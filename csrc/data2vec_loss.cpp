@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> data2vec_loss(Tensor pred, std::vector<Tensor
     std::iota(order.begin(), order.end(), 0);
   }
 
-  Tensor slope = new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0}, type);
+  Tensor slope = new_empty(need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0}, type);
   prefer_huge_pages(slope);
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   char* slope_data = static_cast<char*>(slope.mutable_data_ptr());

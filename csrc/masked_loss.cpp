@@ -196,10 +196,9 @@ std::tuple<Tensor, Tensor> sum_loss_blocks(const Tensor& pred, const LossSetting
       block(i * rows_per_block, std::min(n, (i + 1) * rows_per_block), sums.data() + i * kinds * width);
     }
   });
-  Tensor loss = new_empty(pred, {}, ScalarType::Float);
-  Tensor statistics =
-      new_empty(pred, settings.need_moments ? std::vector<int64_t>{4, width} : std::vector<int64_t>{0},
-                ScalarType::Float);
+  Tensor loss = new_empty({}, ScalarType::Float);
+  Tensor statistics = new_empty(
+      settings.need_moments ? std::vector<int64_t>{4, width} : std::vector<int64_t>{0}, ScalarType::Float);
   float* result = static_cast<float*>(statistics.mutable_data_ptr());
   std::vector<double> channel_loss(width);
   constexpr int64_t kStrip = 64;
@@ -266,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_smooth_l1(Tensor pred, Tensor target,
   } else {
     require(target.size(0) == n, "masked_smooth_l1: ", n, " rows of pred and ", target.size(0), " of target");
   }
-  Tensor slope = new_empty(pred, need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0}, type);
+  Tensor slope = new_empty(need_grad ? std::vector<int64_t>{n, width} : std::vector<int64_t>{0}, type);
   prefer_huge_pages(slope);
   const char* pred_data = static_cast<const char*>(pred.const_data_ptr());
   const char* target_data = static_cast<const char*>(target.const_data_ptr());

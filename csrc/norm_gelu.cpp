@@ -336,7 +336,7 @@ bool goes_around_caches(const Tensor& out) {
 
 // Sums the partial sums [num_blocks, 2, width] over the blocks, in the dtype of `like`.
 Tensor sum_blocks(const Tensor& like, const float* sums, int64_t num_blocks, int64_t width) {
-  Tensor out = new_empty(like, {width}, like.scalar_type());
+  Tensor out = new_empty({width}, like.scalar_type());
   const int type = storage_index(out.scalar_type());
   void* data = out.mutable_data_ptr();
   constexpr int64_t kStrip = 64;
@@ -365,8 +365,8 @@ std::tuple<Tensor, Tensor> forward_into(Tensor& out, bool stream, Tensor x, cons
   check_channels(x, weight, bias);
   const int64_t last = x.dim() - 1, width = x.size(last);
   const int type = storage_index(x.scalar_type());
-  Tensor mean = new_empty(x, sizes_of(x, last), ScalarType::Float);
-  Tensor rstd = new_empty(x, sizes_of(x, last), ScalarType::Float);
+  Tensor mean = new_empty(sizes_of(x, last), ScalarType::Float);
+  Tensor rstd = new_empty(sizes_of(x, last), ScalarType::Float);
   const std::vector<float> w = widened(weight), b = widened(bias);
   Plan plan{};
   plan.x = rows_of(x);
@@ -429,7 +429,7 @@ std::tuple<Tensor, Tensor> backward_into(Tensor& out, bool stream, Tensor grad, 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu(Tensor x, Tensor weight, Tensor bias, double eps) {
-  Tensor y = new_empty(x, sizes_of(x, x.dim()), x.scalar_type());
+  Tensor y = new_empty(sizes_of(x, x.dim()), x.scalar_type());
   prefer_huge_pages(y);
   const auto [mean, rstd] = forward_into(y, goes_around_caches(y), x, weight, bias, eps);
   return {y, mean, rstd};
@@ -443,7 +443,7 @@ std::tuple<Tensor, Tensor> layer_norm_gelu_(Tensor x, Tensor weight, Tensor bias
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias,
                                                             Tensor mean, Tensor rstd) {
-  Tensor grad_x = new_empty(x, sizes_of(x, x.dim()), x.scalar_type());
+  Tensor grad_x = new_empty(sizes_of(x, x.dim()), x.scalar_type());
   prefer_huge_pages(grad_x);
   const auto [grad_weight, grad_bias] =
       backward_into(grad_x, goes_around_caches(grad_x), grad, x, weight, bias, mean, rstd);

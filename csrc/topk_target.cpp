@@ -421,7 +421,7 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
     const int64_t n = index.numel();
     const int64_t* wanted = static_cast<const int64_t*>(index.const_data_ptr());
     check_rows(plan, wanted, n);
-    Tensor out = new_empty(plan.layers[0], {n, width}, ScalarType::Float);
+    Tensor out = new_empty({n, width}, ScalarType::Float);
     prefer_huge_pages(out);
     float* target = static_cast<float*>(out.mutable_data_ptr());
     torch::stable::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
@@ -430,7 +430,7 @@ Tensor topk_target(std::vector<Tensor> layers, int64_t layer_norm, int64_t final
     return out;
   }
   const int64_t num_positions = plan.num_positions;
-  Tensor out = new_empty(plan.layers[0], {plan.num_samples, num_positions, width}, ScalarType::Float);
+  Tensor out = new_empty({plan.num_samples, num_positions, width}, ScalarType::Float);
   prefer_huge_pages(out);
   float* target = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, plan.num_samples * num_positions, 16, [&](int64_t begin, int64_t end) {
