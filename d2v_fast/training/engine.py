@@ -466,8 +466,9 @@ def _deepspeed_settings(
     settings.setdefault("steps_per_print", 10**9)
     zero = settings.setdefault("zero_optimization", {})
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        # DeepSpeed's default is a buffer of 2 GB, but no bucket needs to exceed the model
-        zero.setdefault(bucket, min(getattr(config.zero_optimization, bucket), num_parameters))
+        # DeepSpeed's default is a buffer of 2 GB, but no bucket needs to exceed the model; it must be even
+        even = num_parameters + num_parameters % 2
+        zero.setdefault(bucket, min(getattr(config.zero_optimization, bucket), even))
     return settings
 
 
