@@ -29,7 +29,7 @@ from d2v_fast.interop.sources import averaged
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.weights import require_finite
 from d2v_fast.objectives.build import build_objective
-from d2v_fast.objectives.finetune import Finetune, finetuning_of
+from d2v_fast.objectives.finetune import Answer, Finetune, finetuning_of
 from d2v_fast.packages import install_command
 
 Row = dict[str, Any]
@@ -132,11 +132,15 @@ def _rows(model: Finetune, source: Source, size: int, bad: list[str], progress: 
     device = next(model.parameters()).device
     done = 0
     for samples in _chunks(source.samples(), size, bad):
-        # a long sample has several parts, of which the first one is answered
-        batch = make(config, [sample.parts[0] for sample in samples]).to(device)
-        with torch.no_grad():
-            answers = model.answers(model(batch), batch)
-        for sample, answer in zip(samples, answers, strict=True):
+        parts = [part for sample in samples for part in sample.parts]
+        answers: list[Answer] = []
+        for start in range(0, len(parts), size):
+            batch = make(config, parts[start : start + size]).to(device)
+            with torch.no_grad():
+                answers += model.answers(model(batch), batch)
+        of_parts = iter(answers)
+        for sample in samples:
+            answer = model.joined(list(islice(of_parts, len(sample.parts))))
             yield {"path": sample.name, **model.columns(answer)}
         done += sum(sample.num_bytes for sample in samples)
         progress.show(done, f"{len(bad)} unreadable")

@@ -70,6 +70,8 @@ class Batch:
         targets: What a head should answer: classes int64 `[B]` or their shares fp32 `[B, C]`, scores fp32 `[B]`, or for
             CTC labels int64 `[sum of target_lengths]`. `None`: there are no labels, as in pre-training.
         target_lengths: int64 `[B]`, labels of each sample, for CTC.
+        channel_rows: int64, flat indices `b * D + d` of the channels that fine-tuning masks in all places of a sample,
+            ascending. `None` means none.
     """
 
     inputs: Tensor
@@ -88,6 +90,7 @@ class Batch:
     scale: Scale | None = None
     targets: Tensor | None = None
     target_lengths: Tensor | None = None
+    channel_rows: Tensor | None = None
 
     @property
     def num_masks(self) -> int:

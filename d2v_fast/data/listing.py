@@ -80,6 +80,7 @@ class Listing:
         others: number of all other files by ending.
         left_out: files and samples that are left out for another reason than their ending.
         bad_files: files that were unreadable when the data set was listed, as `path: reason`.
+        notes: further lines, such as what a table holds beside the samples.
     """
 
     used: Mapping[str, int] = field(default_factory=dict)
@@ -88,6 +89,11 @@ class Listing:
     others: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     bad_files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def noted(self, note: str) -> Listing:
+        """Return the listing with one more note."""
+        return replace(self, notes=(*self.notes, note))
 
     def without(self, count: int, what: str, why: str) -> Listing:
         """Return the listing with one more `LeftOut`, or unchanged if `count` is 0."""
@@ -135,7 +141,7 @@ def describe_listing(listing: Listing, samples: str) -> list[str]:
         lines.append(f"left out: {counted(count, 'unreadable file')}{share}, such as {listing.bad_files[0]}")
     if listing.others:
         lines.append(f"not data: {counted(sum(listing.others.values()), 'other file')} ({_endings(listing.others)})")
-    return lines
+    return [*lines, *listing.notes]
 
 
 def print_listing(listing: Listing, samples: str, file: TextIO | None = None) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.errors import DataError
+from d2v_fast.evaluation.word_errors import count_errors
 
 __all__ = [
     "TASKS",
@@ -26,6 +27,7 @@ __all__ = [
     "macro_f1",
     "matthews",
     "pearson",
+    "recognition",
     "regression",
     "scores",
     "spearman",
@@ -114,8 +116,22 @@ def regression(answers: Answers, targets: Sequence[float], labels: Sequence[str]
     return {**found, "mse": Metric(float(np.mean((predicted - known) ** 2))), "loss": loss}
 
 
+def recognition(answers: Answers, targets: Sequence[str], labels: Sequence[str] | None) -> dict[str, Metric]:
+    """Return `wer` and `cer`, the word and character error rates of transcripts, and `loss`.
+
+    Args:
+        answers: With `transcript` and `loss`.
+        targets: Reference of each sample.
+        labels: Not read.
+    """
+    loss = _mean_loss(answers)
+    errors = count_errors((target, answer["transcript"]) for answer, target in zip(answers, targets, strict=True))
+    return {"wer": Metric(errors.wer), "cer": Metric(errors.cer), "loss": loss}
+
+
 TASKS: dict[str, Callable[[Answers, Sequence[Any], Sequence[str] | None], dict[str, Metric]]] = {
     "classify": classification,
+    "ctc": recognition,
     "regress": regression,
 }
 

@@ -177,9 +177,9 @@ tags: [{", ".join(tags)}]
     recipe = config.model_dump(
         mode="json",
         exclude={
-            "data": {"path", "num_workers", "tokenizer", "tokens_path"},
+            "data": {"path", "labels_path", "vocabulary", "num_workers", "tokenizer", "tokens_path"},
             "finetune": {"source"},
-            "valid": {"path"},
+            "valid": {"path", "labels_path"},
             "guard": True,
             "labels": True,
             "probe": True,

@@ -15,8 +15,8 @@ class MaskedBatch(Protocol):
     """The fields of a batch that a training step reads.
 
     Attributes:
-        inputs, lengths, unpadded, masked_inputs, offsets, drop_keys, visible, visible_lengths, noise_keys: as in
-            `data.Batch`.
+        inputs, lengths, unpadded, masked_inputs, offsets, drop_keys, visible, visible_lengths, noise_keys,
+            channel_rows: as in `data.Batch`.
         rows: int64 `[N]`, flat indices `b * P + p` of the masked places, ascending, without repeats.
         num_rows: 0-d int64, how many of `rows` count. The others are padding: any valid places. `None` means all.
     """
@@ -43,6 +43,8 @@ class MaskedBatch(Protocol):
     def visible_lengths(self) -> Tensor | None: ...
     @property
     def noise_keys(self) -> Tensor | None: ...
+    @property
+    def channel_rows(self) -> Tensor | None: ...
 
 
 class Embedded(Protocol):
@@ -137,6 +139,10 @@ class Student(nn.Module):
             batch: samples without masks, unless the modality masks them to fine-tune.
         """
         raise NotImplementedError
+
+    def hold_entrance(self) -> tuple[str, ...]:
+        """Stop the gradient of the parts that fine-tuning leaves as they are; return the beginnings of their names."""
+        return ()
 
     @property
     def num_layers(self) -> int:

@@ -7,12 +7,13 @@ from typing import Any
 from d2v_fast.config import D2VConfig, PretrainConfig
 from d2v_fast.objectives.base import Objective
 from d2v_fast.objectives.classify import Classify
+from d2v_fast.objectives.ctc import Ctc
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.objectives.data2vec2 import Data2Vec2
 from d2v_fast.objectives.regress import Regress
 
 PRETRAINING: dict[str, type[Data2Vec]] = {"data2vec": Data2Vec, "data2vec2": Data2Vec2}
-OBJECTIVES: dict[str, type[Any]] = {**PRETRAINING, "classify": Classify, "regress": Regress}
+OBJECTIVES: dict[str, type[Any]] = {**PRETRAINING, "classify": Classify, "ctc": Ctc, "regress": Regress}
 
 
 def build_objective(config: D2VConfig) -> Objective:

@@ -5,7 +5,7 @@ Shape letters: B samples, T tokens of a sample, including a prefix such as a cla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -42,11 +42,14 @@ class Finetuning(NamedTuple):
             `Batch.lengths` to predictions.
         held_out: from the run's section to the held-out samples. Raise DataError where there are none.
         batch: from the run's section and the parts of samples, as `open_inputs` reads them, to a batch of them.
+        recognizing: from the run's section to the class of the blank, and a function from log-probabilities fp32
+            `[B, T, V]` and the number of frames of each sample to transcripts. None: there are no transcripts.
     """
 
     head: Callable[[Any], nn.Module]
     held_out: Callable[[Any], HeldOut]
     batch: Callable[[Any, list[Tensor]], Batch]
+    recognizing: Callable[[Any], tuple[int, Callable[[Tensor, Sequence[int]], list[str]]]] | None = None
 
 
 def finetuning_of(config: FinetuneConfig) -> Finetuning:
@@ -76,6 +79,8 @@ class Finetune(Objective):
         decay = config.finetune.average_decay
         self.teacher_config = None if decay is None else TeacherConfig(decay_start=decay, decay_end=decay)
         self._is_frozen = False
+        # new weights must all be trained
+        self._held = () if config.finetune.source is None else self.student.hold_entrance()
 
     @property
     def averaged(self) -> nn.Module:
@@ -130,6 +135,10 @@ class Finetune(Objective):
         """Return the columns of an answer for a table: values that JSON can express."""
         raise NotImplementedError
 
+    def joined(self, answers: Sequence[Answer]) -> Answer:
+        """Return the answer to a long sample from those to its parts: that to the first one."""
+        return answers[0]
+
     def rows_of(self, batch: Batch) -> int:
         """See `Objective`: the samples."""
         return len(batch.inputs)
@@ -138,13 +147,14 @@ class Finetune(Objective):
         """See `Objective`: lower blocks learn more slowly, and the encoder may be frozen at first."""
         section = self.config.finetune
         freezes = section.freeze_encoder_steps > 0
-        if section.layer_decay == 1.0 and not freezes:
+        if section.layer_decay == 1.0 and not freezes and not self._held:
             return {}
         top = self.student.num_layers
-        return {
-            f"student.{name}": Rate(section.layer_decay ** (top - self.student.layer_of(name)), freezes)
-            for name, _ in self.student.named_parameters()
-        }
+        found = {}
+        for name, _ in self.student.named_parameters():
+            scale = section.layer_decay ** (top - self.student.layer_of(name))
+            found[f"student.{name}"] = Rate(0.0 if name.startswith(self._held) else scale, freezes)
+        return found
 
     def begin(self) -> None:
         """See `Objective`: load the weights of `d2v.finetune.source`."""

@@ -134,23 +134,42 @@ TINY_2_TEXT = _second(
     loss={"channel_reduction": "sum", "beta": 0},
 )
 
+# letters of the spoken words
+TINY_CTC: dict[str, Any] = {
+    **TINY,
+    "d2v": {
+        **{key: TINY["d2v"][key] for key in ("schedule", "run")},
+        "modality": "speech",
+        "objective": "ctc",
+        "model": {key: value for key, value in TINY_SPEECH["d2v"]["model"].items() if key != "layer_drop"},
+        "mask": {"prob": 0.3, "length": 3, "channel_length": 4},
+        "data": {"num_workers": 0, "min_seconds": 0.3, "max_seconds": 1.0, "max_batch_seconds": 12},
+    },
+}
+
 # the logged values that must be equal bit for bit in a resumed run
 FIGURES = ("step", "epoch", "loss", "target_std", "prediction_std", "lr", "decay", "grad_norm", "skipped", "samples")
 
 
 def tiny_file(folder: Path, base: dict[str, Any] = TINY, **changes: Any) -> Path:
     """Write a tiny configuration to a file; `changes` are dotted keys with `__` for the dot."""
-    raw = copy.deepcopy(base)
+    raw = tiny_raw(base, **changes)
     raw["d2v"]["run"]["dir"] = str(folder / "runs")
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def tiny_raw(base: dict[str, Any] = TINY, **changes: Any) -> dict[str, Any]:
+    """Return the content of `tiny_file`."""
+    raw = copy.deepcopy(base)
     for key, value in changes.items():
         *sections, last = key.split("__")
         place = raw
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = value
-    path = folder / "tiny.json"
-    path.write_text(json.dumps(raw))
-    return path
+    return raw
 
 
 def leave_out_reports(patch: Callable[[object, str, Any], None] = setattr) -> None:

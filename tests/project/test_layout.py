@@ -61,7 +61,7 @@ LAZY = {
     "scipy": {"d2v_fast.evaluation.metrics"},
     "soundfile": {"d2v_fast.modalities.speech.decode"},
     "soxr": {"d2v_fast.modalities.speech.decode"},
-    "rapidfuzz": {"d2v_fast.modalities.speech.word_errors"},
+    "rapidfuzz": {"d2v_fast.evaluation.word_errors"},
     "flashlight": {"d2v_fast.modalities.speech.recognition"},
     "tokenizers": {"d2v_fast.modalities.text.tokenizer"},
     "pyarrow": {

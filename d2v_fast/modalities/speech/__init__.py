@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from d2v_fast.modalities import Modality
 from d2v_fast.modalities.speech.config import RecordingsConfig, SpeechConfig
 from d2v_fast.modalities.speech.config2 import MaskedSpeechConfig
+from d2v_fast.modalities.speech.config_finetune import SpeechClassifyConfig, SpeechCtcConfig, SpeechFinetuneConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from d2v_fast.modalities.speech.encoder import SpeechModel
     from d2v_fast.modalities.speech.encoder2 import MaskedSpeechModel
     from d2v_fast.models.student import Student
+    from d2v_fast.objectives.finetune import Finetuning
 
-__all__ = ["DATA2VEC2", "MODALITY"]
+__all__ = ["CLASSIFY", "CTC", "DATA2VEC2", "MODALITY"]
 
 
 def _encoder() -> type[SpeechModel]:
@@ -110,6 +112,65 @@ def _published2() -> Published:
     return FORMAT
 
 
+def _labeled_batches(config: Any) -> BatchMaker:
+    from d2v_fast.modalities.speech.labeled_batches import labeled_recordings
+
+    return labeled_recordings(config)
+
+
+def _largest_labeled_batch(config: SpeechFinetuneConfig, num_samples: int) -> Batch:
+    from d2v_fast.modalities.speech.labeled_batches import largest_batch
+
+    return largest_batch(config, num_samples)
+
+
+def _resolved(config: Any) -> Any:
+    from d2v_fast.modalities.speech.labeled import resolved
+
+    return resolved(config)
+
+
+def _huggingface_head() -> HuggingFace:
+    from d2v_fast.modalities.speech.huggingface_head import FORMAT
+
+    return FORMAT
+
+
+def _filled(raw: dict[str, Any]) -> dict[str, Any]:
+    from d2v_fast.interop.sources import fill
+
+    return fill(raw)
+
+
+def _finetuning() -> Finetuning:
+    from d2v_fast.modalities.speech.heads import make_head
+    from d2v_fast.modalities.speech.labeled_batches import batch_of, held_out_recordings
+    from d2v_fast.modalities.speech.recognition import recognizing
+    from d2v_fast.objectives.finetune import Finetuning
+
+    return Finetuning(make_head, held_out_recordings, batch_of, recognizing)
+
+
+def _finetuned(objective: str, config: type[SpeechFinetuneConfig]) -> Modality[Any]:
+    return Modality(
+        name="speech",
+        objective=objective,
+        place="frame",
+        config=config,
+        encoder=_encoder,
+        batches=_labeled_batches,
+        largest_batch=_largest_labeled_batch,
+        resolved=_resolved,
+        open_inputs=_open_inputs,
+        filled=_filled,
+        finetuning=_finetuning,
+        huggingface=_huggingface_head,
+    )
+
+
+CTC = _finetuned("ctc", SpeechCtcConfig)
+CLASSIFY = _finetuned("classify", SpeechClassifyConfig)
+
 DATA2VEC2 = Modality(
     name="speech",
     objective="data2vec2",
@@ -139,5 +200,5 @@ MODALITY = Modality(
     open_inputs=_open_inputs,
     probing=_probing,
     draw=_draw,
-    others=(DATA2VEC2,),
+    others=(DATA2VEC2, CTC, CLASSIFY),
 )

@@ -95,6 +95,7 @@ class AudioDataset:
 
     Attributes:
         lengths: int64 `[S]`, number of samples at the model's rate that a step may use, at most `data.max_seconds`.
+        is_cut: bool `[S]`, whether a recording is longer than that.
         sample_rate: The model's sample rate in Hz.
         listing: The files that are used, and those that are skipped: other files, short recordings, unreadable headers.
 
@@ -153,6 +154,7 @@ class AudioDataset:
                 f"shorter than {fewest / model.sample_rate:g} s."
             )
         self.lengths: npt.NDArray[np.int64] = np.minimum(counts[kept], most)
+        self.is_cut: npt.NDArray[np.bool_] = counts[kept] > most
         self._paths = PathList(paths[index] for index in kept.tolist())
         self._require_readable()
 
@@ -205,7 +207,7 @@ class AudioDataset:
         return waves, tuple(bad)
 
     def read_labeled(
-        self, sample_ids: npt.NDArray[np.int64], seed: int, epoch: int
+        self, sample_ids: npt.NDArray[np.int64], places: npt.NDArray[np.float64]
     ) -> tuple[list[Tensor], npt.NDArray[np.int64], tuple[str, ...]]:
         """Read recordings that have labels, each in its own length: as much of it as `lengths` says.
 
@@ -214,7 +216,7 @@ class AudioDataset:
 
         Args:
             sample_ids: int64 `[B]`.
-            seed, epoch: Keys of the random starts of recordings that are longer.
+            places: Where the part of a longer recording begins, fp64 `[B]`, from 0 (its start) to 1 (its end).
 
         Returns:
             Waveforms fp32 `[N]`, each normalized to zero mean and unit variance; the sample that each is of, int64
@@ -223,7 +225,6 @@ class AudioDataset:
         Raises:
             DataError: A recording and the neighbors tried in its place are all unreadable.
         """
-        places = uniforms(stream_keys(seed, AUGMENT, epoch, sample_ids), 1)[:, 0]
         waves, read, bad = [], sample_ids.copy(), []
         for index, place in enumerate(places.tolist()):
             failures: list[str] = []
@@ -245,7 +246,7 @@ class AudioDataset:
     def only(self, sample_ids: npt.NDArray[np.int64]) -> AudioDataset:
         """Return the data set of these samples alone, int64 `[S]`, in this order."""
         chosen = copy.copy(self)
-        chosen.lengths = self.lengths[sample_ids]
+        chosen.lengths, chosen.is_cut = self.lengths[sample_ids], self.is_cut[sample_ids]
         chosen._paths = PathList(self._paths[index] for index in sample_ids.tolist())
         return chosen
 

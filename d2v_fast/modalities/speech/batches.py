@@ -14,7 +14,7 @@ from d2v_fast.data.order import MicroStep
 from d2v_fast.data.samples import SampleSource
 from d2v_fast.masking import span_mask_rows
 from d2v_fast.modalities.speech.audio import AudioDataset
-from d2v_fast.modalities.speech.config import RecordingsConfig, SpeechConfig
+from d2v_fast.modalities.speech.config import RecordingInputsConfig, SpeechConfig
 from d2v_fast.modalities.speech.samples import SpeechSamples
 
 __all__ = ["SpeechBatches", "Utterances", "largest_batch", "speech_dataset"]
@@ -23,7 +23,7 @@ __all__ = ["SpeechBatches", "Utterances", "largest_batch", "speech_dataset"]
 _FRAME_MULTIPLE = 8
 
 
-def speech_dataset(config: RecordingsConfig) -> AudioDataset:
+def speech_dataset(config: RecordingInputsConfig) -> AudioDataset:
     """Open the recordings selected by `data.kind`.
 
     Raises:
@@ -42,7 +42,7 @@ class Utterances:
     what = "recording"
     vocabulary: str | None = None
 
-    def __init__(self, dataset: AudioDataset, config: RecordingsConfig) -> None:
+    def __init__(self, dataset: AudioDataset, config: RecordingInputsConfig) -> None:
         self._dataset, self._model = dataset, config.model
         self.source: SampleSource = dataset
         self._crops = config.data.lengths == "crop"

@@ -10,7 +10,9 @@ from typing_extensions import Self
 
 from d2v_fast.config.errors import MAX_SIZE, MAX_WORKERS, PathText, Problem, Section, problem_of_heads, refuse_if
 from d2v_fast.config.schema import (
+    D2VConfig,
     DataSection,
+    GuardConfig,
     LossConfig,
     ModelSection,
     PretrainConfig,
@@ -210,8 +212,8 @@ class SpeechDataConfig(DataSection):
         return self
 
 
-class RecordingsConfig(PretrainConfig):
-    """What every objective on recordings has."""
+class RecordingInputsConfig(D2VConfig):
+    """What every run on recordings has."""
 
     modality: Literal["speech"] = "speech"
     decay_1d: bool = True
@@ -226,6 +228,13 @@ class RecordingsConfig(PretrainConfig):
             fewest = model.num_samples(2) / model.sample_rate
             hint = "Every recording needs one frame to mask and one to leave visible."
             yield Problem("data.min_seconds", f"be >= {fewest:.4g} (two frames)", data.min_seconds, hint)
+
+
+class RecordingsConfig(RecordingInputsConfig, PretrainConfig):
+    """What every pre-training on recordings has."""
+
+    # the first base has it of any run
+    guard: GuardConfig = GuardConfig()
 
 
 class SpeechConfig(RecordingsConfig):

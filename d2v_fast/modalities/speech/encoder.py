@@ -8,6 +8,7 @@ the teacher uses them unchanged; the teacher averages the layers after them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +59,8 @@ class FrontEnd(nn.Module):
         config: sizes.
         has_mask_token: whether masked frames are replaced by a learned one.
         norm_eps: added to the variance in the norm before the projection.
+    Attributes:
+        holds_convolutions: whether the convolutions are left as they are, without gradient.
     """
 
     def __init__(self, config: FrontEndSizes, *, has_mask_token: bool = True, norm_eps: float = 1e-5) -> None:
@@ -68,6 +71,7 @@ class FrontEnd(nn.Module):
         self.norm = nn.LayerNorm(config.conv_width, eps=norm_eps)
         self.projection = Linear(config.conv_width, config.width)
         self.mask_token = nn.Parameter(torch.empty(config.width)) if has_mask_token else None
+        self.holds_convolutions = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -77,7 +81,29 @@ class FrontEnd(nn.Module):
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Map `[B, N]` to `[B, T, D]`."""
-        frames: Tensor = self.projection(self.norm(self.convolutions(waveforms)))
+        with torch.no_grad() if self.holds_convolutions else nullcontext():
+            convolved = self.convolutions(waveforms)
+        frames: Tensor = self.projection(self.norm(convolved))
+        return frames
+
+    def masked(self, batch: MaskedBatch, input_dropout: float = 0.0) -> Tensor:
+        """Return the frames `[B, T, D]` of a batch for fine-tuning, with its masks, which are drawn in training only.
+
+        Masked frames are the mask token, or 0 in an encoder that has none; masked channels are 0.
+
+        Args:
+            batch: `rows` are the masked frames, and `channel_rows` the masked channels.
+            input_dropout: dropout of the frames before masking.
+        """
+        frames = dropout(self(batch.inputs), input_dropout, self.training)
+        B, _, D = frames.shape
+        if len(batch.rows):
+            token = frames.new_zeros(D) if self.mask_token is None else self.mask_token.to(frames.dtype)
+            places = token.expand(len(batch.rows), -1)
+            frames = frames.flatten(0, 1).index_copy(0, batch.rows, places).view_as(frames)
+        if batch.channel_rows is not None:
+            kept = frames.new_ones(B * D).index_fill(0, batch.channel_rows, 0.0)
+            frames = frames * kept.view(B, 1, D)
         return frames
 
 
@@ -240,6 +266,16 @@ class SpeechModel(Student):
         """See `Student`."""
         output: EncoderOutput = self(inputs, lengths, top_k=top_k)
         return output.features
+
+    def encode(self, batch: MaskedBatch) -> Tensor:
+        """See `Student`; with the batch's masks of frames and channels."""
+        frames = self._with_positions(self.front_end.masked(batch, self.input_dropout), batch.lengths)
+        return EmbeddedFrames(frames, batch.lengths, batch.unpadded, batch.drop_keys).run(self.context).last_hidden
+
+    def hold_entrance(self) -> tuple[str, ...]:
+        """See `Student`: the convolutions over the waveform, as published."""
+        self.front_end.holds_convolutions = True
+        return ("front_end.convolutions.",)
 
     def embed(self, batch: MaskedBatch) -> tuple[EmbeddedFrames, EmbeddedFrames]:
         """See `Student`."""

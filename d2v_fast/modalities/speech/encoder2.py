@@ -135,6 +135,17 @@ class MaskedSpeechModel(Student):
         output: EncoderOutput = self(inputs, lengths, top_k=top_k)
         return output.features
 
+    def encode(self, batch: MaskedBatch) -> Tensor:
+        """See `Student`; with the batch's masks of frames and channels."""
+        frames = self.front_end.masked(batch)
+        output: EncoderOutput = self.context(frames, batch.lengths, drop_keys=batch.drop_keys)
+        return output.last_hidden
+
+    def hold_entrance(self) -> tuple[str, ...]:
+        """See `Student`: the convolutions over the waveform, as published."""
+        self.front_end.holds_convolutions = True
+        return ("front_end.convolutions.",)
+
     def embed(self, batch: MaskedBatch) -> tuple[MaskedSequences, MaskedSequences]:
         """See `Student`."""
         return MaskedSequences.pair(self.front_end(batch.inputs), batch)

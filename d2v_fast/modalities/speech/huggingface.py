@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,8 +36,10 @@ from d2v_fast.interop.folders import (
     write_weights,
 )
 from d2v_fast.interop.formats import HuggingFace
+from d2v_fast.interop.heads import HeadPart
 from d2v_fast.interop.layout import Layout, within
 from d2v_fast.modalities.speech.config import SpeechModelSection
+from d2v_fast.modalities.speech.config_finetune import SpeechFinetuneConfig
 from d2v_fast.modalities.speech.encoder import SpeechModel
 from d2v_fast.modalities.speech.layout import SpeechNames, speech_layout
 from d2v_fast.models.student import Student
@@ -66,16 +68,20 @@ NAMES = SpeechNames(
 )
 
 
+NO_FILES: Mapping[str, str] = {}
+
 _log = logging.getLogger(__name__)
 
 
 def export_speech(
     model: Student | Mapping[str, Tensor],
-    config: SpeechConfig | SpeechModelConfig,
+    config: SpeechConfig | SpeechFinetuneConfig | SpeechModelConfig,
     folder: str | os.PathLike[str],
     *,
     info: Mapping[str, object] | None = None,
     max_file_bytes: int = MAX_WEIGHTS_BYTES,
+    head: HeadPart | None = None,
+    more_files: Mapping[str, str] = NO_FILES,
 ) -> None:
     """Write `config.json`, the weights (fp32), `preprocessor_config.json` and a model card.
 
@@ -86,14 +92,21 @@ def export_speech(
         folder: Created if missing. Files of an earlier export are replaced; see `model_folder`.
         info: Facts for the model card, such as `{"weights": "teacher", "step": 750}`.
         max_file_bytes: Split larger weights into several files with an index, as Transformers does.
+        head: The head of a fine-tuned model; None writes the encoder alone.
+        more_files: Texts of further files by name, such as those of a tokenizer.
     """
-    state = model if isinstance(model, Mapping) else model.state_dict()
-    sizes = config.model if isinstance(config, SpeechConfig) else config
+    state: Mapping[str, Tensor] = model if isinstance(model, Mapping) else model.state_dict()
+    sizes = config if isinstance(config, SpeechModelConfig) else cast("SpeechModelConfig", config.model)
+    parts, foreign = layout(sizes), _foreign_config(sizes)
+    if head is not None:
+        parts, state = head.around(parts, state)
+        foreign |= head.config
     with model_folder(folder) as target:
-        write_weights(target, layout(sizes), state, max_file_bytes)
-        write_text(target / "README.md", _model_card(config, sizes, info or {}))
-        write_text(target / "preprocessor_config.json", as_json(preprocessor_config(sizes)))
-        write_text(target / "config.json", as_json(_foreign_config(sizes)))
+        write_weights(target, parts, state, max_file_bytes)
+        write_text(target / "README.md", _model_card(config, sizes, info or {}, head))
+        for name, text in {"preprocessor_config.json": as_json(preprocessor_config(sizes)), **more_files}.items():
+            write_text(target / name, text)
+        write_text(target / "config.json", as_json(foreign))
 
 
 def import_speech(folder: str | os.PathLike[str]) -> tuple[SpeechModel, SpeechModelConfig]:
@@ -263,7 +276,14 @@ def sample_rate_of(folder: Path) -> int:
     return whole_number(raw if isinstance(raw, dict) else {}, "sampling_rate", 16_000, str(path))
 
 
-def _model_card(config: SpeechConfig | SpeechModelConfig, model: SpeechModelConfig, info: Mapping[str, object]) -> str:
+def _model_card(
+    config: SpeechConfig | SpeechFinetuneConfig | SpeechModelConfig,
+    model: SpeechModelConfig,
+    info: Mapping[str, object],
+    head: HeadPart | None,
+) -> str:
+    if head is not None:
+        return model_card(**head.card, info=info, config=config)
     by = "by d2v_fast: a student" if isinstance(config, SpeechConfig) else "with data2vec: a student"
     return model_card(
         title=f"data2vec speech encoder, {model.depth} blocks of width {model.width}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -18,8 +18,9 @@ from d2v_fast.files.atomic import write_text
 from d2v_fast.interop.folders import as_json
 from d2v_fast.interop.formats import HuggingFace
 from d2v_fast.interop.remote_folder import CODE, RemoteModel
+from d2v_fast.modalities.speech.config_finetune import SpeechFinetuneConfig
 from d2v_fast.modalities.speech.fairseq2 import MODEL
-from d2v_fast.modalities.speech.huggingface import preprocessor_config, sample_rate_of
+from d2v_fast.modalities.speech.huggingface import NO_FILES, preprocessor_config, sample_rate_of
 from d2v_fast.models.student import Student
 
 
@@ -60,7 +61,7 @@ model = AutoModelForCTC.from_pretrained(".", vocab_size=32, trust_remote_code=Tr
 REMOTE = RemoteModel(
     name="audio",
     title="Audio",
-    heads={"AutoModelForCTC": "ForCTC"},
+    heads={"AutoModelForCTC": "ForCTC", "AutoModelForAudioClassification": "ForSequenceClassification"},
     model=MODEL,
     code=Path(__file__).parent / CODE,
     keys={
@@ -79,19 +80,27 @@ REMOTE = RemoteModel(
 
 def export_masked_speech(
     model: Student | Mapping[str, Tensor],
-    config: MaskedSpeechConfig | MaskedSpeechModelConfig,
+    config: MaskedSpeechConfig | SpeechFinetuneConfig | MaskedSpeechModelConfig,
     folder: str | os.PathLike[str],
+    *,
+    more_files: Mapping[str, str] = NO_FILES,
     **options: Any,
 ) -> None:
-    """Write a folder with a feature extractor; for the arguments, see `RemoteModel.write`."""
-    sizes = config.model if isinstance(config, MaskedSpeechConfig) else config
+    """Write a folder with a feature extractor.
 
-    def write_extractor(target: Path) -> None:
-        write_text(target / "preprocessor_config.json", as_json(preprocessor_config(sizes)))
+    Args:
+        model, config, folder, options: See `RemoteModel.write`.
+        more_files: Texts of further files by name, such as those of a tokenizer.
+    """
+    sizes = config if isinstance(config, MaskedSpeechModelConfig) else cast("MaskedSpeechModelConfig", config.model)
+
+    def write_files(target: Path) -> None:
+        for name, text in {"preprocessor_config.json": as_json(preprocessor_config(sizes)), **more_files}.items():
+            write_text(target / name, text)
 
     # a placeholder: the tokenizer used for fine-tuning determines these
     more = {"vocab_size": 32, "pad_token_id": 0}
-    REMOTE.write(model, config, folder, more=more, files=write_extractor, **options)
+    REMOTE.write(model, config, folder, more=more, files=write_files, **options)
 
 
 def import_masked_speech(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d2v_fast.errors import DataError
 from d2v_fast.files.reading import open_regular, printable, refuse_pointer, require_regular
+from d2v_fast.modalities.speech.config_finetune import SpeechCtcConfig
 from d2v_fast.modalities.speech.vocabulary import BOUNDARY, Vocabulary
 from d2v_fast.packages import MissingPackageError, install_command
 
@@ -46,6 +47,12 @@ class Beam(NamedTuple):
     threshold: float = 50.0
     weight: float = 2.0
     word_score: float = -1.0
+
+
+def recognizing(config: SpeechCtcConfig) -> tuple[int, Decoder]:
+    """Return the class of the blank, and the decoder that takes the likeliest letters."""
+    vocabulary = Vocabulary(config.labels or ())
+    return vocabulary.blank, greedy_transcripts(vocabulary)
 
 
 def greedy_transcripts(vocabulary: Vocabulary) -> Decoder:
@@ -141,7 +148,7 @@ def _lexicon(beam: Beam) -> Iterator[str]:
             break
     if not found:
         raise DataError(
-            f"`d2v.decoding.lexicon` must name a file of words, because '{printable(beam.language_model)}' is no ARPA "
+            f"`lexicon` must name a file of words, because '{printable(beam.language_model)}' is no ARPA "
             "file, whose words could be read."
         )
 

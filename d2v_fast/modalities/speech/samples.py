@@ -1,7 +1,7 @@
 """The bundled sample set: 420 synthetic recordings of spoken words.
 
 Fourteen eSpeak NG voices speak thirty words each (`speech_samples/README.md`). Pre-training uses ten of the voices and
-no labels; four voices are held out for the probe. Only `speech_for_probe` returns labels.
+no labels; four voices are held out for the probe. Only `sample_labels` and `speech_for_probe` return labels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,7 +24,14 @@ from d2v_fast.modalities.speech.decode import AudioLimits, read_whole
 if TYPE_CHECKING:
     from d2v_fast.config import D2VConfig
 
-__all__ = ["HELD_OUT_VOICES", "SpeechProbeData", "SpeechSamples", "speech_for_probe"]
+__all__ = [
+    "HELD_OUT_VOICES",
+    "SpeechProbeData",
+    "SpeechSamples",
+    "held_out_words",
+    "sample_labels",
+    "speech_for_probe",
+]
 
 FOLDER = Path(__file__).resolve().parent / "speech_samples"
 
@@ -101,6 +109,20 @@ def speech_for_probe(config: D2VConfig) -> SpeechProbeData:
         voice_train_indices=torch.nonzero(~voice_is_new & ~word_is_new)[:, 0],
         voice_test_indices=torch.nonzero(~voice_is_new & word_is_new)[:, 0],
     )
+
+
+def sample_labels(names: list[str], what: Literal["word", "voice"]) -> list[str]:
+    """Return the spoken word or the voice of each recording, by its name in `SpeechSamples`."""
+    labels = {row.path: row.word if what == "word" else row.voice for row in _index()}
+    return [labels[name] for name in names]
+
+
+def held_out_words(names: list[str]) -> npt.NDArray[np.bool_]:
+    """Return which recordings are of words that the voice probe holds out, bool `[S]`."""
+    rows = _index()
+    words = list(dict.fromkeys(row.word for row in rows))
+    numbers = np.array([words.index(word) for word in sample_labels(names, "word")])
+    return numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 class _Row(NamedTuple):

@@ -23,6 +23,7 @@ class Data2Vec2AudioConfig(PretrainedConfig):
         final_dropout: Rate of dropout before a head.
         vocab_size, pad_token_id: Of the tokenizer of a model for CTC, whose blank is the padding token.
         ctc_loss_reduction, ctc_zero_infinity: As in `torch.nn.functional.ctc_loss`.
+        classifier_proj_size: Width of the projection in a model that classifies recordings.
         initializer_range: Deviation of new weights, such as a head's.
     """
 
@@ -52,6 +53,7 @@ class Data2Vec2AudioConfig(PretrainedConfig):
         pad_token_id=0,
         ctc_loss_reduction="mean",
         ctc_zero_infinity=False,
+        classifier_proj_size=256,
         initializer_range=0.02,
         **kwargs,
     ):
@@ -76,6 +78,7 @@ class Data2Vec2AudioConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.ctc_loss_reduction = ctc_loss_reduction
         self.ctc_zero_infinity = ctc_zero_infinity
+        self.classifier_proj_size = classifier_proj_size
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
         self.pad_token_id = pad_token_id

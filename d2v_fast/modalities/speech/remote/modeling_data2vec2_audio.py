@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 
 from .configuration_data2vec2_audio import Data2Vec2AudioConfig
 from .modeling_data2vec2_blocks import Data2Vec2Block, init_weights
@@ -244,6 +244,50 @@ class Data2Vec2AudioForCTC(Data2Vec2AudioPreTrainedModel):
             reduction=self.config.ctc_loss_reduction,
             zero_infinity=self.config.ctc_zero_infinity,
         )
+
+
+class Data2Vec2AudioForSequenceClassification(Data2Vec2AudioPreTrainedModel):
+    """The encoder with a classifier: a projection of every frame, their mean, and a linear map to the classes."""
+
+    def __init__(self, config: Data2Vec2AudioConfig) -> None:
+        super().__init__(config)
+        self.data2vec2_audio = Data2Vec2AudioModel(config)
+        self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size)
+        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+        self.post_init()
+
+    def freeze_feature_encoder(self) -> None:
+        """Keep the convolutions over the waveform as they are while the rest is trained."""
+        self.data2vec2_audio.modality_encoders["AUDIO"].local_encoder.requires_grad_(False)
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput | tuple:
+        """Classify recordings.
+
+        Args:
+            input_values, attention_mask, output_hidden_states, return_dict: See `Data2Vec2AudioModel`.
+            labels: int64 `[B]`, the classes.
+        Returns:
+            `logits` `[B, num_labels]`, and the cross entropy if labels are given.
+        """
+        encoded = self.data2vec2_audio(input_values, attention_mask, output_hidden_states=output_hidden_states)
+        frames = self.projector(encoded.last_hidden_state)
+        lengths = torch.full((len(frames),), frames.shape[1], device=frames.device)
+        if attention_mask is not None:
+            lengths = self.frames_of(attention_mask.sum(1).long())
+        is_padding = torch.arange(frames.shape[1], device=frames.device) >= lengths[:, None]
+        pooled = frames.masked_fill(is_padding[:, :, None], 0.0).sum(1) / lengths[:, None].to(frames.dtype)
+        logits = self.classifier(pooled)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return output.to_tuple() if return_dict is False else output
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

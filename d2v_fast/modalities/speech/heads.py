@@ -1,0 +1,80 @@
+"""Heads on the speech encoder, as Transformers builds them: letters of every frame, or a class of the recording.
+
+Shape letters: B samples, T frames, D width, V letters, C classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from d2v_fast.modalities.speech.config_finetune import SpeechClassifyConfig, SpeechCtcConfig
+from d2v_fast.models.layers import Linear, dropout, init_linear_
+from d2v_fast.models.post_norm import padding_of
+
+__all__ = ["LetterHead", "RecordingHead", "make_head"]
+
+
+class LetterHead(nn.Module):
+    """Classify frames.
+
+    Args:
+        config: the run's section, with `labels`.
+    """
+
+    def __init__(self, config: SpeechCtcConfig) -> None:
+        super().__init__()
+        self.dropout = config.head.dropout
+        self.classifier = Linear(config.model.width, len(config.labels or ()))
+        # as published
+        nn.init.xavier_uniform_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return logits `[B, T, V]`.
+
+        Args:
+            hidden: `[B, T, D]`; padding may hold any value.
+            lengths: int64 `[B]`, frames of each recording before its padding; None means T.
+        """
+        logits: Tensor = self.classifier(dropout(_cleared(hidden, lengths), self.dropout, self.training))
+        return logits
+
+
+class RecordingHead(nn.Module):
+    """Classify recordings by the mean of their projected frames.
+
+    Args:
+        config: the run's section, with `labels`.
+    """
+
+    def __init__(self, config: SpeechClassifyConfig) -> None:
+        super().__init__()
+        self.dropout = config.head.dropout
+        self.projector = Linear(config.model.width, config.head.projection)
+        self.classifier = Linear(config.head.projection, len(config.labels or ()))
+        init_linear_(self.projector)
+        init_linear_(self.classifier)
+
+    def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return logits `[B, C]`.
+
+        Args:
+            hidden: `[B, T, D]`; padding may hold any value.
+            lengths: int64 `[B]`, frames of each recording before its padding; None means T.
+        """
+        frames = _cleared(self.projector(dropout(_cleared(hidden, lengths), self.dropout, self.training)), lengths)
+        pooled = frames.mean(1) if lengths is None else frames.sum(1) / lengths[:, None].to(frames.dtype)
+        logits: Tensor = self.classifier(pooled)
+        return logits
+
+
+def _cleared(frames: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return frames `[B, T, D]` that are 0 at padding."""
+    if lengths is None:
+        return frames
+    return frames.masked_fill(padding_of(lengths, frames.shape[1])[:, :, None], 0.0)
+
+
+def make_head(config: SpeechCtcConfig | SpeechClassifyConfig) -> nn.Module:
+    """Return the head of a run, with new weights."""
+    return LetterHead(config) if isinstance(config, SpeechCtcConfig) else RecordingHead(config)

@@ -1,0 +1,161 @@
+"""Runs that fine-tune speech encoders: from a source to transcripts, resumed, in several processes, and handed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+
+from d2v_fast.commands.predict import predict
+from d2v_fast.config import parse_config
+from d2v_fast.interop.export import export_run
+from d2v_fast.modalities.speech.huggingface_head import head_of_folder
+from d2v_fast.modalities.speech.samples import FOLDER
+from d2v_fast.training import step
+from tests.helpers.finetuning import logged, result, saved, validations
+from tests.helpers.marks import needs_deepspeed
+from tests.helpers.runs import TINY_2_SPEECH, TINY_CTC, TINY_SPEECH, run_forked, run_here, tiny_file
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+STEPS = {"steps": 4, "kind": "constant"}
+VALID = {"every_epochs": 0, "every_steps": 2, "batch_size": 60}
+
+
+def ctc(folder: Path, **changes: Any) -> Path:
+    return tiny_file(folder, TINY_CTC, **{"d2v__schedule": STEPS, "d2v__valid": VALID, **changes})
+
+
+def pretrained(folder: Path, base: dict[str, Any]) -> str:
+    file = tiny_file(folder, base, d2v__schedule={"steps": 1, "kind": "constant"})
+    assert run_here("--ds_config", file, "--run", "pre") == 0
+    return str(folder / "runs" / "pre")
+
+
+@pytest.mark.parametrize(
+    ("base", "objective"),
+    [
+        (TINY_SPEECH, "ctc"),
+        (TINY_2_SPEECH, "classify"),
+        pytest.param(TINY_2_SPEECH, "ctc", marks=pytest.mark.slow),
+        pytest.param(TINY_SPEECH, "classify", marks=pytest.mark.slow),
+    ],
+)
+def test_from_a_run_to_transformers_and_back(base: dict[str, Any], objective: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = pretrained(tmp_path, base)
+    changes = {"d2v__objective": objective, "d2v__model": {"dropout": 0.0}, "d2v__finetune": {"source": source}}
+    file = ctc(tmp_path, **changes, d2v__schedule={"steps": 2, "kind": "constant"})
+    assert run_here("--ds_config", file, "--run", "r") == 0
+    before, after = saved(tmp_path, "pre", 1), saved(tmp_path, "r", 2)
+    held = [name for name in before if name.startswith("student/student.front_end.convolutions.")]
+    assert held
+    assert all(torch.equal(before[name], after[name]) for name in held)
+    other = "student/student.front_end.projection.weight"
+    assert not torch.equal(before[other], after[other])
+    entry = validations(tmp_path, "r")[-1]
+    assert entry["samples"] == 120
+    assert {"wer", "cer"} <= entry.keys() if objective == "ctc" else 0 <= entry["accuracy"] <= 1
+
+    folder = tmp_path / "export"
+    export_run(tmp_path / "runs" / "r", to=folder)
+    head = head_of_folder(folder)
+    assert head is not None
+    config = json.loads((tmp_path / "runs" / "r" / "config.json").read_text())
+    assert list(head.labels) == config["d2v"]["labels"]
+    # it goes on training, head included
+    changes["d2v__finetune"] = {"source": str(folder)}
+    assert run_here("--ds_config", ctc(tmp_path, **changes), "--run", "on", "--set", "optimizer.params.lr=1e-30") == 0
+    on = saved(tmp_path, "on", 4)
+    for name, value in after.items():
+        if name.startswith("student/"):
+            torch.testing.assert_close(on[name], value, rtol=0, atol=0, msg=name)
+    trust = {"trust_remote_code": True} if base is TINY_2_SPEECH else {}
+    kind = transformers.AutoModelForCTC if objective == "ctc" else transformers.AutoModelForAudioClassification
+    model, told = kind.from_pretrained(folder, output_loading_info=True, **trust)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+    # a pipeline gives the answer of `predict`
+    section = parse_config(config).d2v
+    path = FOLDER / "en-gb+m6" / "yellow.flac"
+    predict(tmp_path / "runs" / "r", path, tmp_path / "p.jsonl")
+    (answer,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert answer["path"] == "yellow.flac"
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    if objective == "ctc":
+        parts = {"tokenizer": transformers.AutoTokenizer.from_pretrained(folder), "feature_extractor": extractor}
+        ask = transformers.pipeline("automatic-speech-recognition", model=model.eval(), **parts)
+    else:
+        ask = transformers.pipeline("audio-classification", model=model.eval(), feature_extractor=extractor)
+    waveform, rate = soundfile.read(path, dtype="float32")
+    waveform = soxr.resample(waveform, rate, section.model.sample_rate)
+    told = ask({"raw": waveform, "sampling_rate": section.model.sample_rate})
+    if objective == "ctc":
+        assert told["text"] == answer["transcript"]
+    else:
+        assert told[0]["label"] == answer["label"]
+        assert told[0]["score"] == pytest.approx(answer["probability"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    file = ctc(tmp_path, d2v__finetune__freeze_encoder_steps=2, d2v__schedule={"steps": 7, "kind": "constant"})
+    arguments, output = ["--ds_config", file, "--run"], tmp_path / "output"
+    assert run_forked(*arguments, "whole", output=output) == [0], output.read_text()
+
+    def kill_in_step_6() -> None:
+        made = step.TrainStep.update
+
+        def update(self: step.TrainStep, number: int, lr: float) -> torch.Tensor:
+            if number == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return made(self, number, lr)
+
+        step.TrainStep.update = update  # type: ignore[method-assign]
+
+    assert run_forked(*arguments, "r", output=output, before=kill_in_step_6) == [-signal.SIGKILL]
+    assert run_forked(*arguments, "r", "--resume", output=output) == [0], output.read_text()
+    assert logged(tmp_path, "r") == logged(tmp_path, "whole")
+    assert validations(tmp_path, "r") == validations(tmp_path, "whole")
+    assert result(tmp_path, "r") == result(tmp_path, "whole")
+    whole, resumed = saved(tmp_path, "whole", 7), saved(tmp_path, "r", 7)
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_equal_one(stage: int, tmp_path: Path) -> None:
+    """Also with convolutions that are held, a frozen encoder at first, and accumulation."""
+    changes = {
+        "d2v__model": {"dropout": 0.0, "attention_dropout": 0.0, "layer_drop": 0.3},
+        "d2v__finetune": {"source": pretrained(tmp_path, TINY_SPEECH), "freeze_encoder_steps": 1},
+        "zero_optimization__stage": stage,
+        "gradient_accumulation_steps": 2,
+    }
+    file, output = ctc(tmp_path, **changes), tmp_path / "output"
+    assert run_forked("--ds_config", file, "--run", "two", output=output, num_processes=2) == [0, 0], output.read_text()
+    alone = ["--set", "zero_optimization.stage=0"]
+    assert run_forked("--ds_config", file, "--run", "one", *alone, output=output) == [0], output.read_text()
+    one, two = (saved(tmp_path, name, 4) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=2e-4, atol=2e-6, msg=name)
+    for mine, other in zip(validations(tmp_path, "one"), validations(tmp_path, "two"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3)
+
+
+def test_sources_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = ctc(tmp_path, d2v__model={}, d2v__finetune={"source": str(tmp_path / "gone")})
+    assert run_here("--ds_config", file, "--run", "r") == 2
+    assert "`d2v.finetune.source` must be a run, a Transformers folder or a checkpoint" in capsys.readouterr().err
+    np.testing.assert_equal(list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else [], [])
