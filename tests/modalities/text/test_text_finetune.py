@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_fast.checkpoints.saved_weights import encoder_weights, open_checkpoint, read_run_config
+from d2v_fast.commands.console import main
+from d2v_fast.commands.predict import load_finetuned
 from d2v_fast.data.order import MicroStep
 from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.text.huggingface_head import head_of_folder
 from d2v_fast.modalities.text.labeled import held_out_batches
-from d2v_fast.objectives.build import build_objective
 from d2v_fast.training import step
 from tests.helpers.finetuning import logged, saved, validations
 from tests.helpers.marks import needs_deepspeed
@@ -62,21 +62,13 @@ def finetune_file(folder: Path, objective: str, encoder: str = "data2vec", **cha
     return tiny_file(folder, raw, **changes)
 
 
-def held_out(run: Path) -> tuple[torch.Tensor, list[tuple[str, str]]]:
-    """Our predictions for the held-out pairs of a run, and the pairs."""
-    config = read_run_config(run)
-    maker = held_out_batches(config)
+def held_out(run: Path) -> torch.Tensor:
+    """Predictions of the best checkpoint of a run for its held-out pairs."""
+    _, model = load_finetuned(run)
+    maker = held_out_batches(model.config)
     ids = np.arange(maker.num_samples)
-    with open_checkpoint(run) as checkpoint:
-        saved = encoder_weights(checkpoint, config, "student")
-        model = build_objective(config).eval()
-        model.student.load_state_dict(dict(saved))
-        model.head.load_state_dict(saved.head())
     with torch.no_grad():
-        predicted = model(maker.make(MicroStep(0, ids, ids), 0).batch).predictions
-    lines = Path(config.data.path).read_text().splitlines()[1:]
-    pairs = [tuple(lines[position].split("\t")[:2]) for position in maker._positions.tolist()]
-    return predicted, pairs
+        return model.eval()(maker.make(MicroStep(0, ids, ids), 0).batch).predictions
 
 
 @pytest.mark.parametrize(
@@ -93,17 +85,20 @@ def test_transformers_answers_as_the_run_does(objective: str, encoder: str, tmp_
     assert "text-classification" in card
     trust = {"trust_remote_code": True} if encoder == "data2vec2" else {}
     pipe = transformers.pipeline("text-classification", str(tmp_path / "export"), device="cpu", **trust)
-    predicted, pairs = held_out(run)
+    table, answers = tmp_path / "train.tsv", tmp_path / "answers.jsonl"
+    assert main(["predict", str(run), str(table), "--to", str(answers)]) == 0
+    ours = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["path"] for row in ours] == [f"train.tsv:{number}" for number in range(2, 25)]
+    pairs = [line.split("\t")[:2] for line in table.read_text().splitlines()[1:]]
     inputs = [{"text": one, "text_pair": other} for one, other in pairs]
     theirs = pipe(inputs, truncation=True, max_length=32, top_k=None)
-    if objective == "regress":
-        assert [found[0]["score"] for found in theirs] == pytest.approx(predicted.tolist(), abs=1e-5)
-    else:
-        ours = predicted.softmax(1)
-        for row, found in zip(ours, theirs, strict=True):
-            assert {one["label"]: one["score"] for one in found} == pytest.approx(
-                {str(number): value for number, value in enumerate(row.tolist())}, abs=1e-5
-            )
+    for row, found in zip(ours, theirs, strict=True):
+        if objective == "regress":
+            assert found[0]["score"] == pytest.approx(row["score"], abs=1e-5)
+        else:
+            assert found[0]["label"] == row["label"]
+            probabilities = {one["label"]: one["probability"] for one in row["top"]}
+            assert {one["label"]: one["score"] for one in found} == pytest.approx(probabilities, abs=1e-5)
 
 
 def test_a_folder_with_a_head_goes_on(tmp_path: Path) -> None:
@@ -121,8 +116,23 @@ def test_a_folder_with_a_head_goes_on(tmp_path: Path) -> None:
     raw["optimizer"]["params"]["lr"] = 1e-12
     file.write_text(json.dumps(raw))
     assert run_here(file, "--run", "more") == 0
-    again, before = held_out(tmp_path / "runs" / "more")[0], held_out(tmp_path / "runs" / "r")[0]
+    again, before = held_out(tmp_path / "runs" / "more"), held_out(tmp_path / "runs" / "r")
     torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-6)
+
+
+def test_predictions_of_lines_and_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(finetune_file(tmp_path, "classify"), "--run", "r") == 0
+    run, table = tmp_path / "runs" / "r", tmp_path / "more.tsv"
+    table.write_text("second\tfirst\nb\ta\nonly one\n\tno second\nd\tc\n")
+    answers = tmp_path / "answers.csv"
+    assert main(["predict", str(run), str(table), "--to", str(answers)]) == 0
+    assert [line.split(",")[0] for line in answers.read_text().splitlines()] == ["path", "more.tsv:2", "more.tsv:5"]
+    said = capsys.readouterr().err
+    assert "2 of 4 rows are unreadable and left out" in said
+    assert "more.tsv, line 3: 1 fields instead of 2" in said
+    (tmp_path / "lines.txt").write_text("one text\n")
+    assert main(["predict", str(run), str(tmp_path / "lines.txt"), "--to", str(answers), "--overwrite"]) == 1
+    assert "since this model reads pairs" in capsys.readouterr().err
 
 
 def test_another_tokenizer_than_the_sources_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
