@@ -242,6 +242,7 @@ def report(out: Path, log: Path, environment: dict[str, str], limit_s: float) ->
 def describe(device: str, environment: dict[str, str], limit_s: float) -> str:
     """Return the versions, the device and the commit."""
     command = [sys.executable, "-c", DESCRIBE, device]
+    limit_s = max(1.0, min(60.0, limit_s))
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)
         machine = f"{done.stdout}{done.stderr[-2000:]}"
@@ -272,13 +273,14 @@ def run_all(out: Path, device: str, seconds: float, only: Sequence[str]) -> int:
         summary = Summary(out, [*(part.name for part in todo), "report"])
         try:
             for position, part in enumerate(todo):
+                if position == 0 and part.name != "build":
+                    summary.machine = describe(device, environment, 0.2 * (deadline - time.monotonic()))
                 share = part.share / sum(later.share for later in todo[position:])
                 limit_s = max(1.0, share * (deadline - time.monotonic()))
                 summary.states[part.name] = run_part(part, limit_s, log, environment, summary)
-                if position == 0:
-                    # after the build, which makes the C++ kernels
-                    limit_s = max(1.0, min(60.0, 0.2 * (deadline - time.monotonic())))
-                    summary.machine = describe(device, environment, limit_s)
+                if part.name == "build":
+                    # only now: it makes the C++ kernels, which the description names
+                    summary.machine = describe(device, environment, 0.2 * (deadline - time.monotonic()))
                 print(part.name, *summary.states[part.name], flush=True)
         except Stopped:
             running = [name for name, state in summary.states.items() if state.word == "running"]
