@@ -139,7 +139,7 @@ def configuration() -> str:
         having = {label: model for label, model in models.items() if name in model.model_fields}
         first = next(iter(having.values()))
         if section_of(first.model_fields[name].annotation) is not None:
-            defaults = {label: model.model_fields[name].default for label, model in having.items()}
+            defaults = {label: _given(model.model_fields[name]) for label, model in having.items()}
             sections += _sections(f"d2v.{name}", defaults)
         elif name == "encoder":
             versions = dict.fromkeys(shown(model.model_fields[name].default) for model in having.values())
@@ -150,20 +150,27 @@ def configuration() -> str:
     return "\n".join([*lines, "## `d2v`", "", intro, "", *table(rows), "", *sections])
 
 
-def _sections(path: str, defaults: Mapping[str, BaseModel]) -> list[str]:
+def _given(field: FieldInfo) -> Any:
+    """Return a section's default, or its class if the file must give it."""
+    return section_of(field.annotation) if field.is_required() else field.default
+
+
+def _sections(path: str, defaults: Mapping[str, Any]) -> list[str]:
     """Return the lines of a section of `d2v` and of those below it, with a heading for each class of it.
 
     Args:
         path: its dotted name.
-        defaults: the section by modality and objective.
+        defaults: the section by modality and objective, or its class if it has no default.
     """
-    kinds: dict[type[BaseModel], dict[str, BaseModel]] = {}
-    inner: dict[str, dict[str, BaseModel]] = {}
+    kinds: dict[type[BaseModel], dict[str, Any]] = {}
+    inner: dict[str, dict[str, Any]] = {}
     for label, section in defaults.items():
-        kinds.setdefault(type(section), {})[label] = section
-        for name, field in type(section).model_fields.items():
+        kind = section if isinstance(section, type) else type(section)
+        kinds.setdefault(kind, {})[label] = section
+        for name, field in kind.model_fields.items():
             if section_of(field.annotation) is not None:
-                inner.setdefault(f"{path}.{name}", {})[label] = getattr(section, name)
+                is_class = isinstance(section, type)
+                inner.setdefault(f"{path}.{name}", {})[label] = _given(field) if is_class else getattr(section, name)
     lines = []
     for kind, of_kind in kinds.items():
         heading = f"### `{path}`" if len(kinds) == 1 else f"### `{path}` of {', '.join(of_kind)}"

@@ -48,6 +48,8 @@ def draw(
     if out is None:
         require_writable(run_folder, "`--out`")
     modality = modality_of(config)
+    if modality.finetuning is not None:
+        raise ValueError(f"`RUN_FOLDER` must be a pre-trained run, but {run_folder} is fine-tuned: see its curves.png.")
     if modality.draw is None:
         drawn = " or ".join(one.name for one in all_modalities() if one.draw is not None)
         raise ValueError(

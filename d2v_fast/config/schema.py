@@ -191,7 +191,10 @@ class D2VConfig(Section):
         run: The run folder, checkpoints and time-outs.
     """
 
-    hints: ClassVar[dict[str, str]] = {"compile": "`d2v.run.compile` compiles the blocks."}
+    hints: ClassVar[dict[str, str]] = {
+        "compile": "`d2v.run.compile` compiles the blocks.",
+        "finetune": 'An objective that fine-tunes has it: `"objective": "classify"`.',
+    }
 
     modality: str
     objective: str = DEFAULT_OBJECTIVE

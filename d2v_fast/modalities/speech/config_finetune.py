@@ -128,7 +128,11 @@ class RecordingHeadConfig(ClassHeadSection):
 
 
 class SpeechFinetuneConfig(RecordingInputsConfig, FinetuneConfig):
-    """What both tasks on recordings have."""
+    """What both tasks on recordings have.
+
+    Attributes:
+        mask: Spans of frames and of channels that the encoder does not see in training.
+    """
 
     mask: FinetuneMaskConfig = FinetuneMaskConfig()
     data: LabeledSpeechConfig
