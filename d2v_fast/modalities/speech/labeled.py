@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from itertools import pairwise
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from d2v_fast.data.few import classes_of, few, held_out, require_trained
 from d2v_fast.data.labels import refuse_parts
-from d2v_fast.data.listing import Listing
+from d2v_fast.data.listing import Listing, describe_listing
 from d2v_fast.errors import DataError
 from d2v_fast.files.reading import printable
 from d2v_fast.modalities.speech.audio import AudioDataset, read_manifest
@@ -37,6 +38,8 @@ PATH, VALID = "`d2v.data.path`", "`d2v.valid.path`"
 # characters outside the vocabulary that a line names
 NUM_NAMED = 8
 DICTIONARY = "dict.ltr.txt"
+
+_log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", SpeechCtcConfig, SpeechClassifyConfig)
 
@@ -92,6 +95,8 @@ def recordings_held_out(config: SpeechCtcConfig | SpeechClassifyConfig) -> Chose
     """
     where = PATH if config.valid.path is None else VALID
     chosen = _part(config, is_held_out=True)
+    # a share of the training data has the same lines, which are printed already
+    known = [] if config.valid.path is not None else describe_listing(chosen.dataset.listing, "")
     if isinstance(config, SpeechCtcConfig):
         chosen = _spelled(chosen, config)
     else:
@@ -101,6 +106,9 @@ def recordings_held_out(config: SpeechCtcConfig | SpeechClassifyConfig) -> Chose
             f"{where} must leave at least one recording to validate on, but leaves none: name a folder or manifest of "
             f"them as {VALID}, or raise `d2v.valid.fraction`.{_said(chosen)}"
         )
+    for line in describe_listing(chosen.dataset.listing, "")[1:]:
+        if line not in known:
+            _log.warning("held-out recordings: %s", line)
     return chosen
 
 

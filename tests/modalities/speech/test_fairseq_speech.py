@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from d2v_fast.commands.console import main
-from d2v_fast.config import SpeechConfig, SpeechModelConfig
+from d2v_fast.config import SpeechConfig, SpeechModelConfig, check_d2v
+from d2v_fast.interop.sources import fill
 from d2v_fast.modalities.speech import fairseq as fairseq_speech
 from d2v_fast.modalities.speech.encoder import SpeechModel
 from d2v_fast.modalities.speech.fairseq import (
@@ -22,7 +23,7 @@ from d2v_fast.modalities.speech.fairseq import (
 )
 from d2v_fast.modalities.speech.huggingface import import_speech
 from d2v_fast.modalities.speech.layout import speech_layout
-from d2v_fast.objectives.build import build_model
+from d2v_fast.objectives.build import build_model, build_objective
 from tests.helpers.fairseq_reference import Data2VecAudio
 from tests.helpers.fairseq_speech_files import LAYERS, pretrained, saved, shapes
 from tests.helpers.speech_models import make_config, make_pair
@@ -149,6 +150,19 @@ def test_fine_tuned_model(tmp_path: Path) -> None:
     assert torch.equal(student.front_end.mask_token, content["model"]["mask_emb"])
     with pytest.raises(ValueError, match=r"`weights` must be student with .* which holds no average `_ema`"):
         load_fairseq_speech(path, weights="teacher")
+    # it goes on training, with new letters
+    section = {
+        "modality": "speech",
+        "objective": "ctc",
+        "finetune": {"source": str(path)},
+        "labels": ["<pad>", "|", "a"],
+    }
+    settings, problems = check_d2v(fill(section))
+    assert problems == []
+    model = build_objective(settings)
+    model.begin()
+    state = student.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.student.state_dict().items())
 
 
 @pytest.mark.parametrize("where", ["shared", "averaged"])

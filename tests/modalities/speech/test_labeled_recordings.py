@@ -64,7 +64,7 @@ def test_parts_do_not_meet(folder: Path) -> None:
     assert sorted(recordings_held_out(by_class).labels) == ["a", "b"]
 
 
-def test_manifest_with_letters_and_dictionary(folder: Path) -> None:
+def test_manifest_with_letters_and_dictionary(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = [f"{name}.flac" for name in reversed(TEXTS)]
     counts = [soundfile.info(folder / name).frames for name in names]
     manifest = write_manifest(folder / "train.tsv", folder, names, counts)
@@ -81,7 +81,10 @@ def test_manifest_with_letters_and_dictionary(folder: Path) -> None:
         "b/three.flac": "three",
     }
     said = describe_listing(chosen.dataset.listing, "")
-    assert "left out: 2 characters of transcripts outside the vocabulary ('u' 1, '!' 1)" in said
+    left_out = "left out: 2 characters of transcripts outside the vocabulary ('u' 1, '!' 1)"
+    assert left_out in said
+    recordings_held_out(config)
+    assert f"held-out recordings: {left_out}" in caplog.messages
 
 
 def test_what_is_left_out(folder: Path) -> None:
