@@ -65,27 +65,58 @@ def main() -> int:
                 write_text(options.out, json.dumps(results, indent=1) + "\n")
                 print(f"{key}: {accuracy:.4f} ({time.process_time() - since:.0f} s of this process)", flush=True)
     print(table(cells))
+    if options.picture is not None:
+        draw(cells, options.picture)
     return 0
 
 
 def table(cells: dict[str, float]) -> str:
-    """Return a Markdown table of accuracies in %, mean ± standard deviation over the seeds, with their number."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for key, accuracy in cells.items():
-        method, labels, _ = key.split("|")
-        found.setdefault((method, labels), []).append(100 * accuracy)
-    columns = sorted(
-        {labels for _, labels in found}, key=lambda labels: float("inf") if labels == "all" else int(labels)
-    )
+    """Return a Markdown table of accuracies in %: mean ± standard deviation over the seeds, and their number."""
+    found, columns = _grouped(cells)
     lines = ["| labels per class | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for method in METHODS:
         shown = []
         for labels in columns:
             values = found.get((method, labels), [])
-            each = f"{np.mean(values):.1f} ± {np.std(values):.1f} ({len(values)})" if values else "not measured"
+            spread = f" ± {np.std(values):.1f}" if len(values) > 1 else ""
+            each = f"{np.mean(values):.1f}{spread} ({len(values)})" if values else "not measured"
             shown.append(each)
         lines.append(f"| {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def draw(cells: dict[str, float], to: Path) -> None:
+    """Draw the accuracies over the number of labels: mean of the seeds, and lowest and highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found, columns = _grouped(cells)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for method, style in zip(METHODS, ("o-", "s:", "s--", "D-"), strict=True):
+        places = [place for place, labels in enumerate(columns) if (method, labels) in found]
+        values = [found[method, columns[place]] for place in places]
+        means = [float(np.mean(one)) for one in values]
+        spread = [[mean - min(one), max(one) - mean] for mean, one in zip(means, values, strict=True)]
+        axes.errorbar(places, means, np.array(spread).T, fmt=style, capsize=3, label=method)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xlabel("labels per class")
+    axes.set_ylabel("accuracy on held-out samples in %")
+    axes.set_ylim(0, 100)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(to, dpi=100)
+
+
+def _grouped(cells: dict[str, float]) -> tuple[dict[tuple[str, str], list[float]], list[str]]:
+    """Return the accuracies in % by method and number of labels, and these numbers in ascending order."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for key, accuracy in cells.items():
+        method, labels, _ = key.split("|")
+        found.setdefault((method, labels), []).append(100 * accuracy)
+    columns = {labels for _, labels in found}
+    return found, sorted(columns, key=lambda labels: float("inf") if labels == "all" else int(labels))
 
 
 def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int) -> list[str]:
@@ -101,7 +132,8 @@ def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int)
         "d2v.schedule.warmup_steps": str(options.steps // 10),
         "d2v.valid.every_epochs": "0",
         "d2v.run.save_every": str(10 * options.steps),
-        **({"d2v.finetune.source": json.dumps(str(options.source.resolve()))} if source else _sizes(options.source)),
+        **_sizes(options.source),
+        **({"d2v.finetune.source": json.dumps(str(options.source.resolve()))} if source else {}),
         # lower layers that are new must learn as fast as the upper ones
         **({} if source else {"d2v.finetune.layer_decay": "1.0"}),
     }
@@ -112,7 +144,7 @@ def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int)
 
 
 def _sizes(source: Path) -> dict[str, str]:
-    """Return the model section of a run, for a network of the same sizes without its weights."""
+    """Return the model section of a run, which all methods have in common."""
     run = json.loads((source / "config.json").read_text())["d2v"]
     encoder = run.get("objective", "data2vec")
     return {"d2v.encoder": encoder, "d2v.model": json.dumps(run["model"])}
@@ -197,6 +229,7 @@ def _options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--plain", action="append", default=[], metavar="KEY=VALUE", help="settings of the probes")
     parser.add_argument("--out", type=Path, required=True, help="file of the results, read if it exists")
+    parser.add_argument("--picture", type=Path, help="PNG file to draw the results into")
     return parser.parse_args(words)
 
 
