@@ -42,6 +42,16 @@ def test_equals_sum_over_alignments(blank: int) -> None:
     torch.testing.assert_close(single.sum().double(), expected.detach(), rtol=0.02, atol=0.0)
 
 
+def test_meta_tensors_have_its_shapes() -> None:
+    """Predicting memory runs the loss without values."""
+    logits = torch.empty(2, 9, 4, device="meta", requires_grad=True)
+    targets = torch.empty(6, dtype=torch.int64, device="meta")
+    loss = ctc_loss(logits, targets, targets[:2])
+    loss.sum().backward()
+    assert loss.shape == (2,)
+    assert logits.grad.shape == logits.shape
+
+
 def test_too_long_a_transcript_adds_nothing() -> None:
     logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     # two equal labels and one more need four frames

@@ -233,7 +233,12 @@ def largest_batch(config: SpeechFinetuneConfig, num_samples: int) -> Batch:
     """Return an uninitialized batch with the largest shapes of a run, on torch's current device."""
     length = int(config.data.max_seconds * config.model.sample_rate)
     ids = torch.zeros(num_samples, dtype=torch.int64)
-    targets, target_lengths = (ids, ids + 1) if isinstance(config, SpeechCtcConfig) else (ids, None)
+    targets, target_lengths = ids, None
+    if isinstance(config, SpeechCtcConfig):
+        # a letter in every second frame, which is more than anybody says
+        num_letters = max(1, config.model.num_frames(length) // 2)
+        target_lengths = torch.full((num_samples,), num_letters, dtype=torch.int64)
+        targets = torch.ones(num_samples * num_letters, dtype=torch.int64)
     rows = torch.zeros(0, dtype=torch.int64)
     return Batch(torch.empty(num_samples, length), rows, ids, targets=targets, target_lengths=target_lengths)
 
