@@ -105,7 +105,7 @@ def draw(cells: dict[str, float], to: Path) -> None:
     axes.set_ylabel("accuracy on held-out samples in %")
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     figure.savefig(to, dpi=100)
 
 
