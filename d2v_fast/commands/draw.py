@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
+from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.errors import DataError, OptionError
 from d2v_fast.figures.sheet import MAX_COUNT, save_figure
 from d2v_fast.files.outputs import require_file, require_writable
@@ -48,7 +49,7 @@ def draw(
     if out is None:
         require_writable(run_folder, "`--out`")
     modality = modality_of(config)
-    if modality.finetuning is not None:
+    if isinstance(config, FinetuneConfig):
         raise ValueError(f"`RUN_FOLDER` must be a pre-trained run, but {run_folder} is fine-tuned: see its curves.png.")
     if modality.draw is None:
         drawn = " or ".join(one.name for one in all_modalities() if one.draw is not None)

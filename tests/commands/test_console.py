@@ -147,7 +147,7 @@ def test_check_tells_problems(
     assert "a step cannot be tried here" in complaint(capsys, "check", file)
     monkeypatch.undo()
     monkeypatch.setattr(check, "ENOUGH_SECONDS", 0.1)
-    monkeypatch.setattr(check, "build_model", infinite_model)
+    monkeypatch.setattr(check, "build_objective", infinite_model)
     assert main(["check", str(file)]) == 1
     assert "problem: the loss must be finite, but is nan" in capsys.readouterr().out
 

@@ -153,8 +153,7 @@ FIGURES = ("step", "epoch", "loss", "target_std", "prediction_std", "lr", "decay
 
 def tiny_file(folder: Path, base: dict[str, Any] = TINY, **changes: Any) -> Path:
     """Write a tiny configuration to a file; `changes` are dotted keys with `__` for the dot."""
-    raw = tiny_raw(base, **changes)
-    raw["d2v"]["run"]["dir"] = str(folder / "runs")
+    raw = tiny_raw(base, **{"d2v__run__dir": str(folder / "runs"), **changes})
     path = folder / "tiny.json"
     path.write_text(json.dumps(raw))
     return path
