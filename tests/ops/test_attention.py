@@ -233,8 +233,8 @@ def test_transforms(device):
         (CASES[2], torch.float16, 0.0),
         pytest.param(CASES[3], torch.float32, 0.2, marks=pytest.mark.slow),
         pytest.param(CASES[4], torch.float16, 0.0, marks=pytest.mark.slow),
-        # slow: the interpreter takes 10 s
-        pytest.param((2, 3, 197, 64, "shared", False, False), torch.float32, 0.05, marks=pytest.mark.slow),
+        # two passes over 64 dimensions; slow: the interpreter takes over 10 s
+        pytest.param((2, 2, 70, 64, "shared", False, False), torch.float32, 0.05, marks=pytest.mark.slow),
     ],
     ids=str,
 )
