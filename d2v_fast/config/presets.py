@@ -9,6 +9,7 @@ from typing import Any
 from d2v_fast.command_lines import path_words, tool_command
 from d2v_fast.config import D2VConfig, check_d2v
 from d2v_fast.config.file import PRESETS, preset_names
+from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.errors import OptionError
 from d2v_fast.files.atomic import write_text
 from d2v_fast.files.outputs import require_file
@@ -16,22 +17,24 @@ from d2v_fast.files.reading import read_json
 
 _MAX_BYTES = 1_000_000
 
+# in place of sizes that the source of fine-tuning decides
+OF_SOURCE = "of SOURCE"
 # name -> parameters of the encoder, which a test counts since building one is slow, and purpose
 _ABOUT = {
     "digits": ("451 k", "first run: the handwritten digits of scikit-learn, in minutes"),
     "digits2": ("448 k", "the same with data2vec 2.0"),
     "digits_long": ("563 k", "the same for 20 minutes; better than raw pixels"),
-    "finetune_digits": ("451 k", "classify the handwritten digits, from the run of `digits` or `digits2`"),
-    "finetune_glue": ("124 M", "the published fine-tuning on GLUE, for its files and a text encoder (here CoLA)"),
-    "finetune_speech": ("93.2 M", "recognize the letters of 300 spoken words, from the run of `speech` or `speech2`"),
-    "finetune_speech_base": ("93.2 M", "the published Base fine-tuning by CTC, for recordings with transcripts"),
-    "finetune_speech_large": ("93.2 M", "the published Large fine-tuning by CTC, for recordings with transcripts"),
-    "finetune_text": ("735 k", "classify paragraphs of the reference pages, from the run of `text` or `text2`"),
-    "finetune_vision2_base": ("85.6 M", "the published ViT-B fine-tuning of data2vec 2.0, for a folder per class"),
-    "finetune_vision2_large": ("303 M", "the published ViT-L fine-tuning of data2vec 2.0, for a folder per class"),
-    "finetune_vision_base": ("85.7 M", "the published ViT-B fine-tuning, for a folder per class"),
-    "finetune_vision_large": ("303 M", "the published ViT-L fine-tuning, for a folder per class"),
-    "finetune_words": ("93.2 M", "classify 300 spoken words, from the run of `speech` or `speech2`"),
+    "finetune_digits": (OF_SOURCE, "classify the handwritten digits, from the run of `digits` or `digits2`"),
+    "finetune_glue": (OF_SOURCE, "the published fine-tuning on GLUE, for its files and a text encoder (here CoLA)"),
+    "finetune_speech": (OF_SOURCE, "recognize the letters of 300 spoken words, from the run of `speech` or `speech2`"),
+    "finetune_speech_base": (OF_SOURCE, "the published Base fine-tuning by CTC, for recordings with transcripts"),
+    "finetune_speech_large": (OF_SOURCE, "the published Large fine-tuning by CTC, for recordings with transcripts"),
+    "finetune_text": (OF_SOURCE, "classify paragraphs of the reference pages, from the run of `text` or `text2`"),
+    "finetune_vision2_base": (OF_SOURCE, "the published ViT-B fine-tuning of data2vec 2.0, for a folder per class"),
+    "finetune_vision2_large": (OF_SOURCE, "the published ViT-L fine-tuning of data2vec 2.0, for a folder per class"),
+    "finetune_vision_base": (OF_SOURCE, "the published ViT-B fine-tuning, for a folder per class"),
+    "finetune_vision_large": (OF_SOURCE, "the published ViT-L fine-tuning, for a folder per class"),
+    "finetune_words": (OF_SOURCE, "classify 300 spoken words, from the run of `speech` or `speech2`"),
     "images_small": ("2.75 M", "a folder of your own images, on one GPU (or slowly on a CPU)"),
     "speech": ("2.55 M", "300 spoken words that come with this library"),
     "speech2": ("2.55 M", "the same with data2vec 2.0"),
@@ -63,7 +66,8 @@ def list_presets() -> str:
     rows = [("name", "modality", "blocks x width", "parameters", "")]
     for name in preset_names():
         config = read_preset(name)
-        shape = f"{config.model.depth} x {config.model.width}"
+        fine_tunes = isinstance(config, FinetuneConfig)
+        shape = OF_SOURCE if fine_tunes else f"{config.model.depth} x {config.model.width}"
         rows.append((name, config.modality, shape, *_ABOUT.get(name, ("", ""))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -106,6 +110,9 @@ def write_preset(name: str | None, to: Path, overwrite: bool = False) -> str:
     config = read_preset(name)
     missing = [key for key in ("path", "tokenizer") if config.data.model_dump().get(key) == _UNSAID]
     needs = [word for key in missing for word in ("--set", f"d2v.data.{key}=...")]
+    if isinstance(config, FinetuneConfig):
+        command = tool_command("finetune", "SOURCE", "--ds_config", path_words(to), *needs)
+        return f"presets: {to}; to fine-tune the encoder of a run or folder SOURCE: {command}"
     return f"presets: {to}; to train: {tool_command('train', path_words(to), *needs)}"
 
 

@@ -14,6 +14,7 @@ from d2v_fast.cli.run import explain
 from d2v_fast.commands import bench, check, console
 from d2v_fast.commands.console import main
 from d2v_fast.config import VisionConfig, check_d2v, presets
+from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.modalities import build_student, modality_names
 from tests.helpers.command_line import complaint
 from tests.helpers.places import ROOT
@@ -251,6 +252,11 @@ def test_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert needed in capsys.readouterr().out
     assert to.read_bytes() == (configs / "text_base.json").read_bytes()
     assert "must be a new file" in complaint(capsys, "presets", "digits", "--to", to)
+    assert main(["presets", "finetune_speech_large", "--to", str(tmp_path / "tune.json")]) == 0
+    needed = f"d2v-fast finetune SOURCE --ds_config {tmp_path / 'tune.json'} --set d2v.data.path=..."
+    assert needed in capsys.readouterr().out
+    for line in lines[1:-1]:
+        assert line.count("of SOURCE") == (2 if line.startswith("finetune_") else 0)
     assert "The nearest is digits." in complaint(capsys, "presets", "digtis")
     assert "needs the name of a configuration" in complaint(capsys, "presets", "--to", to)
 
@@ -258,6 +264,10 @@ def test_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_presets_say_how_large_they_are() -> None:
     assert sorted(presets._ABOUT) == presets.preset_names()
     for name, (parameters, _) in presets._ABOUT.items():
+        if isinstance(presets.read_preset(name), FinetuneConfig):
+            # the sizes in the file, if any, are replaced by those of the source
+            assert parameters == presets.OF_SOURCE, name
+            continue
         with torch.device("meta"):
             count = sum(p.numel() for p in build_student(presets.read_preset(name)).parameters())
         shown = f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count / 1e3:.3g} k"
