@@ -88,7 +88,7 @@ test-dist: build ## source archive and wheel: what is in them, and whether they 
 	$(BIN)/python -m pytest tests/project/test_packaging.py --run-slow
 
 # in a copy of the Python files, so that d2v_fast/_C.so does not change. The libraries of GCC are preloaded, because
-# Python is not instrumented. Tests of Triton and torch.compile run no C++ of this library.
+# Python is not instrumented. Tests of Triton and torch.compile run no C++ of this library, and times mean nothing.
 sanitize: $(INSTALLED) ## test the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G "Unix Makefiles" -DCMAKE_CXX_COMPILER=g++ -DD2V_SANITIZE=ON \
 	-DD2V_TORCH_FOLDER=$$($(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)")
@@ -102,7 +102,7 @@ sanitize: $(INSTALLED) ## test the C++ kernels under AddressSanitizer and Undefi
 	nm -D build/sanitized/$(LIBRARY) | grep -q __ubsan_handle
 	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest tests/ops -n 2 -q -p no:cacheprovider -k "not triton and not compile and not derivatives"
+	$(abspath $(BIN))/python -m pytest tests/ops -n 2 -q -p no:cacheprovider -k "not triton and not compile and not derivatives and not host_time"
 
 lint: $(INSTALLED) ## ruff, mypy, clang-format, codespell
 	$(BIN)/ruff check .
