@@ -1,4 +1,4 @@
-"""Which keys of a model section decide the tensors of the model."""
+"""Which keys of a model section decide the tensors of the model, and which of a head section its meaning."""
 
 from __future__ import annotations
 
@@ -22,3 +22,6 @@ FREE_MODEL_KEYS = frozenset(
         "position_in_teacher",
     }
 )
+
+# keys of `d2v.head` that may differ from those that a head was trained with
+FREE_HEAD_KEYS = frozenset({"dropout", "label_smoothing"})

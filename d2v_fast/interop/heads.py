@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,10 +56,12 @@ class SavedHead:
     Attributes:
         tensors: By our names.
         labels: Names of the classes in their order; None for a regression.
+        keys: Keys of `d2v.head` that the tensors were trained with, such as the pooling, as far as they are known.
     """
 
     tensors: Mapping[str, Tensor]
     labels: tuple[str, ...] | None
+    keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 def class_keys(labels: Sequence[str] | None) -> dict[str, Any]:

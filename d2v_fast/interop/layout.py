@@ -32,7 +32,9 @@ class Misfit(ValueError):
 
 
 def log_unused(names: Iterable[str], source: str) -> None:
-    """Log the parts of a file that an encoder does not use, such as the head of a classifier.
+    """Log the parts of a file without which an encoder is read, such as the head of a classifier.
+
+    Fine-tuning reads a head by itself.
 
     Args:
         names: Of the unused tensors. If there are none, nothing is logged.
@@ -41,7 +43,7 @@ def log_unused(names: Iterable[str], source: str) -> None:
     parts = Counter(name.partition(".")[0] for name in names)
     if parts:
         shown = ", ".join(f"{name} ({count} tensors)" if count > 1 else name for name, count in sorted(parts.items()))
-        _log.warning("%s holds parts beside the encoder, which are left out: %s", printable(source), printable(shown))
+        _log.warning("%s: the encoder is read without the parts beside it: %s", printable(source), printable(shown))
 
 
 def within(tensors: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:

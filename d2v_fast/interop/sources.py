@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,18 +13,24 @@ from torch import Tensor, nn
 from d2v_fast.checkpoints.best import best_step
 from d2v_fast.checkpoints.saved_weights import encoder_weights, open_checkpoint, read_run_config
 from d2v_fast.config import D2VConfig
-from d2v_fast.config.errors import Section
+from d2v_fast.config.errors import Section, show
 from d2v_fast.config.finetune import FinetuneConfig
-from d2v_fast.config.model_keys import FREE_MODEL_KEYS
+from d2v_fast.config.model_keys import FREE_HEAD_KEYS, FREE_MODEL_KEYS
 from d2v_fast.config.model_paths import explain
 from d2v_fast.files.paths import expand_path
+from d2v_fast.files.reading import printable
 from d2v_fast.interop.folders import read_model_config
+from d2v_fast.interop.heads import SavedHead
 from d2v_fast.interop.huggingface import import_model
 from d2v_fast.interop.published import load_published
 from d2v_fast.modalities import modality_of, modality_of_model
 from d2v_fast.models.weights import require_finite
 
+_log = logging.getLogger(__name__)
+
 KEY = "`d2v.finetune.source`"
+# classes that a line names
+MAX_NAMED = 5
 
 
 class Place(NamedTuple):
@@ -47,18 +54,18 @@ class Found(NamedTuple):
         origin: The source in words.
         config: The model section of its encoder.
         encoder: Tensors of the encoder by name.
-        head: Tensors of the head of a fine-tuned model by name; None if there is none.
-        labels: Names of the classes that the head distinguishes; None if there is no head, or it has none.
+        head: The head of a fine-tuned model; None if there is none.
     """
 
     origin: str
     config: Section
     encoder: Mapping[str, Tensor]
-    head: Mapping[str, Tensor] | None = None
-    labels: Sequence[str] | None = None
+    head: SavedHead | None = None
 
     def copy_to(self, student: nn.Module, head: nn.Module, config: FinetuneConfig) -> None:
-        """Copy the weights into an encoder, and into a head that distinguishes the same classes.
+        """Copy the weights into an encoder, and into a head that distinguishes the same classes by the same means.
+
+        Log whether the head is that of the source, or why it is a new one.
 
         Raises:
             ValueError: A tensor of the encoder is missing or has another shape, or a value is not finite.
@@ -78,12 +85,36 @@ class Found(NamedTuple):
         state = {name: self.encoder[name] for name in expected}
         require_finite(state.items(), f"`{self.origin}`")
         student.load_state_dict(state)
-        own = head.state_dict()
-        # a score has no classes
-        is_same = tuple(self.labels or ()) == tuple(config.labels or ())
-        given = self.head if is_same else None
-        if given is not None and {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in own.items()}:
-            head.load_state_dict(dict(given))
+        if self.head is None:
+            return
+        if (why := _misfit(self.head, head, config)) is not None:
+            _log.warning("the head is a new one, not that of %s: %s", printable(self.origin), printable(why))
+            return
+        require_finite(self.head.tensors.items(), f"`{self.origin}`")
+        head.load_state_dict(dict(self.head.tensors))
+        _log.info("the head is that of %s", printable(self.origin))
+
+
+def _misfit(given: SavedHead, head: nn.Module, config: FinetuneConfig) -> str | None:
+    """Return why a head of a source is not that of a run; None if it is."""
+    section: Any = config.head
+    # a score has no classes
+    there, here = given.labels or (), config.labels or ()
+    if set(there) != set(here):
+        return f"it distinguishes {_named(there)}, and the run {_named(here)}"
+    if tuple(there) != tuple(here):
+        return f"its classes have another order: {_named(there)}, and in the run {_named(here)}"
+    for key, value in given.keys.items():
+        if (own := getattr(section, key, None)) != value:
+            return f"its `d2v.head.{key}` is {show(value)}, and that of the run {show(own)}"
+    if {n: v.shape for n, v in given.tensors.items()} != {n: v.shape for n, v in head.state_dict().items()}:
+        return "its tensors have other names or shapes"
+    return None
+
+
+def _named(labels: Sequence[str]) -> str:
+    shown = ", ".join(map(show, labels[:MAX_NAMED])) + (", ..." if len(labels) > MAX_NAMED else "")
+    return f"{len(labels):,} classes ({shown})" if labels else "no classes"
 
 
 def place_of(source: Path, step: int | None) -> Place:
@@ -152,21 +183,22 @@ def read_source(source: Path, weights: str, step: int | None, config: FinetuneCo
         student, model = import_model(place.path, **_options(place.path, config))
         made = modality_of(config).huggingface
         head = None if made is None else made().head(place.path)
-        tensors, labels = (None, None) if head is None else (head.tensors, head.labels)
-        return Found(str(place.path), model, student.state_dict(), tensors, labels)
+        return Found(str(place.path), model, student.state_dict(), head)
     student, _, model = load_published(place.path, weights=weights)
     return Found(f"{weights} of {place.path}", model, student.state_dict())
 
 
 def _of_run(folder: Path, step: int | None, weights: str) -> Found:
     run = read_run_config(folder)
-    fine_tuned = isinstance(run, FinetuneConfig)
-    with open_checkpoint(folder, best_step(folder) if step is None and fine_tuned else step) as checkpoint:
+    tuned = run if isinstance(run, FinetuneConfig) else None
+    with open_checkpoint(folder, best_step(folder) if step is None and tuned is not None else step) as checkpoint:
         which = averaged(run, weights)
         saved = encoder_weights(checkpoint, run, which)
         origin = f"{which} of {folder}, step {checkpoint.step}"
-        head = saved.head() if fine_tuned else None
-        return Found(origin, run.model, dict(saved), head, run.labels if isinstance(run, FinetuneConfig) else None)
+        if tuned is None:
+            return Found(origin, run.model, dict(saved))
+        keys = tuned.head.model_dump(exclude=set(FREE_HEAD_KEYS))
+        return Found(origin, run.model, dict(saved), SavedHead(saved.head(), tuned.labels, keys))
 
 
 def averaged(config: D2VConfig, weights: str) -> str:

@@ -88,7 +88,7 @@ def test_every_class_comes_back(
     assert ours.shape == their.shape
     assert (ours - their).abs().max() <= 1e-5
     told = "\n".join(caplog.messages)
-    assert ("holds parts beside the encoder, which are left out: " in told) == (name in LEFT_OUT)
+    assert ("the encoder is read without the parts beside it: " in told) == (name in LEFT_OUT)
     assert LEFT_OUT.get(name, "") in told
     options = OPTIONS.get(name, {})
     assert ("holds no mask token: a new one is drawn" in told) == (options.get("mask_time_prob") == 0.0)

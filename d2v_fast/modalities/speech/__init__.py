@@ -137,9 +137,9 @@ def _huggingface_head() -> HuggingFace:
 
 
 def _filled(raw: dict[str, Any]) -> dict[str, Any]:
-    from d2v_fast.interop.sources import fill
+    from d2v_fast.modalities.speech.source import fill_speech
 
-    return fill(raw)
+    return fill_speech(raw)
 
 
 def _finetuning() -> Finetuning:

@@ -68,7 +68,8 @@ class TranscribedConfig(LabeledSpeechConfig):
     Attributes:
         letter_case: Whether transcripts are changed to "lower" or "upper" case, or kept.
         vocabulary: File of letters: a fairseq dictionary, one letter per line, or a Transformers `vocab.json`; null
-            takes `dict.ltr.txt` beside a `.ltr`, and else the characters of the transcripts.
+            takes the letters of a source that was fine-tuned by CTC, else `dict.ltr.txt` beside a `.ltr`, and else the
+            characters of the transcripts.
     """
 
     only_for: ClassVar[dict[str, tuple[str, ...]]] = LabeledSpeechConfig.only_for

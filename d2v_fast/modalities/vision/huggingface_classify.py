@@ -76,7 +76,10 @@ def export_classifier(
 def head_of_folder(folder: Path) -> SavedHead | None:
     """Return the head in a folder that Transformers or `export_classifier` wrote; None if there is none."""
     raw = read_model_config(folder)
-    return read_head(folder, _names(raw.get("model_type") == KIND, raw.get("use_mean_pooling", True)))
+    is_first = raw.get("model_type") == KIND
+    uses_mean = bool(raw.get("use_mean_pooling", True)) if is_first else raw.get("pooling", "mean") == "mean"
+    found = read_head(folder, _names(is_first, uses_mean))
+    return None if found is None else replace(found, keys={"pooling": "mean" if uses_mean else "token"})
 
 
 def _names(is_first: bool, uses_mean: bool) -> dict[str, str]:

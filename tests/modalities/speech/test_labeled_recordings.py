@@ -15,6 +15,7 @@ from d2v_fast.data.listing import describe_listing
 from d2v_fast.data.makers import resolved
 from d2v_fast.data.order import MicroStep
 from d2v_fast.errors import DataError
+from d2v_fast.modalities.speech import source
 from d2v_fast.modalities.speech.labeled import recordings_held_out, recordings_to_train
 from d2v_fast.modalities.speech.labeled_batches import held_out_recordings, labeled_recordings
 from d2v_fast.modalities.speech.vocabulary import Vocabulary
@@ -85,6 +86,29 @@ def test_manifest_with_letters_and_dictionary(folder: Path, caplog: pytest.LogCa
     assert left_out in said
     recordings_held_out(config)
     assert f"held-out recordings: {left_out}" in caplog.messages
+
+
+def test_letters_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "fill", dict)
+    raw = tiny_raw(TINY_CTC, d2v__finetune={"source": str(tmp_path)})["d2v"]
+    (tmp_path / "vocab.json").write_text('{"<pad>": 1, "|": 0, "x": 2}')
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"architectures": ["Data2VecAudioForCTC"]}')
+    assert source.fill_speech(raw)["labels"] == ["|", "<pad>", "x"]
+    # names in the file have precedence
+    named = [{**raw, "labels": ["<pad>", "|", "y"]}, {**raw, "data": {**raw["data"], "vocabulary": "z"}}]
+    assert [source.fill_speech(one) for one in named] == named
+    classify = {**raw, "objective": "classify"}
+    assert source.fill_speech(classify) == classify
+    (tmp_path / "config.json").write_text('{"architectures": ["Data2VecAudioModel"]}')
+    assert source.fill_speech(raw) == raw
+    # a run has them in its configuration
+    (tmp_path / "checkpoints").mkdir()
+    run = section()
+    monkeypatch.setattr(source, "read_run_config", lambda folder: run)
+    assert source.fill_speech(raw)["labels"] == list(run.labels)
+    run = section("classify")
+    assert source.fill_speech(raw) == raw
 
 
 def test_what_is_left_out(folder: Path) -> None:

@@ -15,6 +15,7 @@ from d2v_fast.commands.console import main as d2v_fast
 from d2v_fast.config import RunConfig, load_config
 from d2v_fast.data import DataError, batch_maker, resolved
 from d2v_fast.data.order import MicroStep
+from d2v_fast.modalities.vision.huggingface_classify import head_of_folder
 from d2v_fast.modalities.vision.labeled import held_out_images
 from tests.helpers.finetuning import TINY_CLASSIFY, saved
 from tests.helpers.runs import run_here, tiny_file
@@ -124,6 +125,9 @@ def test_pipeline_gives_the_answers_of_predict(
         assert [one["label"] for one in found] == [one["label"] for one in row["top"]]
         theirs = [one["score"] for one in found]
         assert theirs == pytest.approx([one["probability"] for one in row["top"]], abs=1e-5)
+    head = head_of_folder(export)
+    assert head is not None
+    assert head.keys == {"pooling": pooling}
     # the folder goes on training, with its head
     more = images(tmp_path, path, **{**changes, "d2v__finetune": {"source": str(export)}})
     small = ["--set", "optimizer.params.lr=1e-30", "--set", "d2v.schedule.steps=1"]
