@@ -157,7 +157,10 @@ def _add_embed(add: _Add) -> None:
         "--frames", action="store_true", help="do not average; write an .npz with one array of rows for each input"
     )
     embed.add_argument(
-        "--weights", choices=("student", "teacher"), default=None, help="whose weights of a run (default: student)"
+        "--weights",
+        choices=("student", "teacher"),
+        default=None,
+        help="whose weights of a run (default: student; of a fine-tuned run its average, if it keeps one)",
     )
     _add_step(embed)
     embed.add_argument(

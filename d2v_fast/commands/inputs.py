@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from d2v_fast.checkpoints.best import best_step
 from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
+from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.config.model_paths import explain
 from d2v_fast.config.schema import MAX_FILE_BYTES
 from d2v_fast.errors import OptionError
 from d2v_fast.evaluation.inputs import Encoder, Source
 from d2v_fast.files.reading import read_json
 from d2v_fast.interop.huggingface import import_model
+from d2v_fast.interop.sources import averaged
 from d2v_fast.modalities import modality_of, modality_of_model
 
 
@@ -20,8 +23,9 @@ class Choice(NamedTuple):
 
     Attributes:
         folder: A run folder or a Transformers folder.
-        weights: "student" or "teacher", of a run folder; None is the student.
-        step: Step of a run's checkpoint; None is the newest.
+        weights: "student" or "teacher", of a run folder; None is the student, and of a fine-tuned run its average,
+            if it keeps one.
+        step: Step of a run's checkpoint; None is the newest, and of a fine-tuned run the best one.
         tokenizer: Of a text model; None is the one that the run names or the folder holds.
     """
 
@@ -54,8 +58,12 @@ def _load(choice: Choice) -> Encoder:
     folder = choice.folder
     if _is_run(folder):
         run = read_run_config(folder)
-        weights = choice.weights or "student"
-        with open_checkpoint(folder, choice.step) as checkpoint:
+        weights, step = choice.weights or averaged(run, "student"), choice.step
+        if isinstance(run, FinetuneConfig):
+            step = best_step(folder) if step is None else step
+            if weights == "teacher" and run.finetune.average_decay is None:
+                raise OptionError(f"`--weights teacher` needs an average, and {folder} keeps none. Leave it out.")
+        with open_checkpoint(folder, step) as checkpoint:
             model = load_encoder(checkpoint, run, weights)
         origin = f"{weights} of {folder}, step {checkpoint.step}"
         return Encoder(model, origin, folder, run.model, run, checkpoint.state.get("vocabulary"))

@@ -139,6 +139,29 @@ def test_pipeline_gives_the_answers_of_predict(
         assert torch.equal(after[name], before[name.replace("student/", "teacher/")]), name
 
 
+def test_features_of_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are those of the best step and of the average, if there is one."""
+    path = write_images(tmp_path / "train", {"a": 4, "b": 4})
+    # all validations are equal, so the first step is the best one
+    file = images(tmp_path, path, d2v__valid={"every_steps": 1, "every_epochs": 0, "metric": "top5"})
+    for name, changes in (("r", []), ("plain", ["--set", "d2v.finetune.average_decay=null"])):
+        assert run_here("--ds_config", file, "--run", name, *changes) == 0, capsys.readouterr().err
+
+    def told(run: str, *options: str) -> str:
+        capsys.readouterr()
+        to = ["--to", str(tmp_path / "e.npy"), "--overwrite", "--device", "cpu"]
+        status = d2v_fast(["embed", str(tmp_path / "runs" / run), str(path), *to, *options])
+        said = capsys.readouterr()
+        return f"{status} {said.out}{said.err}"
+
+    assert f"by the teacher of {tmp_path}/runs/r, step 1" in told("r")
+    assert f"by the student of {tmp_path}/runs/r, step 2" in told("r", "--weights", "student", "--step", "2")
+    assert f"by the student of {tmp_path}/runs/plain, step 1" in told("plain")
+    refused = told("plain", "--weights", "teacher")
+    assert refused.startswith("2 ")
+    assert "`--weights teacher` needs an average" in refused
+
+
 MODEL2 = {
     "image_size": 8,
     "patch_size": 2,
