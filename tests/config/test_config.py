@@ -149,7 +149,7 @@ def test_keys_of_another_kind_have_no_effect() -> None:
 def test_shipped_files_are_valid(path: Path) -> None:
     raw = json.loads(path.read_text())
     kind = raw["d2v"]["data"]["kind"]
-    overrides = ["d2v.data.path=/data"] if kind in ("images", "audio", "text") else []
+    overrides = ["d2v.data.path=/data"] if kind in ("images", "audio", "text", "table") else []
     config = load_config(path, overrides + (["d2v.data.tokenizer=/tokenizer"] if kind == "text" else []))
     # what is written to the run folder means the same
     again = parse_config(json.loads(json.dumps(config.to_dict())))

@@ -33,7 +33,7 @@ NO_PATHS = {
     *("tag_validation", "data_parallel"),
 }
 # options whose value is text which is no path
-NO_PATH_OPTIONS = {"overrides", "run", "only", "name", "field", "label_field", "local_rank"}
+NO_PATH_OPTIONS = {"overrides", "run", "only", "name", "field", "label_field", "local_rank", "sweep"}
 
 
 def annotations(kind: Any) -> Iterator[Any]:

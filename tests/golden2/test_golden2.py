@@ -96,7 +96,6 @@ def test_errors_are_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ({"layer_norm_first": True}, "`layer_norm_first` in the `cfg` of .* must be false, but is true"),
         ({"end_of_block_targets": True}, "`end_of_block_targets` in .* must be false"),
         ({"recon_loss": 0.5}, "`recon_loss` in .* must be 0.0, but is 0.5"),
-        ({"loss_scale": 0.3}, "`loss_scale` in .* must be null, 1, or"),
         ({"layer_norm_target_layer": True}, "must set one norm of the target"),
         ({"modulated": 3}, "`modulated` in .* is not known here"),
         ({"modalities": {"text": {"mask_dropout": 0.1}}}, "`mask_dropout` in `modalities.text` .* must be 0.0"),

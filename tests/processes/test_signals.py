@@ -54,14 +54,14 @@ def test_while_data_are_listed(
 @pytest.mark.parametrize("number", NUMBERS)
 def test_while_a_run_is_built(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal while a run is built stops it after its first step, which is saved."""
-    real = console.sys.modules["d2v_fast.objectives.build"].build_model
+    real = console.sys.modules["d2v_fast.objectives.build"].build_objective
 
     def build(*arguments: object) -> object:
-        monkeypatch.setattr("d2v_fast.training.prepare.build_model", real)
+        monkeypatch.setattr("d2v_fast.training.prepare.build_objective", real)
         os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr("d2v_fast.training.prepare.build_model", build)
+    monkeypatch.setattr("d2v_fast.training.prepare.build_objective", build)
     assert run_here(tiny_file(tmp_path), "--run", "r") == 0
     assert [path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()] == ["step-1"]
 
