@@ -39,6 +39,21 @@ def seconds_argument(text: str) -> float:
     return seconds
 
 
+def number_argument(text: str) -> float:
+    """Read a finite number.
+
+    Raises:
+        ArgumentTypeError: it is not one.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, but is {text} instead")
+    return number
+
+
 def path_argument(text: str) -> Path:
     """Read a path; `~` and environment variables are expanded.
 

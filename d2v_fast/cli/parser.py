@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from d2v_fast.cli.arguments import count_argument, path_argument, seconds_argument
+from d2v_fast.cli.arguments import count_argument, number_argument, path_argument, seconds_argument
 from d2v_fast.cli.train_options import add_overrides, add_train_options
 from d2v_fast.modalities import modality_names
 from d2v_fast.packages import add_version_option
@@ -185,8 +185,8 @@ def _add_predict(add: _Add) -> None:
     predict = add(
         "predict",
         "write the answers of a fine-tuned run to files",
-        "Write one row for each input: path, label and probability. Inputs are sorted by path. Unreadable files are "
-        "left out and listed.",
+        "Write one row for each input: path, and label with probability, score or transcript. Inputs are sorted by "
+        "path. Unreadable files are left out and listed.",
         "predict runs/mine /my/images --to answers.jsonl",
     )
     _add_run(predict)
@@ -204,6 +204,21 @@ def _add_predict(add: _Add) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
     )
     _add_overwrite(predict, "FILE")
+    search = predict.add_argument_group("transcripts with an n-gram language model")
+    search.add_argument(
+        "--lm", type=path_argument, metavar="FILE", help="search with this model: ARPA text, or a binary file of KenLM"
+    )
+    search.add_argument(
+        "--lexicon",
+        type=path_argument,
+        metavar="FILE",
+        help="file with a word at the start of each line (default: the words of the ARPA file)",
+    )
+    search.add_argument(
+        "--lm-weight", type=number_argument, metavar="X", help="weight of the model's score (default: 2)"
+    )
+    search.add_argument("--word-score", type=number_argument, metavar="X", help="added for each word (default: -1)")
+    search.add_argument("--beam-size", type=count_argument, metavar="N", help="hypotheses kept per frame (default: 50)")
 
 
 def _add_export(add: _Add) -> None:

@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from d2v_fast.cli.parser import tool_parser
 from d2v_fast.cli.run import run_command
 from d2v_fast.errors import OptionError
 from d2v_fast.processes.idle import IdleWatch
+
+if TYPE_CHECKING:
+    from d2v_fast.objectives.finetune import Beam
 
 # these end after waiting this long without progress; the others wait for programs that have their own time limits
 _WATCHED = ("check", "probe", "embed", "predict", "export", "import", "tokenize", "draw")
@@ -92,9 +96,27 @@ def _embed(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from d2v_fast.commands.predict import predict
 
-    own = {"step": options.step, "batch_size": options.batch_size, "device": options.device}
+    own = {"step": options.step, "batch_size": options.batch_size, "device": options.device, "beam": _beam(options)}
     print(predict(options.run_folder, options.inputs, options.to, **own, overwrite=options.overwrite))
     return 0
+
+
+def _beam(options: argparse.Namespace) -> Beam | None:
+    """Return the search that the options of `predict` ask for."""
+    from d2v_fast.objectives.finetune import Beam
+
+    named = {
+        "lexicon": ("--lexicon", options.lexicon and str(options.lexicon)),
+        "size": ("--beam-size", options.beam_size),
+        "weight": ("--lm-weight", options.lm_weight),
+        "word_score": ("--word-score", options.word_score),
+    }
+    given = {field: value for field, (_, value) in named.items() if value is not None}
+    if options.lm is None:
+        if given:
+            raise OptionError(f"`{named[next(iter(given))][0]}` needs `--lm FILE`, the language model of the search.")
+        return None
+    return Beam(str(options.lm), **given)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from d2v_fast.interop.sources import averaged
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.weights import require_finite
 from d2v_fast.objectives.build import build_objective
-from d2v_fast.objectives.finetune import Answer, Finetune, finetuning_of
+from d2v_fast.objectives.finetune import Answer, Beam, Finetune, finetuning_of
 from d2v_fast.packages import install_command
 
 Row = dict[str, Any]
@@ -46,6 +46,7 @@ def predict(
     batch_size: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    beam: Beam | None = None,
 ) -> str:
     """Write one row for each input, in the order of sorted paths; returns a line for the user.
 
@@ -59,14 +60,18 @@ def predict(
         batch_size: Samples that are answered together; None is the modality's own number.
         device: "auto", "cpu" or "cuda".
         overwrite: Replace `to`.
+        beam: Search for the likeliest words of transcripts with a language model; None takes the likeliest letters.
     Raises:
-        ValueError: The run is not fine-tuned, no input can be read, or a package is missing.
+        ValueError: The run is not fine-tuned or writes no transcripts to search for, or no input can be read.
+        ImportError: A package is missing.
         RunError: There is no such device.
     """
     write = _writer(to)
     require_file(to, overwrite)
     encoder, model = load_finetuned(run_folder, step)
     source = open_inputs(encoder, inputs)
+    if beam is not None:
+        model.search(beam)
     model.to(World(device).device).eval()
     print_listing(source.listing, f"{source.what}s")
     bad: list[str] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.data import Batch
 from d2v_fast.objectives.base import StepOutput
-from d2v_fast.objectives.finetune import Answer, Finetune, finetuning_of
+from d2v_fast.objectives.finetune import Answer, Beam, Finetune, finetuning_of
 
 __all__ = ["Ctc", "ctc_loss"]
 
@@ -34,6 +34,14 @@ class Ctc(Finetune):
         recognizing = finetuning_of(config).recognizing
         assert recognizing is not None
         self.blank, self.decode = recognizing(config)
+
+    def search(self, beam: Beam) -> None:
+        """See `Finetune`. The probabilities of answers stay those of the likeliest letters."""
+        searching = finetuning_of(self.config).searching
+        if searching is None:
+            super().search(beam)
+        else:
+            self.decode = searching(self.config, beam)
 
     def losses(self, predictions: Tensor, batch: Batch) -> Tensor:
         """See `Finetune`."""

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from d2v_fast.config import TeacherConfig
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.data import Batch, BatchMaker
+from d2v_fast.errors import OptionError
 from d2v_fast.interop.sources import read_source
 from d2v_fast.modalities import build_student, modality_of
 from d2v_fast.objectives.base import Objective, Rate, StepOutput
 
+# from log-probabilities fp32 `[B, T, V]` and the number of frames of each sample to transcripts
+Decoder = Callable[[Tensor, Sequence[int]], list[str]]
 # answer to one sample, in values that JSON can express
 Answer = dict[str, Any]
 
@@ -34,6 +37,28 @@ class HeldOut(BatchMaker, Protocol):
     targets: list[Any]
 
 
+class Beam(NamedTuple):
+    """Settings of the search for the likeliest words with a language model.
+
+    Attributes:
+        language_model: n-gram model: ARPA text, or a binary file of KenLM.
+        lexicon: file with a word at the start of each line; None takes the words of an ARPA file.
+        size: hypotheses that are kept after each frame.
+        threshold: hypotheses further below the best one are dropped, in natural logarithms.
+        weight: weight of the language model's score.
+        word_score: added for every word.
+
+    The defaults of the weight and of the word score are those of the published recipes of wav2vec 2.0.
+    """
+
+    language_model: str
+    lexicon: str | None = None
+    size: int = 50
+    threshold: float = 50.0
+    weight: float = 2.0
+    word_score: float = -1.0
+
+
 class Finetuning(NamedTuple):
     """What a modality defines for fine-tuning.
 
@@ -42,14 +67,16 @@ class Finetuning(NamedTuple):
             `Batch.lengths` to predictions.
         held_out: from the run's section to the held-out samples. Raise DataError where there are none.
         batch: from the run's section and the parts of samples, as `open_inputs` reads them, to a batch of them.
-        recognizing: from the run's section to the class of the blank, and a function from log-probabilities fp32
-            `[B, T, V]` and the number of frames of each sample to transcripts. None: there are no transcripts.
+        recognizing: from the run's section to the class of the blank, and to the decoder that takes the likeliest
+            class of each frame. None: there are no transcripts.
+        searching: from the run's section to a decoder that searches with a language model. None: there is none.
     """
 
     head: Callable[[Any], nn.Module]
     held_out: Callable[[Any], HeldOut]
     batch: Callable[[Any, list[Tensor]], Batch]
-    recognizing: Callable[[Any], tuple[int, Callable[[Tensor, Sequence[int]], list[str]]]] | None = None
+    recognizing: Callable[[Any], tuple[int, Decoder]] | None = None
+    searching: Callable[[Any, Beam], Decoder] | None = None
 
 
 def finetuning_of(config: FinetuneConfig) -> Finetuning:
@@ -138,6 +165,19 @@ class Finetune(Objective):
     def joined(self, answers: Sequence[Answer]) -> Answer:
         """Return the answer to a long sample from those to its parts: that to the first one."""
         return answers[0]
+
+    def search(self, beam: Beam) -> None:
+        """Answer with the likeliest words under a language model from now on.
+
+        Raises:
+            OptionError: the run writes no transcripts.
+            DataError: a file of `beam` cannot be used.
+            ImportError: a package is missing.
+        """
+        raise OptionError(
+            f'`--lm` must be left out for a run of modality "{self.config.modality}" and objective '
+            f'"{self.config.objective}": a language model searches for the words of transcripts ("ctc").'
+        )
 
     def rows_of(self, batch: Batch) -> int:
         """See `Objective`: the samples."""

@@ -145,10 +145,10 @@ def _filled(raw: dict[str, Any]) -> dict[str, Any]:
 def _finetuning() -> Finetuning:
     from d2v_fast.modalities.speech.heads import make_head
     from d2v_fast.modalities.speech.labeled_batches import batch_of, held_out_recordings
-    from d2v_fast.modalities.speech.recognition import recognizing
+    from d2v_fast.modalities.speech.recognition import recognizing, searching
     from d2v_fast.objectives.finetune import Finetuning
 
-    return Finetuning(make_head, held_out_recordings, batch_of, recognizing)
+    return Finetuning(make_head, held_out_recordings, batch_of, recognizing, searching)
 
 
 def _finetuned(objective: str, config: type[SpeechFinetuneConfig]) -> Modality[Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,41 +19,24 @@ from d2v_fast.errors import DataError
 from d2v_fast.files.reading import open_regular, printable, refuse_pointer, require_regular
 from d2v_fast.modalities.speech.config_finetune import SpeechCtcConfig
 from d2v_fast.modalities.speech.vocabulary import BOUNDARY, Vocabulary
+from d2v_fast.objectives.finetune import Beam, Decoder
 from d2v_fast.packages import MissingPackageError, install_command
 
-__all__ = ["Beam", "Decoder", "beam_decoder", "greedy_transcripts"]
-
-# from log-probabilities fp32 `[B, T, V]` and the number of frames of each sample to transcripts
-Decoder = Callable[[Tensor, Sequence[int]], list[str]]
+__all__ = ["beam_decoder", "greedy_transcripts", "recognizing", "searching"]
 
 MAX_LINE = 100_000
 _SECTION = re.compile(r"\\(\d+)-grams:")
-
-
-class Beam(NamedTuple):
-    """Settings of the beam search.
-
-    Attributes:
-        language_model: n-gram model: ARPA text, or a binary file of KenLM.
-        lexicon: file with a word at the start of each line; None takes the words of an ARPA file.
-        size: hypotheses that are kept after each frame.
-        threshold: hypotheses further below the best one are dropped, in natural logarithms.
-        weight: weight of the language model's score.
-        word_score: added for every word.
-    """
-
-    language_model: str
-    lexicon: str | None = None
-    size: int = 50
-    threshold: float = 50.0
-    weight: float = 2.0
-    word_score: float = -1.0
 
 
 def recognizing(config: SpeechCtcConfig) -> tuple[int, Decoder]:
     """Return the class of the blank, and the decoder that takes the likeliest letters."""
     vocabulary = Vocabulary(config.labels or ())
     return vocabulary.blank, greedy_transcripts(vocabulary)
+
+
+def searching(config: SpeechCtcConfig, beam: Beam) -> Decoder:
+    """Return the decoder of a run that searches with a language model; see `beam_decoder`."""
+    return beam_decoder(Vocabulary(config.labels or ()), beam)
 
 
 def greedy_transcripts(vocabulary: Vocabulary) -> Decoder:
@@ -68,6 +52,8 @@ def greedy_transcripts(vocabulary: Vocabulary) -> Decoder:
 def beam_decoder(vocabulary: Vocabulary, beam: Beam) -> Decoder:
     """Return a decoder that searches for the likeliest words under an n-gram language model.
 
+    Words that cannot be spelled with the vocabulary are left out and counted on the error stream.
+
     Raises:
         MissingPackageError: flashlight-text is not installed.
         DataError: a file cannot be read, or no word of the lexicon can be spelled with the vocabulary.
@@ -80,9 +66,18 @@ def beam_decoder(vocabulary: Vocabulary, beam: Beam) -> Decoder:
             f"the words of '{printable(beam.lexicon or beam.language_model)}' must be spelled in the letters of the "
             f"run, but none of the {len(words):,} is. Is its letter case that of the transcripts?"
         )
+    if outside := len(words) - len(spelled):
+        print(f"{outside:,} of {len(words):,} words have letters that the run lacks and are left out", file=sys.stderr)
     _require_file(beam.language_model)
     indices = dictionary.Dictionary([word for word, _ in spelled] + ["<unk>"])
-    model = kenlm.KenLM(beam.language_model, indices)
+    try:
+        model = kenlm.KenLM(beam.language_model, indices)
+    except RuntimeError as error:
+        why = printable(" ".join(str(error).split()))
+        raise DataError(
+            f"'{printable(beam.language_model)}' must be ARPA text or a binary file of KenLM, which cannot read it: "
+            f"{why}"
+        ) from None
     boundary, blank = vocabulary.tokens.index(BOUNDARY), vocabulary.blank
     trie = decoder.Trie(len(vocabulary.tokens), boundary)
     start = model.start(False)
@@ -148,7 +143,7 @@ def _lexicon(beam: Beam) -> Iterator[str]:
             break
     if not found:
         raise DataError(
-            f"`lexicon` must name a file of words, because '{printable(beam.language_model)}' is no ARPA "
+            f"`--lexicon` must name a file of words, because '{printable(beam.language_model)}' is no ARPA "
             "file, whose words could be read."
         )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,14 @@ import soundfile
 import soxr
 import torch
 
+from d2v_fast.commands.console import main as d2v_fast
 from d2v_fast.commands.predict import predict
 from d2v_fast.config import parse_config
 from d2v_fast.interop.export import export_run
+from d2v_fast.modalities.speech import recognition
 from d2v_fast.modalities.speech.huggingface_head import head_of_folder
 from d2v_fast.modalities.speech.samples import FOLDER
+from d2v_fast.modalities.speech.vocabulary import Vocabulary
 from d2v_fast.training import step
 from tests.helpers.finetuning import logged, result, saved, validations
 from tests.helpers.marks import needs_deepspeed
@@ -50,7 +55,13 @@ def pretrained(folder: Path, base: dict[str, Any]) -> str:
         pytest.param(TINY_SPEECH, "classify", marks=pytest.mark.slow),
     ],
 )
-def test_from_a_run_to_transformers_and_back(base: dict[str, Any], objective: str, tmp_path: Path) -> None:
+def test_from_a_run_to_transformers_and_back(
+    base: dict[str, Any],
+    objective: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     transformers = pytest.importorskip("transformers")
     source = pretrained(tmp_path, base)
     changes = {"d2v__objective": objective, "d2v__model": {"dropout": 0.0}, "d2v__finetune": {"source": source}}
@@ -102,9 +113,90 @@ def test_from_a_run_to_transformers_and_back(base: dict[str, Any], objective: st
     told = ask({"raw": waveform, "sampling_rate": section.model.sample_rate})
     if objective == "ctc":
         assert told["text"] == answer["transcript"]
+        check_language_model(tmp_path / "runs" / "r", monkeypatch, capsys)
     else:
         assert told[0]["label"] == answer["label"]
         assert told[0]["score"] == pytest.approx(answer["probability"], rel=1e-2)
+
+
+ARPA = """\\data\\
+ngram 1=5
+
+\\1-grams:
+-1.0\t<unk>
+-99\t<s>\t0
+-1.0\t</s>
+-0.8\tyellow
+-0.5\tgreen
+
+\\end\\
+"""
+
+
+class StandIn:
+    """In the place of flashlight-text's modules: records the calls, and finds the second word of the lexicon."""
+
+    def __init__(self) -> None:
+        self.SmearingMode = self.CriterionType = SimpleNamespace(MAX="max", CTC="ctc")
+        self.calls: dict[str, Any] = {}
+        self.spelled: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> StandIn:
+            self.calls[name] = options or arguments
+            return self
+
+        return call
+
+    def insert(self, letters: list[int], number: int, score: float) -> None:
+        assert number == len(self.spelled)
+        self.spelled.append(letters)
+
+    def score(self, state: Any, number: int) -> tuple[Any, float]:
+        return state, -1.0
+
+    def decode(self, address: int, frames: int, classes: int) -> list[Any]:
+        assert frames > 0
+        self.calls["classes"] = classes
+        return [SimpleNamespace(words=[1, -1])]
+
+
+def check_language_model(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Predict with a language model: what is refused, and what reaches the search."""
+    to, lm, words = run / "p.jsonl", run / "lm.arpa", run / "words.txt"
+    lm.write_text(ARPA)
+    words.write_text("blue\nred\n")
+    ask = ["predict", str(run), str(FOLDER / "en-gb+m6" / "yellow.flac"), "--to", str(to), "--overwrite"]
+
+    def transcript(*options: str) -> str:
+        assert d2v_fast([*ask, *options]) == 0, capsys.readouterr().err
+        (line,) = to.read_text().splitlines()
+        return str(json.loads(line)["transcript"])
+
+    capsys.readouterr()
+    assert d2v_fast([*ask, "--word-score", "-1"]) == 2
+    assert "`--word-score` needs `--lm FILE`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        d2v_fast([*ask, "--lm", str(lm), "--lm-weight", "nan"])
+    assert "must be a finite number, but is nan instead" in capsys.readouterr().err
+    if find_spec("flashlight") is None:
+        assert d2v_fast([*ask, "--lm", str(lm)]) == 1
+        assert "`pip install 'd2v_fast[lm]'` installs it" in capsys.readouterr().err
+    else:
+        assert set(transcript("--lm", str(lm)).split()) <= {"yellow", "green"}
+    fake = StandIn()
+    monkeypatch.setattr(recognition, "_flashlight", lambda: (fake, fake, fake))
+    assert transcript("--lm", str(lm)) == "green"
+    settings = {"beam_size": 50, "lm_weight": 2.0, "word_score": -1.0, "beam_size_token": fake.calls["classes"]}
+    assert settings.items() <= fake.calls["LexiconDecoderOptions"].items()
+    vocabulary = Vocabulary(tuple(json.loads((run / "config.json").read_text())["d2v"]["labels"]))
+    assert fake.spelled == [vocabulary.encode("yellow"), vocabulary.encode("green")]
+    assert fake.calls["KenLM"][0] == str(lm)
+    options = ["--lexicon", str(words), "--lm-weight", "0.5", "--word-score", "-2", "--beam-size", "7"]
+    fake.spelled.clear()
+    assert transcript("--lm", str(lm), *options) == "red"
+    changed = {"beam_size": 7, "lm_weight": 0.5, "word_score": -2.0}
+    assert changed.items() <= fake.calls["LexiconDecoderOptions"].items()
 
 
 @pytest.mark.slow

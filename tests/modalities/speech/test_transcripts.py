@@ -14,9 +14,10 @@ import torch
 
 from d2v_fast.errors import DataError
 from d2v_fast.evaluation.word_errors import count_errors
-from d2v_fast.modalities.speech.recognition import Beam, beam_decoder, greedy_transcripts
+from d2v_fast.modalities.speech.recognition import beam_decoder, greedy_transcripts
 from d2v_fast.modalities.speech.transcripts import folder_labels, letter_labels, librispeech_labels, table_labels
 from d2v_fast.modalities.speech.vocabulary import Vocabulary, normalized_text, read_vocabulary, vocabulary_of
+from d2v_fast.objectives.finetune import Beam
 from d2v_fast.packages import MissingPackageError
 from tests.helpers.audio_files import RATE, make_dataset, tone
 
@@ -205,7 +206,7 @@ def test_greedy_decoding() -> None:
     assert greedy_transcripts(vocabulary)(log_probs, [0]) == [""]
 
 
-def test_language_model(tmp_path: Path) -> None:
+def test_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The model knows that the cat sat."""
     vocabulary = vocabulary_of(["cat cab sat"])
     log_probs = heard(vocabulary)
@@ -221,8 +222,13 @@ def test_language_model(tmp_path: Path) -> None:
     assert beam_decoder(vocabulary, Beam(model, words))(log_probs, lengths) == ["cab sat"]
     with pytest.raises(DataError, match="must be spelled in the letters of the run, but none of the 3 is"):
         beam_decoder(vocabulary_of(["xyz"]), Beam(model))
-    with pytest.raises(DataError, match="`lexicon` must name a file of words"):
+    with pytest.raises(DataError, match="`--lexicon` must name a file of words"):
         beam_decoder(vocabulary, Beam(write(tmp_path / "lm.bin", "no model")))
+    with pytest.raises(DataError, match="must be ARPA text or a binary file of KenLM, which cannot read it: "):
+        beam_decoder(vocabulary, Beam(write(tmp_path / "lm.bin", "no model"), words))
+    capsys.readouterr()
+    beam_decoder(vocabulary_of(["sat cat"]), Beam(model))
+    assert capsys.readouterr().err == "1 of 3 words have letters that the run lacks and are left out\n"
 
 
 def test_replacement_keeps_its_label(tmp_path: Path) -> None:

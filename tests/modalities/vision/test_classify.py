@@ -116,6 +116,8 @@ def test_pipeline_gives_the_answers_of_predict(
     assert d2v_fast(["predict", str(run), str(path), "--to", str(answers), "--device", "cpu"]) == 0
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert len(rows) == 18
+    assert d2v_fast(["predict", str(run), str(path), "--to", str(tmp_path / "b.csv"), "--lm", "lm.arpa"]) == 2
+    assert '`--lm` must be left out for a run of modality "vision" and objective "classify"' in capsys.readouterr().err
     export = tmp_path / "export"
     assert d2v_fast(["export", str(run), "--to", str(export)]) == 0
     options = {"trust_remote_code": True} if version == 2 else {}
