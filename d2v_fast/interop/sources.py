@@ -92,7 +92,8 @@ class Found(NamedTuple):
             return
         require_finite(self.head.tensors.items(), f"`{self.origin}`")
         head.load_state_dict(dict(self.head.tensors))
-        _log.info("the head is that of %s", printable(self.origin))
+        # a level that is shown: another line says that the encoder is read without its head
+        _log.warning("the head is that of %s", printable(self.origin))
 
 
 def _misfit(given: SavedHead, head: nn.Module, config: FinetuneConfig) -> str | None:

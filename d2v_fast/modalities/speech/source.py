@@ -41,7 +41,7 @@ def fill_speech(raw: dict[str, Any]) -> dict[str, Any]:
     tokens = _letters(Path(expand_path(source)))
     if tokens is None:
         return filled
-    _log.info("the %d letters are those of %s", len(tokens), printable(source))
+    _log.warning("the %d letters are those of %s", len(tokens), printable(source))
     return {**filled, "labels": list(tokens)}
 
 
