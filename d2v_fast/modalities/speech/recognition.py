@@ -73,7 +73,7 @@ def beam_decoder(vocabulary: Vocabulary, beam: Beam) -> Decoder:
     try:
         model = kenlm.KenLM(beam.language_model, indices)
     except RuntimeError as error:
-        why = printable(" ".join(str(error).split()))
+        why = printable(" ".join(str(error).rpartition(" threw ")[2].split()))
         raise DataError(
             f"'{printable(beam.language_model)}' must be ARPA text or a binary file of KenLM, which cannot read it: "
             f"{why}"

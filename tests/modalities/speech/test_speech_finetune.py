@@ -121,13 +121,17 @@ def test_from_a_run_to_transformers_and_back(
 
 ARPA = """\\data\\
 ngram 1=5
+ngram 2=1
 
 \\1-grams:
 -1.0\t<unk>
 -99\t<s>\t0
 -1.0\t</s>
--0.8\tyellow
--0.5\tgreen
+-0.8\tyellow\t0
+-0.5\tgreen\t0
+
+\\2-grams:
+-0.3\tyellow green
 
 \\end\\
 """
