@@ -162,7 +162,7 @@ def _add_embed(add: _Add) -> None:
         default=None,
         help="whose weights of a run (default: student; of a fine-tuned run its average, if it keeps one)",
     )
-    _add_step(embed)
+    _add_step(embed, "newest, or best of a fine-tuned run")
     embed.add_argument(
         "--tokenizer",
         type=path_argument,
@@ -240,7 +240,7 @@ def _add_export(add: _Add) -> None:
         help="file or folder to write (default: export, export.pt or export.onnx in RUN_FOLDER; with --weights teacher "
         "export-teacher or export-teacher.onnx)",
     )
-    _add_step(export)
+    _add_step(export, "newest, or best of a fine-tuned run")
     export.add_argument(
         "--format",
         choices=("transformers", "fairseq", "beit", "onnx"),
@@ -396,8 +396,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=path_argument, metavar="RUN_FOLDER", help="such as runs/digits-1")
 
 
-def _add_step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--step", type=int, default=None, metavar="N", help="step of the checkpoint (default: newest)")
+def _add_step(parser: argparse.ArgumentParser, default: str = "newest") -> None:
+    parser.add_argument(
+        "--step", type=int, default=None, metavar="N", help=f"step of the checkpoint (default: {default})"
+    )
 
 
 def _add_overwrite(parser: argparse.ArgumentParser, replaced: str) -> None:
