@@ -73,7 +73,7 @@ def groups_of(folders: list[Path]) -> dict[str, Group]:
     found: dict[str, Group] = {}
     for folder in folders:
         config = load_config(folder / "config.json")
-        key = config.model_dump(mode="json")
+        key = config.to_dict()
         del key["d2v"]["run"], key["d2v"]["probe"]
         found.setdefault(json.dumps(key, sort_keys=True), Group(config, [])).folders.append(folder)
     return found
