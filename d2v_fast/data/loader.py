@@ -37,6 +37,8 @@ PREFETCH_SMALL, PREFETCH_LARGE = 8, 2
 
 # how long a worker outlives SIGTERM, so that the main process can finish its step and save
 GRACE_SECONDS = 60
+# held back from workers until they can handle them
+_HELD = (signal.SIGINT, signal.SIGTERM)
 
 
 class StepLoader:
@@ -89,7 +91,12 @@ class StepLoader:
         return tuple(self._bad.files)
 
     def __iter__(self) -> Iterator[Step]:
-        iterator = iter(self._data_loader())
+        # a worker that gets a signal before `_init_worker` would die of it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+        try:
+            iterator = iter(self._data_loader())
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         stop = functools.partial(_stop_workers, iterator)
         # an interpreter that exits while the iteration is suspended would wait for its workers
         atexit.register(stop)
@@ -173,6 +180,7 @@ def _init_worker(worker_id: int) -> None:
     # Ctrl-C and SIGTERM often reach every process of a run; only the main process decides when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
 
 
 def worker_died(error: Exception) -> str | None:

@@ -220,7 +220,7 @@ def test_a_fine_tuned_file_gives_its_encoder(kind: str, tmp_path: Path, caplog: 
     assert found.config == whole.config
     for name, one in whole.student.state_dict().items():
         assert torch.equal(found.student.state_dict()[name], one)
-    assert "which are left out" in caplog.text
+    assert "is read without the parts" in caplog.text
 
 
 def test_old_and_halved_files_are_read(tmp_path: Path) -> None:

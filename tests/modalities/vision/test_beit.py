@@ -115,7 +115,7 @@ def test_what_is_left_out_and_drawn_is_logged(tmp_path: Path, caplog: pytest.Log
     model, _, _ = load_published(tmp_path / "a.pth")
     assert_same_features(model, theirs, masks=False)
     told = "\n".join(caplog.messages)
-    assert "left out: fc_norm (2 tensors), head" in told
+    assert "beside it: fc_norm (2 tensors), head" in told
     assert "holds no mask token: a new one is drawn" in told
     assert "holds no norm after the last block" in told
     again, _, _ = load_published(tmp_path / "a.pth")
@@ -127,7 +127,7 @@ def test_an_other_head_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixt
     more = {"lm_head.weight": torch.zeros(512, 24), "lm_head.bias": torch.zeros(512)}
     torch.save({"model": published(reference()) | more}, tmp_path / "a.pth")
     assert load_published(tmp_path / "a.pth")[1] is None
-    assert "left out: lm_head (2 tensors)" in "\n".join(caplog.messages)
+    assert "beside it: lm_head (2 tensors)" in "\n".join(caplog.messages)
 
 
 def test_a_folder_is_made_that_transformers_reads(tmp_path: Path) -> None:
