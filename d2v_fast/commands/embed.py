@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -12,16 +11,14 @@ from typing import Any
 import numpy as np
 
 from d2v_fast.commands.inputs import Choice, open_source
-from d2v_fast.data.files import NUM_NAMED
-from d2v_fast.data.listing import counted, print_listing
+from d2v_fast.commands.left_out import import_arrow, report_left_out, require_folder, require_some
+from d2v_fast.data.listing import print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.distributed.world import World
-from d2v_fast.errors import DataError, OptionError
+from d2v_fast.errors import OptionError
 from d2v_fast.evaluation.inputs import Rows, Sample, Source, encode
 from d2v_fast.files.atomic import replaced, write_text
 from d2v_fast.files.outputs import require_file
-from d2v_fast.files.reading import printable
-from d2v_fast.packages import install_command
 
 # not the same stem with .txt, which may be an input
 _BESIDE = ".paths.txt"
@@ -77,18 +74,8 @@ def embed(
 
     with replaced(to) as part:
         count, width = write(part, features())
-        if count == 0:
-            raise DataError(f"none of the {source.what}s in '{printable(str(inputs))}' can be read:{_named(bad)}")
-    if bad:
-        print(
-            f"{len(bad):,} of {count + len(bad):,} {source.what}s are unreadable and left out:{_named(bad)}",
-            file=sys.stderr,
-        )
-    if source.num_cut:
-        lines = counted(source.num_cut, source.what)
-        print(f"only the beginning is read of {lines} longer than the model reads", file=sys.stderr)
-    if problem := source.problem():
-        print(f"warning: {problem}", file=sys.stderr)
+        require_some(count, source, inputs, bad)
+    report_left_out(count, source, bad)
     beside = f", their names in {to.with_suffix(_BESIDE)}" if to.suffix == ".npy" else ""
     rows = f"{count:,} {source.what}s x {width} features"
     return f"embed: {to} ({rows}{', one row per place' if frames else ''}, by the {source.origin}{beside})"
@@ -107,11 +94,6 @@ def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
         yield chunk
 
 
-def _named(bad: list[str]) -> str:
-    more = len(bad) - NUM_NAMED
-    return "".join(f"\n  {text}" for text in bad[:NUM_NAMED]) + (f"\n  and {more} more" if more > 0 else "")
-
-
 Write = Callable[[Path, Iterable[tuple[str, Rows]]], tuple[int, int]]
 """From a path and pairs of name and features `[P, D]` to the number of pairs, and D."""
 
@@ -121,11 +103,10 @@ def _writer(to: Path, frames: bool) -> Write:
     if to.suffix not in suffixes:
         must = "end with .npz with `--frames`" if frames else "end with .npy or .parquet"
         raise OptionError(f"`--to` must {must}, but is {to} instead.")
-    if not to.absolute().parent.is_dir():
-        raise OptionError(f"`--to` must be in a folder that exists, but {to.absolute().parent} does not.")
+    require_folder(to)
     if to.suffix == ".parquet":
         # imported before hours of work that it could not write
-        arrow = _arrow()
+        arrow = import_arrow("an .npy file")
         return lambda path, features: _write_parquet(path, features, arrow)
     if frames:
         return _write_npz
@@ -158,19 +139,6 @@ def _write_npz(path: Path, features: Iterable[tuple[str, Rows]]) -> tuple[int, i
                 np.lib.format.write_array(file, np.ascontiguousarray(rows))
             count, width = count + 1, rows.shape[1]
     return count, width
-
-
-def _arrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-
-        return pyarrow
-    except Exception as error:
-        raise ValueError(
-            f"a .parquet file is written with pyarrow, which cannot be imported ({type(error).__name__}: {error}). "
-            f"Install it with `{install_command('pyarrow')}`, or write an .npy file."
-        ) from None
 
 
 def _write_parquet(path: Path, features: Iterable[tuple[str, Rows]], arrow: Any) -> tuple[int, int]:

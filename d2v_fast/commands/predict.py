@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,22 +14,20 @@ import torch
 from d2v_fast.checkpoints.best import best_step
 from d2v_fast.checkpoints.saved_weights import encoder_weights, open_checkpoint, read_run_config
 from d2v_fast.command_lines import tool_command
+from d2v_fast.commands.left_out import import_arrow, report_left_out, require_folder, require_some
 from d2v_fast.config.finetune import FinetuneConfig
-from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.listing import counted, print_listing
 from d2v_fast.data.progress import Progress
 from d2v_fast.distributed.world import World
-from d2v_fast.errors import DataError, OptionError
+from d2v_fast.errors import OptionError
 from d2v_fast.evaluation.inputs import Encoder, Sample, Source
 from d2v_fast.files.atomic import replaced
 from d2v_fast.files.outputs import require_file
-from d2v_fast.files.reading import printable
 from d2v_fast.interop.sources import averaged
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.weights import require_finite
 from d2v_fast.objectives.build import build_objective
 from d2v_fast.objectives.finetune import Answer, Beam, Finetune, finetuning_of
-from d2v_fast.packages import install_command
 
 Row = dict[str, Any]
 # from a path and the rows to their number
@@ -78,16 +75,8 @@ def predict(
     size = source.batch_size if batch_size is None else batch_size
     with replaced(to) as part, Progress("predicting", source.num_bytes) as progress:
         count = write(part, _rows(model, source, size, bad, progress))
-        if count == 0:
-            raise DataError(f"none of the {source.what}s in '{printable(str(inputs))}' can be read:{_named(bad)}")
-    if bad:
-        what = f"{len(bad):,} of {count + len(bad):,} {source.what}s are unreadable and left out:{_named(bad)}"
-        print(what, file=sys.stderr)
-    if source.num_cut:
-        lines = counted(source.num_cut, source.what)
-        print(f"only the beginning is read of {lines} longer than the model reads", file=sys.stderr)
-    if problem := source.problem():
-        print(f"warning: {problem}", file=sys.stderr)
+        require_some(count, source, inputs, bad)
+    report_left_out(count, source, bad)
     return f"predict: {to} ({counted(count, source.what)}, by the {encoder.origin})"
 
 
@@ -158,19 +147,13 @@ def _chunks(found: Iterator[Sample | str], size: int, bad: list[str]) -> Iterato
             yield samples
 
 
-def _named(bad: list[str]) -> str:
-    more = len(bad) - NUM_NAMED
-    return "".join(f"\n  {text}" for text in bad[:NUM_NAMED]) + (f"\n  and {more} more" if more > 0 else "")
-
-
 def _writer(to: Path) -> Write:
     writers: dict[str, Write] = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
     if to.suffix not in writers:
         raise OptionError(f"`--to` must end with .jsonl, .csv or .parquet, but is {to} instead.")
-    if not to.absolute().parent.is_dir():
-        raise OptionError(f"`--to` must be in a folder that exists, but {to.absolute().parent} does not.")
+    require_folder(to)
     if to.suffix == ".parquet":
-        _arrow()
+        import_arrow("a .jsonl or .csv file")
     return writers[to.suffix]
 
 
@@ -196,20 +179,7 @@ def _write_csv(path: Path, rows: Iterable[Row]) -> int:
 
 
 def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
-    arrow, found = _arrow(), list(rows)
+    arrow, found = import_arrow("a .jsonl or .csv file"), list(rows)
     if found:
         arrow.parquet.write_table(arrow.Table.from_pylist(found), str(path))
     return len(found)
-
-
-def _arrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-
-        return pyarrow
-    except Exception as error:
-        raise ValueError(
-            f"a .parquet file is written with pyarrow, which cannot be imported ({type(error).__name__}: {error}). "
-            f"Install it with `{install_command('pyarrow')}`, or write a .jsonl or .csv file."
-        ) from None

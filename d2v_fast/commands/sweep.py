@@ -6,7 +6,6 @@ command continues an interrupted sweep, and more values or seeds extend it.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from d2v_fast.command_lines import path_override, path_words
 from d2v_fast.errors import OptionError
 from d2v_fast.files.atomic import write_text
 from d2v_fast.files.reading import append_regular, open_regular, parse_json, printable, read_json
+from d2v_fast.processes.parent import end_with_parent
 from d2v_fast.processes.signals import StopRequest
 
 __all__ = ["Axis", "Cell", "Outcome", "Sweep", "parse_axis"]
@@ -36,7 +36,6 @@ _MAX_BYTES = 64_000_000
 _STOPPED = 130
 # what an entry of the best validation holds beside its metrics
 _ABOUT = ("step", "epoch", "samples", "value", "more_is_better", "seconds")
-_PR_SET_PDEATHSIG = 1
 # options of the sweep itself, with the number of their values; every run gets its own
 _OWN = {"--sweep": 1, "--seeds": 1, "--run": 1, "--run-name": 1, "--resume": 0}
 
@@ -314,11 +313,6 @@ def _plain(value: str) -> str:
 
 def _wait(command: Sequence[str], log: IO[bytes], stop: StopRequest) -> int:
     """Run a process to its end and return its status; a request to stop is passed on once."""
-    library = ctypes.CDLL(None)
-
-    def end_with_parent() -> None:
-        library.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
     )

@@ -11,7 +11,6 @@ There is no restart if the run is finished or was stopped on request (exit statu
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -33,13 +32,13 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from d2v_fast.checkpoints.files import complete_steps
 from d2v_fast.command_lines import SUPERVISION, pass_on_command, resume_command
 from d2v_fast.config import RunConfig
+from d2v_fast.processes.parent import end_with_parent
 from d2v_fast.training.run_folder import find_supervised
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _LONGEST_PAUSE_S = 60
 # `_Ended` ends the agent, not its own limit of restarts
 _UNLIMITED = 10**9
-_PR_SET_PDEATHSIG = 1
 
 
 def supervise(config: RunConfig, arguments: Sequence[str], limit: int) -> int | None:
@@ -55,7 +54,7 @@ def supervise(config: RunConfig, arguments: Sequence[str], limit: int) -> int | 
     """
     if SUPERVISION in os.environ:
         # if the supervisor dies, this process receives SIGTERM, saves and exits
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        end_with_parent()
         return None
     # do not reuse the last attempt's addresses; and let `_Agent.pass_on` handle signals, not torch's agent
     os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "none"}

@@ -66,7 +66,7 @@ LAZY = {
     "tokenizers": {"d2v_fast.modalities.text.tokenizer"},
     "pyarrow": {
         *("d2v_fast.modalities.text.parquet", "d2v_fast.modalities.text.streams"),
-        *("d2v_fast.commands.embed", "d2v_fast.commands.predict"),
+        "d2v_fast.commands.left_out",
     },
 }
 TOP_LEVEL_ALLOWED = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,18 @@ import torch
 from d2v_fast.config import parse_config
 from d2v_fast.modalities import modality_of
 from d2v_fast.objectives.build import build_objective
-from d2v_fast.training import step
 from d2v_fast.training.optimizers import parameter_groups
-from tests.helpers.finetuning import TINY_CLASSIFY, logged, result, saved, validations
+from tests.helpers.finetuning import (
+    TINY_CLASSIFY,
+    check_killed_run,
+    check_two_processes,
+    logged,
+    result,
+    saved,
+    validations,
+)
 from tests.helpers.marks import needs_deepspeed
-from tests.helpers.runs import TINY, TINY_2, run_forked, run_here, tiny_file
+from tests.helpers.runs import TINY, TINY_2, run_here, tiny_file
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -80,26 +85,7 @@ def test_learns(tmp_path: Path) -> None:
 
 def test_killed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = classify(tmp_path, d2v__data__mixup=0.5, d2v__finetune__freeze_encoder_steps=2, d2v__schedule__steps=7)
-    arguments, output = ["--ds_config", file, "--run"], tmp_path / "output"
-    assert run_forked(*arguments, "whole", output=output) == [0], output.read_text()
-
-    def kill_in_step_6() -> None:
-        made = step.TrainStep.update
-
-        def update(self: step.TrainStep, number: int, lr: float) -> torch.Tensor:
-            if number == 6:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return made(self, number, lr)
-
-        step.TrainStep.update = update  # type: ignore[method-assign]
-
-    assert run_forked(*arguments, "r", output=output, before=kill_in_step_6) == [-signal.SIGKILL]
-    assert run_forked(*arguments, "r", "--resume", output=output) == [0], output.read_text()
-    assert logged(tmp_path, "r") == logged(tmp_path, "whole")
-    assert validations(tmp_path, "r") == validations(tmp_path, "whole")
-    assert result(tmp_path, "r") == result(tmp_path, "whole")
-    whole, resumed = saved(tmp_path, "whole", 7), saved(tmp_path, "r", 7)
-    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    check_killed_run(tmp_path, file)
 
 
 @needs_deepspeed
@@ -116,14 +102,8 @@ def test_two_processes_equal_one(stage: int, tmp_path: Path) -> None:
         "zero_optimization__stage": stage,
         "gradient_accumulation_steps": 2,
     }
-    file, output = classify(tmp_path, **changes), tmp_path / "output"
-    assert run_forked("--ds_config", file, "--run", "two", output=output, num_processes=2) == [0, 0], output.read_text()
-    alone = ["--set", "zero_optimization.stage=0"]
-    assert run_forked("--ds_config", file, "--run", "one", *alone, output=output) == [0], output.read_text()
-    one, two = (saved(tmp_path, name, 4) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=2e-4, atol=2e-6, msg=name)
+    file = classify(tmp_path, **changes)
+    check_two_processes(tmp_path, file)
     for mine, other in zip(validations(tmp_path, "one"), validations(tmp_path, "two"), strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
 

@@ -177,37 +177,26 @@ def _huggingface_head() -> HuggingFace:
     return FORMAT
 
 
-CLASSIFY = Modality(
-    name="text",
-    objective="classify",
-    place="token",
-    config=TextClassifyConfig,
-    encoder=_encoder,
-    batches=_labeled_batches,
-    largest_batch=_largest_labeled_batch,
-    resolved=_labeled_resolved,
-    huggingface=_huggingface_head,
-    open_inputs=_open_rows,
-    tokenizer=_tokenizer,
-    filled=_filled,
-    finetuning=_finetuning,
-)
+def _finetuned(objective: str, config: type[TextFinetuneConfig]) -> Modality[Any]:
+    return Modality(
+        name="text",
+        objective=objective,
+        place="token",
+        config=config,
+        encoder=_encoder,
+        batches=_labeled_batches,
+        largest_batch=_largest_labeled_batch,
+        resolved=_labeled_resolved,
+        huggingface=_huggingface_head,
+        open_inputs=_open_rows,
+        tokenizer=_tokenizer,
+        filled=_filled,
+        finetuning=_finetuning,
+    )
 
-REGRESS = Modality(
-    name="text",
-    objective="regress",
-    place="token",
-    config=TextRegressConfig,
-    encoder=_encoder,
-    batches=_labeled_batches,
-    largest_batch=_largest_labeled_batch,
-    resolved=_labeled_resolved,
-    huggingface=_huggingface_head,
-    open_inputs=_open_rows,
-    tokenizer=_tokenizer,
-    filled=_filled,
-    finetuning=_finetuning,
-)
+
+CLASSIFY = _finetuned("classify", TextClassifyConfig)
+REGRESS = _finetuned("regress", TextRegressConfig)
 
 DATA2VEC2 = Modality(
     name="text",

@@ -256,6 +256,14 @@ class TextProbeConfig(ProbeConfig):
         return self
 
 
+def longer_than_positions(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the problem of samples with more tokens than the model has positions."""
+    model, data = sections.get("model"), sections.get("data")
+    if model and data and data.block_size > model.max_positions:
+        must = f"be <= `d2v.model.max_positions` ({model.max_positions})"
+        yield Problem("data.block_size", must, data.block_size)
+
+
 class DocumentsConfig(PretrainConfig):
     """What every objective on text has."""
 
@@ -268,10 +276,7 @@ class DocumentsConfig(PretrainConfig):
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield from super().problems_across(sections)
-        model, data = sections.get("model"), sections.get("data")
-        if model and data and data.block_size > model.max_positions:
-            must = f"be <= `d2v.model.max_positions` ({model.max_positions})"
-            yield Problem("data.block_size", must, data.block_size)
+        yield from longer_than_positions(sections)
 
 
 class TextConfig(DocumentsConfig):

@@ -20,7 +20,7 @@ from d2v_fast.config.finetune import (
     ValidSection,
 )
 from d2v_fast.config.schema import DataSection, ScheduleConfig
-from d2v_fast.modalities.text.config import TextModelConfig, TextModelSection
+from d2v_fast.modalities.text.config import TextModelConfig, TextModelSection, longer_than_positions
 from d2v_fast.modalities.text.config2 import MaskedTextModelConfig
 
 # columns of the files of GLUE (gluebenchmark.com), by task
@@ -181,10 +181,7 @@ class TextFinetuneConfig(FinetuneConfig):
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
         """See `D2VConfig`."""
         yield from super().problems_across(sections)
-        model, data = sections.get("model"), sections.get("data")
-        if model and data and data.block_size > model.max_positions:
-            must = f"be <= `d2v.model.max_positions` ({model.max_positions})"
-            yield Problem("data.block_size", must, data.block_size)
+        yield from longer_than_positions(sections)
 
 
 class TextClassifyConfig(TextFinetuneConfig, ClassifyConfig):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -178,9 +178,9 @@ def _training(config: VisionClassifyConfig) -> _Chosen:
     return found if config.valid.path is not None else _part(found, ~_is_held_out(found, config))
 
 
-def _digits(config: VisionClassifyConfig, split: str) -> _Chosen:
-    dataset = DigitsDataset(config.data, config.model, "train" if split == "train" else "test")
-    classes = digit_classes(config.data, "train" if split == "train" else "test")
+def _digits(config: VisionClassifyConfig, split: Literal["train", "test"]) -> _Chosen:
+    dataset = DigitsDataset(config.data, config.model, split)
+    classes = digit_classes(config.data, split)
     return _Chosen(dataset, np.arange(len(classes), dtype=np.int64), list(map(str, classes.tolist())))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +22,9 @@ from d2v_fast.modalities.speech import recognition
 from d2v_fast.modalities.speech.huggingface_head import head_of_folder
 from d2v_fast.modalities.speech.samples import FOLDER
 from d2v_fast.modalities.speech.vocabulary import Vocabulary
-from d2v_fast.training import step
-from tests.helpers.finetuning import logged, result, saved, validations
+from tests.helpers.finetuning import check_killed_run, check_two_processes, saved, validations
 from tests.helpers.marks import needs_deepspeed
-from tests.helpers.runs import TINY_2_SPEECH, TINY_CTC, TINY_SPEECH, run_forked, run_here, tiny_file
+from tests.helpers.runs import TINY_2_SPEECH, TINY_CTC, TINY_SPEECH, run_here, tiny_file
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -206,26 +203,7 @@ def check_language_model(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.slow
 def test_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     file = ctc(tmp_path, d2v__finetune__freeze_encoder_steps=2, d2v__schedule={"steps": 7, "kind": "constant"})
-    arguments, output = ["--ds_config", file, "--run"], tmp_path / "output"
-    assert run_forked(*arguments, "whole", output=output) == [0], output.read_text()
-
-    def kill_in_step_6() -> None:
-        made = step.TrainStep.update
-
-        def update(self: step.TrainStep, number: int, lr: float) -> torch.Tensor:
-            if number == 6:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return made(self, number, lr)
-
-        step.TrainStep.update = update  # type: ignore[method-assign]
-
-    assert run_forked(*arguments, "r", output=output, before=kill_in_step_6) == [-signal.SIGKILL]
-    assert run_forked(*arguments, "r", "--resume", output=output) == [0], output.read_text()
-    assert logged(tmp_path, "r") == logged(tmp_path, "whole")
-    assert validations(tmp_path, "r") == validations(tmp_path, "whole")
-    assert result(tmp_path, "r") == result(tmp_path, "whole")
-    whole, resumed = saved(tmp_path, "whole", 7), saved(tmp_path, "r", 7)
-    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    check_killed_run(tmp_path, file)
 
 
 @pytest.mark.slow
@@ -239,14 +217,8 @@ def test_two_processes_equal_one(stage: int, tmp_path: Path) -> None:
         "zero_optimization__stage": stage,
         "gradient_accumulation_steps": 2,
     }
-    file, output = ctc(tmp_path, **changes), tmp_path / "output"
-    assert run_forked("--ds_config", file, "--run", "two", output=output, num_processes=2) == [0, 0], output.read_text()
-    alone = ["--set", "zero_optimization.stage=0"]
-    assert run_forked("--ds_config", file, "--run", "one", *alone, output=output) == [0], output.read_text()
-    one, two = (saved(tmp_path, name, 4) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=2e-4, atol=2e-6, msg=name)
+    file = ctc(tmp_path, **changes)
+    check_two_processes(tmp_path, file)
     for mine, other in zip(validations(tmp_path, "one"), validations(tmp_path, "two"), strict=True):
         assert mine == pytest.approx(other, rel=1e-3)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ from d2v_fast.data.order import MicroStep
 from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.text.huggingface_head import head_of_folder
 from d2v_fast.modalities.text.labeled import held_out_batches
-from d2v_fast.training import step
-from tests.helpers.finetuning import logged, saved, validations
+from tests.helpers.finetuning import check_killed_run, check_two_processes, validations
 from tests.helpers.marks import needs_deepspeed
-from tests.helpers.runs import TINY_2_TEXT, TINY_TEXT, run_forked, run_here, tiny_file
+from tests.helpers.runs import TINY_2_TEXT, TINY_TEXT, run_here, tiny_file
 from tests.helpers.text_files import sentences, small_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -155,26 +152,9 @@ def test_another_tokenizer_than_the_sources_is_refused(tmp_path: Path, capsys: p
 def test_killed_regression_resumes_bit_for_bit(tmp_path: Path) -> None:
     changes = {"d2v__finetune": {"freeze_encoder_steps": 2, "layer_decay": 0.8}, "d2v__schedule": {"steps": 7}}
     changes |= {"d2v__model__dropout": 0.1, "d2v__head": {"dropout": 0.2}, "d2v__run__save_every": 2}
-    file, output = finetune_file(tmp_path, "regress", **changes), tmp_path / "output"
+    file = finetune_file(tmp_path, "regress", **changes)
 
-    def kill_in_step_6() -> None:
-        made = step.TrainStep.update
-
-        def update(self: step.TrainStep, number: int, lr: float) -> torch.Tensor:
-            if number == 6:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return made(self, number, lr)
-
-        step.TrainStep.update = update  # type: ignore[method-assign]
-
-    arguments = ["--ds_config", file, "--run"]
-    assert run_forked(*arguments, "whole", output=output) == [0], output.read_text()
-    assert run_forked(*arguments, "r", output=output, before=kill_in_step_6) == [-signal.SIGKILL]
-    assert run_forked(*arguments, "r", "--resume", output=output) == [0], output.read_text()
-    assert logged(tmp_path, "r") == logged(tmp_path, "whole")
-    assert validations(tmp_path, "r") == validations(tmp_path, "whole")
-    whole, resumed = saved(tmp_path, "whole", 7), saved(tmp_path, "r", 7)
-    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    check_killed_run(tmp_path, file)
 
 
 @needs_deepspeed
@@ -186,13 +166,8 @@ def test_regression_in_two_processes_equals_one(stage: int, tmp_path: Path) -> N
     changes |= {"d2v__schedule": {"steps": 4}}
     # a small epsilon makes large steps out of the rounding of tiny gradients
     changes |= {"zero_optimization__stage": stage, "optimizer__params": {"lr": 1e-3, "eps": 1e-4}}
-    file, output = finetune_file(tmp_path, "regress", **changes), tmp_path / "output"
-    assert run_forked("--ds_config", file, "--run", "two", output=output, num_processes=2) == [0, 0], output.read_text()
-    alone = ["--set", "zero_optimization.stage=0"]
-    assert run_forked("--ds_config", file, "--run", "one", *alone, output=output) == [0], output.read_text()
-    one, two = (saved(tmp_path, name, 4) for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=2e-4, atol=2e-6, msg=name)
+    file = finetune_file(tmp_path, "regress", **changes)
+    check_two_processes(tmp_path, file)
     # the correlations of an untrained head's scores, which hardly differ, would show their rounding
     for mine, other in zip(validations(tmp_path, "one"), validations(tmp_path, "two"), strict=True):
         assert mine["mse"] == pytest.approx(other["mse"], rel=1e-4)
