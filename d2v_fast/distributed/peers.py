@@ -133,8 +133,11 @@ class Peers:
 
         The process that serves the store waits until the others have read it.
         """
-        first = self._store.compare_set(_MISSING, "", json.dumps(found._asdict()))
-        self._missing = Missing(**json.loads(first))
+        if self._missing is None:
+            first = self._store.compare_set(_MISSING, "", json.dumps(found._asdict()))
+            self._missing = Missing(**json.loads(first))
+            # after it this process may not ask again: the one that serves the store may end
+            self._store.set(f"heard/{self._rank}", "")
         if self._serves:
             self._wait_until_heard()
         return self._missing
@@ -217,12 +220,9 @@ class Peers:
                 rank
                 for rank in waiting
                 if not self._has("heard", rank)
-                and not self._has("left", rank)
                 and not (_is_here(self._known.get(rank)) and state_of(self._known[rank]["pid"]) is not None)
             ]
             time.sleep(_POLL_S)
-        # processes that have left may still be reading
-        time.sleep(2 * _POLL_S)
 
 
 def _place() -> str:
