@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from d2v_fast.config import D2VConfig, RunConfig, load_config
 from d2v_fast.config.finetune import FinetuneConfig
-from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved
+from d2v_fast.data import BatchMaker, batch_maker, resolved
 from d2v_fast.data.order import MicroStep
 from d2v_fast.evaluation.features import evaluating
 from d2v_fast.files.atomic import write_text
+from d2v_fast.models.post_norm import mean_of_places
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.build import build_objective
 from d2v_fast.objectives.finetune import finetuning_of
@@ -182,17 +182,10 @@ def _features(student: Student, maker: BatchMaker, d2v: D2VConfig) -> tuple[NDAr
         batch = maker.make(MicroStep(0, ids, ids), d2v.run.seed).batch.to("cpu")
         with torch.no_grad(), evaluating(student):
             hidden = student.finish(student.encode(batch))
-        rows.append(_mean(hidden[:, student.num_prefix_tokens :], batch))
+        rows.append(mean_of_places(hidden[:, student.num_prefix_tokens :], batch.lengths))
         assert batch.targets is not None
         classes.append(batch.targets)
     return torch.cat(rows).numpy(), torch.cat(classes).numpy()
-
-
-def _mean(places: Tensor, batch: Batch) -> Tensor:
-    if batch.lengths is None:
-        return places.mean(1)
-    held = (torch.arange(places.shape[1]) < batch.lengths[:, None])[:, :, None]
-    return torch.where(held, places, 0.0).sum(1) / batch.lengths[:, None]
 
 
 def _trained(options: argparse.Namespace, method: str, labels: str, seed: int) -> float:

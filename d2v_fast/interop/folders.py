@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from d2v_fast.config.errors import show
 from d2v_fast.config.model_paths import explain
 from d2v_fast.config.schema import MAX_FILE_BYTES
 from d2v_fast.files.atomic import write_tensors, write_text
-from d2v_fast.files.reading import NotRegularError, open_regular, read_json, refuse_pointer
+from d2v_fast.files.reading import NotRegularError, open_regular, read_json, read_text, refuse_pointer
 from d2v_fast.interop.layout import Layout
 
 # of one file of weights, Transformers' own limit
@@ -68,6 +68,12 @@ def write_weights(target: Path, layout: Layout, state: Mapping[str, Tensor], max
         os.replace(path, final)
         index |= dict.fromkeys(held, final.name)
     write_text(target / INDEX_NAME, as_json({"metadata": {}, "weight_map": index}))
+
+
+def write_code(target: Path, code: Iterable[Path]) -> None:
+    """Copy files of a model's code into a folder, which Transformers runs with `trust_remote_code=True`."""
+    for path in code:
+        write_text(target / path.name, read_text(path, MAX_FILE_BYTES))
 
 
 def read_weights(source: Path) -> tuple[dict[str, Tensor], Path]:

@@ -59,6 +59,7 @@ class HuggingFace(NamedTuple):
             options of `read`.
         vocabulary: Return the digest of the tokenizer in a folder, or None.
         head: Return the head in a folder of a fine-tuned model; None if there is none.
+        more_kinds: Further values of `model_type` that `read` knows: of models whose head needs a name of its own.
     """
 
     kind: str
@@ -67,6 +68,11 @@ class HuggingFace(NamedTuple):
     options_of_run: Callable[[Mapping[str, Any], Any], dict[str, Any]] = _no_options
     vocabulary: Callable[[Path], str | None] = lambda folder: None
     head: Callable[[Path], SavedHead | None] = lambda folder: None
+    more_kinds: tuple[str, ...] = ()
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Return whether `read` knows a folder, by its `config.json`."""
+        return config.get("model_type") in (self.kind, *self.more_kinds)
 
 
 class Published(NamedTuple):

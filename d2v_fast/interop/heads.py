@@ -25,12 +25,14 @@ class HeadPart:
         tensors: The head's, by their names there.
         config: Keys of `config.json`, which replace those of the encoder.
         card: Arguments of `model_card`, which replace those of the encoder.
+        code: Files of the model's code, where Transformers has no such head on the encoder.
     """
 
     prefix: str
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     card: Mapping[str, Any]
+    code: tuple[Path, ...] = ()
 
     def around(self, layout: Layout, state: Mapping[str, Tensor]) -> tuple[Layout, Mapping[str, Tensor]]:
         """Return the layout and the state of the whole model, from those of its encoder."""

@@ -46,10 +46,11 @@ def import_model(folder: str | os.PathLike[str], **options: Any) -> tuple[Studen
     Raises:
         ValueError: No modality has such a model, or the folder does not hold what its `config.json` says.
     """
-    kind = read_model_config(Path(folder)).get("model_type")
+    raw = read_model_config(Path(folder))
+    kind = raw.get("model_type")
     kinds = []
     for _, found in huggingface_formats():
-        if kind == found.kind:
+        if found.reads(raw):
             return found.read(folder, **options)
         if f'"{found.kind}"' not in kinds:
             kinds.append(f'"{found.kind}"')

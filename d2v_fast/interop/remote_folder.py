@@ -16,10 +16,8 @@ from torch import Tensor
 
 from d2v_fast.config import ConfigError, D2VConfig
 from d2v_fast.config.errors import Section, check
-from d2v_fast.config.schema import MAX_FILE_BYTES
 from d2v_fast.files.atomic import write_text
 from d2v_fast.files.outputs import model_folder
-from d2v_fast.files.reading import read_text
 from d2v_fast.interop.fairseq_multi_model import MultiModel
 from d2v_fast.interop.folders import (
     MAX_WEIGHTS_BYTES,
@@ -30,6 +28,7 @@ from d2v_fast.interop.folders import (
     read_weights,
     require_values,
     whole_number,
+    write_code,
     write_weights,
 )
 from d2v_fast.interop.heads import HeadPart
@@ -117,8 +116,8 @@ class RemoteModel:
         with model_folder(folder) as target:
             write_weights(target, layout, state, max_file_bytes)
             write_text(target / "README.md", model_card(**card, info=info or {}, config=config))
-            for path in sorted([*(Path(__file__).parent / CODE).glob("*.py"), *self.code.glob("*.py")]):
-                write_text(target / path.name, read_text(path, MAX_FILE_BYTES))
+            own = self.code.glob(f"*_data2vec2_{self.name}.py")
+            write_code(target, sorted([*(Path(__file__).parent / CODE).glob("*.py"), *own]))
             files(target)
             write_text(target / "config.json", as_json(foreign))
 

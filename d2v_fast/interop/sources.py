@@ -213,7 +213,7 @@ def _options(folder: Path, config: FinetuneConfig) -> dict[str, Any]:
     made = modality_of_model(config.model).huggingface
     raw = read_model_config(folder)
     own = None if made is None else made()
-    return own.options_of_run(raw, config.model) if own is not None and raw.get("model_type") == own.kind else {}
+    return own.options_of_run(raw, config.model) if own is not None and own.reads(raw) else {}
 
 
 def _model_section(place: Place) -> Section:

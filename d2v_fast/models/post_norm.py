@@ -285,6 +285,25 @@ def padding_of(lengths: Tensor, num_tokens: int) -> Tensor:
     return torch.arange(num_tokens, device=lengths.device) >= lengths[:, None]
 
 
+def clear_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return `x` with 0 at padding.
+
+    Args:
+        x: `[B, T, D]`; padding may hold any value.
+        lengths: int64 `[B]`, places of each sample before its padding; None means T.
+    """
+    return x if lengths is None else x.masked_fill(padding_of(lengths, x.shape[1])[:, :, None], 0.0)
+
+
+def mean_of_places(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the mean of each sample over its places before the padding, `[B, D]`.
+
+    Args:
+        x, lengths: See `clear_padding`.
+    """
+    return x.mean(1) if lengths is None else clear_padding(x, lengths).sum(1) / lengths[:, None].to(x.dtype)
+
+
 def encode_packed(
     encoder: Encoder,
     x: Tensor,

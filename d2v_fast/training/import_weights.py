@@ -211,8 +211,8 @@ def _read(source: Path, heads: int | None, run: PretrainConfig) -> Pretrained:
         return read_published(source, Settings.of(None, heads)._replace(run=wanted.model_dump()))
     raw, made = read_model_config(source), modality_of(run).huggingface
     own = None if made is None else made()
-    is_own = own is not None and raw.get("model_type") == own.kind
-    model, config = import_model(source, **(own.options_of_run(raw, wanted) if own is not None and is_own else {}))
+    options = own.options_of_run(raw, wanted) if own is not None and own.reads(raw) else {}
+    model, config = import_model(source, **options)
     return _Weights(model, None, None, config)
 
 

@@ -59,14 +59,20 @@ HEADS = {
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Transformers copies the code of a folder into its cache and imports it from there: here, one of these tests."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            del sys.modules[name]
+
+    # what tests of other files imported is in another cache
+    forget()
     place = str(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patch:
         for module in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
             patch.setattr(f"{module}.HF_MODULES_CACHE", place, raising=False)
         patch.syspath_prepend(place)
         yield
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
+    forget()
 
 
 def build(modality: str) -> tuple[Student, D2VConfig]:

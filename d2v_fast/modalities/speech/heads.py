@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from d2v_fast.modalities.speech.config_finetune import SpeechClassifyConfig, SpeechCtcConfig
 from d2v_fast.models.layers import Linear, dropout, init_linear_
-from d2v_fast.models.post_norm import padding_of
+from d2v_fast.models.post_norm import clear_padding, mean_of_places
 
 __all__ = ["LetterHead", "RecordingHead", "make_head"]
 
@@ -36,7 +36,7 @@ class LetterHead(nn.Module):
             hidden: `[B, T, D]`; padding may hold any value.
             lengths: int64 `[B]`, frames of each recording before its padding; None means T.
         """
-        logits: Tensor = self.classifier(dropout(_cleared(hidden, lengths), self.dropout, self.training))
+        logits: Tensor = self.classifier(dropout(clear_padding(hidden, lengths), self.dropout, self.training))
         return logits
 
 
@@ -62,17 +62,9 @@ class RecordingHead(nn.Module):
             hidden: `[B, T, D]`; padding may hold any value.
             lengths: int64 `[B]`, frames of each recording before its padding; None means T.
         """
-        frames = _cleared(self.projector(dropout(_cleared(hidden, lengths), self.dropout, self.training)), lengths)
-        pooled = frames.mean(1) if lengths is None else frames.sum(1) / lengths[:, None].to(frames.dtype)
-        logits: Tensor = self.classifier(pooled)
+        frames = self.projector(dropout(clear_padding(hidden, lengths), self.dropout, self.training))
+        logits: Tensor = self.classifier(mean_of_places(frames, lengths))
         return logits
-
-
-def _cleared(frames: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return frames `[B, T, D]` that are 0 at padding."""
-    if lengths is None:
-        return frames
-    return frames.masked_fill(padding_of(lengths, frames.shape[1])[:, :, None], 0.0)
 
 
 def make_head(config: SpeechCtcConfig | SpeechClassifyConfig) -> nn.Module:

@@ -158,14 +158,21 @@ class ScoredTextConfig(TableSection):
     kind: Literal["table"] = "table"
 
 
-class ScoreHeadSection(Section):
-    """A regression on the encoder's output at the begin token.
+class TextHeadSection(Section):
+    """Two layers on the encoder's pooled output.
 
     Attributes:
+        pooling: What the head reads: the output at the begin "token", as published, or the "mean" over all tokens of a
+            text or a pair. Pre-training never masks the begin token.
         dropout: Dropout before both layers of the head.
     """
 
+    pooling: Literal["token", "mean"] = "token"
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TextClassHeadSection(TextHeadSection, ClassHeadSection):
+    """A classifier on the encoder's pooled output."""
 
 
 class TextFinetuneConfig(FinetuneConfig):
@@ -175,6 +182,7 @@ class TextFinetuneConfig(FinetuneConfig):
     decay_1d: bool = True
     model: TextModelSection
     data: TableSection
+    head: TextHeadSection = TextHeadSection()
     schedule: ScheduleConfig = ScheduleConfig(kind="linear", epochs=10, warmup_epochs=0.6)
 
     @classmethod
@@ -189,7 +197,7 @@ class TextClassifyConfig(TextFinetuneConfig, ClassifyConfig):
 
     objective: Literal["classify"] = "classify"
     data: LabeledTextConfig = LabeledTextConfig(kind="docs")
-    head: ClassHeadSection = ClassHeadSection()
+    head: TextClassHeadSection = TextClassHeadSection()
     valid: ValidSection = ValidSection()
 
 
@@ -214,7 +222,6 @@ class TextRegressConfig(TextFinetuneConfig):
 
     objective: Literal["regress"] = "regress"
     data: ScoredTextConfig
-    head: ScoreHeadSection = ScoreHeadSection()
     valid: ValidSection = ValidSection(metric="pearson")
 
     @classmethod

@@ -36,6 +36,7 @@ from d2v_fast.interop.folders import (
     read_weights,
     require_values,
     whole_number,
+    write_code,
     write_weights,
 )
 from d2v_fast.interop.formats import HuggingFace
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from d2v_fast.modalities.text.tokenizer import Tokenizer
 
 KIND = "data2vec-text"
+# of a model whose head reads the mean of the tokens, for which Transformers has no class
+MEAN_KIND = "data2vec-text-mean"
 # prefix of all names in a model around the encoder, such as a classifier
 BASE_PREFIX = "data2vec_text."
 # tensors of a base model that the encoder does not use: the pooling layer, and buffers of older versions
@@ -120,6 +123,7 @@ def export_text(
         write_text(target / "README.md", _model_card(config, sizes, info or {}, tokenizer is not None, head))
         if tokenizer is not None:
             tokenizer.save(target, sizes.max_positions)
+        write_code(target, () if head is None else head.code)
         foreign = _foreign_config(sizes, bos, pad, eos)
         write_text(target / "config.json", as_json(foreign if head is None else {**foreign, **head.config}))
 
@@ -256,7 +260,7 @@ def padding_id(raw: Mapping[str, Any], path: str) -> int:
 def _own_config(raw: Mapping[str, Any], pad: int, path: str) -> TextModelConfig:
     """Return the model's configuration from that of Transformers, whose defaults apply to missing keys."""
     required = {
-        "model_type": KIND,
+        "model_type": MEAN_KIND if raw.get("model_type") == MEAN_KIND else KIND,
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
         "is_decoder": False,
@@ -339,4 +343,4 @@ def vocabulary(folder: Path) -> str | None:
     return load_tokenizer(folder).digest if (folder / "tokenizer.json").is_file() else None
 
 
-FORMAT = HuggingFace(KIND, export_text, import_text, vocabulary=vocabulary)
+FORMAT = HuggingFace(KIND, export_text, import_text, vocabulary=vocabulary, more_kinds=(MEAN_KIND,))

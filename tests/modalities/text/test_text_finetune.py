@@ -14,8 +14,11 @@ import torch
 
 from d2v_fast.commands.console import main
 from d2v_fast.commands.predict import load_finetuned
+from d2v_fast.config import load_config
 from d2v_fast.data.order import MicroStep
 from d2v_fast.interop.export import export_run
+from d2v_fast.modalities.text.config_finetune import TextRegressConfig
+from d2v_fast.modalities.text.head import TextHead
 from d2v_fast.modalities.text.huggingface_head import head_of_folder
 from d2v_fast.modalities.text.labeled import held_out_batches
 from tests.helpers.finetuning import check_killed_run, check_two_processes, validations
@@ -69,18 +72,30 @@ def held_out(run: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("objective", "encoder"), [("classify", "data2vec"), ("regress", "data2vec"), ("classify", "data2vec2")]
+    ("objective", "encoder", "pooling"),
+    [
+        ("classify", "data2vec", "token"),
+        ("regress", "data2vec", "token"),
+        ("regress", "data2vec", "mean"),
+        ("classify", "data2vec2", "mean"),
+    ],
 )
-def test_transformers_answers_as_the_run_does(objective: str, encoder: str, tmp_path: Path) -> None:
+def test_transformers_answers_as_the_run_does(objective: str, encoder: str, pooling: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    assert run_here(finetune_file(tmp_path, objective, encoder), "--run", "r") == 0
+    file = finetune_file(tmp_path, objective, encoder, d2v__head={"pooling": pooling})
+    assert run_here(file, "--run", "r") == 0
     run = tmp_path / "runs" / "r"
     result = json.loads((run / "result.json").read_text())
     assert result["best"]["value"] is not None
     export_run(run, to=tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
     assert "text-classification" in card
-    trust = {"trust_remote_code": True} if encoder == "data2vec2" else {}
+    trust = {"trust_remote_code": True} if encoder == "data2vec2" or pooling == "mean" else {}
+    assert ("trust_remote_code=True" in card) == bool(trust)
+    if trust:
+        # no other head takes its place in silence
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            transformers.pipeline("text-classification", str(tmp_path / "export"), trust_remote_code=False)
     pipe = transformers.pipeline("text-classification", str(tmp_path / "export"), device="cpu", **trust)
     table, answers = tmp_path / "train.tsv", tmp_path / "answers.jsonl"
     assert main(["predict", str(run), str(table), "--to", str(answers)]) == 0
@@ -88,7 +103,7 @@ def test_transformers_answers_as_the_run_does(objective: str, encoder: str, tmp_
     assert [row["path"] for row in ours] == [f"train.tsv:{number}" for number in range(2, 25)]
     pairs = [line.split("\t")[:2] for line in table.read_text().splitlines()[1:]]
     inputs = [{"text": one, "text_pair": other} for one, other in pairs]
-    theirs = pipe(inputs, truncation=True, max_length=32, top_k=None)
+    theirs = pipe(inputs, truncation=True, max_length=32, top_k=None, batch_size=8)
     for row, found in zip(ours, theirs, strict=True):
         if objective == "regress":
             assert found[0]["score"] == pytest.approx(row["score"], abs=1e-5)
@@ -98,16 +113,18 @@ def test_transformers_answers_as_the_run_does(objective: str, encoder: str, tmp_
             assert {one["label"]: one["score"] for one in found} == pytest.approx(probabilities, abs=1e-5)
 
 
-def test_a_folder_with_a_head_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_a_folder_with_a_head_goes_on(pooling: str, tmp_path: Path) -> None:
     """The encoder, and the head of the same classes."""
-    assert run_here(finetune_file(tmp_path, "classify"), "--run", "r") == 0
+    head = {"d2v__head": {"pooling": pooling}}
+    assert run_here(finetune_file(tmp_path, "classify", **head), "--run", "r") == 0
     export_run(tmp_path / "runs" / "r", to=tmp_path / "export")
     saved = head_of_folder(tmp_path / "export")
     assert saved is not None
     assert saved.labels == ("0", "1")
-    file = finetune_file(
-        tmp_path, "classify", d2v__finetune={"source": str(tmp_path / "export")}, d2v__schedule={"steps": 1}
-    )
+    assert saved.keys == {"pooling": pooling}
+    source = {"d2v__finetune": {"source": str(tmp_path / "export")}, "d2v__schedule": {"steps": 1}}
+    file = finetune_file(tmp_path, "classify", **source, **head)
     raw = json.loads(file.read_text())
     del raw["d2v"]["model"], raw["d2v"]["data"]["tokenizer"]
     raw["optimizer"]["params"]["lr"] = 1e-12
@@ -115,6 +132,23 @@ def test_a_folder_with_a_head_goes_on(tmp_path: Path) -> None:
     assert run_here(file, "--run", "more") == 0
     again, before = held_out(tmp_path / "runs" / "more"), held_out(tmp_path / "runs" / "r")
     torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_head_reads_no_padding(pooling: str, tmp_path: Path) -> None:
+    """Two texts together are scored as each of them alone."""
+    config = load_config(finetune_file(tmp_path, "regress", d2v__head={"pooling": pooling})).d2v
+    assert isinstance(config, TextRegressConfig)
+    head = TextHead(config).eval()
+    torch.nn.init.normal_(head.dense.weight)
+    torch.nn.init.normal_(head.out.weight)
+    hidden = torch.randn(2, 7, config.model.width)
+    alone = torch.cat([head(hidden[:1]), head(hidden[1:, :4])])
+    hidden[1, 4:] = torch.nan
+    torch.testing.assert_close(head(hidden, torch.tensor([7, 4])), alone)
+    hidden[:, 2] += 1.0
+    changes = (head(hidden, torch.tensor([7, 4])) - alone).abs().min() > 1e-3
+    assert changes == (pooling == "mean")
 
 
 def test_predictions_of_lines_and_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

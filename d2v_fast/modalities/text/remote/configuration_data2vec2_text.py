@@ -19,6 +19,7 @@ class Data2Vec2TextConfig(PretrainedConfig):
             attention weights, and inside the MLP.
         embedding_dropout: Rate of dropout of the embeddings.
         classifier_dropout: Rate of dropout before and inside a classifier.
+        pooling: What a classifier reads: the begin "token", or the "mean" of all tokens.
         initializer_range: Deviation of new weights.
     """
 
@@ -39,6 +40,7 @@ class Data2Vec2TextConfig(PretrainedConfig):
         activation_dropout=0.0,
         embedding_dropout=0.1,
         classifier_dropout=0.0,
+        pooling="token",
         initializer_range=0.02,
         **kwargs,
     ):
@@ -54,6 +56,7 @@ class Data2Vec2TextConfig(PretrainedConfig):
         self.activation_dropout = activation_dropout
         self.embedding_dropout = embedding_dropout
         self.classifier_dropout = classifier_dropout
+        self.pooling = pooling
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
         self.pad_token_id = pad_token_id

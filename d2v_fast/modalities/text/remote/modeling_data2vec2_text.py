@@ -115,7 +115,7 @@ class Data2Vec2TextModel(Data2Vec2TextPreTrainedModel):
 
 
 class Data2Vec2ClassificationHead(nn.Module):
-    """Two linear maps of the first token, with a tanh between them."""
+    """Two linear maps of the pooled output, with a tanh between them."""
 
     def __init__(self, config: Data2Vec2TextConfig) -> None:
         super().__init__()
@@ -124,13 +124,13 @@ class Data2Vec2ClassificationHead(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map `[B, T, D]` to `[B, labels]`."""
-        x = torch.tanh(self.dense(self.dropout(features[:, 0])))
+        """Map `[B, D]` to `[B, labels]`."""
+        x = torch.tanh(self.dense(self.dropout(features)))
         return self.out_proj(self.dropout(x))
 
 
 class Data2Vec2TextForSequenceClassification(Data2Vec2TextPreTrainedModel):
-    """The encoder with a classifier on the first token."""
+    """The encoder with a classifier on the first token, or on the mean of the tokens."""
 
     def __init__(self, config: Data2Vec2TextConfig) -> None:
         super().__init__(config)
@@ -155,8 +155,10 @@ class Data2Vec2TextForSequenceClassification(Data2Vec2TextPreTrainedModel):
         Returns:
             `logits` `[B, labels]`, and the loss if labels are given.
         """
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
         encoded = self.data2vec2_text(input_ids, attention_mask, output_hidden_states=output_hidden_states)
-        logits = self.classifier(encoded.last_hidden_state)
+        logits = self.classifier(self.pooled(encoded.last_hidden_state, attention_mask == 0))
         loss = None
         if labels is not None:
             is_regression = self.config.num_labels == 1
@@ -165,3 +167,9 @@ class Data2Vec2TextForSequenceClassification(Data2Vec2TextPreTrainedModel):
             )
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
         return output.to_tuple() if return_dict is False else output
+
+    def pooled(self, hidden: Tensor, is_padding: Tensor) -> Tensor:
+        """Map `[B, T, D]` and bool `[B, T]` to what the classifier reads, `[B, D]`."""
+        if self.config.pooling == "token":
+            return hidden[:, 0]
+        return hidden.masked_fill(is_padding[:, :, None], 0.0).sum(1) / (~is_padding).sum(1)[:, None].to(hidden.dtype)
