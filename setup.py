@@ -57,6 +57,9 @@ class CMakeBuild(build_ext):
             raise RuntimeError("cmake is not installed")
         # setuptools owns the rest of build/; keeping the tree makes the next build fast
         tree = ROOT / "build" / "cmake"
+        if self.force:
+            # it compares times of files, which a copy of the sources may change
+            shutil.rmtree(tree, ignore_errors=True)
         configure = [
             cmake,
             "-S",

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -31,16 +33,22 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "d2v_fast" / "_C.so"
+# what the library was built from by this program
+BUILT = ROOT / "build" / "gpu-library.json"
 # between SIGINT and SIGKILL, so that pytest can print its summary
 GRACE_S = 5.0
 # kept for tables and plots, but at most a tenth of all
 REPORT_S = 20.0
 MAX_PROCESSES = 13
+# of the summary that is printed at the end, for those who see the last 12,000 characters of the output
+MAX_PRINTED = 11_000
 OPERATIONS = ("host", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu", "ema", "attention")
 # the most telling first: each compiles its blocks, and the limit may cut the last ones
 STEPS = ("base published", "speech", "text", "images 2.0", "speech 2.0", "text 2.0", "base", "small")
@@ -100,22 +108,45 @@ class Summary:
     def __init__(self, out: Path, names: Sequence[str]) -> None:
         self._out = out
         self.states = {name: State("not reached", "") for name in names}
-        self.machine = ""
+        self.machine = self.figures = ""
 
     def write(self) -> None:
         """Rewrite the file; it is complete at every moment."""
         aside = self._out / ".summary.txt"
-        aside.write_text("\n".join(self._lines()) + "\n")
+        counts, failed = self._tests()
+        lines = [counts, *(f"  FAILED {name}: {message}" for name, message in failed.items()), *self._rest()]
+        aside.write_text("\n".join(lines) + "\n")
         aside.replace(self._out / "summary.txt")
 
-    def _lines(self) -> Iterator[str]:
+    def short(self, limit: int) -> str:
+        """Return the summary in at most `limit` characters: the cases of a failed test in one line, messages cut."""
+        counts, failed = self._tests()
+        rest = "\n".join(self._rest())
+        cases: dict[str, list[str]] = {}
+        for name in failed:
+            function, bracket, case = name.partition("[")
+            cases.setdefault(function, []).append(bracket + case)
+        names = {function: f"  FAILED {function} {' '.join(those)}".rstrip() for function, those in cases.items()}
+        room = limit - len(counts) - len(rest) - sum(len(line) + 3 for line in names.values())
+        message = max(0, room) // max(1, len(names))
+        lines = [
+            f"{line}: {failed[function + cases[function][0]]}"[: len(line) + message]
+            for function, line in names.items()
+        ]
+        text = "\n".join([counts, *lines, rest])
+        cut = "\n... cut here; summary.txt has all\n"
+        return text if len(text) <= limit else text[: limit - len(cut)] + cut
+
+    def _tests(self) -> tuple[str, dict[str, str]]:
+        """Return a line with the numbers of tests by outcome, and the messages of those that failed."""
         collected, outcomes = read_outcomes(self._out / "outcomes.log")
         failed = {name: message for name, (outcome, message) in outcomes.items() if outcome == "failed"}
-        counts = {word: sum(word == o for o, _ in outcomes.values()) for word in ("passed", "skipped", "failed")}
-        yield f"{counts['failed']} tests FAILED, {counts['passed']} passed, {counts['skipped']} skipped, " + (
-            f"{max(0, collected - len(outcomes))} not reached"
-        )
-        yield from (f"  FAILED {name}: {message}" for name, message in failed.items())
+        numbers = {word: sum(word == o for o, _ in outcomes.values()) for word in ("passed", "skipped")}
+        missing = max(0, collected - len(outcomes))
+        passed, skipped = numbers["passed"], numbers["skipped"]
+        return f"{len(failed)} tests FAILED, {passed} passed, {skipped} skipped, {missing} not reached", failed
+
+    def _rest(self) -> Iterator[str]:
         yield ""
         for name, state in self.states.items():
             yield f"{name:10} {state.word:12} {state.seconds:6.1f} s  {state.detail}".rstrip()
@@ -123,6 +154,8 @@ class Summary:
         if runs.exists():
             yield from ("", "runs:", runs.read_text().rstrip())
         yield from ("", self.machine)
+        if self.figures:
+            yield from ("", self.figures.rstrip())
 
 
 def read_outcomes(path: Path) -> tuple[int, dict[str, tuple[str, str]]]:
@@ -150,12 +183,12 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     steps = ["--run-slow", *(f"bench/bench_step.py::bench_step[{case}]" for case in STEPS)]
     runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
     # the other parts need it, and have what it leaves
-    build = [Part("build", 12, ["setup.py", "--quiet", "build_ext", "--inplace"], ("setuptools", "torch"))]
+    build = [Part("build", 12, ["setup.py", "--quiet", "build_ext", "--inplace", "--force"], ("setuptools", "torch"))]
     return [
         *(build if must_build() else []),
         Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch")),
         Part("kernels", 7, [*measure, "--compiled-peers", "without"], ("pytest", "pytest_benchmark", "numpy")),
-        Part("steps", 10, [*pytest, "-q", *steps, *figures], ("pytest_benchmark", "transformers")),
+        Part("steps", 10, [*pytest, "-q", *steps, *figures], (*NEEDED_FOR_RUNS, "pytest_benchmark", "transformers")),
         Part("runs", 7, runs, NEEDED_FOR_RUNS),
         # compiles for seconds per case, so it takes what time is left
         Part("compiled", 2, [*measure, "--compiled-peers", "only"], ("pytest", "pytest_benchmark", "numpy")),
@@ -163,10 +196,28 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
 
 
 def must_build() -> bool:
-    """Return whether the library of C++ kernels is missing or older than its sources."""
-    library = ROOT / "d2v_fast" / "_C.so"
-    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").iterdir()]
-    return not library.exists() or any(path.stat().st_mtime > library.stat().st_mtime for path in sources)
+    """Return whether the library of C++ kernels is missing, or another than this program built from these sources.
+
+    Times of files are not compared: copying a tree changes them, and a library that was copied with it may be of
+    another machine.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        return bool(json.loads(BUILT.read_text()) != fingerprint())
+    return True
+
+
+def remember_build() -> None:
+    """Record what the library is made of."""
+    with contextlib.suppress(OSError):
+        BUILT.parent.mkdir(exist_ok=True)
+        BUILT.write_text(json.dumps(fingerprint()))
+
+
+def fingerprint() -> dict[str, str]:
+    """Return what the library is made of: digests of its file and of its sources, the machine, and torch's version."""
+    sources = [ROOT / "CMakeLists.txt", ROOT / "setup.py", *sorted((ROOT / "csrc").iterdir())]
+    files = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in [LIBRARY, *sources]}
+    return files | {"machine": " ".join(os.uname()[1:]), "torch": version("torch")}
 
 
 def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str], summary: Summary) -> State:
@@ -220,6 +271,19 @@ def end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def brief(out: Path) -> str:
+    """Return the figures there are as a short table."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from bench import report as tables
+
+    try:
+        return tables.brief(tables.read_rows(out / "figures.jsonl"))
+    except (OSError, ValueError):
+        # none yet
+        return ""
+
+
 def report(out: Path, log: Path, environment: dict[str, str], limit_s: float) -> State:
     """Make tables and plots of the figures there are, and pack them into one file."""
     figures = out / "figures.jsonl"
@@ -266,6 +330,8 @@ def run_all(out: Path, device: str, seconds: float, only: Sequence[str]) -> int:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
+        # a failed build is a failure
+        "D2V_REQUIRE_CPP": "1",
         "TRITON_INTERPRET": "0" if device == "cuda" else "1",
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -278,19 +344,24 @@ def run_all(out: Path, device: str, seconds: float, only: Sequence[str]) -> int:
                 share = part.share / sum(later.share for later in todo[position:])
                 limit_s = max(1.0, share * (deadline - time.monotonic()))
                 summary.states[part.name] = run_part(part, limit_s, log, environment, summary)
+                summary.figures = brief(out)
                 if part.name == "build":
+                    if summary.states["build"].word == "ok":
+                        remember_build()
                     # only now: it makes the C++ kernels, which the description names
                     summary.machine = describe(device, environment, 0.2 * (deadline - time.monotonic()))
-                print(part.name, *summary.states[part.name], flush=True)
+                state = summary.states[part.name]
+                print(f"{part.name} {state.word}, {state.seconds:.0f} s", flush=True)
         except Stopped:
             running = [name for name, state in summary.states.items() if state.word == "running"]
             for name in running:
                 summary.states[name] = State("cut short", "stopped by a signal", summary.states[name].seconds)
         finally:
             summary.write()
+        summary.figures = brief(out)
         summary.states["report"] = report(out, log, environment, max(5.0, end_of_all - time.monotonic()))
         summary.write()
-    print((out / "summary.txt").read_text())
+    print(summary.short(MAX_PRINTED))
     words = {state.word for state in summary.states.values()}
     return 1 if "FAILED" in words else 3 if words & {"cut short", "not reached"} else 0
 

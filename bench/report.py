@@ -27,7 +27,8 @@ def read_rows(path: Path) -> list[Row]:
     """Read the figures of every benchmark in a pytest-benchmark file, or in the lines of `pytest --figures`."""
     text = path.read_text()
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines()]
+        # the last line of a program that was stopped may be half written
+        rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     else:
         rows = [entry["extra_info"] for entry in json.loads(text)["benchmarks"] if "op" in entry["extra_info"]]
     if not rows:
@@ -115,6 +116,47 @@ def check(rows: list[Row]) -> int:
     elif not goals:
         print(f"bench/goals.json expects nothing of a {rows[0]['device_type']} device yet")
     return 1 if failed else 0
+
+
+def brief(rows: list[Row]) -> str:
+    """Return a line per case, and the goals that are not reached, for a terminal."""
+    on_gpu = rows[0]["device_type"] == "cuda"
+    of = "a copy" if on_gpu else "the line"
+    lines = [f"{'kernels':58}  {'time':>7}  of {of}{'      host' if on_gpu else ''}  times as long, the others"]
+    for row in rows:
+        if row["op"] != "step":
+            time = _time(row.get("device_s", row.get("p50_s")))
+            share = _percent(row.get("device_percent_of_line", row.get("percent_of_line")))
+            host = f"{_time(row.get('host_s')):>10}" if on_gpu else ""
+            name = f"{row['op']}: {row['case']}"[:58]
+            lines.append(f"{name:58}  {time:>7}  {share:>{len(of) + 3}}{host}  {_brief_peers(row)}")
+    steps = [row for row in rows if row["op"] == "step"]
+    lines += [f"{'steps':28}  {'time':>7}  units per s  of a product  {'peak':>8}  the others"] if steps else []
+    for row in steps:
+        rate, share, peak = row.get("units_per_s"), _percent(row.get("percent_of_gemm")), row.get("peak_bytes")
+        text = "" if rate is None else f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}"
+        memory = "" if peak is None else f"{peak / 1e9:.2f} GB"
+        time = _time(row.get("p50_s"))
+        lines.append(f"{row['case'][:28]:28}  {time:>7}  {text:>11}  {share:>12}  {memory:>8}  {_brief_peers(row)}")
+    verdicts = [(goal, list(judge(rows, [goal]))) for goal in json.loads(GOALS.read_text())]
+    total, reached = (sum(len([v for v in those if v.reached or every]) for _, those in verdicts) for every in (1, 0))
+    lines += [f"goals (bench/goals.json): {reached} of {total} reached; measured, where not:"] if total else []
+    for goal, those in verdicts:
+        measured = [f"{v.measured:.3g}{'' if v.holds else ' LOST'}" for v in those if not v.reached]
+        sign = "<=" if goal["want"] == "at_most" else ">="
+        name = f"{goal['op']}: {goal['case']}, {goal['metric']}"
+        lines += [f"  {name} {sign} {goal['goal']:g}: {', '.join(measured)}"] if measured else []
+    return "\n".join(lines) + "\n"
+
+
+def _brief_peers(row: Row) -> str:
+    """Return every peer's time over ours: of the device where both have it."""
+    texts = []
+    for name, peer in row["peers"].items():
+        on_device = row.get("device_s") and peer.get("device_s")
+        ratio = peer["device_s"] / row["device_s"] if on_device else peer["ratio"]["p50"]
+        texts.append(f"{name} {ratio:.2f}")
+    return ", ".join(texts)
 
 
 def markdown(rows: list[Row]) -> str:
@@ -338,6 +380,7 @@ def main() -> int:
         "file", type=Path, help="what `pytest bench --benchmark-json FILE` or `--figures FILE.jsonl` wrote"
     )
     parser.add_argument("--check", action="store_true", help="compare with bench/goals.json and write nothing")
+    parser.add_argument("--brief", action="store_true", help="print a short table and write nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     try:
@@ -345,6 +388,9 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if arguments.brief:
+        print(brief(rows), end="")
+        return 0
     if arguments.check:
         return check(rows)
     for path in write(rows, arguments.out):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2v_fast.checkpoints.files import MANIFEST, STATE
+from d2v_fast.checkpoints.files import MANIFEST, STATE, Checkpoint, verified_checkpoint
 from d2v_fast.checkpoints.shard_files import Kept
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.distributed.shards import Shard
@@ -32,6 +32,11 @@ def save(checkpoints: Checkpoints, step: int, in_background: bool = False, **sta
     ]
     checkpoints.save(step, {"skipped": 1, **state}, tensors, in_background=in_background)
     return checkpoints.folder / f"step-{step}"
+
+
+def opened(folder: Path) -> Checkpoint:
+    """Open and verify the checkpoint in `step-N`; it is closed when it is garbage collected."""
+    return verified_checkpoint(folder, int(folder.name.removeprefix("step-")))
 
 
 def write_manifest(folder: Path, *, without: str = "") -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from d2v_fast.training import step as training_step
-from tests.helpers.common import opened
+from tests.helpers.checkpoint_files import opened
 from tests.helpers.runs import TINY, run_forked
 
 # what depends on time or on the place of a run

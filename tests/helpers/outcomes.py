@@ -8,6 +8,8 @@ import pytest
 
 # ends the name of the file with the tracebacks
 FAILURES = ".failures"
+# of a traceback, so that hundreds of failures make a file of some megabytes
+MOST_CHARACTERS = 10_000
 
 
 class OutcomeLog:
@@ -52,7 +54,7 @@ class OutcomeLog:
         self._write("\t".join([report.outcome, f"{seconds:.2f}", report.nodeid, first]))
         if report.failed:
             with self._failures.open("a") as file:
-                file.write(f"==== {report.nodeid}\n{report.longreprtext}\n")
+                file.write(f"==== {report.nodeid}\n{report.longreprtext[-MOST_CHARACTERS:]}\n")
 
     def _write(self, line: str) -> None:
         with self._path.open("a") as file:

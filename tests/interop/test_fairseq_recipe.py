@@ -22,7 +22,7 @@ from d2v_fast.interop.fairseq_recipe import pending_decay, told_by
 from d2v_fast.modalities.speech.fairseq import load_fairseq_speech, read_fairseq_speech, save_fairseq_speech
 from d2v_fast.modalities.text.fairseq import load_fairseq_text, save_fairseq_text
 from d2v_fast.objectives.build import build_model
-from tests.helpers.common import opened
+from tests.helpers.checkpoint_files import opened
 from tests.helpers.fairseq_reference import closed_as_fine_tuning_sets_it
 from tests.helpers.fairseq_speech_files import pretrained as speech
 from tests.helpers.fairseq_speech_files import saved

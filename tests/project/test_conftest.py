@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -68,6 +69,26 @@ def test_tests_that_use_the_device() -> None:
     assert not conftest.uses_device(item(fixturenames=["tmp_path"]))
     parameter = SimpleNamespace(params={"device": "x"})
     assert not conftest.uses_device(item(fixturenames=["device"], callspec=parameter))
+
+
+def test_tests_of_the_operations_need_only_torch() -> None:
+    """A GPU machine may have no other package: whatever these tests import at once is there, or pytest skips them."""
+    allowed = {"__future__", "pytest", "torch", "hypothesis", "tests", "d2v_fast", *sys.stdlib_module_names}
+    todo, seen = sorted((ROOT / "tests" / "ops").glob("*.py")), set[Path]()
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        for node in ast.parse(path.read_text("utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.partition(".")[0] in allowed, f"{path} imports {name}"
+                if name.startswith("d2v_fast"):
+                    assert name.split(".")[1] in ("ops", "kernels", "models"), f"{path} imports {name}"
+                module = ROOT / f"{name.replace('.', '/')}.py"
+                if name.startswith("tests.") and module.exists() and module not in seen:
+                    todo.append(module)
+    assert len(seen) > 20
 
 
 # slow: a whole run of pytest in a process, for `make gpu` only

@@ -29,6 +29,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Return a function that runs given parts, and returns the exit status and the summary."""
     monkeypatch.setattr(gpu, "DESCRIBE", "print('the machine')")
     monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    monkeypatch.setattr(gpu, "BUILT", tmp_path / "build" / "built.json")
 
     def run(*todo: gpu.Part, seconds: float = 100) -> tuple[int, str]:
         monkeypatch.setattr(gpu, "parts", lambda out, device, scratch: list(todo))
@@ -135,18 +136,74 @@ def test_parts_name_files_that_exist_and_options_of_the_programs(tmp_path: Path)
             assert not test or test.removeprefix("bench_step[").removesuffix("]") in CASES, word
 
 
-def test_checks_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed run whose log differs in one figure is a failure, and a run that only took another time is none."""
+@pytest.mark.parametrize(("loss", "resumes_at", "word"), [(0.25, 10, "ok"), (0.26, 10, "FAILED"), (0.25, 0, "FAILED")])
+def test_a_resumed_run_must_go_on_and_equal_the_whole_one(
+    loss: float, resumes_at: int, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that differs in one figure, or that starts over, is a failure; one that only took another time is none."""
     runs = gpu_runs.Runs("cpu", tmp_path / "runs.txt", tmp_path)
-    whole = [{"step": 80, "loss": 0.25, "seconds": 1.0, "samples_per_s": 9.0}]
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    monkeypatch.setattr(runs, "start", lambda *options: done)
-    for loss, passed in ((0.25, True), (0.26, False)):
-        monkeypatch.setattr(runs, "log", lambda name, loss=loss: [{**whole[0], "loss": loss, "seconds": 2.0}])
-        runs._kill_and_resume(process, whole)
-        assert (runs.failed == 0) == passed
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
-    process.kill()
-    process.wait()
-    assert (tmp_path / "runs.txt").read_text().count("\n") == 2
+    whole = [{"step": 14, "loss": 0.25, "seconds": 1.0, "samples_per_s": 9.0}]
+    printed = f"print('resumed after step {resumes_at}')"
+    real, codes = subprocess.Popen, iter(["import time; time.sleep(99)", printed])
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", next(codes)], **options)
+    )
+    monkeypatch.setattr(runs, "log", lambda name: [{**whole[0], "loss": loss, "seconds": 2.0}])
+    runs._kill_and_resume(runs.start("killed"), whole)
+    assert (tmp_path / "runs.txt").read_text().startswith(word)
+    assert runs.failed == (word == "FAILED")
+
+
+def test_a_run_that_fails_is_reported_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = gpu_runs.Runs("cpu", tmp_path / "runs.txt", tmp_path)
+    real, code = subprocess.Popen, "print('error: no such key'); print('last line'); exit(2)"
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", code], **options))
+    runs.check()
+    assert (tmp_path / "runs.txt").read_text().splitlines()[1] == ("FAILED   train: exit status 2: error: no such key")
+
+
+def test_the_library_is_built_again_whatever_the_times_of_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, sources = tmp_path / "d2v_fast" / "_C.so", tmp_path / "csrc"
+    for folder in (library.parent, sources):
+        folder.mkdir()
+    for path in (library, sources / "a.cpp", tmp_path / "CMakeLists.txt", tmp_path / "setup.py"):
+        path.write_text("1")
+    built = tmp_path / "build" / "built.json"
+    for name, value in (("ROOT", tmp_path), ("LIBRARY", library), ("BUILT", built)):
+        monkeypatch.setattr(gpu, name, value)
+    # built elsewhere
+    assert gpu.must_build()
+    gpu.remember_build()
+    assert not gpu.must_build()
+    # copied later, and unchanged
+    os.utime(sources / "a.cpp")
+    assert not gpu.must_build()
+    # changed, and older than the library
+    (sources / "a.cpp").write_text("2")
+    os.utime(sources / "a.cpp", (0, 0))
+    assert gpu.must_build()
+    (sources / "a.cpp").write_text("1")
+    # of another machine
+    library.write_text("2")
+    assert gpu.must_build()
+    library.unlink()
+    assert gpu.must_build()
+
+
+def test_what_is_printed_names_all_failed_tests_in_few_characters(tmp_path: Path) -> None:
+    lines = [f"failed\t1\ttests/ops/test_{n % 40}.py::test_a[{n}-bfloat16]\t{'why ' * 60}" for n in range(120)]
+    (tmp_path / "outcomes.log").write_text("\n".join(["collected\t793", *lines, ""]))
+    summary = gpu.Summary(tmp_path, ["tests"])
+    summary.figures = "figures"
+    text = summary.short(gpu.MAX_PRINTED)
+    assert len(text) <= gpu.MAX_PRINTED
+    assert text.startswith("120 tests FAILED, 0 passed, 0 skipped, 673 not reached\n")
+    for n in range(40):
+        cases = " ".join(f"[{n + i}-bfloat16]" for i in (0, 40, 80))
+        assert f"FAILED tests/ops/test_{n}.py::test_a {cases}: why why" in text
+    assert text.endswith("figures")
+    text = summary.short(1000)
+    assert len(text) == 1000
+    assert text.endswith("summary.txt has all\n")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from d2v_fast.checkpoints.saved_weights import SavedWeights
 from d2v_fast.data import StepLoader
-from tests.helpers.common import opened
+from tests.helpers.checkpoint_files import opened
 from tests.helpers.marks import needs_deepspeed
 from tests.helpers.runs import (
     TINY,

@@ -16,7 +16,7 @@ from d2v_fast.modalities.speech.config import SpeechModelConfig
 from d2v_fast.modalities.speech.fairseq import save_fairseq_speech
 from d2v_fast.modalities.text.config import TextModelConfig
 from d2v_fast.modalities.text.encoder import TextModel
-from tests.helpers.common import opened
+from tests.helpers.checkpoint_files import opened
 from tests.helpers.given_models import given
 from tests.helpers.runs import TINY_SPEECH, TINY_TEXT, failure_status, figures, leave_out_reports, run_forked, tiny_file
 

@@ -25,7 +25,7 @@ from d2v_fast.modalities.text.huggingface import export_text, import_text
 from d2v_fast.modalities.text.layout import text_layout
 from d2v_fast.modalities.text.tokenizer import load_tokenizer
 from d2v_fast.objectives.build import build_model
-from tests.helpers.common import opened
+from tests.helpers.checkpoint_files import opened
 from tests.helpers.fairseq_speech_files import pretrained as pretrained_speech
 from tests.helpers.fairseq_text_files import PREFIX, pretrained, shapes
 from tests.helpers.runs import TINY_TEXT, figures, leave_out_reports, run_here, tiny_file

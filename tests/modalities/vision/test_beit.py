@@ -20,7 +20,7 @@ from d2v_fast.interop.published import load_published, read_published
 from d2v_fast.modalities.vision.beit import save_beit
 from d2v_fast.objectives.build import build_model
 from tests.helpers.beit_reference import NEITHER, PER_BLOCK, UNSCALED, assert_same_features, reference
-from tests.helpers.common import opened
+from tests.helpers.checkpoint_files import opened
 from tests.helpers.runs import TINY, leave_out_reports, run_forked, tiny_file
 from tests.helpers.vision_reference import randomize_
 
