@@ -134,12 +134,13 @@ def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int)
         "d2v.run.save_every": str(10 * options.steps),
         **_sizes(options.source),
         **({"d2v.finetune.source": json.dumps(str(options.source.resolve()))} if source else {}),
-        # lower layers that are new must learn as fast as the upper ones
-        **({} if source else {"d2v.finetune.layer_decay": "1.0"}),
+        # lower layers that are new must learn as fast as the upper ones, and from the first step on
+        **({} if source else {"d2v.finetune.layer_decay": "1.0", "d2v.finetune.freeze_encoder_steps": "0"}),
     }
     if labels != "all" and options.classes * int(labels) < options.batch:
         settings["train_batch_size"] = str(options.classes * int(labels))
-    settings |= dict(setting.split("=", 1) for setting in options.overrides)
+    added = [*options.overrides, *(options.scratch if method == SCRATCH else [])]
+    settings |= dict(setting.split("=", 1) for setting in added)
     return [f"{key}={value}" for key, value in settings.items()]
 
 
@@ -220,6 +221,7 @@ def _options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=10, help="classes of the data, to fit the batch to few labels")
     parser.add_argument("--batch", type=int, default=64, help="train_batch_size of the configuration")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--scratch", action="append", default=[], metavar="KEY=VALUE", help="of training from scratch")
     parser.add_argument("--plain", action="append", default=[], metavar="KEY=VALUE", help="settings of the probes")
     parser.add_argument("--out", type=Path, required=True, help="file of the results, read if it exists")
     parser.add_argument("--picture", type=Path, help="PNG file to draw the results into")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from d2v_fast.modalities.speech.config_finetune import SpeechClassifyConfig, SpeechCtcConfig
-from d2v_fast.models.layers import Linear, dropout, init_linear_
+from d2v_fast.models.layers import Linear, dropout
 from d2v_fast.models.post_norm import clear_padding, mean_of_places
 
 __all__ = ["LetterHead", "RecordingHead", "make_head"]
@@ -41,7 +41,7 @@ class LetterHead(nn.Module):
 
 
 class RecordingHead(nn.Module):
-    """Classify recordings by the mean of their projected frames.
+    """Classify recordings by the mean of their projected frames. Both maps begin with PyTorch's initialization.
 
     Args:
         config: the run's section, with `labels`.
@@ -52,8 +52,6 @@ class RecordingHead(nn.Module):
         self.dropout = config.head.dropout
         self.projector = Linear(config.model.width, config.head.projection)
         self.classifier = Linear(config.head.projection, len(config.labels or ()))
-        init_linear_(self.projector)
-        init_linear_(self.classifier)
 
     def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return logits `[B, C]`.
