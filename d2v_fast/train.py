@@ -266,14 +266,15 @@ def run_probe(run: Run, step: int) -> str | None:
         return None
 
     run.log.say("probing the features ...")
-    encoders = run.state.whole_encoders()
+    encoders, head = run.state.whole_encoders(), run.state.whole_head()
 
     def probe() -> str | None:
         assert encoders is not None
+        assert head is not None
         try:
             # other shapes than those that the blocks are compiled for
             with torch.compiler.set_stance("force_eager"):
-                report = evaluation.probe(d2v, *encoders)
+                report = evaluation.probe(d2v, *encoders, head)
         except (ValueError, OSError) as error:
             run.log.say(f"no probe after step {step}: {error}")
             return None

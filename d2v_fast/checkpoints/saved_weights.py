@@ -176,7 +176,22 @@ def load_encoder(checkpoint: Checkpoint, config: D2VConfig, weights: str) -> Stu
     return model
 
 
-def _load(model: torch.nn.Module, saved: SavedWeights, source: Path) -> None:
+def load_head(checkpoint: Checkpoint, config: D2VConfig, encoder: Student) -> torch.nn.Module:
+    """Return the student's head in a checkpoint of pre-training, fp32 on the CPU, in training mode.
+
+    Args:
+        checkpoint: Open and verified.
+        config: The run's.
+        encoder: Of the run, which knows its head.
+    Raises:
+        ValueError: As for `load_encoder`.
+    """
+    head = encoder.make_head()
+    _load(head, encoder_weights(checkpoint, config, "student").head(), checkpoint.folder)
+    return head
+
+
+def _load(model: torch.nn.Module, saved: Mapping[str, Tensor], source: Path) -> None:
     """Copy saved weights into a model.
 
     Raises:

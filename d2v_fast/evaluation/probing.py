@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from d2v_fast.config import PretrainConfig
 from d2v_fast.data.labels import LabeledSet
 from d2v_fast.errors import DataError
@@ -12,6 +14,18 @@ from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.student import Student
+
+
+class Probed(NamedTuple):
+    """Networks to probe, by their names in the tables.
+
+    Attributes:
+        encoders: The encoders.
+        heads: What predicts targets from each encoder's output.
+    """
+
+    encoders: Mapping[str, Student]
+    heads: Mapping[str, nn.Module]
 
 
 class Labeled(NamedTuple):
@@ -42,14 +56,14 @@ class Probing(NamedTuple):
 
     Attributes:
         sample_set: The value of `d2v.data.kind` that has labels; None if there is none.
-        run: Probe encoders, by name, on the labels of the sample set.
+        run: Probe networks on the labels of the sample set.
         labeled: The probe of `d2v.probe.path`.
         options: Options of `d2v-fast probe` that name such labels, as an example.
         samples: What they name, in words.
     """
 
     sample_set: str | None
-    run: Callable[[Mapping[str, Student], Any], ProbeReport | ProbeReports]
+    run: Callable[[Probed, Any], ProbeReport | ProbeReports]
     labeled: Callable[[Any], Labeled]
     options: tuple[str, ...]
     samples: str

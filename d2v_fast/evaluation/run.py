@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
+from d2v_fast.checkpoints.saved_weights import load_encoder, load_head, open_checkpoint, read_run_config
 from d2v_fast.command_lines import path_words, tool_command
 from d2v_fast.config import D2VConfig, PretrainConfig
 from d2v_fast.config.errors import check
 from d2v_fast.errors import DataError, OptionError
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports
-from d2v_fast.evaluation.probing import probing_of
+from d2v_fast.evaluation.probing import Probed, probing_of
 from d2v_fast.modalities import modality_of
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.build import build_model
@@ -77,28 +78,30 @@ def advice(config: PretrainConfig, run_folder: Path) -> str:
 
 
 def probe(
-    config: PretrainConfig, student: Student, teacher: Student, key: str = PATH_KEY
+    config: PretrainConfig, student: Student, teacher: Student, head: nn.Module, key: str = PATH_KEY
 ) -> ProbeReport | ProbeReports:
     """Probe student and teacher beside the untrained network; the report prints as a table.
 
     Args:
         config: The run's. `probe.path` has precedence over the labels of a sample set.
         student, teacher: Encoders.
+        head: The student's, which stands for the teacher's as well.
         key: The key or option that named `probe.path`, for messages.
     Raises:
         DataError: `probe.path` cannot be probed, or the modality has no probe.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        untrained = build_model(config).student
-    models = {"untrained": untrained, "student": student, "teacher": teacher}
+        untrained = build_model(config)
+    encoders = {"untrained": untrained.student, "student": student, "teacher": teacher}
     if config.probe.path is None:
-        return probing_of(config).run(models, config)
+        heads = {"untrained": untrained.head, "student": head, "teacher": head}
+        return probing_of(config).run(Probed(encoders, heads), config)
     from d2v_fast.evaluation.labeled import run_labeled_probe
 
     # on the device of the others
     untrained.to(next(student.parameters()).device)
-    return run_labeled_probe(models, config, key)
+    return run_labeled_probe(encoders, config, key)
 
 
 def probe_checkpoint(run_folder: Path, *, step: int | None = None, **options: Any) -> str:
@@ -124,8 +127,9 @@ def probe_checkpoint(run_folder: Path, *, step: int | None = None, **options: An
         raise ValueError(advice(config, run_folder))
     with open_checkpoint(run_folder, step) as checkpoint:
         student, teacher = (load_encoder(checkpoint, config, weights) for weights in ("student", "teacher"))
+        head = load_head(checkpoint, config, student)
     key = "`--data`" if "path" in given else PATH_KEY
-    return f"{run_folder}, step {checkpoint.step}:\n{probe(config, student, teacher, key)}"
+    return f"{run_folder}, step {checkpoint.step}:\n{probe(config, student, teacher, head, key)}"
 
 
 def _with_options(config: PretrainConfig, options: dict[str, Any]) -> PretrainConfig:

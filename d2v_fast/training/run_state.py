@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 import d2v_fast
 from d2v_fast.checkpoints.files import Checkpoint
@@ -236,6 +237,19 @@ class RunState(RunSaver):
             encoder.load_state_dict(state)
             encoders.append(encoder)
         return encoders[0], encoders[1]
+
+    def whole_head(self) -> nn.Module | None:
+        """Gather the head as `whole_encoders` does the student; every process calls it."""
+        head = self.model.head
+        if all(p.dtype == torch.float32 and not is_partitioned(p) for p in head.parameters()):
+            return head if self._world.is_first else None
+        names = {f"head.{name}": full_shape(p) for name, p in head.named_parameters()}
+        weights = gather_whole(self._engine.shards(), names, self._world)
+        if not self._world.is_first:
+            return None
+        whole = build_student(self._config.d2v).make_head().to(self._world.device)
+        whole.load_state_dict({name.removeprefix("head."): value for name, value in weights.items()})
+        return whole
 
     def _compare_samples(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
         """Refuse a checkpoint that was trained on other samples, or report the difference if that is accepted."""

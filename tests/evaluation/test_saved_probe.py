@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import Module
 
-from d2v_fast.checkpoints.saved_weights import load_encoder, open_checkpoint, read_run_config
+from d2v_fast.checkpoints.saved_weights import load_encoder, load_head, open_checkpoint, read_run_config
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.evaluation.run import probe_checkpoint
 from tests.helpers.marks import needs_deepspeed
@@ -34,9 +35,9 @@ def test_weights_are_those_of_the_checkpoint(
 ) -> None:
     """fp32, bit for bit, whatever the run computes in."""
 
-    def keep(config: Any, student: torch.nn.Module, teacher: torch.nn.Module, *key: Any) -> Any:
-        for name, encoder in (("student", student), ("teacher", teacher)):
-            state = {key: value.contiguous().clone() for key, value in encoder.state_dict().items()}
+    def keep(config: Any, student: Module, teacher: Module, head: Module) -> Any:
+        for name, part in (("student", student), ("teacher", teacher), ("head", head)):
+            state = {key: value.contiguous().clone() for key, value in part.state_dict().items()}
             save_file(state, tmp_path / f"{name}.safetensors")
         raise ValueError("that is all")
 
@@ -48,10 +49,12 @@ def test_weights_are_those_of_the_checkpoint(
     statuses = run_forked("--ds_config", file, "--run", "r", output=output, num_processes=processes, before=prepare)
     assert statuses == [0] * processes, output.read_text()
     run = tmp_path / "runs" / "r"
-    for name in ("student", "teacher"):
-        probed = load_file(tmp_path / f"{name}.safetensors")
-        with open_checkpoint(run, 3) as checkpoint:
-            saved = load_encoder(checkpoint, read_run_config(run), name).state_dict()
+    config = read_run_config(run)
+    with open_checkpoint(run, 3) as checkpoint:
+        parts: dict[str, Module] = {name: load_encoder(checkpoint, config, name) for name in ("student", "teacher")}
+        parts["head"] = load_head(checkpoint, config, load_encoder(checkpoint, config, "student"))
+    for name, part in parts.items():
+        probed, saved = load_file(tmp_path / f"{name}.safetensors"), part.state_dict()
         assert probed.keys() == saved.keys()
         for key, value in saved.items():
             assert probed[key].dtype == torch.float32, key

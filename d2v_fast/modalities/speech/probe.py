@@ -19,7 +19,7 @@ from d2v_fast.data.labels import LabeledSet, labeled_files
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task, score
 from d2v_fast.evaluation.features import sequence_features
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
-from d2v_fast.evaluation.probing import Labeled, Probing
+from d2v_fast.evaluation.probing import Labeled, Probed, Probing
 from d2v_fast.modalities.speech.audio import KINDS
 from d2v_fast.modalities.speech.config import RecordingsConfig
 from d2v_fast.modalities.speech.embed import Middles
@@ -85,8 +85,8 @@ def _labeled(config: RecordingsConfig) -> Labeled:
     return Labeled("recording", find, read, pooled, LOG_MEL, spectrum, lambda rows, task: np.stack(rows))
 
 
-def _run(models: Mapping[str, Student], config: RecordingsConfig) -> ProbeReports:
-    return run_speech_probe(models, speech_for_probe(config), config)
+def _run(probed: Probed, config: RecordingsConfig) -> ProbeReports:
+    return run_speech_probe(probed.encoders, speech_for_probe(config), config)
 
 
 PROBING = Probing("speech", _run, _labeled, ("--data", "FOLDER"), "recordings whose sub-folders are classes")

@@ -2,28 +2,28 @@
 
 The word probe masks single tokens of held-out blocks and predicts from the encoder's output at each mask which of the
 most frequent words it was. An encoder of data2vec 2.0 never sees a mask: it encodes the other tokens only, as in its
-training, and its outputs at the two nearest ones, left and right, take the place of the output at the mask. Baselines
-are the untrained network and the most frequent word. The topic probe averages features over a paragraph; its baseline
-is a bag of words, which is token counts weighted by rarity.
+training, and its decoder fills the gaps, whose prediction takes the place of the output at the mask. Baselines are the
+untrained network and the most frequent word. The topic probe averages features over a paragraph; its baseline is a bag
+of words, which is token counts weighted by rarity.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_fast.data.labels import LabeledSet
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports, Task, most_frequent, score
 from d2v_fast.evaluation.features import evaluating, sequence_features
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
-from d2v_fast.evaluation.probing import Labeled, Probing
+from d2v_fast.evaluation.probing import Labeled, Probed, Probing
 from d2v_fast.files.reading import printable
 from d2v_fast.modalities.text.config import DocumentsConfig
 from d2v_fast.modalities.text.embed import Lines
@@ -101,11 +101,11 @@ def _is_word(twice: str) -> bool:
     return len(parts) == 2 and parts[0] == parts[1] and parts[0].isalpha()
 
 
-def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: DocumentsConfig) -> ProbeReports:
+def run_text_probe(probed: Probed, data: TextProbeData, config: DocumentsConfig) -> ProbeReports:
     """Score the features of every model on both tasks.
 
     Args:
-        models: Encoders by their name in the tables.
+        probed: Encoders and heads.
         data: Labeled paragraphs.
         config: The run's configuration.
     Returns:
@@ -119,9 +119,10 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: D
     word = Task(masked.words, order[: masked.num_train], order[masked.num_train :])
     topic = Task(*map(np.asarray, (data.labels, data.train_indices, data.test_indices)))
     of_words, of_topics = {}, {}
-    for name, model in models.items():
+    for name, model in probed.encoders.items():
         if has_words:
-            of_words[name] = score(word_features(model, masked, padding).numpy(), word, config.probe)
+            features = word_features(model, probed.heads[name], masked, padding)
+            of_words[name] = score(features.numpy(), word, config.probe)
         paragraphs = sequence_features(model, data.tokens, num_places=int, padding=padding)
         of_topics[name] = score(torch.stack([rows.mean(0) for rows in paragraphs]).numpy(), topic, config.probe)
     if has_words:
@@ -131,36 +132,35 @@ def run_text_probe(models: Mapping[str, Student], data: TextProbeData, config: D
     return ProbeReports({**reports, "topic": ProbeReport(of_topics, config.probe, "topics")})
 
 
-def word_features(model: Student, masked: MaskedWords, padding: int) -> Tensor:
-    """Return the features that a masked word is predicted from, fp32 `[S, D]`, or `[S, 2 D]` of data2vec 2.0."""
+def word_features(model: Student, head: nn.Module, masked: MaskedWords, padding: int) -> Tensor:
+    """Return the features that a masked word is predicted from, fp32 `[S, D]`."""
     if isinstance(model, MaskedTextModel):
         pairs = zip(masked.tokens, masked.places, strict=True)
-        return torch.cat([neighbors_of_masks(model, tokens, places) for tokens, places in pairs])
+        return torch.cat([filled_in(model, head, tokens, places) for tokens, places in pairs])
     outputs = sequence_features(model, masked.tokens, num_places=int, padding=padding)
     return torch.cat([output[place] for output, place in zip(outputs, masked.places, strict=True)])
 
 
 @torch.no_grad()
-def neighbors_of_masks(model: MaskedTextModel, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Encode a block without its masked tokens; return the outputs at the nearest others, left and right of each.
+def filled_in(model: MaskedTextModel, decoder: nn.Module, tokens: Tensor, masked: Tensor) -> Tensor:
+    """Encode a block without its masked tokens, and return what the decoder predicts at their places.
 
     Args:
         model: The encoder, in any mode, which is restored.
+        decoder: Its head, likewise. It gets the mean of its noise, 0, so that the result does not depend on a draw.
         tokens: int64 `[T]`; what stands at masked places has no effect.
         masked: int64 `[N]`, masked places, ascending.
     Returns:
-        fp32 `[N, 2 D]`, on the CPU. A place without a neighbor on one side has the nearest one twice.
+        fp32 `[N, D]`, on the CPU.
     """
     device = next(model.parameters()).device
     is_visible = torch.ones(len(tokens), dtype=torch.bool)
     is_visible[masked] = False
-    visible = is_visible.nonzero()[:, 0]
-    with evaluating(model):
-        places = Places(visible[None].to(device), masked.to(device), len(tokens))
-        hidden = model.context(model.embedding(tokens[None].to(device)), None, places).last_hidden[0].float().cpu()
-    right = torch.searchsorted(visible, masked)
-    last = len(visible) - 1
-    return torch.cat((hidden[(right - 1).clamp(0, last)], hidden[right.clamp(0, last)]), dim=1)
+    places = Places(is_visible.nonzero().T.to(device), masked.to(device), len(tokens))
+    with evaluating(model), evaluating(decoder):
+        hidden = model.context(model.embedding(tokens[None].to(device)), None, places).last_hidden
+        prediction: Tensor = decoder(hidden, places, hidden.new_zeros(len(masked), hidden.shape[-1]))
+    return prediction.float().cpu()
 
 
 def bag_of_words(tokens: Sequence[Tensor], task: Task) -> NDArray[np.float32]:
@@ -198,8 +198,8 @@ def _labeled(config: DocumentsConfig) -> Labeled:
     return Labeled("text", find, read, pooled, BAG_OF_WORDS, lambda sample: sample.parts[0], bag_of_words)
 
 
-def _run(models: Mapping[str, Student], config: DocumentsConfig) -> ProbeReports:
-    return run_text_probe(models, docs_for_probe(config.data, config.model), config)
+def _run(probed: Probed, config: DocumentsConfig) -> ProbeReports:
+    return run_text_probe(probed, docs_for_probe(config.data, config.model), config)
 
 
 PROBING = Probing("docs", _run, _labeled, ("--data", "FILE.jsonl", "--label-field", "label"), "texts with a label each")

@@ -21,7 +21,7 @@ from d2v_fast.data.labels import LabeledSet, labeled_files
 from d2v_fast.evaluation.classifiers import ProbeReport, Task, score
 from d2v_fast.evaluation.features import patch_features
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
-from d2v_fast.evaluation.probing import Labeled, Probing
+from d2v_fast.evaluation.probing import Labeled, Probed, Probing
 from d2v_fast.modalities.vision.config import ImagesConfig, VisionProbeConfig
 from d2v_fast.modalities.vision.digits import ProbeData, digits_for_probe
 from d2v_fast.modalities.vision.embed import Images
@@ -98,8 +98,8 @@ def _labeled(config: ImagesConfig) -> Labeled:
     return Labeled("image", find, read, pooled, name, pixels, lambda rows, task: np.stack(rows))
 
 
-def _run(models: Mapping[str, Student], config: ImagesConfig) -> ProbeReport:
-    return run_probe(models, digits_for_probe(config), config.probe)
+def _run(probed: Probed, config: ImagesConfig) -> ProbeReport:
+    return run_probe(probed.encoders, digits_for_probe(config), config.probe)
 
 
 PROBING = Probing("digits", _run, _labeled, ("--data", "FOLDER"), "images whose sub-folders are classes")

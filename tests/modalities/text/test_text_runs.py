@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from d2v_fast.commands.console import main
 from d2v_fast.config import BatchSplit, TextConfig, parse_config
 from d2v_fast.data import batch_maker
+from d2v_fast.evaluation.probing import Probed
 from d2v_fast.modalities.text import probe
-from d2v_fast.modalities.text.probe import masked_words, neighbors_of_masks, run_text_probe
+from d2v_fast.modalities.text.probe import filled_in, masked_words, run_text_probe
 from d2v_fast.modalities.text.reference_pages import docs_for_probe
 from d2v_fast.modalities.text.tasks import TextDataset, tokenizer_of
 from d2v_fast.objectives.build import build_model
@@ -168,20 +170,24 @@ def test_masked_words(tmp_path: Path, cache: str) -> None:
 
 
 def test_masked_words_of_data2vec_2() -> None:
-    """The other tokens alone are encoded, as in training; a masked word is predicted from the nearest of them."""
+    """The other tokens alone are encoded and the decoder fills the gaps, as in training, but without noise."""
     model, _ = random_masked_pair(masked_config("text"))
-    student = model.student.train()
+    student, head = model.student.train(), model.head.train()
     tokens, masked = torch.randint(4, 20, (12,)), torch.tensor([0, 4, 5, 11])
-    found = neighbors_of_masks(student, tokens, masked)
+    found = filled_in(student, head, tokens, masked)
     assert student.training
-    assert torch.equal(found, neighbors_of_masks(student, tokens.index_fill(0, masked, 3), masked))
+    assert head.training
+    assert torch.equal(found, filled_in(student, head, tokens.index_fill(0, masked, 3), masked))
     # attention knows positions by their embeddings only
     kept = torch.tensor([1, 2, 3, 6, 7, 8, 9, 10])
     embedded = student.embedding(tokens[None])[:, kept]
     with torch.no_grad():
-        hidden = student.eval().context(embedded).last_hidden[0]
-    pairs = [(0, 0), (2, 3), (2, 3), (7, 7)]
-    torch.testing.assert_close(found, torch.stack([torch.cat((hidden[i], hidden[j])) for i, j in pairs]))
+        hidden = student.eval().context(embedded).last_hidden
+        whole = torch.zeros(1, 12, hidden.shape[2]).index_copy(1, kept, hidden)
+        for convolution in head.eval().convolutions:
+            mapped = convolution(whole.mT).mT
+            whole = F.gelu(F.layer_norm(mapped, mapped.shape[2:], eps=1e-5))
+        torch.testing.assert_close(found, head.projection(whole)[0, masked])
 
 
 @pytest.mark.parametrize("kind", [word_pieces, unigrams], ids=lambda kind: kind.__name__)
@@ -201,7 +207,8 @@ def test_a_tokenizer_without_words_leaves_out_their_probe(
     assert len(masked_words(config).words) == 0
     torch.manual_seed(0)
     model = build_model(config).student
-    report = run_text_probe({"untrained": model}, docs_for_probe(config.data, config.model), config)
+    probed = Probed({"untrained": model}, {"untrained": model.make_head()})
+    report = run_text_probe(probed, docs_for_probe(config.data, config.model), config)
     assert list(report.to_dict()) == ["topic"]
     assert "the probe of masked words is skipped" in caplog.text
 
