@@ -4,9 +4,10 @@
     python -m bench.two_versions runs/digits2-0 runs/digits2-1 runs/digits-0 ... --out build/two_versions.png
 
 Runs whose configurations differ in the seed only make one curve: the mean of their student's scores, and the range. The
-scores are those of the runs' probes. The time is the number of steps times the median CPU time of a step, without
-probes and checkpoints. It is measured here, in one thread and in turns, so that other load slows all alike. The times
-are kept in a file beside the picture; delete it to measure again.
+scores are those of the runs' probes, and of kept checkpoints, which are probed here. Each modality has a picture of its
+own, whose name begins as `--out`. The time is the number of steps times the median CPU time of a step, without probes
+and checkpoints. It is measured here, in one thread and in turns, so that other load slows all alike. Times and scores
+are kept in files beside the pictures; delete them to measure again.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2v_fast.config import RunConfig, load_config
+from d2v_fast.checkpoints.files import complete_steps
+from d2v_fast.checkpoints.saved_weights import load_encoder, load_head, open_checkpoint, read_run_config
+from d2v_fast.config import PretrainConfig, RunConfig, load_config
+from d2v_fast.evaluation.probing import Probed, probing_of
 
 WARMUP, ROUNDS = 3, 40
 
 
+Scores = dict[int, dict[str, Any]]
+
+
 class Panel(NamedTuple):
-    """A part of the picture: modality, question of the probe, its score, and the title."""
+    """A part of a picture: modality, question of the probe, its score, and the title."""
 
     modality: str
     question: str
@@ -37,8 +44,9 @@ PANELS = (
     Panel("vision", "", "few_labels", "Digits: 10 labels per class"),
     Panel("speech", "word", "few_labels", "Words by new voices: 5 labels per word"),
     Panel("text", "word", "linear", "Masked words"),
-    Panel("text", "topic", "linear", "Topics"),
+    Panel("text", "topic", "linear", "Topics of paragraphs"),
 )
+PICTURES = {"vision": "digits", "speech": "speech", "text": "text"}
 
 
 class Group(NamedTuple):
@@ -46,36 +54,78 @@ class Group(NamedTuple):
 
     Attributes:
         config: Of one of them.
-        folders: All of them.
+        runs: The student's scores of every run, by step.
     """
 
     config: RunConfig
-    folders: list[Path]
+    runs: list[Scores]
 
     @property
     def label(self) -> str:
-        """The version and the length of the runs."""
-        version = "2.0" if self.config.d2v.objective == "data2vec2" else "1"
-        return f"version {version}, {self.config.d2v.schedule.steps:,} steps"
+        """The version, the length of the runs, and their number."""
+        version = "data2vec 2.0" if self.config.d2v.objective == "data2vec2" else "data2vec"
+        seeds = f", {len(self.runs)} seeds" if len(self.runs) > 1 else ""
+        return f"{version}, {self.config.d2v.schedule.steps:,} steps{seeds}"
 
     def scores(self, panel: Panel) -> dict[int, list[float]]:
-        """Return the student's scores of all runs by step."""
+        """Return the scores of all runs by step."""
         found: dict[int, list[float]] = {}
-        for folder in self.folders:
-            for entry in json.loads((folder / "probe.json").read_text()):
-                by_name = entry[panel.question] if panel.question else entry
-                found.setdefault(entry["step"], []).append(by_name["student"][panel.score])
+        for run in self.runs:
+            for step, scores in run.items():
+                found.setdefault(step, []).append((scores[panel.question] if panel.question else scores)[panel.score])
         return dict(sorted(found.items()))
 
 
-def groups_of(folders: list[Path]) -> dict[str, Group]:
-    """Return the groups by their configuration without seed, name and probe."""
+def scores_of(folder: Path, known: Scores) -> Scores:
+    """Return the scores of a run by step: of the untrained network at step 0, of its probes, and of its checkpoints.
+
+    Args:
+        folder: The run's, with a probe.json.
+        known: Scores of its checkpoints from a call before.
+    """
+    found: Scores = dict(known)
+    for entry in json.loads((folder / "probe.json").read_text()):
+        step = entry.pop("step")
+        found[0], found[step] = by_question(entry, "untrained"), by_question(entry, "student")
+    for step in set(complete_steps(folder / "checkpoints")) - set(found):
+        found[step] = checkpoint_scores(folder, step)
+    return dict(sorted(found.items()))
+
+
+def by_question(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the scores of one network from a report, which has one question or several."""
+    return report[name] if name in report else {question: scores[name] for question, scores in report.items()}
+
+
+def checkpoint_scores(folder: Path, step: int) -> dict[str, Any]:
+    """Probe the student of a checkpoint."""
+    config = read_run_config(folder)
+    assert isinstance(config, PretrainConfig)
+    with open_checkpoint(folder, step) as checkpoint:
+        student = load_encoder(checkpoint, config, "student")
+        head = load_head(checkpoint, config, student)
+    print(f"probing {folder}, step {step} ...", flush=True)
+    report = probing_of(config).run(Probed({"student": student}, {"student": head}), config)
+    return by_question(report.to_dict(), "student")
+
+
+def groups_of(folders: list[Path], path: Path) -> dict[str, Group]:
+    """Return the groups by their configuration without seed, name and probe.
+
+    Args:
+        folders: Of the runs.
+        path: The file of scores that were made here, which is read and written.
+    """
+    known = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, Group] = {}
     for folder in folders:
         config = load_config(folder / "config.json")
         key = config.to_dict()
         del key["d2v"]["run"], key["d2v"]["probe"]
-        found.setdefault(json.dumps(key, sort_keys=True), Group(config, [])).folders.append(folder)
+        of_run = {int(step): scores for step, scores in known.get(str(folder), {}).items()}
+        known[str(folder)] = scores_of(folder, of_run)
+        path.write_text(json.dumps(known, indent=1) + "\n")
+        found.setdefault(json.dumps(key, sort_keys=True), Group(config, [])).runs.append(known[str(folder)])
     return found
 
 
@@ -121,33 +171,34 @@ def timed(groups: dict[str, Group], path: Path) -> dict[str, float]:
     return known
 
 
-def draw(groups: dict[str, Group], seconds: dict[str, float], path: Path) -> None:
-    """Draw the panels for which there are runs."""
+def draw(groups: dict[str, Group], seconds: dict[str, float], out: Path) -> Iterator[Path]:
+    """Draw a picture for each modality of the runs, and yield its path."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [
-        panel for panel in PANELS if any(group.config.d2v.modality == panel.modality for group in groups.values())
-    ]
-    rows = (len(panels) + 1) // 2
-    figure, grid = plt.subplots(
-        rows, min(2, len(panels)), figsize=(10, 3.6 * rows), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(grid.flat, panels, strict=False):
-        for key, group in groups.items():
-            if group.config.d2v.modality == panel.modality:
+    for modality, name in PICTURES.items():
+        chosen = {key: group for key, group in groups.items() if group.config.d2v.modality == modality}
+        panels = [panel for panel in PANELS if panel.modality == modality]
+        if not chosen:
+            continue
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(1 + 4.5 * len(panels), 3.6), squeeze=False, layout="constrained"
+        )
+        for axis, panel in zip(axes.flat, panels, strict=True):
+            for key, group in chosen.items():
                 _draw_group(axis, group, panel, seconds[key])
-        axis.set_title(panel.title, fontsize=10)
-        axis.set_xlabel("CPU seconds of training, one thread", fontsize=9)
-        axis.set_ylabel("accuracy in %", fontsize=9)
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
-    for axis in grid.flat[len(panels) :]:
-        axis.remove()
-    figure.savefig(path, dpi=110)
+            axis.set_title(panel.title, fontsize=10)
+            axis.set_xlabel("CPU seconds of training, one thread", fontsize=9)
+            axis.set_ylabel("accuracy in % on held-out samples", fontsize=9)
+            axis.set_xlim(left=0)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8, loc="lower right")
+        path = out.with_stem(f"{out.stem}_{name}")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        yield path
 
 
 def _draw_group(axis: Any, group: Group, panel: Panel, seconds: float) -> None:
@@ -177,7 +228,7 @@ def table(groups: dict[str, Group], seconds: dict[str, float]) -> Iterator[str]:
                 last = max(scores)
                 final = ", ".join(f"{score:.1f}" for score in scores[last])
                 yield (
-                    f"| {panel.title} | {group.label} | {len(group.folders)} | {seconds[key]:.3f} "
+                    f"| {panel.title} | {group.label} | {len(group.runs)} | {seconds[key]:.3f} "
                     f"| {last * seconds[key]:.0f} | {statistics.fmean(scores[last]):.1f} ({final}) |"
                 )
 
@@ -189,11 +240,10 @@ def main() -> None:
     options = parser.parse_args()
     if bad := [str(folder) for folder in options.folders if not (folder / "probe.json").is_file()]:
         parser.error(f"no probe.json in {', '.join(bad)}: name run folders of `d2v-fast train` that were probed")
-    groups = groups_of(options.folders)
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    groups = groups_of(options.folders, options.out.with_suffix(".scores.json"))
     seconds = timed(groups, options.out.with_suffix(".json"))
-    draw(groups, seconds, options.out)
-    print("\n".join(table(groups, seconds)))
+    print("\n".join([*table(groups, seconds), *map(str, draw(groups, seconds, options.out))]))
 
 
 if __name__ == "__main__":
