@@ -52,6 +52,8 @@ MAX_PRINTED = 11_000
 OPERATIONS = ("host", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu", "ema", "attention")
 # the most telling first: each compiles its blocks, and the limit may cut the last ones
 STEPS = ("base published", "speech", "text", "images 2.0", "speech 2.0", "text 2.0", "base", "small")
+# a trial without a GPU: the others take minutes each on two cores
+STEPS_ON_CPU, KERNELS_ON_CPU = ("small",), "text or host"
 NEEDED_FOR_RUNS = ("pydantic", "numpy", "numba", "safetensors", "sklearn", "PIL")
 # run in its own process, since this one must not hold a part of the GPU
 DESCRIBE = """
@@ -77,12 +79,14 @@ class Part(NamedTuple):
         share: Its share of the time, relative to the other parts.
         command: Arguments of the Python interpreter.
         needs: Modules without which it is skipped.
+        note: What the summary says of it when it ends well.
     """
 
     name: str
     share: float
     command: Sequence[str]
     needs: Sequence[str] = ()
+    note: str = ""
 
 
 class State(NamedTuple):
@@ -179,19 +183,26 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     tests = ["tests", "--only-device", "--outcomes", str(out / "outcomes.log"), "--continue-on-collection-errors"]
     figures = ["--figures", str(out / "figures.jsonl")]
     kernels = [f"bench/bench_{name}.py" for name in OPERATIONS]
-    measure = [*pytest, "-q", *kernels, *figures]
-    steps = ["--run-slow", *(f"bench/bench_step.py::bench_step[{case}]" for case in STEPS)]
+    is_trial = device == "cpu"
+    measure = [*pytest, "-q", *kernels, *figures, *(["-k", KERNELS_ON_CPU] if is_trial else [])]
+    trial = f'on a CPU only the cases that match "{KERNELS_ON_CPU}"' if is_trial else ""
+    cases = STEPS_ON_CPU if is_trial else STEPS
+    steps = ["--run-slow", *(f"bench/bench_step.py::bench_step[{case}]" for case in cases)]
+    note = f"on a CPU only {len(cases)} of {len(STEPS)} cases" if is_trial else ""
+    needs = ("pytest", "pytest_benchmark", "numpy")
     runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
     # the other parts need it, and have what it leaves
     build = [Part("build", 12, ["setup.py", "--quiet", "build_ext", "--inplace", "--force"], ("setuptools", "torch"))]
     return [
         *(build if must_build() else []),
         Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch")),
-        Part("kernels", 7, [*measure, "--compiled-peers", "without"], ("pytest", "pytest_benchmark", "numpy")),
-        Part("steps", 10, [*pytest, "-q", *steps, *figures], (*NEEDED_FOR_RUNS, "pytest_benchmark", "transformers")),
+        Part("kernels", 7, [*measure, "--compiled-peers", "without"], needs, trial),
+        Part(
+            "steps", 10, [*pytest, "-q", *steps, *figures], (*NEEDED_FOR_RUNS, "pytest_benchmark", "transformers"), note
+        ),
         Part("runs", 7, runs, NEEDED_FOR_RUNS),
         # compiles for seconds per case, so it takes what time is left
-        Part("compiled", 2, [*measure, "--compiled-peers", "only"], ("pytest", "pytest_benchmark", "numpy")),
+        Part("compiled", 2, [*measure, "--compiled-peers", "only"], needs, trial),
     ]
 
 
@@ -246,7 +257,7 @@ def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str],
     if cut_short:
         return State("cut short", f"at its limit of {limit_s:.0f} s; what it had found is kept", seconds)
     if process.returncode == 0:
-        return State("ok", "", seconds)
+        return State("ok", part.note, seconds)
     return State("FAILED", f"exit status {process.returncode}; see log.txt{failures(log, begin)}", seconds)
 
 

@@ -43,6 +43,10 @@ class Ctc(Finetune):
         else:
             self.decode = searching(self.config, beam)
 
+    def shape_varies(self, batch: Batch) -> str | None:
+        """See `Objective`: never, as PyTorch's loss also copies all lengths to the host."""
+        return "transcripts have another number of letters in every batch"
+
     def losses(self, predictions: Tensor, batch: Batch) -> Tensor:
         """See `Finetune`."""
         assert batch.targets is not None

@@ -10,7 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "repeat_interleave")
+HOST_READS = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "repeat_interleave"),
+    # copies the lengths
+    "ctc_loss",
+)
 
 
 class NoHostReads(TorchDispatchMode):

@@ -15,7 +15,7 @@ from tests.helpers import masked_models, speech_models, text_models, vision_mode
 
 KINDS = ("vision", "speech", "text")
 # with the second version of data2vec, whose rows need no padding
-ALL_KINDS = (*KINDS, "vision2")
+ALL_KINDS = (*KINDS, "vision2", "speech2", "text2")
 NUM_SAMPLES = 6
 _KEYS = np.arange(NUM_SAMPLES, dtype=np.uint64) * np.uint64(2**60 + 12345)
 
@@ -24,7 +24,7 @@ def make_trial(kind: str, **sections: Any) -> tuple[Data2Vec, nn.Module, Batch]:
     """Return a random model in training mode, a teacher with other weights, and a batch on the host."""
     config = make_config(kind).model_copy(update=sections)
     pair: tuple[Data2Vec, nn.Module]
-    if kind == "vision2":
+    if kind.endswith("2"):
         pair = masked_models.random_masked_pair(config)
     elif kind == "vision":
         pair = vision_models.random_pair(config)
@@ -38,14 +38,14 @@ def make_config(kind: str) -> D2VConfig:
     if kind == "vision":
         config = vision_models.CONFIG
         return config.model_copy(update={"model": config.model.model_copy(update={"drop_path": 0.5})})
-    if kind == "vision2":
-        return masked_models.masked_config("vision", model={"layer_drop": 0.4})
+    if kind.endswith("2"):
+        return masked_models.masked_config(kind[:-1], model={"layer_drop": 0.4})
     return (speech_models if kind == "speech" else text_models).make_config(layer_drop=0.4)
 
 
 def make_batch(kind: str, config: D2VConfig, seed: int = 0) -> Batch:
     """Return a random batch: images; recordings of different lengths; or blocks of tokens of different lengths."""
-    if kind == "vision2":
+    if kind.endswith("2"):
         return masked_models.random_masked_batch(config, [16] * 4, first=4 * seed)
     generator = torch.Generator().manual_seed(seed)
     ids, keys = torch.arange(NUM_SAMPLES), _KEYS + np.uint64(seed)

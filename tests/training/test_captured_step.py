@@ -79,7 +79,7 @@ def make_steps(kind: str, number: int) -> list[Step]:
         # padded to 26 and to 28
         batches = (
             batches
-            if kind == "vision2"
+            if kind.endswith("2")
             else [
                 dataclasses.replace(batch, rows=batch.rows[:length])
                 for batch, length in zip(batches, (25 + index % 2, 27), strict=True)
@@ -103,7 +103,7 @@ def test_captured_steps_train_as_plain_ones(kind: str) -> None:
     steps = make_steps(kind, 6)
     expected, actual = plain.make(steps), captured.make(steps)
     # the update, and micro-steps of each shape
-    num_shapes = 1 if kind == "vision2" else 2
+    num_shapes = 1 if kind.endswith("2") else 2
     assert captured.said == []
     assert capture.records == 1 + num_shapes
     assert capture.replays > capture.records
@@ -125,7 +125,7 @@ def test_a_capture_changes_no_bit(kind: str) -> None:
     whole, never = make_run(kind, capture, fixed_counts=True), make_run(kind, NoCapture(), fixed_counts=True)
     # with and without moments are two captures of each shape
     results = whole.make(steps, moments_every=2)
-    assert capture.records == 1 + 2 * (1 if kind == "vision2" else 2)
+    assert capture.records == 1 + 2 * (1 if kind.endswith("2") else 2)
     assert [len(result.moments) for result in results] == [0, 2, 0, 2, 0, 2, 0, 2, 0]
     never.make(steps, moments_every=2)
     assert_same_bits(whole.state(), never.state())
