@@ -20,6 +20,16 @@ HERE = Path(__file__).resolve().parent
 GOALS = HERE / "goals.json"
 RESULTS = HERE / "results"
 
+# names of peers that plots explain
+LEGEND = {
+    "published": "published way",
+    "stock": "best of PyTorch's own operations",
+    "two ops": "our two operations in turn",
+    "with moments": "ours with moments",
+}
+
+PEER_STEP = "the peer's whole step"
+
 Row = dict[str, Any]
 
 
@@ -275,7 +285,8 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
         "left of 1 the other is faster, right of 1 ours\ntime of the other over ours: median of the rounds, "
         "and 20th to 80th percentile"
     )
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colors[name], label=name) for name in peers]
+    explained = {name: LEGEND.get(name, name) for name in peers}
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colors[n], label=explained[n]) for n in peers]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(peers)), fontsize=8)
     return _save(figure, stem, "speedup")
 
@@ -289,14 +300,17 @@ def _draw_bandwidth(rows: list[Row], stem: Path) -> Path | None:
     figure, axis = plt.subplots(figsize=(10, 0.34 * len(rows) + 1.8), layout="constrained")
     styles = {"published": "v:tab:blue", "stock": "s:tab:orange", "torch.compile": "X:tab:green"}
     for y, row in enumerate(reversed(rows)):
+        # on a GPU, times of the device
+        rate, share = (row.get(f"device_{key}", row[key]) for key in ("gb_per_s", "percent_of_line"))
         for name, style in styles.items():
             marker, _, color = style.partition(":")
             if name in row["peers"]:
-                rate = row["bytes"] / row["peers"][name]["p50_s"] / 1e9
-                axis.plot(100 * rate / row["line_gb_per_s"], y, marker, color=color, alpha=0.8)
-        axis.barh(y, row["percent_of_line"], color="tab:red", alpha=0.25, height=0.7)
-        axis.plot(row["percent_of_line"], y, "o", color="tab:red")
-        axis.text(101, y, f"{row['gb_per_s']:,.0f} GB/s", va="center", fontsize=7)
+                peer = row["peers"][name]
+                theirs = row["bytes"] / peer.get("device_s", peer["p50_s"]) / 1e9
+                axis.plot(share * theirs / rate, y, marker, color=color, alpha=0.8)
+        axis.barh(y, share, color="tab:red", alpha=0.25, height=0.7)
+        axis.plot(share, y, "o", color="tab:red")
+        axis.text(101, y, f"{rate:,.0f} GB/s", va="center", fontsize=7)
     axis.axvline(100, color="black", linewidth=1)
     axis.set_yticks(range(len(rows)), [f"{row['op']}: {row['case']}" for row in reversed(rows)], fontsize=8)
     axis.set_ylim(-0.6, len(rows) - 0.4)
@@ -310,7 +324,8 @@ def _draw_bandwidth(rows: list[Row], stem: Path) -> Path | None:
     handles = [plt.Line2D([], [], marker="o", linestyle="", color="tab:red", label="ours (rate at the right)")]
     for name, style in styles.items():
         marker, _, color = style.partition(":")
-        handles.append(plt.Line2D([], [], marker=marker, linestyle="", color=color, label=name))
+        label = LEGEND.get(name, name)
+        handles.append(plt.Line2D([], [], marker=marker, linestyle="", color=color, label=label))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
     return _save(figure, stem, "bandwidth")
 
@@ -325,16 +340,18 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
     for row in reversed(rows):
         for name, peer in row["peers"].items():
             ratio = f"{peer['ratio']['p50']:.2f} times ours"
-            bars.append((f"{row['case']}\n{name}", {"the peer's whole step": 100.0}, peer["p50_s"], ratio))
+            bars.append((f"{row['case']}\n{name}", {PEER_STEP: 100.0}, peer["p50_s"], ratio))
         bars.append((f"{row['case']}\nours", row["shares"], row["p50_s"], None))
     parts = list(dict.fromkeys(part for _, shares, _, _ in bars for part in shares))
     figure, axis = plt.subplots(figsize=(10, 0.8 * len(bars) + 1.5), layout="constrained")
-    colors = plt.get_cmap("tab20").colors
+    # light ones first, since the text is black
+    tab20 = plt.get_cmap("tab20").colors
+    colors = dict(zip(parts, [*tab20[1::2], *tab20[::2]], strict=False)) | {PEER_STEP: "lightgray"}
     for y, (_, shares, seconds, label) in enumerate(bars):
         left = 0.0
-        for part, color in zip(parts, colors, strict=False):
+        for part in parts:
             width = shares.get(part, 0.0) * seconds / sum(shares.values())
-            axis.barh(y, width, left=left, color=color)
+            axis.barh(y, width, left=left, color=colors[part])
             if shares.get(part, 0.0) >= 4:
                 text = label or f"{shares[part]:.0f} %"
                 axis.text(left + width / 2, y, text, ha="center", va="center", fontsize=8)
@@ -344,7 +361,7 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
     axis.set_xlabel("seconds of one step (shorter is better); shares below 4 % have no label")
     axis.margins(y=0.02)
     axis.set_xlim(0, 1.03 * max(seconds for _, _, seconds, _ in bars))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=p) for p, c in zip(parts, colors, strict=False)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[part], label=part) for part in parts]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(parts)), fontsize=8)
     return _save(figure, stem, "step")
 

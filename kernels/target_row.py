@@ -39,7 +39,11 @@ def target_row(
     LAYER_NORM: tl.constexpr,
     FINAL_NORM: tl.constexpr,
 ):
-    """Return one row of the target in fp32, 0 past D."""
+    """Return one row of the target in fp32, 0 past D.
+
+    Products are fused explicitly, so that every kernel rounds the average alike: the compiler would fuse the last one
+    with the subtraction of the average's mean, and 1 / sqrt(eps) would magnify the difference.
+    """
     inside = (cols < D) & valid
     offset = sample * stride_sample + position * stride_position + cols
     b_sum = tl.zeros(cols.shape, tl.float32)
@@ -52,14 +56,14 @@ def target_row(
         if LAYER_NORM == NONE:
             b_sum += b_x
         elif LAYER_NORM == LAYER:
-            b_sum += _normalize_row(b_x, inside, eps, D) * (1.0 / K)
+            b_sum = tl.fma(_normalize_row(b_x, inside, eps, D), 1.0 / K, b_sum)
         else:
             group = k if LAYER_NORM == BATCH else k * num_samples + sample
             b_mean = tl.load(layer_mean + group * D + cols, mask=inside, other=0.0)
             b_scale = tl.load(layer_scale + group * D + cols, mask=inside, other=0.0)
-            b_sum += (b_x - b_mean) * b_scale
+            b_sum = tl.fma(b_x - b_mean, b_scale, b_sum)
     if LAYER_NORM == NONE:
-        b_sum *= 1.0 / K
+        b_sum = mean_of(b_sum, K)
     if FINAL_NORM == LAYER:
         b_sum = _normalize_row(b_sum, inside, eps, D)
     elif FINAL_NORM == INSTANCE:

@@ -77,9 +77,13 @@ def define(
         if (missing := missing_kernels("cuda")) is not None:
             _say_once(missing)
             return reference(*args)
+        first = _first_tensor(args)
+        if first.dtype == torch.float64:
+            # the kernels compute in fp32
+            return reference(*args)
         launcher = _launcher(triton_launcher)
         # Triton launches on the current device, which may differ from that of the tensors
-        with torch.cuda.device(_first_tensor(args).device):
+        with torch.cuda.device(first.device):
             return launcher(*args)
 
     library.impl(name, default, "CompositeExplicitAutograd")

@@ -75,7 +75,8 @@ def test_public_functions_match_fp64(device, case):
     eager = gradients(inputs, grad, (positions, lengths), torch.float32)
     truth = gradients(inputs, grad, (positions, lengths), torch.float64)
     for name, one, other, right in zip(NAMES, got, eager, truth, strict=True):
-        assert_within_twice(one, other, right, name=name)
+        # on a GPU, a product of fp32 is three of tf32
+        assert_within_twice(one, other, right, name=name, floor=1e-6 if device.type == "cpu" else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +261,13 @@ def test_triton_launchers(device, dtype, case, dropout):
     assert all(torch.equal(a, b) for a, b in zip(same, got[:3], strict=True))
 
 
+def assert_same(got, want):
+    """Assert equality, bit for bit on a CPU; a GPU's compiler may fuse other products for another alignment."""
+    for one, other in zip(got, want, strict=True):
+        tolerance = 0.0 if one.device.type == "cpu" else 1e-5
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
 def launchers():
     """The Triton launchers of both passes: interpreted on CPU, compiled on CUDA."""
     pytest.importorskip("triton")
@@ -301,11 +309,11 @@ def test_triton_odd_inputs(device):
     assert not out[1].any()
     assert all(x.isfinite().all() for x in want)
     odd = [x.mT.contiguous().mT for x in inputs]
-    assert torch.equal(forward(*odd, *options)[0], out)
+    assert_same([forward(*odd, *options)[0]], [out])
     expanded = inputs[3].contiguous()
     for form in (odd, [*inputs[:3], expanded]):
         got = backward(grad.mT.contiguous().mT, *form, out.contiguous(), lse, *options, True)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert_same(got, want)
     none = [x[:0] for x in inputs[:3]]
     out, lse = forward(*none, inputs[3], None, None, None, 0.0)
     assert out.shape == (0, 2, 9, 8)

@@ -36,6 +36,12 @@ def make(device, shape, num_layers, num_rows, layer_dtype, pred_dtype, num_preds
     return pred, layers, rows, target_rows
 
 
+def assert_same(one, other):
+    """Assert equality, bit for bit on a CPU; on a GPU these are two kernels, which may reduce a row in two orders."""
+    rtol = 0.0 if one.device.type == "cpu" else 1e-5 if one.dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(one, other, rtol=rtol, atol=rtol / 10)
+
+
 def gradient(loss, pred):
     return torch.autograd.grad(loss, pred)[0]
 
@@ -79,7 +85,8 @@ def test_equals_the_composition(device, layer_norm, final_norm, with_map, with_l
     shared = {"layer_norm": layer_norm, "final_norm": final_norm, "rows": rows, "lengths": lengths, "eps": 1e-3}
     fused = data2vec_loss(pred, layers, beta=0.7, target_rows=target_rows, **shared)
     parts = masked_smooth_l1(pred, topk_target(layers, **shared), beta=0.7, target_rows=target_rows)
-    torch.testing.assert_close(fused.loss, parts.loss, rtol=1e-6, atol=0)
+    # a GPU adds in another order
+    torch.testing.assert_close(fused.loss, parts.loss, rtol=1e-6 if device.type == "cpu" else 1e-5, atol=0)
     torch.testing.assert_close(fused.moments, parts.moments, rtol=1e-5, atol=1e-5)
     # a target that rounds the other way may move a gradient by one bf16 unit
     torch.testing.assert_close(gradient(fused.loss, pred), gradient(parts.loss, pred), rtol=2**-7, atol=1e-9)
@@ -136,7 +143,7 @@ def test_without_moments(device, with_map):
         assert without.moments is None
         # a GPU adds the losses in another order
         torch.testing.assert_close(without.loss, with_moments.loss, rtol=0 if device.type == "cpu" else 1e-6, atol=0)
-        assert torch.equal(gradient(without.loss, pred), gradient(with_moments.loss, pred))
+        assert_same(gradient(without.loss, pred), gradient(with_moments.loss, pred))
 
 
 def test_the_target_is_never_written():
@@ -248,7 +255,7 @@ def test_triton_launcher(device, layer_norm, final_norm):
         assert without[1].numel() == 0
         # added in another order
         torch.testing.assert_close(without[0], loss, rtol=1e-6, atol=0)
-        assert torch.equal(without[2], slope)
+        assert_same(without[2], slope)
         wide = pred.double().requires_grad_()
         truth = plain_loss(wide, target, beta, 0.7, "mean")
         torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ from d2v_fast.ops import HAS_CPP, data2vec_loss, ema_update_, layer_norm_gelu, m
 from d2v_fast.ops.data2vec_loss import data2vec_loss_reference
 from d2v_fast.ops.masked_loss import masked_smooth_l1_reference, scale_gradient_reference
 from d2v_fast.ops.topk_target import FINAL_NORMS, LAYER_NORMS
+from tests.ops.target_reference import plain_loss, plain_target
 
 META = torch.device("meta")
 
@@ -69,6 +70,21 @@ def test_every_row_masked_agrees_in_every_backend(device, layer_norm, final_norm
         for other in results[1:]:
             for one, two in zip(results[0], other, strict=True):
                 torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_fp64_stays_fp64(device) -> None:
+    """Also on a GPU, whose kernels compute in fp32."""
+    layers, pred = [torch.randn(2, 5, 6, device=device).double() for _ in range(2)], torch.randn(4, 6, device=device)
+    rows = torch.tensor([1, 3, 8, 2], device=device)
+    target = plain_target(layers, "instance", "layer", rows)
+    torch.testing.assert_close(
+        topk_target(layers, layer_norm="instance", final_norm="layer", rows=rows).double(), target
+    )
+    got = masked_smooth_l1(pred.double(), target, beta=1.0, reduction="sum").loss
+    torch.testing.assert_close(got.double(), plain_loss(pred, target, 1.0, 1.0, "sum"), rtol=1e-12, atol=0)
+    weight, bias = torch.rand(2, 6, device=device).double()
+    want = torch.nn.functional.gelu(torch.nn.functional.layer_norm(pred.double(), (6,), weight, bias))
+    torch.testing.assert_close(layer_norm_gelu(pred.double(), weight, bias), want, rtol=1e-12, atol=1e-12)
 
 
 def layouts(x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -33,7 +33,14 @@ def check(layers, layer_norm, final_norm, rows=None, lengths=None, got=None):
     eager = plain_target(layers, layer_norm, final_norm, rows, lengths, dtype=torch.float32)
     assert got.dtype == torch.float32
     assert got.shape == truth.shape
-    assert_within_twice(got, eager, truth, name=f"{layer_norm} then {final_norm}")
+    name = f"{layer_norm} then {final_norm}"
+    has_single = layers[0].shape[1] == 1 or (lengths is not None and bool((lengths == 1).any()))
+    if got.device.type == "cuda" and final_norm == "instance" and has_single:
+        # nothing is left of one position but how two kernels round its average, times 1 / sqrt(eps)
+        largest = max(x.nan_to_num().abs().max().item() for x in layers)
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=2**-22 * largest / 1e-5**0.5, msg=name)
+        return
+    assert_within_twice(got, eager, truth, name=name)
 
 
 @every_pair

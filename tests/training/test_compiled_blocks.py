@@ -73,15 +73,25 @@ def test_blocks_of_all_depths_share_programs(kind: str, monkeypatch: pytest.Monk
     assert len(found) == num_programs <= MOST_PROGRAMS
 
 
-# a C++ compiler makes some dozens of kernels
+# slow: a C++ compiler makes some dozens of kernels
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_blocks_compute_the_same(kind: str) -> None:
+    from torch._inductor import config as inductor_config
+
+    # scalar loops compile several times as fast as vectors
+    with inductor_config.patch({"cpp.simdlen": 1}):
+        check_compiled_blocks(kind)
+
+
+def check_compiled_blocks(kind: str) -> None:
     model, teacher, batch = make_trial(kind)
     plain = copy.deepcopy(model), copy.deepcopy(teacher)
     compile_blocks(model, teacher)
-    for one in (batch, model.with_fixed_shapes(batch, fixed_counts=True)):
+    fixed = model.with_fixed_shapes(batch, fixed_counts=True)
+    # the blocks of text are those of speech
+    for one in (fixed,) if kind == "text" else (batch, fixed):
         expected = loss_and_gradients(*plain, one)
         actual = loss_and_gradients(model, teacher, one)
         for value, other in zip(actual, expected, strict=True):
