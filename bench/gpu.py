@@ -54,6 +54,7 @@ OPERATIONS = ("host", "topk_target", "masked_loss", "data2vec_loss", "norm_gelu"
 STEPS = ("base published", "speech", "text", "images 2.0", "speech 2.0", "text 2.0", "base", "small")
 # a trial without a GPU: the others take minutes each on two cores
 STEPS_ON_CPU, KERNELS_ON_CPU = ("small",), "text or host"
+TESTS_ON_CPU = ("tests/ops/test_ema.py", "tests/ops/test_versions.py", "tests/training/test_captured_step.py")
 NEEDED_FOR_RUNS = ("pydantic", "numpy", "numba", "safetensors", "sklearn", "PIL")
 # run in its own process, since this one must not hold a part of the GPU
 DESCRIBE = """
@@ -180,14 +181,21 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     pytest = ["-m", "pytest", "-p", "no:cacheprovider", "--device", device]
     processes = min(MAX_PROCESSES, max(1, (os.cpu_count() or 1) - 2))
     several = ["-n", str(processes), "--dist", "worksteal", "-p", "no:benchmark"] if find_spec("xdist") else []
-    tests = ["tests", "--only-device", "--outcomes", str(out / "outcomes.log"), "--continue-on-collection-errors"]
+    is_trial = device == "cpu"
+    tests = [
+        *(TESTS_ON_CPU if is_trial else ["tests"]),
+        "--only-device",
+        "--outcomes",
+        str(out / "outcomes.log"),
+        "--continue-on-collection-errors",
+    ]
     figures = ["--figures", str(out / "figures.jsonl")]
     kernels = [f"bench/bench_{name}.py" for name in OPERATIONS]
-    is_trial = device == "cpu"
     measure = [*pytest, "-q", *kernels, *figures, *(["-k", KERNELS_ON_CPU] if is_trial else [])]
     trial = f'on a CPU only the cases that match "{KERNELS_ON_CPU}"' if is_trial else ""
     cases = STEPS_ON_CPU if is_trial else STEPS
     steps = ["--run-slow", *(f"bench/bench_step.py::bench_step[{case}]" for case in cases)]
+    some = f"on a CPU only {len(TESTS_ON_CPU)} files" if is_trial else ""
     note = f"on a CPU only {len(cases)} of {len(STEPS)} cases" if is_trial else ""
     needs = ("pytest", "pytest_benchmark", "numpy")
     runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
@@ -195,7 +203,7 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     build = [Part("build", 12, ["setup.py", "--quiet", "build_ext", "--inplace", "--force"], ("setuptools", "torch"))]
     return [
         *(build if must_build() else []),
-        Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch")),
+        Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch"), some),
         Part("kernels", 7, [*measure, "--compiled-peers", "without"], needs, trial),
         Part(
             "steps", 10, [*pytest, "-q", *steps, *figures], (*NEEDED_FOR_RUNS, "pytest_benchmark", "transformers"), note
@@ -255,7 +263,8 @@ def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str],
             end(process)
     seconds = time.monotonic() - started
     if cut_short:
-        return State("cut short", f"at its limit of {limit_s:.0f} s; what it had found is kept", seconds)
+        found = failures(log, begin)
+        return State("cut short", f"at its limit of {limit_s:.0f} s; what it had found is kept{found}", seconds)
     if process.returncode == 0:
         return State("ok", part.note, seconds)
     return State("FAILED", f"exit status {process.returncode}; see log.txt{failures(log, begin)}", seconds)

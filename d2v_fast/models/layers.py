@@ -57,6 +57,9 @@ def drop(x: Tensor, prob: float) -> Tensor:
     Returns:
         `x` with elements zeroed at probability `prob` and the others divided by `1 - prob`.
     """
+    if torch.compiler.is_compiling():
+        # a compiler breaks its graph at `random_` without an upper bound
+        return F.dropout(x, prob)
     num_dropped = int(prob * 2**16)
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     is_kept = bits[: x.numel()].view(x.shape) >= num_dropped - 2**15

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2v_fast.models import layers
-from d2v_fast.models.layers import GeluLinear, Linear, linear
+from d2v_fast.models.layers import GeluLinear, Linear, drop, linear
 from tests.helpers.saved_tensors import Saved
 
 IN, OUT = 512, 640
@@ -208,3 +208,21 @@ def test_twice_gives_the_same_bits(threads: int) -> None:
         assert_like_fp64([x, weight, bias], torch.randn(100, OUT))
     finally:
         torch.set_num_threads(before)
+
+
+def test_dropout() -> None:
+    """Elements are dropped at the rate; a compiler gets one graph."""
+    x = torch.ones(100, 101, requires_grad=True)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    for function in (drop, torch.compile(drop, backend=record, fullgraph=True)):
+        y = function(x, 0.25)
+        kept = y != 0
+        assert abs(kept.double().mean().item() - 0.75) < 5 * (0.25 * 0.75 / x.numel()) ** 0.5
+        torch.testing.assert_close(y[kept], torch.full_like(y[kept], 4 / 3))
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0] != 0, kept)
+    assert len(graphs) == 1
