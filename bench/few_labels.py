@@ -122,6 +122,9 @@ def _grouped(cells: dict[str, float]) -> tuple[dict[tuple[str, str], list[float]
 def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int) -> list[str]:
     """Return the settings of a cell, as for `--set`."""
     source = method in (PROBE, FINETUNED)
+    # all methods have the model section of the run in common
+    run = json.loads((options.source / "config.json").read_text())["d2v"]
+    model = dict(run["model"])
     settings = {
         "d2v.data.labels_per_class": "null" if labels == "all" else labels,
         "d2v.data.labels_seed": str(seed),
@@ -132,7 +135,7 @@ def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int)
         "d2v.schedule.warmup_steps": str(options.steps // 10),
         "d2v.valid.every_epochs": "0",
         "d2v.run.save_every": str(10 * options.steps),
-        **_sizes(options.source),
+        "d2v.encoder": run.get("objective", "data2vec"),
         **({"d2v.finetune.source": json.dumps(str(options.source.resolve()))} if source else {}),
         # lower layers that are new must learn as fast as the upper ones, and from the first step on
         **({} if source else {"d2v.finetune.layer_decay": "1.0", "d2v.finetune.freeze_encoder_steps": "0"}),
@@ -140,15 +143,14 @@ def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int)
     if labels != "all" and options.classes * int(labels) < options.batch:
         settings["train_batch_size"] = str(options.classes * int(labels))
     added = [*options.overrides, *(options.scratch if method == SCRATCH else [])]
-    settings |= dict(setting.split("=", 1) for setting in added)
+    for setting in added:
+        key, value = setting.split("=", 1)
+        if key.startswith("d2v.model."):
+            model[key.removeprefix("d2v.model.")] = json.loads(value)
+        else:
+            settings[key] = value
+    settings.setdefault("d2v.model", json.dumps(model))
     return [f"{key}={value}" for key, value in settings.items()]
-
-
-def _sizes(source: Path) -> dict[str, str]:
-    """Return the model section of a run, which all methods have in common."""
-    run = json.loads((source / "config.json").read_text())["d2v"]
-    encoder = run.get("objective", "data2vec")
-    return {"d2v.encoder": encoder, "d2v.model": json.dumps(run["model"])}
 
 
 def _config(options: argparse.Namespace, method: str, labels: str, seed: int) -> RunConfig:
