@@ -119,7 +119,7 @@ def print_plan(plan: Plan) -> None:
         config, on_gpu = plan.config, plan.config.d2v.run.device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
         dtype = compute_dtype(config.deepspeed, device)
-        print(describe(config, plan.split, plan.schedule, plan.maker, dtype, device.type))
+        print(describe(config, plan.split, plan.schedule, plan.maker, dtype, device.type, plan.held_out))
         print("".join(f"{line}\n" for line in evaluation.check_labels(config.d2v)), end="")
 
 

@@ -22,6 +22,7 @@ from d2v_fast.config.data2vec2 import num_masks_of
 from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
 from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, step_order, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
+from d2v_fast.data.once import reading_once
 from d2v_fast.data.progress import duration
 from d2v_fast.distributed.world import World, world_size
 from d2v_fast.errors import RunError
@@ -30,6 +31,7 @@ from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
 from d2v_fast.memory.predict import predict
 from d2v_fast.modalities import modality_of
 from d2v_fast.objectives.build import build_objective
+from d2v_fast.objectives.finetune import held_out_of
 from d2v_fast.teacher import Teacher
 from d2v_fast.teacher.none import NoTeacher
 from d2v_fast.training.describe import describe
@@ -61,14 +63,15 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     config = load_config(file, overrides, processes)
     print(f"configuration   {file} is valid", flush=True)
     check_packages(config, processes)
-    config = resolved(config)
+    with reading_once():
+        config = resolved(config)
+        maker, held_out = batch_maker(config.d2v), held_out_of(config.d2v)
     split = config.deepspeed.batch_split(processes)
-    maker = batch_maker(config.d2v)
     schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, steps_per_epoch(maker, split))
     world = World(config.d2v.run.device)
     dtype = compute_dtype(config.deepspeed, world.device)
     check_attention(config, world, dtype, print)
-    print(describe(config, split, schedule, maker, dtype, world.device.type), flush=True)
+    print(describe(config, split, schedule, maker, dtype, world.device.type, held_out), flush=True)
     print("".join(f"{line}\n" for line in evaluation.check_labels(config.d2v)), end="", flush=True)
     plain = _without_deepspeed(config, split)
     _require_memory(plain, dtype, world.device)

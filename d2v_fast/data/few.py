@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,9 @@ from d2v_fast.errors import DataError
 from d2v_fast.files.reading import printable
 from d2v_fast.masking.streams import FEW, SPLIT, permutation
 
-__all__ = ["LabeledSubset", "classes_of", "few", "held_out", "require_trained"]
+__all__ = ["LabeledSubset", "classes_of", "few", "held_out", "held_out_classes", "require_trained"]
+
+_log = logging.getLogger(__name__)
 
 
 class LabeledSubset:
@@ -93,6 +96,18 @@ def classes_of(names: Sequence[str], labels: Sequence[str], where: str) -> npt.N
             f"{_named(unknown)}. Remove those, or add samples of that class to the training data."
         )
     return np.array([numbers[name] for name in names], dtype=np.int64)
+
+
+def held_out_classes(names: Sequence[str], labels: Sequence[str], where: str) -> npt.NDArray[np.int64]:
+    """Return the number of each held-out sample's class, int64 `[S]`, and log which classes have no sample.
+
+    The arguments and errors are those of `classes_of`.
+    """
+    classes = classes_of(names, labels, where)
+    found = set(names)
+    if missing := [label for label in labels if label not in found]:
+        _log.warning("%s has no held-out sample of %s: no answer of this kind is scored", where, _named(missing))
+    return classes
 
 
 def require_trained(classes: npt.NDArray[np.int64], labels: Sequence[str], where: str) -> None:

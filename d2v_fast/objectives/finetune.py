@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.config import TeacherConfig
+from d2v_fast.config import D2VConfig, TeacherConfig
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.data import Batch, BatchMaker
 from d2v_fast.errors import OptionError
@@ -84,6 +84,15 @@ def finetuning_of(config: FinetuneConfig) -> Finetuning:
     made = modality_of(config).finetuning
     assert made is not None, "a record with a configuration of fine-tuning has one"
     return made()
+
+
+def held_out_of(config: D2VConfig) -> HeldOut | None:
+    """Return the held-out samples of a run; None if it does not fine-tune.
+
+    Raises:
+        DataError: There are none, or one is of a class that is not trained on.
+    """
+    return finetuning_of(config).held_out(config) if isinstance(config, FinetuneConfig) else None
 
 
 class Finetune(Objective):

@@ -22,6 +22,7 @@ def describe(
     maker: BatchMaker,
     dtype: torch.dtype,
     device_type: str = "cpu",
+    held_out: BatchMaker | None = None,
 ) -> str:
     """Return the lines that `--dry-run` prints.
 
@@ -32,6 +33,7 @@ def describe(
         maker: Makes the training batches.
         dtype: Dtype of the forward pass.
         device_type: "cpu" or "cuda".
+        held_out: Makes the held-out batches of a run that fine-tunes.
     """
     with torch.device("meta"):
         model = build_objective(config.d2v)
@@ -42,6 +44,7 @@ def describe(
         f"parameters      student {student:,}, head {head:,}" + (f", teacher {average:,}" if average else ""),
         *_memory(config, split.world_size, dtype, device_type),
         *_data(maker),
+        *_held_out(held_out),
         f"global batch    {split.global_batch:,} = {split.micro_batch} per micro-step x {split.accumulation} "
         f"micro-steps x {split.world_size} processes",
         *_masks(config, split),
@@ -65,6 +68,10 @@ def _data(maker: BatchMaker) -> list[str]:
     """Return the lines about the data: what is used and what is left out."""
     first, *others = describe_listing(maker.listing, counted(maker.num_samples, maker.what))
     return [f"data            {first}", *(f"{'':16}{line}" for line in others)]
+
+
+def _held_out(maker: BatchMaker | None) -> list[str]:
+    return [] if maker is None else [f"held out        {counted(maker.num_samples, maker.what)}"]
 
 
 def _memory(config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str) -> list[str]:

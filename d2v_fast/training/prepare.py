@@ -16,11 +16,13 @@ from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.config import BatchSplit, RunConfig
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.data import BatchMaker, StepLoader, batch_maker, resolved, step_order, steps_per_epoch
+from d2v_fast.data.once import reading_once
 from d2v_fast.distributed.world import World, world_size
 from d2v_fast.errors import RunError
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory
 from d2v_fast.objectives.build import build_objective
+from d2v_fast.objectives.finetune import HeldOut, held_out_of
 from d2v_fast.teacher import Teacher
 from d2v_fast.teacher.none import NoTeacher
 from d2v_fast.training import metrics
@@ -49,6 +51,7 @@ class Plan(NamedTuple):
         config: The configuration, including values that follow from the data.
         split: How the global batch is split.
         maker: Makes the training batches.
+        held_out: Makes the held-out batches of a run that fine-tunes.
         schedule: The learning rate schedule, with the length of the run.
         steps_per_epoch: Optimizer steps per pass over the data.
     """
@@ -56,6 +59,7 @@ class Plan(NamedTuple):
     config: RunConfig
     split: BatchSplit
     maker: BatchMaker
+    held_out: HeldOut | None
     schedule: LearningRate
     steps_per_epoch: int
 
@@ -101,11 +105,12 @@ def make_plan(config: RunConfig) -> Plan:
     """
     split = config.deepspeed.batch_split(world_size())
     check_packages(config, split.world_size)
-    config = resolved(config)
-    maker = batch_maker(config.d2v)
+    with reading_once():
+        config = resolved(config)
+        maker, held_out = batch_maker(config.d2v), held_out_of(config.d2v)
     epoch_steps = steps_per_epoch(maker, split)
     schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, epoch_steps)
-    return Plan(config, split, maker, schedule, epoch_steps)
+    return Plan(config, split, maker, held_out, schedule, epoch_steps)
 
 
 def open_world(config: RunConfig, opened: ExitStack) -> World:
@@ -152,7 +157,7 @@ def prepare(plan: Plan, world: World, opened: ExitStack, *, resume: bool, stem: 
     loader = _make_loader(plan, world, folder, resumed.step)
     log = _open_log(plan, world, folder, resumed.step)
     opened.callback(log.close)
-    validation = Validation(plan.config, world, folder, resumed.step, log.say)
+    validation = Validation(plan.config, world, plan.held_out, folder, resumed.step, log.say)
     state.protect(validation.best)
     guard = Guard(
         plan.config,

@@ -26,7 +26,7 @@ from d2v_fast.errors import DataError
 from d2v_fast.evaluation.metrics import confusion_matrix, scores
 from d2v_fast.figures.confusion import draw_confusion
 from d2v_fast.objectives.base import Objective, StepOutput
-from d2v_fast.objectives.finetune import Answer, Finetune, finetuning_of
+from d2v_fast.objectives.finetune import Answer, Finetune, HeldOut
 from d2v_fast.teacher import Teacher
 from d2v_fast.training.engine import Engine
 from d2v_fast.training.run_folder import RunFolder
@@ -40,6 +40,7 @@ class Validation:
     Args:
         config: The run's configuration.
         world: The processes of the run.
+        held_out: The held-out samples; None if there are none.
         folder: The run folder, with the validations made so far.
         start_step: Steps already made; validations of later steps are of a lost part of the run and are dropped.
         say: Prints a line in the first process.
@@ -48,15 +49,21 @@ class Validation:
     """
 
     def __init__(
-        self, config: RunConfig, world: World, folder: RunFolder, start_step: int, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        world: World,
+        held_out: HeldOut | None,
+        folder: RunFolder,
+        start_step: int,
+        say: Callable[[str], None],
     ) -> None:
         self._world, self._folder, self._say = world, folder, say
         self._section = config.d2v if isinstance(config.d2v, FinetuneConfig) else None
         self._seed = config.d2v.run.seed
         self._entries: list[Entry] = []
-        if self._section is None:
+        if held_out is None:
             return
-        self._maker = finetuning_of(self._section).held_out(self._section)
+        self._maker = held_out
         say(f"held out         {counted(self._maker.num_samples, self._maker.what)}")
         entries = [entry for entry in read_validations(folder.path) if entry["step"] <= start_step]
         self._entries = world.decide(lambda: entries)

@@ -6,21 +6,26 @@ import logging
 import os
 from collections import Counter
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from d2v_fast.data.few import classes_of, few, held_out, require_trained
+from d2v_fast.data.few import classes_of, few, held_out, held_out_classes, require_trained
 from d2v_fast.data.labels import refuse_parts
 from d2v_fast.data.listing import Listing, describe_listing
+from d2v_fast.data.once import read_once
 from d2v_fast.errors import DataError
 from d2v_fast.files.reading import printable
 from d2v_fast.modalities.speech.audio import AudioDataset, read_manifest
+from d2v_fast.modalities.speech.config import SpeechModelSection
 from d2v_fast.modalities.speech.config_finetune import (
+    ClassifiedConfig,
+    LabeledSpeechConfig,
     SpeechClassifyConfig,
     SpeechCtcConfig,
     SpeechFinetuneConfig,
+    TranscribedConfig,
 )
 from d2v_fast.modalities.speech.samples import SpeechSamples, held_out_words, sample_labels
 from d2v_fast.modalities.speech.transcripts import (
@@ -100,7 +105,7 @@ def recordings_held_out(config: SpeechCtcConfig | SpeechClassifyConfig) -> Chose
     if isinstance(config, SpeechCtcConfig):
         chosen = _spelled(chosen, config)
     else:
-        classes_of(chosen.labels, config.labels or (), where)
+        held_out_classes(chosen.labels, config.labels or (), where)
     if not chosen.labels:
         raise DataError(
             f"{where} must leave at least one recording to validate on, but leaves none: name a folder or manifest of "
@@ -162,43 +167,55 @@ def _samples(config: SpeechFinetuneConfig, is_held_out: bool) -> Chosen:
     """Return the spoken words of voices that pre-training does not use, or for voices those of new words."""
     what = config.data.label if isinstance(config, SpeechClassifyConfig) else "word"
     by_voice = what == "word"
-    dataset = SpeechSamples(config.data, config.model, "test" if is_held_out and by_voice else "train")
+    dataset = _read_samples(config.data, config.model, "test" if is_held_out and by_voice else "train")
     chosen = Chosen(dataset, sample_labels(dataset.names(), what))
     if by_voice:
         return chosen
     return chosen.only(held_out_words(dataset.names()) == is_held_out)
 
 
+@read_once
+def _read_samples(
+    data: LabeledSpeechConfig, model: SpeechModelSection, split: Literal["train", "test"]
+) -> AudioDataset:
+    return SpeechSamples(data, model, split)
+
+
 def _opened(config: SpeechFinetuneConfig, path: str, labels_path: str | None, where: str) -> Chosen:
     """Return the recordings of a folder or manifest that have labels."""
+    data = config.data.model_copy(update={"path": path, "labels_path": labels_path})
+    return _read(data, config.model, where)
+
+
+@read_once
+def _read(data: LabeledSpeechConfig, model: SpeechModelSection, where: str) -> Chosen:
+    path = str(data.path)
     try:
-        dataset = AudioDataset(config.data.model_copy(update={"path": path}), config.model)
+        dataset = AudioDataset(data, model)
     except DataError as error:
         raise DataError(str(error).replace(PATH, where)) from None
     names = dataset.names()
-    labels = _labels_of(config, path, labels_path, dataset, where)
+    labels = _labels_of(data, dataset, where)
     for note in labels.notes:
         dataset.listing = dataset.listing.noted(note)
     chosen = Chosen(dataset, ["" if label is None else label for label in labels.texts])
-    if isinstance(config, SpeechClassifyConfig):
+    if isinstance(data, ClassifiedConfig):
         chosen = Chosen(dataset, [label.strip() for label in chosen.labels])
         missing = np.array([not label for label in chosen.labels], dtype=np.bool_)
         refuse_parts(path, {name.partition(os.sep)[0] for name in names if os.sep in name}, where)
         return chosen.without(missing, "without a class")
-    assert isinstance(config, SpeechCtcConfig)
-    texts = [normalized_text(label, config.data.letter_case) for label in chosen.labels]
+    assert isinstance(data, TranscribedConfig)
+    texts = [normalized_text(label, data.letter_case) for label in chosen.labels]
     unlisted = np.array([label is None for label in labels.texts], dtype=np.bool_)
     empty = np.array([not text for text in texts], dtype=np.bool_) & ~unlisted
     chosen = Chosen(dataset, texts).without(unlisted, "without a transcript")
     chosen = chosen.without(empty[~unlisted], "with an empty transcript")
     cut = chosen.dataset.is_cut
-    return chosen.without(cut, f"longer than `d2v.data.max_seconds` ({config.data.max_seconds:g} s)")
+    return chosen.without(cut, f"longer than `d2v.data.max_seconds` ({data.max_seconds:g} s)")
 
 
-def _labels_of(
-    config: SpeechFinetuneConfig, path: str, labels_path: str | None, dataset: AudioDataset, where: str
-) -> Labels:
-    names = dataset.names()
+def _labels_of(data: LabeledSpeechConfig, dataset: AudioDataset, where: str) -> Labels:
+    names, path, labels_path = dataset.names(), str(data.path), data.labels_path
     letters = _letters_beside(path, labels_path)
     if letters is not None:
         if not path.lower().endswith(".tsv"):
@@ -209,8 +226,8 @@ def _labels_of(
         _, entries = read_manifest(path)
         return letter_labels(letters, [name for name, _ in entries], names)
     if labels_path is not None:
-        return table_labels(labels_path, dataset.root, names, (config.data.path_field, config.data.label_field))
-    if isinstance(config, SpeechClassifyConfig):
+        return table_labels(labels_path, dataset.root, names, (data.path_field, data.label_field))
+    if isinstance(data, ClassifiedConfig):
         return folder_labels(names)
     return librispeech_labels(dataset.root, names)
 

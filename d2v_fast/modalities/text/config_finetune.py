@@ -127,7 +127,8 @@ class TableSection(DataSection):
             hint = "Name the file: `--set d2v.data.path=/my/train.tsv`."
             problems.append(Problem("path", 'be a file with `kind` "table"', self.path, hint))
         if self.kind == "docs" and self.path is not None:
-            problems.append(Problem("path", 'be null with `kind` "docs", a sample set', self.path))
+            hint = 'Your own file is `kind` "table": add `--set d2v.data.kind=table`.'
+            problems.append(Problem("path", 'be null with `kind` "docs", a sample set', self.path, hint))
         named = [name for name in (self.field, self.pair_field, self.label_field) if name is not None]
         if len(set(named)) < len(named):
             must = "be another column than `pair_field` and `label_field`, which also differ"
@@ -215,6 +216,12 @@ class TextClassifyConfig2(TextClassifyConfig):
     model: MaskedTextModelConfig = MaskedTextModelConfig()
 
 
+class ScoredValidSection(ValidSection):
+    """Held-out texts with scores, and when they are scored."""
+
+    metric: str = "pearson"
+
+
 class TextRegressConfig(TextFinetuneConfig):
     """Regression on texts or pairs of texts, by either version of the encoder."""
 
@@ -222,7 +229,7 @@ class TextRegressConfig(TextFinetuneConfig):
 
     objective: Literal["regress"] = "regress"
     data: ScoredTextConfig
-    valid: ValidSection = ValidSection(metric="pearson")
+    valid: ScoredValidSection = ScoredValidSection()
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from d2v_fast.data.batch import Batch, MicroBatch
-from d2v_fast.data.few import LabeledSubset, classes_of, few, held_out, require_trained
+from d2v_fast.data.few import LabeledSubset, classes_of, few, held_out, held_out_classes, require_trained
 from d2v_fast.data.labels import MAX_CLASSES
 from d2v_fast.data.makers import drop_keys
 from d2v_fast.data.order import MicroStep
@@ -118,7 +118,7 @@ def held_out_batches(config: TextFinetuneConfig) -> HeldOutTexts:
             "raise `d2v.valid.fraction`."
         )
     if isinstance(config, TextClassifyConfig):
-        return HeldOutTexts(chosen, classes_of(chosen.labels, config.labels or (), where), config)
+        return HeldOutTexts(chosen, held_out_classes(chosen.labels, config.labels or (), where), config)
     return HeldOutTexts(chosen, np.array(chosen.labels, dtype=np.float32), config)
 
 

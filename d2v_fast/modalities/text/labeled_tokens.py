@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from d2v_fast.data.listing import Listing, count_endings
+from d2v_fast.data.once import read_once
 from d2v_fast.data.samples import digest_of
 from d2v_fast.errors import DataError
 from d2v_fast.files.reading import printable
@@ -139,10 +138,11 @@ def _framed(
     return np.concatenate(pieces).astype(np.int64), list(kept) != lengths
 
 
+@read_once
 def labeled_tokens(
     data: TableSection, model: TextModelSection, path: str | None, *, is_train: bool, key: str, scores: bool = False
 ) -> LabeledTokens:
-    """Read and tokenize labeled texts; a second call for the same unchanged file returns the same object.
+    """Read and tokenize labeled texts.
 
     Args:
         data, model: The run's configuration.
@@ -153,18 +153,9 @@ def labeled_tokens(
     Raises:
         DataError: The file cannot be read, has no such columns or no rows, or too many rows are bad.
     """
-    if path is None:
-        return _docs(data, model, is_train)
-    try:
-        status = os.stat(path)
-        stamp: tuple[int, ...] = (status.st_size, status.st_mtime_ns)
-    except OSError:
-        # reading the file reports the error
-        stamp = ()
-    return _table(data, model, path, key, scores, stamp)
+    return _docs(data, model, is_train) if path is None else _table(data, model, path, key, scores)
 
 
-@lru_cache(maxsize=4)
 def _docs(data: TableSection, model: TextModelSection, is_train: bool) -> LabeledTokens:
     found = docs_for_probe(data, model)
     chosen = (found.train_indices if is_train else found.test_indices).tolist()
@@ -173,10 +164,7 @@ def _docs(data: TableSection, model: TextModelSection, is_train: bool) -> Labele
     return LabeledTokens(rows, labels, tokenizer_of(data, model), Listing())
 
 
-@lru_cache(maxsize=4)
-def _table(
-    data: TableSection, model: TextModelSection, path: str, key: str, scores: bool, stamp: tuple[int, ...]
-) -> LabeledTokens:
+def _table(data: TableSection, model: TextModelSection, path: str, key: str, scores: bool) -> LabeledTokens:
     tokenizer = tokenizer_of(data, model)
     bad = BadText(data.max_bad_fraction, data.strict, f"rows of '{printable(path)}'")
     replaces = data.encoding_errors == "replace"

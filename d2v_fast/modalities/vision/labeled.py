@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from d2v_fast.data.batch import Batch, ImageDataset, MicroBatch
-from d2v_fast.data.few import LabeledSubset, classes_of, few, held_out, require_trained
+from d2v_fast.data.few import LabeledSubset, classes_of, few, held_out, held_out_classes, require_trained
 from d2v_fast.data.labels import class_of, refuse_parts
 from d2v_fast.data.makers import drop_keys
+from d2v_fast.data.once import read_once
 from d2v_fast.data.order import MicroStep
 from d2v_fast.errors import DataError
-from d2v_fast.modalities.vision.batches import Images, image_dataset
+from d2v_fast.modalities.vision.batches import Images
+from d2v_fast.modalities.vision.config import ImageModelSection, VisionDataConfig
 from d2v_fast.modalities.vision.config_finetune import VisionClassifyConfig
 from d2v_fast.modalities.vision.digits import DigitsDataset, digit_classes
 from d2v_fast.modalities.vision.images import ImagesDataset
@@ -102,7 +104,7 @@ class HeldOutImages(Images):
                 f"{where} must leave at least one image to validate on, but leaves none: name a folder of them as "
                 f"{VALID}, or raise `d2v.valid.fraction`."
             )
-        self._classes = classes_of(chosen.names, config.labels or (), where)
+        self._classes = held_out_classes(chosen.names, config.labels or (), where)
         self._positions, self.num_samples = chosen.positions, len(chosen.positions)
         self.targets: list[int] = self._classes.tolist()
         self.source = LabeledSubset(chosen.dataset, self._positions, self.targets)
@@ -186,12 +188,15 @@ def _digits(config: VisionClassifyConfig, split: Literal["train", "test"]) -> _C
 
 def _folder(config: VisionClassifyConfig, path: str, where: str) -> _Chosen:
     """Return the images of a folder whose sub-folders are classes."""
-    data = config.data.model_copy(update={"path": path})
+    return _read(config.data.model_copy(update={"path": path}), config.model, path, where)
+
+
+@read_once
+def _read(data: VisionDataConfig, model: ImageModelSection, path: str, where: str) -> _Chosen:
     try:
-        dataset = image_dataset(config.model_copy(update={"data": data}))
+        dataset = ImagesDataset(data, model)
     except DataError as error:
         raise DataError(str(error).replace(PATH, where)) from None
-    assert isinstance(dataset, ImagesDataset)
     names = [class_of(dataset.name(position)) for position in range(len(dataset))]
     refuse_parts(path, set(names) - {""}, where)
     positions = np.array([position for position, name in enumerate(names) if name], dtype=np.int64)

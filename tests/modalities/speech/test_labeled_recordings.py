@@ -13,9 +13,11 @@ import torch
 from d2v_fast.config import ConfigError, D2VConfig, parse_config
 from d2v_fast.data.listing import describe_listing
 from d2v_fast.data.makers import resolved
+from d2v_fast.data.once import reading_once
 from d2v_fast.data.order import MicroStep
 from d2v_fast.errors import DataError
-from d2v_fast.modalities.speech import source
+from d2v_fast.modalities.speech import labeled, source
+from d2v_fast.modalities.speech.audio import AudioDataset
 from d2v_fast.modalities.speech.labeled import recordings_held_out, recordings_to_train
 from d2v_fast.modalities.speech.labeled_batches import held_out_recordings, labeled_recordings
 from d2v_fast.modalities.speech.vocabulary import Vocabulary
@@ -63,6 +65,21 @@ def test_parts_do_not_meet(folder: Path) -> None:
     by_class = own(folder, "classify", d2v__valid__fraction=0.25)
     assert by_class.labels == ("a", "b")
     assert sorted(recordings_held_out(by_class).labels) == ["a", "b"]
+
+
+@pytest.mark.parametrize("objective", ["ctc", "classify"])
+def test_recordings_are_listed_once(objective: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[object] = []
+
+    def listing(*sections: Any) -> AudioDataset:
+        listed.append(sections[0])
+        return AudioDataset(*sections)
+
+    monkeypatch.setattr(labeled, "AudioDataset", listing)
+    with reading_once():
+        config = own(folder, objective, d2v__valid__fraction=0.25)
+        assert labeled_recordings(config).num_samples + held_out_recordings(config).num_samples == 4
+    assert len(listed) == 1
 
 
 def test_manifest_with_letters_and_dictionary(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

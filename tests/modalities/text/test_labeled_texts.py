@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from d2v_fast.config import ConfigError, check_d2v
+from d2v_fast.data.once import reading_once
 from d2v_fast.data.order import MicroStep
 from d2v_fast.errors import DataError
+from d2v_fast.modalities.text import labeled_tokens
 from d2v_fast.modalities.text.config_finetune import TextFinetuneConfig
 from d2v_fast.modalities.text.labeled import batch_of, held_out_batches, labeled_batches, resolved
 from d2v_fast.modalities.text.labeled_tokens import frame, shares
+from d2v_fast.modalities.text.tables import Table
 from tests.helpers.text_files import sentences, small_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -128,6 +131,28 @@ def test_few_labels(tmp_path: Path) -> None:
     assert set(one._positions.tolist()) < set(two._positions.tolist())
 
 
+def test_a_table_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labeled(tmp_path)
+    read: list[str] = []
+
+    def table(path: str, *others: Any, **options: Any) -> Table:
+        read.append(path)
+        return Table(path, *others, **options)
+
+    monkeypatch.setattr(labeled_tokens, "Table", table)
+    with reading_once():
+        config = resolved(section(tmp_path))
+        assert (labeled_batches(config).num_samples, held_out_batches(config).num_samples) == (18, 2)
+    assert len(read) == 1
+    # the file may have changed since
+    resolved(section(tmp_path))
+    assert len(read) == 2
+
+
+def test_scores_are_judged_by_pearson(tmp_path: Path) -> None:
+    assert section(tmp_path, "regress", kind="table", valid={"every_epochs": 2}).valid.metric == "pearson"
+
+
 def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     labeled(tmp_path, "aaaa")
     with pytest.raises(DataError, match=r"at least 2 classes in `d2v.data.label_field` \('label'\), but holds 1"):
@@ -150,7 +175,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"kind": "docs"}, r"`d2v.data.path` must be null with `kind` \"docs\""),
+        ({"kind": "docs"}, r"(?s)`d2v.data.path` must be null with `kind` \"docs\".*add `--set d2v.data.kind=table`"),
         ({"path": None}, r"`d2v.data.path` must be a file with `kind` \"table\""),
         ({"field": "label"}, r"`d2v.data.field` must be another column"),
         ({"columns": ["text", "text", "label"]}, r"`d2v.data.columns` must name the column \"text\" once"),

@@ -15,8 +15,12 @@ from d2v_fast.commands.console import main as d2v_fast
 from d2v_fast.config import RunConfig, load_config
 from d2v_fast.data import DataError, batch_maker, resolved
 from d2v_fast.data.order import MicroStep
+from d2v_fast.modalities.vision import labeled
+from d2v_fast.modalities.vision.config import ImageModelSection, VisionDataConfig
 from d2v_fast.modalities.vision.huggingface_classify import head_of_folder
+from d2v_fast.modalities.vision.images import ImagesDataset
 from d2v_fast.modalities.vision.labeled import held_out_images
+from d2v_fast.training.prepare import make_plan
 from tests.helpers.finetuning import TINY_CLASSIFY, saved
 from tests.helpers.runs import run_here, tiny_file
 
@@ -84,6 +88,35 @@ def test_errors(tmp_path: Path) -> None:
     refused(r'`d2v\.data\.path` must hold samples of the classes .* some of "b"', d2v__labels=["a", "z"])
     one = write_images(tmp_path / "one", {"a": 4})
     refused("at least 2 sub-folders", data={"path": str(one)})
+
+
+def test_a_plan_lists_a_folder_once_and_reads_what_is_held_out(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_images(tmp_path / "train", {"a": 4, "b": 4})
+    listed: list[str | None] = []
+
+    def listing(data: VisionDataConfig, model: ImageModelSection) -> ImagesDataset:
+        listed.append(data.path)
+        return ImagesDataset(data, model)
+
+    monkeypatch.setattr(labeled, "ImagesDataset", listing)
+    plan = make_plan(load_config(images(tmp_path, path)))
+    assert listed == [str(path)]
+    assert plan.held_out is not None
+    assert (plan.maker.num_samples, plan.held_out.num_samples) == (6, 2)
+    # a class without a held-out sample is said, and an unknown one refused before anything is built
+    other = write_images(tmp_path / "valid", {"a": 2})
+    file = images(tmp_path, path, d2v__valid__path=str(other))
+    assert run_here("--ds_config", file, "--dry-run") == 0
+    assert "held out        2 images" in capsys.readouterr().out
+    assert '`d2v.valid.path` has no held-out sample of "b": no answer of this kind is scored' in caplog.messages
+    write_images(other, {"z": 2})
+    assert run_here("--ds_config", file, "--dry-run") == 1
+    assert 'but has some of "z"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ways", [{"mixup": 0.8}, {"cutmix": 1.0, "erase_prob": 0.5}, {"mixup": 0.8, "cutmix": 1.0}])
