@@ -7,7 +7,6 @@ comes from a table, or is the first folder of a recording.
 from __future__ import annotations
 
 import csv
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from d2v_fast.files.reading import open_regular, parse_json, printable, refuse_p
 
 __all__ = ["Labels", "folder_labels", "letter_labels", "librispeech_labels", "table_labels"]
 
-# in characters; longer than any sentence
+# in bytes; longer than any sentence
 MAX_LINE = 1_000_000
 TRANSCRIPTS = ".trans.txt"
 TABLES = (".tsv", ".jsonl")
@@ -66,7 +65,7 @@ def librispeech_labels(root: str, names: Sequence[str]) -> Labels:
     A recording is named without its ending.
 
     Raises:
-        DataError: there is no such file, or one cannot be read.
+        DataError: there is no such file, one cannot be read, or a recording has two transcripts.
     """
     texts: dict[str, str] = {}
     num_files = 0
@@ -75,10 +74,11 @@ def librispeech_labels(root: str, names: Sequence[str]) -> Labels:
             if not entry.lower().endswith(TRANSCRIPTS):
                 continue
             num_files += 1
-            for _, line in _lines(os.path.join(root, folder, entry)):
+            path = os.path.join(root, folder, entry)
+            for number, line in _lines(path):
                 name, _, text = line.strip().partition(" ")
-                if name:
-                    texts[os.path.join(folder, name)] = text
+                if name and texts.setdefault(os.path.join(folder, name), text) != text:
+                    raise _twice(number, path, name)
     if not num_files:
         raise DataError(
             f"the recordings must have transcripts, but '{printable(root)}' holds no `*{TRANSCRIPTS}`. Name a table "
@@ -116,15 +116,19 @@ def table_labels(path: str, root: str, names: Sequence[str], fields: tuple[str, 
         # one name for a recording, whether its row has the ending or not
         name = by_name.get(name, name)
         if texts.setdefault(name, text) != text:
-            raise DataError(
-                f"line {number} of '{printable(path)}' gives '{printable(name)}' a second label. Keep one of its rows."
-            )
+            raise _twice(number, path, name)
     return _matched(texts, by_name, names, f"of '{printable(os.path.basename(path))}'")
 
 
 def folder_labels(names: Sequence[str]) -> Labels:
     """Return the first folder of each recording as its class."""
     return Labels(tuple(class_of(name) or None for name in names))
+
+
+def _twice(number: int, path: str, name: str) -> DataError:
+    return DataError(
+        f"line {number} of '{printable(path)}' gives '{printable(name)}' a second label. Keep one of both."
+    )
 
 
 def _matched(texts: Mapping[str, str], by_name: Mapping[str, str], names: Sequence[str], where: str) -> Labels:
@@ -141,17 +145,19 @@ def _matched(texts: Mapping[str, str], by_name: Mapping[str, str], names: Sequen
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Yield the number and text of every line of a UTF-8 file."""
+    number = 0
     try:
         refuse_pointer(path)
-        with open_regular(path) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="\n") as file:
-            number = 0
-            while line := file.readline(MAX_LINE):
+        with open_regular(path) as content:
+            while line := content.readline(MAX_LINE):
                 number += 1
                 if len(line) == MAX_LINE:
-                    raise DataError(f"line {number} of '{printable(path)}' is longer than {MAX_LINE:,} characters.")
-                yield number, line.rstrip("\r\n")
+                    raise DataError(f"line {number} of '{printable(path)}' is longer than {MAX_LINE:,} bytes.")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
-        raise DataError(f"'{printable(path)}' must be UTF-8 text, but is not.") from None
+        raise DataError(
+            f"line {number} of '{printable(path)}' must be UTF-8 text, but is not. Save the file as UTF-8."
+        ) from None
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise DataError(f"the labels '{printable(path)}' cannot be read: {why}.") from None

@@ -90,8 +90,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read: No such file"):
         table_labels(str(tmp_path / "none.tsv"), str(tmp_path), NAMES, FIELDS)
     (tmp_path / "t.tsv").write_bytes(b"path\ttext\n\xff\tx\n")
-    with pytest.raises(DataError, match="must be UTF-8 text"):
+    with pytest.raises(DataError, match=r"line 2 of .* must be UTF-8 text, but is not. Save the file as UTF-8"):
         table_labels(str(tmp_path / "t.tsv"), str(tmp_path), NAMES, FIELDS)
+
+
+def test_a_second_transcript_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    path = write(tmp_path / "a" / "a.trans.txt", "one x\none x\n")
+    assert librispeech_labels(str(tmp_path), NAMES[:2]).texts == ("x", None)
+    write(Path(path), "one x\ntwo y\none z\n")
+    with pytest.raises(DataError, match=r"line 3 of '.*a.trans.txt' gives 'one' a second label"):
+        librispeech_labels(str(tmp_path), NAMES[:2])
 
 
 def test_folders_are_classes() -> None:
