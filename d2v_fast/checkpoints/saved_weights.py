@@ -133,15 +133,25 @@ def open_checkpoint(run_folder: Path, step: int | None = None) -> Iterator[Check
             raise
 
 
+def chosen_step(run_folder: Path, step: int | None = None) -> int:
+    """Return the step of a run's checkpoint: `step`, or that of the newest one.
+
+    Raises:
+        OptionError: There is no checkpoint of this step.
+        ValueError: There is no checkpoint at all.
+    """
+    steps = complete_steps(run_folder / "checkpoints")
+    if not steps:
+        raise ValueError(f"`{run_folder}` must hold a checkpoint, but has none yet. Let the run save one first.")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise OptionError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
+    return steps[0] if step is None else step
+
+
 def _hold_checkpoint(run_folder: Path, step: int | None, held: ExitStack) -> tuple[Path, int]:
     for _ in range(_MOST_TRIES):
-        steps = complete_steps(run_folder / "checkpoints")
-        if not steps:
-            raise ValueError(f"`{run_folder}` must hold a checkpoint, but has none yet. Let the run save one first.")
-        if step is not None and step not in steps:
-            there = ", ".join(map(str, steps))
-            raise OptionError(f"`--step` must be of a checkpoint in {run_folder} ({there}), but is {step} instead.")
-        chosen = steps[0] if step is None else step
+        chosen = chosen_step(run_folder, step)
         folder = run_folder / "checkpoints" / f"step-{chosen}"
         # if the run has deleted it meanwhile, it has saved a newer one
         with suppress(FileNotFoundError):

@@ -69,7 +69,11 @@ def _add_finetune(add: _Add) -> None:
         "--weights", choices=("student", "teacher"), default=None, help="whose weights of SOURCE (default: student)"
     )
     finetune.add_argument(
-        "--step", type=int, default=None, metavar="N", help="step of the checkpoint of SOURCE (default: newest)"
+        "--step",
+        type=int,
+        default=None,
+        metavar="N",
+        help="step of the checkpoint of SOURCE (default: the newest, of a fine-tuned run the best)",
     )
     finetune.add_argument(
         "--sweep",

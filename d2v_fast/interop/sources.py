@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from d2v_fast.checkpoints.best import best_step
-from d2v_fast.checkpoints.saved_weights import encoder_weights, open_checkpoint, read_run_config
+from d2v_fast.checkpoints.saved_weights import chosen_step, encoder_weights, open_checkpoint, read_run_config
 from d2v_fast.config import D2VConfig
 from d2v_fast.config.errors import Section, show
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.config.model_keys import FREE_HEAD_KEYS, FREE_MODEL_KEYS
-from d2v_fast.config.model_paths import explain
+from d2v_fast.config.model_paths import explain, is_run
 from d2v_fast.files.paths import expand_path
 from d2v_fast.files.reading import printable
 from d2v_fast.interop.folders import read_model_config
@@ -134,10 +134,15 @@ def place_of(source: Path, step: int | None) -> Place:
     name = source.name.removeprefix("step-")
     if source.parent.name == "checkpoints" and source.name.startswith("step-") and name.isdecimal():
         return Place(source.parent.parent, int(name), source)
-    if (source / "checkpoints").is_dir():
+    if (source / "checkpoints").is_dir() or is_run(source):
         return Place(source, step, source)
     if (reason := explain(source)) is not None:
         raise ValueError(f"{KEY} must be a run, a Transformers folder or a checkpoint. {reason}")
+    if not (source / "config.json").is_file():
+        raise ValueError(
+            f"{KEY} must be a run, a Transformers folder or a checkpoint, but `{source}` is a folder without "
+            "`config.json`."
+        )
     return Place(None, None, source)
 
 
@@ -217,8 +222,9 @@ def _options(folder: Path, config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _model_section(place: Place) -> Section:
-    """Return the model section of a source's encoder."""
+    """Return the model section of a source's encoder; a run must have the checkpoint, which is read later."""
     if place.run is not None:
+        chosen_step(place.run, place.step)
         return read_run_config(place.run).model
     if place.path.is_dir():
         return import_model(place.path)[1]
