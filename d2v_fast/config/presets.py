@@ -26,6 +26,7 @@ _ABOUT = {
     "digits_long": ("563 k", "the same for 20 minutes; better than raw pixels"),
     "finetune_digits": (OF_SOURCE, "classify the handwritten digits, from the run of `digits` or `digits2`"),
     "finetune_glue": (OF_SOURCE, "the published fine-tuning on GLUE, for its files and a text encoder (here CoLA)"),
+    "finetune_images": (OF_SOURCE, "classify a folder per class of your own images, from the run of `images_small`"),
     "finetune_speech": (OF_SOURCE, "recognize the letters of 300 spoken words, from the run of `speech` or `speech2`"),
     "finetune_speech_base": (OF_SOURCE, "the published Base fine-tuning by CTC, for recordings with transcripts"),
     "finetune_speech_large": (OF_SOURCE, "the published Large fine-tuning by CTC, for recordings with transcripts"),

@@ -193,7 +193,7 @@ class D2VConfig(Section):
 
     hints: ClassVar[dict[str, str]] = {
         "compile": "`d2v.run.compile` compiles the blocks.",
-        "finetune": 'An objective that fine-tunes has it: `"objective": "classify"`.',
+        "finetune": "An objective that fine-tunes has it, such as that of the presets `finetune_...`.",
     }
 
     modality: str

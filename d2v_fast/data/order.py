@@ -132,10 +132,12 @@ class StepOrder(Sampler[MicroStep]):
     def _check_one_step(self) -> None:
         split = self.split
         if self.steps_per_epoch == 0:
+            also = " and `train_micro_batch_size_per_gpu` with it" if split.micro_batch > self.num_samples else ""
             raise DataError(
                 f"the data set must hold at least one optimizer step, but it has {self.num_samples} samples and a step "
                 f"takes {split.global_batch} ({split.micro_batch} per micro-batch x {split.accumulation} micro-steps x "
-                f"{split.world_size} processes). Lower `train_batch_size` to {self.num_samples} or less, or add data."
+                f"{split.world_size} processes). Lower `train_batch_size` to {self.num_samples} or less{also}, or "
+                "add data."
             )
 
     def _check_sizes(self, max_step_length: int | None) -> None:

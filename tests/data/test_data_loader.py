@@ -200,7 +200,7 @@ def test_workers_start_once_and_end_with_the_iteration() -> None:
 def test_data_set_smaller_than_a_step() -> None:
     message = (
         r"has 100 samples and a step takes 120 \(20 per micro-batch x 2 micro-steps x 3 processes\). "
-        "Lower `train_batch_size` to 100"
+        "Lower `train_batch_size` to 100 or less, or add"
     )
     with pytest.raises(DataError, match=message):
         make_loader(Squares(), make_config(), micro_batch=20, accumulation=2, world_size=3)

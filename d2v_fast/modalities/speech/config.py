@@ -178,6 +178,8 @@ class SpeechDataConfig(DataSection):
     """
 
     # keys that only one `kind` reads
+    # for a user's own recordings, in a message
+    own_preset: ClassVar[str] = "speech_small"
     only_for: ClassVar[dict[str, tuple[str, ...]]] = {"audio": ("follow_outside",)}
 
     kind: Literal["speech", "audio"] = "speech"
@@ -201,7 +203,7 @@ class SpeechDataConfig(DataSection):
             hint = "Set the folder or manifest: `--set d2v.data.path=/my/recordings`."
             problems.append(Problem("path", 'be a folder or a .tsv manifest with `kind` "audio"', self.path, hint))
         if self.kind == "speech" and self.path is not None:
-            hint = 'For your own recordings, use `kind` "audio", for example with the preset `speech_small`.'
+            hint = f'For your own recordings, use `kind` "audio", for example with the preset `{self.own_preset}`.'
             problems.append(Problem("path", 'be null with `kind` "speech", a sample set', self.path, hint))
         if self.max_seconds < self.min_seconds:
             problems.append(Problem("max_seconds", f"be >= `min_seconds` ({self.min_seconds})", self.max_seconds))

@@ -50,6 +50,7 @@ class LabeledSpeechConfig(SpeechDataConfig):
         label_field: Column of a table that holds its label.
     """
 
+    own_preset: ClassVar[str] = "finetune_speech_base"
     only_for: ClassVar[dict[str, tuple[str, ...]]] = {
         "audio": (*SpeechDataConfig.only_for["audio"], "labels_path", "path_field", "label_field")
     }

@@ -172,6 +172,8 @@ class VisionDataConfig(DataSection):
     """
 
     # keys that only one kind reads
+    # for a user's own images, in a message
+    own_preset: ClassVar[str] = "images_small"
     only_for: ClassVar[dict[str, tuple[str, ...]]] = {
         "digits": ("rotation_degrees", "zoom", "shift_pixels", "test_fraction"),
         "images": (
@@ -210,7 +212,7 @@ class VisionDataConfig(DataSection):
             hint = "Name the folder that holds the images: `--set d2v.data.path=/my/images`."
             problems.append(Problem("path", 'be a folder with `kind` "images"', self.path, hint))
         if self.kind == "digits" and self.path is not None:
-            hint = 'Your own images are `kind` "images", for which the preset `images_small` is made.'
+            hint = f'Your own images are `kind` "images", for which the preset `{self.own_preset}` is made.'
             problems.append(Problem("path", 'be null with `kind` "digits", a sample set', self.path, hint))
         if any(value <= 0 for value in self.std):
             problems.append(Problem("std", "be > 0 in every channel", self.std))

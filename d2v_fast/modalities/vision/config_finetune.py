@@ -29,6 +29,7 @@ class LabeledImagesConfig(VisionDataConfig, FewLabelsSection):
         erase_prob: Share of the images in which a box is replaced by noise.
     """
 
+    own_preset: ClassVar[str] = "finetune_images"
     only_for: ClassVar[dict[str, tuple[str, ...]]] = VisionDataConfig.only_for
 
     mixup: float = Field(default=0.0, ge=0, le=100)
