@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.ops.attention import has_kernels
 from d2v_fast.ops.autograd import is_transformed
 
 INIT_STD = 0.02
@@ -104,6 +105,43 @@ class GeluLinear(Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class Norm(nn.LayerNorm):
+    """`nn.LayerNorm`, whose output the linear map behind it recomputes in the backward pass instead of saving it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _can_recompute(x, self.weight):
+            return super().forward(x)
+        y: Tensor = _RecomputedNorm.apply(x, self.weight, self.bias, self.eps)
+        return y
+
+
+class _RecomputedNorm(torch.autograd.Function):
+    """A layer norm that can be computed again until its backward pass ends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        # copies: parameters may be elsewhere when the linear map asks; the saved tensors are unpacked only once
+        ctx.eps, ctx.scale, ctx.found = eps, (weight.detach().clone(), bias.detach().clone()), None
+        return y
+
+    @staticmethod
+    def recompute(ctx: Any) -> Tensor:
+        """Return `y`, in the backward pass of what reads it."""
+        ctx.found = ctx.saved_tensors if ctx.found is None else ctx.found
+        x, weight, bias, *_ = ctx.found
+        scale, shift = (weight, bias) if torch.is_grad_enabled() else ctx.scale
+        return F.layer_norm(x, x.shape[-1:], scale, shift, ctx.eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors if ctx.found is None else ctx.found
+        ctx.found, wanted = None, list(ctx.needs_input_grad[:3])
+        backward = torch.ops.aten.native_layer_norm_backward
+        return *backward(grad.contiguous(), x, x.shape[-1:], mean, rstd, weight, bias, wanted), None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `F.linear`, by oneDNN where it is faster: in fp32 on an x86 CPU, with a weight that is not small.
 
@@ -115,10 +153,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         `[..., O]`, equal to `F.linear` up to the order of the sums, with derivatives of any order.
     """
-    if not _fits_onednn(x, weight, bias):
+    norm = None
+    if not torch.compiler.is_compiling() and isinstance(x.grad_fn, _RecomputedNorm._backward_cls):
+        norm = x.grad_fn
+    if not _fits_onednn(x, weight, bias, on_meta=norm is not None):
         return F.linear(x, weight, bias)
-    y: Tensor = _OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight.contiguous(), bias)
+    y: Tensor = _OneDNNLinear.apply(x.reshape(-1, x.shape[-1]), weight.contiguous(), bias, norm)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `linear` without derivatives; `weight` may be a transposed matrix, which is not copied."""
+    return _multiply(x, weight, bias) if _fits_onednn(x, weight, bias) else F.linear(x, weight, bias)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -136,12 +182,22 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     return type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
 
 
-def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _can_recompute(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `_OneDNNLinear` may read the norm of `x`, on a CPU or on `meta` in its place."""
+    if _is_traced(x, weight) or not _is_plain(x, weight) or torch.is_autocast_enabled("cpu") or has_kernels(x):
+        return False
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return trained and x.device.type in ("cpu", "meta") and x.dtype == weight.dtype == torch.float32
+
+
+def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, *, on_meta: bool = False) -> bool:
     if _is_traced(x, weight):
         return False
     if not _is_plain(x, weight) or _ONEDNN_LINEAR is None or not torch._C._get_mkldnn_enabled():
         return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if x.device.type != "cpu" and not (on_meta and x.device.type == "meta"):
+        return False
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
     if weight.numel() < _LARGE or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
         return False
@@ -152,17 +208,20 @@ def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """`[M, I]` to `[M, O]`."""
+    """`[M, I]` to `[M, O]`; with the node of the `_RecomputedNorm` that made the input, which is not saved then."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x if norm is None else None, weight)
         return _multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if needs_weight and ctx.norm is not None:
+            x = _RecomputedNorm.recompute(ctx.norm).flatten(0, -2)
         if torch.is_grad_enabled():
             # torch's own products, so that the gradient can be differentiated
             grad_x = grad @ weight if needs_x else None
@@ -170,7 +229,7 @@ class _OneDNNLinear(torch.autograd.Function):
         else:
             grad_x = _multiply(grad, weight.t(), None) if needs_x else None
             grad_weight = _weight_gradient(grad, x) if needs_weight else None
-        return grad_x, grad_weight, grad.sum(0) if needs_bias else None
+        return grad_x, grad_weight, grad.sum(0) if needs_bias else None, None
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -208,6 +267,8 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.device.type == "meta":
+        return F.linear(x, weight, bias)
     # for rows with gaps, oneDNN falls back to a loop that is a thousand times slower
     assert _ONEDNN_LINEAR is not None
     return _ONEDNN_LINEAR(x.contiguous(), weight, bias, "none", [], "")

@@ -166,6 +166,7 @@ class PostNormBlock(nn.Module):
 
     # few samples skip a block, so that a fixed number of them would often be none
     keeps_fixed_counts = False
+    norm_class: type[nn.LayerNorm] = nn.LayerNorm
 
     def __init__(
         self,
@@ -183,10 +184,10 @@ class PostNormBlock(nn.Module):
         self.drop_rates = (layer_drop,)
         self.dropout, self.activation_dropout = dropout, activation_dropout
         self.attention = SelfAttention(width, heads, attention_dropout)
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm1 = self.norm_class(width, eps=norm_eps)
         self.fc1 = Linear(width, hidden_width)
         self.fc2 = GeluLinear(hidden_width, width) if activation_dropout == 0.0 else Linear(hidden_width, width)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm2 = self.norm_class(width, eps=norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

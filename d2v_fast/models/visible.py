@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.models.encoder import Drops, Encoder, EncoderOutput
-from d2v_fast.models.layers import dropout
+from d2v_fast.models.layers import Norm, dropout
 from d2v_fast.models.post_norm import AlibiPlaces, PostNormBlock, padding_of
 from d2v_fast.models.student import MaskedBatch
 
@@ -54,6 +54,12 @@ class MaskedSizes(Protocol):
     def gradient_checkpointing(self) -> bool: ...
 
 
+class MaskedBlock(PostNormBlock):
+    """A block whose linear maps do not save the outputs of its norms."""
+
+    norm_class = Norm
+
+
 class MaskedContext(nn.Module):
     """Norm, dropout, context blocks and averaged blocks.
 
@@ -69,10 +75,10 @@ class MaskedContext(nn.Module):
     def __init__(self, config: MaskedSizes, *, has_norm: bool) -> None:
         super().__init__()
         self.dropout = config.context_dropout if has_norm else 0.0
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if has_norm else None
+        self.norm = Norm(config.width, eps=config.norm_eps) if has_norm else None
         rates = [config.context_layer_drop] * config.context_depth + [config.layer_drop] * config.depth
         blocks = (
-            PostNormBlock(
+            MaskedBlock(
                 config.width,
                 config.heads,
                 int(config.width * config.mlp_ratio),

@@ -2,8 +2,7 @@
 
 Shape letters: B batch, H heads, T tokens, L keys of a sample before its padding, D width of a head, n heads of a part.
 
-Neither the bias nor the weights of all heads are ever in memory. The backward pass recomputes the weights of each part
-from the logarithms of their sums, as kernels on a GPU do (arXiv 2205.14135, algorithm 2).
+Neither the bias nor the weights of all heads are ever in memory. The backward pass recomputes the weights of each part.
 """
 
 from __future__ import annotations
@@ -58,44 +57,37 @@ class _AttentionInParts(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, options: Options, differentiable: Callable[..., Any]
     ) -> Tensor:
-        out, lse = torch.zeros_like(q.transpose(1, 2)).transpose(1, 2), slopes.new_zeros(q.shape[:3])
+        out = _results(q, options)
         for part in _parts(q, k, v, slopes, options):
-            weights = part.logits()
-            peak = weights.amax(-1, keepdim=True)
-            weights.sub_(peak).exp_()
-            total = weights.sum(-1, keepdim=True)
-            part.take(lse).copy_((peak + total.log()).squeeze(-1))
-            part.drop_(weights)
-            part.take(out).copy_(torch.bmm(weights, part.v).div_(total))
+            part.take(out).copy_(torch.bmm(part.drop_(part.weights()), part.v))
         ctx.options, ctx.differentiable = options._replace(positions=None, lengths=None, seed=None), differentiable
-        ctx.save_for_backward(q, k, v, slopes, out, lse, options.positions, options.lengths, options.seed)
+        ctx.save_for_backward(q, k, v, slopes, options.positions, options.lengths, options.seed)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, slopes, out, lse, positions, lengths, seed = ctx.saved_tensors
+        q, k, v, slopes, positions, lengths, seed = ctx.saved_tensors
         if torch.is_grad_enabled():
             if seed is not None:
                 raise RuntimeError("the gradient of attention with dropout has no derivative on a CPU; give a `seed`.")
             return *ctx.differentiable(grad, (q, k, v, slopes), (positions, lengths, None, 0.0)), None, None
         options = ctx.options._replace(positions=positions, lengths=lengths, seed=seed)
-        grads = [torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+        grads = [_results(x, options) for x in (q, k, v)]
         grad_slopes, scale = torch.zeros_like(slopes), q.shape[-1] ** -0.5
         for part in _parts(q, k, v, slopes, options):
-            weights = part.logits().sub_(part.take(lse)[..., None]).exp_()
-            upstream = part.take(grad).to(slopes.dtype)
-            mean = (upstream * part.take(out)).sum(-1, keepdim=True)
+            weights, upstream = part.weights(), part.take(grad).to(slopes.dtype)
             change = torch.bmm(upstream, part.v.mT)
-            if seed is None:
-                part.take(grads[2], keys=True).copy_(torch.bmm(weights.mT, upstream))
-            else:
-                kept = part.drop_(torch.ones_like(weights))
-                change.mul_(kept)
-                part.take(grads[2], keys=True).copy_(torch.bmm(kept.mul_(weights).mT, upstream))
-            change.sub_(mean).mul_(weights)
+            dropped = weights
+            if seed is not None:
+                dropped = part.drop_(torch.ones_like(weights))
+                change.mul_(dropped)
+                dropped.mul_(weights)
+            part.take(grads[2], keys=True).copy_(torch.bmm(dropped.mT, upstream))
+            # that of the logits, from that of the weights
+            change = torch._softmax_backward_data(change, weights, -1, weights.dtype)
             part.take(grads[0]).copy_(torch.bmm(change, part.k).mul_(scale))
             part.take(grads[1], keys=True).copy_(torch.bmm(change.mT, part.q).mul_(scale))
-            grad_slopes[part.heads] -= change.mul_(part.distances).sum((1, 2))
+            grad_slopes[part.heads] -= change.flatten(1) @ part.distances.flatten()
         return *grads, grad_slopes, None, None
 
 
@@ -126,10 +118,11 @@ class _Part:
         """Return the view of this part, of the queries or of the keys, of `[B, H, T, ...]`."""
         return x[self._sample, self.heads, : self.distances.shape[1] if keys else None]
 
-    def logits(self) -> Tensor:
+    def weights(self) -> Tensor:
         """Return `[n, T, L]`."""
         bias = self.distances * -self._slopes[:, None, None]
-        return bias.baddbmm_(self.q, self.k.mT, alpha=self.q.shape[-1] ** -0.5)
+        # torch's softmax is fused, and gives 0 where `exp` computes denormal numbers, at many times the cost
+        return bias.baddbmm_(self.q, self.k.mT, alpha=self.q.shape[-1] ** -0.5).softmax(-1)
 
     def drop_(self, weights: Tensor) -> Tensor:
         """Drop weights in place, always the same ones."""
@@ -141,6 +134,12 @@ class _Part:
         bits.random_(-(2**63), None, generator=torch.Generator().manual_seed(key))
         kept = bits.view(torch.int16)[: weights.numel()].view_as(weights) >= int(prob * 2**16) - 2**15
         return weights.mul_(kept).mul_(2**16 / (2**16 - int(prob * 2**16)))
+
+
+def _results(like: Tensor, options: Options) -> Tensor:
+    """Return memory for results `[B, H, T, D]` in the order `[B, T, H, D]`; zeros if some tokens are padding."""
+    make = torch.empty_like if options.lengths is None else torch.zeros_like
+    return make(like.transpose(1, 2)).transpose(1, 2)
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, options: Options) -> Iterator[_Part]:

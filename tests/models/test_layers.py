@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from d2v_fast.models import layers
-from d2v_fast.models.layers import GeluLinear, Linear, drop, linear
+from d2v_fast.models.layers import GeluLinear, Linear, Norm, drop, linear
 from tests.helpers.saved_tensors import Saved
 
 IN, OUT = 512, 640
@@ -141,6 +142,44 @@ def test_second_derivatives_of_a_linear_map_of_gelu() -> None:
             (torch.ones(4, 3, dtype=torch.float64),),
         )[1],
     )
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["saved", "checkpoint"])
+def test_norm_before_a_linear_map(recomputes: bool) -> None:
+    """Same bits as torch's norm, and the linear map saves no output of it."""
+    norm, plain, inner = Norm(IN), nn.LayerNorm(IN), Linear(IN, OUT)
+    for value in norm.parameters():
+        nn.init.normal_(value)
+    plain.load_state_dict(norm.state_dict())
+    x, grad = torch.randn(3, 5, IN, requires_grad=True), torch.randn(3, 5, OUT)
+
+    def run(first: nn.Module) -> tuple[list[Tensor], int]:
+        saved, leaves = Saved(nn.ModuleList((first, inner))), [x, *first.parameters(), *inner.parameters()]
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+            # twice: the residual stream reads the norm as well
+            def both(x: Tensor) -> Tensor:
+                y = first(x)
+                return inner(y) + y.sum()
+
+            y = checkpoint(both, x, use_reentrant=False) if recomputes else both(x)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)], saved.bytes
+
+    (got, few), (want, many) = run(norm), run(plain)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert many - few == (0 if recomputes else x.nbytes)
+
+
+def test_second_derivatives_of_a_norm_before_a_linear_map() -> None:
+    norm, plain, inner = Norm(IN), nn.LayerNorm(IN), Linear(IN, OUT)
+    x = torch.randn(3, IN, requires_grad=True)
+    results = []
+    for first in (norm, plain):
+        leaves = [x, first.weight, inner.weight]
+        grads = torch.autograd.grad(inner(first(x)).square().sum(), leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
 def test_sizes_that_do_not_fit_are_told_by_torch() -> None:
