@@ -67,25 +67,6 @@ def drop(x: Tensor, prob: float) -> Tensor:
     return x * is_kept.to(x.dtype).mul_(2**16 / (2**16 - num_dropped))
 
 
-def convolve_sequence(convolution: nn.Module, x: Tensor) -> Tensor:
-    """Apply an `nn.Conv1d` to sequences with channels last, without transposing them.
-
-    Args:
-        convolution: of any kernel k and groups, with stride 1 and padding k // 2. Of an even kernel, the last place is
-            left out, as in the published code.
-        x: `[B, T, C]`.
-
-    Returns:
-        `[B, T, O]`.
-    """
-    assert isinstance(convolution, nn.Conv1d)
-    # as an image of one row, for which oneDNN has faster kernels
-    image = x[:, None].permute(0, 3, 1, 2)
-    padding = (0, convolution.kernel_size[0] // 2)
-    y = F.conv2d(image, convolution.weight[:, :, None], convolution.bias, padding=padding, groups=convolution.groups)
-    return y.permute(0, 2, 3, 1)[:, 0, : x.shape[1]]
-
-
 class Linear(nn.Linear):
     """`nn.Linear` computed by `linear`."""
 

@@ -16,8 +16,8 @@ from d2v_fast.config import MaskedSpeechModelConfig
 from d2v_fast.modalities.speech.encoder import ConvPositions, FrontEnd
 from d2v_fast.models.decoder import ConvDecoder
 from d2v_fast.models.encoder import Drops, EncoderOutput
-from d2v_fast.models.layers import convolve_sequence
 from d2v_fast.models.post_norm import AlibiPlaces, padding_of
+from d2v_fast.models.sequence_convolution import convolve_sequence
 from d2v_fast.models.student import MaskedBatch, Student
 from d2v_fast.models.visible import NORM_EPS, Alibi, MaskedContext, MaskedSequences, Places, biased, key_mask
 from d2v_fast.ops import layer_norm_gelu
