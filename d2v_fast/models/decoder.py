@@ -122,7 +122,7 @@ class ConvDecoder(nn.Module):
 
     def _recomputes(self, x: Tensor) -> bool:
         """Return whether `_ResidualGrid` computes the convolutions: in training in fp32 on a CPU."""
-        weights = [each.weight for each in self.convolutions]
+        weights: list[Any] = [each.weight for each in self.convolutions]
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() or is_transformed(x, *weights):
             return False
         if not self.residual or any(w.shape[0] != x.shape[2] or w.shape[2] % 2 == 0 for w in weights):

@@ -75,7 +75,8 @@ class _WideConvolution(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         # torch's own operation where the gradient is differentiated
         by_torch = needs_weight and torch.is_grad_enabled()
-        grad_x = grad_weight = None
+        grad_x: Any = None
+        grad_weight: Any = None
         if needs_x or by_torch:
             padding = [0, weight.shape[2] // 2]
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
