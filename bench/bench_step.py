@@ -13,6 +13,7 @@ computes residual branches and multiplies them by zero, ours skips them. `speech
 dropout; `speech lean` recomputes norms and GELUs of the convolutions in the backward pass. `... 2.0` are the published
 Base models of data2vec 2.0 without dropout, on samples of the published length: 20 s of speech, 512 tokens. So that a
 step ends within seconds on two cores, speech has 2 of 12 blocks, and text 4. Their arithmetic is listed by part.
+`trial`, of 2 blocks, only tries the benchmark, as `make gpu DEVICE=cpu` does.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ TEXT2 += [f"d2v.{key}=4" for key in BLOCKS]
 NUM_WARMUP, NUM_ROUNDS = 2, 5
 LR = 1e-4
 # cases that `make bench` runs, and `pytest bench/` leaves out, which ends within ten minutes
-LONG = ("base published", "speech lean", "images 2.0", "speech 2.0", "text 2.0")
+LONG = ("base published", "speech lean", "images 2.0", "speech 2.0", "text 2.0", "trial")
 
 
 class Case(NamedTuple):
@@ -79,6 +80,7 @@ CASES = {
     "images 2.0": Case("vision2_base", 1, 16, IMAGES2),
     "speech 2.0": Case("speech2_base", 1, 12, SPEECH2),
     "text 2.0": Case("text2_base", 1, 16, TEXT2),
+    "trial": Case("vision_base", 1, 32, [*SMALL, *WITHOUT_DROPOUT, *(f"d2v.{key}=2" for key in BLOCKS)]),
 }
 
 
@@ -135,7 +137,9 @@ class OurStep:
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in LONG else ()) for case in CASES])
 @pytest.mark.timeout(600)
-def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str) -> None:
+def bench_step(benchmark: Any, device: torch.device, tmp_path: Path, case: str, request: pytest.FixtureRequest) -> None:
+    if case == "trial" and not request.config.getoption("--figures"):
+        pytest.skip("only a trial of `make gpu`")
     torch.manual_seed(0)
     file, on_cpu, on_gpu, changes = CASES[case]
     batch_size = on_gpu if device.type == "cuda" else on_cpu

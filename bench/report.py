@@ -132,7 +132,9 @@ def brief(rows: list[Row]) -> str:
     """Return a line per case, and the goals that are not reached, for a terminal."""
     on_gpu = rows[0]["device_type"] == "cuda"
     of = "a copy" if on_gpu else "the line"
-    lines = [f"{'kernels':58}  {'time':>7}  of {of}{'      host' if on_gpu else ''}  times as long, the others"]
+    steps = [row for row in rows if row["op"] == "step"]
+    header = f"{'kernels':58}  {'time':>7}  of {of}{'      host' if on_gpu else ''}  times as long, the others"
+    lines = [header] if len(steps) < len(rows) else []
     for row in rows:
         if row["op"] != "step":
             time = _time(row.get("device_s", row.get("p50_s")))
@@ -140,7 +142,6 @@ def brief(rows: list[Row]) -> str:
             host = f"{_time(row.get('host_s')):>10}" if on_gpu else ""
             name = f"{row['op']}: {row['case']}"[:58]
             lines.append(f"{name:58}  {time:>7}  {share:>{len(of) + 3}}{host}  {_brief_peers(row)}")
-    steps = [row for row in rows if row["op"] == "step"]
     lines += [f"{'steps':28}  {'time':>7}  units per s  of a product  {'peak':>8}  the others"] if steps else []
     for row in steps:
         rate, share, peak = row.get("units_per_s"), _percent(row.get("percent_of_gemm")), row.get("peak_bytes")
@@ -272,9 +273,11 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
             spread = [[ratio["p50"] - low], [high - ratio["p50"]]]
             axis.errorbar(ratio["p50"], y, xerr=spread, fmt="o", color=colors[name], capsize=2, markersize=5)
     axis.axvline(1, color="black", linewidth=1)
-    axis.axvspan(axis.get_xlim()[0], 1, color="tab:red", alpha=0.06)
     axis.set_xscale("log")
-    ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if t <= axis.get_xlim()[1]]
+    left, right = min(0.5, axis.get_xlim()[0]), max(2.1, axis.get_xlim()[1])
+    axis.axvspan(left, 1, color="tab:red", alpha=0.06)
+    axis.set_xlim(left, right)
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200) if left <= t <= right]
     axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axis.minorticks_off()
     axis.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -23,9 +23,6 @@ from tests.helpers.static_steps import KINDS, make_trial
 
 MOST_PROGRAMS = 8
 
-# dynamo looks for gradients of the blocks' inputs
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-
 
 @pytest.fixture(autouse=True)
 def _forget_programs() -> Any:
