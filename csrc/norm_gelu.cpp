@@ -279,6 +279,14 @@ D2V_NORM_GELU(f16, Half)
 constexpr decltype(&forward_f32) kForward[3] = {forward_f32, forward_bf16, forward_f16};
 constexpr decltype(&backward_f32) kBackward[3] = {backward_f32, backward_bf16, backward_f16};
 
+// Returns a contiguous copy. torch::stable::contiguous finds its operator by name at every call, which takes
+// longer than all else that a small tensor needs.
+Tensor contiguous_copy(const Tensor& x) {
+  Tensor copy = new_empty(x.sizes(), x.scalar_type());
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), x.get(), 0));
+  return copy;
+}
+
 // Returns the rows in place if the channels are contiguous and two strides address all rows. Otherwise copies
 // the tensor and stores the copy in `x`.
 Rows rows_of(Tensor& x) {
@@ -296,7 +304,7 @@ Rows rows_of(Tensor& x) {
     sizes[level] *= x.size(i);
   }
   if (!plain) {
-    x = torch::stable::contiguous(x);
+    x = contiguous_copy(x);
     return {static_cast<const char*>(x.const_data_ptr()), std::max<int64_t>(x.numel(), 1), 0,
             x.size(last) * bytes};
   }

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -235,7 +237,7 @@ def tile_of(q: Tensor, keeps_keys: bool = False) -> dict[str, int]:
     `keeps_keys` is for the kernel with a block of keys, which has two results. In fp32 a block is small, since each of
     its operands is in registers as two tf32 numbers."""
     num_tokens, width = q.shape[2:]
-    block_d = max(triton.next_power_of_2(width), 16)
+    block_d = max(next_power_of_2(width), 16)
     block, step = 64, 32
     if q.dtype == torch.float32:
         block, step = 16, 16
@@ -248,7 +250,7 @@ def tile_of(q: Tensor, keeps_keys: bool = False) -> dict[str, int]:
 
 
 def grid_of(q: Tensor, tile: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(q.shape[2], tile["BLOCK"]) * q.shape[0] * q.shape[1],)
+    return (cdiv(q.shape[2], tile["BLOCK"]) * q.shape[0] * q.shape[1],)
 
 
 def optional(q: Tensor, *tensors: Tensor | None) -> list[Tensor]:

@@ -37,6 +37,7 @@ from .attention import (
     store_rows,
     tile_of,
 )
+from .sizes import cdiv
 
 # programs of the gradient of a shared bias, which decide into how many parts the batch is divided
 BIAS_PROGRAMS = 1024
@@ -354,10 +355,10 @@ def attention_with_bias_backward(
     if not (needs_bias and is_shared):
         return grad_q, grad_k, grad_v, grad_bias
     tile = bias_tile_of(q)
-    tiles = triton.cdiv(num_tokens, tile["BLOCK"]) * triton.cdiv(num_tokens, tile["STEP"])
-    per_part = triton.cdiv(num_samples, max(BIAS_PROGRAMS // (tiles * num_heads), 1))
-    parts = triton.cdiv(num_samples, per_part)
-    width = triton.cdiv(num_tokens, 8)
+    tiles = cdiv(num_tokens, tile["BLOCK"]) * cdiv(num_tokens, tile["STEP"])
+    per_part = cdiv(num_samples, max(BIAS_PROGRAMS // (tiles * num_heads), 1))
+    parts = cdiv(num_samples, per_part)
+    width = cdiv(num_tokens, 8)
     partial = lse.new_empty(parts, num_heads, num_tokens, width * 8)
     del flags["HAS_SLOPES"], flags["HAS_POSITIONS"]
     _grad_bias_kernel[(tiles * num_heads * parts,)](

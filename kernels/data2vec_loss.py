@@ -32,6 +32,7 @@ from .masked_loss import (
     split_factor,
     sum_blocks,
 )
+from .sizes import cdiv, next_power_of_2
 from .target_row import SUM_CHANNELS, plain_layers, row_warps, target_row
 from .target_statistics import statistics
 from .topk_target import topk_target
@@ -157,8 +158,8 @@ def data2vec_loss(
     pred, layers = plain_rows(pred), plain_layers(layers)
     lengths = None if lengths is None else lengths.contiguous()
     stats = statistics(layers, layer_norm, final_norm, lengths, eps)
-    rows_per_block = max(triton.cdiv(num_preds, MAX_BLOCKS), 16) if need_moments else 8
-    num_blocks = triton.cdiv(num_preds, rows_per_block)
+    rows_per_block = max(cdiv(num_preds, MAX_BLOCKS), 16) if need_moments else 8
+    num_blocks = cdiv(num_preds, rows_per_block)
     partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32) if need_moments else None
     partial_loss = pred.new_empty((num_blocks,), dtype=torch.float32)
     factor = loss_factor(pred.numel(), scale, mean)
@@ -185,7 +186,7 @@ def data2vec_loss(
         LAYER_NORM=layer_norm,
         FINAL_NORM=final_norm,
         SQUARE=beta == 0.0,
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_D=next_power_of_2(width),
         num_warps=row_warps(width, SUM_CHANNELS, stats.layer_mean is not None),
     )
     return *sum_blocks(partial, partial_loss, factor), slope

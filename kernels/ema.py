@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv
+
 BLOCK = 4096
 _TABLES_KEPT = 8
 
@@ -101,7 +103,7 @@ def _table(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequen
         _tables.move_to_end(key)
         return table
     rows = torch.tensor([*addresses, sizes], dtype=torch.int64).T.contiguous()
-    num_blocks = torch.tensor([triton.cdiv(n, BLOCK) for n in sizes], dtype=torch.int64)
+    num_blocks = torch.tensor([cdiv(n, BLOCK) for n in sizes], dtype=torch.int64)
     block_tensor = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), num_blocks)
     first_block = torch.cumsum(num_blocks, 0) - num_blocks
     block_index = torch.arange(len(block_tensor)) - first_block[block_tensor.long()]

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
+
 TILE_CHANNELS = 256
 SCALE_BLOCK = 4096
 
@@ -207,9 +209,9 @@ def sum_blocks(partial: Tensor | None, partial_loss: Tensor, factor: float) -> t
     num_blocks, _, width = (1, 4, 1) if partial is None else partial.shape
     loss = partial_loss.new_empty(())
     moments = None if partial is None else partial.new_empty((4, width))
-    block = min(triton.next_power_of_2(4 * width), 16)
+    block = min(next_power_of_2(4 * width), 16)
     num_losses = partial_loss.numel()
-    _sum_blocks_kernel[(1 if partial is None else triton.cdiv(4 * width, block),)](
+    _sum_blocks_kernel[(1 if partial is None else cdiv(4 * width, block),)](
         partial,
         partial_loss,
         moments,
@@ -218,9 +220,9 @@ def sum_blocks(partial: Tensor | None, partial_loss: Tensor, factor: float) -> t
         num_losses,
         factor,
         D=width,
-        BLOCK_N=min(triton.next_power_of_2(num_blocks), 512),
+        BLOCK_N=min(next_power_of_2(num_blocks), 512),
         BLOCK_D=block,
-        BLOCK_LOSS=min(triton.next_power_of_2(num_losses), 4096),
+        BLOCK_LOSS=min(next_power_of_2(num_losses), 4096),
         num_warps=8,
     )
     return loss, partial_loss.new_empty(0) if moments is None else moments
@@ -249,12 +251,12 @@ def masked_smooth_l1(
         return *no_rows(pred, need_moments), slope
     pred, target = plain_rows(pred), plain_rows(target)
     form = WITH_MOMENTS if need_moments else WITHOUT_MOMENTS
-    block_d = min(triton.next_power_of_2(width), TILE_CHANNELS)
-    num_tiles = triton.cdiv(width, block_d)
+    block_d = min(next_power_of_2(width), TILE_CHANNELS)
+    num_tiles = cdiv(width, block_d)
     block_n = form.tile // block_d
-    rows_per_block = max(triton.cdiv(num_rows, form.max_blocks), form.least_rows)
-    rows_per_block = triton.cdiv(rows_per_block, block_n * form.unroll) * block_n * form.unroll
-    num_blocks = triton.cdiv(num_rows, rows_per_block)
+    rows_per_block = max(cdiv(num_rows, form.max_blocks), form.least_rows)
+    rows_per_block = cdiv(rows_per_block, block_n * form.unroll) * block_n * form.unroll
+    num_blocks = cdiv(num_rows, rows_per_block)
     partial = pred.new_empty((num_blocks, 4, width), dtype=torch.float32) if need_moments else None
     partial_loss = pred.new_empty((num_blocks, num_tiles), dtype=torch.float32)
     factor = loss_factor(pred.numel(), scale, mean)
@@ -298,7 +300,7 @@ def scale_gradient_(slope: Tensor, grad_output: Tensor, scale: float, mean: bool
 def _launch_scale(slope: Tensor, grad_output: Tensor, out: Tensor, scale: float, mean: bool) -> None:
     if slope.numel() == 0:
         return
-    _scale_gradient_kernel[(triton.cdiv(slope.numel(), SCALE_BLOCK),)](
+    _scale_gradient_kernel[(cdiv(slope.numel(), SCALE_BLOCK),)](
         slope,
         grad_output,
         out,

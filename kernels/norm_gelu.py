@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
 from .target_row import mean_of
 
 # elements per tile, 16 per thread: one row of 512 channels for one warp, and two rows for two warps
@@ -213,7 +214,7 @@ def as_groups(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def tile_of(width: int, elements: int) -> dict[str, int]:
     """Return rows, channels and warps of a tile; a row longer than a tile gets more warps."""
-    block_c = triton.next_power_of_2(width)
+    block_c = next_power_of_2(width)
     block_n = max(elements // block_c, 1)
     return {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": min(block_n * block_c // 512, 16)}
 
@@ -245,7 +246,7 @@ def _forward_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     num_groups, rows_per_group, _ = rows.shape
     tile = tile_of(width, FORWARD_TILE)
     rows_per_program = tile["BLOCK_N"] * TILES_PER_PROGRAM
-    _norm_gelu_fwd_kernel[(triton.cdiv(rows_per_group, rows_per_program), num_groups)](
+    _norm_gelu_fwd_kernel[(cdiv(rows_per_group, rows_per_program), num_groups)](
         rows,
         weight.contiguous(),
         bias.contiguous(),
@@ -289,8 +290,8 @@ def _backward_into(
     num_groups, rows_per_group, _ = rows.shape
     tile = tile_of(width, BACKWARD_TILE)
     programs = max(PROGRAMS_PER_SM * num_sms(x.device) // num_groups, 1)
-    rows_per_program = triton.cdiv(triton.cdiv(rows_per_group, programs), tile["BLOCK_N"]) * tile["BLOCK_N"]
-    grid = (triton.cdiv(rows_per_group, rows_per_program), num_groups)
+    rows_per_program = cdiv(cdiv(rows_per_group, programs), tile["BLOCK_N"]) * tile["BLOCK_N"]
+    grid = (cdiv(rows_per_group, rows_per_program), num_groups)
     num_programs = grid[0] * grid[1]
     partial = x.new_empty((num_programs, 2, width), dtype=torch.float32)
     _norm_gelu_bwd_kernel[grid](
@@ -311,14 +312,14 @@ def _backward_into(
         C=width,
         **tile,
     )
-    block_c = min(triton.next_power_of_2(width), 16)
-    _sum_programs_kernel[(triton.cdiv(width, block_c), 2)](
+    block_c = min(next_power_of_2(width), 16)
+    _sum_programs_kernel[(cdiv(width, block_c), 2)](
         partial,
         grad_weight,
         grad_bias,
         num_programs,
         C=width,
-        BLOCK_N=min(triton.next_power_of_2(num_programs), 256),
+        BLOCK_N=min(next_power_of_2(num_programs), 256),
         BLOCK_C=block_c,
         num_warps=8,
     )

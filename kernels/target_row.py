@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
+
 # indices into LAYER_NORMS and FINAL_NORMS of d2v_fast/ops/topk_target.py
 NONE = tl.constexpr(0)
 LAYER = tl.constexpr(1)
@@ -106,4 +108,4 @@ def row_warps(width: int, single: int, has_statistics: bool = False) -> int:
     """
     if width <= single and not has_statistics:
         return 1
-    return min(triton.next_power_of_2(triton.cdiv(width, 256 if has_statistics else 512)), 16)
+    return min(next_power_of_2(cdiv(width, 256 if has_statistics else 512)), 16)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv, next_power_of_2
 from .target_row import BATCH, INSTANCE, NONE, SUM_CHANNELS, row_warps, target_row
 
 # channels of a tile: in bf16 128 bytes of a row, whole sectors
@@ -252,7 +253,7 @@ def statistics(
     if layer_norm in (INSTANCE.value, BATCH.value):
         layer_mean, layer_scale = _new_pair(layers[0], num_layers, num_samples, width)
         block = channel_tile(width)
-        _layer_statistics_kernel[(num_samples * triton.cdiv(width, block), num_layers)](
+        _layer_statistics_kernel[(num_samples * cdiv(width, block), num_layers)](
             layers,
             lengths,
             layer_mean,
@@ -271,7 +272,7 @@ def statistics(
         if layer_norm == BATCH.value:
             layer_mean, layer_scale = _combined(layer_mean, layer_scale, lengths, num_positions, 0, 1 / num_layers, eps)
     if final_norm == INSTANCE.value:
-        num_parts = triton.cdiv(num_positions, PART)
+        num_parts = cdiv(num_positions, PART)
         parts = _new_pair(layers[0], num_samples, num_parts, width)
         _average_statistics_kernel[(num_samples * num_parts,)](
             layers,
@@ -287,7 +288,7 @@ def statistics(
             D=width,
             LAYER_NORM=layer_norm,
             PART=PART,
-            BLOCK_D=triton.next_power_of_2(width),
+            BLOCK_D=next_power_of_2(width),
             num_warps=row_warps(width, SUM_CHANNELS, layer_mean is not None),
         )
         average_mean, average_scale = _combined(*parts, lengths, num_positions, PART, 1.0, eps)
@@ -300,7 +301,7 @@ def _new_pair(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
 
 def channel_tile(width: int) -> int:
     """Return the channels of a tile of statistics."""
-    return min(triton.next_power_of_2(width), TILE_CHANNELS)
+    return min(next_power_of_2(width), TILE_CHANNELS)
 
 
 def _combined(
@@ -316,7 +317,7 @@ def _combined(
     num_groups, num_parts, width = part_mean.shape
     pair = _new_pair(part_mean, num_groups, width)
     block = channel_tile(width)
-    _combine_statistics_kernel[(num_groups, triton.cdiv(width, block))](
+    _combine_statistics_kernel[(num_groups, cdiv(width, block))](
         part_mean,
         part_deviation,
         lengths,

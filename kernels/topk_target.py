@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import next_power_of_2
 from .target_row import ROW_CHANNELS, plain_layers, row_warps, target_row
 from .target_statistics import statistics
 
@@ -123,7 +124,7 @@ def topk_target(
         D=width,
         LAYER_NORM=layer_norm,
         FINAL_NORM=final_norm,
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_D=next_power_of_2(width),
         num_warps=row_warps(width, ROW_CHANNELS),
     )
     return out

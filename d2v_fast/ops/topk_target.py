@@ -169,7 +169,7 @@ def check_layers(layers: list[Tensor], layer_norm: str, final_norm: str, eps: fl
         raise ValueError(f"`layers[0]` must have shape [B, T, D], but has {tuple(shape)} instead.")
     if dtype not in CHECKED_DTYPES:
         raise ValueError(f"`layers[0]` must be fp32, bf16, fp16 or fp64, but is {dtype} instead.")
-    for i, x in enumerate(layers):
+    for i, x in enumerate(layers[1:], 1):
         if x.shape != shape or x.dtype != dtype or x.device != device:
             raise ValueError(
                 f"`layers[{i}]` must be as `layers[0]` is, {dtype} {tuple(shape)} on {device}, "

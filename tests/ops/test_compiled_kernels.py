@@ -10,7 +10,17 @@ import pytest
 from tests.helpers.common import every_capability
 from tests.helpers.compiled_kernels import compile_facts
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+
+def test_sizes() -> None:
+    from d2v_fast.kernels.sizes import cdiv, next_power_of_2
+
+    for n in [*range(1, 300), 2**20 - 1, 2**20, 2**40 + 1]:
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        for size in (1, 3, 32, 100):
+            assert cdiv(n, size) == triton.cdiv(n, size)
+    assert cdiv(0, 8) == 0
 
 
 @every_capability
