@@ -63,17 +63,15 @@ class Group(NamedTuple):
     @property
     def label(self) -> str:
         """The version, the length of the runs, and their number."""
-        version = "data2vec 2.0" if self.config.d2v.objective == "data2vec2" else "data2vec"
+        version = "2.0" if self.config.d2v.objective == "data2vec2" else "1"
         seeds = f", {len(self.runs)} seeds" if len(self.runs) > 1 else ""
-        return f"{version}, {self.config.d2v.schedule.steps:,} steps{seeds}"
+        return f"version {version}, {self.config.d2v.schedule.steps:,} steps{seeds}"
 
     def scores(self, panel: Panel) -> dict[int, list[float]]:
-        """Return the scores of all runs by step."""
-        found: dict[int, list[float]] = {}
-        for run in self.runs:
-            for step, scores in run.items():
-                found.setdefault(step, []).append((scores[panel.question] if panel.question else scores)[panel.score])
-        return dict(sorted(found.items()))
+        """Return the scores of all runs by the steps after which every one of them was probed."""
+        common = set.intersection(*map(set, self.runs))
+        questions = [{step: run[step].get(panel.question, run[step]) for step in sorted(common)} for run in self.runs]
+        return {step: [run[step][panel.score] for run in questions] for step in sorted(common)}
 
 
 def scores_of(folder: Path, known: Scores) -> Scores:
