@@ -155,3 +155,11 @@ def test_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     # undone by its own context: monkeypatch would delete the setting
     with inductor_config.patch({"cpp.cxx": ("/no/such/compiler",)}):
         assert reason_not_to_compile(engine, torch.device("cpu")) == "there is no C++ compiler"
+
+
+def test_benchmarks_compile_without_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first program of a process warns then, and a warning is an error."""
+    monkeypatch.setattr("torch._dynamo.utils.warn_once_cache", set())
+    with torch.compiler.config.patch(force_disable_caches=True):
+        compiled = torch.compile(torch.nn.functional.silu, backend="eager")
+        assert compiled(torch.zeros(3)).tolist() == [0.0] * 3
