@@ -26,23 +26,32 @@ def finetune(options: argparse.Namespace) -> int:
         return _sweep(options)
     if options.seeds is not None:
         raise OptionError("`--seeds` is for `--sweep`; one run has the seed `--set d2v.run.seed=N`.")
-    given: list[str] = []
-    if options.source is not None:
-        _, override = path_override("d2v.finetune.source", options.source)
-        given.append(override)
-    elif options.weights is not None or options.step is not None:
-        raise OptionError("`--weights` and `--step` choose weights of SOURCE, which is not given.")
-    if options.weights is not None:
-        given.append(f"d2v.finetune.weights={options.weights}")
-    if options.step is not None:
-        given.append(f"d2v.finetune.step={options.step}")
-    options.overrides = [*given, *options.overrides]
+    options.overrides = _overrides(options)
     return train_command(options, _train_words(options))
 
 
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """Return the overrides of a run: what the options say of SOURCE, and those that were given."""
+    found: list[str] = []
+    if options.source is not None:
+        _, override = path_override("d2v.finetune.source", options.source)
+        found.append(override)
+    elif options.weights is not None or options.step is not None:
+        raise OptionError("`--weights` and `--step` choose weights of SOURCE, which is not given.")
+    if options.weights is not None:
+        found.append(f"d2v.finetune.weights={options.weights}")
+    if options.step is not None:
+        found.append(f"d2v.finetune.step={options.step}")
+    return [*found, *options.overrides]
+
+
 def _sweep(options: argparse.Namespace) -> int:
-    """Fine-tune once for each value and seed, in processes of their own."""
+    """Fine-tune once for each value and seed, in processes of their own.
+
+    The configurations of all runs are read first: what the last run of a sweep would refuse costs no other run.
+    """
     from d2v_fast.commands.sweep import Sweep, parse_axis
+    from d2v_fast.config import load_config
 
     if options.ds_config is None:
         raise OptionError("`--sweep` needs the configuration of its runs: add `--ds_config FILE`.")
@@ -50,7 +59,12 @@ def _sweep(options: argparse.Namespace) -> int:
     name = options.run or f"{options.ds_config.stem}-sweep"
     folder = runs_folder(options.overrides) / name
     command = [sys.executable, "-m", "d2v_fast", "finetune"]
-    return Sweep(options.words, axes, options.seeds or 1, folder, command).run()
+    sweep = Sweep(options.words, axes, options.seeds or 1, folder, command)
+    overrides = _overrides(options)
+    for cell in sweep.cells:
+        if cell.seed == 0:
+            load_config(options.ds_config, [*overrides, *sweep.settings(cell)])
+    return sweep.run()
 
 
 def _train_words(options: argparse.Namespace) -> list[str]:

@@ -137,6 +137,10 @@ class Sweep:
         self.cells = _named(axes, [(values, seed) for values in combinations for seed in range(num_seeds)])
         self._refuse_other()
 
+    def settings(self, cell: Cell) -> list[str]:
+        """Return the swept keys of a run with their values, `dotted.key=value` each."""
+        return [f"{axis.key}={value}" for axis, value in zip(self.axes, cell.values, strict=True)]
+
     def run(self, out: IO[str] = sys.stdout) -> int:
         """Run what has no result yet, print the table, write sweep.json, and return the exit status.
 
@@ -233,8 +237,7 @@ class Sweep:
         return read_result(self.folder / cell.name)
 
     def _start(self, cell: Cell, stop: StopRequest) -> Outcome:
-        values = [f"{axis.key}={value}" for axis, value in zip(self.axes, cell.values, strict=True)]
-        sets = [word for text in (*values, f"d2v.run.seed={cell.seed}") for word in ("--set", text)]
+        sets = [word for text in (*self.settings(cell), f"d2v.run.seed={cell.seed}") for word in ("--set", text)]
         begun = bool(complete_steps(self.folder / cell.name / "checkpoints"))
         own = [*sets, *path_override("d2v.run.dir", self.folder), "--run", cell.name, *(["--resume"] if begun else [])]
         log, since = self.folder / f"{cell.name}.log", time.monotonic()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from d2v_fast.commands.console import main
 from d2v_fast.commands.sweep import Axis, Sweep, parse_axis, without_own_options
 from d2v_fast.errors import OptionError
 from d2v_fast.processes.signals import StopRequest
@@ -159,3 +160,12 @@ def test_runs_get_all_other_options() -> None:
     words += ["--set", "d2v.run.dir=/tmp", "--set=c=4", "--set", "d=5", "--weights", "teacher"]
     expected = ["S", "--ds_config", "f", "--set", "c=4", "--set", "d=5", "--weights", "teacher"]
     assert without_own_options(words) == expected
+
+
+def test_a_value_that_no_run_can_have_ends_the_sweep_before_its_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["finetune", "--ds_config", "configs/finetune_digits.json", "--set", f"d2v.run.dir={tmp_path}"]
+    assert main([*words, "--sweep", "optimizer.params.lr=1e-3,-1"]) == 1
+    assert "`optimizer.params.lr` must be in (0, 1000000.0], but is -1 instead" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
