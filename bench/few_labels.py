@@ -98,7 +98,10 @@ def draw(cells: dict[str, float], to: Path) -> None:
         places = [place for place, labels in enumerate(columns) if (method, labels) in found]
         values = [found[method, columns[place]] for place in places]
         means = [float(np.mean(one)) for one in values]
-        spread = [[mean - min(one), max(one) - mean] for mean, one in zip(means, values, strict=True)]
+        # the mean of equal values may be off by a rounding
+        spread = [
+            [max(0.0, mean - min(one)), max(0.0, max(one) - mean)] for mean, one in zip(means, values, strict=True)
+        ]
         axes.errorbar(places, means, np.array(spread).T, fmt=style, capsize=3, label=method)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_xlabel("labels per class")
