@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from d2v_fast.data.labels import LabeledSet, labeled_files
 from d2v_fast.evaluation.classifiers import ProbeReport, Task, score
 from d2v_fast.evaluation.features import patch_features
 from d2v_fast.evaluation.inputs import Rows, Sample, Source
-from d2v_fast.evaluation.probing import Labeled, Probing
+from d2v_fast.evaluation.probing import Labeled, Probed, Probing
 from d2v_fast.models.student import Student
 from tests.fake_modality.batches import CurvesBatches
 from tests.fake_modality.config import CurvesConfig
@@ -20,11 +20,11 @@ from tests.fake_modality.embed import KINDS, Curves
 RAW = "raw points"
 
 
-def _run(models: Mapping[str, Student], config: CurvesConfig) -> ProbeReport:
+def _run(probed: Probed, config: CurvesConfig) -> ProbeReport:
     ids = np.arange(config.data.num_samples)
     curves = CurvesBatches(config).curves(ids)
     task = Task(ids % 5, ids[::2], ids[1::2])
-    features = {name: patch_features(model, curves, 1).mean(1).cpu().numpy() for name, model in models.items()}
+    features = {name: patch_features(model, curves, 1).mean(1).cpu().numpy() for name, model in probed.encoders.items()}
     features[RAW] = curves.flatten(1).numpy()
     scores = {name: score(rows, task, config.probe) for name, rows in features.items()}
     return ProbeReport(scores, config.probe, "held-out curves")
