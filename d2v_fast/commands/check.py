@@ -20,9 +20,8 @@ import torch
 from d2v_fast.config import BatchSplit, D2VConfig, RunConfig, load_config
 from d2v_fast.config.data2vec2 import num_masks_of
 from d2v_fast.config.deepspeed_sections import OptimizerConfig, ZeroConfig
-from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved, step_order, steps_per_epoch
+from d2v_fast.data import Batch, BatchMaker, step_order, steps_per_epoch
 from d2v_fast.data.bad_files import BadFiles
-from d2v_fast.data.once import reading_once
 from d2v_fast.data.progress import duration
 from d2v_fast.distributed.world import World, world_size
 from d2v_fast.errors import RunError
@@ -31,7 +30,7 @@ from d2v_fast.memory.peak import PeakMemory, available_memory, format_bytes
 from d2v_fast.memory.predict import predict
 from d2v_fast.modalities import modality_of
 from d2v_fast.objectives.build import build_objective
-from d2v_fast.objectives.finetune import held_out_of
+from d2v_fast.objectives.finetune import read_data
 from d2v_fast.teacher import Teacher
 from d2v_fast.teacher.none import NoTeacher
 from d2v_fast.training.describe import describe
@@ -63,9 +62,7 @@ def check(file: str | Path, overrides: Sequence[str] = (), *, num_processes: int
     config = load_config(file, overrides, processes)
     print(f"configuration   {file} is valid", flush=True)
     check_packages(config, processes)
-    with reading_once():
-        config = resolved(config)
-        maker, held_out = batch_maker(config.d2v), held_out_of(config.d2v)
+    config, maker, held_out = read_data(config)
     split = config.deepspeed.batch_split(processes)
     schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, steps_per_epoch(maker, split))
     world = World(config.d2v.run.device)

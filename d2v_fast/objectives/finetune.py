@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.config import D2VConfig, TeacherConfig
+from d2v_fast.config import RunConfig, TeacherConfig
 from d2v_fast.config.finetune import FinetuneConfig
-from d2v_fast.data import Batch, BatchMaker
+from d2v_fast.data import Batch, BatchMaker, batch_maker, resolved
+from d2v_fast.data.once import reading_once
 from d2v_fast.errors import OptionError
 from d2v_fast.interop.sources import read_source
 from d2v_fast.modalities import build_student, modality_of
@@ -86,13 +87,20 @@ def finetuning_of(config: FinetuneConfig) -> Finetuning:
     return made()
 
 
-def held_out_of(config: D2VConfig) -> HeldOut | None:
-    """Return the held-out samples of a run; None if it does not fine-tune.
+def read_data(config: RunConfig) -> tuple[RunConfig, BatchMaker, HeldOut | None]:
+    """Read the data of a run, each set once.
 
+    Returns:
+        The configuration with what follows from the data, what makes the batches, and the held-out samples, which are
+        None if the run does not fine-tune.
     Raises:
-        DataError: There are none, or one is of a class that is not trained on.
+        ConfigError: The data do not fit the configuration.
+        DataError: There are no data, or a held-out sample is of a class that is not trained on.
     """
-    return finetuning_of(config).held_out(config) if isinstance(config, FinetuneConfig) else None
+    with reading_once():
+        config = resolved(config)
+        d2v, maker = config.d2v, batch_maker(config.d2v)
+        return config, maker, finetuning_of(d2v).held_out(d2v) if isinstance(d2v, FinetuneConfig) else None
 
 
 class Finetune(Objective):

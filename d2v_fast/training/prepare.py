@@ -15,14 +15,13 @@ from d2v_fast.checkpoints.files import complete_steps
 from d2v_fast.checkpoints.store import Checkpoints
 from d2v_fast.config import BatchSplit, RunConfig
 from d2v_fast.config.finetune import FinetuneConfig
-from d2v_fast.data import BatchMaker, StepLoader, batch_maker, resolved, step_order, steps_per_epoch
-from d2v_fast.data.once import reading_once
+from d2v_fast.data import BatchMaker, StepLoader, step_order, steps_per_epoch
 from d2v_fast.distributed.world import World, world_size
 from d2v_fast.errors import RunError
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory
 from d2v_fast.objectives.build import build_objective
-from d2v_fast.objectives.finetune import HeldOut, held_out_of
+from d2v_fast.objectives.finetune import HeldOut, read_data
 from d2v_fast.teacher import Teacher
 from d2v_fast.teacher.none import NoTeacher
 from d2v_fast.training import metrics
@@ -105,9 +104,7 @@ def make_plan(config: RunConfig) -> Plan:
     """
     split = config.deepspeed.batch_split(world_size())
     check_packages(config, split.world_size)
-    with reading_once():
-        config = resolved(config)
-        maker, held_out = batch_maker(config.d2v), held_out_of(config.d2v)
+    config, maker, held_out = read_data(config)
     epoch_steps = steps_per_epoch(maker, split)
     schedule = LearningRate(config.d2v.schedule, config.deepspeed.optimizer.params.lr, epoch_steps)
     return Plan(config, split, maker, held_out, schedule, epoch_steps)
