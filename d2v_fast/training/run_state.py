@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import d2v_fast
 from d2v_fast.checkpoints.files import Checkpoint
@@ -224,13 +224,11 @@ class RunState(RunSaver):
         if all(p.dtype == torch.float32 and not is_partitioned(p) for p in parameters):
             student = self.model.student
             return (student, student.with_averaged(teacher)) if self._world.is_first else None
-        names = {n: full_shape(p) for n, p in self.model.named_parameters() if n.startswith("student.")}
-        weights = gather_whole(self._engine.shards(), names, self._world)
+        shared = self._gathered("student.")
         average = gather_whole(self._teacher.shards, self._teacher.shapes, self._world)
         if not self._world.is_first:
             return None
         prefix = self.model.student.averaged_prefix()
-        shared = {name.removeprefix("student."): value for name, value in weights.items()}
         encoders = []
         for state in (shared, shared | {prefix + name: value for name, value in average.items()}):
             encoder = build_student(self._config.d2v).to(self._world.device)
@@ -243,13 +241,18 @@ class RunState(RunSaver):
         head = self.model.head
         if all(p.dtype == torch.float32 and not is_partitioned(p) for p in head.parameters()):
             return head if self._world.is_first else None
-        names = {f"head.{name}": full_shape(p) for name, p in head.named_parameters()}
-        weights = gather_whole(self._engine.shards(), names, self._world)
+        weights = self._gathered("head.")
         if not self._world.is_first:
             return None
         whole = build_student(self._config.d2v).make_head().to(self._world.device)
-        whole.load_state_dict({name.removeprefix("head."): value for name, value in weights.items()})
+        whole.load_state_dict(weights)
         return whole
+
+    def _gathered(self, part: str) -> dict[str, Tensor]:
+        """Gather the model's weights whose names begin with `part`, which is left out; every process calls it."""
+        shapes = {n: full_shape(p) for n, p in self.model.named_parameters() if n.startswith(part)}
+        weights = gather_whole(self._engine.shards(), shapes, self._world)
+        return {name.removeprefix(part): value for name, value in weights.items()}
 
     def _compare_samples(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
         """Refuse a checkpoint that was trained on other samples, or report the difference if that is accepted."""
