@@ -30,10 +30,7 @@ def seconds_argument(text: str) -> float:
     Raises:
         ArgumentTypeError: it is not one.
     """
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = _number(text)
     if not 0 < seconds <= _MAX_SECONDS:
         raise argparse.ArgumentTypeError(f"must be a number above 0 and at most {_MAX_SECONDS}, but is {text} instead")
     return seconds
@@ -45,10 +42,7 @@ def number_argument(text: str) -> float:
     Raises:
         ArgumentTypeError: it is not one.
     """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"must be a finite number, but is {text} instead")
     return number
@@ -64,3 +58,11 @@ def path_argument(text: str) -> Path:
         return Path(expand_path(text))
     except PathError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _number(text: str) -> float:
+    """Return a number, or NaN for a text that is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
