@@ -48,7 +48,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 def _sweep(options: argparse.Namespace) -> int:
     """Fine-tune once for each value and seed, in processes of their own.
 
-    The configurations of all runs are read first: what the last run of a sweep would refuse costs no other run.
+    The configurations of all new runs are read first: what the last run of a sweep would refuse costs no other run.
     """
     from d2v_fast.commands.sweep import Sweep, parse_axis
     from d2v_fast.config import load_config
@@ -61,9 +61,10 @@ def _sweep(options: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "d2v_fast", "finetune"]
     sweep = Sweep(options.words, axes, options.seeds or 1, folder, command)
     overrides = _overrides(options)
-    for cell in sweep.cells:
-        if cell.seed == 0:
-            load_config(options.ds_config, [*overrides, *sweep.settings(cell)])
+    # seeds do not matter, and a run that has begun need not read its source again
+    new = {cell.values: cell for cell in sweep.cells if not (folder / cell.name).exists()}
+    for cell in new.values():
+        load_config(options.ds_config, [*overrides, *sweep.settings(cell)])
     return sweep.run()
 
 
