@@ -44,7 +44,7 @@ def test_while_data_are_listed(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A signal during the listing of the data, which may take hours, stops a run at once."""
-    monkeypatch.setattr("d2v_fast.training.prepare.batch_maker", raising(number))
+    monkeypatch.setattr("d2v_fast.training.prepare.read_data", raising(number))
     assert run_here(tiny_file(tmp_path), "--run", "r") == 128 + number
     words = f"interrupted by {number.name} before a step was made; the same command begins again"
     assert words in capsys.readouterr().err

@@ -102,6 +102,6 @@ def test_name_that_is_taken_is_refused_before_the_data_are_read(
     def fail(*arguments: object) -> None:
         raise AssertionError("the data are listed")
 
-    monkeypatch.setattr("d2v_fast.training.prepare.batch_maker", fail)
+    monkeypatch.setattr("d2v_fast.training.prepare.read_data", fail)
     assert run_here(file, "--run", "r") == 1
     assert f"the run {folder} exists: choose another name with --run, or continue it: " in capsys.readouterr().err
