@@ -57,7 +57,7 @@ TEXT2 += [f"d2v.{key}=4" for key in BLOCKS]
 # with the step whose memory is measured, those that the clock ignores
 NUM_WARMUP, NUM_ROUNDS = 2, 5
 LR = 1e-4
-# cases that `make bench` runs, and `pytest bench/` leaves out, which ends within ten minutes
+# cases that `make bench` runs, and `pytest bench/` leaves out
 LONG = ("base published", "speech lean", "images 2.0", "speech 2.0", "text 2.0", "trial")
 
 

@@ -107,7 +107,10 @@ def metric(row: Row, name: str) -> float | None:
 
 
 def check(rows: list[Row]) -> int:
-    """Print every goal with its measured value; return 1 if one is missed, or applies here and was not measured."""
+    """Print every goal with its measured value; return 1 if one is missed, or applies here and was not measured.
+
+    A goal marked `slow` is of a benchmark that only runs with `--run-slow`, and may be absent.
+    """
     goals = [goal for goal in json.loads(GOALS.read_text()) if goal["device_type"] == rows[0]["device_type"]]
     failed = 0
     for goal in goals:
@@ -119,8 +122,10 @@ def check(rows: list[Row]) -> int:
             print(f"{name:84} {v.measured:8.2f}  goal {wanted:8} expected {goal['expected']:<6g} {state}")
             failed += not v.holds
         if not verdicts:
-            print(f"{goal['op']} | {goal['case']} | {goal['metric']}: NOT MEASURED")
-            failed += 1
+            is_slow = goal.get("slow", False)
+            state = "left out: `make bench` measures it" if is_slow else "NOT MEASURED"
+            print(f"{goal['op']} | {goal['case']} | {goal['metric']}: {state}")
+            failed += not is_slow
     if failed:
         print(f"{failed} figures are missing or below what is expected of this code (bench/goals.json)")
     elif not goals:

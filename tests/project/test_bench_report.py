@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from bench import report
+from bench import bench_step, report
 from bench.measure import Compiled, Contest, compared, run_contest
 from tests.helpers.places import ROOT
 
@@ -118,11 +119,30 @@ def test_short_table(tmp_path, capsys, monkeypatch):
     ]
 
 
+def test_goal_of_a_slow_benchmark(capsys, monkeypatch, tmp_path):
+    """It may be absent, but not lost; a typing error in another one is told."""
+    goals = tmp_path / "goals.json"
+    monkeypatch.setattr(report, "GOALS", goals)
+
+    def checked(*entries):
+        goals.write_text(json.dumps([goal(), *entries]))
+        return report.check([row()]), capsys.readouterr().out
+
+    status, said = checked(goal(case="size B*", slow=True))
+    assert status == 0
+    assert "size B* | ratio:published: left out: `make bench` measures it" in said
+    assert checked(goal(case="size B*"))[0] == 1
+    assert checked(goal(expected=2.3, slow=True))[0] == 1
+
+
 def test_goals_are_well_formed():
     goals = json.loads(report.GOALS.read_text())
     assert goals
     for entry in goals:
-        assert entry.keys() == goal().keys()
+        assert entry.keys() - {"slow"} == goal().keys()
+        if entry.get("slow"):
+            # nobody else would notice that its case has another name
+            assert any(fnmatch.fnmatch(f"{case}, batch 1", entry["case"]) for case in bench_step.LONG), entry["case"]
         assert entry["want"] in ("at_least", "at_most")
         assert 0 < entry["tolerance"] < 1
 
