@@ -179,9 +179,7 @@ def _add_embed(add: _Add) -> None:
         metavar="N",
         help="inputs per batch (default: 64 images, 8 recordings, 32 lines)",
     )
-    embed.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
-    )
+    _add_device(embed)
     _add_overwrite(embed, "FILE and the files beside it")
 
 
@@ -200,13 +198,9 @@ def _add_predict(add: _Add) -> None:
     predict.add_argument(
         "--to", type=path_argument, required=True, metavar="FILE", help=".jsonl, .csv or .parquet file to write"
     )
-    predict.add_argument(
-        "--step", type=int, default=None, metavar="N", help="step of the checkpoint (default: the best one)"
-    )
+    _add_step(predict, "the best one")
     predict.add_argument("--batch-size", type=count_argument, metavar="N", help="inputs per batch")
-    predict.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
-    )
+    _add_device(predict)
     _add_overwrite(predict, "FILE")
     search = predict.add_argument_group("transcripts with an n-gram language model")
     search.add_argument(
@@ -403,6 +397,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_step(parser: argparse.ArgumentParser, default: str = "newest") -> None:
     parser.add_argument(
         "--step", type=int, default=None, metavar="N", help=f"step of the checkpoint (default: {default})"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
     )
 
 

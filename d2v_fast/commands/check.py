@@ -228,8 +228,8 @@ def _without_values(batch: Batch) -> Batch:
     return replace(batch, inputs=inputs, scale=None, masked_inputs=masked, unpadded=None, offsets=None)
 
 
-def _wait(device: torch.device | None) -> None:
-    if device is not None and device.type == "cuda":
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 

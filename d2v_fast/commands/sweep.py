@@ -7,6 +7,7 @@ command continues an interrupted sweep, and more values or seeds extend it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -125,7 +126,7 @@ class Sweep:
         keys = [axis.key for axis in axes]
         if len(set(keys)) < len(keys):
             raise OptionError("`--sweep` must name every key once; list all values of a key in one of them.")
-        num_runs = int(np.prod([len(axis.values) for axis in axes], dtype=object)) * num_seeds
+        num_runs = math.prod(len(axis.values) for axis in axes) * num_seeds
         if num_runs > MAX_RUNS or num_seeds > MAX_SEEDS:
             raise OptionError(
                 f"`--sweep` and `--seeds` must make at most {MAX_RUNS:,} runs with at most {MAX_SEEDS:,} seeds, but "

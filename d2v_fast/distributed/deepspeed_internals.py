@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from types import ModuleType
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,24 +26,33 @@ from d2v_fast.distributed.deepspeed_types import Engine, FlatGroups, Partition, 
 T = TypeVar("T")
 
 
-class _Engine:
+class _Located:
+    """A class of DeepSpeed whose place is known: `module.name`."""
+
+    path: ClassVar[str]
+
+
+class _Engine(_Located):
     """`deepspeed.DeepSpeedEngine`."""
 
+    path = "deepspeed.runtime.engine.DeepSpeedEngine"
     # the optimizer that was passed to `deepspeed.initialize`, without DeepSpeed's wrapper
     basic_optimizer: torch.optim.Optimizer
     _config: object
 
 
-class _Config:
+class _Config(_Located):
     """`deepspeed.runtime.config.DeepSpeedConfig`."""
 
+    path = "deepspeed.runtime.config.DeepSpeedConfig"
     # the keys that were given, whether as a dictionary or in a file
     _param_dict: dict[str, object]
 
 
-class _ZeroOptimizer12:
+class _ZeroOptimizer12(_Located):
     """`DeepSpeedZeroOptimizer`, stages 1 and 2."""
 
+    path = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
     # per group, its parameters in the order of the flat tensor, and the first element of each. `_hp_mapping` of the
     # parameters has another order with `round_robin_gradients`
     round_robin_bit16_groups: list[list[nn.Parameter]]
@@ -58,9 +67,10 @@ class _ZeroOptimizer12:
     update_lp_params: Callable[[], None]
 
 
-class _ZeroOptimizer3:
+class _ZeroOptimizer3(_Located):
     """`DeepSpeedZeroOptimizer_Stage3`."""
 
+    path = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
     # per subgroup, its parameters
     fp16_groups: list[list[nn.Parameter]]
     # per subgroup, the fp32 values of this process
@@ -78,17 +88,19 @@ class _ZeroOptimizer3:
     invalidate_secondary_tensor: Callable[[], None]
 
 
-class _Unfused:
+class _Unfused(_Located):
     """`FP16_UnfusedOptimizer`: stage 0 in 16 bits."""
 
+    path = "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer"
     # per group, the 16-bit parameters of the module, and an fp32 tensor for each
     fp16_groups: list[list[nn.Parameter]]
     fp32_groups: list[list[Tensor]]
 
 
-class _Fused:
+class _Fused(_Located):
     """`FP16_Optimizer`: stage 0 in 16 bits, with DeepSpeed's FusedAdam."""
 
+    path = "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer"
     # per group, the 16-bit parameters, and all of them as one flat fp32 tensor
     fp16_groups: list[list[nn.Parameter]]
     fp32_groups_flat: list[Tensor]
@@ -120,31 +132,22 @@ class _Partition3:
     final_location: object
 
 
-class _CPUAdam:
+class _CPUAdam(_Located):
     """`DeepSpeedCPUAdam`."""
 
+    path = "deepspeed.ops.adam.DeepSpeedCPUAdam"
     # the C++ module, and the number of this optimizer in it
     ds_opt_adam: ModuleType
     opt_id: int
 
 
-class _FusedAdam:
+class _FusedAdam(_Located):
     """`FusedAdam`, whose build for the CPU is the same C++ code."""
 
+    path = "deepspeed.ops.adam.FusedAdam"
     multi_tensor_adam: Callable[..., object]
 
 
-# by the name of the class in DeepSpeed, what is read of it
-CLASSES: dict[str, type] = {
-    "deepspeed.runtime.engine.DeepSpeedEngine": _Engine,
-    "deepspeed.runtime.config.DeepSpeedConfig": _Config,
-    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": _ZeroOptimizer12,
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": _ZeroOptimizer3,
-    "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": _Unfused,
-    "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer": _Fused,
-    "deepspeed.ops.adam.DeepSpeedCPUAdam": _CPUAdam,
-    "deepspeed.ops.adam.FusedAdam": _FusedAdam,
-}
 # state of a loss scaler, by its class in `deepspeed.runtime.fp16.loss_scaler`
 SCALERS = {
     "LossScaler": ("cur_scale",),
@@ -352,11 +355,11 @@ def cpu_adam_step(optimizer: torch.optim.Optimizer) -> Callable[[int], object] |
     group = optimizer.param_groups[0]
     hyper = (0.0, *group["betas"], group["eps"])
     value, grad, exp_avg, exp_avg_sq = (torch.ones(1) for _ in range(4))
-    if _is_a(optimizer, "deepspeed.ops.adam.DeepSpeedCPUAdam"):
+    if _is_a(optimizer, _CPUAdam):
         cpu = _described(optimizer, _CPUAdam)
         update, number = cpu.ds_opt_adam.adam_update, cpu.opt_id
         return lambda step: update(number, step, *hyper, 0.0, True, value, grad, exp_avg, exp_avg_sq)
-    if _is_a(optimizer, "deepspeed.ops.adam.FusedAdam"):
+    if _is_a(optimizer, _FusedAdam):
         fused = _described(optimizer, _FusedAdam).multi_tensor_adam
         lists, unused = [[grad], [value], [exp_avg], [exp_avg_sq]], torch.zeros(1, dtype=torch.int)
         return lambda step: fused(1, unused, lists, *hyper, step, 1, 1, 0.0)
@@ -367,7 +370,7 @@ def cpu_adam_step(optimizer: torch.optim.Optimizer) -> Callable[[int], object] |
 
 def _zero12(engine: Engine) -> _ZeroOptimizer12:
     optimizer = engine.optimizer
-    if not _is_a(optimizer, "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"):
+    if not _is_a(optimizer, _ZeroOptimizer12):
         raise ValueError(
             f"`engine` must be a DeepSpeed engine with the ZeRO optimizer of stages 1 and 2, but its optimizer is "
             f"{type(optimizer).__name__} instead: bf16 parameters with fp32 gradient accumulation are not supported "
@@ -378,7 +381,7 @@ def _zero12(engine: Engine) -> _ZeroOptimizer12:
 
 def _zero3(engine: Engine) -> _ZeroOptimizer3:
     optimizer = engine.optimizer
-    if not _is_a(optimizer, "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"):
+    if not _is_a(optimizer, _ZeroOptimizer3):
         raise ValueError(
             "`engine` must be the DeepSpeed engine that trains the student, but its optimizer is "
             f"{type(optimizer).__name__}: an engine of stage 3 that was made without an optimizer trains nothing."
@@ -394,12 +397,12 @@ def _masters0(engine: Engine) -> list[tuple[nn.Parameter, Tensor, int]] | None:
     optimizer, found = engine.optimizer, []
     if optimizer is _described(engine, _Engine).basic_optimizer:
         return None
-    if _is_a(optimizer, "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer"):
+    if _is_a(optimizer, _Unfused):
         unfused = _described(optimizer, _Unfused)
         for parameters, masters in zip(unfused.fp16_groups, unfused.fp32_groups, strict=True):
             found += [(low, high, 0) for low, high in zip(parameters, masters, strict=True)]
         return found
-    if _is_a(optimizer, "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer"):
+    if _is_a(optimizer, _Fused):
         fused = _described(optimizer, _Fused)
         for parameters, flat in zip(fused.fp16_groups, fused.fp32_groups_flat, strict=True):
             offset = 0
@@ -453,9 +456,9 @@ def _scaler(engine: Engine) -> tuple[object, tuple[str, ...]]:
     return scaler, names
 
 
-def _is_a(value: object, path: str) -> bool:
-    """Return whether a value is of the class with this path, without importing anything."""
-    module_name, _, name = path.rpartition(".")
+def _is_a(value: object, description: type[_Located]) -> bool:
+    """Return whether a value is of the DeepSpeed class that is described, without importing anything."""
+    module_name, _, name = description.path.rpartition(".")
     module = sys.modules.get(module_name)
     if module is None:
         return False

@@ -91,7 +91,7 @@ class Peers:
 
     def hear(self) -> list[About]:
         """Return the last sign of life of every process."""
-        self._known = dict(enumerate(map(json.loads, self._store.multi_get(self._keys("watch")))))
+        self._known = dict(enumerate(map(json.loads, self._store.multi_get(self._keys()))))
         return list(self._known.values())
 
     def learn(self, other: Peers) -> None:
@@ -107,7 +107,7 @@ class Peers:
     def wait_for_all(self, limit: timedelta) -> list[int]:
         """Wait for a sign of life of every process; return the ranks without one within the limit."""
         try:
-            self._store.wait(self._keys("watch"), limit)
+            self._store.wait(self._keys(), limit)
         except RuntimeError:
             return self.absent()
         self.hear()
@@ -115,11 +115,11 @@ class Peers:
 
     def have_all_come(self) -> bool:
         """Return whether every process has given a sign of life."""
-        return bool(self._store.check(self._keys("watch")))
+        return bool(self._store.check(self._keys()))
 
     def absent(self) -> list[int]:
         """Return the ranks that have never given a sign of life."""
-        return [rank for rank, key in enumerate(self._keys("watch")) if not self._store.check([key])]
+        return [rank for rank, key in enumerate(self._keys()) if not self._store.check([key])]
 
     def reported(self) -> Missing | None:
         """Return the report of a missing process, by this process or another; None if there is none."""
@@ -179,8 +179,8 @@ class Peers:
         about = self._known.get(rank)
         return f"rank {rank}" if about is None else f"rank {rank} (pid {about['pid']} on {about['host']})"
 
-    def _keys(self, kind: str) -> list[str]:
-        return [f"{kind}/{rank}" for rank in range(self._size)]
+    def _keys(self) -> list[str]:
+        return [f"watch/{rank}" for rank in range(self._size)]
 
     def _has(self, kind: str, rank: int) -> bool:
         return bool(self._store.check([f"{kind}/{rank}"]))

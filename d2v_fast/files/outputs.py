@@ -41,30 +41,33 @@ _MOST_SECONDS = 10
 _LEFTOVER_SECONDS = 60
 
 
-def require_free(path: Path, overwrite: bool = False, option: str = "`--to`") -> None:
-    """Check that a folder may be written to.
+def require_free(path: Path, overwrite: bool = False) -> None:
+    """Check that the folder of `--to` may be written to.
 
     Args:
         path: the folder; it may exist if it is empty.
         overwrite: whether the user asked to replace its content.
-        option: option that names the path, for the message.
     Raises:
         OptionError: the folder is not empty and `overwrite` is false; `path` is a file, or in a checkpoint.
     """
-    _require_no_checkpoint(path, option)
+    _require_no_checkpoint(path, "`--to`")
     shown = printable(str(path))
     if os.path.lexists(path) and not path.is_dir():
-        raise OptionError(f"{option} must be a new or empty folder, but {shown} is not a folder.")
+        raise OptionError(f"`--to` must be a new or empty folder, but {shown} is not a folder.")
     if not overwrite and path.is_dir() and (there := sorted(entry.name for entry in path.iterdir())):
         raise OptionError(
-            f"{option} must be a new or empty folder, but {shown} holds {_listed(there)}. `--overwrite` replaces what "
+            f"`--to` must be a new or empty folder, but {shown} holds {_listed(there)}. `--overwrite` replaces what "
             "an earlier export wrote there, and keeps the rest."
         )
 
 
 def require_file(path: Path, overwrite: bool = False, option: str = "`--to`") -> None:
-    """Check that a file may be written; arguments as for `require_free`.
+    """Check that a file may be written.
 
+    Args:
+        path: the file.
+        overwrite: whether the user asked to replace it.
+        option: option that names the path, for the message.
     Raises:
         OptionError: the file exists and `overwrite` is false; `path` is a folder, below a file, or in a checkpoint.
     """

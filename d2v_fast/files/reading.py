@@ -101,9 +101,9 @@ def _regular_handle(path: str | Path, flags: int) -> int:
     return handle
 
 
-def require_regular(path: str | Path, *, below: str | Path | None = None) -> None:
+def require_regular(path: str | Path) -> None:
     """Raise the errors of `open_regular`, for a path that a library will open."""
-    open_regular(path, below=below).close()
+    open_regular(path).close()
 
 
 def printable(text: str) -> str:

@@ -84,6 +84,7 @@ class Gathered:
         settings: Values from elsewhere.
         path: Of the checkpoint, for messages.
     Attributes:
+        path: As given.
         values: The values found so far, by key.
         assumed: One phrase for the user for each value that is assumed.
     """
@@ -91,7 +92,7 @@ class Gathered:
     def __init__(self, told: Mapping[str, Any], settings: Settings, path: str) -> None:
         self.values: dict[str, Any] = {**told, **settings.given}
         self.assumed: list[str] = []
-        self._settings, self._path = settings, path
+        self._settings, self.path = settings, path
 
     def heads(self, width: int) -> None:
         """Find the number of attention heads, which no tensor shows.
@@ -107,7 +108,7 @@ class Gathered:
             self.values["heads"] = run.get("heads") if run.get("width") == width else 1
         elif width % 64:
             raise ValueError(
-                f"`--heads` must be given for `{self._path}`: it does not say how many attention heads there are, and "
+                f"`--heads` must be given for `{self.path}`: it does not say how many attention heads there are, and "
                 f"its width, {width}, is not a multiple of the 64 channels that each head of a published model has."
             )
         else:

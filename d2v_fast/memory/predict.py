@@ -68,11 +68,6 @@ class Prediction(NamedTuple):
         """Device bytes in the largest phase; on a CPU with `overhead`."""
         return self.device_peak + self.overhead
 
-    @property
-    def host_peak(self) -> int:
-        """Host bytes in the largest phase with the copy of a checkpoint; on a CPU that copy alone."""
-        return self.host_state + max(phase.host for phase in self.phases) + self.save
-
 
 def predict(
     config: RunConfig, num_processes: int, dtype: torch.dtype, device_type: str, like: Batch | None = None

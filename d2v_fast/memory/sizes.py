@@ -53,11 +53,12 @@ def shapes_of(config: RunConfig) -> Shapes:
     groups: dict[tuple[Rate, bool], list[int]] = {}
     averaged: dict[tuple[Rate, bool], list[int]] = {}
     rates = model.rates()
+    of_teacher = set() if model.teacher_config is None else set(model.averaged.parameters())
     for name, parameter in model.named_parameters():
         index = (rates.get(name, Rate()), parameter.ndim <= 1)
         groups.setdefault(index, []).append(parameter.numel())
         of_average = averaged.setdefault(index, [])
-        if model.teacher_config is not None and name.startswith(model.averaged_prefix):
+        if parameter in of_teacher:
             of_average.append(parameter.numel())
     order = sorted(groups)
     return Shapes(tuple(tuple(groups[index]) for index in order), tuple(tuple(averaged[index]) for index in order))

@@ -80,11 +80,6 @@ class Objective(nn.Module):
         """The module whose moving average is kept."""
         raise NotImplementedError
 
-    @property
-    def averaged_prefix(self) -> str:
-        """The prefix of the names of averaged parameters."""
-        raise NotImplementedError
-
     def figures(self, moments: Tensor, num_rows: int) -> dict[str, float]:
         """Return the values of a step that the log shows beside the loss.
 

@@ -52,11 +52,6 @@ class Data2Vec(Objective):
         """See `Objective`: a part of the student, or all of it."""
         return self.student.averaged
 
-    @property
-    def averaged_prefix(self) -> str:
-        """See `Objective`."""
-        return "student." + self.student.averaged_prefix()
-
     def figures(self, moments: Tensor, num_rows: int) -> dict[str, float]:
         """See `Objective`: how much targets and predictions vary."""
         spread = deviations(moments.view(4, self.width), num_rows)

@@ -131,11 +131,6 @@ class Finetune(Objective):
         """See `Objective`: encoder and head."""
         return self
 
-    @property
-    def averaged_prefix(self) -> str:
-        """See `Objective`."""
-        return ""
-
     def forward(self, batch: Batch, teacher: nn.Module | None = None, moments: bool = True) -> StepOutput:
         """Compute the loss of one batch; in eval mode also the predictions.
 

@@ -13,9 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v_fast.ops._library import CHECKED_DTYPES, FLOAT_DTYPES, define
+from d2v_fast.ops._library import CHECKED_DTYPES, define
 from d2v_fast.ops.attention_parts import Options, attend_in_parts
-from d2v_fast.ops.autograd import below_autograd, is_transformed, refuse_derivative, register_autograd
+from d2v_fast.ops.autograd import (
+    below_autograd,
+    differentiable_gradients,
+    is_transformed,
+    register_autograd,
+    register_backward,
+)
 
 _WORD = 0xFFFFFFFF
 
@@ -189,31 +195,16 @@ def _differentiable_backward(
     grad: Tensor, inputs: tuple[Tensor, ...], others: tuple[Any, ...]
 ) -> tuple[Tensor | None, ...]:
     """Compute differentiable gradients with PyTorch's own operations."""
-    # views, since hooks on the tensors belong to the backward pass in progress
-    q, k, v, bias = inputs = tuple(value.view_as(value) for value in inputs)
-    out, _ = attention_with_bias_reference(q, k, v, bias, *others)
-    wanted = [value for value in inputs if value.requires_grad]
-    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return tuple(next(grads) if value.requires_grad else None for value in inputs)
-
-
-_NO_DERIVATIVE = "`attention_with_bias_backward` has no derivative; `attention_with_bias` has derivatives of any order."
-
-
-def _backward_with_autograd(operation: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    *inputs, others = args
-    with below_autograd():
-        grads = operation(*inputs, *others)
-    return refuse_derivative(_NO_DERIVATIVE, grads, inputs)
-
-
-def _refuse_transform(*args: Any) -> Any:
-    raise RuntimeError(_NO_DERIVATIVE)
+    return differentiable_gradients(lambda *leaves: attention_with_bias_reference(*leaves, *others)[0], inputs, grad)
 
 
 _BACKWARD = torch.ops.d2v.attention_with_bias_backward.default
 _run = register_autograd("attention_with_bias", 4, _AttentionWithBias.apply, attention_with_bias_reference)
-register_autograd("attention_with_bias_backward", 7, _backward_with_autograd, _refuse_transform)
+register_backward(
+    "attention_with_bias_backward",
+    7,
+    "`attention_with_bias_backward` has no derivative; `attention_with_bias` has derivatives of any order.",
+)
 
 
 def attention_with_bias(
@@ -234,8 +225,8 @@ def attention_with_bias(
     other devices, and where the bias needs no gradient.
 
     Args:
-        q: Queries `[B, H, T, D]`, fp32, bf16 or fp16, with T and D >= 1.
-        k: Keys, like ``q``.
+        q: Queries `[B, H, T, D]`, fp32, bf16, fp16 or fp64, in which PyTorch's operations run, with T and D >= 1.
+        k: Keys, like ``q``, on the same device as all tensors.
         v: Values, like ``q``.
         bias: `[1, H, T, T]`, or `[B, H, T, T]`, fp32 or in the dtype of ``q``. Rows that start at multiples of 8
             elements are read faster.
@@ -269,6 +260,7 @@ def attention_with_bias(
         )
     if bias.dtype not in (torch.float32, q.dtype):
         raise ValueError(f"`bias` must be fp32 or {q.dtype} as `q` is, but is {bias.dtype} instead.")
+    _check_device(q, bias=bias)
     is_plain = _is_plain(q, k, v, bias, lengths, dropout)
     if is_plain and not (bias.requires_grad and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.detach().to(q.dtype))
@@ -325,8 +317,8 @@ def attention_with_alibi(
         tensor([[0.8465, 0.1535],
                 [0.1535, 0.8465]])
     """
-    # on a CPU also fp64, to compare with
-    _check_tokens(q, k, v, lengths, dropout, seed, CHECKED_DTYPES if q.device.type == "cpu" else FLOAT_DTYPES)
+    _check_tokens(q, k, v, lengths, dropout, seed)
+    _check_device(q, slopes=slopes, scale=scale, positions=positions)
     B, H, T, _ = q.shape
     for name, value in (("slopes", slopes), ("scale", scale)):
         if value is None:
@@ -396,12 +388,11 @@ def _check_tokens(
     lengths: Tensor | None,
     dropout: float,
     seed: Tensor | None,
-    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
 ) -> None:
     if q.dim() != 4 or 0 in q.shape[1:]:
         raise ValueError(f"`q` must have shape [B, H, T, D] with H, T, D >= 1, but has {list(q.shape)} instead.")
-    if q.dtype not in dtypes:
-        raise ValueError(f"`q` must be fp32, bf16 or fp16, but is {q.dtype} instead.")
+    if q.dtype not in CHECKED_DTYPES:
+        raise ValueError(f"`q` must be fp32, bf16, fp16 or fp64, but is {q.dtype} instead.")
     for name, value in (("k", k), ("v", v)):
         if value.shape != q.shape or value.dtype != q.dtype:
             raise ValueError(
@@ -417,3 +408,10 @@ def _check_tokens(
         raise ValueError(f"`dropout` must be in [0, 1), but is {dropout} instead.")
     if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64):
         raise ValueError(f"`seed` must be int64 of shape [1], but is {seed.dtype} of shape {list(seed.shape)} instead.")
+    _check_device(q, k=k, v=v, lengths=lengths, seed=seed)
+
+
+def _check_device(q: Tensor, **others: Tensor | None) -> None:
+    for name, value in others.items():
+        if value is not None and value.device != q.device:
+            raise ValueError(f"`{name}` must be on {q.device} as `q` is, but is on {value.device} instead.")

@@ -52,6 +52,44 @@ def register_autograd(
     return run
 
 
+def register_backward(name: str, num_inputs: int, message: str) -> None:
+    """Register the operation ``d2v::<name>``, a hand-written backward pass, as one without a derivative.
+
+    Args:
+        name: The operation, already defined.
+        num_inputs: Number of leading arguments that are tensors with a gradient.
+        message: Of the RuntimeError that a derivative of its results raises, in any mode.
+    """
+
+    def ordinary(operation: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+        *inputs, others = args
+        with below_autograd():
+            grads = operation(*inputs, *others)
+        return refuse_derivative(message, grads, inputs)
+
+    def transformed(*args: Any) -> Any:
+        raise RuntimeError(message)
+
+    register_autograd(name, num_inputs, ordinary, transformed)
+
+
+def differentiable_gradients(
+    run: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the inputs that require one, with a graph, from an upstream gradient.
+
+    Args:
+        run: Computes the result from `inputs` by PyTorch's own operations.
+        inputs: Tensors that a ``torch.autograd.Function`` saved.
+        grad: Gradient of the result.
+    """
+    # views, since hooks on the tensors belong to the backward pass in progress
+    inputs = [value.view_as(value) for value in inputs]
+    wanted = [value for value in inputs if value.requires_grad]
+    grads = iter(torch.autograd.grad(run(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(grads) if value.requires_grad else None for value in inputs)
+
+
 def is_plain() -> bool:
     """Return whether neither a compiler nor ``torch.func`` nor forward mode is active.
 

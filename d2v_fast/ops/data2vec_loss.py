@@ -105,7 +105,7 @@ def data2vec_loss(
     ``target_rows``, a GPU computes the target once, in `4 * M * D` bytes, which are free again when the call returns.
 
     Args:
-        pred: `[N, D]`, fp32, bf16 or fp16, on the device of ``layers``; the prediction for ``rows[i]``, or for
+        pred: `[N, D]`, fp32, bf16, fp16 or fp64, on the device of ``layers``; the prediction for ``rows[i]``, or for
             ``rows[target_rows[i]]``.
         layers: K tensors `[B, T, D]`; see ``topk_target``, also for ``layer_norm``, ``final_norm``, ``lengths`` and
             ``eps``.
@@ -117,8 +117,8 @@ def data2vec_loss(
             them; a GPU adds the loss in another order.
 
     Returns:
-        ``loss``, 0-d fp32, and ``moments``, fp32 `[4, D]`, which count a target as often as it is used, or None if not
-        asked for.
+        ``loss``, 0-d, and ``moments``, `[4, D]`, which count a target as often as it is used, or None if not asked for;
+        see ``MaskedLoss``.
 
     Backward:
         Gradient to ``pred`` only, saved by the forward pass. ``layers`` are constants. For higher derivatives, forward

@@ -28,9 +28,9 @@ class MaskedLoss(NamedTuple):
     """
 
     loss: Tensor
-    """0-d fp32."""
+    """0-d fp32; fp64 if an argument is."""
     moments: Tensor | None
-    """fp32 `[4, D]` without gradient: per channel, the sums over rows of pred, pred^2, target and target^2. None if
+    """`[4, D]` in the dtype of the loss, without gradient: per channel, the sums over rows of pred, pred^2, target and target^2. None if
     they were not asked for."""
 
 
@@ -273,11 +273,12 @@ def masked_smooth_l1(
 
     The loss of data2vec (arXiv 2202.03555, section 3.4). For an error ``e`` it is ``e^2 / (2 beta)`` if
     ``|e| < beta``, else ``|e| - beta / 2``. ``beta`` 0 selects the squared error ``e^2`` (without 1/2), as in the
-    published code. Arithmetic is fp32, and the result does not depend on the number of threads.
+    published code. Arithmetic is fp32, and the result does not depend on the number of threads. If an argument is fp64,
+    the reference runs in it.
 
     Args:
-        pred: `[N, D]`, fp32, bf16 or fp16.
-        target: `[M, D]`, fp32, bf16 or fp16, on the same device; `M = N` without ``target_rows``. A constant.
+        pred: `[N, D]`, fp32, bf16, fp16 or fp64.
+        target: `[M, D]`, of one of these dtypes, on the same device; `M = N` without ``target_rows``. A constant.
         beta: Error at which the loss turns from quadratic to linear, in units of the target, >= 0.
         scale: Factor on the loss.
         reduction: ``sum`` over rows and channels, or ``mean``: the sum divided by `N * D`.
@@ -287,7 +288,7 @@ def masked_smooth_l1(
             them; a GPU adds the loss in another order.
 
     Returns:
-        ``loss``, 0-d fp32 (0 if there are no rows), and ``moments``, fp32 `[4, D]`, or None if not asked for.
+        ``loss``, 0-d (0 if there are no rows), and ``moments``, `[4, D]`, or None if not asked for; see ``MaskedLoss``.
 
     Backward:
         Gradient to ``pred`` only, in its dtype. The forward pass computes and saves it, in fp16 up to a power of two.

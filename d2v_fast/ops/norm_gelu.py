@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from d2v_fast.ops._library import CHECKED_DTYPES, FLOAT_DTYPES, define, wide
 from d2v_fast.ops.autograd import (
     below_autograd,
+    differentiable_gradients,
     direct_apply,
     is_plain,
     is_transformed,
-    refuse_derivative,
     register_autograd,
+    register_backward,
 )
 
 
@@ -124,8 +126,8 @@ class _Values(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         if torch.is_grad_enabled():
-            x, weight, bias, *_ = ctx.saved_tensors
-            return *_differentiable_backward(grad, x, weight, bias, ctx.eps), None
+            run = partial(layer_norm_gelu_reference, eps=ctx.eps)
+            return *differentiable_gradients(lambda *leaves: run(*leaves)[0], ctx.saved_tensors[:3], grad), None
         with below_autograd():
             return *_BACKWARD(grad, *ctx.saved_tensors), None
 
@@ -150,36 +152,14 @@ class _ValuesAndStatistics(torch.autograd.Function):
         return None, *_Values.backward(ctx, grad)
 
 
-def _differentiable_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor | None, ...]:
-    """Compute differentiable gradients with PyTorch's own operations."""
-    # views, since hooks on the tensors belong to the backward pass in progress
-    x, weight, bias = inputs = [value.view_as(value) for value in (x, weight, bias)]
-    y, _, _ = layer_norm_gelu_reference(x, weight, bias, eps)
-    wanted = [value for value in inputs if value.requires_grad]
-    grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return tuple(next(grads) if value.requires_grad else None for value in inputs)
-
-
-_NO_DERIVATIVE = "`layer_norm_gelu_backward` has no derivative; `layer_norm_gelu` has derivatives of any order."
-
-
-def _backward_with_autograd(operation: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    *inputs, others = args
-    with below_autograd():
-        grads = operation(*inputs, *others)
-    return refuse_derivative(_NO_DERIVATIVE, grads, inputs)
-
-
-def _refuse_transform(*args: Any) -> Any:
-    raise RuntimeError(_NO_DERIVATIVE)
-
-
 _FORWARD = torch.ops.d2v.layer_norm_gelu.default
 _BACKWARD = torch.ops.d2v.layer_norm_gelu_backward.default
 register_autograd("layer_norm_gelu", 3, _ValuesAndStatistics.apply, layer_norm_gelu_reference)
-register_autograd("layer_norm_gelu_backward", 4, _backward_with_autograd, _refuse_transform)
+register_backward(
+    "layer_norm_gelu_backward",
+    4,
+    "`layer_norm_gelu_backward` has no derivative; `layer_norm_gelu` has derivatives of any order.",
+)
 _apply = direct_apply(_Values)
 
 
@@ -191,7 +171,8 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
     Arithmetic is fp32, and the result does not depend on the number of threads.
 
     Args:
-        x: `[..., C]`, fp32, bf16 or fp16. It is copied first if its channels are not contiguous.
+        x: `[..., C]`, fp32, bf16, fp16 or fp64, in which the reference runs. It is copied first if its channels are
+            not contiguous.
         weight: `[C]`, fp32 or in the dtype of ``x``, on the same device.
         bias: Like ``weight``.
         eps: Added to the variance, >= 0.

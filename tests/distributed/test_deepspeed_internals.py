@@ -31,11 +31,8 @@ from tests.helpers.places import ROOT
 from tests.helpers.runs import TINY, in_processes
 from tests.helpers.small_net import SCHEDULE, SMALL_BUCKETS, Net, adamw, initialize
 
-DESCRIPTIONS = [
-    *internals.CLASSES.values(),
-    internals._Parameter3,
-    internals._Partition3,
-]
+LOCATED = {description.path: description for description in internals._Located.__subclasses__()}
+DESCRIPTIONS = [*LOCATED.values(), internals._Parameter3, internals._Partition3]
 READ = [(description, name) for description in DESCRIPTIONS for name in description.__annotations__]
 # attributes of parameters, partitions and modules, which DeepSpeed sets from outside
 SET_FROM_OUTSIDE = (
@@ -78,9 +75,9 @@ def members(path: str) -> set[str]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("path", internals.CLASSES)
+@pytest.mark.parametrize("path", LOCATED)
 def test_the_installed_version_has_every_attribute(path: str) -> None:
-    missing = set(internals.CLASSES[path].__annotations__) - members(path)
+    missing = set(LOCATED[path].__annotations__) - members(path)
     assert not missing, f"{path} lacks {missing}"
 
 

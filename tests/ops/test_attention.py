@@ -93,6 +93,16 @@ def test_gradcheck(device, case, dropout):
         assert torch.autograd.gradgradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_fp64(device, padded):
+    inputs, grad, _, lengths = make(device, 2, 2, 5, 4, "shared", padded, False, torch.float64)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = attention_with_bias(*leaves, lengths=lengths)
+    want = gradients(inputs, grad, (None, lengths), torch.float64)
+    for one, other in zip((y, *torch.autograd.grad(y, leaves, grad)), want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("logits", [1, 200, 2**20])
 def test_alibi_in_parts_on_a_cpu(logits, monkeypatch):
     """Of any number of heads, with padding, a sample without tokens, and dropout that the backward pass repeats."""
@@ -326,17 +336,20 @@ def test_triton_odd_inputs(device):
     [
         ({"q": torch.zeros(2, 3, 4)}, r"`q` must have shape \[B, H, T, D\] with H, T, D >= 1, but has \[2, 3, 4\]"),
         ({"q": torch.zeros(2, 3, 0, 5)}, r"`q` must have shape"),
-        ({"q": torch.zeros(2, 3, 4, 5).double()}, "`q` must be fp32, bf16 or fp16, but is torch.float64 instead"),
+        ({"q": torch.zeros(2, 3, 4, 5).int()}, "`q` must be fp32, bf16, fp16 or fp64, but is torch.int32 instead"),
         ({"k": torch.zeros(2, 3, 4, 6)}, r"`k` must be torch.float32 of shape \[2, 3, 4, 5\] as `q` is, but is"),
         ({"v": torch.zeros(2, 3, 4, 5).half()}, "`v` must be torch.float32 of shape"),
         ({"bias": torch.zeros(3, 3, 4, 4)}, r"`bias` must have shape \[1, 3, 4, 4\] or \[2, 3, 4, 4\], but has \[3, "),
         ({"bias": torch.zeros(1, 3, 4, 4).half()}, "`bias` must be fp32 or torch.float32 as `q` is, but is"),
+        ({"bias": torch.zeros(1, 3, 4, 4, device="meta")}, "`bias` must be on cpu as `q` is, but is on meta instead"),
+        ({"k": torch.zeros(2, 3, 4, 5, device="meta")}, "`k` must be on cpu as `q` is, but is on meta instead"),
         ({"lengths": torch.ones(3, dtype=torch.int64)}, r"`lengths` must be integers of shape \[2\], one for each"),
         ({"lengths": torch.ones(2)}, "`lengths` must be integers of shape"),
         ({"dropout": 1.0}, r"`dropout` must be in \[0, 1\), but is 1.0 instead"),
         ({"seed": torch.zeros(1)}, r"`seed` must be int64 of shape \[1\], but is"),
         ({"slopes": torch.ones(2)}, r"`slopes` must have shape \[3\], one for each head, but has \[2\] instead"),
         ({"slopes": torch.ones(3), "scale": torch.ones(3).double()}, "`scale` must be fp32 or torch.float32 as `q` is"),
+        ({"slopes": torch.ones(3, device="meta")}, "`slopes` must be on cpu as `q` is, but is on meta instead"),
         ({"slopes": torch.ones(3), "positions": torch.ones(2, 4)}, r"`positions` must be integers of shape \[2, 4\]"),
     ],
 )

@@ -18,7 +18,7 @@ class MaskedSpeechModelConfig(MaskedEncoderSection, SpeechModelSection):
 
     Attributes:
         attention: On a GPU, "stock" is PyTorch's attention with a bias in memory, and "fused" the kernels of this
-            library, which compute it from places; a CPU always uses PyTorch's.
+            library, which compute it from places. A CPU computes it from places with either, a few heads at a time.
         front_end_checkpointing: Recompute part of the convolutions in the backward pass.
     """
 

@@ -273,15 +273,7 @@ def _config_of(
         for index in range(num_layers)
     )
     gathered.heads(width)
-    if not gathered.from_run("conv_strides", "conv_kernels", kernels, [1] * num_layers):
-        if kernels != PUBLISHED.conv_kernels:
-            example = json.dumps([1] * len(kernels), separators=(",", ":"))
-            raise ValueError(
-                f"`d2v.model.conv_strides` must be given for `{path}`, as in `--set d2v.model.conv_strides={example}`: "
-                f"its convolutions have the kernels {list(kernels)}, which are not the published ones, and it "
-                "does not record their strides."
-            )
-        gathered.assume("conv_strides", list(PUBLISHED.conv_strides), "as published for these kernels")
+    fill_strides(gathered, kernels)
     if "position_in_teacher" not in gathered.values:
         where, reason = _positions(model, average)
         if reason:
@@ -358,6 +350,25 @@ def _recipe(cfg: Mapping[str, Any], path: str) -> tuple[dict[str, Any], bool]:
     if isinstance(model.get("ema_layers_only"), bool):
         recipe["position_in_teacher"] = "shared" if model["ema_layers_only"] else "averaged"
     return recipe, "layer_norm_first" in model
+
+
+def fill_strides(gathered: Gathered, kernels: tuple[int, ...]) -> None:
+    """Find the strides of the convolutions, which no tensor shows.
+
+    Raises:
+        ValueError: They are not given anywhere, and the kernels are not the published ones.
+    """
+    ones = [1] * len(kernels)
+    if gathered.from_run("conv_strides", "conv_kernels", kernels, ones):
+        return
+    if kernels != PUBLISHED.conv_kernels:
+        example = json.dumps(ones, separators=(",", ":"))
+        raise ValueError(
+            f"`d2v.model.conv_strides` must be given for `{gathered.path}`, as in "
+            f"`--set d2v.model.conv_strides={example}`: its convolutions have the kernels {list(kernels)}, which are "
+            "not the published ones, and it does not record their strides."
+        )
+    gathered.assume("conv_strides", list(PUBLISHED.conv_strides), "as published for these kernels")
 
 
 def parse_layers(text: str) -> list[tuple[int, int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from d2v_fast.interop.fairseq_multi import Kind, Parts, count, dimension
 from d2v_fast.interop.fairseq_multi_model import MultiModel
 from d2v_fast.interop.fairseq_recipe import Gathered
 from d2v_fast.modalities.speech.encoder2 import MaskedSpeechModel
-from d2v_fast.modalities.speech.fairseq import parse_layers
+from d2v_fast.modalities.speech.fairseq import fill_strides, parse_layers
 from d2v_fast.modalities.speech.layout2 import FRONT, masked_speech_layout
 
 PUBLISHED = MaskedSpeechModelConfig()
@@ -48,15 +47,7 @@ def _values(parts: Parts, own: Mapping[str, Any], task: Mapping[str, Any], gathe
     spec = own.get("feature_encoder_spec")
     if isinstance(spec, str):
         gathered.values.setdefault("conv_strides", [stride for _, _, stride in parse_layers(spec)])
-    if not gathered.from_run("conv_strides", "conv_kernels", kernels, [1] * num_layers):
-        if kernels != PUBLISHED.conv_kernels:
-            example = json.dumps([1] * num_layers, separators=(",", ":"))
-            raise ValueError(
-                f"`d2v.model.conv_strides` must be given, as in `--set d2v.model.conv_strides={example}`: the "
-                f"convolutions have the kernels {list(kernels)}, which are not the published ones, and their strides "
-                "are not recorded."
-            )
-        gathered.assume("conv_strides", list(PUBLISHED.conv_strides), "as published for these kernels")
+    fill_strides(gathered, kernels)
     if isinstance(task.get("sample_rate"), int):
         gathered.values.setdefault("sample_rate", task["sample_rate"])
     gathered.published({"sample_rate": PUBLISHED.sample_rate}, "Hz, as published")

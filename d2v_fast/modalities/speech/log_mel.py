@@ -11,16 +11,17 @@ WINDOW_SECONDS, HOP_SECONDS, NUM_BANDS = 0.025, 0.01, 40
 _FLOOR = 1e-6
 
 
-def log_mel(waveform: Tensor, sample_rate: int, num_bands: int = NUM_BANDS) -> Tensor:
+def log_mel(waveform: Tensor, sample_rate: int) -> Tensor:
     """Return the log power in mel bands (O'Shaughnessy 1987), with Hann windows of 25 ms every 10 ms.
+
+    The bands are triangular and equally wide in mel, from 0 Hz to half the sample rate.
 
     Args:
         waveform: fp32 `[N]`; padded with zeros to at least one window.
         sample_rate: Sample rate in Hz.
-        num_bands: Number of triangular bands, equally wide in mel, from 0 Hz to half the sample rate.
 
     Returns:
-        fp32 `[frames, num_bands]`.
+        fp32 `[frames, NUM_BANDS]`.
     """
     window = round(WINDOW_SECONDS * sample_rate)
     waveform = torch.nn.functional.pad(waveform, (0, max(0, window - len(waveform))))
@@ -36,7 +37,7 @@ def log_mel(waveform: Tensor, sample_rate: int, num_bands: int = NUM_BANDS) -> T
         pad_mode="constant",
     )
     power = spectrum.abs().square()
-    return (power.T @ _filters(num_bands, size, sample_rate) + _FLOOR).log()
+    return (power.T @ _filters(size, sample_rate) + _FLOOR).log()
 
 
 def mel(hertz: float) -> float:
@@ -44,9 +45,9 @@ def mel(hertz: float) -> float:
     return 2595 * math.log10(1 + hertz / 700)
 
 
-def _filters(num_bands: int, size: int, sample_rate: int) -> Tensor:
-    """Return the triangular filters, fp32 `[size // 2 + 1, num_bands]`."""
-    edges = 700 * (10 ** (torch.linspace(0, mel(sample_rate / 2), num_bands + 2) / 2595) - 1)
+def _filters(size: int, sample_rate: int) -> Tensor:
+    """Return the triangular filters, fp32 `[size // 2 + 1, NUM_BANDS]`."""
+    edges = 700 * (10 ** (torch.linspace(0, mel(sample_rate / 2), NUM_BANDS + 2) / 2595) - 1)
     frequencies = torch.linspace(0, sample_rate / 2, size // 2 + 1)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
