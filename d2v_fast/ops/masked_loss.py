@@ -30,8 +30,8 @@ class MaskedLoss(NamedTuple):
     loss: Tensor
     """0-d fp32; fp64 if an argument is."""
     moments: Tensor | None
-    """`[4, D]` in the dtype of the loss, without gradient: per channel, the sums over rows of pred, pred^2, target and target^2. None if
-    they were not asked for."""
+    """`[4, D]` in the dtype of the loss, without gradient: per channel, the sums over rows of pred, pred^2, target and
+    target^2. None if they were not asked for."""
 
 
 def masked_smooth_l1_reference(

@@ -123,17 +123,27 @@ def start_run(
         )
     _require_weights(source)
     weights = _read(source, heads, config.d2v)
-    student, teacher, head, found = weights.student, weights.teacher, weights.head, weights.config
-    config = _with_open_sizes(config, found)
-    _require_same(config.d2v.model, found, source, ds_config)
-    torch.manual_seed(config.d2v.run.seed)
-    model = build_model(config.pretraining)
-    model.student.load_state_dict(_arranged(student.state_dict(), model.student))
-    if head is not None:
-        model.head.load_state_dict(head)
-    average = Teacher(model.student.averaged, config.pretraining.teacher)
-    if teacher is not None:
-        whole = _arranged(teacher.state_dict(), model.student)
+    config = _with_open_sizes(config, weights.config)
+    _require_same(config.d2v.model, weights.config, source, ds_config)
+    model, average = _networks(config.pretraining, weights)
+    _write_run(config, to, model, average, _vocabulary(source, weights.config))
+    beside = "its own teacher" if weights.teacher is not None else "the student as teacher"
+    if weights.pending_decay is not None:
+        beside += f", after the update of decay {weights.pending_decay:.6g} that it lacked"
+    line = f"import: {to} begins with {source.name} ({beside}); to train: {resume_command(to)}"
+    return line + _told(source, weights.assumed)
+
+
+def _networks(config: PretrainConfig, weights: Pretrained) -> tuple[Data2Vec, Teacher]:
+    """Return a model and its teacher with given weights; what these lack is new."""
+    torch.manual_seed(config.run.seed)
+    model = build_model(config)
+    model.student.load_state_dict(_arranged(weights.student.state_dict(), model.student))
+    if weights.head is not None:
+        model.head.load_state_dict(weights.head)
+    average = Teacher(model.student.averaged, config.teacher)
+    if weights.teacher is not None:
+        whole = _arranged(weights.teacher.state_dict(), model.student)
         prefix = model.student.averaged_prefix()
         for shard in average.shards:
             value = shard.master.copy_(whole[prefix + shard.name].view(-1))
@@ -141,13 +151,22 @@ def start_run(
                 own = model.student.get_parameter(prefix + shard.name).detach().view(-1)
                 value.lerp_(own, 1 - weights.pending_decay)
         average.refresh(0)
+    return model, average
+
+
+def _write_run(config: RunConfig, to: Path, model: Data2Vec, average: Teacher, vocabulary: str | None) -> None:
+    """Write the folder of a run that is saved before its first step.
+
+    Raises:
+        RunError: The run exists, or the folder cannot be written.
+    """
     world = World("cpu", False)
     try:
         is_new = not to.exists()
         folder = RunFolder.create(to.parent, to.name, to.name)
         try:
             checkpoints = Checkpoints(folder.path / "checkpoints", config.d2v.run.keep, world)
-            data = DataIdentity(_vocabulary(source, found), None)
+            data = DataIdentity(vocabulary, None)
             RunSaver(config, world, average, _Unstarted(model), checkpoints, data).save(0)
             folder.write_config(config)
         except BaseException:
@@ -159,11 +178,6 @@ def start_run(
             folder.close()
     finally:
         world.close()
-    beside = "its own teacher" if teacher is not None else "the student as teacher"
-    if weights.pending_decay is not None:
-        beside += f", after the update of decay {weights.pending_decay:.6g} that it lacked"
-    line = f"import: {to} begins with {source.name} ({beside}); to train: {resume_command(to)}"
-    return line + _told(source, weights.assumed)
 
 
 class _Weights(NamedTuple):
