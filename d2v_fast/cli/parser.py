@@ -244,7 +244,7 @@ def _add_export(add: _Add) -> None:
         choices=("transformers", "fairseq", "beit", "onnx"),
         default="transformers",
         help="transformers: a folder with a model card (default); fairseq: a .pt with student, head and teacher, of "
-        "speech and text; beit: a .pth for the published code, of images; onnx: an .onnx file",
+        "speech, text and data2vec 2.0; beit: a .pth of the published vision code; onnx: an .onnx file",
     )
     export.add_argument(
         "--tokenizer",
@@ -267,7 +267,7 @@ def _add_draw(add: _Add) -> None:
     draw.add_argument(
         "--data", type=path_argument, metavar="FOLDER", help="samples to draw instead of those of the run"
     )
-    draw.add_argument("--count", type=int, default=8, help="number of samples, at most 24 (default: 8)")
+    draw.add_argument("--count", type=int, default=8, metavar="N", help="number of samples, at most 24 (default: 8)")
     draw.add_argument(
         "--weights", choices=("student", "teacher"), default="student", help="whose weights (default: student)"
     )
@@ -281,7 +281,7 @@ def _add_import(add: _Add) -> None:
     bring = add(
         "import",
         "convert published weights to a Transformers folder, or start a run from them",
-        "Read a checkpoint of the published data2vec code (a fairseq .pt of speech or text; a .pth of images) or a "
+        "Read a checkpoint of the published data2vec code (a .pt of fairseq; a .pth of version 1 on images) or a "
         "Transformers folder. Without --ds_config, write a Transformers folder. With it, write the folder of a run "
         "that begins with these weights; d2v-fast train --run NAME --resume trains it. Settings that the checkpoint "
         "does not hold are printed; --set d2v.model.KEY=VALUE overrides them.",
@@ -358,7 +358,7 @@ def _add_bench(add: _Add) -> None:
         metavar="WORDS",
         help="run benchmarks whose names match, as for pytest's -k, and write to build/bench",
     )
-    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (default: cpu)")
 
 
 def _add_presets(add: _Add) -> None:
@@ -402,7 +402,10 @@ def _add_step(parser: argparse.ArgumentParser, default: str = "newest") -> None:
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the encoder runs (default: a GPU if there is one)",
     )
 
 

@@ -251,6 +251,11 @@ def _foreign_config(config: TextModelConfig, bos: int | None, pad: int, eos: int
 
 
 def padding_id(raw: Mapping[str, Any], path: str) -> int:
+    """Return the id of the padding token in a `config.json`.
+
+    Raises:
+        ValueError: It is not a whole number in the range of ids.
+    """
     pad = raw.get("pad_token_id", 1)
     if type(pad) is not int or not 0 <= pad < MAX_VOCAB:
         raise ValueError(f"`pad_token_id` in {path} must be a whole number >= 0, but is {show(pad)} instead.")
@@ -338,6 +343,7 @@ model = AutoModelForSequenceClassification.from_pretrained(".", num_labels=2)
 
 
 def vocabulary(folder: Path) -> str | None:
+    """Return the digest of the tokenizer in a folder; None if there is none."""
     from d2v_fast.modalities.text.tokenizer import load_tokenizer
 
     return load_tokenizer(folder).digest if (folder / "tokenizer.json").is_file() else None

@@ -59,7 +59,7 @@ class TextRows:
     def __init__(self, chosen: _Chosen, targets: npt.NDArray[Any], config: TextFinetuneConfig) -> None:
         self.what = "text" if config.data.pair_field is None else "pair"
         self._texts, self._positions, self._targets = chosen.texts, chosen.positions, targets
-        self._unpads = getattr(config.model, "attention", "padded") in ("packed", "xformers")
+        self._unpads = _unpads(config)
         self.num_samples = len(chosen.positions)
         self.lengths: npt.NDArray[np.int64] | None = chosen.texts.lengths[chosen.positions]
         self.sample_bytes = 8 * int(self.lengths.max(initial=0))
@@ -163,8 +163,12 @@ def batch_of(config: TextFinetuneConfig, parts: list[Tensor]) -> Batch:
     padding = config.model.padding_row
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
     tokens = pad_sequence(parts, batch_first=True, padding_value=padding)
-    unpads = getattr(config.model, "attention", "padded") in ("packed", "xformers")
-    return _batch(tokens.numpy(), lengths, unpads, torch.arange(len(parts)))
+    return _batch(tokens.numpy(), lengths, _unpads(config), torch.arange(len(parts)))
+
+
+def _unpads(config: TextFinetuneConfig) -> bool:
+    """Return whether attention skips padding; an encoder of data2vec 2.0 has no such choice."""
+    return getattr(config.model, "attention", "padded") in ("packed", "xformers")
 
 
 def _batch(tokens: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], unpads: bool, ids: Tensor) -> Batch:
