@@ -166,6 +166,12 @@ def tensor_list(name: str, value: object) -> list[Tensor]:
     return list(value)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless an argument is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, but is {type(value).__name__} instead.")
+
+
 def check_tensors(name: str, values: Iterable[object]) -> None:
     """Check that all elements are tensors.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v_fast.ops._library import CHECKED_DTYPES, define
+from d2v_fast.ops._library import CHECKED_DTYPES, check_tensor, define
 from d2v_fast.ops.attention_parts import Options, attend_in_parts
 from d2v_fast.ops.autograd import (
     below_autograd,
@@ -244,7 +244,7 @@ def attention_with_bias(
         transforms of ``torch.func`` run a slower composition of PyTorch operations, with derivatives of any order.
 
     Raises:
-        ValueError: An argument is not as described above.
+        ValueError, TypeError: An argument is not as described above.
 
     Examples:
         >>> x = torch.eye(2)[None, None]
@@ -253,6 +253,7 @@ def attention_with_bias(
                 [0.3302, 0.6698]])
     """
     _check_tokens(q, k, v, lengths, dropout, seed)
+    check_tensor("bias", bias)
     B, H, T, _ = q.shape
     if bias.shape not in ((1, H, T, T), (B, H, T, T)):
         raise ValueError(
@@ -309,7 +310,7 @@ def attention_with_alibi(
         Gradients to ``q``, ``k``, ``v``, ``slopes`` and ``scale``.
 
     Raises:
-        ValueError: An argument is not as described above.
+        ValueError, TypeError: An argument is not as described above.
 
     Examples:
         >>> x = torch.eye(2)[None, None]
@@ -318,6 +319,7 @@ def attention_with_alibi(
                 [0.1535, 0.8465]])
     """
     _check_tokens(q, k, v, lengths, dropout, seed)
+    check_tensor("slopes", slopes)
     _check_device(q, slopes=slopes, scale=scale, positions=positions)
     B, H, T, _ = q.shape
     for name, value in (("slopes", slopes), ("scale", scale)):
@@ -389,6 +391,8 @@ def _check_tokens(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, value)
     if q.dim() != 4 or 0 in q.shape[1:]:
         raise ValueError(f"`q` must have shape [B, H, T, D] with H, T, D >= 1, but has {list(q.shape)} instead.")
     if q.dtype not in CHECKED_DTYPES:

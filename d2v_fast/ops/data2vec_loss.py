@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ register_autograd("data2vec_loss", 1, LossFunction.apply, data2vec_loss_referenc
 
 def data2vec_loss(
     pred: Tensor,
-    layers: Sequence[Tensor],
+    layers: Iterable[Tensor],
     *,
     layer_norm: str = "layer",
     final_norm: str = "none",
@@ -125,7 +125,7 @@ def data2vec_loss(
         mode and ``torch.func`` see ``masked_smooth_l1``.
 
     Raises:
-        ValueError: An argument is not as described above.
+        ValueError, TypeError: An argument is not as described above.
         IndexError: On a CPU, ``rows``, ``lengths`` or ``target_rows`` are out of range. On a GPU, which would have to
             wait for the values, and under ``torch.vmap``, a row out of range gives NaN.
 
@@ -137,11 +137,11 @@ def data2vec_loss(
         >>> loss.detach(), pred.grad
         (tensor(1.0000), tensor([[ 1.0000, -1.0000]]))
     """
-    layers = layer_list(layers)
-    check_layers(layers, layer_norm, final_norm, eps)
-    check_rows(layers, rows, lengths)
+    every = layer_list(layers)
+    check_layers(every, layer_norm, final_norm, eps)
+    check_rows(every, rows, lengths)
     check_pred(pred, beta, scale, reduction)
-    shape, width = pred.shape, layers[0].shape[2]
+    shape, width = pred.shape, every[0].shape[2]
     if shape[1] != width:
         raise ValueError(f"`pred` must have shape [N, {width}] as `layers` have, but is {tuple(shape)} instead.")
     if rows is None or rows.device != pred.device:
@@ -154,7 +154,7 @@ def data2vec_loss(
     check_target_rows(pred, target_rows)
     need_grad = pred.requires_grad and torch.is_grad_enabled()
     others = (
-        layers,
+        every,
         LAYER_NORMS.index(layer_norm),
         FINAL_NORMS.index(final_norm),
         rows,
@@ -167,6 +167,6 @@ def data2vec_loss(
         need_grad,
         moments,
     )
-    if torch.float64 in (pred.dtype, layers[0].dtype):
+    if torch.float64 in (pred.dtype, every[0].dtype):
         return run_reference(data2vec_loss_reference, pred, others)
     return run_loss(_data2vec_loss, pred, others)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import CHECKED_DTYPES, define, is_observed, wide
+from d2v_fast.ops._library import CHECKED_DTYPES, check_tensor, define, is_observed, wide
 from d2v_fast.ops.autograd import below_autograd, direct_apply, is_plain, register_autograd
 from d2v_fast.ops.topk_target import check_indices, take_rows
 
@@ -300,7 +300,7 @@ def masked_smooth_l1(
         of PyTorch operations. ``target`` and ``moments`` are constants in all of these.
 
     Raises:
-        ValueError: An argument is not as described above.
+        ValueError, TypeError: An argument is not as described above.
         IndexError: On a CPU, an entry of ``target_rows`` is outside [0, M). On a GPU, which would have to wait for the
             values, and under ``torch.vmap``, it gives NaN.
 
@@ -309,6 +309,7 @@ def masked_smooth_l1(
         tensor(4.2500)
     """
     check_pred(pred, beta, scale, reduction)
+    check_tensor("target", target)
     shape, target_shape = pred.shape, target.shape
     if len(target_shape) != 2 or target_shape[1] != shape[1]:
         raise ValueError(
@@ -332,7 +333,8 @@ def masked_smooth_l1(
 
 
 def check_pred(pred: Tensor, beta: float, scale: float, reduction: str) -> None:
-    """Raise ValueError for predictions of a wrong shape or dtype, or invalid settings of the loss."""
+    """Raise for predictions that are no tensor or of a wrong shape or dtype, and for invalid settings of the loss."""
+    check_tensor("pred", pred)
     if pred.ndim != 2:
         raise ValueError(f"`pred` must have shape [N, D], but has {tuple(pred.shape)} instead.")
     if pred.dtype not in CHECKED_DTYPES:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._library import CHECKED_DTYPES, FLOAT_DTYPES, define, wide
+from d2v_fast.ops._library import CHECKED_DTYPES, FLOAT_DTYPES, check_tensor, define, wide
 from d2v_fast.ops.autograd import (
     below_autograd,
     differentiable_gradients,
@@ -186,7 +186,7 @@ def layer_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-
         ``torch.func`` run a slower composition of PyTorch operations, with derivatives of any order.
 
     Raises:
-        ValueError: An argument is not as described above.
+        ValueError, TypeError: An argument is not as described above.
 
     Examples:
         >>> layer_norm_gelu(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2))
@@ -293,6 +293,7 @@ def _run(operation: Callable[..., Any], inputs: tuple[Tensor, ...], *others: Any
 def _check_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 ) -> None:
+    check_tensor("x", x)
     if x.ndim == 0:
         raise ValueError("`x` must have shape [..., C], but has () instead.")
     if x.dtype not in dtypes:
@@ -306,6 +307,7 @@ def _check_forward(
 def _check_affine(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     shape, dtype, device = x.shape[-1:], x.dtype, x.device
     for name, value in (("weight", weight), ("bias", bias)):
+        check_tensor(name, value)
         if value.shape != shape:
             raise ValueError(
                 f"`{name}` must have shape [{shape[0]}] as the channels of `x`, but has {tuple(value.shape)} instead."

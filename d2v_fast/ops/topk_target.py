@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import torch
@@ -97,7 +97,7 @@ def _fake(
 
 
 def topk_target(
-    layers: Sequence[Tensor],
+    layers: Iterable[Tensor],
     *,
     layer_norm: str = "layer",
     final_norm: str = "none",
@@ -113,8 +113,9 @@ def topk_target(
     `K * B * D` numbers, and a final ``instance`` stores partial sums over groups of positions.
 
     Args:
-        layers: K tensors `[B, T, D]` of one shape, dtype (fp32, bf16, fp16 or fp64) and device. They are copied only if
-            the last dimension is not contiguous or their strides differ, so a view such as ``x[:, 1:]`` costs nothing.
+        layers: K tensors `[B, T, D]` of one shape, dtype (fp32, bf16, fp16 or fp64) and device: a list, a tuple, an
+            iterator, or one tensor `[K, B, T, D]`. They are copied only if the last dimension is not contiguous or
+            their strides differ, so a view such as ``x[:, 1:]`` costs nothing.
         layer_norm: For each layer ``none``, ``layer`` (over D), ``instance`` (over T, for each sample and channel) or
             ``batch`` (over B and T, for each channel).
         final_norm: For the average ``none``, ``layer`` or ``instance``.
@@ -128,7 +129,7 @@ def topk_target(
         constant: ``layers`` get no derivative in any mode, as if they were detached.
 
     Raises:
-        ValueError: An argument is not as described above.
+        ValueError, TypeError: An argument is not as described above.
         IndexError: On a CPU, a row is outside [0, B * T) or past its sample's length, or a length is outside [0, T].
             On a GPU, which would have to wait for the values, and under ``torch.vmap``, a row outside [0, B * T)
             gives NaN.
@@ -137,15 +138,15 @@ def topk_target(
         >>> topk_target([torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0, 8.0]]])], rows=torch.tensor([0]))
         tensor([[-1.0000,  1.0000]])
     """
-    layers = layer_list(layers)
-    check_layers(layers, layer_norm, final_norm, eps)
-    check_rows(layers, rows, lengths)
-    run = topk_target_reference if layers[0].dtype == torch.float64 else torch.ops.d2v.topk_target
+    every = layer_list(layers)
+    check_layers(every, layer_norm, final_norm, eps)
+    check_rows(every, rows, lengths)
+    run = topk_target_reference if every[0].dtype == torch.float64 else torch.ops.d2v.topk_target
     with torch.no_grad():
-        return run(layers, LAYER_NORMS.index(layer_norm), FINAL_NORMS.index(final_norm), rows, lengths, float(eps))
+        return run(every, LAYER_NORMS.index(layer_norm), FINAL_NORMS.index(final_norm), rows, lengths, float(eps))
 
 
-def layer_list(layers: Sequence[Tensor]) -> list[Tensor]:
+def layer_list(layers: Iterable[Tensor]) -> list[Tensor]:
     """Return the layers as a list, from a sequence, an iterator (consumed once) or one tensor `[K, B, T, D]`.
 
     Raises:

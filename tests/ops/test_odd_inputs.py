@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_fast.ops import HAS_CPP, data2vec_loss, ema_update_, layer_norm_gelu, masked_smooth_l1, topk_target
+from d2v_fast.ops import (
+    HAS_CPP,
+    attention_with_alibi,
+    attention_with_bias,
+    data2vec_loss,
+    ema_update_,
+    layer_norm_gelu,
+    masked_smooth_l1,
+    topk_target,
+)
 from d2v_fast.ops.data2vec_loss import data2vec_loss_reference
 from d2v_fast.ops.masked_loss import masked_smooth_l1_reference, scale_gradient_reference
 from d2v_fast.ops.topk_target import FINAL_NORMS, LAYER_NORMS
@@ -288,3 +297,25 @@ def test_index_out_of_range_is_an_index_error_in_one_sentence(call, message) -> 
 def test_what_the_kernels_refuse_is_a_value_error_without_a_path(call) -> None:
     with pytest.raises(ValueError, match=r"^[^/]+$"):
         call(torch.ops.d2v, torch.zeros(2, 3))
+
+
+X = torch.zeros(2, 4)
+Q = torch.zeros(1, 1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("pred", lambda: masked_smooth_l1(None, X)),
+        ("target", lambda: masked_smooth_l1(X, X.numpy())),
+        ("pred", lambda: data2vec_loss(X.tolist(), [X[None]], rows=torch.zeros(2, dtype=torch.int64))),
+        ("x", lambda: layer_norm_gelu(X.numpy(), X[0], X[0])),
+        ("weight", lambda: layer_norm_gelu(X, None, X[0])),
+        ("v", lambda: attention_with_bias(Q, Q, None, Q[..., :2])),
+        ("bias", lambda: attention_with_bias(Q, Q, Q, None)),
+        ("slopes", lambda: attention_with_alibi(Q, Q, Q, [1.0])),
+    ],
+)
+def test_what_is_no_tensor_is_named(name: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be a tensor, but is "):
+        call()
