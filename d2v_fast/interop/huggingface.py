@@ -35,6 +35,20 @@ def export_model(
     require_format(modality, modality.huggingface, "Transformers model")().write(model, config, folder, **options)
 
 
+def options_of_run(folder: Path, wanted: Section) -> dict[str, Any]:
+    """Return the options of `import_model` for a run that is to begin with a folder.
+
+    Args:
+        folder: See `import_model`.
+        wanted: The model section of the run.
+    Raises:
+        ValueError: The folder has no `config.json`.
+    """
+    raw, made = read_model_config(folder), modality_of_model(wanted).huggingface
+    own = None if made is None else made()
+    return own.options_of_run(raw, wanted) if own is not None and own.reads(raw) else {}
+
+
 def import_model(folder: str | os.PathLike[str], **options: Any) -> tuple[Student, Section]:
     """Read a Transformers folder of the modality that its `config.json` names.
 

@@ -19,9 +19,8 @@ from d2v_fast.config.model_keys import FREE_HEAD_KEYS, FREE_MODEL_KEYS
 from d2v_fast.config.model_paths import explain, is_run
 from d2v_fast.files.paths import expand_path
 from d2v_fast.files.reading import printable
-from d2v_fast.interop.folders import read_model_config
 from d2v_fast.interop.heads import SavedHead
-from d2v_fast.interop.huggingface import import_model
+from d2v_fast.interop.huggingface import import_model, options_of_run
 from d2v_fast.interop.published import load_published
 from d2v_fast.modalities import modality_of, modality_of_model
 from d2v_fast.models.weights import require_finite
@@ -186,7 +185,7 @@ def read_source(source: Path, weights: str, step: int | None, config: FinetuneCo
     if place.run is not None:
         return _of_run(place.run, place.step, weights)
     if place.path.is_dir():
-        student, model = import_model(place.path, **_options(place.path, config))
+        student, model = import_model(place.path, **options_of_run(place.path, config.model))
         made = modality_of(config).huggingface
         head = None if made is None else made().head(place.path)
         return Found(str(place.path), model, student.state_dict(), head)
@@ -212,13 +211,6 @@ def averaged(config: D2VConfig, weights: str) -> str:
     if not isinstance(config, FinetuneConfig):
         return weights
     return "student" if config.finetune.average_decay is None else "teacher"
-
-
-def _options(folder: Path, config: FinetuneConfig) -> dict[str, Any]:
-    made = modality_of_model(config.model).huggingface
-    raw = read_model_config(folder)
-    own = None if made is None else made()
-    return own.options_of_run(raw, config.model) if own is not None and own.reads(raw) else {}
 
 
 def _model_section(place: Place) -> Section:

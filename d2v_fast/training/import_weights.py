@@ -34,9 +34,8 @@ from d2v_fast.errors import OptionError
 from d2v_fast.files.outputs import require_free
 from d2v_fast.interop.fairseq_files import chosen
 from d2v_fast.interop.fairseq_recipe import Settings
-from d2v_fast.interop.folders import read_model_config
 from d2v_fast.interop.formats import Pretrained, forms_of
-from d2v_fast.interop.huggingface import export_model, import_model
+from d2v_fast.interop.huggingface import export_model, import_model, options_of_run
 from d2v_fast.interop.published import open_published, read_published
 from d2v_fast.modalities import modality_of, modality_of_model
 from d2v_fast.models.student import Student
@@ -223,10 +222,7 @@ def _read(source: Path, heads: int | None, run: PretrainConfig) -> Pretrained:
     wanted = run.model
     if not source.is_dir():
         return read_published(source, Settings.of(None, heads)._replace(run=wanted.model_dump()))
-    raw, made = read_model_config(source), modality_of(run).huggingface
-    own = None if made is None else made()
-    options = own.options_of_run(raw, wanted) if own is not None and own.reads(raw) else {}
-    model, config = import_model(source, **options)
+    model, config = import_model(source, **options_of_run(source, wanted))
     return _Weights(model, None, None, config)
 
 
