@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from d2v_fast.config import D2VConfig, RunConfig, load_config
+from d2v_fast.config import D2VConfig, load_config
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.data import BatchMaker, batch_maker, resolved
 from d2v_fast.data.order import MicroStep
@@ -56,11 +56,8 @@ def main() -> int:
                 if key in cells:
                     continue
                 since = time.process_time()
-                config = _config(options, method, labels, seed)
-                if method in (UNTRAINED, PROBE):
-                    accuracy = _probed(config)
-                else:
-                    accuracy = _trained(options, method, labels, seed)
+                measure = _probed if method in (UNTRAINED, PROBE) else _trained
+                accuracy = measure(options, method, labels, seed)
                 cells[key] = accuracy
                 write_text(options.out, json.dumps(results, indent=1) + "\n")
                 print(f"{key}: {accuracy:.4f} ({time.process_time() - since:.0f} s of this process)", flush=True)
@@ -156,19 +153,13 @@ def _overrides(options: argparse.Namespace, method: str, labels: str, seed: int)
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _config(options: argparse.Namespace, method: str, labels: str, seed: int) -> RunConfig:
-    overrides = _overrides(options, method, labels, seed)
-    return resolved(
-        load_config(options.config, [*overrides, *options.plain] if method in (UNTRAINED, PROBE) else overrides)
-    )
-
-
-def _probed(config: RunConfig) -> float:
+def _probed(options: argparse.Namespace, method: str, labels: str, seed: int) -> float:
     """Fit a logistic regression to frozen features of the labeled samples; return the accuracy on held-out ones."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    d2v = config.d2v
+    settings = [*_overrides(options, method, labels, seed), *options.plain]
+    d2v = resolved(load_config(options.config, settings)).d2v
     assert isinstance(d2v, FinetuneConfig)
     torch.manual_seed(d2v.run.seed)
     model = build_objective(d2v)

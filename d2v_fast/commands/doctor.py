@@ -447,10 +447,6 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def _age(seconds: float) -> str:
     minutes = round(seconds / 60)
-    return (
-        f"{minutes} minutes"
-        if minutes < 120
-        else f"{minutes // 60} hours"
-        if minutes < 2880
-        else f"{minutes // 1440} days"
-    )
+    if minutes < 120:
+        return f"{minutes} minutes"
+    return f"{minutes // 60} hours" if minutes < 2880 else f"{minutes // 1440} days"

@@ -19,11 +19,22 @@ from d2v_fast.data.listing import FileKinds, counted, describe_listing
 from d2v_fast.errors import DataError
 from d2v_fast.files.reading import printable
 
-__all__ = ["MAX_CLASSES", "MIN_PER_CLASS", "LabeledSample", "LabeledSet", "choose", "labeled_files", "split"]
+__all__ = [
+    "MAX_CLASSES",
+    "MIN_PER_CLASS",
+    "PATH_KEY",
+    "LabeledSample",
+    "LabeledSet",
+    "choose",
+    "labeled_files",
+    "split",
+]
 
 # one to train on and one to hold out
 MIN_PER_CLASS = 2
 MAX_CLASSES = 1000
+# the setting that names the samples, in messages
+PATH_KEY = "`d2v.probe.path`"
 # folder names of data set splits, which are not classes
 PARTS = {"dev", "eval", "evaluation", "test", "testing", "train", "training", "val", "valid", "validation"}
 
@@ -87,7 +98,7 @@ class LabeledSet:
 
 
 def labeled_files(
-    path: str, kinds: FileKinds, max_samples: int, *, follow_outside: bool, key: str = "`d2v.probe.path`"
+    path: str, kinds: FileKinds, max_samples: int, *, follow_outside: bool, key: str = PATH_KEY
 ) -> LabeledSet:
     """Find the files of a folder whose sub-folders are classes: `path/CLASS/.../file`.
 

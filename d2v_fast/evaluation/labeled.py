@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from d2v_fast.config import PretrainConfig
 from d2v_fast.data.files import NUM_NAMED
-from d2v_fast.data.labels import MIN_PER_CLASS, split
+from d2v_fast.data.labels import MIN_PER_CLASS, PATH_KEY, split
 from d2v_fast.data.listing import counted
 from d2v_fast.errors import DataError
 from d2v_fast.evaluation.classifiers import ProbeReport, Task, most_frequent, score
@@ -32,12 +32,10 @@ def describe_labeled(config: PretrainConfig) -> list[str]:
         DataError: The samples cannot be probed.
     """
     kind = probing_of(config).labeled(config)
-    return kind.find("`d2v.probe.path`").describe(kind.what)
+    return kind.find(PATH_KEY).describe(kind.what)
 
 
-def run_labeled_probe(
-    models: Mapping[str, Student], config: PretrainConfig, key: str = "`d2v.probe.path`"
-) -> ProbeReport:
+def run_labeled_probe(models: Mapping[str, Student], config: PretrainConfig, key: str = PATH_KEY) -> ProbeReport:
     """Score every model's features of `d2v.probe.path`, and the modality's baseline.
 
     Args:

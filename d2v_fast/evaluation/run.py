@@ -13,6 +13,7 @@ from d2v_fast.checkpoints.saved_weights import load_encoder, load_head, open_che
 from d2v_fast.command_lines import path_words, tool_command
 from d2v_fast.config import D2VConfig, PretrainConfig
 from d2v_fast.config.errors import check
+from d2v_fast.data.labels import PATH_KEY
 from d2v_fast.errors import DataError, OptionError
 from d2v_fast.evaluation.classifiers import ProbeReport, ProbeReports
 from d2v_fast.evaluation.probing import Probed, probing_of
@@ -20,8 +21,6 @@ from d2v_fast.modalities import modality_of
 from d2v_fast.models.student import Student
 from d2v_fast.objectives.build import build_model
 from d2v_fast.packages import install_command
-
-PATH_KEY = "`d2v.probe.path`"
 
 
 def probed(config: D2VConfig) -> PretrainConfig | None:

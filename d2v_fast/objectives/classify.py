@@ -11,7 +11,7 @@ from torch import Tensor
 from d2v_fast.config.finetune import ClassifyConfig
 from d2v_fast.data import Batch
 from d2v_fast.objectives.base import StepOutput
-from d2v_fast.objectives.finetune import Answer, Finetune
+from d2v_fast.objectives.finetune import Answer, Finetune, losses_of
 
 # classes of an answer
 TOP = 5
@@ -51,10 +51,9 @@ class Classify(Finetune):
         assert output.predictions is not None
         top = output.predictions.softmax(1).topk(min(TOP, output.predictions.shape[1]), dim=1)
         classes, probabilities = top.indices.tolist(), top.values.tolist()
-        losses = [None] * len(classes) if output.losses is None else output.losses.tolist()
         return [
             {"loss": loss, "classes": of_sample, "probabilities": found}
-            for loss, of_sample, found in zip(losses, classes, probabilities, strict=True)
+            for loss, of_sample, found in zip(losses_of(output, len(classes)), classes, probabilities, strict=True)
         ]
 
     def columns(self, answer: Answer) -> dict[str, Any]:

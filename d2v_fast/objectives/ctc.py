@@ -15,7 +15,7 @@ from torch import Tensor
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.data import Batch
 from d2v_fast.objectives.base import StepOutput
-from d2v_fast.objectives.finetune import Answer, Beam, Finetune, finetuning_of
+from d2v_fast.objectives.finetune import Answer, Beam, Finetune, finetuning_of, losses_of
 
 __all__ = ["Ctc", "ctc_loss"]
 
@@ -73,7 +73,7 @@ class Ctc(Finetune):
         B, T = log_probs.shape[:2]
         lengths = [T] * B if batch.lengths is None else batch.lengths.tolist()
         best = log_probs.amax(-1).cpu()
-        losses = [None] * B if output.losses is None else output.losses.tolist()
+        losses = losses_of(output, B)
         return [
             {"loss": loss, "transcript": text, "probability": best[index, : lengths[index]].mean().exp().item()}
             for index, (loss, text) in enumerate(zip(losses, self.decode(log_probs, lengths), strict=True))

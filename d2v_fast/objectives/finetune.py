@@ -103,6 +103,11 @@ def read_data(config: RunConfig) -> tuple[RunConfig, BatchMaker, HeldOut | None]
         return config, maker, finetuning_of(d2v).held_out(d2v) if isinstance(d2v, FinetuneConfig) else None
 
 
+def losses_of(output: StepOutput, num_samples: int) -> list[float] | list[None]:
+    """Return the loss of each sample of a batch in eval mode; None for each if the batch has no targets."""
+    return [None] * num_samples if output.losses is None else output.losses.tolist()
+
+
 class Finetune(Objective):
     """An encoder and a head on labeled samples. A subclass defines the loss.
 

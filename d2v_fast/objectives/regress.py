@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2v_fast.data import Batch
 from d2v_fast.objectives.base import StepOutput
-from d2v_fast.objectives.finetune import Answer, Finetune
+from d2v_fast.objectives.finetune import Answer, Finetune, losses_of
 
 
 class Regress(Finetune):
@@ -35,7 +35,7 @@ class Regress(Finetune):
         """See `Finetune`: the scores."""
         assert output.predictions is not None
         scores = output.predictions.tolist()
-        losses = [None] * len(scores) if output.losses is None else output.losses.tolist()
+        losses = losses_of(output, len(scores))
         return [{"loss": loss, "score": score} for loss, score in zip(losses, scores, strict=True)]
 
     def columns(self, answer: Answer) -> dict[str, Any]:

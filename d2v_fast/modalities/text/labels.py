@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from d2v_fast.data.files import UnreadableFile
-from d2v_fast.data.labels import LabeledSample, LabeledSet, choose, class_of, refuse_parts
+from d2v_fast.data.labels import PATH_KEY, LabeledSample, LabeledSet, choose, class_of, refuse_parts
 from d2v_fast.data.listing import counted, describe_listing, name_list
 from d2v_fast.errors import DataError
 from d2v_fast.files.reading import parse_json
@@ -22,7 +22,7 @@ __all__ = ["class_name", "labeled_texts"]
 MAX_LABEL = 100
 
 
-def labeled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = "`d2v.probe.path`") -> LabeledSet:
+def labeled_texts(data: TextDataConfig, probe: TextProbeConfig, key: str = PATH_KEY) -> LabeledSet:
     """Read all texts and labels below `probe.path` once, and choose `probe.max_samples` of them.
 
     Args:
