@@ -43,7 +43,7 @@ def _add_train(add: _Add) -> None:
         "train",
         "pre-train from one JSON file",
         "Pre-train a data2vec encoder from one JSON file, in one process. docs/launch.md shows how to start several.",
-        "train configs/digits.json --set d2v.schedule.steps=500 --run mine",
+        "train digits --set d2v.schedule.steps=500 --run mine",
     )
     add_train_options(train)
     add_version_option(train)
@@ -55,7 +55,7 @@ def _add_finetune(add: _Add) -> None:
         "fine-tune a pre-trained encoder on labeled data",
         "Train an encoder with a new head on labeled samples, score held-out ones, and keep the best checkpoint. It is "
         "`train` with a configuration of fine-tuning, and has the same options.",
-        "finetune runs/digits-1 --ds_config configs/finetune_digits.json --run mine",
+        "finetune runs/digits-1 --ds_config finetune_digits --run mine",
     )
     finetune.add_argument(
         "source",
@@ -99,7 +99,7 @@ def _add_check(add: _Add) -> None:
         "validate a configuration and time a few steps without starting a run",
         f"Validate a configuration ({_modalities()}), run a few steps, and report parameter count, memory, step time "
         "and the time of the whole run. Only the tokens of text are written, to their cache.",
-        "check configs/digits.json --set train_batch_size=128",
+        "check digits --set train_batch_size=128",
     )
     check.add_argument("file", type=path_argument, metavar="FILE", help="JSON file or name of a preset, as for train")
     add_overrides(check)
