@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from d2v_fast.files.atomic import replaced
+from d2v_fast.figures.saving import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,12 +24,7 @@ _MIN_SIZE, _MAX_SIZE, _PER_CLASS = 4.5, 16.0, 0.35
 
 def draw_confusion(counts: npt.NDArray[np.int64], labels: Sequence[str], path: Path, title: str) -> None:
     """Write `confusion_figure` to the PNG file `path`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = confusion_figure(counts, labels, title)
-    FigureCanvasAgg(figure)
-    with replaced(path) as part:
-        figure.savefig(part, format="png", dpi=100)
+    write_figure(confusion_figure(counts, labels, title), path, dpi=100)
 
 
 def confusion_figure(counts: npt.NDArray[np.int64], labels: Sequence[str], title: str) -> Figure:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2v_fast.config import StepGuardConfig
-from d2v_fast.files.atomic import replaced
+from d2v_fast.figures.saving import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,12 +37,7 @@ def draw_curves(
     validations: Sequence[Entry] = (),
 ) -> None:
     """Write `curves_figure` to the PNG file `path`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = curves_figure(entries, guard, probes, validations)
-    FigureCanvasAgg(figure)
-    with replaced(path) as part:
-        figure.savefig(part, format="png", dpi=100)
+    write_figure(curves_figure(entries, guard, probes, validations), path, dpi=100)
 
 
 def curves_figure(

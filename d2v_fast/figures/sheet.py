@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from d2v_fast.errors import DataError
-from d2v_fast.files.atomic import replaced
+from d2v_fast.figures.saving import write_figure
 from d2v_fast.files.reading import printable
 
 if TYPE_CHECKING:
@@ -84,12 +83,8 @@ def label_of(name: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure; letters that the font lacks become boxes, without one warning each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        with replaced(path) as part:
-            kind = path.suffix.removeprefix(".") or "png"
-            figure.savefig(part, format=kind, dpi=150, bbox_inches="tight", pad_inches=0.1)
+    """Write a figure that is cut to its content; see `write_figure`."""
+    write_figure(figure, path, dpi=150, bbox_inches="tight", pad_inches=0.1)
 
 
 @dataclass(frozen=True)
