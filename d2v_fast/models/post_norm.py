@@ -62,7 +62,7 @@ class Segments(NamedTuple):
 
 
 class AlibiPlaces(NamedTuple):
-    """Places of tokens, from which attention kernels compute the bias of ALiBi.
+    """Places of tokens, from which attention computes the bias of ALiBi.
 
     Attributes:
         slopes: fp32 `[H]`, with the learned scale.

@@ -137,8 +137,8 @@ class Alibi(nn.Module):
         device = self.device_type if x.device.type == "meta" else x.device.type
         return device == "cpu" or (by_kernels and device == "cuda")
 
-    def in_kernels(self, places: Tensor | None, lengths: Tensor | None) -> AlibiPlaces:
-        """Return what attention kernels compute the bias from; see `AlibiPlaces`."""
+    def without_bias(self, places: Tensor | None, lengths: Tensor | None) -> AlibiPlaces:
+        """Return what attention computes the bias from, instead of the bias; see `AlibiPlaces`."""
         return AlibiPlaces(self.scaled_slopes(), places, lengths)
 
     def scaled_slopes(self) -> Tensor:

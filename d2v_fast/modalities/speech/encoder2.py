@@ -95,9 +95,9 @@ class MaskedSpeechContext(MaskedContext):
         return self.encode(x, attendable, top_k, drop_keys)
 
     def _attendable(self, x: Tensor, places: Tensor | None, lengths: Tensor | None) -> Tensor | AlibiPlaces:
-        """Return the bias of tokens `[R, V, D]` at `places`, or what kernels compute it from."""
+        """Return the bias of tokens `[R, V, D]` at `places`, or what attention computes it from."""
         if self.alibi.needs_no_bias(x, self.is_fused):
-            return self.alibi.in_kernels(places, lengths)
+            return self.alibi.without_bias(places, lengths)
         V = x.shape[1]
         if places is None:
             places = torch.arange(V, device=x.device)[None]
