@@ -454,7 +454,8 @@ def _check_alike(lists: _Lists) -> None:
     _check_lengths(lists)
     teacher = lists.teacher
     for name, others in (("student", lists.student), ("working", lists.working)):
-        for i, (t, other) in enumerate(zip(teacher, others, strict=bool(others))):
+        # the compiler of torch 2.11 knows no `bool` of a list
+        for i, (t, other) in enumerate(zip(teacher, others, strict=len(others) > 0)):
             if other.shape != t.shape:
                 raise ValueError(
                     f"`{name}[{i}]` must have the shape of `teacher[{i}]`, {tuple(t.shape)}, "
