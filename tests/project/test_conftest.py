@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,18 @@ def test_only_files_with_a_test_of_the_kind_are_read(tmp_path: Path, options: di
     chosen = config(**{"only-device": False, **options})
     found = [path for path in sorted(tmp_path.iterdir()) if conftest.pytest_ignore_collect(path, chosen)]
     assert "".join(path.stem.removeprefix("test_") for path in found) == ignored
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Warning: Profiler clears events at the end of each cycle.Only events from the current cycle will be reported.",
+        "Memory Efficient attention defaults to a non-deterministic algorithm.",
+    ],
+)
+def test_warnings_of_supported_versions_of_torch_are_no_errors(text: str) -> None:
+    """Those of the oldest version, and of a GPU: they would fail the first benchmark of a process there."""
+    warnings.warn(text, UserWarning, stacklevel=1)
 
 
 def test_tests_that_use_the_device() -> None:
