@@ -74,6 +74,15 @@ def biased(
 
 
 @triton.jit
+def keys_of(lengths, sample, num_tokens, HAS_LENGTHS: tl.constexpr):
+    """Return the keys of a sample, at most T: past its tokens there would be keys of zeros."""
+    num_keys = num_tokens
+    if HAS_LENGTHS:
+        num_keys = tl.minimum(tl.load(lengths + sample), num_tokens).to(tl.int32)
+    return num_keys
+
+
+@triton.jit
 def program(lengths, num_heads, num_tokens, HAS_LENGTHS: tl.constexpr, BLOCK: tl.constexpr):
     """Return the sample's head, the sample and the head of this program, its first token, and the sample's keys."""
     num_blocks = tl.cdiv(num_tokens, BLOCK)
@@ -81,9 +90,7 @@ def program(lengths, num_heads, num_tokens, HAS_LENGTHS: tl.constexpr, BLOCK: tl
     # int64: a tensor may have more than 2^31 elements
     sample = (sample_head // num_heads).to(tl.int64)
     head = (sample_head % num_heads).to(tl.int64)
-    num_keys = num_tokens
-    if HAS_LENGTHS:
-        num_keys = tl.load(lengths + sample).to(tl.int32)
+    num_keys = keys_of(lengths, sample, num_tokens, HAS_LENGTHS)
     return sample_head, sample, head, (tl.program_id(0) % num_blocks) * BLOCK, num_keys
 
 

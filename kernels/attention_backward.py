@@ -27,6 +27,7 @@ from .attention import (
     flags_of,
     grid_of,
     kept_weights,
+    keys_of,
     like_tokens,
     load_bias,
     load_rows,
@@ -269,9 +270,7 @@ def _grad_bias_kernel(
     first = (part * per_part).to(tl.int64)
     for number in range(tl.minimum(per_part, num_samples - part * per_part)):
         sample = first + number
-        num_keys = num_tokens
-        if HAS_LENGTHS:
-            num_keys = tl.load(lengths + sample).to(tl.int32)
+        num_keys = keys_of(lengths, sample, num_tokens, HAS_LENGTHS)
         b_s = tl.zeros((BLOCK, STEP), tl.float32)
         b_gp = tl.zeros((BLOCK, STEP), tl.float32)
         for start in range(0, BLOCK_D, CHUNK):

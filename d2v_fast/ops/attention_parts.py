@@ -148,7 +148,7 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, options: Options) ->
     lengths = [T] * B if options.lengths is None else options.lengths.tolist()
     apart = torch.arange(T) if options.positions is None else None
     for sample, length in enumerate(lengths):
-        if length == 0:
+        if length <= 0:
             continue
         places = options.positions[sample] if apart is None else apart  # type: ignore[index]
         distances = (places[:, None] - places[:length]).abs().to(slopes.dtype)

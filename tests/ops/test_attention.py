@@ -301,6 +301,27 @@ def test_triton_parts_of_a_batch(device, monkeypatch, programs):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["shared", "slopes"])
+def test_triton_lengths_out_of_range(device, form):
+    """More tokens than there are count as all, fewer than none as none, in both passes and in every form."""
+    forward, backward = launchers()
+    inputs, grad, positions, _ = make(device, 2, 2, 9, 8, form, False, form == "slopes")
+    results = []
+    for numbers in ([9, 0], [20, -3]):
+        lengths = torch.tensor(numbers, device=device)
+        options = None if positions is None else positions.int(), lengths, None, 0.0
+        out, lse = forward(*inputs, *options)
+        results.append((out, lse, *backward(grad, *inputs, out, lse, *options, True)))
+        plain = attention_with_alibi if form == "slopes" else attention_with_bias
+        placed = {"positions": positions} if form == "slopes" else {}
+        assert_same_shares(plain(*inputs, lengths=lengths, **placed), out)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def assert_same_shares(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_triton_odd_inputs(device):
     """Layouts with gaps, a bias without room after its rows, a sample without keys, and an empty batch."""
     forward, backward = launchers()
