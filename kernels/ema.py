@@ -89,6 +89,8 @@ class _Table(NamedTuple):
 
 
 _tables: OrderedDict[tuple, _Table] = OrderedDict()
+# a CUDA graph reads the tables of its launches at every replay, so they stay
+_captured: dict[tuple, _Table] = {}
 
 
 def _table(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequence[Tensor]) -> _Table:
@@ -101,6 +103,8 @@ def _table(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequen
     table = _tables.get(key)
     if table is not None:
         _tables.move_to_end(key)
+        if _is_captured(device):
+            _captured[key] = table
         return table
     rows = torch.tensor([*addresses, sizes], dtype=torch.int64).T.contiguous()
     num_blocks = torch.tensor([cdiv(n, BLOCK) for n in sizes], dtype=torch.int64)
@@ -117,6 +121,10 @@ def _table(teacher: Sequence[Tensor], student: Sequence[Tensor], working: Sequen
     if len(_tables) > _TABLES_KEPT:
         _tables.popitem(last=False)
     return table
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Launch(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,6 +112,24 @@ def test_one_launch_for_a_model(device, monkeypatch):
     launch(teacher, student, 0.9, None, working)
     assert len(launches) == 2
     assert len({id(table.addresses) for table in ema._tables.values() if len(table.addresses) == 150}) == 1
+
+
+def test_table_that_a_graph_has_captured_stays(device, monkeypatch):
+    """A replay reads it, so its memory must not go to other tensors when those of later calls replace it."""
+    launcher(device)
+    from d2v_fast.kernels import ema
+
+    def table(number):
+        kept.append(make(device, torch.float32, None, [(8,)])[:2])
+        return weakref.ref(ema._table(*kept[number], []).addresses)
+
+    kept = []
+    tables = [table(number) for number in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ema, "_is_captured", lambda device: True)
+        ema._table(*kept[0], [])
+    tables += [table(number) for number in range(2, 3 + ema._TABLES_KEPT)]
+    assert [one() is not None for one in tables[:3]] == [True, False, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
