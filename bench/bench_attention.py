@@ -67,6 +67,12 @@ def bench_attention(compete: Callable[[Contest], None], device: torch.device, si
     else:
         # rows that start at multiples of 8, as the encoder's
         learned = torch.randn(1, heads, tokens, tokens + -tokens % 8, device=device).to(dtype).requires_grad_()
+
+    def outcome(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        *others, of_learned = run()
+        # that of a slope is the sum of millions of terms of either sign: a small one has the error of the large ones
+        return *others, of_learned / of_learned.abs().max()
+
     runs = {name: forward_backward(attend, qkv, learned, grad) for name, attend in peers.items()}
     runs["torch.compile"] = Compiled(runs["torch.compile"])
     low = dtype != torch.float32
@@ -76,6 +82,7 @@ def bench_attention(compete: Callable[[Contest], None], device: torch.device, si
             case=f"{size}, {samples} x {heads} x {tokens} x {width}, {'bf16' if low else 'fp32'}",
             ours=forward_backward(ours, qkv, learned, grad),
             peers=runs,
+            outcome=outcome,
             # forward: three read, one written; backward: five read (with output and its gradient), three written
             model_bytes=12 * samples * tokens * heads * width * qkv.itemsize,
             rtol=5e-2 if low else 1e-3,

@@ -67,7 +67,8 @@ def bench_rows(compete: Callable[[Contest], None], device: torch.device, dtype: 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_without_moments(compete: Callable[[Contest], None], device: torch.device, dtype: str, beta: str) -> None:
-    """The loss of a step that is not logged, beside that of one that is."""
+    """The loss of a step that is not logged, beside that of one that is: the same bits, but that a GPU adds the losses in
+    another order."""
     pred = torch.randn(NUM_ROWS, WIDTH, device=device).to(DTYPES[dtype]).requires_grad_()
     target = torch.randn(NUM_ROWS, WIDTH, device=device)
 
@@ -84,7 +85,7 @@ def bench_without_moments(compete: Callable[[Contest], None], device: torch.devi
             ours=loss(moments=False),
             peers={"with moments": loss(moments=True)},
             model_bytes=NUM_ROWS * WIDTH * (4 + 2 * pred.itemsize),
-            rtol=0.0,
+            rtol=0.0 if device.type == "cpu" else 1e-6,
             atol=0.0,
         )
     )
