@@ -56,6 +56,8 @@ STEPS = ("base published", "speech", "text", "images 2.0", "speech 2.0", "text 2
 STEPS_ON_CPU, KERNELS_ON_CPU = ("trial",), "text or host"
 TESTS_ON_CPU = ("tests/ops/test_ema.py", "tests/ops/test_versions.py", "tests/training/test_captured_step.py")
 NEEDED_FOR_RUNS = ("pydantic", "numpy", "numba", "safetensors", "sklearn", "PIL")
+# without these, `conftest.py` leaves files of tests out
+NEEDED_FOR_TESTS = (*NEEDED_FOR_RUNS, "hypothesis")
 # run in its own process, since this one must not hold a part of the GPU
 DESCRIBE = """
 import os, platform, sys, torch
@@ -80,7 +82,7 @@ class Part(NamedTuple):
         share: Its share of the time, relative to the other parts.
         command: Arguments of the Python interpreter.
         needs: Modules without which it is skipped.
-        note: What the summary says of it when it ends well.
+        note: What the summary says of it beside how it ended.
     """
 
     name: str
@@ -195,7 +197,9 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     trial = f'on a CPU only the cases that match "{KERNELS_ON_CPU}"' if is_trial else ""
     cases = STEPS_ON_CPU if is_trial else STEPS
     steps = ["--run-slow", *(f"bench/bench_step.py::bench_step[{case}]" for case in cases)]
-    some = f"on a CPU only {len(TESTS_ON_CPU)} files" if is_trial else ""
+    some = [f"on a CPU only {len(TESTS_ON_CPU)} files"] if is_trial else []
+    if lacking := absent(NEEDED_FOR_TESTS):
+        some.append(f"not installed: {', '.join(lacking)}; the tests that need them are left out")
     note = "on a CPU only a small case" if is_trial else ""
     needs = ("pytest", "pytest_benchmark", "numpy")
     runs = ["bench/gpu_runs.py", "--device", device, "--out", str(out / "runs.txt"), "--scratch", str(scratch)]
@@ -203,7 +207,7 @@ def parts(out: Path, device: str, scratch: Path) -> list[Part]:
     build = [Part("build", 12, ["setup.py", "--quiet", "build_ext", "--inplace", "--force"], ("setuptools", "torch"))]
     return [
         *(build if must_build() else []),
-        Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch"), some),
+        Part("tests", 12, [*pytest, *several, "-q", *tests], ("pytest", "torch"), "; ".join(some)),
         Part("kernels", 7, [*measure, "--compiled-peers", "without"], needs, trial),
         Part(
             "steps", 10, [*pytest, "-q", *steps, *figures], (*NEEDED_FOR_RUNS, "pytest_benchmark", "transformers"), note
@@ -241,9 +245,8 @@ def fingerprint() -> dict[str, str]:
 
 def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str], summary: Summary) -> State:
     """Run a part for at most `limit_s` seconds with its end, and rewrite the summary every second meanwhile."""
-    absent = [name for name in part.needs if find_spec(name) is None]
-    if absent:
-        return State("skipped", f"not installed: {', '.join(absent)}")
+    if lacking := absent(part.needs):
+        return State("skipped", f"not installed: {', '.join(lacking)}")
     started, patience_s = time.monotonic(), max(0.5 * limit_s, limit_s - GRACE_S)
     with log.open("a") as file:
         file.write(f"\n==== {part.name}, at most {limit_s:.0f} s: {' '.join(part.command)}\n")
@@ -262,12 +265,17 @@ def run_part(part: Part, limit_s: float, log: Path, environment: dict[str, str],
         finally:
             end(process)
     seconds = time.monotonic() - started
-    if cut_short:
-        found = failures(log, begin)
-        return State("cut short", f"at its limit of {limit_s:.0f} s; what it had found is kept{found}", seconds)
-    if process.returncode == 0:
+    if process.returncode == 0 and not cut_short:
         return State("ok", part.note, seconds)
-    return State("FAILED", f"exit status {process.returncode}; see log.txt{failures(log, begin)}", seconds)
+    rest = f"; {part.note}" * bool(part.note) + failures(log, begin)
+    if cut_short:
+        return State("cut short", f"at its limit of {limit_s:.0f} s; what it had found is kept{rest}", seconds)
+    return State("FAILED", f"exit status {process.returncode}; see log.txt{rest}", seconds)
+
+
+def absent(modules: Sequence[str]) -> list[str]:
+    """Return the modules that are not installed."""
+    return [name for name in modules if find_spec(name) is None]
 
 
 def failures(log: Path, begin: int) -> str:

@@ -46,6 +46,18 @@ def test_all_is_well(run) -> None:
     assert "skipped" in summary
 
 
+def test_packages_without_which_tests_are_left_out_are_named(run, tmp_path: Path, monkeypatch) -> None:
+    real = gpu.find_spec
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name in ("hypothesis", "pydantic") else real(name))
+    (tests,) = (one for one in gpu.parts(tmp_path, "cuda", tmp_path) if one.name == "tests")
+    lacking = "not installed: pydantic, hypothesis; the tests that need them are left out"
+    assert tests.note == lacking
+    for code, word in (("", "ok"), ("exit(1)", "FAILED")):
+        _, summary = run(tests._replace(command=["-c", code], needs=()))
+        (line,) = (line for line in summary.splitlines() if lacking in line)
+        assert line.startswith(f"tests      {word}")
+
+
 def test_failed_benchmarks_are_named(run) -> None:
     status, summary = run(
         part("kernels", "print('FAILED bench/a.py::b[c d] - assert 1 - 2\\nFAILED is not\\n'); exit(1)")
