@@ -67,8 +67,7 @@ def bench_rows(compete: Callable[[Contest], None], device: torch.device, dtype: 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_without_moments(compete: Callable[[Contest], None], device: torch.device, dtype: str, beta: str) -> None:
-    """The loss of a step that is not logged, beside that of one that is: the same bits, but that a GPU adds the losses in
-    another order."""
+    """The loss of a step that is not logged, beside that of one that is; a GPU adds it in another order."""
     pred = torch.randn(NUM_ROWS, WIDTH, device=device).to(DTYPES[dtype]).requires_grad_()
     target = torch.randn(NUM_ROWS, WIDTH, device=device)
 
