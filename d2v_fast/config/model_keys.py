@@ -20,6 +20,7 @@ FREE_MODEL_KEYS = frozenset(
         "layer_drop",
         "layer_scale",
         "position_in_teacher",
+        "token_std",
     }
 )
 

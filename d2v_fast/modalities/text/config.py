@@ -43,6 +43,8 @@ class TextModelSection(ModelSection):
         vocab_size: Number of token embeddings, at least as many as the tokenizer has tokens; null uses that number.
         padding_id: Id of the padding token, whose embedding stays zero. It must be the tokenizer's; null uses it.
         max_positions: Longest sequence in tokens, special tokens included.
+        token_std: Standard deviation of the token embeddings at the start of training. That of the positions is 0.02,
+            as both are in published runs; a larger one for tokens lets positions weigh less in the sum.
     """
 
     required: ClassVar[tuple[str, ...]] = ()
@@ -50,6 +52,7 @@ class TextModelSection(ModelSection):
     vocab_size: int | None = Field(default=None, ge=8, le=MAX_VOCAB)
     padding_id: int | None = Field(default=None, ge=0, lt=MAX_VOCAB)
     max_positions: int = Field(default=512, ge=4, le=MAX_SIZE)
+    token_std: float = Field(default=0.02, gt=0, le=10)
 
     @property
     def position_rows(self) -> int:

@@ -34,6 +34,8 @@ class EmbeddingSizes(Protocol):
     @property
     def max_positions(self) -> int: ...
     @property
+    def token_std(self) -> float: ...
+    @property
     def position_rows(self) -> int: ...
     @property
     def token_rows(self) -> int: ...
@@ -52,15 +54,15 @@ class TextEmbedding(nn.Module):
     def __init__(self, config: EmbeddingSizes, norm_eps: float) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.max_positions = config.max_positions
+        self.max_positions, self.token_std = config.max_positions, config.token_std
         self.token = nn.Embedding(config.token_rows, config.width, padding_idx=config.padding_row)
         self.position = nn.Parameter(torch.empty(config.position_rows, config.width))
         self.norm = nn.LayerNorm(config.width, eps=norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Apply the published initialization: N(0, 0.02), zero for the padding token and position."""
-        nn.init.normal_(self.token.weight, std=INIT_STD)
+        """Draw tokens from N(0, `token_std`) and positions from N(0, 0.02); padding's are zero."""
+        nn.init.normal_(self.token.weight, std=self.token_std)
         nn.init.normal_(self.position, std=INIT_STD)
         with torch.no_grad():
             self.token.weight[self.token.padding_idx].zero_()

@@ -9,6 +9,7 @@ from torch import Tensor
 from d2v_fast.config import SpeechModelConfig, TextConfig, TextModelConfig
 from d2v_fast.data import Batch
 from d2v_fast.objectives.build import build_model
+from tests.helpers.masked_models import masked_config
 from tests.helpers.speech_reference import blocks, gelu, sub
 from tests.helpers.text_models import MASK, make_batch, make_config, make_pair
 from tests.helpers.vision_reference import layer_norm
@@ -25,6 +26,20 @@ def test_padding_alone_stays_zero(pad: int) -> None:
     hidden.square().sum().backward()
     assert rows.grad is not None
     assert (rows.grad[:16] == 0).all(1).nonzero().flatten().tolist() == [pad]
+
+
+@pytest.mark.parametrize("objective", ["data2vec", "data2vec2"])
+def test_token_std_sets_the_deviation_of_tokens_alone(objective: str) -> None:
+    """The positions keep theirs, which is also the default of the tokens."""
+    torch.manual_seed(0)
+    for change, std in ({}, 0.02), ({"token_std": 0.5}, 0.5):
+        sizes = {"vocab_size": 2000, "max_positions": 500, **change}
+        is_second = objective == "data2vec2"
+        config = masked_config("text", model=sizes) if is_second else make_config(**sizes)
+        embedding = build_model(config).student.embedding
+        assert embedding.token.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert embedding.position.std().item() == pytest.approx(0.02, rel=0.05)
+        assert not embedding.token.weight[embedding.token.padding_idx].any()
 
 
 def reference_step(
