@@ -12,12 +12,15 @@ from d2v_fast.packages import import_problem
 from d2v_fast.processes.signals import EndOnSignal
 
 # a wrong configuration is a wrong option of these commands; for the others it is a damaged run folder
-_TAKE_CONFIG = ("train", "check", "import", "tokenize")
+_TAKE_CONFIG = ("train", "finetune", "check", "import", "tokenize")
 _FEWER_SAMPLES = (
     "Lower `train_micro_batch_size_per_gpu` (accumulation makes up for it), or set `d2v.model.gradient_checkpointing`."
 )
 # command -> advice after an out-of-memory error
-_OUT_OF_MEMORY = {"train": _FEWER_SAMPLES, "check": _FEWER_SAMPLES, "embed": "Lower `--batch-size`."}
+_OUT_OF_MEMORY = {
+    **dict.fromkeys(("train", "finetune", "check"), _FEWER_SAMPLES),
+    **dict.fromkeys(("embed", "predict"), "Lower `--batch-size`."),
+}
 
 
 def run_command(name: str, work: Callable[[], int]) -> int:
@@ -87,6 +90,6 @@ def _status(error: Exception, command: str) -> int:
 def _interrupted(command: str, signal: str) -> str:
     if not signal:
         return "interrupted"
-    if command == "train":
+    if command in ("train", "finetune"):
         return f"{signal} before a step was made; the same command begins again"
     return f"{signal}; what was half written is removed"

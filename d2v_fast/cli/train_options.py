@@ -164,8 +164,9 @@ def runs_folder(overrides: Sequence[str]) -> Path:
         ConfigError: it cannot be expanded.
     """
     from d2v_fast.config import ConfigError, apply_overrides
+    from d2v_fast.config.file import section
 
-    run = apply_overrides({}, overrides).get("d2v", {}).get("run", {})
+    run = section(section(apply_overrides({}, overrides), "d2v"), "run")
     try:
         return Path(expand_path(str(run.get("dir", "runs"))))
     except PathError as error:

@@ -50,12 +50,13 @@ def _sweep(options: argparse.Namespace) -> int:
 
     The configurations of all new runs are read first: what the last run of a sweep would refuse costs no other run.
     """
-    from d2v_fast.commands.sweep import Sweep, parse_axis
+    from d2v_fast.commands.sweep import Sweep, parse_axis, refuse_own_keys
     from d2v_fast.config import load_config
 
     if options.ds_config is None:
         raise OptionError("`--sweep` needs the configuration of its runs: add `--ds_config FILE`.")
     axes = [parse_axis(text) for text in options.sweep]
+    refuse_own_keys(axes, options.overrides)
     name = options.run or f"{options.ds_config.stem}-sweep"
     folder = runs_folder(options.overrides) / name
     command = [sys.executable, "-m", "d2v_fast", "finetune"]

@@ -29,7 +29,7 @@ from d2v_fast.files.reading import append_regular, open_regular, parse_json, pri
 from d2v_fast.processes.parent import end_with_parent
 from d2v_fast.processes.signals import StopRequest
 
-__all__ = ["Axis", "Cell", "Outcome", "Sweep", "parse_axis"]
+__all__ = ["Axis", "Cell", "Outcome", "Sweep", "parse_axis", "refuse_own_keys"]
 
 SUMMARY = "sweep.json"
 MAX_RUNS, MAX_SEEDS = 10_000, 1000
@@ -37,6 +37,12 @@ _MAX_BYTES = 64_000_000
 _STOPPED = 130
 # what an entry of the best validation holds beside its metrics
 _ABOUT = ("step", "epoch", "samples", "value", "more_is_better", "seconds")
+# keys that a sweep sets for every run -> what to do instead
+_OWN_KEYS = {
+    "d2v.run.seed": "`--seeds N` makes a run of every value with each of the seeds 0 to N - 1",
+    "d2v.run.name": "every run is named by its values, and `--run NAME` names the sweep",
+    "d2v.run.dir": "`--set d2v.run.dir=FOLDER` names the folder of all runs of the sweep",
+}
 # options of the sweep itself, with the number of their values; every run gets its own
 _OWN = {"--sweep": 1, "--seeds": 1, "--run": 1, "--run-name": 1, "--resume": 0}
 
@@ -105,6 +111,22 @@ def parse_axis(text: str) -> Axis:
     if len(set(values)) < len(values):
         raise OptionError(f"{must}, with every value once.")
     return Axis(key.strip(), values)
+
+
+def refuse_own_keys(axes: Iterable[Axis], overrides: Iterable[str]) -> None:
+    """Refuse keys that a sweep sets itself, among its axes and among the overrides of its runs.
+
+    Raises:
+        OptionError: One is given.
+    """
+    given = [
+        *(f"--sweep {axis.key}" for axis in axes),
+        *(f"--set {text.partition('=')[0].strip()}" for text in overrides),
+    ]
+    for one, (own, instead) in product(given, _OWN_KEYS.items()):
+        key = one.partition(" ")[2]
+        if one != "--set d2v.run.dir" and (own == key or own.startswith(f"{key}.")):
+            raise OptionError(f"`{one}=...` must be left out, because a sweep sets `{own}` for every run: {instead}.")
 
 
 class Sweep:

@@ -80,6 +80,12 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     return lines
 
 
+def section(holder: Any, key: str) -> dict[str, Any]:
+    """Return a section of a configuration that is not checked yet; empty if there is none, or another value."""
+    value = holder.get(key) if isinstance(holder, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
 def read_sections(text: str, source: str) -> dict[str, Any]:
     """Parse JSON; refuse duplicate keys, NaN and infinity, which Python's parser accepts.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,10 @@ from pydantic import Field
 from typing_extensions import Self
 
 from d2v_fast.config.errors import MAX_SAMPLES, MAX_STEPS, PathText, Problem, Section
+from d2v_fast.config.model_keys import FREE_MODEL_KEYS
 from d2v_fast.config.schema import D2VConfig
+
+_log = logging.getLogger(__name__)
 
 
 class FinetuneSection(Section):
@@ -94,6 +98,27 @@ class FinetuneConfig(D2VConfig):
         """See `D2VConfig`: the class for the version of the encoder."""
         found: Any = cls.by_encoder.get(str(raw.get("encoder", "data2vec")), cls.by_encoder.get("data2vec", cls))
         return found
+
+    @classmethod
+    def model_like(cls, given: Mapping[str, Any], encoder: str, other: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the section `d2v.model` of a run that begins with the weights of another model.
+
+        Its sizes are those of the other model. Keys that change no tensor, such as the rates of dropout, are the given
+        ones; those that only another version of the encoder has are reported and left out.
+
+        Args:
+            given: The section in the file, not checked. A key that no version has stays, to be refused.
+            encoder: Version of the encoder.
+            other: The whole section of the other model.
+        """
+        versions = cls.by_encoder.values() or (cls,)
+        sections: list[Any] = [one.model_fields["model"].annotation for one in versions]
+        known = {key for section in sections for key in section.model_fields}
+        if idle := [f"`d2v.model.{key}`" for key in given if key in FREE_MODEL_KEYS & known and key not in other]:
+            text = 'no effect of %s: the encoder that the run begins with is of "%s" and has no such key'
+            _log.warning(text, ", ".join(idle), encoder)
+        free = {key for key in given if key not in known or (key in FREE_MODEL_KEYS and key in other)}
+        return {**other, **{key: given[key] for key in given if key in free}}
 
     @classmethod
     def problems_across(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -31,6 +31,7 @@ from d2v_fast.config.errors import (
     say,
 )
 from d2v_fast.config.file import apply_overrides, changed_keys, configuration_file, read_sections
+from d2v_fast.config.file import section as raw_section
 from d2v_fast.config.guard import GuardConfig, StepGuardConfig
 from d2v_fast.config.probe import ProbeConfig
 from d2v_fast.config.run import RunSection
@@ -397,18 +398,26 @@ def with_earlier_values(saved: Mapping[str, Any]) -> dict[str, Any]:
 def _filled(raw: dict[str, Any], source: str, written: Callable[[Path], Mapping[str, Any] | None]) -> dict[str, Any]:
     """Return a file's content with what follows from the weights that the run is to begin with; see `Modality`."""
     d2v = raw.get("d2v")
-    if not isinstance(d2v, dict) or _section_of(d2v)[0] is None:
+    if not isinstance(d2v, dict) or not isinstance(d2v.get("model", {}), dict):
+        return raw
+    kind: Any = _section_of(d2v)[0]
+    if kind is None:
         return raw
     name, objective = d2v.get("modality", DEFAULT_MODALITY), d2v.get("objective", DEFAULT_OBJECTIVE)
     fill = modality_named(name).objectives[objective].filled
     if fill is None:
         return raw
-    run = d2v.get("run", {})
-    found = written(Path(str(run.get("dir", "runs"))) / str(run.get("name")))
-    saved = {} if found is None else found.get("d2v", {})
+    run = raw_section(d2v, "run")
+    saved = raw_section(written(Path(str(run.get("dir", "runs"))) / str(run.get("name"))), "d2v")
     if "encoder" in saved and isinstance(saved.get("model"), dict):
         filled = {key: saved[key] for key in ("encoder", "labels") if key in saved}
-        return {**raw, "d2v": {**filled, **d2v, "model": {**saved["model"], **d2v.get("model", {})}}}
+        given, model = raw_section(d2v, "model"), saved["model"]
+        if raw_section(d2v, "finetune").get("source") is None:
+            model = {**model, **given}
+        else:
+            # as in the run's beginning
+            model = kind.model_like(given, saved["encoder"], model)
+        return {**raw, "d2v": {**filled, **d2v, "model": model}}
     try:
         return {**raw, "d2v": fill(d2v)}
     except (OSError, ValueError) as error:

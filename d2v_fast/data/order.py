@@ -146,7 +146,7 @@ class StepOrder(Sampler[MicroStep]):
         if smallest < needed:
             longer = "" if max_step_length is None else ", raise `d2v.data.max_batch_seconds`"
             raise DataError(
-                f"every optimizer step must hold at least {needed} utterances ({split.accumulation} micro-steps x "
+                f"every optimizer step must hold at least {needed} samples ({split.accumulation} micro-steps x "
                 f"{split.world_size} processes), but {int((self._sizes < needed).sum())} of the {self.steps_per_epoch} "
                 f"steps of an epoch hold fewer, the smallest {smallest}. Lower `gradient_accumulation_steps`{longer}, "
                 "use fewer processes, or add data."

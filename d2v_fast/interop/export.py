@@ -23,9 +23,10 @@ from d2v_fast.checkpoints.saved_weights import (
     open_checkpoint,
     read_run_config,
 )
+from d2v_fast.command_lines import resume_command
 from d2v_fast.config import D2VConfig
 from d2v_fast.config.finetune import FinetuneConfig
-from d2v_fast.errors import OptionError
+from d2v_fast.errors import OptionError, RunError
 from d2v_fast.files.outputs import require_file, require_free, require_writable, set_aside_changed
 from d2v_fast.interop.formats import HuggingFace, Published, forms_of
 from d2v_fast.interop.sources import averaged
@@ -99,11 +100,13 @@ def export_run(
 def export_student(run_folder: Path, *, step: int | None = None) -> str:
     """Write the student of a run's checkpoint as a Transformers folder; returns a line for the user.
 
-    A missing package, or a modality without a Transformers model, is reported in the line and is no error.
+    A missing package, or a model that Transformers' folders cannot hold, is reported in the line and is no error.
 
     Args:
         run_folder: `runs/NAME`.
         step: Step of the checkpoint; None exports the newest.
+    Raises:
+        RunError: Something else is missing or damaged, such as the tokenizer.
     """
     modality = modality_of(read_run_config(run_folder))
     if modality.huggingface is None:
@@ -112,6 +115,13 @@ def export_student(run_folder: Path, *, step: int | None = None) -> str:
         return export_run(run_folder, step=step)
     except ImportError as error:
         return f"no export: {error.name} is not installed"
+    except OptionError as error:
+        return f"no export: {error}"
+    except ValueError as error:
+        raise RunError(
+            f"the run is trained and saved, but cannot be exported: {error} After that is repaired: "
+            f"{resume_command(run_folder)}"
+        ) from error
 
 
 def _require_form(config: D2VConfig, form: str, weights: str, tokenizer: Path | None) -> str:

@@ -277,9 +277,3 @@ def state_of(module: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def as_fp32(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Convert tensors to fp32 in host memory, and put `prefix` in front of their names."""
     return {f"{prefix}{name}": value.detach().to("cpu", torch.float32) for name, value in tensors.items()}
-
-
-def section(holder: Any, key: str) -> dict[str, Any]:
-    """Return a section of a configuration; empty if there is none."""
-    value = holder.get(key) if isinstance(holder, dict) else None
-    return value if isinstance(value, dict) else {}

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from d2v_fast.config.errors import show
-from d2v_fast.interop.fairseq_files import require_tensors, section
+from d2v_fast.config.file import section
+from d2v_fast.interop.fairseq_files import require_tensors
 from d2v_fast.interop.fairseq_recipe import Gathered, Settings
 from d2v_fast.interop.folders import mlp_ratio
 from d2v_fast.interop.layout import log_unused

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from d2v_fast.config import ConfigError
 from d2v_fast.config.errors import Section, check, show
-from d2v_fast.interop.fairseq_files import require_average, section, state_of, write_checkpoint
+from d2v_fast.config.file import section
+from d2v_fast.interop.fairseq_files import require_average, state_of, write_checkpoint
 from d2v_fast.interop.fairseq_multi import (
     AVERAGE,
     Kind,

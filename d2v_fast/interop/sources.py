@@ -14,15 +14,16 @@ from d2v_fast.checkpoints.best import best_step
 from d2v_fast.checkpoints.saved_weights import chosen_step, encoder_weights, open_checkpoint, read_run_config
 from d2v_fast.config import D2VConfig
 from d2v_fast.config.errors import Section, show
+from d2v_fast.config.file import section as raw_section
 from d2v_fast.config.finetune import FinetuneConfig
-from d2v_fast.config.model_keys import FREE_HEAD_KEYS, FREE_MODEL_KEYS
+from d2v_fast.config.model_keys import FREE_HEAD_KEYS
 from d2v_fast.config.model_paths import explain, is_run
 from d2v_fast.files.paths import expand_path
 from d2v_fast.files.reading import printable
 from d2v_fast.interop.heads import SavedHead
 from d2v_fast.interop.huggingface import import_model, options_of_run
 from d2v_fast.interop.published import load_published
-from d2v_fast.modalities import modality_of, modality_of_model
+from d2v_fast.modalities import modality_named, modality_of, modality_of_model
 from d2v_fast.models.weights import require_finite
 
 _log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def fill(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the `"d2v"` section of a file with the encoder and the model section of its source.
 
     The sizes are those of the source. Other keys of `d2v.model` in the file, such as the rates of dropout, have
-    precedence.
+    precedence; see `FinetuneConfig.model_like`.
 
     Args:
         raw: The section, not yet checked.
@@ -165,9 +166,9 @@ def fill(raw: dict[str, Any]) -> dict[str, Any]:
     found, own = modality_of_model(model), raw.get("modality", "vision")
     if found.name != own:
         raise ValueError(f'{KEY} must hold an encoder of modality "{own}", but `{source}` is of "{found.name}".')
-    given = raw.get("model")
-    free = {key: value for key, value in given.items() if key in FREE_MODEL_KEYS} if isinstance(given, dict) else {}
-    return {**raw, "encoder": found.objective, "model": {**model.model_dump(mode="json"), **free}}
+    kind: Any = modality_named(own).objectives[raw["objective"]].config
+    section = kind.model_like(raw_section(raw, "model"), found.objective, model.model_dump(mode="json"))
+    return {**raw, "encoder": found.objective, "model": section}
 
 
 def read_source(source: Path, weights: str, step: int | None, config: FinetuneConfig) -> Found:

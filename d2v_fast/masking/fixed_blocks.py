@@ -42,8 +42,8 @@ def inverse_block_mask_rows(
         epoch: Epoch. A mask depends on seed, epoch, sample id and the index of the mask only.
         sample_ids: int64 `[B]`.
         grid_size: patches along a side; an image has `P = grid_size**2`.
-        prob: share of masked patches; each mask leaves exactly `int(P * (1 - prob))` patches visible. Published:
-            0.8 for ViT-B, 0.75 for larger models.
+        prob: share of masked patches; each mask leaves exactly `int(P * (1 - prob))` patches visible, but at least one
+            and not all. Published: 0.8 for ViT-B, 0.75 for larger models.
         length: patches along a side of a block; published: 3. A block that extends beyond the grid is cut.
         prob_adjust: added to the visible share to compensate for overlap:
             `floor(P * (1 - prob + prob_adjust) / length**2)` blocks are placed. Published: 0.07, and 0.1 for larger
@@ -54,7 +54,7 @@ def inverse_block_mask_rows(
         int64 `[B * M * num_masked]`: flat indices `(b * M + m) * P + p` of the masked patches, ascending.
 
     Raises:
-        ValueError: an argument is out of range, or nothing would be masked or visible.
+        ValueError: an argument is out of range.
 
     Examples:
         >>> inverse_block_mask_rows(0, 0, np.array([7, 8]), grid_size=3, prob=0.5, length=2, prob_adjust=0.1)
@@ -90,7 +90,8 @@ def block_mask_1d_rows(
         sample_ids: int64 `[B]`.
         num_positions: frames or tokens of a sequence, T.
         prob: share of masked positions; each mask hides exactly `int(T * prob)` of them, and with `inverse` leaves
-            exactly `int(T * (1 - prob))` visible. Published: 0.5 for speech (large model: 0.55), 0.48 for text.
+            exactly `int(T * (1 - prob))` visible; but at least one and not all. Published: 0.5 for speech (large model:
+            0.55), 0.48 for text.
         length: positions of a block; published: 5 for speech, 1 for text. A block that extends beyond the end is cut.
         prob_adjust: added to the share of the blocks to compensate for overlap: without `inverse`,
             `floor(T * (prob + prob_adjust) / length)` blocks are placed. Published: 0.05 and 0.1.
@@ -101,7 +102,7 @@ def block_mask_1d_rows(
         int64 `[B * M * num_masked]`: flat indices `(b * M + m) * T + t` of the masked positions, ascending.
 
     Raises:
-        ValueError: an argument is out of range, or nothing would be masked or visible.
+        ValueError: an argument is out of range.
 
     Examples:
         >>> block_mask_1d_rows(0, 0, np.array([7, 8]), num_positions=8, prob=0.5, length=2, prob_adjust=0.1)
@@ -157,7 +158,8 @@ def _plan(
     """How many blocks are laid, and how many cells are marked in the end."""
     size, share = shape[0] * shape[1], 1 - prob if inverse else prob
     # as published, in floats: 25 * (1 - 0.8) is a little less than 5, so that 4 of 25 are visible
-    return int(size * (share + prob_adjust) / (block[0] * block[1])), int(size * share)
+    num_marked = min(max(1, int(size * share)), size - 1)
+    return int(size * (share + prob_adjust) / (block[0] * block[1])), num_marked
 
 
 def num_masked(num_places: int, prob: float, *, inverse: bool) -> int:
@@ -192,11 +194,6 @@ def _rows(
     if num_masks < 1:
         raise ValueError(f"`mask.num_masks` must be >= 1, but is {num_masks} instead.")
     num_blocks, num_marked = _plan(shape, block, prob, prob_adjust, inverse)
-    if not 1 <= num_marked < size:
-        raise ValueError(
-            f"`mask.prob` must leave something masked and something visible, but is {prob} instead. "
-            f"It is a share of {size} positions, rounded to whole ones."
-        )
     keys = clone_keys(stream_keys(seed, MASK, epoch, ids), num_masks).reshape(-1)
     num_listed = size - num_marked if inverse else num_marked
     # one element more than is masked: the kernel writes before it knows whether the cell counts

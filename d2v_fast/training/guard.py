@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,17 +154,17 @@ class Guard:
     def _dump(self, step: int) -> None:
         """Write the facts needed to repeat the skipped steps, in the first process; every process calls it."""
         steps = [one for one in self._steps if not bool(one.result.applied)]
-        flags = torch.zeros(self._world.size, len(steps), 2, dtype=torch.int64, device=self._world.device)
-        ids = torch.stack([torch.stack(one.result.sample_ids) for one in steps]).to(self._world.device)
-        all_ids = torch.zeros(self._world.size, *ids.shape, dtype=torch.int64, device=self._world.device)
-        all_ids[self._world.rank] = ids
-        for i, one in enumerate(steps):
-            # a single process has no hooks, and the gradient is its own
-            wrong_gradient = ~one.gradient_finite if self._world.size > 1 else torch.tensor(True)
-            wrong_loss = ~one.result.loss_finite
-            flags[self._world.rank, i] = torch.stack([wrong_loss, wrong_gradient.to(wrong_loss.device)]).long()
-        self._world.sum(flags)
-        self._world.sum(all_ids)
+        # lists, because micro-batches of different steps and processes may have different sizes
+        own = [
+            {
+                "loss": not bool(one.result.loss_finite),
+                # a single process has no hooks, and the gradient is its own
+                "gradient": self._world.size == 1 or not bool(one.gradient_finite),
+                "samples": [ids.tolist() for ids in one.result.sample_ids],
+            }
+            for one in steps
+        ]
+        of_ranks = self._world.collect(own)
         if self._world.is_first:
             split = self._config.deepspeed.batch_split(self._world.size)
             self._folder.write_json(
@@ -177,20 +177,20 @@ class Guard:
                     "micro_batch": split.micro_batch,
                     "accumulation": split.accumulation,
                     "steps": [
-                        self._describe(one.result.number, flags[:, i], all_ids[:, i]) for i, one in enumerate(steps)
+                        self._describe(one.result.number, found)
+                        for one, found in zip(steps, zip(*of_ranks, strict=True), strict=True)
                     ],
                 },
             )
 
-    def _describe(self, step: int, flags: Tensor, ids: Tensor) -> dict[str, Any]:
-        """Describe one step: flags int64 `[processes, 2]`, sample ids int64 `[processes, micro-steps, B]`."""
-        loss, gradient = (flags[:, i].nonzero()[:, 0].tolist() for i in (0, 1))
+    def _describe(self, step: int, of_ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Describe one step from what each process found."""
         return {
             "step": step,
             "epoch": (step - 1) // self._steps_per_epoch,
-            "ranks_with_loss_not_finite": loss,
-            "ranks_with_gradient_not_finite": gradient,
-            "sample_ids_by_rank_and_micro_step": ids.tolist(),
+            "ranks_with_loss_not_finite": [rank for rank, found in enumerate(of_ranks) if found["loss"]],
+            "ranks_with_gradient_not_finite": [rank for rank, found in enumerate(of_ranks) if found["gradient"]],
+            "sample_ids_by_rank_and_micro_step": [found["samples"] for found in of_ranks],
         }
 
 

@@ -17,9 +17,10 @@ from d2v_fast.config import BatchSplit, RunConfig
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.data import BatchMaker, StepLoader, step_order, steps_per_epoch
 from d2v_fast.distributed.world import World, world_size
-from d2v_fast.errors import RunError
+from d2v_fast.errors import RunError, UserError
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.memory.peak import PeakMemory
+from d2v_fast.objectives.base import Objective
 from d2v_fast.objectives.build import build_objective
 from d2v_fast.objectives.finetune import HeldOut, read_data
 from d2v_fast.teacher import Teacher
@@ -229,7 +230,7 @@ def _build_networks(config: RunConfig, world: World, folder: RunFolder) -> Netwo
     torch.manual_seed(d2v.run.seed)
     model = build_objective(d2v)
     if not world.decide(lambda: bool(complete_steps(folder.path / "checkpoints"))):
-        model.begin()
+        _begin(model)
     if not config.deepspeed.needs_deepspeed(world.size):
         # DeepSpeed moves what it needs on the device itself, in its dtype
         model.to(world.device)
@@ -246,6 +247,21 @@ def _build_networks(config: RunConfig, world: World, folder: RunFolder) -> Netwo
         engine=engine.deepspeed,
     )
     return Networks(model, teacher, engine)
+
+
+def _begin(model: Objective) -> None:
+    """Load the weights that a new run begins with.
+
+    Raises:
+        RunError: They are damaged, or do not fit the model.
+    """
+    try:
+        model.begin()
+    except UserError:
+        raise
+    except ValueError as error:
+        # a fault of the source that the user has named, not of the run
+        raise RunError(str(error)) from error
 
 
 def _restore(plan: Plan, world: World, folder: RunFolder, networks: Networks, say: Say) -> tuple[RunState, Resumed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from d2v_fast.commands.console import main
 from d2v_fast.config import (
     VisionModelConfig,
 )
+from d2v_fast.errors import OptionError, RunError
+from d2v_fast.interop import export
 from d2v_fast.interop.export import export_run
 from d2v_fast.modalities.speech.fairseq import read_fairseq_speech
 from d2v_fast.modalities.speech.huggingface import import_speech
@@ -153,3 +156,20 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path.write_bytes(content)
     assert "shard-00001.safetensors has another content than was written" in complaint(tmp_path / "r")
     assert not (tmp_path / "r" / "export").exists()
+
+
+def test_export_at_the_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no folder can hold does not end a run; what a user can repair ends it in words."""
+
+    def failing(error: Exception) -> Callable[..., str]:
+        def export_run(*_: object, **__: object) -> str:
+            raise error
+
+        return export_run
+
+    write_run(tmp_path / "r", CONFIG, 1)
+    monkeypatch.setattr(export, "export_run", failing(OptionError("`a` must be 0 for Transformers.")))
+    assert export.export_student(tmp_path / "r") == "no export: `a` must be 0 for Transformers."
+    monkeypatch.setattr(export, "export_run", failing(ValueError("The tokenizer is gone.")))
+    with pytest.raises(RunError, match=r"saved, but cannot be exported: The tokenizer is gone\. .* --resume"):
+        export.export_student(tmp_path / "r")

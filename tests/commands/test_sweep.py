@@ -162,10 +162,26 @@ def test_runs_get_all_other_options() -> None:
     assert without_own_options(words) == expected
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sweep", "d2v.run.seed=1,2"],
+        ["--sweep", "d2v.run.dir=/a,/b"],
+        ["--sweep", 'd2v.run={"keep":1}'],
+        ["--set", "d2v.run.seed=3", "--sweep", "optimizer.params.lr=1e-3"],
+        ["--set", "d2v.run.name=a", "--sweep", "optimizer.params.lr=1e-3"],
+    ],
+    ids=str,
+)
+def test_keys_of_the_sweep_itself_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "--ds_config", "configs/finetune_digits.json", *words]) == 2
+    assert "must be left out, because a sweep sets `d2v.run." in capsys.readouterr().err
+
+
 def test_a_value_that_no_run_can_have_ends_the_sweep_before_its_first_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["finetune", "--ds_config", "configs/finetune_digits.json", "--set", f"d2v.run.dir={tmp_path}"]
-    assert main([*words, "--sweep", "optimizer.params.lr=1e-3,-1"]) == 1
+    assert main([*words, "--sweep", "optimizer.params.lr=1e-3,-1"]) == 2
     assert "`optimizer.params.lr` must be in (0, 1000000.0], but is -1 instead" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

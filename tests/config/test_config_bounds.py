@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import BaseModel
 
+from d2v_fast.cli.train_options import runs_folder
 from d2v_fast.commands.console import main
 from d2v_fast.config import ConfigError, D2VConfig, DeepSpeedConfig, apply_overrides, parse_config
 from d2v_fast.config.errors import MAX_STEPS, MAX_WORKERS, _section_of
@@ -154,6 +156,15 @@ def test_key_that_is_set_twice(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         apply_overrides({}, overrides)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["d2v=1", "d2v.run=1", "d2v.model=[]"])
+def test_section_that_is_a_value(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused in words, also by the commands that read parts of the file before all of it is checked."""
+    words = ["finetune", "--ds_config", "finetune_images", "--set", override]
+    assert main([*words, "--dry-run"]) == 2
+    assert f"`{override.partition('=')[0]}` must be a section {{...}}, but is" in capsys.readouterr().err
+    assert runs_folder([override]) == Path("runs")
 
 
 def test_keys_of_one_section_and_of_like_names() -> None:

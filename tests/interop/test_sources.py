@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_fast.config import ConfigError, check_d2v, load_config
+from d2v_fast.config import ConfigError, RunConfig, check_d2v, load_config
 from d2v_fast.config.finetune import FinetuneConfig
 from d2v_fast.interop.heads import SavedHead
 from d2v_fast.interop.sources import Found
@@ -114,3 +114,33 @@ def test_a_source_without_weights_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(ConfigError, match=r"but `.*other` is a folder without `config.json`"):
         load_config(tuning_file(tmp_path, "vision", tmp_path / "other"))
+
+
+def test_a_file_for_both_versions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A source has precedence in sizes; a key of the other version is reported, and an unknown one refused."""
+    config = masked_config("vision")
+    model, published = build_model(config), modality_of(config).published
+    assert published is not None
+    published().write(model.student, model.head, None, config, tmp_path / "a.pt")
+
+    def load(**keys: Any) -> RunConfig:
+        file = tuning_file(tmp_path, "vision", tmp_path / "a.pt")
+        raw = json.loads(file.read_text())
+        file.write_text(json.dumps({**raw, "d2v": {**raw["d2v"], "model": keys}}))
+        return load_config(file, written=lambda folder: written)
+
+    written: dict[str, Any] | None = None
+    keys = {"width": 999, "depth": 7, "drop_path": 0.1, "attention_dropout": 0.25}
+    first = load(**keys)
+    assert caplog.messages == [
+        'no effect of `d2v.model.drop_path`: the encoder that the run begins with is of "data2vec2" and has no such key'
+    ]
+    assert first.d2v.model == config.model.model_copy(update={"attention_dropout": 0.25})
+    # as well when the run is resumed with its file
+    written = first.to_dict()
+    assert load(**keys) == first
+    with pytest.raises(ConfigError, match=r"`d2v\.model\.attention_dropuot` \(value 0\.25\) is not a known key"):
+        load(attention_dropuot=0.25)
+    written = None
+    with pytest.raises(ConfigError, match=r"`d2v\.model\.attention_dropuot` \(value 0\.25\) is not a known key"):
+        load(attention_dropuot=0.25)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_fast.masking import (
@@ -13,6 +13,8 @@ from d2v_fast.masking import (
     block_mask_1d_rows,
     inverse_block_mask_reference,
     inverse_block_mask_rows,
+    num_masked_of,
+    several_sequence_masks,
 )
 from tests.helpers.common import assert_same_share
 
@@ -165,8 +167,7 @@ def test_counts_are_rounded_as_published() -> None:
 @given(data=st.data(), num_positions=st.integers(2, 40), inverse=st.booleans())
 def test_exact_count(data: st.DataObject, num_positions: int, inverse: bool) -> None:
     prob = data.draw(st.floats(0.01, 0.99))
-    marked = int(num_positions * (1 - prob if inverse else prob))
-    assume(1 <= marked < num_positions)
+    marked = min(max(1, int(num_positions * (1 - prob if inverse else prob))), num_positions - 1)
     length, prob_adjust = data.draw(st.integers(1, num_positions)), data.draw(st.floats(0, 1))
     masks = sequence_masks(20, num_positions, prob, length, prob_adjust, inverse=inverse)
     assert ((masks != inverse).sum(axis=1) == marked).all()
@@ -184,7 +185,6 @@ def test_empty() -> None:
         ({"prob": 0.0}, r"`mask.prob` must be in \(0, 1\), but is 0.0 instead"),
         ({"prob": 1.0}, r"`mask.prob` must be in \(0, 1\), but is 1.0 instead"),
         ({"prob": float("nan")}, r"`mask.prob` must be in \(0, 1\)"),
-        ({"prob": 0.999}, "`mask.prob` must leave something masked and something visible, but is 0.999 instead"),
         ({"length": 0}, r"`mask.length` must be in \[1, 14\], but is 0"),
         ({"length": 15}, r"`mask.length` must be in \[1, 14\], but is 15"),
         ({"prob_adjust": -0.1}, r"`mask.prob_adjust` must be in \[0, 1\], but is -0.1"),
@@ -207,3 +207,14 @@ def test_bad_sizes() -> None:
         inverse_block_mask_rows(0, 0, np.arange(2), 1, 0.8, 1, 0.0)
     with pytest.raises(ValueError, match="`num_positions` must be >= 2, but is 1 instead"):
         block_mask_1d_rows(0, 0, np.arange(2), 1, 0.5, 1, 0.0)
+
+
+def test_something_is_masked_and_something_visible() -> None:
+    """Whatever the share is: a document may end in a block of two tokens."""
+    several = several_sequence_masks(
+        0, 0, np.arange(3), np.array([20, 2, 3]), 0.9, 1, 0.0, num_masks=2, inverse=True
+    )  # fmt: skip
+    assert several.visible_lengths is not None
+    assert several.visible_lengths.tolist() == [1, 1, 1, 1, 1, 1]
+    assert len(several.rows) == 2 * num_masked_of(np.array([20, 2, 3]), 0.9, inverse=True) == 2 * (19 + 1 + 2)
+    assert (sequence_masks(5, 3, 0.01, 2, 0.05, inverse=False).sum(axis=1) == 1).all()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from d2v_fast.config import parse_config
+from d2v_fast.errors import RunError
 from d2v_fast.modalities import modality_of
+from d2v_fast.objectives.base import Objective
 from d2v_fast.objectives.build import build_objective
 from d2v_fast.training.optimizers import parameter_groups
+from d2v_fast.training.prepare import _begin
 from tests.helpers.finetuning import (
     TINY_CLASSIFY,
     check_killed_run,
@@ -106,6 +109,17 @@ def test_two_processes_equal_one(stage: int, tmp_path: Path) -> None:
     check_two_processes(tmp_path, file)
     for mine, other in zip(validations(tmp_path, "one"), validations(tmp_path, "two"), strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
+
+
+def test_source_that_is_damaged() -> None:
+    """Under a launcher as well as by `d2v-fast finetune`, the error is a sentence without a traceback."""
+
+    class Damaged:
+        def begin(self) -> None:
+            raise ValueError("the checkpoint runs/r/checkpoints/step-1 is damaged.")
+
+    with pytest.raises(RunError, match=r"^the checkpoint runs/r/checkpoints/step-1 is damaged\.$"):
+        _begin(cast("Objective", Damaged()))
 
 
 def test_rates_of_layers() -> None:

@@ -15,6 +15,7 @@ from d2v_fast.config import BatchSplit, GuardConfig, load_config
 from d2v_fast.data.order import StepOrder
 from d2v_fast.distributed.world import World
 from d2v_fast.errors import RunError
+from d2v_fast.objectives.build import build_objective
 from d2v_fast.objectives.data2vec import Data2Vec
 from d2v_fast.training import guard as guard_module
 from d2v_fast.training.guard import Guard, check_collapse, first_judged_step, judge_end
@@ -331,3 +332,23 @@ def test_spike_is_told_and_nothing_else(limit: float | None, tmp_path: Path, mon
     del calls[9:]
     assert run_here("--ds_config", file, "--run", "r", "--resume") == 0
     assert spikes(tmp_path) == found
+
+
+def test_report_of_micro_batches_of_different_sizes(tmp_path: Path) -> None:
+    """Steps on sequences hold fewer samples than others, and their micro-batches may differ by one."""
+    (folder := tmp_path / "runs" / "r").mkdir(parents=True)
+    config = load_config(tiny_file(tmp_path, d2v__guard={"nonfinite_patience": 2}))
+    none, reports = SkipCounts(), RunFolder(folder)
+    guard = Guard(
+        config, World("cpu"), reports, build_objective(config.d2v), counts=none, steps_per_epoch=9, say=print
+    )  # fmt: skip
+    sizes = [[4, 3], [2, 2]]
+    for number, of_step in enumerate(sizes, 1):
+        ids, wrong = [torch.arange(size) for size in of_step], torch.tensor(False)
+        guard.record(StepResult(number, ids, 1, wrong, wrong, torch.tensor(torch.nan), [], []))
+    with pytest.raises(RunError, match="in 2 steps in a row, up to step 2"):
+        guard.check(2)
+    found = dump_of(tmp_path)["steps"]
+    assert [[[len(ids) for ids in one] for one in step["sample_ids_by_rank_and_micro_step"]] for step in found] == [
+        [of_step] for of_step in sizes
+    ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import ConfigError, SpeechConfig, SpeechModelConfig
 from d2v_fast.config.errors import check, show
+from d2v_fast.config.file import section
 from d2v_fast.interop.fairseq_files import (
     as_fp32,
     average_of,
@@ -29,7 +30,6 @@ from d2v_fast.interop.fairseq_files import (
     require_average,
     require_shapes,
     require_tensors,
-    section,
     state_of,
     write_checkpoint,
 )

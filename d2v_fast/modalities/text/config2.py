@@ -51,7 +51,8 @@ class MaskedTextConfig(DocumentsConfig):
         yield from super().problems_across(sections)
         mask, data = sections.get("mask"), sections.get("data")
         if mask and data:
-            yield from problems_of_counts(mask.prob, data.min_tokens, "token")
+            # the end of a document may be a block of two tokens, whatever `min_tokens` is
+            yield from problems_of_counts(mask.prob, data.block_size, "token")
         if data and data.separate_documents:
             hint = 'The tokens of a block attend to each other; "document" packing pads instead of cutting documents.'
             yield Problem("data.separate_documents", "be false with data2vec 2.0", True, hint)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from d2v_fast.config import ConfigError, TextConfig, TextModelConfig
 from d2v_fast.config.errors import check
+from d2v_fast.config.file import section
 from d2v_fast.errors import OptionError
 from d2v_fast.files.reading import printable
 from d2v_fast.interop.fairseq_files import (
@@ -40,7 +41,6 @@ from d2v_fast.interop.fairseq_files import (
     require_average,
     require_shapes,
     require_tensors,
-    section,
     state_of,
     write_checkpoint,
 )
