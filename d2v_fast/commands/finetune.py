@@ -55,6 +55,10 @@ def _sweep(options: argparse.Namespace) -> int:
 
     if options.ds_config is None:
         raise OptionError("`--sweep` needs the configuration of its runs: add `--ds_config FILE`.")
+    if options.dry_run:
+        raise OptionError(
+            "`--dry-run` is for one run: leave `--sweep` out. A sweep checks all its runs before the first."
+        )
     axes = [parse_axis(text) for text in options.sweep]
     refuse_own_keys(axes, options.overrides)
     name = options.run or f"{options.ds_config.stem}-sweep"

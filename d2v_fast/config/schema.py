@@ -434,7 +434,8 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise ConfigError([f"`--ds_config` must be a readable JSON file, but {error}. {advice}"], str(path)) from None
     except (OSError, ValueError) as error:
         raise ConfigError([f"`--ds_config` must be a readable JSON file: {error}"], str(path)) from None
-    return read_sections(text, str(path))
+    # editors of Windows put a byte order mark there
+    return read_sections(text.removeprefix("\ufeff"), str(path))
 
 
 def parse_config(raw: Mapping[str, Any], world_size: int = 1, source: str = "configuration") -> RunConfig:

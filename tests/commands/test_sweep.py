@@ -178,6 +178,12 @@ def test_keys_of_the_sweep_itself_are_refused(words: list[str], capsys: pytest.C
     assert "must be left out, because a sweep sets `d2v.run." in capsys.readouterr().err
 
 
+def test_a_sweep_has_no_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--ds_config", "configs/finetune_digits.json", "--sweep", "optimizer.params.lr=1e-3", "--dry-run"]
+    assert main(["finetune", *words]) == 2
+    assert "`--dry-run` is for one run: leave `--sweep` out." in capsys.readouterr().err
+
+
 def test_a_value_that_no_run_can_have_ends_the_sweep_before_its_first_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -166,3 +166,8 @@ def refuses(text: str, sentence: str) -> None:
         with pytest.raises(ConfigError) as caught:
             load_config(file.name)
     assert sentence in str(caught.value)
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(TINY), encoding="utf-8-sig")
+    assert load_config(tmp_path / "c.json") == parse_config(TINY)
