@@ -6,6 +6,7 @@ D width of the encoder, C width of the decoder.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from d2v_fast.models.dense_convolution import convolve_dense, is_dense
 from d2v_fast.models.layers import INIT_STD, Linear, dropout
 from d2v_fast.models.post_norm import padding_of
+from d2v_fast.models.recomputed_sums import RecomputedSums
 from d2v_fast.models.sequence_convolution import convolve_sequence
 from d2v_fast.models.visible import NORM_EPS, Places
 from d2v_fast.ops import layer_norm_gelu
@@ -99,13 +101,22 @@ class ConvDecoder(nn.Module):
         """
         x = places.scatter(dropout(encoded, self.dropout, self.training), noise)
         is_padding = None if places.lengths is None else padding_of(places.lengths, places.num_places)[:, :, None]
+        inputs = RecomputedSums(x, partial(self._activate, is_padding=is_padding))
+        del x
         for convolution in self.convolutions:
-            y = layer_norm_gelu(self._convolve(convolution, x), self.ones, self.zeros, eps=NORM_EPS)
-            x = x + y if self.residual and x.shape == y.shape else y
-            if is_padding is not None:
-                x = x.masked_fill(is_padding, 0)
-        prediction: Tensor = self.projection(x.flatten(0, 1).index_select(0, places.rows))
+            with inputs.saving(convolution):
+                result = self._convolve(convolution, inputs.x)
+            inputs.step(result, is_added=self.residual and inputs.x.shape == result.shape)
+            # the name would keep it alive during the next convolution
+            del result
+        rows = inputs.x.flatten(0, 1).index_select(0, places.rows)
+        del inputs
+        prediction: Tensor = self.projection(rows)
         return prediction
+
+    def _activate(self, result: Tensor, is_padding: Tensor | None) -> Tensor:
+        y = layer_norm_gelu(result, self.ones, self.zeros, eps=NORM_EPS)
+        return y if is_padding is None else y.masked_fill(is_padding, 0)
 
     def _convolve(self, convolution: nn.Module, x: Tensor) -> Tensor:
         """Map `[R, T, C]` to `[R, T, C]`."""

@@ -90,7 +90,7 @@ class Norm(nn.LayerNorm):
     """`nn.LayerNorm`, whose output the linear map behind it recomputes in the backward pass instead of saving it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _can_recompute(x, self.weight):
+        if not can_recompute(x, self.weight):
             return super().forward(x)
         y: Tensor = _RecomputedNorm.apply(x, self.weight, self.bias, self.eps)
         return y
@@ -163,8 +163,8 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     return type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
 
 
-def _can_recompute(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `_OneDNNLinear` may read the norm of `x`, on a CPU or on `meta` in its place."""
+def can_recompute(x: Tensor, weight: Tensor) -> bool:
+    """Return whether a backward pass may compute `x` again: in fp32, on a CPU or on `meta` in its place."""
     if _is_traced(x, weight) or not _is_plain(x, weight) or torch.is_autocast_enabled("cpu") or has_kernels(x):
         return False
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -236,7 +236,11 @@ class _GeluLinear(torch.autograd.Function):
             del hidden
         if needs_x:
             grad_hidden = _multiply(grad, weight.t(), None) if by_onednn else grad @ weight
-            grad_x = torch.ops.aten.gelu_backward(grad_hidden, x)
+            if torch.is_grad_enabled():
+                grad_x = torch.ops.aten.gelu_backward(grad_hidden, x)
+            else:
+                # in place
+                grad_x = torch.ops.aten.gelu_backward.grad_input(grad_hidden, x, grad_input=grad_hidden)
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None
 
 

@@ -144,7 +144,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attendable: Attendable, rows: Tensor | None = None) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`, or to `[N, D]` at `rows`."""
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        # the gradient of `unbind` is in the layout of the product, without another copy
+        parts = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         attended = attend(q, k, v, attendable, self.attention_dropout if self.training else 0.0)
         attended = attended.transpose(1, 2).reshape(B, T, D)
         if rows is not None:
