@@ -28,6 +28,7 @@ from d2v_fast.distributed.world import World
 from d2v_fast.evaluation import run as evaluation
 from d2v_fast.interop import export
 from d2v_fast.masking import block_mask_rows
+from d2v_fast.modalities.vision import digits
 from d2v_fast.train import main
 from d2v_fast.training import metrics
 
@@ -223,11 +224,11 @@ def import_what_runs_need() -> None:
         "torch._dynamo",
         "d2v_fast.training.prepare",
         "d2v_fast.modalities.vision.batches",
-        "sklearn.datasets",
         "safetensors.torch",
         "torch.profiler",
     ):
         importlib.import_module(name)
+    digits._load_scans()
     block_mask_rows(0, 0, np.arange(2), 4, 9, 2, None, 0.3)
 
 

@@ -6,6 +6,7 @@ pre-training, which sees no labels. Only `digit_classes` and `digits_for_probe` 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -131,16 +132,21 @@ def digits_for_probe(config: ImagesConfig) -> ProbeData:
     test_set = DigitsDataset(config.data, config.model, "test")
     for dataset, indices in ((train_set, train), (test_set, test)):
         images[indices] = dataset.plain(np.arange(len(dataset), dtype=np.int64))
-    return ProbeData(images, torch.from_numpy(labels), torch.from_numpy(train), torch.from_numpy(test))
+    return ProbeData(images, torch.tensor(labels), torch.from_numpy(train), torch.from_numpy(test))
 
 
+@functools.cache
 def _load_scans() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return scans, fp32 `[S, 8, 8]` in [0, 1], and labels, int64 `[S]`."""
     # a slow import, needed only here
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
+    scans, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
+    # shared by all that read them
+    for shared in (scans, labels):
+        shared.setflags(write=False)
+    return scans, labels
 
 
 def _split(labels: npt.NDArray[np.int64], test_fraction: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
