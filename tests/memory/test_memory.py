@@ -361,7 +361,7 @@ def test_memory_of_a_given_batch() -> None:
 def test_check_predicts_no_less_than_it_measures(tmp_path: Path) -> None:
     """In a process of its own, with the malloc that users have; a build without the margin predicts 1.2 times less."""
     config = str(ROOT / "configs" / "digits.json")
-    code = "from d2v_fast.commands import check; check.ENOUGH_SECONDS = 0.0; "
+    code = "from d2v_fast.commands import check; check.MIN_STEPS, check.ENOUGH_SECONDS = 1, 0.0; "
     code += f"check.check({config!r}, ['train_batch_size=128'])"
     line = next(line for line in run_python(code).splitlines() if line.startswith("peak memory"))
     measured, predicted = (

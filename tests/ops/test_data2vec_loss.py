@@ -251,11 +251,6 @@ def test_triton_launcher(device, layer_norm, final_norm):
         target = target if target_rows is None else target[target_rows]
         arguments = (pred, layers, *norms, rows, lengths, 1e-5, target_rows, beta, 0.7, True)
         loss, moments, slope = launcher()(*arguments, True, True)
-        without = launcher()(*arguments, True, False)
-        assert without[1].numel() == 0
-        # added in another order
-        torch.testing.assert_close(without[0], loss, rtol=1e-6, atol=0)
-        assert_same(without[2], slope)
         wide = pred.double().requires_grad_()
         truth = plain_loss(wide, target, beta, 0.7, "mean")
         torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
@@ -263,11 +258,26 @@ def test_triton_launcher(device, layer_norm, final_norm):
         one = torch.tensor(1.0, device=device)
         got = torch.ops.d2v.scale_gradient(slope, one, 0.7, True).double()
         torch.testing.assert_close(got, gradient(truth, wide), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_map", [False, True])
+def test_triton_launcher_computes_only_what_is_wanted(device, with_map):
+    pred, layers, rows, target_rows = make(
+        device, (2, 5, 7), 3, 4, torch.bfloat16, torch.float32, 6 if with_map else None
+    )
+    arguments = (pred.detach(), layers, 1, 1, rows, None, 1e-5, target_rows, 1.5, 0.7, True)
+    loss, _, slope = launcher()(*arguments, True, True)
+    without = launcher()(*arguments, True, False)
+    assert without[1].numel() == 0
+    # added in another order
+    torch.testing.assert_close(without[0], loss, rtol=1e-6, atol=0)
+    assert_same(without[2], slope)
     assert launcher()(*arguments, False, True)[2].numel() == 0
 
 
-@pytest.mark.parametrize("need_moments", [False, True])
-@pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (21, 3), (17, 1030)])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "need_moments"), [(1, 5, True), (21, 3, True), (21, 3, False), (17, 1030, True)]
+)
 def test_triton_groups_of_rows(device, num_rows, width, need_moments):
     """Whole groups of rows, a last one that is not full, and wide rows; the same bits at every call."""
     pred, layers, rows, _ = make(device, (2, 7, width), 2, num_rows, torch.float32, torch.float32)

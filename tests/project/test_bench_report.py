@@ -56,16 +56,13 @@ def test_what_was_not_measured_is_not_judged(changes):
     assert not list(report.judge([row()], [goal(**changes)]))
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, capsys, monkeypatch):
     """Files are written; a lost ratio, and a file without figures, are told by the exit status."""
     measured = tmp_path / "bench.json"
     measured.write_text(json.dumps({"benchmarks": [{"extra_info": row()}, {"extra_info": {}}]}))
 
-    def run(*arguments):
-        command = [sys.executable, str(ROOT / "bench" / "report.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
-    done = run(measured, "--out", tmp_path / "results")
+    command = [sys.executable, str(ROOT / "bench" / "report.py"), str(measured), "--out", str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = {path.name.removeprefix("a-machine-tm-9000-2-threads") for path in (tmp_path / "results").iterdir()}
     assert names == {".json", ".md", "-speedup.png", "-bandwidth.png"}
@@ -73,14 +70,14 @@ def test_command_line(tmp_path):
     assert "**2.00** (1.50 to 2.50), 4.0 MB, compiles 12 s" in table
     assert "Not measured: apex (absent)." in table
     # nothing that the goals name was measured: that is no pass
-    done = run(measured, "--check")
-    assert done.returncode == 1
-    assert "NOT MEASURED" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["report", str(measured), "--check"])
+    assert report.main() == 1
+    assert "NOT MEASURED" in capsys.readouterr().out
     empty = tmp_path / "empty.json"
     empty.write_text('{"benchmarks": []}')
-    done = run(empty)
-    assert done.returncode == 2
-    assert "make bench" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["report", str(empty)])
+    assert report.main() == 2
+    assert "make bench" in capsys.readouterr().err
 
 
 def test_short_table(tmp_path, capsys, monkeypatch):

@@ -40,7 +40,8 @@ RUNS: dict[str, dict[str, Any]] = {
         }
     },
 }
-STAGES = ["0", "1", "2", "3"]
+# in every run; DeepSpeed's engine of stage 1 is that of stage 2
+STAGES = ["0", "2", "3"]
 BF16 = {name: {**RUNS[name], "bf16": {"enabled": True}} for name in ("0", "1", "2", "3", "2, offload", "3, offload")}
 # where a NaN is looked for and dropped by code of its own; the others, which are slow, go through one of these
 OWN_WAYS = ["0", "2", "3", "3, offload", "0, bf16", "2, bf16", "3, bf16"]
@@ -120,8 +121,8 @@ def test_linear_maps_by_onednn(tmp_path: Path, one_process, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "names",
     # slow: on a CPU offload moves nothing, and its engine is tried with a NaN in every run
-    [STAGES, pytest.param(["2, offload", "3, offload"], marks=pytest.mark.slow)],
-    ids=["stages", "offload"],
+    [STAGES, pytest.param(["1", "2, offload", "3, offload"], marks=pytest.mark.slow)],
+    ids=["stages", "the others"],
 )
 def test_half_precision_follows_the_fp32_values(names: list[str], tmp_path: Path) -> None:
     """In bf16 the average follows the optimizer's fp32 values.

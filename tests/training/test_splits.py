@@ -19,8 +19,8 @@ from d2v_fast.objectives.build import build_model
 from tests.helpers.loaders import make_loader
 from tests.helpers.runs import TINY, TINY_2, TINY_2_SPEECH, TINY_2_TEXT, TINY_SPEECH, TINY_TEXT, tiny_file
 
-# processes and micro-steps of one global batch of 24; steps of samples of unlike length hold fewer, in uneven shares
-SPLITS = [(2, 2), (1, 12)]
+# of one global batch of 24; steps of samples of unlike length hold fewer, in uneven shares
+PROCESSES, ACCUMULATION = 2, 6
 
 SMOOTH = {"d2v__model__dropout": 0.0, "d2v__model__attention_dropout": 0.0}
 PRE_NORM = {**SMOOTH, "d2v__model__drop_path": 0.25, "d2v__model__depth": 4}
@@ -101,12 +101,10 @@ def test_any_split_has_the_same_loss_and_gradient(case: str, tmp_path: Path, cac
 
     [whole] = steps_of(maker, config, 1, 1, 1)
     expected_loss, expected_gradient = of_step(whole)
-    for processes, accumulation in SPLITS:
-        [batches] = steps_of(maker, config, processes, accumulation, 1)
-        loss, gradient = of_step(batches)
-        assert loss == pytest.approx(expected_loss, rel=1e-5), (processes, accumulation)
-        difference = (gradient - expected_gradient).norm() / expected_gradient.norm()
-        assert difference < 1e-5, (processes, accumulation)
+    [batches] = steps_of(maker, config, PROCESSES, ACCUMULATION, 1)
+    loss, gradient = of_step(batches)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
     # what was left out is not nothing
     model.eval()
     assert of_step(whole)[0] != pytest.approx(expected_loss, rel=1e-5)

@@ -45,9 +45,8 @@ def make_config(folder: Path, cache: str, **changes: Any) -> TextConfig:
     return config
 
 
-@pytest.mark.parametrize(
-    "num_processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=needs_deepspeed)]
-)
+# slow: two processes resume on images and on speech in every run
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=[needs_deepspeed, pytest.mark.slow])])
 def test_resume_is_bit_exact(num_processes: int, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_out_reports(monkeypatch.setattr)
     output = tmp_path / "output"

@@ -172,7 +172,8 @@ def test_images_are_prepared_as_in_training(size: tuple[int, int], channels: int
         torch.testing.assert_close(theirs, ours)
 
 
-@pytest.mark.parametrize("use_mean_pooling", [False, True])
+# slow: Transformers' other way to pool the same output
+@pytest.mark.parametrize("use_mean_pooling", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_classifier_learns_digits(use_mean_pooling: bool, tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
