@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    # imported where it is used: the process that passes tests on to workers computes nothing
+    import torch
+
+# to look for garbage among what the imports make takes a fifth of their time; tests look for it again
+gc.disable()
 
 # tests that run at the same time share the cores: threads of one worker would only wait for those of the others
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,13 +26,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # as in runs of several processes, which some tests fork
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import torch
-
-from d2v_fast import ops
-
 # what one test may take of the time of `make test`, 5 minutes of two cores, if it is not marked `slow`
 MOST_COMPUTED_S = 10
 DEAR = pytest.StashKey[list[str]]()
+BACKENDS = pytest.StashKey[str]()
 
 # a GPU machine without network may lack some of these; the tests of the operations need only torch
 NEEDED_FOR_TRAINING = ("pydantic", "numba", "numpy", "safetensors", "sklearn", "PIL")
@@ -72,6 +77,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(OutcomeLog(Path(config.getoption("--outcomes"))))
 
 
+def pytest_collection_finish() -> None:
+    """Exempt what the imports made from the search for garbage, here and in forked processes."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Skip files without a test of the kind that a run asks for, because importing all files takes long."""
     wanted = [r"pytest\.mark\.waits"] if config.getoption("-m") == "waits" else []
@@ -106,19 +118,27 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the process that shows the summary about the tests of this worker."""
+    """Tell the process that shows the summary about this worker and its tests."""
     if hasattr(session.config, "workeroutput"):
+        from d2v_fast import ops
+
+        session.config.workeroutput["backends"] = str(ops.backends())
         session.config.workeroutput["dear"] = session.config.stash.get(DEAR, [])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take what a worker says; one that crashed says nothing."""
-    node.config.stash.setdefault(DEAR, []).extend(getattr(node, "workeroutput", {}).get("dear", []))
+    said = getattr(node, "workeroutput", {})
+    node.config.stash.setdefault(DEAR, []).extend(said.get("dear", []))
+    if "backends" in said:
+        node.config.stash[BACKENDS] = said["backends"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Name the tests that compute for too long."""
+    """Name the backends of the workers, and the tests that compute for too long."""
+    if backends := config.stash.get(BACKENDS, ""):
+        terminalreporter.line(f"backends of the workers {backends}")
     if dear := config.stash.get(DEAR, []):
         terminalreporter.section(f"tests that computed for more than {MOST_COMPUTED_S} s")
         terminalreporter.line("Make them cheaper, or mark them `slow` and say why: `make test` has to fit 5 minutes.")
@@ -128,8 +148,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     device = config.getoption("--device")
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    lines = [f"torch {torch.__version__}, device {device} ({name}), backends {ops.backends()}"]
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        lines = [f"device {device}"]
+    else:
+        import torch
+
+        from d2v_fast import ops
+
+        name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+        lines = [f"torch {torch.__version__}, device {device} ({name}), backends {ops.backends()}"]
     if MISSING:
         lines.append(f"not installed: {', '.join(MISSING)}; skipped: {', '.join(collect_ignore_glob)}")
     return lines
@@ -159,6 +186,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     Faults of a kernel arrive late, so the test that caused one waits for it. CUDA cannot be used after one: a worker of
     pytest-xdist exits then, and another takes its place.
     """
+    import torch
+
     device = torch.device(request.config.getoption("--device"))
     yield device
     if device.type == "cuda":

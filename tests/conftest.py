@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import gc
+import functools
 import os
 import signal
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 # `nohup` makes processes ignore SIGHUP, which some tests send
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-# `torch.manual_seed` makes a stack trace for each kind of device that is not there
-seed = partial(torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed, 1234)
+@functools.cache
+def seed() -> Callable[[int], object]:
+    """Return what seeds torch; `torch.manual_seed` makes a stack trace for each kind of device that is not there."""
+    # not at the top: the process that passes tests on to workers reads this file, too
+    import torch
 
-
-def pytest_collection_finish() -> None:
-    """Exempt what the imports made from the search for garbage, here and in forked processes."""
-    gc.collect()
-    gc.freeze()
+    return torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +33,9 @@ def _disk_in_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed_and_poison() -> Iterator[None]:
     """Seed torch, and fill uninitialized memory with NaN, so that a test fails if an operation reads it."""
-    seed()
+    import torch
+
+    seed()(1234)
     # unlike `use_deterministic_algorithms`, it does not import torch's compiler
     torch.set_deterministic_debug_mode("warn")
     yield
@@ -49,6 +48,8 @@ def quick_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     A test that is marked `reports` gets these.
     """
+    import torch
+
     from tests.helpers.runs import leave_out_reports
 
     before = torch.get_num_threads()

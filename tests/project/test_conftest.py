@@ -162,4 +162,5 @@ def test_a_test_that_computes_for_long_is_named(
     said: list[str] = []
     terminal = SimpleNamespace(section=said.append, line=said.append)
     conftest.pytest_terminal_summary(terminal, main.config)  # type: ignore[arg-type]
-    assert bool(said) == is_named
+    assert any("dear" in line for line in said) == is_named
+    assert said[0].startswith("backends of the workers {'cpu': ")
