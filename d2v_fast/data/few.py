@@ -11,7 +11,7 @@ import numpy.typing as npt
 from d2v_fast.data.files import NUM_NAMED
 from d2v_fast.data.samples import SampleSource, digest_of
 from d2v_fast.errors import DataError
-from d2v_fast.files.reading import printable
+from d2v_fast.files.reading import is_text, printable
 from d2v_fast.masking.streams import FEW, SPLIT, permutation
 
 __all__ = ["LabeledSubset", "classes_of", "few", "held_out", "held_out_classes", "require_trained"]
@@ -87,8 +87,13 @@ def classes_of(names: Sequence[str], labels: Sequence[str], where: str) -> npt.N
         labels: the classes in order, `d2v.labels`.
         where: the setting that names the samples, such as "`d2v.valid.path`".
     Raises:
-        DataError: a sample is of another class.
+        DataError: a sample is of another class, or the name of a class is not UTF-8.
     """
+    if strange := sorted({name for name in (*labels, *names) if not is_text(name)}):
+        raise DataError(
+            f"{where} must hold classes whose names are UTF-8 text, but has {_named(strange)}. Rename them: "
+            "answers and pictures could not be written."
+        )
     numbers = {label: number for number, label in enumerate(labels)}
     if unknown := sorted({name for name in names if name not in numbers}):
         raise DataError(

@@ -119,6 +119,15 @@ def is_path(text: str) -> bool:
         return False
 
 
+def is_text(text: str) -> bool:
+    """Return whether `text` can be written in UTF-8: it has no undecodable byte of a file name or half of a pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_pointer(content: bytes) -> bool:
     """Return whether the content of a file is a git-lfs pointer, which stands for a file that was not fetched."""
     return len(content) <= MAX_POINTER_BYTES and _POINTER.fullmatch(content) is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from d2v_fast.data.labels import class_of
 from d2v_fast.data.listing import counted, name_list
 from d2v_fast.errors import DataError
-from d2v_fast.files.reading import open_regular, parse_json, printable, refuse_pointer
+from d2v_fast.files.reading import is_text, open_regular, parse_json, printable, refuse_pointer
 
 __all__ = ["Labels", "folder_labels", "letter_labels", "librispeech_labels", "table_labels"]
 
@@ -196,7 +196,7 @@ def _jsonl(path: str, fields: tuple[str, str]) -> Iterator[tuple[int, str, str]]
             raise _no_field(path, missing[0], fields, list(entry), number)
         values = [entry[field] for field in fields]
         for field, value in zip(fields, values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, (str, int)):
+            if isinstance(value, bool) or not isinstance(value, (str, int)) or not is_text(str(value)):
                 raise DataError(
                     f"line {number} of '{printable(path)}' must hold a string in '{printable(field)}', but holds "
                     f"{printable(repr(value)[:80])}."
