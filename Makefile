@@ -71,10 +71,10 @@ train-text: train ## pre-train on the reference pages of Python
 test: export PYTHONDONTWRITEBYTECODE =
 test: export PYTHONPYCACHEPREFIX = $(abspath build/bytecode)
 # two files at a time, so that what the tests of a file share is made once: first those that compute, then, more at a
-# time, those that mostly wait; of these, two groups import DeepSpeed
+# time, those that mostly wait
 test: build ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not waits"
-	$(BIN)/python -m pytest -n 4 --dist loadgroup -m waits
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m waits
 
 test-minimal: ## the tests of the operations in an environment with torch and no other dependency
 	rm -rf build/minimal

@@ -186,7 +186,6 @@ def test_id_that_belongs_to_another_process_is_no_sign_of_life() -> None:
     assert not peers._is_dead({**about, "place": "elsewhere/1"})
 
 
-@pytest.mark.xdist_group("DeepSpeed")
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("rank", "point", "count"),

@@ -55,7 +55,6 @@ def send_myself(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-@pytest.mark.xdist_group("DeepSpeed")
 @needs_deepspeed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_ends_the_other_at_once(rank: int, tmp_path: Path) -> None:
@@ -73,7 +72,6 @@ def test_killed_rank_ends_the_other_at_once(rank: int, tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
-@pytest.mark.xdist_group("DeepSpeed, long waits")
 @needs_deepspeed
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_stopped_rank_is_named(rank: int, tmp_path: Path) -> None:
@@ -95,7 +93,6 @@ def test_stopped_rank_is_named(rank: int, tmp_path: Path) -> None:
     assert wait(children[rank], timeout_s=60) == [1]
 
 
-@pytest.mark.xdist_group("DeepSpeed, long waits")
 @pytest.mark.slow
 @needs_deepspeed
 def test_rank_that_is_busy_for_too_long_is_named(tmp_path: Path) -> None:
@@ -139,7 +136,6 @@ def test_loader_worker_in_trouble_ends_the_run(trouble: str, tmp_path: Path, und
     assert figures(tmp_path, "r") == undisturbed
 
 
-@pytest.mark.xdist_group("DeepSpeed, long waits")
 @needs_deepspeed
 def test_neither_compiler_nor_stale_locks_matter(tmp_path: Path) -> None:
     """DeepSpeed would compile extensions if it found a compiler, and wait forever for the lock of a dead build."""
@@ -239,7 +235,6 @@ def test_a_few_kills(modality: str, processes: int, workers: int, tmp_path: Path
     assert (report.samples_lost, report.samples_twice) == (0, 0)
 
 
-@pytest.mark.xdist_group("DeepSpeed")
 @needs_deepspeed
 @several_tests_in_a_process
 @pytest.mark.parametrize(
