@@ -154,13 +154,13 @@ def test_order_of_equal_lengths_depends_on_the_seed_only() -> None:
 
 
 def test_impossible_splits_are_refused() -> None:
-    with pytest.raises(DataError, match=r"at least 8 utterances \(4 micro-steps x 2 processes\).*the smallest 5"):
+    with pytest.raises(DataError, match=r"at least 8 samples \(4 micro-steps x 2 processes\).*the smallest 5"):
         make_order(mixed(5), 16, accumulation=4, world_size=2)
     with pytest.raises(DataError, match=r"raise `d2v\.data\.max_batch_seconds`"):
         make_order(np.full(100, 10), 16, accumulation=4, world_size=2, max_step_length=79)
     with pytest.raises(DataError, match=r"must hold the longest sample \(10\), but is 9 instead"):
         make_order(np.full(100, 10), 16, max_step_length=9)
-    with pytest.raises(DataError, match="at least 1 utterances"):
+    with pytest.raises(DataError, match="at least 1 samples"):
         make_order(np.zeros(0, dtype=np.int64), 16)
     with pytest.raises(ValueError, match="`lengths` must hold 7 values, but holds 8"):
         StepOrder(7, BatchSplit.of(1), seed=0, lengths=np.ones(8, dtype=np.int64))
