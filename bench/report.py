@@ -290,8 +290,8 @@ def _draw_speedups(rows: list[Row], stem: Path) -> Path:
     axis.grid(axis="x", alpha=0.3)
     axis.set_title(f"How many times as long the others take: {_where(rows)}", fontsize=10)
     axis.set_xlabel(
-        "left of 1 the other is faster, right of 1 ours\ntime of the other over ours: median of the rounds, "
-        "and 20th to 80th percentile"
+        "left of 1 the other is faster, right of 1 ours\ntime of the other over ours:\n"
+        "median of the rounds, and 20th to 80th percentile"
     )
     explained = {name: LEGEND.get(name, name) for name in peers}
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=colors[n], label=explained[n]) for n in peers]
@@ -355,20 +355,21 @@ def _draw_step(rows: list[Row], stem: Path) -> Path | None:
     # light ones first, since the text is black
     tab20 = plt.get_cmap("tab20").colors
     colors = dict(zip(parts, [*tab20[1::2], *tab20[::2]], strict=False)) | {PEER_STEP: "lightgray"}
+    longest = max(seconds for _, _, seconds, _ in bars)
     for y, (_, shares, seconds, label) in enumerate(bars):
         left = 0.0
         for part in parts:
             width = shares.get(part, 0.0) * seconds / sum(shares.values())
             axis.barh(y, width, left=left, color=colors[part])
-            if shares.get(part, 0.0) >= 4:
+            if width >= 0.04 * longest:
                 text = label or f"{shares[part]:.0f} %"
                 axis.text(left + width / 2, y, text, ha="center", va="center", fontsize=8)
             left += width
     axis.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=8)
     axis.set_title(f"Where the time of a step goes: {_where(rows)}", fontsize=10)
-    axis.set_xlabel("seconds of one step (shorter is better); shares below 4 % have no label")
+    axis.set_xlabel("seconds of one step (shorter is better); narrow parts have no label")
     axis.margins(y=0.02)
-    axis.set_xlim(0, 1.03 * max(seconds for _, _, seconds, _ in bars))
+    axis.set_xlim(0, 1.03 * longest)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[part], label=part) for part in parts]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(parts)), fontsize=8)
     return _save(figure, stem, "step")
