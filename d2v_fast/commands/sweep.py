@@ -119,14 +119,15 @@ def refuse_own_keys(axes: Iterable[Axis], overrides: Iterable[str]) -> None:
     Raises:
         OptionError: One is given.
     """
-    given = [
-        *(f"--sweep {axis.key}" for axis in axes),
-        *(f"--set {text.partition('=')[0].strip()}" for text in overrides),
-    ]
-    for one, (own, instead) in product(given, _OWN_KEYS.items()):
-        key = one.partition(" ")[2]
-        if one != "--set d2v.run.dir" and (own == key or own.startswith(f"{key}.")):
-            raise OptionError(f"`{one}=...` must be left out, because a sweep sets `{own}` for every run: {instead}.")
+    given = [("--sweep", axis.key) for axis in axes]
+    given += [("--set", text.partition("=")[0].strip()) for text in overrides]
+    # the folder of all runs
+    given = [one for one in given if one != ("--set", "d2v.run.dir")]
+    for (option, key), (own, instead) in product(given, _OWN_KEYS.items()):
+        if own == key or own.startswith(f"{key}."):
+            raise OptionError(
+                f"`{option} {key}=...` must be left out, because a sweep sets `{own}` for every run: {instead}."
+            )
 
 
 class Sweep:

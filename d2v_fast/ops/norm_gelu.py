@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -126,8 +125,12 @@ class _Values(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         if torch.is_grad_enabled():
-            run = partial(layer_norm_gelu_reference, eps=ctx.eps)
-            return *differentiable_gradients(lambda *leaves: run(*leaves)[0], ctx.saved_tensors[:3], grad), None
+            eps, inputs = ctx.eps, ctx.saved_tensors[:3]
+
+            def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return layer_norm_gelu_reference(x, weight, bias, eps)[0]
+
+            return *differentiable_gradients(run, inputs, grad), None
         with below_autograd():
             return *_BACKWARD(grad, *ctx.saved_tensors), None
 
